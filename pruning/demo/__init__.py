@@ -1,0 +1,1 @@
+"""The embedded demo model: how its corpus, tokenizer and weights are made."""
