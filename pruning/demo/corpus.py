@@ -160,8 +160,8 @@ def take_excerpts(
     while piece < longest and sum(min(len(text), piece) for text in texts) < 1.1 * total_bytes:
         piece *= 2
     excerpts, used = [], 0
-    for index in order.tolist():
-        excerpt = _piece(texts[index], piece, rng)
+    for index in order:
+        excerpt = _piece(texts[int(index)], piece, rng)
         excerpt = excerpt.encode()[: total_bytes - used].decode(errors="ignore").rstrip()
         if excerpt:
             excerpts.append(excerpt)
