@@ -1,0 +1,102 @@
+"""Symmetric groupwise 4-bit weights."""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+MIN_SCALE = 2.0**-14  # smallest normal float16: every client sees the same scale
+CODE_MAX = 7  # codes -8..7; the scale maps the largest magnitude to 7 so that both signs fit
+
+
+@struct.dataclass
+class QTensor:
+    """A 2-D weight as 4-bit codes with one scale per group along `axis`.
+
+    Attributes:
+      packed: uint8 [rows, cols / 2]; column 2j in the low nibble, 2j + 1 in the high one, each
+        stored as code + 8 with code in -8..7.
+      scale: [rows / g, cols] for axis 0, [rows, cols / g] for axis 1; representable in bfloat16.
+      group_size: g, weights that share one scale.
+      axis: 0 or 1, the axis of the matrix that is contracted.
+    """
+
+    packed: Array
+    scale: Array
+    group_size: int = struct.field(pytree_node=False)
+    axis: int = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight that the codes stand for."""
+        rows, half = self.packed.shape
+        return rows, 2 * half
+
+    @property
+    def dtype(self):
+        """Dtype of the dequantised weight."""
+        return self.scale.dtype
+
+
+Weight = Array | QTensor
+
+
+def pack_nibbles(codes: Array) -> Array:  # [rows, cols] -> [rows, cols / 2]
+    """Pack integer codes in -8..7 two to a byte; the number of columns must be even."""
+    shifted = (codes.astype(jnp.int32) + 8).astype(jnp.uint8)
+    return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Array) -> Array:  # [rows, cols / 2] -> [rows, cols]
+    """Inverse of `pack_nibbles`, as int8."""
+    low, high = packed & 0xF, packed >> 4
+    pairs = jnp.stack([low, high], axis=-1).reshape(packed.shape[0], -1)
+    return pairs.astype(jnp.int8) - jnp.int8(8)
+
+
+def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -> QTensor:
+    """Round a matrix to 4-bit codes, to nearest, with one absmax scale per group.
+
+    Args:
+      weight: float [rows, cols], cols even.
+      group_size: weights per scale; must divide the length of `axis`.
+      axis: the contracted axis, along which groups lie.
+      dtype: dtype in which scales are kept (their values always fit bfloat16).
+
+    Returns:
+      The QTensor. An all-zero group gets codes 0 and the smallest scale.
+
+    Raises:
+      ValueError: if the group size does not divide the axis or cols is odd.
+    """
+    if weight.shape[axis] % group_size or weight.shape[1] % 2:
+        raise ValueError(
+            f"group_size={group_size} must divide axis {axis} of a weight of shape "
+            f"{weight.shape}, whose column count must be even; choose a smaller group size"
+        )
+    groups = _grouped(weight.astype(jnp.float32), group_size, axis)
+    absmax = jnp.max(jnp.abs(groups), axis=axis + 1, keepdims=True)
+    scale = jnp.maximum(absmax / CODE_MAX, MIN_SCALE).astype(jnp.bfloat16).astype(jnp.float32)
+    codes = jnp.clip(jnp.round(groups / scale), -8, CODE_MAX).reshape(weight.shape)
+    return QTensor(
+        packed=pack_nibbles(codes.astype(jnp.int8)),
+        scale=jnp.squeeze(scale, axis + 1).astype(dtype),
+        group_size=group_size,
+        axis=axis,
+    )
+
+
+def dequantize(weight: Weight) -> Array:  # -> [rows, cols]
+    """The matrix that a weight stands for; plain arrays are returned as they are."""
+    if not isinstance(weight, QTensor):
+        return weight
+    codes = unpack_nibbles(weight.packed).astype(jnp.float32)
+    groups = _grouped(codes, weight.group_size, weight.axis)
+    scale = jnp.expand_dims(weight.scale.astype(jnp.float32), weight.axis + 1)
+    return (groups * scale).reshape(weight.shape).astype(weight.dtype)
+
+
+def _grouped(matrix: Array, group_size: int, axis: int) -> Array:
+    rows, cols = matrix.shape
+    if axis == 0:
+        return matrix.reshape(rows // group_size, group_size, cols)
+    return matrix.reshape(rows, cols // group_size, group_size)

@@ -1,0 +1,229 @@
+"""The decoder layer and the whole model."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moe_jax.attention import Attention, Context, KVCache, linear, make_context
+from moe_jax.config import ModelConfig
+from moe_jax.moe import ChannelGate, DenseMLP, Experts, MoE, MoETrace, SharedExpert
+from moe_jax.module import module
+from moe_jax.norm import rms_norm
+from moe_jax.quant import Weight, dequantize
+
+
+@module
+class DecoderLayer(nnx.Module):
+    """Attention and a feed-forward part, each behind its norm and added to the residual."""
+
+    attention_norm: Array = nnx.data()  # [D]
+    attention: Attention = nnx.data()
+    mlp_norm: Array = nnx.data()  # [D]
+    mlp: MoE | DenseMLP = nnx.data()
+    norm_eps: float = nnx.static()
+
+    def __call__(
+        self, x: Array, context: Context, channel_gate: ChannelGate | None = None
+    ) -> Array:  # [B, T, D] -> [B, T, D]
+        """Run the layer; `channel_gate` multiplies the experts' channels (see `apply_experts`)."""
+        return self.trace(x, context, channel_gate)[0]
+
+    def trace(
+        self, x: Array, context: Context, channel_gate: ChannelGate | None = None
+    ) -> tuple[Array, MoETrace | None]:
+        """Run the layer and show what its experts did (None for a dense layer)."""
+        out, _, trace = self._run(x, context, None, channel_gate)
+        return out, trace
+
+    def step(self, x: Array, context: Context, cache: KVCache) -> tuple[Array, KVCache]:
+        """Run the layer on the next tokens of sequences whose past is in `cache`."""
+        out, new_cache, _ = self._run(x, context, cache, None)
+        assert new_cache is not None
+        return out, new_cache
+
+    def _run(self, x, context, cache, channel_gate):
+        attended, cache = self.attention(
+            rms_norm(x, self.attention_norm, self.norm_eps), context, cache
+        )
+        x = x + attended
+        normed = rms_norm(x, self.mlp_norm, self.norm_eps)
+        if isinstance(self.mlp, DenseMLP):
+            return x + self.mlp(normed), cache, None
+        flat = normed.reshape(-1, normed.shape[-1])
+        out, trace = self.mlp(flat, context.valid.reshape(-1), channel_gate)
+        return x + out.reshape(x.shape), cache, trace
+
+
+@module
+class Embedding(nnx.Module):
+    """Token embedding."""
+
+    weight: Array = nnx.data()  # [V, D]
+
+    def __call__(self, tokens: Array, dtype) -> Array:  # int [B, T] -> [B, T, D]
+        """Look tokens up, in the activations' dtype."""
+        return self.weight[tokens].astype(dtype)
+
+
+@module
+class Head(nnx.Module):
+    """Final norm and projection to the vocabulary."""
+
+    norm: Array = nnx.data()  # [D]
+    weight: Weight = nnx.data()  # [V, D]; the embedding's array if the two are tied
+    norm_eps: float = nnx.static()
+
+    def __call__(self, x: Array) -> Array:  # [..., D] -> float32 [..., V]
+        """Logits of the next token."""
+        return linear(rms_norm(x, self.norm, self.norm_eps), self.weight).astype(jnp.float32)
+
+
+@module
+class Transformer(nnx.Module):
+    """A whole model in memory; satisfies `LayerSource`."""
+
+    embedding: Embedding = nnx.data()
+    layers: tuple[DecoderLayer, ...] = nnx.data()
+    final_norm: Array = nnx.data()  # [D]
+    lm_head: Weight | None = nnx.data(default=None)  # [V, D], None if tied
+    config: ModelConfig = nnx.static()
+
+    @property
+    def head(self) -> Head:
+        """The final norm and projection, tied to the embedding if the model is."""
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head
+        return Head(norm=self.final_norm, weight=weight, norm_eps=self.config.norm_eps)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """The decoder layer with this index."""
+        return self.layers[index]
+
+    def __call__(self, tokens: Array, valid: Array | None = None, *, dtype=None) -> Array:
+        """Logits of a batch.
+
+        Args:
+          tokens: int32 [B, T].
+          valid: bool [B, T], default all True.
+          dtype: of the activations; default the embedding's.
+
+        Returns:
+          float32 [B, T, V].
+        """
+        return self.head(self.hidden(tokens, valid, dtype=dtype)[0])
+
+    def hidden(
+        self, tokens: Array, valid: Array | None = None, *, dtype=None, remat: bool = False
+    ) -> tuple[Array, list[MoETrace | None]]:
+        """Hidden states before the head, [B, T, D], and the trace of every layer.
+
+        `remat` recomputes each layer in the backward pass instead of keeping its intermediates.
+        """
+        c = self.config
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        context = make_context(c.attention, c.max_position, valid)
+        x = self.embedding(tokens, dtype or self.embedding.weight.dtype)
+        run = jax.checkpoint(DecoderLayer.trace) if remat else DecoderLayer.trace
+        traces = []
+        for layer in self.layers:
+            x, trace = run(layer, x, context)
+            traces.append(trace)
+        return x, traces
+
+
+def dense_experts(w_gate: Weight, w_up: Weight, w_down: Weight, num_experts: int) -> Experts:
+    """Experts of equal width from pools [E*F, D], w_down transposed to a row per channel."""
+    width = w_gate.shape[0] // num_experts
+    return Experts(
+        w_gate=w_gate,
+        w_up=w_up,
+        w_down=w_down,
+        count=jnp.full(num_experts, width, jnp.int32),
+        width=width,
+        block=width,
+    )
+
+
+def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
+    """A model with random weights: normal with standard deviation 0.02, and depth-scaled outputs.
+
+    Args:
+      config: the architecture.
+      key: PRNG key.
+      dtype: of every weight.
+
+    Returns:
+      The model.
+    """
+    keys = iter(jax.random.split(key, 16 * config.num_layers + 2))
+    out_scale = 0.02 / math.sqrt(2 * config.num_layers)
+
+    def normal(*shape: int, scale: float = 0.02) -> Array:
+        return (jax.random.normal(next(keys), shape) * scale).astype(dtype)
+
+    def ones(size: int) -> Array:
+        return jnp.ones(size, dtype)
+
+    def zeros(present: bool, size: int) -> Array | None:
+        return jnp.zeros(size, dtype) if present else None
+
+    d, a, m = config.d_model, config.attention, config.moe
+    n, k = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+
+    def mlp(width: int) -> DenseMLP:
+        return DenseMLP(
+            w_gate=normal(width, d), w_up=normal(width, d), w_down=normal(d, width, scale=out_scale)
+        )
+
+    def moe() -> MoE:
+        rows = m.num_experts * m.d_expert
+        shared = None
+        if m.d_shared:
+            gate = normal(1, d) if m.shared_gate else None
+            shared = SharedExpert(mlp=mlp(m.d_shared), gate=gate)
+        return MoE(
+            router=normal(m.num_experts, d),
+            experts=dense_experts(
+                normal(rows, d), normal(rows, d), normal(rows, d, scale=out_scale), m.num_experts
+            ),
+            shared=shared,
+            config=m,
+        )
+
+    def layer(index: int) -> DecoderLayer:
+        attention = Attention(
+            w_q=normal(n, d),
+            w_k=normal(k, d),
+            w_v=normal(k, d),
+            w_out=normal(d, n, scale=out_scale),
+            b_q=zeros(a.qkv_bias, n),
+            b_k=zeros(a.qkv_bias, k),
+            b_v=zeros(a.qkv_bias, k),
+            b_out=zeros(a.out_bias, d),
+            q_norm=ones(a.head_dim) if a.qk_norm else None,
+            k_norm=ones(a.head_dim) if a.qk_norm else None,
+            config=a,
+            window=config.window(index),
+        )
+        return DecoderLayer(
+            attention_norm=ones(d),
+            attention=attention,
+            mlp_norm=ones(d),
+            mlp=mlp(config.d_dense) if index in config.dense_layers else moe(),
+            norm_eps=config.norm_eps,
+        )
+
+    layers: Sequence[DecoderLayer] = [layer(i) for i in range(config.num_layers)]
+    return Transformer(
+        embedding=Embedding(weight=normal(config.vocab_size, d)),
+        layers=tuple(layers),
+        final_norm=ones(d),
+        lm_head=None if config.tie_embeddings else normal(config.vocab_size, d),
+        config=config,
+    )
