@@ -22,8 +22,8 @@ from pruning.criteria import ChannelScores, choose
 
 # (scores, budget, floor [L, E]) -> channels kept, int64 [L, E], summing to the budget.
 Planner = Callable[[ChannelScores, int, np.ndarray], np.ndarray]
-# (best_first [G, C], before [G, C] its exclusive prefix sums, weights [G, 1]) -> [G, C]; smaller is
-# kept earlier.
+# (best [G, C] scores from best to worst, before [G, C] their sum before each channel,
+# weights [G, 1]) -> [G, C]; the smaller is kept first.
 Priority = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # scores -> [L, E]
 Weights = Callable[[ChannelScores], np.ndarray]
@@ -115,66 +115,62 @@ def inverse_layer_mean(scores: ChannelScores) -> np.ndarray:  # [L, E]
 
 
 @jax.jit
-def max_min(best_first: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
+def max_min(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
     """Weighted max-min coverage: the share covered before the channel, over the weight.
 
     Nothing is covered before any group's first channel; those rank by what they gain.
 
     Source: Algorithm 1 of arXiv 2606.18304.
     """
-    covered, gain = _coverage(best_first, before)
+    covered, gain = _coverage(best, before)
     level = covered * (weights.min() / weights)
     level = level.at[:, 0].set(-gain[:, 0] * weights[:, 0])
-    return _zeros_last(best_first, level)
+    return _zeros_last(best, level)
 
 
 @jax.jit
-def linear(best_first: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
+def linear(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
     """Weighted sum of coverages: the gain of a channel is its normalised score."""
-    _, gain = _coverage(best_first, before)
-    return _zeros_last(best_first, -weights * gain)
+    _, gain = _coverage(best, before)
+    return _zeros_last(best, -weights * gain)
 
 
 @jax.jit
-def fair(best_first: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
+def fair(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
     """Weighted proportional fairness: the utility of an expert is the logarithm of its coverage."""
-    covered, gain = _coverage(best_first, before)
-    return _zeros_last(best_first, -weights * jnp.log1p(gain / (covered + FAIR_OFFSET)))
+    covered, gain = _coverage(best, before)
+    return _zeros_last(best, -weights * jnp.log1p(gain / (covered + FAIR_OFFSET)))
 
 
 @jax.jit
-def top_score(best_first: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
+def top_score(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
     """Weighted score: the best channels of the pool, whichever expert they belong to."""
     del before
-    return _zeros_last(best_first, -weights * best_first)
+    return _zeros_last(best, -weights * best)
 
 
 @jax.jit
-def equal_width(
-    best_first: jax.Array, before: jax.Array, weights: jax.Array
-) -> jax.Array:  # [G, C]
+def equal_width(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
     """Rank inside the expert: every expert keeps the same number of channels."""
     del before, weights
-    return _rank_share(best_first)
+    return _rank_share(best)
 
 
-def _coverage(best_first: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _coverage(best: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The share covered before each channel, and the share it adds.
-    total = before[:, -1:] + best_first[:, -1:]
+    total = before[:, -1:] + best[:, -1:]
     total = jnp.where(total > 0.0, total, 1.0)
-    return before / total, best_first / total
+    return before / total, best / total
 
 
-def _rank_share(best_first: jax.Array) -> jax.Array:
-    columns = best_first.shape[1]
-    rank = jnp.arange(columns, dtype=best_first.dtype) / columns
-    return jnp.broadcast_to(rank[None, :], best_first.shape)
+def _rank_share(best: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(best.dtype, best.shape, 1) / best.shape[1]
 
 
-def _zeros_last(best_first: jax.Array, priority: jax.Array) -> jax.Array:
+def _zeros_last(best: jax.Array, priority: jax.Array) -> jax.Array:
     # Every priority above is at most 1. A channel of score 0 adds no coverage, so it comes after
     # all others, and a group without any score fills at the same pace as its peers.
-    return jnp.where(best_first > 0.0, priority, 2.0 + _rank_share(best_first))
+    return jnp.where(best > 0.0, priority, 2.0 + _rank_share(best))
 
 
 def prioritize(
@@ -189,13 +185,13 @@ def prioritize(
     """
     top = weights.max()
     weights = np.maximum(weights / top, 1e-12) if top > 0.0 else np.ones_like(weights)
-    best_first = -scores
-    best_first.sort(axis=1)
-    np.negative(best_first, out=best_first)
-    before = np.zeros_like(best_first)
-    np.cumsum(best_first[:, :-1], axis=1, out=before[:, 1:])
+    best = -scores
+    best.sort(axis=1)
+    np.negative(best, out=best)
+    before = np.zeros_like(best)
+    np.cumsum(best[:, :-1], axis=1, out=before[:, 1:])
     with jax.enable_x64(True):
-        arrays = jax.device_put((best_first, before, weights[:, None]))
+        arrays = jax.device_put((best, before, weights[:, None]))
         return np.asarray(priority(*arrays))
 
 
@@ -281,11 +277,7 @@ def layer_topk(scores: ChannelScores, budget: int, floor: np.ndarray) -> np.ndar
 
 
 def random_counts(
-    scores: ChannelScores,
-    budget: int,
-    floor: np.ndarray,  # [L, E]
-    *,
-    seed: int = 0,
+    scores: ChannelScores, budget: int, floor: np.ndarray, *, seed: int = 0
 ) -> np.ndarray:  # [L, E]
     """Counts of a uniformly random choice of channels; with criterion "random", that choice."""
     layers, experts, channels = scores.channel.shape
