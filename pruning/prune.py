@@ -1,0 +1,100 @@
+"""Cutting channels out of a layer, and masking them, which is the same function."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.experts_pool import pooled_experts
+from moe_jax.moe import MoE
+from moe_jax.quant import dequantize
+from moe_jax.stream import LayerSource
+from moe_jax.transformer import DecoderLayer, Embedding, Head
+from pruning.plan import PruningPlan
+
+
+def prune_layer(
+    layer: DecoderLayer, keep: np.ndarray, *, width: int, rows: int, block: int
+) -> DecoderLayer:
+    """Keep the chosen channels: rows of w_gate, w_up and w_down under one index set.
+
+    Args:
+      layer: a layer with dense experts of F channels.
+      keep: bool [E, F].
+      width, rows, block: pool sizes shared by all layers of the model (see `pooled_experts`).
+
+    Returns:
+      The layer with narrower experts; an emptied expert adds zero, the router is untouched.
+    """
+    moe = _dense_moe(layer, keep)
+    ids = [np.flatnonzero(row) + e * keep.shape[1] for e, row in enumerate(keep)]
+    gate, up, down = (
+        [jnp.asarray(np.asarray(dequantize(weight))[index]) for index in ids]
+        for weight in (moe.experts.w_gate, moe.experts.w_up, moe.experts.w_down)
+    )
+    experts = pooled_experts(gate, up, down, width=width, rows=rows, block=block)
+    return dataclasses.replace(layer, mlp=dataclasses.replace(moe, experts=experts))
+
+
+def mask_layer(layer: DecoderLayer, keep: np.ndarray) -> DecoderLayer:
+    """Zero the removed channels of a dense layer: the specification of `prune_layer`."""
+    moe = _dense_moe(layer, keep)
+    experts = moe.experts
+    mask = jnp.asarray(keep.reshape(-1, 1))
+    masked = {
+        name: jnp.where(mask, dequantize(getattr(experts, name)), 0)
+        for name in ("w_gate", "w_up", "w_down")
+    }
+    experts = dataclasses.replace(experts, **masked)
+    return dataclasses.replace(layer, mlp=dataclasses.replace(moe, experts=experts))
+
+
+def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
+    if not isinstance(layer.mlp, MoE):
+        raise ValueError("the layer has no experts; prune only the model's expert layers")
+    rows = layer.mlp.experts.w_gate.shape[0]
+    if rows != keep.size:
+        raise ValueError(
+            f"keep has shape {keep.shape} for {keep.size} channels, the layer has {rows}; the plan "
+            "was made for another model"
+        )
+    return layer.mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedSource:
+    """A `LayerSource` that prunes each layer of another one as it is read."""
+
+    base: LayerSource
+    plan: PruningPlan
+    block: int = 128
+
+    @property
+    def config(self):
+        """The architecture of the base model."""
+        return self.base.config
+
+    @property
+    def embedding(self) -> Embedding:
+        """The base model's embedding."""
+        return self.base.embedding
+
+    @property
+    def head(self) -> Head:
+        """The base model's head."""
+        return self.base.head
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Layer `index`, pruned if the plan covers it."""
+        layer = self.base.layer(index)
+        if index not in self.plan.layer_indices:
+            return layer
+        keep = self.plan.keep[self.plan.layer_indices.index(index)]
+        counts = self.plan.keep.sum(axis=2)  # [L, E]
+        block = min(self.block, max(1, int(counts.max())))
+        width = -(-int(counts.max()) // block) * block
+        rows = int(counts.sum(axis=1).max()) + block
+        return prune_layer(layer, keep, width=width, rows=rows, block=block)
