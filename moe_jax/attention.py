@@ -174,7 +174,9 @@ def apply_rope(x: Array, context: Context) -> Array:  # [B, T, N, H] -> [B, T, N
 def linear(x: Array, weight: Weight, bias: Array | None = None) -> Array:
     """`x [..., in] @ weight.T + bias` for a weight stored [out, in], in the dtype of `x`."""
     out = jnp.einsum("...i,oi->...o", x, dequantize(weight).astype(x.dtype))
-    return out if bias is None else out + bias.astype(x.dtype)
+    if bias is None:
+        return out
+    return out + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
 
 
 @module

@@ -200,8 +200,8 @@ def _walk(dispatch: Dispatch, pool: Pool, step, carry):
     return jax.lax.fori_loop(0, dispatch.num_tiles, tile_step, carry)
 
 
-def _live(pool: Pool, expert, start) -> Array:  # bool [block]
-    return start + jnp.arange(pool.block) < pool.count[expert]
+def _live(pool: Pool, expert, start) -> Array:  # bool [1, block]
+    return start + jnp.arange(pool.block)[None] < pool.count[expert]
 
 
 _dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -257,8 +257,10 @@ def _accumulate(left, right, weight, dispatch, pool):  # [P, width], [P, D] -> [
 
 def _padded_experts(weight: Array, pool: Pool) -> Array:  # [C, D] -> [E, width, D]
     channel = jnp.arange(pool.width)
-    index = pool.offset[:, None] + jnp.minimum(channel, jnp.maximum(pool.count[:, None] - 1, 0))
-    live = channel < pool.count[:, None]
+    index = pool.offset[:, None] + jnp.minimum(
+        channel[None], jnp.maximum(pool.count[:, None] - 1, 0)
+    )
+    live = channel[None] < pool.count[:, None]
     return jnp.where(live[:, :, None], weight.at[index].get(mode="clip"), 0)
 
 

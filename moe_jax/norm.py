@@ -22,4 +22,5 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:  # [..., D], [D] -> 
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     # The product is rounded to the model's dtype before the weight enters, as the
     # checkpoints were trained.
-    return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
+    weight = jnp.expand_dims(weight.astype(x.dtype), range(x.ndim - 1))
+    return (wide * scale).astype(x.dtype) * weight

@@ -97,8 +97,10 @@ def forward_hidden(
     x = [embed(source, part, dtype) for part in _parts(tokens, batch)]
     for index in range(len(source)):
         layer = source.layer(index)
-        x = [np.asarray(layer_forward(layer, jnp.asarray(part), place))
-             for part, place in zip(x, places, strict=True)]
+        x = [
+            np.asarray(layer_forward(layer, jnp.asarray(part), place))
+            for part, place in zip(x, places, strict=True)
+        ]
         if on_layer:
             on_layer(index)
     return np.concatenate(x)[:rows]

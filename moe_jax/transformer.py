@@ -10,10 +10,10 @@ from jax import Array
 
 from moe_jax.attention import Attention, Context, KVCache, linear, make_context
 from moe_jax.config import ModelConfig
-from moe_jax.moe import ChannelGate, DenseMLP, Experts, MoE, MoETrace, SharedExpert
 from moe_jax.module import module
+from moe_jax.moe import ChannelGate, DenseMLP, Experts, MoE, MoETrace, SharedExpert
 from moe_jax.norm import rms_norm
-from moe_jax.quant import Weight, dequantize
+from moe_jax.quant import Weight
 
 
 @module

@@ -197,7 +197,9 @@ def collect_statistics(
     return ChannelStatistics(**sums)
 
 
-def _forward_sweep(source, tokens, valid, sums, batch, dtype, keep, visit) -> list[list[np.ndarray]]:
+def _forward_sweep(
+    source, tokens, valid, sums, batch, dtype, keep, visit
+) -> list[list[np.ndarray]]:
     """Add the forward sums; returns the boundary activations per layer if `keep`."""
     places = contexts(source, valid, batch)
     x = [embed(source, tokens[i : i + batch], dtype) for i in range(0, len(tokens), batch)]
@@ -243,7 +245,9 @@ def _backward_sweep(source, tokens, valid, sums, batch, boundary, visit) -> None
             )
             gradient[i] = np.asarray(d_x)
             if scores is not None:
-                for name, value in zip(GRADIENT_SCORES, np.asarray(scores, np.float64), strict=True):
+                for name, value in zip(
+                    GRADIENT_SCORES, np.asarray(scores, np.float64), strict=True
+                ):
                     sums[name][slots[index]] += value
         visit()
 

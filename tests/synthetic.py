@@ -1,8 +1,8 @@
 """Made-up calibration sums for tests that need statistics but no model."""
 
-import types
-
 import numpy as np
+
+from pruning.statistics import ChannelStatistics
 
 CHANNEL_SUMS = ("hidden_square", "up_square", "gate_square", "weighted_square", "energy")
 NORMS = ("down_norm", "up_norm", "gate_norm")
@@ -22,4 +22,4 @@ def statistics(L: int, E: int, F: int, *, seed: int = 0, gradients: bool = True,
     fields |= {"phi": rng.lognormal(size=(L, E)), "tokens": rng.integers(1, 90, (L, E)) * 1.0}
     fields |= {"layer_energy": rng.lognormal(size=L), "router_entropy": rng.lognormal(size=L)}
     scalars = {"total_tokens": 100.0, "loss_sum": 250.0, "has_gradients": gradients}
-    return types.SimpleNamespace(**{**fields, **scalars, **changes})
+    return ChannelStatistics(**{**fields, **scalars, **changes})

@@ -37,7 +37,7 @@ class Stage:
 # Short windows first: three quarters of the training at half the attention cost.
 STAGES = (
     Stage("short", 16, TrainingConfig(steps=5200, learning_rate=2e-3, warmup_steps=150)),
-    Stage("long", WINDOW, TrainingConfig(steps=2600, learning_rate=1e-3, warmup_steps=100)),
+    Stage("long", WINDOW, TrainingConfig(steps=1600, learning_rate=1e-3, warmup_steps=100)),
 )
 CONFIG = ModelConfig(
     vocab_size=4096,

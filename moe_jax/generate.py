@@ -1,0 +1,91 @@
+"""Greedy and sampled generation with a key/value cache, for looking at what a model says."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.attention import KVCache, init_cache, make_context
+from moe_jax.transformer import DecoderLayer, Transformer
+
+
+@jax.jit
+def _step(layer: DecoderLayer, x: Array, context, cache: KVCache) -> tuple[Array, KVCache]:
+    return layer.step(x, context, cache)
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+    dtype=jnp.float32,
+) -> list[list[int]]:
+    """Continue prompts.
+
+    Args:
+      model: the model, in memory.
+      prompts: token ids; prompts of different lengths are padded on the left.
+      max_new_tokens: tokens to add at most.
+      temperature: 0 takes the most likely token; otherwise samples.
+      top_k: sample among the k most likely tokens only; 0 among all.
+      seed: of the sampling.
+      stop: token ids after which a sequence ends; they are included.
+      dtype: of the activations.
+
+    Returns:
+      The new tokens of each prompt.
+
+    Raises:
+      ValueError: if a prompt is empty or the text would not fit the model's context.
+    """
+    c = model.config
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("every prompt needs at least one token; start with the model's bos token")
+    slots = longest + max_new_tokens
+    if slots > c.max_position:
+        raise ValueError(
+            f"{longest} prompt tokens + max_new_tokens={max_new_tokens} exceed the context of "
+            f"{c.max_position} positions; shorten one of them"
+        )
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    valid = np.zeros((len(prompts), longest), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = prompt
+        valid[row, longest - len(prompt) :] = True
+    caches = [init_cache(c.attention, len(prompts), slots, dtype) for _ in model.layers]
+    key, position = jax.random.key(seed), jnp.zeros(len(prompts), jnp.int32)
+    current, mask = jnp.asarray(tokens), jnp.asarray(valid)
+    written: list[list[int]] = [[] for _ in prompts]
+    for _ in range(max_new_tokens):
+        context = make_context(c.attention, c.max_position, mask, position, slots)
+        x = model.embedding(current, dtype)
+        for index, layer in enumerate(model.layers):
+            x, caches[index] = _step(layer, x, context, caches[index])
+        logits = model.head(x[:, -1])
+        key, now = jax.random.split(key)
+        chosen = _choose(logits, now, temperature, top_k)
+        for row, token in zip(written, np.asarray(chosen).tolist(), strict=True):
+            if not (row and row[-1] in stop):
+                row.append(token)
+        if all(row[-1] in stop for row in written):
+            break
+        position = context.position[:, -1] + 1
+        current, mask = chosen[:, None], jnp.ones((len(prompts), 1), bool)
+    return written
+
+
+def _choose(logits: Array, key: Array, temperature: float, top_k: int) -> Array:  # [B, V] -> [B]
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if top_k:
+        floor = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)

@@ -1,0 +1,83 @@
+"""Calibration text to packed windows."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruning.calibration import TextSource, _shares, calibration_batch, read_documents
+
+
+def encode(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+def test_windows_hold_the_text_in_order_and_padding_is_marked(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 70 + "y" * 30)
+    batch = calibration_batch([TextSource(path)], encode, length=64, max_tokens=1000)
+    assert batch.tokens.shape == (2, 64)
+    assert batch.total == 100
+    assert "".join(map(chr, batch.tokens[batch.valid])) == "x" * 70 + "y" * 30
+    assert not batch.tokens[~batch.valid].any()
+
+
+def test_json_lines_are_documents_joined_by_the_separator(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    lines = [json.dumps({"body": "ab" * 20}), json.dumps({"body": "cd" * 20})]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    source = TextSource(path, field="body")
+    batch = calibration_batch([source], encode, length=41, max_tokens=1000, separator=0)
+    assert batch.sources[0]["documents"] == 2
+    assert batch.tokens[0, 40] == 0
+    assert chr(batch.tokens[1, 0]) == "c"
+
+
+def test_a_mixture_shares_the_budget_by_weight(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name * 1000)
+    sources = [TextSource(tmp_path / "a", weight=3), TextSource(tmp_path / "b")]
+    batch = calibration_batch(sources, encode, length=10, max_tokens=400)
+    counts = np.bincount(batch.tokens[batch.valid])
+    assert counts[ord("a")] == 300 and counts[ord("b")] == 100
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.floats(0.1, 9)), min_size=1, max_size=5),
+    st.integers(1, 120),
+)
+def test_shares_never_exceed_what_there_is_and_use_the_whole_budget(files, total):
+    available, weights = [a for a, _ in files], [w for _, w in files]
+    shares = _shares(available, weights, total)
+    assert all(0 <= s <= a for s, a in zip(shares, available, strict=True))
+    assert sum(shares) == min(total, sum(available))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"  \n", "holds no text"),
+        ("short.txt", b"too short", "only 9 tokens"),
+        ("latin.txt", b"\xe9\xe8" * 100, "not UTF-8"),
+        ("bad.jsonl", b"{oops\n", "is not JSON"),
+        ("field.jsonl", b'{"body": "x"}\n', "no text in field 'text' .found: body"),
+    ],
+)
+def test_unusable_text_is_refused_with_its_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        calibration_batch([TextSource(tmp_path / name)], encode, length=8, max_tokens=1000)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.txt does not exist"):
+        read_documents(TextSource(tmp_path / "nowhere.txt"))
+
+
+@pytest.mark.parametrize("text", ["f.txt=0", "f.txt=-1", "f.txt=two"])
+def test_a_weight_must_be_a_positive_number(text):
+    with pytest.raises(ValueError, match="positive number"):
+        TextSource.parse(text)

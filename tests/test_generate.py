@@ -1,0 +1,48 @@
+"""Generation with a cache equals the whole model called again and again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.generate import generate
+from moe_jax.transformer import init
+from tests.test_attribution import CONFIG
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = init(CONFIG, jax.random.key(3))
+    return jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim == 2 else leaf, model)
+
+
+def test_greedy_generation_equals_repeated_full_forwards_for_prompts_of_unequal_length(model):
+    prompts = [[3, 9, 27, 17], [5]]
+    new = generate(model, prompts, max_new_tokens=5)
+    forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
+    for prompt, written in zip(prompts, new, strict=True):
+        text = list(prompt)
+        for token in written:
+            row = np.zeros((1, 12), np.int32)
+            row[0, : len(text)] = text
+            valid = (np.arange(12) < len(text))[None]
+            logits = forward(model, jnp.asarray(row), jnp.asarray(valid))
+            assert int(jnp.argmax(logits[0, len(text) - 1])) == token
+            text.append(token)
+
+
+def test_sampling_is_repeatable_and_depends_on_the_seed(model):
+    run = lambda seed: generate(model, [[1, 2]], max_new_tokens=8, temperature=1.0, seed=seed)  # noqa: E731
+    assert run(0) == run(0)
+    assert run(0) != run(1)
+
+
+def test_a_text_longer_than_the_context_is_refused(model):
+    with pytest.raises(ValueError, match="exceed the context of 32"):
+        generate(model, [[1] * 30], max_new_tokens=5)
+
+
+def test_generation_ends_at_a_stop_token(model):
+    free = generate(model, [[1, 2]], max_new_tokens=6)[0]
+    stopped = generate(model, [[1, 2]], max_new_tokens=6, stop=[free[2]])[0]
+    assert stopped == free[: free.index(free[2]) + 1]
