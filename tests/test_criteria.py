@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from synthetic import statistics
 
 from pruning.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA, channel_scores, choose
+from tests.synthetic import statistics
 
 GRADIENT_CRITERIA = ("taylor", "abs_taylor", "fisher")
 

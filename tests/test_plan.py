@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from synthetic import statistics
 
 from pruning.criteria import channel_scores
 from pruning.plan import PruningPlan, plan_pruning
 from pruning.planners import PLANNERS
+from tests.synthetic import statistics
 
 L, E, F = 2, 4, 12
 
