@@ -1,0 +1,172 @@
+"""Quality on held-out text: likelihood, and agreement with the dense model."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.stream import LayerSource, forward_hidden, pad_rows
+from moe_jax.transformer import Head
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Likelihood of a text, and agreement with a reference model if there is one.
+
+    Attributes:
+      nll: nats per predicted token.
+      perplexity: exp(nll).
+      tokens: predicted tokens; every token but the first counts once.
+      kl: mean KL divergence of the reference from this model, nats per token.
+      top1: share of positions at which both models' most likely token agrees.
+    """
+
+    nll: float
+    perplexity: float
+    tokens: int
+    kl: float | None = None
+    top1: float | None = None
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text as overlapping windows whose scored positions cover every token but the first once.
+
+    Attributes:
+      tokens: int32 [B, T].
+      valid: bool [B, T].
+      scored: bool [B, T - 1], position t scores the prediction of token t + 1.
+      window, stride: tokens.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    scored: np.ndarray
+    window: int
+    stride: int
+
+
+def make_windows(tokens: Sequence[int], *, window: int, stride: int | None = None) -> Windows:
+    """Cut a token stream into windows.
+
+    Args:
+      tokens: the text.
+      window: tokens a prediction may see, at most.
+      stride: tokens between window starts, below `window`; default half of it, so that every
+        prediction but the first window's sees at least half a window.
+
+    Returns:
+      The windows.
+
+    Raises:
+      ValueError: fewer than two tokens, or a stride outside [1, window).
+    """
+    stride = max(1, window // 2) if stride is None else stride
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} tokens; at least 2 are needed to score one")
+    if not 1 <= stride < window:
+        raise ValueError(f"stride={stride} must lie in [1, window={window})")
+    rows, masks, scores = [], [], []
+    stream, reached, start = np.asarray(tokens, np.int32), 1, 0
+    while reached < len(stream):
+        end = min(start + window, len(stream))
+        row = np.zeros(window, np.int32)
+        row[: end - start] = stream[start:end]
+        target = start + 1 + np.arange(window - 1)
+        rows.append(row)
+        masks.append(np.arange(window) < end - start)
+        scores.append((target >= reached) & (target < end))
+        reached, start = end, start + stride
+    return Windows(np.stack(rows), np.stack(masks), np.stack(scores), window, stride)
+
+
+@jax.jit
+def _scores(head: Head, x: Array, tokens: Array) -> Array:  # [T, D], [T] -> [T - 1]
+    logp = jax.nn.log_softmax(head(x[:-1]), axis=-1)
+    return -jnp.take_along_axis(logp, tokens[1:, None], axis=-1)[:, 0]
+
+
+@jax.jit
+def _agreement(reference: Head, r: Array, head: Head, x: Array) -> tuple[Array, Array]:
+    expected = jax.nn.log_softmax(reference(r[:-1]), axis=-1)
+    actual = jax.nn.log_softmax(head(x[:-1]), axis=-1)
+    kl = jnp.sum(jnp.exp(expected) * (expected - actual), axis=-1)
+    return kl, jnp.argmax(expected, axis=-1) == jnp.argmax(actual, axis=-1)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense model's last hidden states on some windows, kept to compare variants with."""
+
+    head: Head
+    hidden: np.ndarray  # [B, T, D]
+
+
+def evaluate(
+    source: LayerSource,
+    windows: Windows,
+    *,
+    reference: Reference | None = None,
+    batch: int = 8,
+    dtype=jnp.float32,
+    on_layer: Callable[[int], None] | None = None,
+) -> tuple[Quality, Reference]:
+    """Score a model on windows, streaming its layers.
+
+    Args:
+      source: the model.
+      windows: the text.
+      reference: what an earlier call returned for the dense model.
+      batch: windows per step.
+      dtype: of the activations.
+      on_layer: called with the index of each finished layer.
+
+    Returns:
+      (quality, this model's own reference for later comparisons).
+
+    Raises:
+      ValueError: if the model's output is not finite.
+    """
+    hidden = forward_hidden(
+        source, windows.tokens, windows.valid, batch=batch, dtype=dtype, on_layer=on_layer
+    )
+    head = source.head
+    nll = kl = agree = 0.0
+    for i, (x, tokens, scored) in enumerate(
+        zip(hidden, windows.tokens, windows.scored, strict=True)
+    ):
+        nll += float(np.asarray(_scores(head, jnp.asarray(x), jnp.asarray(tokens)))[scored].sum())
+        if reference is not None:
+            divergence, same = _agreement(
+                reference.head, jnp.asarray(reference.hidden[i]), head, jnp.asarray(x)
+            )
+            kl += float(np.asarray(divergence)[scored].sum())
+            agree += float(np.asarray(same)[scored].sum())
+    count = int(windows.scored.sum())
+    mean = nll / count
+    if not math.isfinite(mean):
+        raise ValueError(f"the loss on the text is {mean}; the model's weights are broken")
+    quality = Quality(mean, math.exp(min(mean, 700.0)), count)
+    if reference is not None:
+        quality = Quality(quality.nll, quality.perplexity, count, max(0.0, kl / count),
+                          agree / count)  # fmt: skip
+    return quality, Reference(head, hidden)
+
+
+def logits(source: LayerSource, tokens: np.ndarray, *, batch: int = 1, dtype=jnp.float32):
+    """Logits float32 [B, T, V] of a few short sequences, for comparing models."""
+    valid = np.ones(tokens.shape, bool)
+    hidden = forward_hidden(source, pad_rows(tokens, batch), pad_rows(valid, batch), batch=batch,
+                            dtype=dtype)  # fmt: skip
+    head = source.head
+    return np.stack([np.asarray(jax.jit(Head.__call__)(head, jnp.asarray(x))) for x in hidden])[
+        : len(tokens)
+    ]

@@ -1,0 +1,151 @@
+"""The one place where options are declared: command line, YAML and Python share it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Export = Literal["ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4"]
+EXPORTS: tuple[Export, ...] = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4")
+GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionRecipe:
+    """Everything that decides a compression run.
+
+    Attributes:
+      model: checkpoint folder, or "demo" for the embedded model.
+      output: folder to write.
+      calibration: text files, FILE or FILE=WEIGHT; .jsonl and .jsonl.gz hold a document a line.
+      calibration_field: JSON field with the text.
+      evaluation: text files to measure quality on; default a held-out tail of the calibration.
+      max_tokens: bound on the calibration tokens.
+      window: tokens per calibration and evaluation window; default the model's context, at most
+        2048.
+      prune_rate: fraction of routed-expert channels to remove, in [0, 1).
+      bits: 4 or 16.
+      group_size: weights per 4-bit scale; default the largest of 128, 64, 32 that leaves an
+        expert at least eight groups, else 32.
+      criterion: channel score.
+      attribution: expert score.
+      planner: how the budget is allocated.
+      width: "free" per expert or "uniform" for the model; default follows the exports.
+      block: widths are multiples of it; default the group size.
+      minimum: least width of a kept expert; default one block.
+      gradients: also collect end-to-end gradient scores.
+      export: formats to write.
+      batch: windows per step.
+      dtype: of the activations.
+      seed: of whatever is random.
+      overwrite: replace an existing output folder.
+    """
+
+    model: str
+    output: str
+    calibration: tuple[str, ...] = ()
+    calibration_field: str = "text"
+    evaluation: tuple[str, ...] = ()
+    max_tokens: int = 131072
+    window: int | None = None
+    prune_rate: float = 0.25
+    bits: Literal[4, 16] = 4
+    group_size: int | None = None
+    criterion: str = "act"
+    attribution: str = "ala"
+    planner: str = "paper"
+    width: Literal["free", "uniform"] | None = None
+    block: int | None = None
+    minimum: int | None = None
+    gradients: bool = False
+    export: tuple[Export, ...] = ()
+    batch: int = 8
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune_rate < 1:
+            raise ValueError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
+        if self.bits not in (4, 16):
+            raise ValueError(f"bits={self.bits} must be 4 or 16")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size={self.group_size} must be one of {GROUP_SIZES}")
+        unknown = [name for name in self.export if name not in EXPORTS]
+        if unknown:
+            raise ValueError(f"export={unknown} is unknown; choose among {', '.join(EXPORTS)}")
+        for name in ("max_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+    def resolved(self, d_expert: int, d_model: int, max_position: int) -> "CompressionRecipe":
+        """The recipe with every default that depends on the model filled in.
+
+        Raises:
+          ValueError: a group size or block that the model's widths do not allow.
+        """
+        exports = self.export or (("ragged-int4",) if self.bits == 4 else ("ragged-bf16",))
+        group = self.group_size or _default_group(d_expert, d_model)
+        packed = any(name.endswith("int4") for name in exports)
+        for label, size in (("expert width", d_expert), ("model width", d_model)):
+            if packed and size % group:
+                fits = [g for g in GROUP_SIZES if not (d_expert % g or d_model % g)]
+                raise ValueError(
+                    f"group_size={group} does not divide the {label} {size}; "
+                    + (f"choose --group-size {fits[0]}" if fits else "export with --bits 16")
+                )
+        block = self.block or (group if d_expert % group == 0 else 1)
+        if packed and block % group:
+            raise ValueError(
+                f"block={block} must be a multiple of group_size={group}, so that every group of "
+                f"4-bit weights is whole; choose --block {group}"
+            )
+        padded = any(name.startswith("padded") for name in exports)
+        return dataclasses.replace(
+            self,
+            export=tuple(exports),
+            group_size=group,
+            block=block,
+            minimum=self.minimum or block,
+            width=self.width or ("uniform" if padded else "free"),
+            window=min(self.window or 2048, max_position),
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every field written out."""
+        values = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
+    """Read a YAML recipe; `overrides` win over the file.
+
+    Raises:
+      ValueError: not a mapping, or a key that no recipe has.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must be a mapping of option: value")
+    known = {field.name for field in dataclasses.fields(CompressionRecipe)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"recipe {path}: unknown {unknown}; known are {', '.join(sorted(known))}")
+    values = {**values, **overrides}
+    return CompressionRecipe(
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    )
+
+
+def _default_group(d_expert: int, d_model: int) -> int:
+    for group in GROUP_SIZES:
+        if d_expert % group == 0 and d_model % group == 0 and d_expert // group >= 8:
+            return group
+    return GROUP_SIZES[-1]

@@ -1,0 +1,57 @@
+"""Evaluation windows and quality numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax.transformer import init
+from pruning.evaluate import evaluate, make_windows
+from tests.test_attribution import CONFIG
+
+
+@given(st.integers(2, 90), st.integers(2, 20), st.data())
+def test_every_token_but_the_first_is_scored_exactly_once(length, window, data):
+    stride = data.draw(st.integers(1, window - 1))
+    windows = make_windows(list(range(length)), window=window, stride=stride)
+    targets = windows.tokens[:, 1:][windows.scored]
+    assert sorted(targets.tolist()) == list(range(1, length))
+    assert windows.valid[:, 1:][windows.scored].all()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return init(CONFIG, jax.random.key(1))
+
+
+def test_nll_equals_a_softmax_by_hand_and_a_model_agrees_with_itself(model):
+    tokens = np.random.default_rng(0).integers(0, 64, 40)
+    windows = make_windows(tokens, window=16, stride=15)
+    quality, reference = evaluate(model, windows, batch=2)
+    logits = np.asarray(jax.jit(lambda m, t, v: m(t, v))(model, jnp.asarray(windows.tokens),
+                                                        jnp.asarray(windows.valid)), np.float64)  # fmt: skip
+    total = 0.0
+    for row, text, scored in zip(logits, windows.tokens, windows.scored, strict=True):
+        for t in np.flatnonzero(scored):
+            total += np.log(np.exp(row[t]).sum()) - row[t, text[t + 1]]
+    assert quality.nll == pytest.approx(total / 39, rel=1e-5)
+    assert quality.tokens == 39
+    again, _ = evaluate(model, windows, reference=reference, batch=2)
+    assert again.kl == pytest.approx(0, abs=1e-6)
+    assert again.top1 == 1.0
+
+
+def test_another_model_disagrees(model):
+    windows = make_windows(np.arange(30), window=16)
+    _, reference = evaluate(model, windows)
+    other, _ = evaluate(init(CONFIG, jax.random.key(2)), windows, reference=reference)
+    assert other.kl > 0 and other.top1 < 1
+
+
+def test_bad_windows_are_refused():
+    with pytest.raises(ValueError, match="1 tokens"):
+        make_windows([3], window=8)
+    with pytest.raises(ValueError, match="stride=8"):
+        make_windows([3, 4], window=8, stride=8)
