@@ -1,0 +1,316 @@
+"""Hugging Face checkpoints as sources of layers."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.families import find_family
+from convert.reader import CheckpointError, SafetensorsFolder, read_json
+from convert.rules import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    Family,
+    Rule,
+    Widths,
+    expected_tensors,
+    layer_rules,
+    layer_to_hf,
+    uniform_widths,
+)
+from convert.views import View, open_views
+from moe_jax.attention import Attention
+from moe_jax.config import ModelConfig
+from moe_jax.experts_pool import pooled_experts
+from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.stream import LayerSource
+from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
+
+BLOCK = 128  # channels per step of the matmul loop over experts of unequal width
+
+Arrays = dict[str, np.ndarray | list[np.ndarray]]  # path in the layer -> tensor, or one per expert
+
+
+class Checkpoint:
+    """A checked folder that hands out layers, each read when asked for; a `LayerSource`.
+
+    While layers are taken in order, upwards or downwards, one thread reads the next.
+
+    Attributes:
+      folder: where it lies.
+      hf_config: its config.json.
+      config: the architecture.
+      family: its rules.
+      widths: channels per layer and expert; () for a dense layer.
+    """
+
+    def __init__(
+        self, tensors: SafetensorsFolder, views: dict[str, View], hf_config: dict,
+        config: ModelConfig, family: Family, widths: Widths, dtype=None,
+    ):  # fmt: skip
+        self.folder = tensors.folder
+        self.hf_config = hf_config
+        self.config = config
+        self.family = family
+        self.widths = widths
+        self._tensors = tensors
+        self._views = views
+        self._dtype = None if dtype is None else np.dtype(dtype)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
+        self._ahead: tuple[int, Future[Arrays]] | None = None
+        self._last: int | None = None
+
+    def __len__(self) -> int:
+        return self.config.num_layers
+
+    @cached_property
+    def embedding(self) -> Embedding:
+        """The token embedding, kept once read."""
+        return Embedding(weight=jnp.asarray(self._read(EMBEDDING)))
+
+    @cached_property
+    def head(self) -> Head:
+        """Final norm and projection; shares the embedding's array if the two are tied."""
+        tied = self.config.tie_embeddings
+        weight = self.embedding.weight if tied else jnp.asarray(self._read(LM_HEAD))
+        norm = jnp.asarray(self._read(FINAL_NORM))
+        return Head(norm=norm, weight=weight, norm_eps=self.config.norm_eps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of config.json, all headers and a sample of every tensor."""
+        return self._tensors.fingerprint()
+
+    @cached_property
+    def widest(self) -> int:
+        """Channels of the widest expert."""
+        return max((count for counts in self.widths for count in counts), default=0)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Read one decoder layer.
+
+        Args:
+          index: 0 to len(self) - 1.
+
+        Returns:
+          The layer.
+
+        Raises:
+          CheckpointError: naming every tensor of the layer that holds NaN or infinity.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"layer {index} must lie in [0, {len(self)})")
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            arrays = ahead[1].result()
+        else:
+            arrays = self._read_layer(index)
+        down = self._last is not None and index == self._last - 1
+        following = index - 1 if down else index + 1
+        in_order = down or index == 0 or (self._last is not None and index == self._last + 1)
+        if in_order and 0 <= following < len(self):
+            self._ahead = following, self._thread.submit(self._read_layer, following)
+        self._last = index
+        return self._build(arrays, index)
+
+    def _read(self, name: str) -> np.ndarray:
+        array = self._views[name].read()
+        if not _finite(array):
+            raise CheckpointError(self.folder, [f"{name} holds NaN or infinity"])
+        return array if self._dtype is None else array.astype(self._dtype, copy=False)
+
+    def _read_layer(self, index: int) -> Arrays:
+        arrays: Arrays = {}
+        problems: list[str] = []
+
+        def read(name: str) -> np.ndarray:
+            try:
+                return self._read(name)
+            except CheckpointError as error:
+                problems.extend(error.problems)
+                return np.empty(0)
+
+        for rule, name in layer_rules(self.family.rules, self.config, index):
+            if rule.layout == "identity":
+                arrays[rule.ours] = read(name)
+                continue
+            arrays[rule.ours] = [
+                _channel_rows(rule, read(name.replace("{expert}", str(expert))))
+                if count
+                else np.empty((0, self.config.d_model))
+                for expert, count in enumerate(self.widths[index])
+            ]
+        if problems:
+            raise CheckpointError(self.folder, problems)
+        return arrays
+
+    def _build(self, arrays: Arrays, index: int) -> DecoderLayer:
+        c = self.config
+        values = {path: jnp.asarray(v) for path, v in arrays.items() if not isinstance(v, list)}
+
+        def below(prefix: str) -> dict:
+            found = {path.removeprefix(prefix): v for path, v in values.items() if prefix in path}
+            return {name: value for name, value in found.items() if "." not in name}
+
+        if index in c.dense_layers:
+            mlp = DenseMLP(**below("mlp."))
+        else:
+            shared = None
+            if c.moe.d_shared:
+                gate = values.get("mlp.shared.gate")
+                shared = SharedExpert(mlp=DenseMLP(**below("mlp.shared.mlp.")), gate=gate)
+            experts = self._experts(arrays)
+            mlp = MoE(router=values["mlp.router"], experts=experts, shared=shared, config=c.moe)
+        return DecoderLayer(
+            attention_norm=values["attention_norm"],
+            attention=Attention(**below("attention."), config=c.attention, window=c.window(index)),
+            mlp_norm=values["mlp_norm"],
+            mlp=mlp,
+            norm_eps=c.norm_eps,
+        )
+
+    def _experts(self, arrays: Arrays) -> Experts:
+        gate, up, down = (
+            _one_dtype(arrays[f"mlp.experts.{name}"]) for name in ("w_gate", "w_up", "w_down")
+        )
+        if self.widths == uniform_widths(self.config):
+            width = self.config.moe.d_expert
+            pool = [jnp.asarray(np.concatenate(weights)) for weights in (gate, up, down)]
+            count = jnp.full(len(gate), width, jnp.int32)
+            return Experts(
+                w_gate=pool[0], w_up=pool[1], w_down=pool[2], count=count, width=width, block=width
+            )
+        block = min(BLOCK, max(self.widest, 1))
+        width = -(-max(self.widest, 1) // block) * block
+        rows = max(sum(counts) for counts in self.widths) + block
+        return pooled_experts(gate, up, down, width=width, rows=rows, block=block)
+
+
+def _channel_rows(rule: Rule, array: np.ndarray) -> np.ndarray:
+    return array.T if rule.layout == "expert_columns" else array
+
+
+def _one_dtype(parts: object) -> list[np.ndarray]:
+    """Give the empty parts, which no file types, the dtype of the others."""
+    assert isinstance(parts, list)
+    dtype = next((part.dtype for part in parts if len(part)), np.dtype(np.float32))
+    return [part.astype(dtype, copy=False) for part in parts]
+
+
+def _finite(array: np.ndarray) -> bool:
+    if array.dtype.name == "bfloat16":  # ml_dtypes' isfinite is many times slower
+        return not np.any(array.view(np.uint16) & 0x7F80 == 0x7F80)
+    return bool(np.isfinite(array).all())
+
+
+def _widths(family: Family, hf: dict, config: ModelConfig) -> Widths:
+    """Channels per layer and expert.
+
+    Raises:
+      ValueError: if `expert_intermediate_sizes` does not fit the architecture.
+    """
+    uniform = uniform_widths(config)
+    if not family.ragged:
+        return uniform
+    sizes = hf.get("expert_intermediate_sizes")
+    if not isinstance(sizes, list) or [len(row) for row in sizes] != [len(row) for row in uniform]:
+        raise ValueError(
+            "expert_intermediate_sizes must have one list per layer with one width per expert, "
+            f"empty for dense layers; the architecture has {[len(row) for row in uniform]}"
+        )
+    bad = [n for row in sizes for n in row if type(n) is not int or n < 0]
+    if bad:
+        raise ValueError(f"expert_intermediate_sizes holds {bad[:5]}; widths must be natural")
+    return tuple(tuple(row) for row in sizes)
+
+
+def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
+    """Check a checkpoint's config and all headers; read no weights yet.
+
+    Args:
+      path: folder with config.json and safetensors.
+      dtype: to which weights are cast when read; None keeps each tensor's own.
+
+    Returns:
+      The checkpoint.
+
+    Raises:
+      CheckpointError: one message that lists the unsupported settings or every unmapped,
+        missing, duplicate or misshaped tensor.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(folder, ["is not a folder; pass a downloaded checkpoint"])
+    hf = read_json(folder / "config.json")
+    try:
+        family = find_family(hf.get("model_type"))
+        config = family.config_from_hf(hf)
+        widths = _widths(family, hf, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(folder, [f"config.json: {error}"]) from error
+    tensors = SafetensorsFolder(folder)
+    views, problems = open_views(tensors, hf)
+    expected = expected_tensors(family, config, widths)
+    problems += [f"{name} is missing" for name in expected if name not in views]
+    problems += [f"{name} is not part of a {family.model_type}" for name in views.keys() - expected]
+    problems += [
+        f"{name} has shape {list(views[name].shape)}; config.json asks for {list(shape)}"
+        for name, shape in expected.items()
+        if name in views and views[name].shape != shape
+    ]
+    if problems:
+        raise CheckpointError(folder, sorted(problems))
+    return Checkpoint(tensors, views, hf, config, family, widths, dtype)
+
+
+def load_model(path: Path | str, dtype=None) -> Transformer:
+    """Read a whole checkpoint into memory.
+
+    Args:
+      path: see `open_checkpoint`.
+      dtype: see `open_checkpoint`.
+
+    Returns:
+      The model.
+
+    Raises:
+      CheckpointError: if anything is wrong with the folder.
+    """
+    source = open_checkpoint(path, dtype)
+    head = source.head
+    return Transformer(
+        embedding=source.embedding,
+        layers=tuple(source.layer(i) for i in range(len(source))),
+        final_norm=head.norm,
+        lm_head=None if source.config.tie_embeddings else head.weight,
+        config=source.config,
+    )
+
+
+def layer_tensors(
+    source: Checkpoint | Family, layer: DecoderLayer, index: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of a layer under their Hugging Face names, pruned or not.
+
+    Args:
+      source: where the family's rules come from.
+      layer: the layer; 4-bit weights are dequantised.
+      index: its position in the model.
+
+    Yields:
+      (name, array as on disk); nothing for an expert without channels.
+    """
+    family = source.family if isinstance(source, Checkpoint) else source
+    return layer_to_hf(family.rules, layer, index)
+
+
+def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
+    """Embedding, final norm and, unless it is tied, the output projection, with HF names."""
+    yield EMBEDDING, np.asarray(source.embedding.weight)
+    yield FINAL_NORM, np.asarray(source.head.norm)
+    if not source.config.tie_embeddings:
+        yield LM_HEAD, np.asarray(source.head.weight)

@@ -1,0 +1,51 @@
+"""Qwen1.5-MoE and Qwen2-MoE: biased q, k, v and a gated shared expert."""
+
+from convert.families import hf_config
+from convert.rules import ATTENTION, DENSE, EXPERTS, NORMS, SHARED
+from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
+
+RULES = NORMS + ATTENTION + DENSE + EXPERTS + SHARED
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """config.json -> ModelConfig.
+
+    Raises:
+      ValueError: if a key is missing or has an unsupported value.
+    """
+    hf_config.require(
+        hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok",
+    )  # fmt: skip
+    heads = hf["num_attention_heads"]
+    eps = hf.get("rms_norm_eps", 1e-6)
+    attention = AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        rope=hf_config.rope_config(hf),
+        qkv_bias=hf.get("qkv_bias", True),
+        norm_eps=eps,
+    )
+    moe = MoEConfig(
+        num_experts=hf_config.num_experts(hf),
+        experts_per_token=hf["num_experts_per_tok"],
+        d_expert=hf["moe_intermediate_size"],
+        renormalize=hf.get("norm_topk_prob", False),
+        d_shared=hf["shared_expert_intermediate_size"],
+        shared_gate=True,
+    )
+    return hf_config.model_config(
+        hf, attention=attention, moe=moe, sliding_layers=_sliding_layers(hf)
+    )
+
+
+def _sliding_layers(hf: dict) -> list[int]:
+    layers = range(hf["num_hidden_layers"])
+    if not hf.get("use_sliding_window", False):
+        return []
+    types = hf.get("layer_types")
+    if types is not None:
+        return [i for i in layers if types[i] == "sliding_attention"]
+    limit = hf.get("max_window_layers", 28)
+    return [i for i in layers if (i + 1) % 2 and i < limit]

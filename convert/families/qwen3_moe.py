@@ -1,0 +1,40 @@
+"""Qwen3-MoE: normalised queries and keys, no shared expert."""
+
+from convert.families import hf_config
+from convert.rules import ATTENTION, DENSE, EXPERTS, NORMS
+from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
+
+RULES = NORMS + ATTENTION + DENSE + EXPERTS
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """config.json -> ModelConfig.
+
+    Raises:
+      ValueError: if a key is missing or has an unsupported value.
+    """
+    hf_config.require(
+        hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "moe_intermediate_size", "num_experts_per_tok",
+    )  # fmt: skip
+    bias = hf.get("attention_bias", False)
+    attention = AttentionConfig(
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        rope=hf_config.rope_config(hf),
+        qk_norm=True,
+        qkv_bias=bias,
+        out_bias=bias,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+    )
+    moe = MoEConfig(
+        num_experts=hf_config.num_experts(hf),
+        experts_per_token=hf["num_experts_per_tok"],
+        d_expert=hf["moe_intermediate_size"],
+        renormalize=hf.get("norm_topk_prob", False),
+    )
+    # transformers applies the window to every layer, whatever layer_types says
+    slides = hf.get("use_sliding_window", False) and hf.get("sliding_window", 4096)
+    layers = range(hf["num_hidden_layers"]) if slides else ()
+    return hf_config.model_config(hf, attention=attention, moe=moe, sliding_layers=layers)

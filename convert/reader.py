@@ -1,0 +1,280 @@
+"""Strict, lazy reading of safetensors folders: headers first, then one tensor at a time."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "U8": np.dtype(np.uint8),
+}
+MAX_HEADER = 256 << 20  # bytes; real headers of the largest models are some tens of MiB
+SAMPLE = 4096  # bytes of each tensor that enter the fingerprint
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """Everything that is wrong with a checkpoint, in one message.
+
+    Attributes:
+      problems: one sentence per problem.
+    """
+
+    def __init__(self, folder: Path | str, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        shown = [f"  - {problem}" for problem in self.problems[:50]]
+        if len(self.problems) > 50:
+            shown.append(f"  - and {len(self.problems) - 50} more")
+        super().__init__("\n".join([f"{folder}: {len(self.problems)} problem(s)", *shown]))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where a tensor lies: `start` and `stop` are byte offsets in `file`."""
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+      CheckpointError: if the file is missing or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path.parent, [f"{path.name} is missing"]) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(path.parent, [f"{path.name} is not valid JSON: {error}"]) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(path.parent, [f"{path.name} must hold a JSON object"])
+    return value
+
+
+class SafetensorsFolder:
+    """The tensors of `model.safetensors`, or of an index and its shards.
+
+    Opening reads headers only and checks them all; `read` reads one tensor's bytes into fresh
+    memory, without a memory map whose pages would stay resident.
+
+    Args:
+      path: a folder.
+
+    Raises:
+      CheckpointError: listing every defect of the headers and of the index.
+    """
+
+    def __init__(self, path: Path | str):
+        self.folder = Path(path)
+        if not self.folder.is_dir():
+            raise CheckpointError(self.folder, ["is not a folder; pass a downloaded checkpoint"])
+        problems: list[str] = []
+        self._headers: dict[str, bytes] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        weight_map = self._weight_map(problems)
+        files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+        for file in files:
+            self._add_file(file, problems)
+        if weight_map is not None:
+            problems += _index_problems(weight_map, self._specs, set(self._headers))
+        if problems:
+            raise CheckpointError(self.folder, problems)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+        return tuple(sorted(self._specs))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs
+
+    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        """Dtype and shape of a tensor."""
+        spec = self._specs[name]
+        return spec.dtype, spec.shape
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in its own memory."""
+        return self.read_part(name, 0, self._specs[name].shape)
+
+    def read_part(self, name: str, first: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Consecutive elements of a tensor.
+
+        Args:
+          name: the tensor.
+          first: index of the first element in row-major order.
+          shape: of the result.
+
+        Returns:
+          A fresh array.
+        """
+        spec = self._specs[name]
+        out = np.empty(shape, spec.dtype)
+        start = spec.start + first * spec.dtype.itemsize
+        assert start + out.nbytes <= spec.stop
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        with open(self.folder / spec.file, "rb", buffering=0) as file:
+            file.seek(start)
+            done = 0
+            while done < len(view):  # one call returns at most 2 GiB
+                got = file.readinto(view[done:])
+                if not got:
+                    raise CheckpointError(self.folder, [f"{spec.file} ended inside {name}"])
+                done += got
+        return out
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json, the headers and the first 4 KiB of every tensor."""
+        digest = hashlib.sha256()
+        config = self.folder / "config.json"
+        digest.update(config.read_bytes() if config.exists() else b"")
+        for file in sorted(self._headers):
+            digest.update(self._headers[file])
+            specs = [spec for spec in self._specs.values() if spec.file == file]
+            with open(self.folder / file, "rb", buffering=0) as stream:
+                for spec in sorted(specs, key=lambda spec: spec.start):
+                    stream.seek(spec.start)
+                    digest.update(stream.read(min(SAMPLE, spec.stop - spec.start)) or b"")
+        return digest.hexdigest()
+
+    def _weight_map(self, problems: list[str]) -> dict[str, str] | None:
+        """Name -> shard of the index; None if the folder holds a single file."""
+        has_index, has_single = (self.folder / INDEX).exists(), (self.folder / SINGLE).exists()
+        if has_single and has_index:
+            problems.append(f"both {SINGLE} and {INDEX} exist; remove the one that is stale")
+        if has_single:
+            return None
+        if not has_index:
+            problems.append(f"neither {SINGLE} nor {INDEX} exists; only safetensors are read")
+            return {}
+        weight_map = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
+            problems.append(f"{INDEX} has no weight_map of tensor names to file names")
+            return {}
+        bad = {f for f in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", f)}
+        problems += [f"{INDEX} names {file!r}, which is not a plain shard name" for file in bad]
+        return {name: file for name, file in weight_map.items() if file not in bad}
+
+    def _add_file(self, file: str, problems: list[str]) -> None:
+        path = self.folder / file
+        if not path.is_file():
+            if file != SINGLE:
+                problems.append(f"shard {file} is missing; download it again")
+            return
+        try:
+            header, start = _read_header(path)
+        except ValueError as error:
+            problems.append(f"{file}: {error}")
+            return
+        self._headers[file] = header
+        found: list[str] = []
+        specs = _parse_header(header, file, start, path.stat().st_size, found)
+        problems += [f"{file}: {problem}" for problem in found]
+        for name in sorted(specs.keys() & self._specs.keys()):
+            problems.append(f"{name} is in both {self._specs[name].file} and {file}")
+        self._specs |= specs
+
+
+def _read_header(path: Path) -> tuple[bytes, int]:
+    """JSON bytes of the header and the offset at which data start."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length < 2:
+            raise ValueError(f"{size} bytes hold no safetensors header; download it again")
+        if length > min(MAX_HEADER, size - 8):
+            raise ValueError(f"header length {length} exceeds the file ({size} bytes) or the limit")
+        return file.read(length), 8 + length
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"header names {twice} twice")
+    return dict(pairs)
+
+
+def _parse_header(
+    header: bytes, file: str, data_start: int, size: int, problems: list[str]
+) -> dict[str, TensorSpec]:
+    """Specs of the sound entries; `problems` collects what is wrong with the others."""
+    try:
+        entries = json.loads(header, object_pairs_hook=_unique)
+    except ValueError as error:
+        problems.append(f"header is not sound JSON: {error}")
+        return {}
+    if not isinstance(entries, dict):
+        problems.append("header is not a JSON object")
+        return {}
+    entries.pop("__metadata__", None)
+    specs: dict[str, TensorSpec] = {}
+    for name, entry in entries.items():
+        try:
+            specs[name] = _spec(entry, file, data_start, size)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    end, last = data_start, ""
+    for name, spec in sorted(specs.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if spec.start < end:
+            problems.append(f"{name} overlaps {last}")
+        end, last = max(end, spec.stop), name
+    return specs
+
+
+def _spec(entry: object, file: str, data_start: int, size: int) -> TensorSpec:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape = DTYPES.get(fields.get("dtype", "")), fields.get("shape")
+    if dtype is None:
+        raise ValueError(f"dtype {fields.get('dtype')!r} is none of {', '.join(DTYPES)}")
+    offsets = fields.get("data_offsets")
+    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
+        raise ValueError(f"shape {shape} or data_offsets {offsets} are not natural numbers")
+    start, stop = (data_start + offset for offset in offsets)
+    expected = math.prod(shape) * dtype.itemsize
+    if stop - start != expected:
+        raise ValueError(f"has {stop - start} bytes but its shape {shape} needs {expected}")
+    if stop > size:
+        raise ValueError(f"ends at byte {stop} of a file of {size} bytes; it is truncated")
+    return TensorSpec(file, dtype, tuple(shape), start, stop)
+
+
+def _naturals(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+
+def _index_problems(
+    weight_map: dict[str, str], specs: dict[str, TensorSpec], read: set[str]
+) -> list[str]:
+    problems = []
+    for name, file in weight_map.items():
+        actual = specs[name].file if name in specs else None
+        if file in read and actual != file:
+            where = f"it is in {actual}" if actual else "no shard has it"
+            problems.append(f"{INDEX} puts {name} into {file} but {where}")
+    problems += [
+        f"{name} is in {spec.file} but not in {INDEX}"
+        for name, spec in specs.items()
+        if name not in weight_map
+    ]
+    return problems

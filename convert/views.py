@@ -1,0 +1,148 @@
+"""Tensors under their public names, whatever the layout in which a file stores them."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.reader import SafetensorsFolder
+
+_FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class View:
+    """One public tensor: its shape, the stored tensors it uses, and how to read it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def open_views(folder: SafetensorsFolder, config: dict) -> tuple[dict[str, View], list[str]]:
+    """Give every tensor of a folder its public per-expert, unpacked name.
+
+    Three layouts are understood: plain tensors; experts fused into `gate_up_proj [E, 2F, D]`
+    and `down_proj [E, D, F]`; 4-bit `weight_packed`, `weight_scale`, `weight_shape`.
+
+    Args:
+      folder: the checkpoint.
+      config: its config.json.
+
+    Returns:
+      (name -> view, problems).
+    """
+    problems: list[str] = []
+    groups = _group_sizes(config.get("quantization_config"), problems)
+    names = set(folder.names)
+    packed = {name.removesuffix("_packed") for name in names if name.endswith(".weight_packed")}
+    views: dict[str, View] = {}
+
+    def add(name: str, view: View | None) -> None:
+        if name in views:
+            problems.append(f"{name} is stored twice, in two layouts")
+        elif view is not None:
+            views[name] = view
+
+    for name in folder.names:
+        weight, _, suffix = name.rpartition("_")
+        if weight in packed and suffix in ("packed", "scale", "shape"):
+            if suffix == "packed":
+                add(weight, _packed_view(folder, weight, groups, problems))
+            continue
+        if weight.removesuffix("_zero") in packed and name.endswith("_zero_point"):
+            problems.append(f"{name}: asymmetric 4-bit weights are not read; use symmetric ones")
+            continue
+        fused = _FUSED.fullmatch(name)
+        if fused and len(folder.spec(name)[1]) == 3:
+            for part, view in _fused_views(folder, name, *fused.groups()):
+                add(part, view)
+            continue
+        dtype, shape = folder.spec(name)
+        if dtype.name not in _FLOATS:
+            problems.append(f"{name} has dtype {dtype}; expected one of {', '.join(_FLOATS)}")
+        else:
+            add(name, View(shape, lambda name=name: folder.read(name)))
+    return views, problems
+
+
+def _fused_views(folder: SafetensorsFolder, name: str, prefix: str, kind: str):
+    """Per-expert views of a fused tensor; gate rows come before up rows."""
+    _, (experts, rows, columns) = folder.spec(name)
+    projections = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else ["down_proj"]
+    shape = (rows // len(projections), columns)
+    for part in range(experts * len(projections)):
+        expert, which = divmod(part, len(projections))
+        first = expert * rows * columns + which * shape[0] * columns
+        yield (
+            f"{prefix}.{expert}.{projections[which]}.weight",
+            View(shape, lambda first=first: folder.read_part(name, first, shape)),
+        )
+
+
+def _group_sizes(quantization: dict | None, problems: list[str]) -> tuple[int, ...] | None:
+    """Group sizes declared in config.json, -1 for whole rows; None without quantisation."""
+    if quantization is None:
+        return None
+    found = (quantization.get("quant_method"), quantization.get("format"))
+    if found != ("compressed-tensors", "pack-quantized"):
+        problems.append(
+            f"quantization_config is {found[0]}/{found[1]}; only compressed-tensors/"
+            "pack-quantized and unquantised weights are read"
+        )
+        return ()
+    sizes = []
+    for key, group in quantization.get("config_groups", {}).items():
+        weights = group.get("weights") or {}
+        if weights.get("num_bits") != 4 or not weights.get("symmetric", True):
+            problems.append(f"quantization_config {key} must have symmetric 4-bit weights")
+        sizes.append(weights.get("group_size") or -1)
+    return tuple(sizes)
+
+
+def _packed_view(
+    folder: SafetensorsFolder, weight: str, groups: tuple[int, ...] | None, problems: list[str]
+) -> View | None:
+    """View of a 4-bit weight, or None after adding to `problems`."""
+    missing = [s for s in ("_scale", "_shape") if weight + s not in folder]
+    if missing or groups is None:
+        lacks = [weight + s for s in missing] or ["quantization_config in config.json"]
+        problems.append(f"{weight}_packed needs {', '.join(lacks)}")
+        return None
+    dtype, packed = folder.spec(weight + "_packed")
+    scale_dtype, scales = folder.spec(weight + "_scale")
+    shape_dtype, shape_shape = folder.spec(weight + "_shape")
+    if shape_dtype.kind != "i" or shape_shape != (2,):
+        problems.append(f"{weight}_shape must be two integers")
+        return None
+    rows, columns = (int(size) for size in folder.read(weight + "_shape"))
+    fitting = [g if g > 0 else columns for g in groups]
+    fitting = [g for g in fitting if scales == (rows, -(-columns // g))]
+    if (
+        dtype.name != "int32"
+        or packed != (rows, -(-columns // 8))
+        or scale_dtype.name not in _FLOATS
+        or not fitting
+    ):
+        problems.append(
+            f"{weight} is [{rows}, {columns}] but has packed {dtype} {list(packed)} and scales "
+            f"{scale_dtype} {list(scales)}, which fits none of the group sizes {list(groups)}"
+        )
+        return None
+
+    def read() -> np.ndarray:
+        codes = unpack_words(folder.read(weight + "_packed"), columns)
+        scale = folder.read(weight + "_scale")
+        wide = np.repeat(scale.astype(np.float32), fitting[0], axis=1)[:, :columns]
+        return (codes * wide).astype(scale_dtype)
+
+    return View((rows, columns), read)
+
+
+def unpack_words(words: np.ndarray, columns: int) -> np.ndarray:
+    """Codes -8..7 from int32 [rows, ceil(columns / 8)], element i in bits 4i to 4i + 3."""
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    nibbles = (words.view(np.uint32)[:, :, None] >> shifts) & np.uint32(15)
+    codes = nibbles.astype(np.int8).reshape(words.shape[0], words.shape[1] * 8) - np.int8(8)
+    return codes[:, :columns].astype(np.float32)

@@ -1,0 +1,77 @@
+"""Tiny random Hugging Face models in folders, and their logits: the oracle of the converters."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "attn_implementation": "eager",
+}
+
+
+def tiny_model(model_type: str, *, seed: int = 0, **config) -> transformers.PreTrainedModel:
+    """A float32 model whose every weight, bias and norm is random, so that none can hide."""
+    extra = {"shared_expert_intermediate_size": 24} if model_type == "qwen2_moe" else {}
+    if model_type == "qwen3_moe":
+        extra = {"head_dim": 16}
+    settings = transformers.AutoConfig.for_model(model_type, **{**SIZES, **extra, **config})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(settings).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.7, 1.3)
+            else:
+                parameter.normal_(std=0.25)
+    return model
+
+
+def save(model: transformers.PreTrainedModel, folder: Path, **arguments) -> Path:
+    """Save as users find it, public tensor names included."""
+    model.save_pretrained(folder, **arguments)
+    return folder
+
+
+def tiny_qwen2_moe(folder: Path, **config) -> Path:
+    """A saved tiny Qwen2-MoE; `config` overrides keys of its config."""
+    return save(tiny_model("qwen2_moe", **config), folder)
+
+
+def tiny_qwen3_moe(folder: Path, **config) -> Path:
+    """A saved tiny Qwen3-MoE; `config` overrides keys of its config."""
+    return save(tiny_model("qwen3_moe", **config), folder)
+
+
+def tokens_and_mask(batch: int = 2, length: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens int32 [B, T] and a right-padded mask bool [B, T]."""
+    tokens = np.random.default_rng(1).integers(0, SIZES["vocab_size"], (batch, length))
+    valid = np.arange(length) < np.array([length, length - 5])[:batch, None]
+    return tokens.astype(np.int32), valid
+
+
+def torch_logits(model, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] by transformers."""
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(valid, dtype=torch.long),
+        )
+    return out.logits.float().numpy()
