@@ -8,7 +8,8 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention import KVCache, init_cache, make_context
-from moe_jax.transformer import DecoderLayer, Transformer
+from moe_jax.stream import LayerSource
+from moe_jax.transformer import DecoderLayer
 
 
 @jax.jit
@@ -17,7 +18,7 @@ def _step(layer: DecoderLayer, x: Array, context, cache: KVCache) -> tuple[Array
 
 
 def generate(
-    model: Transformer,
+    model: LayerSource,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -30,7 +31,7 @@ def generate(
     """Continue prompts.
 
     Args:
-      model: the model, in memory.
+      model: the model; layers that are not in memory are read again for every token.
       prompts: token ids; prompts of different lengths are padded on the left.
       max_new_tokens: tokens to add at most.
       temperature: 0 takes the most likely token; otherwise samples.
@@ -60,15 +61,15 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, longest - len(prompt) :] = prompt
         valid[row, longest - len(prompt) :] = True
-    caches = [init_cache(c.attention, len(prompts), slots, dtype) for _ in model.layers]
+    caches = [init_cache(c.attention, len(prompts), slots, dtype) for _ in range(len(model))]
     key, position = jax.random.key(seed), jnp.zeros(len(prompts), jnp.int32)
     current, mask = jnp.asarray(tokens), jnp.asarray(valid)
     written: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
         context = make_context(c.attention, c.max_position, mask, position, slots)
         x = model.embedding(current, dtype)
-        for index, layer in enumerate(model.layers):
-            x, caches[index] = _step(layer, x, context, caches[index])
+        for index in range(len(model)):
+            x, caches[index] = _step(model.layer(index), x, context, caches[index])
         logits = model.head(x[:, -1])
         key, now = jax.random.split(key)
         chosen = _choose(logits, now, temperature, top_k)

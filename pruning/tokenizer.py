@@ -1,0 +1,73 @@
+"""The checkpoint's own tokenizer, read without transformers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """Text to tokens and back.
+
+    Attributes:
+      tokenizer: the fast tokenizer.
+      end: id of the end-of-text token, None if the checkpoint names none.
+    """
+
+    tokenizer: Tokenizer
+    end: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def open_codec(folder: Path, vocab_size: int) -> TextCodec:
+    """Open a checkpoint's tokenizer.json.
+
+    Args:
+      folder: the checkpoint.
+      vocab_size: rows of the embedding, which no token id may reach.
+
+    Returns:
+      The codec.
+
+    Raises:
+      ValueError: the file is missing, unreadable, or has ids beyond the embedding.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist; copy the model's tokenizer.json there (a slow tokenizer "
+            "converts with transformers' AutoTokenizer and save_pretrained)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise ValueError(f"{path} is not a tokenizer: {error}; download it again") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} has token id {largest} but the model knows {vocab_size}; it is another "
+            "model's tokenizer"
+        )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return TextCodec(tokenizer, _end(Path(folder), tokenizer))
+
+
+def _end(folder: Path, tokenizer: Tokenizer) -> int | None:
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            return tokenizer.token_to_id(token)
+    ids = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None

@@ -1,0 +1,111 @@
+"""Re-reading an exported folder and comparing it with what was meant to be written."""
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.export import ExportFormat, export_specs
+from convert.reader import SafetensorsFolder
+from convert.rules import Widths
+from moe_jax.stream import LayerSource
+from pruning.evaluate import logits
+
+logger = logging.getLogger(__name__)
+
+# float32 logits of two programs differ by rounding; a near-tie in a router may then send a token
+# elsewhere, so a hundredth of the positions may differ by more.
+TOLERANCE, SHARE = 2e-3, 0.01
+CLIENT_BYTES = 4 << 30  # larger folders are not loaded a second time through torch
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verified fact about an export."""
+
+    export: str
+    check: str
+    ok: bool
+    detail: str
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    base: Checkpoint,
+    widths: Widths,
+    form: ExportFormat,
+    expected: LayerSource,
+    probe: np.ndarray,
+) -> list[Check]:
+    """Compare a folder with the plan and with the model in memory.
+
+    Args:
+      folder: the export.
+      base: the dense checkpoint it came from.
+      widths: channels per layer and expert that the plan keeps.
+      form: the format it was written in.
+      expected: the pruned (and quantised) model whose function it must have.
+      probe: int32 [B, T] tokens to compare logits on.
+
+    Returns:
+      The checks, in order; none is skipped after a failure that allows it.
+    """
+    checks = [_tensor_check(folder, base, widths, form)]
+    wanted = logits(expected, probe)
+    source = open_checkpoint(folder, dtype=jnp.float32)
+    checks.append(_logit_check(form.name, "logits in JAX", logits(source, probe), wanted))
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if size <= CLIENT_BYTES:
+            checks += _client_checks(folder, form, probe, wanted)
+        else:
+            logger.info("%s is too large to load again through transformers", folder)
+    return checks
+
+
+def _tensor_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFormat) -> Check:
+    stored = SafetensorsFolder(folder)
+    expected = export_specs(base, widths, form)
+    wrong = sorted(set(expected) ^ set(stored.names))
+    for name in set(expected) & set(stored.names):
+        dtype, shape = stored.spec(name)
+        if (np.dtype(dtype), tuple(shape)) != (expected[name][0], tuple(expected[name][1])):
+            wrong.append(name)
+        elif name.endswith("_scale") and not np.all(stored.read(name).astype(np.float32) > 0):
+            wrong.append(name)
+    detail = f"{len(expected)} tensors as planned" if not wrong else f"wrong: {wrong[:5]}"
+    return Check(form.name, "names, shapes, dtypes, scales", not wrong, detail)
+
+
+def _logit_check(export: str, name: str, found: np.ndarray, wanted: np.ndarray) -> Check:
+    difference = np.abs(found - wanted).max(axis=-1)
+    limit = TOLERANCE * max(1.0, float(np.abs(wanted).max()))
+    ok = bool(np.isfinite(found).all() and (difference > limit).mean() <= SHARE)
+    return Check(export, name, ok, f"max difference {difference.max():.2g} (limit {limit:.2g})")
+
+
+def _client_checks(
+    folder: Path, form: ExportFormat, probe: np.ndarray, wanted: np.ndarray
+) -> list[Check]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=form.is_ragged,
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        return [Check(form.name, "transformers", True, f"not checked: {error}")]
+    problems = {key: list(value)[:3] for key, value in info.items() if value}
+    checks = [Check(form.name, "transformers loads every tensor", not problems, str(problems))]
+    with torch.no_grad():
+        found = model.eval()(torch.from_numpy(probe).long()).logits.float().numpy()
+    return [*checks, _logit_check(form.name, "logits in transformers", found, wanted)]
