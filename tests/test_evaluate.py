@@ -30,8 +30,10 @@ def test_nll_equals_a_softmax_by_hand_and_a_model_agrees_with_itself(model):
     tokens = np.random.default_rng(0).integers(0, 64, 40)
     windows = make_windows(tokens, window=16, stride=15)
     quality, reference = evaluate(model, windows, batch=2)
-    logits = np.asarray(jax.jit(lambda m, t, v: m(t, v))(model, jnp.asarray(windows.tokens),
-                                                        jnp.asarray(windows.valid)), np.float64)  # fmt: skip
+    forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
+    logits = np.asarray(
+        forward(model, jnp.asarray(windows.tokens), jnp.asarray(windows.valid)), np.float64
+    )
     total = 0.0
     for row, text, scored in zip(logits, windows.tokens, windows.scored, strict=True):
         for t in np.flatnonzero(scored):

@@ -1,0 +1,114 @@
+"""The command `moe-compress`: one sub-command per stage, and `compress` for all of them."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pruning.options import add_recipe_flags, recipe_from
+
+DESCRIPTION = "Make Mixture-of-Experts language models several times smaller."
+EXAMPLES = {
+    "compress": "moe-compress compress demo --output demo-out\n"
+    "  moe-compress compress ./Qwen3-30B-A3B --calibration c4.txt code.jsonl=0.5 "
+    "--prune-rate 0.25 --bits 4 --output out",
+    "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
+    "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out",
+    "plan": "moe-compress plan out --prune-rate 0.25 0.5",
+    "export": "moe-compress export out --export ragged-int4 padded-bf16",
+    "verify": "moe-compress verify out",
+    "eval": "moe-compress eval out/exports/ragged-int4 --text test.txt --json quality.json\n"
+    "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json",
+    "report": "moe-compress report out",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="moe-compress", description=DESCRIPTION)
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, *aliases: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            aliases=list(aliases),
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    model_help = "checkpoint folder (config.json, safetensors, tokenizer.json), or demo"
+    for name, summary in (
+        ("compress", "Score, plan, export, verify, evaluate and report."),
+        ("score", "Measure every expert channel on calibration text; writes statistics."),
+    ):
+        command = add(name, summary)
+        command.add_argument("model", nargs="?", help=model_help)
+        command.add_argument("--recipe", type=Path, help="YAML file of options; flags win")
+        add_recipe_flags(command)
+    command = add("inspect", "Say what a checkpoint is, from its headers alone.")
+    command.add_argument("model", help=model_help)
+    command = add("plan", "Choose the channels to keep from the statistics in a folder.")
+    command.add_argument("folder", type=Path, help="output folder of score or compress")
+    _sweep_flag(command)
+    add_recipe_flags(command, "criterion", "attribution", "planner", "width", "block", "minimum")
+    command = add("export", "Write checkpoints from the plan in a folder.", "prune")
+    command.add_argument("folder", type=Path, help="folder with plan.json")
+    add_recipe_flags(command, "export", "overwrite")
+    command = add("verify", "Check every export in a folder against the plan.")
+    command.add_argument("folder", type=Path, help="folder with plan.json and exports/")
+    command = add("eval", "Measure likelihood on text; with --prune-rate, a sweep over plans.")
+    command.add_argument("folder", type=Path, help="checkpoint folder, or output folder of score")
+    command.add_argument("--text", type=Path, nargs="+", action="extend", required=True)
+    command.add_argument("--json", type=Path, help="where to write the numbers (default stdout)")
+    command.add_argument("--window", type=int, help="tokens per window (default: the context)")
+    command.add_argument("--stride", type=int, help="tokens between windows (default: half)")
+    command.add_argument("--max-tokens", type=int, default=1 << 20, help="tokens of each text")
+    command.add_argument("--batch", type=int, default=8, help="windows per step")
+    _sweep_flag(command)
+    command = add("report", "Print the table of a finished run and write its page again.")
+    command.add_argument("folder", type=Path, help="output folder of compress")
+    return parser
+
+
+def _sweep_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--prune-rate", type=float, nargs="+", action="extend", metavar="RATE",
+        help="fractions of the expert channels to remove, in [0, 1)",
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code (0, 1 for a failed check, 2 for bad input)."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    from pruning import commands
+    from pruning.pipeline import VerificationError
+
+    run: Callable = {"prune": commands.export}.get(options.command) or getattr(
+        commands, options.command.replace("eval", "evaluate")
+    )
+    try:
+        if options.command in ("compress", "score"):
+            options = argparse.Namespace(recipe=recipe_from(options), quiet=options.quiet)
+        result = run(options)
+    except VerificationError as error:
+        print(f"moe-compress: verification failed: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"moe-compress: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moe-compress: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if result is not None:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,214 @@
+"""The whole story: score, plan, export, verify, evaluate, report."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from convert.checkpoint import load_model, open_checkpoint
+from moe_jax.generate import generate
+from pruning import stages
+from pruning.criteria import channel_scores
+from pruning.plan import PruningPlan
+from pruning.planners import smooth_layer_loss
+from pruning.plots import concentration
+from pruning.progress import Steps
+from pruning.recipe import CompressionRecipe
+from pruning.report import CompressionReport
+from pruning.stages import Job
+from pruning.statistics import ChannelStatistics
+
+PROBE_TOKENS = 64
+SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
+SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
+
+
+class VerificationError(RuntimeError):
+    """An exported folder does not hold what was meant; the folder is kept for inspection."""
+
+
+def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> CompressionReport:
+    """Score, plan, export, verify, evaluate and report.
+
+    An interrupted run is repeated with the same recipe and goes on after its last whole stage.
+
+    Args:
+      recipe: what to do.
+      steps: where progress goes; default stderr.
+
+    Returns:
+      The report, which is also in the output folder.
+
+    Raises:
+      ValueError: bad input, before any expensive work.
+      VerificationError: an export differs from the model in memory.
+    """
+    steps = steps or Steps()
+    with steps.bar("open"):
+        job = stages.open_job(recipe)
+        prepare_output(job.recipe)
+    statistics, provenance = stages.score(job, steps)
+    with steps.bar("plan"):
+        plan = stages.plan(job.recipe, statistics, provenance, job.base)
+        plan.save(job.output)
+    sizes = stages.sizes(job.base, plan, job.recipe)
+    for name, size in sizes.items():
+        steps.say(_size_line(name, size))
+    checks = []
+    for name in job.recipe.export:
+        form, target = stages.form_of(job.recipe, name), job.output / "exports" / name
+        if not target.exists():
+            stages.export(job.base, plan, form, target, steps)
+        with steps.bar(f"verify {name}"):
+            checks += stages.verify(job.base, plan, form, target, probe_tokens(job))
+    quality = _measure(job, plan, steps)
+    sample = _sample(job, steps)
+    report = _report(job, statistics, plan, sizes, quality, sample, checks, steps)
+    report.save(job.output)
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        raise VerificationError(
+            "; ".join(f"{check.export}: {check.check}: {check.detail}" for check in failed)
+        )
+    return report
+
+
+def prepare_output(recipe: CompressionRecipe) -> None:
+    """Make the output folder, or accept that of an interrupted run of the same recipe.
+
+    Raises:
+      ValueError: the folder holds something else.
+    """
+    output = Path(recipe.output)
+    resolved = recipe.to_yaml()
+    if output.exists() and any(output.iterdir()):
+        if recipe.overwrite:
+            shutil.rmtree(output)
+        elif (output / "report.json").exists() or not _same_recipe(output, resolved):
+            raise ValueError(
+                f"output={output} already exists and is not an interrupted run of this recipe; "
+                "name another folder or add --overwrite"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / "recipe.yaml.tmp-write"
+    temporary.write_text(resolved, encoding="utf-8")
+    temporary.replace(output / "recipe.yaml")
+
+
+def _same_recipe(output: Path, resolved: str) -> bool:
+    stored = output / "recipe.yaml"
+    return stored.is_file() and stored.read_text(encoding="utf-8") == resolved
+
+
+def _size_line(name: str, size: dict) -> str:
+    line = f"{name}: {size['bytes'] / 1e6:.1f} MB"
+    if name.startswith("ragged"):
+        return (
+            f"{line} (padded to one width for stock clients: {size['padded_bytes'] / 1e6:.1f} MB)"
+        )
+    return line
+
+
+def probe_tokens(job: Job) -> np.ndarray:
+    """Two short windows of calibration text, int32 [2, T], on which logits are compared."""
+    length = min(PROBE_TOKENS, job.calibration.tokens.shape[1])
+    whole = np.flatnonzero(job.calibration.valid[:, :length].all(axis=1))
+    rows = whole[np.linspace(0, len(whole) - 1, 2).astype(int)]
+    return job.calibration.tokens[rows, :length]
+
+
+def _measure(job: Job, plan: PruningPlan, steps: Steps) -> dict[str, dict[str, dict]]:
+    """Quality per text and variant: the dense model, the pruned one, and every export on disk."""
+    references: dict = {}
+    variants = {"dense": job.base, "pruned": stages.pruned_source(job.base, plan, None)}
+    for name in job.recipe.export:
+        variants[name] = open_checkpoint(job.output / "exports" / name, dtype=None)
+    quality: dict[str, dict[str, dict]] = {text: {} for text in job.evaluation}
+    for name, source in variants.items():
+        found = stages.measure(
+            source, job.evaluation, references, steps, name, batch=job.recipe.batch, dtype=job.dtype
+        )
+        for text, value in found.items():
+            quality[text][name] = value.to_dict()
+    return quality
+
+
+def _sample(job: Job, steps: Steps) -> dict:
+    """The same prompt continued by the dense and by the first exported model."""
+    folder = job.output / "exports" / job.recipe.export[0]
+    if stages.folder_bytes(job.base.folder) > SAMPLE_BYTES:
+        return {"prompt": "", "dense": "", "compressed": ""}
+    windows = next(iter(job.evaluation.values()), None)
+    tokens = job.calibration.tokens if windows is None else windows.tokens
+    prompt = tokens[0, :SAMPLE_PROMPT_TOKENS].tolist()
+    room = job.base.config.max_position - len(prompt)
+    stop = () if job.codec.end is None else (job.codec.end,)
+    texts = {}
+    with steps.bar("sample"):
+        for name, path in (("dense", job.base.folder), ("compressed", folder)):
+            model = load_model(path)
+            new = generate(model, [prompt], max_new_tokens=min(SAMPLE_NEW_TOKENS, room), stop=stop)[
+                0
+            ]
+            texts[name] = job.codec.decode(new)
+    return {"prompt": job.codec.decode(prompt), **texts}
+
+
+def _report(
+    job: Job,
+    statistics: ChannelStatistics,
+    plan: PruningPlan,
+    sizes,
+    quality,
+    sample,
+    checks,
+    steps,
+) -> CompressionReport:
+    recipe = job.recipe
+    scores = channel_scores(
+        statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
+    )
+    fractions, curves = concentration(scores.channel)
+    raw = np.asarray(statistics.layer_energy) / float(statistics.total_tokens)
+    exports = {}
+    for name, size in sizes.items():
+        written = stages.folder_bytes(job.output / "exports" / name)
+        bits = written * 8 / size["parameters"]
+        exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
+        exports[name]["padded_bytes"] = size["padded_bytes"] if name.startswith("ragged") else None
+    windows = next(iter(job.evaluation.values()), None)
+    return CompressionReport(
+        model={
+            "path": recipe.model,
+            "family": job.base.family.model_type,
+            "fingerprint": job.base.fingerprint,
+            "parameters": stages.parameter_count(job.base),
+            "bytes": stages.folder_bytes(job.base.folder),
+        },
+        recipe={k: list(v) if isinstance(v, tuple) else v
+                for k, v in dataclasses.asdict(recipe).items()},
+        calibration={"tokens": job.calibration.total, "sources": list(job.calibration.sources)},
+        plan=dict(plan.provenance),
+        layer_indices=list(plan.layer_indices),
+        d_expert=int(plan.keep.shape[2]),
+        counts=plan.counts.tolist(),
+        expert_coverage=plan.expert_coverage(scores.channel).tolist(),
+        layer_coverage=plan.layer_coverage(scores.channel).tolist(),
+        layer_loss={"raw": raw.tolist(), "smoothed": smooth_layer_loss(raw).tolist()},
+        concentration={"fractions": fractions.tolist(), "curves": curves.tolist()},
+        sizes={
+            "source_bytes": stages.folder_bytes(job.base.folder),
+            "channels": int(plan.keep.size),
+            "channels_kept": int(plan.counts.sum()),
+            "exports": exports,
+        },
+        quality=quality,
+        evaluation={
+            "window": recipe.window,
+            "stride": windows.stride if windows else None,
+        },
+        stages=steps.stages,
+        sample=sample,
+        verification=[dataclasses.asdict(check) for check in checks],
+    )  # fmt: skip

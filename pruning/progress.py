@@ -1,0 +1,61 @@
+"""Progress with an estimate of the time left, on stderr, and what every stage cost."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+OnStep = Callable[[int, int], None]
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+@dataclass
+class Steps:
+    """Shows stages as they run and remembers seconds and peak memory of each.
+
+    Attributes:
+      quiet: show nothing.
+      stages: name, seconds and peak_memory_bytes of the stages that ended.
+    """
+
+    quiet: bool = False
+    stages: list[dict] = field(default_factory=list)
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @contextmanager
+    def bar(self, name: str) -> Iterator[OnStep]:
+        """Run a stage; the value is a function of (steps done, steps in all)."""
+        started = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=self.quiet) as progress:
+            task = progress.add_task(f"{name:28s}", total=1)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        self.stages.append(
+            {
+                "name": name,
+                "seconds": round(time.monotonic() - started, 2),
+                "peak_memory_bytes": peak_memory(),
+            }
+        )
+
+    def say(self, text: str) -> None:
+        """One line for people, on stderr."""
+        if not self.quiet:
+            self.console.print(text, highlight=False)
