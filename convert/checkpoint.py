@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.families import find_family
 from convert.reader import CheckpointError, SafetensorsFolder, read_json
 from convert.rules import (
@@ -15,24 +16,15 @@ from convert.rules import (
     FINAL_NORM,
     LM_HEAD,
     Family,
-    Rule,
     Widths,
     expected_tensors,
-    layer_rules,
     layer_to_hf,
     uniform_widths,
 )
 from convert.views import View, open_views
-from moe_jax.attention import Attention
 from moe_jax.config import ModelConfig
-from moe_jax.experts_pool import pooled_experts
-from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
-
-BLOCK = 128  # channels per step of the matmul loop over experts of unequal width
-
-Arrays = dict[str, np.ndarray | list[np.ndarray]]  # path in the layer -> tensor, or one per expert
 
 
 class Checkpoint:
@@ -59,6 +51,7 @@ class Checkpoint:
         self.widths = widths
         self._tensors = tensors
         self._views = views
+        self._pool = pool_shape(config, widths)
         self._dtype = None if dtype is None else np.dtype(dtype)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
         self._ahead: tuple[int, Future[Arrays]] | None = None
@@ -85,11 +78,6 @@ class Checkpoint:
         """Hash of config.json, all headers and a sample of every tensor."""
         return self._tensors.fingerprint()
 
-    @cached_property
-    def widest(self) -> int:
-        """Channels of the widest expert."""
-        return max((count for counts in self.widths for count in counts), default=0)
-
     def layer(self, index: int) -> DecoderLayer:
         """Read one decoder layer.
 
@@ -115,7 +103,7 @@ class Checkpoint:
         if in_order and 0 <= following < len(self):
             self._ahead = following, self._thread.submit(self._read_layer, following)
         self._last = index
-        return self._build(arrays, index)
+        return build_layer(arrays, self.config, index, self.widths[index], self._pool)
 
     def _read(self, name: str) -> np.ndarray:
         array = self._views[name].read()
@@ -124,81 +112,20 @@ class Checkpoint:
         return array if self._dtype is None else array.astype(self._dtype, copy=False)
 
     def _read_layer(self, index: int) -> Arrays:
-        arrays: Arrays = {}
         problems: list[str] = []
 
         def read(name: str) -> np.ndarray:
             try:
                 return self._read(name)
-            except CheckpointError as error:
+            except CheckpointError as error:  # go on: all bad tensors belong in one message
                 problems.extend(error.problems)
-                return np.empty(0)
+                return np.zeros(self._views[name].shape, np.float32)
 
-        for rule, name in layer_rules(self.family.rules, self.config, index):
-            if rule.layout == "identity":
-                arrays[rule.ours] = read(name)
-                continue
-            arrays[rule.ours] = [
-                _channel_rows(rule, read(name.replace("{expert}", str(expert))))
-                if count
-                else np.empty((0, self.config.d_model))
-                for expert, count in enumerate(self.widths[index])
-            ]
+        counts, rows = self.widths[index], self._pool.rows
+        arrays = read_arrays(self.family.rules, self.config, index, counts, rows, read)
         if problems:
             raise CheckpointError(self.folder, problems)
         return arrays
-
-    def _build(self, arrays: Arrays, index: int) -> DecoderLayer:
-        c = self.config
-        values = {path: jnp.asarray(v) for path, v in arrays.items() if not isinstance(v, list)}
-
-        def below(prefix: str) -> dict:
-            found = {path.removeprefix(prefix): v for path, v in values.items() if prefix in path}
-            return {name: value for name, value in found.items() if "." not in name}
-
-        if index in c.dense_layers:
-            mlp = DenseMLP(**below("mlp."))
-        else:
-            shared = None
-            if c.moe.d_shared:
-                gate = values.get("mlp.shared.gate")
-                shared = SharedExpert(mlp=DenseMLP(**below("mlp.shared.mlp.")), gate=gate)
-            experts = self._experts(arrays)
-            mlp = MoE(router=values["mlp.router"], experts=experts, shared=shared, config=c.moe)
-        return DecoderLayer(
-            attention_norm=values["attention_norm"],
-            attention=Attention(**below("attention."), config=c.attention, window=c.window(index)),
-            mlp_norm=values["mlp_norm"],
-            mlp=mlp,
-            norm_eps=c.norm_eps,
-        )
-
-    def _experts(self, arrays: Arrays) -> Experts:
-        gate, up, down = (
-            _one_dtype(arrays[f"mlp.experts.{name}"]) for name in ("w_gate", "w_up", "w_down")
-        )
-        if self.widths == uniform_widths(self.config):
-            width = self.config.moe.d_expert
-            pool = [jnp.asarray(np.concatenate(weights)) for weights in (gate, up, down)]
-            count = jnp.full(len(gate), width, jnp.int32)
-            return Experts(
-                w_gate=pool[0], w_up=pool[1], w_down=pool[2], count=count, width=width, block=width
-            )
-        block = min(BLOCK, max(self.widest, 1))
-        width = -(-max(self.widest, 1) // block) * block
-        rows = max(sum(counts) for counts in self.widths) + block
-        return pooled_experts(gate, up, down, width=width, rows=rows, block=block)
-
-
-def _channel_rows(rule: Rule, array: np.ndarray) -> np.ndarray:
-    return array.T if rule.layout == "expert_columns" else array
-
-
-def _one_dtype(parts: object) -> list[np.ndarray]:
-    """Give the empty parts, which no file types, the dtype of the others."""
-    assert isinstance(parts, list)
-    dtype = next((part.dtype for part in parts if len(part)), np.dtype(np.float32))
-    return [part.astype(dtype, copy=False) for part in parts]
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -228,6 +155,20 @@ def _widths(family: Family, hf: dict, config: ModelConfig) -> Widths:
     return tuple(tuple(row) for row in sizes)
 
 
+def _mismatches(
+    family: Family, expected: dict[str, tuple[int, ...]], views: dict[str, View]
+) -> list[str]:
+    """Missing, foreign and misshaped tensors."""
+    problems = [f"{name} is missing" for name in expected if name not in views]
+    problems += [f"{name} is not part of a {family.model_type}" for name in views.keys() - expected]
+    problems += [
+        f"{name} has shape {list(views[name].shape)}; config.json asks for {list(shape)}"
+        for name, shape in expected.items()
+        if name in views and views[name].shape != shape
+    ]
+    return problems
+
+
 def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     """Check a checkpoint's config and all headers; read no weights yet.
 
@@ -254,14 +195,7 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
     tensors = SafetensorsFolder(folder)
     views, problems = open_views(tensors, hf)
-    expected = expected_tensors(family, config, widths)
-    problems += [f"{name} is missing" for name in expected if name not in views]
-    problems += [f"{name} is not part of a {family.model_type}" for name in views.keys() - expected]
-    problems += [
-        f"{name} has shape {list(views[name].shape)}; config.json asks for {list(shape)}"
-        for name, shape in expected.items()
-        if name in views and views[name].shape != shape
-    ]
+    problems += _mismatches(family, expected_tensors(family, config, widths), views)
     if problems:
         raise CheckpointError(folder, sorted(problems))
     return Checkpoint(tensors, views, hf, config, family, widths, dtype)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -129,7 +130,7 @@ class SafetensorsFolder:
         out = np.empty(shape, spec.dtype)
         start = spec.start + first * spec.dtype.itemsize
         assert start + out.nbytes <= spec.stop
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         with open(self.folder / spec.file, "rb", buffering=0) as file:
             file.seek(start)
             done = 0
@@ -259,7 +260,7 @@ def _spec(entry: object, file: str, data_start: int, size: int) -> TensorSpec:
     return TensorSpec(file, dtype, tuple(shape), start, stop)
 
 
-def _naturals(values: object) -> bool:
+def _naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 

@@ -198,7 +198,8 @@ def layer_to_hf(
         if rule.layout == "identity":
             yield name, array
             continue
-        experts: Experts = _lookup(layer, rule.ours.rpartition(".")[0])
+        experts = _lookup(layer, rule.ours.rpartition(".")[0])
+        assert isinstance(experts, Experts)
         count = np.asarray(experts.count)
         for expert, stop in enumerate(np.cumsum(count)):
             rows = array[stop - count[expert] : stop]

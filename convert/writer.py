@@ -212,7 +212,7 @@ def _stream(files, places: dict[str, _Place], tensors: Iterable[tuple[str, np.nd
             )
         file = files[place.file]
         file.seek(place.offset)
-        file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        file.write(array.reshape(-1).view(np.uint8).data)
         del missing[name]
     if missing:
         raise ValueError(f"{len(missing)} tensors never came: {', '.join(list(missing)[:10])}")

@@ -1,0 +1,110 @@
+"""Decoder layers out of named arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.rules import Rule, Widths, layer_rules, uniform_widths
+from moe_jax.attention import Attention
+from moe_jax.config import ModelConfig
+from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.transformer import DecoderLayer
+
+BLOCK = 128  # channels per step of the matmul loop over experts of unequal width
+
+Arrays = dict[str, np.ndarray]  # attribute path below the layer -> array as it lies there
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """Sizes that all layers' pools share, so that one compilation serves them all."""
+
+    rows: int
+    width: int
+    block: int
+
+
+def pool_shape(config: ModelConfig, widths: Widths) -> PoolShape:
+    """Smallest common pool: no spare rows if all experts are `d_expert` wide."""
+    most = max((sum(counts) for counts in widths), default=0)
+    if widths == uniform_widths(config):
+        return PoolShape(rows=most, width=config.moe.d_expert, block=config.moe.d_expert)
+    widest = max((count for counts in widths for count in counts), default=0)
+    block = min(BLOCK, max(widest, 1))
+    return PoolShape(rows=most + block, width=-(-max(widest, 1) // block) * block, block=block)
+
+
+def read_arrays(
+    rules: tuple[Rule, ...],
+    config: ModelConfig,
+    index: int,
+    counts: tuple[int, ...],
+    rows: int,
+    read: Callable[[str], np.ndarray],
+) -> Arrays:
+    """Arrays of one layer; experts are read straight into their pool, one at a time.
+
+    Args:
+      rules: of the family.
+      config: the architecture.
+      index: of the layer.
+      counts: channels per expert.
+      rows: of the pool [rows, D]; those after the last expert's are zero.
+      read: name on disk -> array.
+
+    Returns:
+      The arrays.
+    """
+    arrays: Arrays = {}
+    for rule, name in layer_rules(rules, config, index):
+        if rule.layout == "identity":
+            arrays[rule.ours] = read(name)
+            continue
+        pool, start = None, 0
+        for expert, count in enumerate(counts):
+            if not count:
+                continue
+            part = read(name.replace("{expert}", str(expert)))
+            if pool is None:
+                pool = np.zeros((rows, config.d_model), part.dtype)
+            pool[start : start + count] = part.T if rule.layout == "expert_columns" else part
+            start += count
+        dtype = arrays["mlp.router"].dtype  # of a layer that lost all its experts
+        arrays[rule.ours] = np.zeros((rows, config.d_model), dtype) if pool is None else pool
+    return arrays
+
+
+def build_layer(
+    arrays: Arrays, config: ModelConfig, index: int, counts: tuple[int, ...], pool: PoolShape
+) -> DecoderLayer:
+    """Make a layer, consuming `arrays` so that no weight is held twice for long."""
+    values = {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
+
+    def below(prefix: str) -> dict:
+        found = {p.removeprefix(prefix): v for p, v in values.items() if p.startswith(prefix)}
+        return {name: value for name, value in found.items() if "." not in name}
+
+    if index in config.dense_layers:
+        mlp = DenseMLP(**below("mlp."))
+    else:
+        shared = None
+        if config.moe.d_shared:
+            gate = values.get("mlp.shared.gate")
+            shared = SharedExpert(mlp=DenseMLP(**below("mlp.shared.mlp.")), gate=gate)
+        experts = Experts(
+            **below("mlp.experts."),
+            count=jnp.asarray(counts, jnp.int32),
+            width=pool.width,
+            block=pool.block,
+        )
+        mlp = MoE(router=values["mlp.router"], experts=experts, shared=shared, config=config.moe)
+    window = config.window(index)
+    return DecoderLayer(
+        attention_norm=values["attention_norm"],
+        attention=Attention(**below("attention."), config=config.attention, window=window),
+        mlp_norm=values["mlp_norm"],
+        mlp=mlp,
+        norm_eps=config.norm_eps,
+    )
