@@ -23,6 +23,7 @@ from convert.rules import (
 )
 from convert.views import View, open_views
 from moe_jax.config import ModelConfig
+from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
 
@@ -97,13 +98,15 @@ class Checkpoint:
             arrays = ahead[1].result()
         else:
             arrays = self._read_layer(index)
+        layer = build_layer(arrays, self.config, index, self.widths[index], self._pool)
+        # only now: reading on while this layer is copied would hold a third one
         down = self._last is not None and index == self._last - 1
         following = index - 1 if down else index + 1
         in_order = down or index == 0 or (self._last is not None and index == self._last + 1)
         if in_order and 0 <= following < len(self):
             self._ahead = following, self._thread.submit(self._read_layer, following)
         self._last = index
-        return build_layer(arrays, self.config, index, self.widths[index], self._pool)
+        return layer
 
     def _read(self, name: str) -> np.ndarray:
         array = self._views[name].read()
@@ -247,4 +250,4 @@ def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
     yield EMBEDDING, np.asarray(source.embedding.weight)
     yield FINAL_NORM, np.asarray(source.head.norm)
     if not source.config.tie_embeddings:
-        yield LM_HEAD, np.asarray(source.head.weight)
+        yield LM_HEAD, np.asarray(dequantize(source.head.weight))

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.moe import Experts
-from moe_jax.quant import dequantize
+from moe_jax.quant import Weight, dequantize
 from moe_jax.transformer import DecoderLayer
 
 # How one tensor lies in ours: as it is, or as an expert's part of a channel pool, whose rows are
@@ -193,6 +193,7 @@ def layer_to_hf(
         value = _lookup(layer, rule.ours)
         if value is None:
             continue
+        assert isinstance(value, Weight)
         name = rule.hf.replace("{layer}", str(index))
         array = np.asarray(dequantize(value))
         if rule.layout == "identity":
