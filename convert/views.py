@@ -135,7 +135,7 @@ def _packed_view(
         codes = unpack_words(folder.read(weight + "_packed"), columns)
         scale = folder.read(weight + "_scale")
         wide = np.repeat(scale.astype(np.float32), fitting[0], axis=1)[:, :columns]
-        return (codes * wide).astype(scale_dtype)
+        return codes * wide  # exact in float32; the reader casts if it is asked to
 
     return View((rows, columns), read)
 

@@ -191,7 +191,7 @@ license: apache-2.0
 A Qwen3-MoE model of {parameters / 1e6:.2f} M parameters ({CONFIG.num_layers} layers,
 {CONFIG.moe.num_experts} experts of {CONFIG.moe.d_expert} channels, {CONFIG.moe.experts_per_token}
 per token, vocabulary {CONFIG.vocab_size}, context {WINDOW} tokens), trained from scratch by
-`python -m pruning.demo.build` with moe-jax's own training loop: AdamW, cosine schedule, load-balance
+`python -m pruning.demo.build` with moe-jax's own training loop: AdamW, cosine schedule, balance
 loss per layer (weight 0.01), {BATCH_TOKENS} tokens per step. It exists to be compressed and tested;
 it knows nothing.
 

@@ -1,0 +1,116 @@
+"""Symmetric 4-bit weights in the compressed-tensors `pack-quantized` layout, in numpy."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+MIN_SCALE = np.float32(2.0**-14)  # smallest normal float16: no client flushes it to zero
+GROUP_SIZES = (128, 64, 32)
+_LINEAR = re.compile(
+    r"\.(self_attn\.[qkvo]_proj|mlp\.(experts\.\d+\.|shared_expert\.)?(gate|up|down)_proj)\.weight$"
+)
+_ROWS = 4096  # rows quantised at a time, to bound the temporaries
+
+
+def is_quantized_linear(name: str) -> bool:
+    """Whether a tensor goes to 4 bits: attention, dense, shared and routed expert linears do;
+    routers, norms, biases, embeddings, the head and the shared expert's gate do not."""
+    return _LINEAR.search(name) is not None
+
+
+def check_group_size(group_size: int, widths: Iterable[int]) -> None:
+    """Refuse widths that would leave a group of weights incomplete.
+
+    Raises:
+      ValueError: naming the first such width and the group sizes that divide all.
+    """
+    widths = sorted(set(widths))
+    wrong = [width for width in widths if width % group_size]
+    if wrong:
+        fits = [g for g in GROUP_SIZES if not any(width % g for width in widths)]
+        cure = f"use group size {fits[0]}" if fits else "plan with --block 32 or export 16 bits"
+        raise ValueError(f"group_size={group_size} does not divide expert width {wrong[0]}; {cure}")
+
+
+def packed_specs(rows: int, columns: int, group_size: int) -> dict[str, tuple[np.dtype, tuple]]:
+    """Dtype and shape of the three tensors that stand for a weight [rows, columns]."""
+    return {
+        "weight_packed": (np.dtype(np.int32), (rows, -(-columns // 8))),
+        "weight_scale": (BFLOAT16, (rows, columns // group_size)),
+        "weight_shape": (np.dtype(np.int64), (2,)),
+    }
+
+
+def quantize_linear(weight: np.ndarray, group_size: int) -> dict[str, np.ndarray]:
+    """Round a weight to 4 bits, to nearest, with one absmax scale per group of inputs.
+
+    Args:
+      weight: [out, in], any float dtype.
+      group_size: inputs per scale; must divide in.
+
+    Returns:
+      weight_packed int32 [out, ceil(in / 8)], element i of a word in bits 4i to 4i + 3 as code + 8;
+      weight_scale bfloat16 [out, in / g], at least 2^-14; weight_shape int64 [2].
+    """
+    rows, columns = weight.shape
+    check_group_size(group_size, [columns])
+    words = np.empty((rows, -(-columns // 8)), np.int32)
+    scales = np.empty((rows, columns // group_size), BFLOAT16)
+    for start in range(0, rows, _ROWS):
+        part = weight[start : start + _ROWS].astype(np.float32)
+        groups = part.reshape(len(part), -1, group_size)
+        largest = np.abs(groups).max(axis=2)
+        # Codes are taken with the rounded scale, the one that every client multiplies with.
+        scale = np.maximum(largest / np.float32(7), MIN_SCALE).astype(BFLOAT16)
+        codes = np.rint(groups / scale.astype(np.float32)[:, :, None]).clip(-8, 7)
+        words[start : start + _ROWS] = _pack(codes.reshape(len(part), columns).astype(np.int8))
+        scales[start : start + _ROWS] = scale
+    shape = np.array([rows, columns], np.int64)
+    return {"weight_packed": words, "weight_scale": scales, "weight_shape": shape}
+
+
+def _pack(codes: np.ndarray) -> np.ndarray:  # int8 [rows, columns] -> int32 [rows, ceil(columns/8)]
+    nibbles = (codes + 8).astype(np.uint8)
+    nibbles = np.pad(nibbles, ((0, 0), (0, -codes.shape[1] % 8)), constant_values=8)
+    bytes_ = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)  # little endian: byte 0 is the lowest
+    return np.ascontiguousarray(bytes_).view("<i4")
+
+
+def quantization_config(dense: Sequence[str], group_size: int) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    Args:
+      dense: exact module names of all linear layers that stay 16-bit; a missing one would load as
+        garbage.
+      group_size: weights per scale.
+
+    Returns:
+      The JSON value.
+    """
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": group_size,
+                    "dynamic": False,
+                    "actorder": None,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+        "ignore": sorted(dense),
+        "kv_cache_scheme": None,
+    }

@@ -1,0 +1,35 @@
+"""Ragged folders: every expert at its own width, loaded with one modelling file."""
+
+from pathlib import Path
+from typing import Any
+
+MODELLING_FILE = Path(__file__).with_name("modeling_ragged_moe.py")
+CLASSES = {"qwen2_moe": "RaggedQwen2Moe", "qwen3_moe": "RaggedQwen3Moe"}
+
+
+def ragged_config(hf_config: dict[str, Any], counts: list[list[int]]) -> dict[str, Any]:
+    """config.json of a ragged folder.
+
+    The model type is one of our own: under the stock one, transformers would ignore the modelling
+    file and vLLM would copy narrow experts into uninitialised memory.
+
+    Args:
+      hf_config: the source's config.json, not changed.
+      counts: channels per layer and expert, [] for dense layers.
+
+    Returns:
+      A new dict.
+    """
+    family = str(hf_config["model_type"]).removeprefix("ragged_")
+    stem, module = CLASSES[family], MODELLING_FILE.stem
+    return {
+        **hf_config,
+        "model_type": f"ragged_{family}",
+        "architectures": [f"{stem}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{stem}Config",
+            "AutoModel": f"{module}.{stem}Model",
+            "AutoModelForCausalLM": f"{module}.{stem}ForCausalLM",
+        },
+        "expert_intermediate_sizes": counts,
+    }
