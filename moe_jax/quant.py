@@ -75,7 +75,8 @@ def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -
         )
     groups = _grouped(weight.astype(jnp.float32), group_size, axis)
     absmax = jnp.max(jnp.abs(groups), axis=axis + 1, keepdims=True)
-    scale = jnp.maximum(absmax / CODE_MAX, MIN_SCALE).astype(jnp.bfloat16).astype(jnp.float32)
+    # A product, because XLA divides by a constant in its own way and numpy must agree bit for bit.
+    scale = jnp.maximum(absmax * (1 / CODE_MAX), MIN_SCALE).astype(jnp.bfloat16).astype(jnp.float32)
     codes = jnp.clip(jnp.round(groups / scale), -8, CODE_MAX).reshape(weight.shape)
     return QTensor(
         packed=pack_nibbles(codes.astype(jnp.int8)),

@@ -193,6 +193,7 @@ def _report(
         layer_indices=list(plan.layer_indices),
         d_expert=int(plan.keep.shape[2]),
         counts=plan.counts.tolist(),
+        attribution=scores.expert.tolist(),
         expert_coverage=plan.expert_coverage(scores.channel).tolist(),
         layer_coverage=plan.layer_coverage(scores.channel).tolist(),
         layer_loss={"raw": raw.tolist(), "smoothed": smooth_layer_loss(raw).tolist()},

@@ -7,7 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# Scales have bfloat16 values, so every client sees the same ones, and are stored as float16: a
+# code times such a scale is exact in float16, and clients that dequantise do it in this dtype.
+SCALE = np.dtype(np.float16)
 MIN_SCALE = np.float32(2.0**-14)  # smallest normal float16: no client flushes it to zero
 GROUP_SIZES = (128, 64, 32)
 _LINEAR = re.compile(
@@ -40,7 +42,7 @@ def packed_specs(rows: int, columns: int, group_size: int) -> dict[str, tuple[np
     """Dtype and shape of the three tensors that stand for a weight [rows, columns]."""
     return {
         "weight_packed": (np.dtype(np.int32), (rows, -(-columns // 8))),
-        "weight_scale": (BFLOAT16, (rows, columns // group_size)),
+        "weight_scale": (SCALE, (rows, columns // group_size)),
         "weight_shape": (np.dtype(np.int64), (2,)),
     }
 
@@ -54,19 +56,20 @@ def quantize_linear(weight: np.ndarray, group_size: int) -> dict[str, np.ndarray
 
     Returns:
       weight_packed int32 [out, ceil(in / 8)], element i of a word in bits 4i to 4i + 3 as code + 8;
-      weight_scale bfloat16 [out, in / g], at least 2^-14; weight_shape int64 [2].
+      weight_scale float16 [out, in / g], bfloat16 values of at least 2^-14; weight_shape int64 [2].
     """
     rows, columns = weight.shape
     check_group_size(group_size, [columns])
     words = np.empty((rows, -(-columns // 8)), np.int32)
-    scales = np.empty((rows, columns // group_size), BFLOAT16)
+    scales = np.empty((rows, columns // group_size), SCALE)
     for start in range(0, rows, _ROWS):
         part = weight[start : start + _ROWS].astype(np.float32)
         groups = part.reshape(len(part), -1, group_size)
         largest = np.abs(groups).max(axis=2)
         # Codes are taken with the rounded scale, the one that every client multiplies with.
-        scale = np.maximum(largest / np.float32(7), MIN_SCALE).astype(BFLOAT16)
-        codes = np.rint(groups / scale.astype(np.float32)[:, :, None]).clip(-8, 7)
+        scale = np.maximum(largest * np.float32(1 / 7), MIN_SCALE)
+        scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
+        codes = np.rint(groups / scale[:, :, None]).clip(-8, 7)
         words[start : start + _ROWS] = _pack(codes.reshape(len(part), columns).astype(np.int8))
         scales[start : start + _ROWS] = scale
     shape = np.array([rows, columns], np.int64)

@@ -1,0 +1,127 @@
+"""The paper's figures as functions of arrays."""
+
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")  # a library must not need a screen
+
+import numpy as np
+from matplotlib.figure import Figure
+
+WIDTH = 8.0  # inches, a page
+GREY, BLUE, RED, GOLD = "#777777", "#2f6fb0", "#c0392b", "#d9a400"
+
+
+def concentration(channel: np.ndarray, points: int = 33) -> tuple[np.ndarray, np.ndarray]:
+    """How much of an expert's score its best channels hold.
+
+    Args:
+      channel: scores [L, E, F], non-negative.
+      points: where the curves are sampled.
+
+    Returns:
+      (fractions of the channels [K], cumulative share of the score [L, E, K]); an expert without
+      score gets the diagonal.
+    """
+    layers, experts, channels = channel.shape
+    fractions = np.linspace(0, 1, points)
+    best = -np.sort(-np.asarray(channel, np.float64), axis=2)
+    total = best.sum(axis=2, keepdims=True)
+    even = np.arange(1, channels + 1) / channels
+    share = np.where(total > 0, np.cumsum(best, axis=2) / np.where(total > 0, total, 1), even)
+    share = np.concatenate([np.zeros((layers, experts, 1)), share], axis=2)
+    return fractions, share[:, :, np.rint(fractions * channels).astype(int)]
+
+
+def plot_widths(
+    counts: np.ndarray, layer_indices: Sequence[int], d_expert: int
+) -> Figure:  # counts [L, E]
+    """Channels kept by every expert, experts sorted by width within a layer."""
+    counts = -np.sort(-np.asarray(counts), axis=1)
+    figure = Figure(figsize=(WIDTH, 1.4 + min(6.0, 0.3 * len(counts))), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        counts / d_expert, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
+    )
+    step = max(1, len(counts) // 16)
+    axes.set_yticks(range(0, len(counts), step), [str(i) for i in list(layer_indices)[::step]])
+    axes.set(xlabel="expert, widest first", ylabel="layer", title="Width of every expert")
+    figure.colorbar(image, label="share of channels kept")
+    return figure
+
+
+def plot_layers(
+    raw: Sequence[float],
+    smoothed: Sequence[float],
+    coverage: Sequence[float],
+    kept: Sequence[float],
+    layer_indices: Sequence[int],
+) -> Figure:
+    """Per layer: loss before and after smoothing, coverage, share of channels kept (figure 11)."""
+    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
+    loss, cover, keep = figure.subplots(3, 1, sharex=True)
+    mean = np.asarray(raw) / np.mean(raw)
+    loss.plot(layer_indices, mean, "o-", color=GREY, label="raw")
+    loss.plot(layer_indices, smoothed, "o-", color=BLUE, label="smoothed")
+    loss.set(ylabel="layer loss / mean", title="Layers")
+    loss.legend(frameon=False)
+    cover.plot(layer_indices, coverage, "o-", color=BLUE)
+    cover.set(ylabel="score coverage", ylim=(0, 1.05))
+    keep.bar(layer_indices, kept, color=BLUE)
+    keep.set(ylabel="channels kept", xlabel="layer", ylim=(0, 1.05))
+    keep.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def plot_concentration(
+    fractions: np.ndarray, curves: np.ndarray, layer_indices: Sequence[int]
+) -> Figure:  # [K], [L, E, K]
+    """Cumulative score against the share of channels, one line per expert (figure 4a)."""
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
+    for colour, layer in zip(colours, curves, strict=True):
+        axes.plot(fractions, np.asarray(layer).T, color=colour, linewidth=0.6, alpha=0.5)
+    axes.plot([0, 1], [0, 1], ":", color=GREY, label="all channels alike")
+    labelled = {0, len(curves) // 2, len(curves) - 1}
+    for slot in sorted(labelled):
+        axes.plot([], [], color=colours[slot], label=f"layer {layer_indices[slot]}")
+    axes.set(
+        xlabel="share of an expert's channels, best first",
+        ylabel="cumulative share of the channel score",
+        title="Concentration of the channel scores",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+    )
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def plot_expert_bars(
+    curves: np.ndarray, counts: np.ndarray, attribution: np.ndarray, layer: int, d_expert: int
+) -> Figure:  # [E, K], [E], [E]
+    """Experts of one layer: score by tenths of channels, channels kept, attribution (figure 15)."""
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    experts = np.arange(len(curves))
+    order = np.argsort(-np.asarray(attribution), kind="stable")
+    tenths = np.rint(np.linspace(0, np.shape(curves)[1] - 1, 11)).astype(int)
+    steps = np.diff(np.asarray(curves)[order][:, tenths], axis=1)
+    colours = matplotlib.colormaps["Blues"](np.linspace(0.85, 0.15, 10))
+    bottom = np.zeros(len(curves))
+    for step, colour in zip(steps.T, colours, strict=True):
+        axes.bar(experts, step, bottom=bottom, color=colour, width=0.9)
+        bottom += step
+    kept = np.asarray(counts)[order] / d_expert
+    axes.plot(experts, kept, color=RED, drawstyle="steps-mid", label="share of channels kept")
+    scaled = np.asarray(attribution)[order] / max(np.max(attribution), 1e-300)
+    axes.plot(experts, scaled, "D", color=GOLD, markersize=4, label="attribution / largest")
+    axes.set(
+        xlabel="expert, by attribution",
+        ylabel="share (bars: score by tenth of channels)",
+        title=f"Experts of layer {layer}",
+        ylim=(0, 1.05),
+    )
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    return figure
