@@ -77,13 +77,25 @@ def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -
     absmax = jnp.max(jnp.abs(groups), axis=axis + 1, keepdims=True)
     # A product, because XLA divides by a constant in its own way and numpy must agree bit for bit.
     scale = jnp.maximum(absmax * (1 / CODE_MAX), MIN_SCALE).astype(jnp.bfloat16).astype(jnp.float32)
-    codes = jnp.clip(jnp.round(groups / scale), -8, CODE_MAX).reshape(weight.shape)
+    codes = jnp.clip(_nearest(groups, scale), -8, CODE_MAX).reshape(weight.shape)
     return QTensor(
         packed=pack_nibbles(codes.astype(jnp.int8)),
         scale=jnp.squeeze(scale, axis + 1).astype(dtype),
         group_size=group_size,
         axis=axis,
     )
+
+
+def _nearest(groups: Array, scale: Array) -> Array:
+    """Whole multiples of `scale` nearest to `groups`, ties to even.
+
+    A plain rounded quotient would depend on the program: XLA:CPU's division is not correctly
+    rounded and quotients of bfloat16 weights often are ties. Products with few-bit scales are exact.
+    """
+    low = jnp.floor(groups * (1 / scale))
+    above, below = (low + 1) * scale - groups, groups - low * scale
+    up = (above < below) | ((above == below) & (jnp.mod(low, 2) == 1))
+    return jnp.where(up, low + 1, low)
 
 
 def dequantize(weight: Weight) -> Array:  # -> [rows, cols]

@@ -69,11 +69,18 @@ def quantize_linear(weight: np.ndarray, group_size: int) -> dict[str, np.ndarray
         # Codes are taken with the rounded scale, the one that every client multiplies with.
         scale = np.maximum(largest * np.float32(1 / 7), MIN_SCALE)
         scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
-        codes = np.rint(groups / scale[:, :, None]).clip(-8, 7)
+        codes = _nearest(groups, scale[:, :, None]).clip(-8, 7)
         words[start : start + _ROWS] = _pack(codes.reshape(len(part), columns).astype(np.int8))
         scales[start : start + _ROWS] = scale
     shape = np.array([rows, columns], np.int64)
     return {"weight_packed": words, "weight_scale": scales, "weight_shape": shape}
+
+
+def _nearest(groups: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Whole multiples of `scale` nearest to `groups`, ties to even, by exact products."""
+    low = np.floor(groups * (np.float32(1) / scale))
+    above, below = (low + 1) * scale - groups, groups - low * scale
+    return low + ((above < below) | ((above == below) & (low % 2 == 1)))
 
 
 def _pack(codes: np.ndarray) -> np.ndarray:  # int8 [rows, columns] -> int32 [rows, ceil(columns/8)]
