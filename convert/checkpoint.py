@@ -61,18 +61,23 @@ class Checkpoint:
     def __len__(self) -> int:
         return self.config.num_layers
 
-    @cached_property
+    @property
     def embedding(self) -> Embedding:
         """The token embedding, kept once read."""
-        return Embedding(weight=jnp.asarray(self._read(EMBEDDING)))
+        return self._outer[0]
 
-    @cached_property
+    @property
     def head(self) -> Head:
         """Final norm and projection; shares the embedding's array if the two are tied."""
+        return self._outer[1]
+
+    @cached_property
+    def _outer(self) -> tuple[Embedding, Head]:
+        embedding = Embedding(weight=jnp.asarray(self._read(EMBEDDING)))
         tied = self.config.tie_embeddings
-        weight = self.embedding.weight if tied else jnp.asarray(self._read(LM_HEAD))
+        weight = embedding.weight if tied else jnp.asarray(self._read(LM_HEAD))
         norm = jnp.asarray(self._read(FINAL_NORM))
-        return Head(norm=norm, weight=weight, norm_eps=self.config.norm_eps)
+        return embedding, Head(norm=norm, weight=weight, norm_eps=self.config.norm_eps)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -183,6 +183,7 @@ def linear(x: Array, weight: Weight, bias: Array | None = None) -> Array:
 class Attention(nnx.Module):
     """Grouped-query attention; weights as [out, in]."""
 
+    config: AttentionConfig = nnx.static()
     w_q: Weight = nnx.data()  # [N*H, D]
     w_k: Weight = nnx.data()  # [K*H, D]
     w_v: Weight = nnx.data()  # [K*H, D]
@@ -193,7 +194,6 @@ class Attention(nnx.Module):
     b_out: Array | None = nnx.data(default=None)  # [D]
     q_norm: Array | None = nnx.data(default=None)  # [H]
     k_norm: Array | None = nnx.data(default=None)  # [H]
-    config: AttentionConfig = nnx.static()
     window: int | None = nnx.static(default=None)
 
     def __call__(self, x: Array, context: Context, cache: KVCache | None = None):

@@ -170,8 +170,8 @@ class MoE(nnx.Module):
 
     router: Array = nnx.data()  # [E, D]
     experts: Experts = nnx.data()
-    shared: SharedExpert | None = nnx.data(default=None)
     config: MoEConfig = nnx.static()
+    shared: SharedExpert | None = nnx.data(default=None)
 
     def __call__(
         self, x: Array, valid: Array, channel_gate: ChannelGate | None = None

@@ -90,7 +90,7 @@ def _nearest(groups: Array, scale: Array) -> Array:
     """Whole multiples of `scale` nearest to `groups`, ties to even.
 
     A plain rounded quotient would depend on the program: XLA:CPU's division is not correctly
-    rounded and quotients of bfloat16 weights often are ties. Products with few-bit scales are exact.
+    rounded and quotients of bfloat16 weights often are ties. Products of short scales are exact.
     """
     low = jnp.floor(groups * (1 / scale))
     above, below = (low + 1) * scale - groups, groups - low * scale

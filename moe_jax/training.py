@@ -150,8 +150,9 @@ def train(
 
     state, start = optimizer.init(parameters), 0
     manager = _manager(checkpoints, config)
-    if manager is not None and manager.latest_step() is not None:
-        start = manager.latest_step()
+    latest = None if manager is None else manager.latest_step()
+    if manager is not None and latest is not None:
+        start = latest
         saved = manager.restore(
             start, args=ocp.args.StandardRestore({"parameters": parameters, "state": state})
         )

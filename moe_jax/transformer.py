@@ -89,8 +89,8 @@ class Transformer(nnx.Module):
     embedding: Embedding = nnx.data()
     layers: tuple[DecoderLayer, ...] = nnx.data()
     final_norm: Array = nnx.data()  # [D]
-    lm_head: Weight | None = nnx.data(default=None)  # [V, D], None if tied
     config: ModelConfig = nnx.static()
+    lm_head: Weight | None = nnx.data(default=None)  # [V, D], None if tied
 
     @property
     def head(self) -> Head:

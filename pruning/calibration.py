@@ -121,7 +121,8 @@ def calibration_batch(
     """Pack documents into windows.
 
     Every file contributes tokens in proportion to its weight; a file that is too short gives all
-    it has and the others fill up. Documents are joined, separated by `separator`.
+    it has and the others fill up. Documents are taken in a fixed random order and joined by
+    `separator`.
 
     Args:
       sources: the files.
@@ -164,7 +165,10 @@ def calibration_batch(
 def _stream(source: TextSource, encode: Encode, limit: int, separator: int | None):
     tokens: list[int] = []
     documents = 0
-    for document in read_documents(source):
+    texts = read_documents(source)
+    # Files are often sorted by subject: the first tokens of one would be a sample of one subject.
+    order = np.random.default_rng(0).permutation(len(texts))
+    for document in (texts[i] for i in order):
         # A token covers at least one character often enough: this bounds the work on huge files.
         tokens.extend(encode(document[: 16 * limit]))
         documents += 1

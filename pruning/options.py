@@ -62,7 +62,7 @@ def recipe_from(options: argparse.Namespace) -> CompressionRecipe:
       ValueError: an option is out of range, or model or output are missing.
     """
     fields = {field.name for field in dataclasses.fields(CompressionRecipe)}
-    given = {
+    given: dict[str, typing.Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(options).items()
         if key in fields and value is not None

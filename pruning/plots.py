@@ -61,7 +61,7 @@ def plot_layers(
     """Per layer: loss before and after smoothing, coverage, share of channels kept (figure 11)."""
     figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     loss, cover, keep = figure.subplots(3, 1, sharex=True)
-    mean = np.asarray(raw) / np.mean(raw)
+    mean = np.asarray(raw) / max(np.mean(raw), 1e-300)
     loss.plot(layer_indices, mean, "o-", color=GREY, label="raw")
     loss.plot(layer_indices, smoothed, "o-", color=BLUE, label="smoothed")
     loss.set(ylabel="layer loss / mean", title="Layers")

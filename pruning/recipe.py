@@ -139,9 +139,10 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
     if unknown:
         raise ValueError(f"recipe {path}: unknown {unknown}; known are {', '.join(sorted(known))}")
     values = {**values, **overrides}
-    return CompressionRecipe(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    )
+    fields: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+    }
+    return CompressionRecipe(**fields)
 
 
 def _default_group(d_expert: int, d_model: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from pruning import plots
@@ -84,8 +85,13 @@ class CompressionReport:
         """
         if not Path(path).is_file():
             raise ValueError(f"{path} does not exist; run `moe-compress compress` first")
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        if values.pop("version", None) != VERSION:
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = values.pop("version", None)
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a report ({error}); compress again") from None
+        names = {field.name for field in dataclasses.fields(cls)}
+        if version != VERSION or set(values) != names:
             raise ValueError(f"{path} is not a report of version {VERSION}; compress again")
         return cls(**values)
 
@@ -159,7 +165,7 @@ def terminal_table(report: CompressionReport) -> Group:
         for column in header:
             table.add_column(column)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         shown.append(table)
     return Group(*shown)
 

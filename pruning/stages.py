@@ -11,10 +11,13 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import ExportFormat, export_bytes, export_checkpoint
 from convert.rules import Widths
 from moe_jax.stream import LayerSource
+from pruning.alignment import check_block
 from pruning.attribution import collect_statistics
 from pruning.calibration import TextSource, TokenBatch, calibration_batch
+from pruning.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA, choose
 from pruning.evaluate import Quality, Reference, Windows, evaluate, make_windows
 from pruning.plan import PruningPlan, plan_pruning
+from pruning.planners import PLANNERS
 from pruning.progress import Steps
 from pruning.prune import PrunedSource
 from pruning.quantized import QuantizedSource
@@ -72,6 +75,10 @@ def open_job(recipe: CompressionRecipe) -> Job:
     recipe = recipe.resolved(c.moe.d_expert, c.d_model, c.max_position)
     if not c.moe_layers:
         raise ValueError(f"{folder} has no layer with experts; there is nothing to prune")
+    choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
+    choose(EXPERT_CRITERIA, recipe.attribution, "attribution")
+    choose(PLANNERS, recipe.planner, "planner")
+    check_block(recipe.block or 1, c.moe.d_expert)
     codec = open_codec(folder, c.vocab_size)
     texts = recipe.calibration
     if not texts and recipe.model == "demo":

@@ -32,8 +32,8 @@ def test_json_lines_are_documents_joined_by_the_separator(tmp_path):
     source = TextSource(path, field="body")
     batch = calibration_batch([source], encode, length=41, max_tokens=1000, separator=0)
     assert batch.sources[0]["documents"] == 2
-    assert batch.tokens[0, 40] == 0
-    assert chr(batch.tokens[1, 0]) == "c"
+    assert batch.tokens[0, 40] == batch.tokens[1, 40] == 0
+    assert sorted(map(chr, batch.tokens[:, 0])) == ["a", "c"]
 
 
 def test_a_mixture_shares_the_budget_by_weight(tmp_path):
@@ -81,3 +81,11 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_weight_must_be_a_positive_number(text):
     with pytest.raises(ValueError, match="positive number"):
         TextSource.parse(text)
+
+
+def test_a_bounded_sample_of_a_sorted_file_sees_every_subject(tmp_path):
+    path = tmp_path / "sorted.jsonl"
+    path.write_text("\n".join(json.dumps({"text": c * 20}) for c in "abcd" for _ in range(50)))
+    batch = calibration_batch([TextSource(path)], encode, length=20, max_tokens=1000)
+    shares = np.bincount(batch.tokens[batch.valid])[ord("a") : ord("e")] / 1000
+    assert (shares > 0.1).all()

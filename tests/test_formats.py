@@ -54,6 +54,10 @@ def pruned(request, tmp_path_factory):
     shared = {"shared_expert_intermediate_size": 64} if request.param == "qwen2_moe" else {}
     layers = {"num_hidden_layers": 3, "mlp_only_layers": [1]}
     model = tiny.tiny_model(request.param, **SIZES, **shared, **layers).bfloat16()
+    with torch.no_grad():  # a gain below one per layer, or rounding noise grows on its way
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.4)
     folder = tiny.save(model, tmp_path_factory.mktemp("base") / request.param)
     # Loaded again, because .bfloat16() rounds the rotary frequencies too.
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -80,6 +84,25 @@ def masked_logits(reference, plan) -> np.ndarray:
         found = tiny.torch_logits(reference, TOKENS, np.ones(TOKENS.shape, bool))
         reference.load_state_dict(state)
     return found
+
+
+def fill_in_exact_experts(model, plain: dict[str, np.ndarray]) -> None:
+    """transformers 5 rounds fused experts to bfloat16: check just that, then undo it."""
+    for name, parameter in list(model.named_parameters()):
+        prefix, _, kind = name.rpartition(".")
+        if not prefix.endswith("experts"):
+            continue
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        exact = torch.from_numpy(
+            np.stack(
+                [
+                    np.concatenate([plain[f"{prefix}.{e}.{part}.weight"] for part in parts])
+                    for e in range(8)
+                ]
+            )
+        )
+        assert torch.equal(parameter.data.float(), exact.bfloat16().float()), name
+        parameter.data = exact
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -118,6 +141,8 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
         attn_implementation="eager",
     )
     assert not any(info.values()), info
+    if name == "padded-int4":
+        fill_in_exact_experts(model, unpack(folder))
     theirs = tiny.torch_logits(model.eval(), TOKENS, np.ones(TOKENS.shape, bool))
     np.testing.assert_allclose(theirs, wanted, atol=1e-5, rtol=1e-5)
     if form.is_ragged:

@@ -7,9 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# Scales have bfloat16 values, so every client sees the same ones, and are stored as float16: a
-# code times such a scale is exact in float16, and clients that dequantise do it in this dtype.
-SCALE = np.dtype(np.float16)
+# transformers 5 gives dequantised fused experts the dtype of their scales, so it is the model's.
+SCALE = np.dtype(ml_dtypes.bfloat16)
 MIN_SCALE = np.float32(2.0**-14)  # smallest normal float16: no client flushes it to zero
 GROUP_SIZES = (128, 64, 32)
 _LINEAR = re.compile(
@@ -56,7 +55,7 @@ def quantize_linear(weight: np.ndarray, group_size: int) -> dict[str, np.ndarray
 
     Returns:
       weight_packed int32 [out, ceil(in / 8)], element i of a word in bits 4i to 4i + 3 as code + 8;
-      weight_scale float16 [out, in / g], bfloat16 values of at least 2^-14; weight_shape int64 [2].
+      weight_scale bfloat16 [out, in / g], at least 2^-14; weight_shape int64 [2].
     """
     rows, columns = weight.shape
     check_group_size(group_size, [columns])
@@ -68,7 +67,7 @@ def quantize_linear(weight: np.ndarray, group_size: int) -> dict[str, np.ndarray
         largest = np.abs(groups).max(axis=2)
         # Codes are taken with the rounded scale, the one that every client multiplies with.
         scale = np.maximum(largest * np.float32(1 / 7), MIN_SCALE)
-        scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
+        scale = scale.astype(SCALE).astype(np.float32)
         codes = _nearest(groups, scale[:, :, None]).clip(-8, 7)
         words[start : start + _ROWS] = _pack(codes.reshape(len(part), columns).astype(np.int8))
         scales[start : start + _ROWS] = scale

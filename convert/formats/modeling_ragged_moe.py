@@ -64,7 +64,7 @@ class RaggedExperts(nn.Module):
         return out
 
 
-def _make_ragged(layers: nn.ModuleList, config) -> None:
+def _make_ragged(layers, config) -> None:
     """Replace the stock experts of every sparse layer."""
     for layer, widths in zip(layers, config.expert_intermediate_sizes, strict=True):
         if widths:
