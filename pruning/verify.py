@@ -108,7 +108,7 @@ def _client_checks(
     except ImportError as error:
         return [Check(form.name, "transformers", True, f"not checked: {error}")]
     model, info = loaded
-    model = model.float().eval()
+    model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
     problems = {key: list(value)[:3] for key, value in info.items() if value}
     checks = [Check(form.name, "transformers loads every tensor", not problems, str(problems))]
     with torch.no_grad():
