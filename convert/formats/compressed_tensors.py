@@ -100,6 +100,8 @@ def quantization_config(dense: Sequence[str], group_size: int) -> dict[str, Any]
     Returns:
       The JSON value.
     """
+    # A bare `AutoModel` names its modules without the "model." in front.
+    ignore = {*dense, *(name.removeprefix("model.") for name in dense)}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -120,6 +122,6 @@ def quantization_config(dense: Sequence[str], group_size: int) -> dict[str, Any]
                 "output_activations": None,
             }
         },
-        "ignore": sorted(dense),
+        "ignore": sorted(ignore),
         "kv_cache_scheme": None,
     }
