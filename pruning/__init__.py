@@ -1,5 +1,7 @@
 """Attribution-guided channel pruning of Mixture-of-Experts models."""
 
+from typing import TYPE_CHECKING
+
 from pruning.attribution import collect_statistics
 from pruning.calibration import TextSource, TokenBatch, calibration_batch
 from pruning.criteria import ChannelScores, channel_scores
@@ -7,6 +9,9 @@ from pruning.plan import PruningPlan, plan_pruning
 from pruning.prune import PrunedSource, mask_layer, prune_layer
 from pruning.recipe import CompressionRecipe, load_recipe
 from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
+
+if TYPE_CHECKING:
+    from pruning.pipeline import compress
 
 __all__ = [
     "ChannelScores",
