@@ -94,7 +94,8 @@ class PrunedSource:
             return layer
         keep = self.plan.keep[self.plan.layer_indices.index(index)]
         counts = self.plan.keep.sum(axis=2)  # [L, E]
-        block = min(self.block, max(1, int(counts.max())))
-        width = -(-int(counts.max()) // block) * block
+        widest = max(1, int(counts.max()))  # a plan may empty every expert
+        block = min(self.block, widest)
+        width = -(-widest // block) * block
         rows = int(counts.sum(axis=1).max()) + block
         return prune_layer(layer, keep, width=width, rows=rows, block=block)

@@ -1,0 +1,116 @@
+"""Running layer by layer equals running the whole model, with few compilations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
+from moe_jax.stream import forward_hidden, layer_forward, pad_rows
+from moe_jax.transformer import Transformer, init
+
+CONFIG = ModelConfig(
+    vocab_size=32,
+    d_model=16,
+    num_layers=4,
+    max_position=32,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, qk_norm=True),
+    moe=MoEConfig(num_experts=4, experts_per_token=2, d_expert=6, renormalize=True),
+    d_dense=20,
+    dense_layers=(1,),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    grow = lambda leaf: leaf * 10 if leaf.ndim == 2 else leaf  # noqa: E731
+    return jax.tree.map(grow, init(CONFIG, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def text() -> tuple[np.ndarray, np.ndarray]:
+    """Five rows, two of them short: with three to a batch one row of padding is needed."""
+    tokens = np.random.default_rng(0).integers(0, 32, (5, 9)).astype(np.int32)
+    return tokens, np.arange(9)[None] < np.array([[9], [4], [9], [1], [9]])
+
+
+@dataclasses.dataclass
+class Reading:
+    """A source that remembers which layers were read."""
+
+    model: Transformer
+    read: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def embedding(self):
+        return self.model.embedding
+
+    @property
+    def head(self):
+        return self.model.head
+
+    def __len__(self) -> int:
+        return len(self.model)
+
+    def layer(self, index: int):
+        self.read.append(index)
+        return self.model.layer(index)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8])
+def test_streamed_states_equal_those_of_the_whole_model(model, text, batch):
+    tokens, valid = text
+    expected, _ = model.hidden(jnp.asarray(tokens), jnp.asarray(valid))
+    got = forward_hidden(model, tokens, valid, batch=batch)
+    assert got.shape == expected.shape and got.dtype == np.float32
+    np.testing.assert_allclose(got[valid], np.asarray(expected)[valid], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_one_shape_share_one_compilation(model):
+    tokens = np.zeros((6, 7), np.int32)  # a shape that no other test uses
+    before = layer_forward._cache_size()
+    forward_hidden(model, tokens, np.ones(tokens.shape, bool), batch=2)
+    assert layer_forward._cache_size() - before == 2  # dense and with experts
+
+
+def test_a_window_makes_a_layer_of_its_own(model):
+    """Sliding layers differ in a static field: three kinds of layer, three compilations."""
+    config = CONFIG.replace(sliding_window=3, sliding_layers=(2,))
+    slid = init(config, jax.random.key(0))
+    tokens = np.zeros((2, 8), np.int32)
+    before = layer_forward._cache_size()
+    forward_hidden(slid, tokens, np.ones(tokens.shape, bool), batch=2)
+    assert layer_forward._cache_size() - before == 3
+
+
+def test_every_layer_is_read_once_however_many_batches(model, text):
+    source, finished = Reading(model), []
+    forward_hidden(source, *text, batch=2, on_layer=finished.append)
+    assert source.read == finished == [0, 1, 2, 3]
+
+
+def test_activations_have_the_dtype_asked_for(model, text):
+    short = forward_hidden(model, *text, batch=3, dtype=jnp.bfloat16)
+    assert short.dtype == jnp.bfloat16
+    valid = text[1]
+    full = forward_hidden(model, *text, batch=3)
+    # bfloat16 keeps eight bits, and a token may change its expert: compare the bulk only.
+    error = np.abs(short.astype(np.float32) - full)[valid]
+    assert np.median(error) < 0.05 * np.median(np.abs(full[valid]))
+
+
+def test_rows_are_padded_to_whole_batches_with_zeros():
+    values = np.ones((5, 2), np.int32)
+    padded = pad_rows(values, 4)
+    assert padded.shape == (8, 2) and padded.dtype == np.int32
+    np.testing.assert_array_equal(padded[:5], values)
+    np.testing.assert_array_equal(padded[5:], 0)
+    assert pad_rows(values, 5).shape == (5, 2)
