@@ -16,7 +16,7 @@ from jax import Array
 from moe_jax.attention import Context
 from moe_jax.grouped_matmul import Dispatch, expand, gather_rows, sum_by_expert
 from moe_jax.moe import MoE, MoETrace
-from moe_jax.quant import dequantize
+from moe_jax.quant import Weight, dequantize
 from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
 from moe_jax.transformer import DecoderLayer, Head
 from pruning.statistics import ChannelStatistics, zeros
@@ -53,49 +53,73 @@ def _tap_backward(saved, dh):
 score_tap.defvjp(lambda h, probe, dispatch: (h, (h, dispatch)), _tap_backward)
 
 
+def _weighted_sums(weights: list[Array], rows: Array, dispatch: Dispatch) -> Array:
+    """Sum `rows` [P, F] over each expert's tokens under several row weights [P] at once.
+
+    As a product per tile, one pass over `rows` serves all weights. Returns [E, len(weights), F].
+    """
+    tile = dispatch.tile
+    weight = jnp.stack(weights, axis=-1).reshape(-1, tile, len(weights))
+    tiles = jnp.einsum(
+        "mtj,mtf->mjf",
+        weight,
+        rows.reshape(-1, tile, rows.shape[1]),
+        precision=jax.lax.Precision.HIGHEST,  # accelerators would round the statistics
+    )
+    return jax.ops.segment_sum(tiles, dispatch.tile_expert, dispatch.tokens.shape[0])
+
+
 def _layer_sums(moe: MoE, out: Array, trace: MoETrace) -> dict[str, Array]:
     """Forward sums of one batch: `out` [N, D] is the block output H."""
-    d, k = trace.dispatch, moe.config.experts_per_token
     y = trace.routed.astype(jnp.float32)
     valid = trace.valid.astype(jnp.float32)
     q = valid / (jnp.sum(jnp.square(out.astype(jnp.float32)), axis=-1) + EPS)  # [N]
-    rows = trace.rows
-    h = rows.hidden.astype(jnp.float32)
-    z = rows.out.astype(jnp.float32)
-    w = trace.row_weight[:, None]  # [P, 1]
-    q_row = gather_rows(q, d, k)[:, None]
-    y_row = gather_rows(y, d, k)
+    copies = moe.config.experts_per_token
+    q_row, y_row = (gather_rows(values, trace.dispatch, copies) for values in (q, y))
+    log_probability = jax.nn.log_softmax(trace.logits, axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1)
+    return _channel_sums(moe, trace, q_row, y_row) | {
+        **_expert_sums(trace, q_row, y_row),
+        "layer_energy": jnp.sum(q * jnp.sum(jnp.square(y), axis=-1)),
+        "router_entropy": jnp.sum(valid * entropy),
+    }
+
+
+def _channel_sums(moe: MoE, trace: MoETrace, q: Array, y: Array) -> dict[str, Array]:
+    """Sums per channel [E, F] from q [P] and the routed output y [P, D] in dispatch order."""
+    d, w, rows = trace.dispatch, trace.row_weight, trace.rows
+    one = jnp.ones_like(w)  # padding rows of the experts are zero themselves
+    h, up, gate = (r.astype(jnp.float32) for r in (rows.hidden, rows.up, rows.gate))
     w_down = dequantize(moe.experts.w_down)
-    pulled = expand((q_row * y_row).astype(rows.hidden.dtype), w_down, d, moe.experts.pool)
+    pulled = expand(y.astype(rows.hidden.dtype), w_down, d, moe.experts.pool)  # <v, y>
     v_square = jnp.sum(jnp.square(w_down.astype(jnp.float32)), axis=-1)  # [C]
-    v_square = v_square.reshape(moe.config.num_experts, -1)  # [E, F]
-    wh_square = jnp.square(w * h)
-    norm = jnp.sqrt(jnp.sum(jnp.square(z), axis=-1))
-    real = (d.row_copy < valid.size * k).astype(jnp.float32)
-    probability = jax.nn.softmax(trace.logits, axis=-1)
-    entropy = -jnp.sum(probability * jax.nn.log_softmax(trace.logits, axis=-1), axis=-1)
-    per_channel = {
-        "hidden_square": jnp.square(h),
-        "up_square": jnp.square(rows.up.astype(jnp.float32)),
-        "gate_square": jnp.square(rows.gate.astype(jnp.float32)),
-        "weighted_square": wh_square,
-        "energy": q_row * wh_square,
-        "shapley": w * h * pulled.astype(jnp.float32),
+    weights = [one, jnp.square(w), q * jnp.square(w)]
+    squares = _weighted_sums(weights, jnp.square(h), d)
+    return {
+        "hidden_square": squares[:, 0],
+        "up_square": _weighted_sums([one], jnp.square(up), d)[:, 0],
+        "gate_square": _weighted_sums([one], jnp.square(gate), d)[:, 0],
+        "weighted_square": squares[:, 1],
+        "energy": squares[:, 2] * v_square.reshape(moe.config.num_experts, -1),
+        "shapley": _weighted_sums([q * w], h * pulled.astype(jnp.float32), d)[:, 0],
     }
-    per_expert = {
-        "phi": jnp.sum(q_row * w * z * y_row, axis=-1),
-        "kappa": jnp.sum(q_row * jnp.square(w * z), axis=-1),
-        "tokens": real,
-        "gate_mass": w[:, 0],
+
+
+def _expert_sums(trace: MoETrace, q: Array, y: Array) -> dict[str, Array]:
+    """Sums per expert [E]; arguments as of `_channel_sums`."""
+    w, z = trace.row_weight, trace.rows.out.astype(jnp.float32)
+    square = jnp.sum(jnp.square(z), axis=-1)
+    norm = jnp.sqrt(square)
+    sums = {
+        "phi": q * w * jnp.sum(z * y, axis=-1),
+        "kappa": q * jnp.square(w) * square,
+        "tokens": trace.dispatch.row_copy < trace.expert.size,
+        "gate_mass": w,
         "output_norm": norm,
-        "weighted_output_norm": w[:, 0] * norm,
-        "output_square": jnp.square(norm),
+        "weighted_output_norm": w * norm,
+        "output_square": square,
     }
-    sums = {name: sum_by_expert(value, d) for name, value in (per_channel | per_expert).items()}
-    sums["energy"] *= v_square
-    sums["layer_energy"] = jnp.sum(q * jnp.sum(jnp.square(y), axis=-1))
-    sums["router_entropy"] = jnp.sum(valid * entropy)
-    return sums
+    return {name: sum_by_expert(value, trace.dispatch) for name, value in sums.items()}
 
 
 @jax.jit
@@ -266,5 +290,9 @@ def _weight_norms(layer: DecoderLayer, sums: dict, slot: int) -> None:
         ("up_norm", experts.w_up),
         ("gate_norm", experts.w_gate),
     ):
-        wide = dequantize(weight).astype(jnp.float32)
-        sums[name][slot] = np.asarray(jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1))).reshape(shape)
+        sums[name][slot] = np.asarray(_row_norms(weight)).reshape(shape)
+
+
+@jax.jit
+def _row_norms(weight: Weight) -> Array:  # [C, D] -> float32 [C]
+    return jnp.sqrt(jnp.sum(jnp.square(dequantize(weight).astype(jnp.float32)), axis=-1))

@@ -19,7 +19,6 @@ from moe_jax.training import (
 )
 from moe_jax.transformer import Transformer, init
 
-
 CONFIG = ModelConfig(
     vocab_size=16,
     d_model=8,
