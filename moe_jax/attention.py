@@ -12,6 +12,7 @@ from moe_jax.config import AttentionConfig, RopeConfig
 from moe_jax.module import module
 from moe_jax.norm import rms_norm
 from moe_jax.quant import Weight, dequantize
+from moe_jax.softmax_attention import attend
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, max_position: int, length: int):
@@ -219,22 +220,17 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = _extend(cache, k, v, context)
             k, v, position, valid = cache.key, cache.value, cache.position, cache.valid
-        out = self._attend(q, k, v, context.position, position, valid)
+        out = attend(
+            q,
+            k,
+            v,
+            query_position=context.position,
+            key_position=position,
+            key_valid=valid,
+            scale=c.head_dim**-0.5,
+            window=self.window,
+        )
         return linear(out.reshape(*lead, -1), self.w_out, self.b_out), cache
-
-    def _attend(self, q, k, v, query_position, key_position, key_valid):
-        """Softmax attention with float32 scores: q [B,T,N,H], k and v [B,S,K,H]."""
-        c = self.config
-        groups = c.num_heads // c.num_kv_heads
-        q = q.reshape(*q.shape[:2], c.num_kv_heads, groups, c.head_dim)
-        score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-        distance = query_position[:, :, None] - key_position[:, None, :]  # [B, T, S]
-        seen = (distance >= 0) & key_valid[:, None, :]
-        if self.window is not None:
-            seen &= distance < self.window
-        score = jnp.where(seen[:, None, None], score * c.head_dim**-0.5, -1e30)
-        weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskh->btkgh", weight, v)
 
 
 def _extend(cache: KVCache, k: Array, v: Array, context: Context) -> KVCache:
