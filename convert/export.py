@@ -106,6 +106,13 @@ def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[
     return config
 
 
+def check_widths(widths: Widths, form: ExportFormat) -> None:
+    """Raise ValueError unless groups of 4-bit weights are whole at the widths a folder stores."""
+    if form.is_packed:
+        distinct = sorted({n for counts in form.stored_widths(widths) for n in counts if n})
+        compressed_tensors.check_group_size(form.group_size, distinct)
+
+
 def export_checkpoint(
     source: LayerSource,
     base: Checkpoint,
@@ -134,9 +141,7 @@ def export_checkpoint(
       ValueError: if widths do not fit the group size, or the target exists.
       OSError: if the disk is too small.
     """
-    if form.is_packed:
-        distinct = sorted({n for counts in form.stored_widths(widths) for n in counts if n})
-        compressed_tensors.check_group_size(form.group_size, distinct)
+    check_widths(widths, form)
     modelling = ragged.MODELLING_FILE
     return write_folder(
         target,

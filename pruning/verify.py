@@ -2,6 +2,9 @@
 
 import importlib.util
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,24 @@ def _logit_check(
     return Check(export, name, ok, f"max difference {difference.max():.2g} (limit {limit:.2g})")
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars or warnings of transformers beside our own; what it says is in the checks."""
+    from transformers.utils import logging as messages
+
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
+
+
 def _client_checks(
     folder: Path, form: ExportFormat, probe: np.ndarray, wanted: np.ndarray
 ) -> list[Check]:
@@ -99,12 +120,13 @@ def _client_checks(
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            trust_remote_code=form.is_ragged,
-            output_loading_info=True,
-        )
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                trust_remote_code=form.is_ragged,
+                output_loading_info=True,
+            )
     except ImportError as error:
         return [Check(form.name, "transformers", True, f"not checked: {error}")]
     model, info = loaded
