@@ -127,13 +127,12 @@ def rehearse_plan(job: Job) -> None:
 def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     """Raise OSError unless everything the run will write fits beside what is there."""
     base, output = job.base, job.output
-    parts = {
-        "statistics": 0 if (output / STATISTICS).exists() and resumed else statistics_bytes(base)
-    }
-    if exports:
-        for name in job.recipe.export:
-            if not (resumed and (output / "exports" / name).exists()):
-                parts[name] = most_bytes(base, job.recipe, name)
+    parts = {}
+    if not (resumed and (output / STATISTICS).exists()):
+        parts["statistics"] = statistics_bytes(base)
+    for name in job.recipe.export if exports else ():
+        if not (resumed and (output / "exports" / name).exists()):
+            parts[name] = most_bytes(base, job.recipe, name)
     replaced = 0 if resumed else sum(
         file.stat().st_size
         for pattern in OURS
@@ -145,10 +144,9 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
 
 
 def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> None:
-    """Raise OSError unless `parts`, bytes by name, fit on the disk once `replaced` bytes are gone."""
-    existing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
+    """Raise OSError unless `parts`, bytes by name, fit once `replaced` bytes are gone."""
+    folders = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in folders if path.exists())
     needed, free = sum(parts.values()) + SPARE_BYTES, shutil.disk_usage(existing).free + replaced
     if free < needed:
         listed = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.items())
@@ -215,7 +213,7 @@ def _say_padding(job: Job, steps: Steps) -> None:
     for name in (name for name in recipe.export if name.startswith("padded")):
         mean, most = (_megabytes(equal_bytes(base, recipe, name, w)) for w in (width, widest))
         steps.say(
-            f"{name} with --width free stores every expert as wide as the widest one: {mean} if all "
+            f"{name} with --width free stores every expert as wide as the widest: {mean} if all "
             f"keep the budget's mean of {width} channels, {most} if one expert keeps all {widest}; "
             "--width uniform ensures the smaller size, ragged exports store no padding"
         )
