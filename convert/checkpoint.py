@@ -124,7 +124,7 @@ class Checkpoint:
           CheckpointError: naming every tensor that holds NaN or infinity.
         """
         problems: list[str] = []
-        for done, name in enumerate([] if self._checked else self._views, 1):
+        for done, name in enumerate(self._views, 1):
             try:
                 self._read(name)
             except CheckpointError as error:

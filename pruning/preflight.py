@@ -1,5 +1,6 @@
 """What is checked, said and cleaned up before a run does expensive work."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -51,10 +52,13 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
         _remove_leftovers(job.output)
     if exports:
         rehearse_plan(job)
+        for name in job.recipe.export:
+            check_widths(job.base, job.base.widths, form_of(job.recipe, name))
         _say_padding(job, steps)
     check_disk(job, resumed=resumed, exports=exports)
-    if not resumed:
-        stages.check_weights(job, steps)
+    if not resumed or stages.find_statistics(job) is None:
+        with steps.bar("check weights") as on_step:
+            job.base.check_finite(on_step)
     _make_output(job.recipe, resumed=resumed)
 
 
@@ -149,10 +153,10 @@ def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> Non
     existing = next(path for path in folders if path.exists())
     needed, free = sum(parts.values()) + SPARE_BYTES, shutil.disk_usage(existing).free + replaced
     if free < needed:
-        listed = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.items())
+        listed = ", ".join(f"{name} {_amount(size)}" for name, size in parts.items())
         raise OSError(
-            f"{folder} has {_megabytes(free)} free but up to {_megabytes(needed)} are needed "
-            f"({listed}, spare {_megabytes(SPARE_BYTES)}); free some space or choose another disk"
+            f"{folder} has {_amount(free)} free but up to {_amount(needed)} are needed "
+            f"({listed}, spare {_amount(SPARE_BYTES)}); free some space or choose another disk"
         )
 
 
@@ -176,7 +180,7 @@ def check_exports(
     if there and not overwrite:
         raise ValueError(f"{', '.join(there)} already exist; add --overwrite to replace them")
     for name in recipe.export:
-        check_widths(kept_widths(plan, base), form_of(recipe, name))
+        check_widths(base, kept_widths(plan, base), form_of(recipe, name))
     remove_leftovers(folder)
     sizes = export_sizes(base, plan, recipe)
     require_space(folder, {name: size["bytes"] for name, size in sizes.items()})
@@ -198,9 +202,9 @@ def drop_stale_exports(output: Path, plan: PruningPlan) -> None:
 def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
     """One line per export with its exact size."""
     for name, size in sizes.items():
-        line = f"{name}: {_megabytes(size['bytes'])}"
+        line = f"{name}: {_amount(size['bytes'])}"
         if name.startswith("ragged"):
-            line += f" (padded to one width for stock clients: {_megabytes(size['padded_bytes'])})"
+            line += f" (padded to one width for stock clients: {_amount(size['padded_bytes'])})"
         steps.say(line)
 
 
@@ -209,15 +213,15 @@ def _say_padding(job: Job, steps: Steps) -> None:
     recipe, base = job.recipe, job.base
     if recipe.width != "free":
         return
-    width, widest = mean_width(base, recipe), base.config.moe.d_expert
+    width, widest = mean_width(base, recipe, math.floor), base.config.moe.d_expert
     for name in (name for name in recipe.export if name.startswith("padded")):
-        mean, most = (_megabytes(equal_bytes(base, recipe, name, w)) for w in (width, widest))
+        mean, most = (_amount(equal_bytes(base, recipe, name, w)) for w in (width, widest))
         steps.say(
             f"{name} with --width free stores every expert as wide as the widest: {mean} if all "
-            f"keep the budget's mean of {width} channels, {most} if one expert keeps all {widest}; "
+            f"have {width} channels, {most} if one expert keeps all {widest}; "
             "--width uniform ensures the smaller size, ragged exports store no padding"
         )
 
 
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _amount(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e3:.1f} kB"

@@ -45,7 +45,7 @@ class Steps:
 
     quiet: bool = False
     stages: list[dict] = field(default_factory=list)
-    console: Console = field(default_factory=lambda: Console(stderr=True))
+    console: Console = field(default_factory=lambda: Console(file=sys.stderr))
 
     @contextmanager
     def bar(self, name: str) -> Iterator[OnStep]:
@@ -62,6 +62,7 @@ class Steps:
         with Progress(*columns, console=self.console, disable=self.quiet) as progress:
             task = progress.add_task(f"{name:28s}", total=1)
             yield lambda done, total: progress.update(task, completed=done, total=total)
+            progress.update(task, completed=progress.tasks[task].total)
         self.stages.append(
             {
                 "name": name,

@@ -57,11 +57,11 @@ def statistics_bytes(base: Checkpoint) -> int:
     return 8 * sum(map(math.prod, shapes.values()))
 
 
-def mean_width(base: Checkpoint, recipe: CompressionRecipe) -> int:
-    """Channels per expert if all kept the same share of the budget, rounded up to a block."""
+def mean_width(base: Checkpoint, recipe: CompressionRecipe, rounding=math.ceil) -> int:
+    """Channels per expert if all keep the same share of the budget, in whole blocks."""
     d_expert, block = base.config.moe.d_expert, recipe.block or 1
     mean = (1 - recipe.prune_rate) * d_expert
-    return min(d_expert, block * math.ceil(round(mean / block, 9)))
+    return max(block, block * rounding(round(mean / block, 9)))
 
 
 def equal_bytes(base: Checkpoint, recipe: CompressionRecipe, name: str, width: int) -> int:

@@ -139,7 +139,6 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     found = find_statistics(job)
     if found is not None:
         return found
-    check_weights(job, steps)
     with steps.bar("score") as on_step:
         statistics = collect_statistics(
             job.base,
@@ -191,12 +190,6 @@ def stored_statistics(folder: Path, base: Checkpoint) -> tuple[ChannelStatistics
             f"{base.folder} is {base.fingerprint}; score this model"
         )
     return statistics, provenance
-
-
-def check_weights(job: Job, steps: Steps) -> None:
-    """Read the model once and refuse NaN and infinity."""
-    with steps.bar("check weights") as on_step:
-        job.base.check_finite(on_step)
 
 
 def plan(
