@@ -119,7 +119,7 @@ def save_statistics(path: str | Path, statistics: ChannelStatistics, provenance:
     """
     path = Path(path)
     arrays = {
-        field.name: np.ascontiguousarray(getattr(statistics, field.name))
+        field.name: np.asarray(getattr(statistics, field.name), order="C")
         for field in dataclasses.fields(statistics)
         if field.name != "has_gradients"
     }
