@@ -50,8 +50,8 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
     resumed = is_interrupted(job)
     if resumed:
         _remove_leftovers(job.output)
+    rehearse_plan(job)
     if exports:
-        rehearse_plan(job)
         for name in job.recipe.export:
             check_widths(job.base, job.base.widths, form_of(job.recipe, name))
         _say_padding(job, steps)
