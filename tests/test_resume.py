@@ -20,8 +20,9 @@ from tests.command import given, run
 # Runs the command and sends itself a signal at the moment a file would take its final name, or
 # while an export lies half written.
 STOPPED = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
 moment, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 replace, fsync = os.replace, os.fsync
 
