@@ -162,3 +162,23 @@ def test_gradients_scored_once_serve_the_criteria_that_need_them(models, texts, 
     arguments = (models / "single", *given(texts, tmp_path / "out"), "--gradients")
     assert run("--quiet", "score", *arguments, "--criterion", "taylor") == 0
     assert run("--quiet", "plan", tmp_path / "out", "--criterion", "fisher") == 0
+
+
+def test_verifying_lets_no_other_program_write_to_stderr(scored, tmp_path, capfd):
+    from transformers.utils import logging
+
+    out = shutil.copytree(scored, tmp_path / "out")
+    assert run("--quiet", "export", out, "--export", "padded-int4") == 0
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    try:
+        assert run("--quiet", "verify", out) == 0
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(level)
+        if not bars:
+            logging.disable_progress_bar()
+    shown = capfd.readouterr()
+    assert shown.err == "" and "logits in transformers" in shown.out
