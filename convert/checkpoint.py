@@ -1,6 +1,6 @@
 """Hugging Face checkpoints as sources of layers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ class Checkpoint:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._last: int | None = None
+        self._checked = False
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -113,10 +114,33 @@ class Checkpoint:
         self._last = index
         return layer
 
+    def check_finite(self, on_tensor: Callable[[int, int], None] | None = None) -> None:
+        """Read every tensor once, one in memory at a time; later reads are not checked again.
+
+        Args:
+          on_tensor: called with the tensors done and the tensors in all.
+
+        Raises:
+          CheckpointError: naming every tensor that holds NaN or infinity.
+        """
+        problems: list[str] = []
+        for done, name in enumerate(self._views, 1):
+            try:
+                self._read(name)
+            except CheckpointError as error:
+                problems.extend(error.problems)
+            if on_tensor:
+                on_tensor(done, len(self._views))
+        if problems:
+            raise CheckpointError(self.folder, problems)
+        self._checked = True
+
     def _read(self, name: str) -> np.ndarray:
         array = self._views[name].read()
-        if not _finite(array):
-            raise CheckpointError(self.folder, [f"{name} holds NaN or infinity"])
+        if not self._checked and not _finite(array):
+            raise CheckpointError(
+                self.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
+            )
         return array if self._dtype is None else array.astype(self._dtype, copy=False)
 
     def _read_layer(self, index: int) -> Arrays:

@@ -106,6 +106,15 @@ def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[
     return config
 
 
+def check_widths(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
+    """Raise ValueError unless every group of 4-bit weights of an export is whole."""
+    if form.is_packed:
+        stored = expected_tensors(base.family, base.config, form.stored_widths(widths))
+        linears = filter(compressed_tensors.is_quantized_linear, stored)
+        columns = {stored[name][1] for name in linears}
+        compressed_tensors.check_group_size(form.group_size, columns)
+
+
 def export_checkpoint(
     source: LayerSource,
     base: Checkpoint,
@@ -134,9 +143,7 @@ def export_checkpoint(
       ValueError: if widths do not fit the group size, or the target exists.
       OSError: if the disk is too small.
     """
-    if form.is_packed:
-        distinct = sorted({n for counts in form.stored_widths(widths) for n in counts if n})
-        compressed_tensors.check_group_size(form.group_size, distinct)
+    check_widths(base, widths, form)
     modelling = ragged.MODELLING_FILE
     return write_folder(
         target,

@@ -204,7 +204,10 @@ def _read_header(path: Path) -> tuple[bytes, int]:
         if len(prefix) < 8 or length < 2:
             raise ValueError(f"{size} bytes hold no safetensors header; download it again")
         if length > min(MAX_HEADER, size - 8):
-            raise ValueError(f"header length {length} exceeds the file ({size} bytes) or the limit")
+            raise ValueError(
+                f"header length {length} exceeds the file ({size} bytes) or the limit; download it "
+                "again"
+            )
         return file.read(length), 8 + length
 
 
@@ -256,7 +259,9 @@ def _spec(entry: object, file: str, data_start: int, size: int) -> TensorSpec:
     if stop - start != expected:
         raise ValueError(f"has {stop - start} bytes but its shape {shape} needs {expected}")
     if stop > size:
-        raise ValueError(f"ends at byte {stop} of a file of {size} bytes; it is truncated")
+        raise ValueError(
+            f"ends at byte {stop} of a file of {size} bytes; it is truncated, download it again"
+        )
     return TensorSpec(file, dtype, tuple(shape), start, stop)
 
 

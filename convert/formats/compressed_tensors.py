@@ -33,8 +33,12 @@ def check_group_size(group_size: int, widths: Iterable[int]) -> None:
     wrong = [width for width in widths if width % group_size]
     if wrong:
         fits = [g for g in GROUP_SIZES if not any(width % g for width in widths)]
-        cure = f"use group size {fits[0]}" if fits else "plan with --block 32 or export 16 bits"
-        raise ValueError(f"group_size={group_size} does not divide expert width {wrong[0]}; {cure}")
+        cure = (
+            f"use group size {fits[0]}"
+            if fits
+            else "export 16 bits (or plan with --block 32 if it is a pruned expert's)"
+        )
+        raise ValueError(f"group_size={group_size} does not divide width {wrong[0]}; {cure}")
 
 
 def packed_specs(rows: int, columns: int, group_size: int) -> dict[str, tuple[np.dtype, tuple]]:
