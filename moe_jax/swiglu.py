@@ -6,7 +6,6 @@ form is also the specification of the loops.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
