@@ -36,28 +36,26 @@ def coverage_by_blocks(scores: np.ndarray, block: int) -> np.ndarray:  # [L, E, 
 
 
 def block_values(
-    scores: np.ndarray,  # [L, E, F]
+    coverage: np.ndarray,  # [L, E, K+1]
     weights: np.ndarray,  # [L, E]
-    block: int,
     *,
     degree: float = 0.0,
     rho_max: float = 1.0,
 ) -> np.ndarray:  # [L, E, K+1]
     """Weighted utility of each expert by the blocks it keeps; non-decreasing and concave."""
-    coverage = np.minimum(coverage_by_blocks(scores, block), rho_max) / rho_max
+    coverage = np.minimum(coverage, rho_max) / rho_max
     top = weights.max()
     weights = np.maximum(weights / top, 1e-12) if top > 0.0 else np.ones_like(weights)
     return weights[:, :, None] * utility(coverage, degree)
 
 
 def weighted_coverage(
-    scores: np.ndarray,  # [L, E, F]
+    coverage: np.ndarray,  # [L, E, F+1]
     weights: np.ndarray,  # [L, E]
     counts: np.ndarray,  # [L, E]
 ) -> float:
     """Mean coverage of the experts under these weights, in [0, 1]."""
-    covered = coverage_by_blocks(scores, 1)
-    share = np.take_along_axis(covered, counts[:, :, None], axis=2)[:, :, 0]
+    share = np.take_along_axis(coverage, counts[:, :, None], axis=2)[:, :, 0]
     return float((weights * share).sum() / weights.sum())
 
 

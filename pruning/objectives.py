@@ -80,6 +80,17 @@ def equal_width(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.A
     return _rank_share(best)
 
 
+@jax.jit
+def proportional(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
+    """Rank over weight: every group's width is in proportion to its weight, whatever its scores.
+
+    Half a channel is added to the rank, so that widths are rounded to the nearest.
+    """
+    del before
+    half = 0.5 / best.shape[1]
+    return (_rank_share(best) + half) * (weights.min() / weights)
+
+
 def utility(coverage: np.ndarray, degree: float) -> np.ndarray:
     """Fairness utility of coverage, as the priorities `linear` and `fair` maximise it.
 

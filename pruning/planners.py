@@ -9,6 +9,7 @@ channel's covered-before share lies; that level is the budget-th smallest share,
 finds it without a search, and exactly.
 """
 
+import dataclasses
 import functools
 from typing import Protocol
 
@@ -16,7 +17,16 @@ import numpy as np
 
 from pruning.apportion import apportion
 from pruning.criteria import ChannelScores, choose
-from pruning.objectives import Priority, equal_width, fair, linear, max_min, prioritize, top_score
+from pruning.objectives import (
+    Priority,
+    equal_width,
+    fair,
+    linear,
+    max_min,
+    prioritize,
+    proportional,
+    top_score,
+)
 from pruning.weights import (
     WEIGHTS,
     PlannerOptions,
@@ -177,6 +187,51 @@ def random_counts(
     return counts.reshape(layers, experts)
 
 
+def moe_i2(
+    scores: ChannelScores,
+    budget: int,
+    floor: np.ndarray,  # [L, E]
+    most: np.ndarray | None = None,  # [L, E]
+    *,
+    options: PlannerOptions = DEFAULTS,
+) -> np.ndarray:  # [L, E]
+    """Widths in proportion to importance: of the layer, then of the expert inside it.
+
+    The layer's importance is the sum of its experts'; nothing is smoothed.
+
+    Source: our reading of MoE-I2, arXiv 2411.01016, with channels in place of ranks.
+    """
+    options = dataclasses.replace(
+        options, layer_loss="attribution", passes=0, rho_max=1.0, weights="attribution"
+    )
+    return two_level(scores, budget, floor, most, options=options, priority=proportional)
+
+
+def cd_moe(
+    scores: ChannelScores,
+    budget: int,
+    floor: np.ndarray,  # [L, E]
+    most: np.ndarray | None = None,  # [L, E]
+    *,
+    options: PlannerOptions = DEFAULTS,
+) -> np.ndarray:  # [L, E]
+    """Whole layers condensed to their always-on experts, the least divergent layers first.
+
+    A layer's divergence is its loss without routed experts, its always-on experts are those with a
+    floor. The layer, and in it the expert, that meets the end of the budget is cut.
+
+    Source: our reading of CD-MoE, arXiv 2412.00069. It measures the divergence again after each
+    layer; where losses add up, that greedy choice is this order.
+    """
+    del options
+    experts, channels = scores.channel.shape[1:]
+    layer_rank = np.argsort(np.argsort(-scores.layer, kind="stable"), kind="stable")
+    expert_rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
+    order = np.where(floor > 0, -1.0, layer_rank[:, None] * experts + expert_rank)
+    value = np.repeat(order.reshape(1, -1, 1), channels, axis=2)
+    return select(value, np.array([budget]), *_flat(floor, most))[0].reshape(floor.shape)
+
+
 def _flat(floor: np.ndarray, most: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
     return floor.reshape(1, -1), None if most is None else most.reshape(1, -1)
 
@@ -203,4 +258,22 @@ PLANNERS: dict[str, Planner] = {
     "global_topk": _one_level(top_score, equal_weights),
     "normalized_topk": _one_level(top_score, inverse_layer_mean),
     "layer_topk": layer_topk,
+    "moe_i2": moe_i2,
+    "cd_moe": cd_moe,
+}
+
+# What a planner would maximise if it could choose among aligned widths: the degree of fairness and
+# the name of its weights. The max-min rules count by the coverage they are reported in. The others
+# have no such sum.
+OBJECTIVES: dict[str, tuple[float, str]] = {
+    "paper": (0.0, "paper"),
+    "fair_two_level": (1.0, "paper"),
+    "linear_two_level": (0.0, "paper"),
+    "maxmin": (0.0, "paper"),
+    "fair": (1.0, "attribution"),
+    "fair0.5": (0.5, "attribution"),
+    "fair2": (2.0, "attribution"),
+    "linear": (0.0, "attribution"),
+    "global_topk": (0.0, "mass"),
+    "normalized_topk": (0.0, "normalized_mass"),
 }

@@ -61,7 +61,7 @@ def problem(case):
             total += weights[at] / weights.max() * UTILITIES[degree](share)
         return total
 
-    values = block_values(scores, weights, block, degree=degree)
+    values = block_values(coverage_by_blocks(scores, block), weights, degree=degree)
     return values, blocks, {"least": least, "reserved": reserved, "most": most}, value
 
 
@@ -103,7 +103,9 @@ def test_the_hull_is_legal_and_misses_the_optimum_by_less_than_one_first_item(ca
 def test_values_are_concave_so_that_the_hull_may_take_items_in_order():
     scores = np.random.default_rng(0).lognormal(size=(2, 3, 24))
     for degree in UTILITIES:
-        values = block_values(scores, np.ones((2, 3)), 4, degree=degree, rho_max=0.9)
+        values = block_values(
+            coverage_by_blocks(scores, 4), np.ones((2, 3)), degree=degree, rho_max=0.9
+        )
         assert (np.diff(values, axis=2) >= 0.0).all()
         assert (np.diff(values, 2, axis=2) <= 1e-9).all()
 
@@ -111,13 +113,13 @@ def test_values_are_concave_so_that_the_hull_may_take_items_in_order():
 def test_coverage_by_blocks_and_its_mean_by_hand():
     scores = np.array([[[1.0, 4.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]])
     np.testing.assert_allclose(coverage_by_blocks(scores, 2), [[[0.0, 0.7, 1.0], [0.0, 0.0, 0.0]]])
-    weights = np.array([[3.0, 1.0]])
-    assert weighted_coverage(scores, weights, np.array([[1, 4]])) == pytest.approx(0.3)
+    weights, kept = np.array([[3.0, 1.0]]), np.array([[1, 4]])
+    assert weighted_coverage(coverage_by_blocks(scores, 1), weights, kept) == pytest.approx(0.3)
 
 
 def test_with_layer_shares_every_layer_spends_its_own():
     scores = np.random.default_rng(1).lognormal(size=(3, 4, 16))
-    values = block_values(scores, np.ones((3, 4)), 2)
+    values = block_values(coverage_by_blocks(scores, 2), np.ones((3, 4)))
     bounds = {"least": 2, "reserved": np.zeros((3, 4), bool), "most": np.full((3, 4), 8)}
     shares = np.array([40.0, 20.0, 4.0])
     kept = aligned_optimum(values, 32, layer_shares=shares, solver=SOLVERS["dp"], **bounds)
@@ -152,6 +154,7 @@ def test_alignment_loses_what_the_design_measured_and_hull_equals_the_table(
         layer=np.ones(1),
     )
     weights = np.sqrt(scores.expert)
+    coverage = coverage_by_blocks(scores.channel, 1)
     reserved = np.zeros((1, experts), bool)
     for share in (0.25, 0.5, 0.75):
         budget = round(share * scores.channel.size)
@@ -160,7 +163,7 @@ def test_alignment_loses_what_the_design_measured_and_hull_equals_the_table(
         options |= {"attribution": scores.expert}
         rule = redistribute(counts, **options)
         by_score = redistribute(counts, best_first=-np.sort(-scores.channel), **options)
-        values = block_values(scores.channel, weights, block)
+        values = block_values(coverage[:, :, ::block], weights)
         bounds = {
             "least": minimum // block,
             "reserved": reserved,
@@ -171,12 +174,10 @@ def test_alignment_loses_what_the_design_measured_and_hull_equals_the_table(
             aligned_optimum(values, blocks, solver=SOLVERS[name], **bounds) * block
             for name in ("dp", "hull")
         )
-        covered = [
-            weighted_coverage(scores.channel, weights, c) for c in (rule, by_score, table, hull)
-        ]
+        covered = [weighted_coverage(coverage, weights, c) for c in (rule, by_score, table, hull)]
         gap = covered[2] - covered[0]
         assert 2e-4 < gap < 0.2
         assert covered[2] - covered[3] < 1e-4
         assert abs(covered[0] - covered[1]) < 0.002
         known = best_known(values, blocks, **bounds) * block
-        assert weighted_coverage(scores.channel, weights, known) >= covered[3] - 1e-12
+        assert weighted_coverage(coverage, weights, known) >= covered[3] - 1e-12
