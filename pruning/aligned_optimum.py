@@ -14,6 +14,7 @@ import numpy as np
 
 from pruning.apportion import apportion
 from pruning.objectives import utility
+from pruning.planners import select
 
 # (values [G, K+1], blocks to spend, least blocks of a kept group, reserved [G], most [G])
 # -> blocks per group [G].
@@ -28,11 +29,14 @@ def coverage_by_blocks(scores: np.ndarray, block: int) -> np.ndarray:  # [L, E, 
 
     An expert without any score has coverage 0 throughout: none of its channels is worth a place.
     """
-    best = -np.sort(-scores, axis=2)
-    covered = np.cumsum(best, axis=2)[:, :, block - 1 :: block]
-    total = covered[:, :, -1:]
-    share = np.divide(covered, total, out=np.zeros_like(covered), where=total > 0.0)
-    return np.pad(share, ((0, 0), (0, 0), (1, 0)))
+    # Negated throughout, in place: these arrays are the largest of a plan.
+    best = -scores
+    best.sort(axis=2)
+    np.cumsum(best, axis=2, out=best)
+    covered = np.zeros((*scores.shape[:2], scores.shape[2] // block + 1))
+    total = best[:, :, -1:]
+    np.divide(best[:, :, block - 1 :: block], total, out=covered[:, :, 1:], where=total < 0.0)
+    return covered
 
 
 def block_values(
@@ -109,7 +113,11 @@ def by_hull(
     blocks, so that the items of one group come in order.
     """
     _check_reserved(blocks, least, reserved, most)
-    gain = np.diff(values, axis=1)[:, least:]
+    gain = np.diff(values, axis=1)
+    if least == 1:
+        spent = np.array([min(blocks, int(most.sum()))])
+        return select(-gain[None], spent, reserved[None].astype(np.int64), most[None])[0]
+    gain = gain[:, least:]
     first = (values[:, least] - values[:, 0]) / least
     density = np.concatenate([np.where(reserved, np.inf, first)[:, None], gain], axis=1)
     # Rounding must not put a block before the item that it extends.

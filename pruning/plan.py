@@ -109,11 +109,13 @@ def plan_pruning(
     scores = channel_scores(statistics, criterion=criterion, attribution=attribution, seed=seed)
     # The experts of largest attribution are reserved, ties to the lower index.
     rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
+    most = _most(within, (layers, experts_per_layer), d_expert)
     problem = Problem(
         scores=scores,
-        budget=budget,
+        # A larger plan may have left a few channels unspent, which the smaller cannot have either.
+        budget=budget if within is None else min(budget, int(most.sum())),
         reserved=rank < experts_per_token,
-        most=_most(within, (layers, experts_per_layer), d_expert),
+        most=most,
         least=least,
         block=block,
         planner=allocate,

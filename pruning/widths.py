@@ -62,7 +62,9 @@ class Problem:
             for name in per_layer
         }
         scores = ChannelScores(
-            **{f.name: getattr(self.scores, f.name)[layers] for f in _fields(self.scores)}
+            channel=self.scores.channel[layers],
+            expert=self.scores.expert[layers],
+            layer=self.scores.layer[layers],
         )
         options = self.options
         if options.layer_weights is not None:
@@ -295,10 +297,6 @@ def with_layer_budgets(
         rest = policy(problem.of_layers(others, left))
         counts[others], wanted[others] = rest.counts, rest.unaligned
     return Widths(counts, wanted)
-
-
-def _fields(value: Any) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(value)
 
 
 def _too_narrow(problem: Problem, most: np.ndarray) -> ValueError:

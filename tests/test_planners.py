@@ -430,3 +430,31 @@ def test_every_planner_keeps_within_floors_and_ceilings(
 def test_bad_planner_options_name_value_and_expectation(options, message):
     with pytest.raises(ValueError, match=message):
         PlannerOptions(**options)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1000), st.integers(0, L * E * F))
+def test_moe_i2_widths_are_in_proportion_to_importance(seed, budget):
+    scores = random_scores(seed)
+    counts = PLANNERS["moe_i2"](scores, budget, NO_FLOOR)
+    # Divisor rule: no channel would move to another group by the ratio of half-ranks to weight.
+    for shares, widths, most in [
+        (scores.expert.sum(axis=1), counts.sum(axis=1), E * F),
+        *((scores.expert[layer], counts[layer], F) for layer in range(L)),
+    ]:
+        last = max(((n - 0.5) / s for n, s in zip(widths, shares, strict=True) if n), default=0.0)
+        following = [(n + 0.5) / s for n, s in zip(widths, shares, strict=True) if n < most]
+        assert last <= min(following, default=math.inf) * (1.0 + 1e-9)
+
+
+def test_cd_moe_condenses_the_least_divergent_layers_to_their_always_on_experts():
+    scores = ChannelScores(
+        channel=np.ones((3, 3, 4)),
+        expert=np.array([[1.0, 3.0, 2.0], [3.0, 2.0, 1.0], [2.0, 1.0, 3.0]]),
+        layer=np.array([0.3, 0.1, 0.2]),
+    )
+    floor = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    counts = PLANNERS["cd_moe"](scores, 24, floor)
+    # Layer 1 keeps its best expert, then layer 2 loses its worst and the budget is met.
+    assert counts.tolist() == [[4, 4, 4], [4, 0, 0], [4, 0, 4]]
+    assert PLANNERS["cd_moe"](scores, 21, floor)[2].tolist() == [1, 0, 4]
