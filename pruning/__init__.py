@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pruning.attribution import collect_statistics
     from pruning.calibration import TextSource, TokenBatch, calibration_batch
+    from pruning.collect import collect_statistics, collect_weights
     from pruning.criteria import ChannelScores, channel_scores
     from pruning.pipeline import compress
     from pruning.plan import plan_pruning
@@ -29,6 +29,7 @@ __all__ = [
     "calibration_batch",
     "channel_scores",
     "collect_statistics",
+    "collect_weights",
     "compress",
     "load_recipe",
     "load_statistics",
@@ -42,7 +43,7 @@ __all__ = [
 
 # Names are imported when they are used: `--help` and the checks of options need no jax.
 _HOMES = {
-    "attribution": ("collect_statistics",),
+    "collect": ("collect_statistics", "collect_weights"),
     "calibration": ("TextSource", "TokenBatch", "calibration_batch"),
     "criteria": ("ChannelScores", "channel_scores"),
     "pipeline": ("compress",),

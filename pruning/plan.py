@@ -18,9 +18,11 @@ from pruning.aligned_optimum import (
 )
 from pruning.alignment import best_channels, check_block, legal_minimum
 from pruning.apportion import apportion
-from pruning.criteria import EXPERT_CRITERIA, channel_scores, choose
+from pruning.criteria import channel_scores
+from pruning.expert_criteria import expert_criterion
 from pruning.plan_file import PruningPlan
 from pruning.planners import DEFAULTS, OBJECTIVES, PLANNERS, Planner, random_counts
+from pruning.registry import choose
 from pruning.weights import WEIGHTS, PlannerOptions
 from pruning.widths import ALIGNMENTS, WIDTHS, Problem, Widths, with_layer_budgets
 
@@ -129,7 +131,7 @@ def plan_pruning(
     )
     fixed = _layer_budgets(problem, layer_rates, layer_shares, indices)
     widths = with_layer_budgets(problem, fixed, policy)
-    attributed = choose(EXPERT_CRITERIA, attribution, "attribution")(statistics)
+    attributed = expert_criterion(attribution)(statistics)
     record = {
         "criterion": criterion,
         "attribution": attribution,

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from pruning.apportion import apportion
-from pruning.criteria import ChannelScores, choose
+from pruning.criteria import ChannelScores
 from pruning.objectives import (
     Priority,
     equal_width,
@@ -27,6 +27,7 @@ from pruning.objectives import (
     proportional,
     top_score,
 )
+from pruning.registry import choose
 from pruning.weights import (
     WEIGHTS,
     PlannerOptions,

@@ -121,10 +121,11 @@ def rehearse_plan(job: Job) -> None:
       ValueError: no plan satisfies the recipe, whatever the statistics.
     """
     c = job.base.config
-    shapes = field_shapes(len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
+    sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
+    shapes = field_shapes(*sizes, job.recipe.groups)
     # Every sum is one, without memory: nothing is degenerate, and no layer differs from another.
     ones = {name: np.broadcast_to(1.0, shape) for name, shape in shapes.items()}
-    statistics = ChannelStatistics(**ones, has_gradients=job.recipe.gradients)
+    statistics = ChannelStatistics(**ones)
     stages.plan(job.recipe, statistics, {"model_hash": None, "tokens": 0}, job.base)
 
 
@@ -133,7 +134,7 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     base, output = job.base, job.output
     parts = {}
     if not (resumed and (output / STATISTICS).exists()):
-        parts["statistics"] = statistics_bytes(base)
+        parts["statistics"] = statistics_bytes(base, job.recipe)
     for name in job.recipe.export if exports else ():
         if not (resumed and (output / "exports" / name).exists()):
             parts[name] = most_bytes(base, job.recipe, name)

@@ -41,7 +41,9 @@ class CompressionRecipe:
       width: "free" per expert or "uniform" for the model; default follows the exports.
       block: widths are multiples of it; default the group size.
       minimum: least width of a kept expert; default one block.
-      gradients: also collect end-to-end gradient scores.
+      gradients: also collect end-to-end gradient scores (about three times the time).
+      weight_gradients: also collect criterion wg, in a sweep of its own (about five times).
+      expert_details: also collect what wanda, MoNE, NAEE and GRAPE need (about twice the time).
       export: formats to write.
       batch: windows per step.
       dtype: of the activations.
@@ -66,6 +68,8 @@ class CompressionRecipe:
     block: int | None = None
     minimum: int | None = None
     gradients: bool = False
+    expert_details: bool = False
+    weight_gradients: bool = False
     export: tuple[Export, ...] = ()
     batch: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -126,6 +130,16 @@ class CompressionRecipe:
             width=self.width or ("uniform" if padded else "free"),
             window=min(self.window or 2048, max_position),
         )
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """What is collected beyond the forward sums, names of `pruning.statistics.SUMS`."""
+        asked = {
+            "gradients": self.gradients,
+            "expert-details": self.expert_details,
+            "weight-gradients": self.weight_gradients,
+        }
+        return frozenset(name for name, on in asked.items() if on)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""

@@ -50,11 +50,11 @@ def parameter_count(base: Checkpoint) -> int:
     return export_bytes(base, tuple(base.widths), ExportFormat("ragged-bf16")) // 2
 
 
-def statistics_bytes(base: Checkpoint) -> int:
-    """Bytes of a model's statistics."""
+def statistics_bytes(base: Checkpoint, recipe: CompressionRecipe) -> int:
+    """Bytes of the statistics that a recipe collects of a model."""
     c = base.config
-    shapes = field_shapes(len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
-    return 8 * sum(map(math.prod, shapes.values()))
+    sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
+    return 8 * sum(map(math.prod, field_shapes(*sizes, recipe.groups).values()))
 
 
 def mean_width(base: Checkpoint, recipe: CompressionRecipe, rounding=math.ceil) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pruning.criteria import choose
+from pruning.registry import choose
 
 
 def huber_tail(loss: np.ndarray) -> np.ndarray:  # [L] -> [L]

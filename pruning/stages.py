@@ -1,7 +1,9 @@
 """The stages of a compression, each reading what the one before wrote."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,20 +13,23 @@ from convert.export import ExportFormat, export_checkpoint
 from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
-from pruning.attribution import collect_statistics
 from pruning.calibration import TextSource, TokenBatch, calibration_batch
-from pruning.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA, choose
+from pruning.channel_criteria import CHANNEL_CRITERIA
+from pruning.collect import collect_statistics
 from pruning.evaluate import Quality, Reference, Windows, evaluate, make_windows
+from pruning.expert_criteria import expert_criterion
 from pruning.plan import PruningPlan, plan_pruning
 from pruning.planners import PLANNERS
 from pruning.progress import Steps
 from pruning.prune import PrunedSource
 from pruning.quantized import QuantizedSource
 from pruning.recipe import CompressionRecipe
+from pruning.registry import choose
 from pruning.sizes import kept_widths
 from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
 from pruning.tokenizer import TextCodec, open_codec
 from pruning.verify import Check, verify_folder
+from pruning.weight_gradient import weight_gradient_scores
 
 DEMO = Path(__file__).parent / "demo"
 STATISTICS = "statistics.safetensors"
@@ -79,7 +84,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     if base.widths != uniform_widths(c):
         raise ValueError(f"{folder} is already pruned; give the dense model that it came from")
     choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
-    choose(EXPERT_CRITERIA, recipe.attribution, "attribution")
+    expert_criterion(recipe.attribution)
     choose(PLANNERS, recipe.planner, "planner")
     check_block(recipe.block or 1, c.moe.d_expert)
     codec = open_codec(folder, c.vocab_size)
@@ -139,16 +144,21 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     found = find_statistics(job)
     if found is not None:
         return found
+    texts = job.calibration.tokens, job.calibration.valid
+    how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     with steps.bar("score") as on_step:
         statistics = collect_statistics(
             job.base,
-            job.calibration.tokens,
-            job.calibration.valid,
+            *texts,
             gradients=job.recipe.gradients,
-            batch=job.recipe.batch,
-            dtype=job.dtype,
+            expert_details=job.recipe.expert_details,
             on_step=on_step,
+            **how,
         )
+    if job.recipe.weight_gradients:
+        with steps.bar("weight gradients") as on_step:
+            found = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
+        statistics = dataclasses.replace(statistics, weight_gradient=found)
     job.output.mkdir(parents=True, exist_ok=True)
     save_statistics(job.output / STATISTICS, statistics, _provenance(job))
     return statistics, _provenance(job)
@@ -161,9 +171,7 @@ def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
         return None
     statistics, found = load_statistics(path)
     same = all(found.get(key) == value for key, value in _provenance(job).items())
-    return (
-        (statistics, found) if same and statistics.has_gradients >= job.recipe.gradients else None
-    )
+    return (statistics, found) if same and statistics.groups >= job.recipe.groups else None
 
 
 def _provenance(job: Job) -> dict:

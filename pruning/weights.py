@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from pruning.criteria import ChannelScores, choose
+from pruning.criteria import ChannelScores
+from pruning.registry import choose
 from pruning.smoothing import SMOOTHINGS, smooth_layer_loss
 
 # Smallest weight of an expert, as a share of the layer's mean weight.

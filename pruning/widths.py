@@ -12,9 +12,10 @@ import numpy as np
 
 from pruning.aligned_optimum import SOLVERS, aligned_optimum, block_values, coverage_by_blocks
 from pruning.alignment import redistribute, uniform_counts
-from pruning.criteria import ChannelScores, choose
+from pruning.criteria import ChannelScores
 from pruning.expert_drop import keep_experts
 from pruning.planners import DEFAULTS, Planner
+from pruning.registry import choose
 from pruning.weights import WEIGHTS, PlannerOptions
 
 

@@ -2,24 +2,23 @@
 
 import numpy as np
 
-from pruning.statistics import ChannelStatistics
+from pruning.statistics import ChannelStatistics, field_shapes
 
-CHANNEL_SUMS = ("hidden_square", "up_square", "gate_square", "weighted_square", "energy")
-NORMS = ("down_norm", "up_norm", "gate_norm")
-GRADIENT_SUMS = ("taylor", "abs_taylor", "fisher")
-OUTPUT_NORMS = ("output_norm", "weighted_output_norm", "output_square")
+SIGNED = ("shapley", "taylor", "output_sum")
 
 
-def statistics(L: int, E: int, F: int, *, seed: int = 0, gradients: bool = True, **changes):
+def statistics(
+    L: int, E: int, F: int, *, D: int = 3, seed: int = 0, gradients: bool = True,
+    expert_details: bool = True, **changes,
+):  # fmt: skip
     """Random sums over 100 tokens; `changes` replace single fields."""
     rng = np.random.default_rng(seed)
-    fields = {name: rng.lognormal(size=(L, E, F)) for name in (*CHANNEL_SUMS, *NORMS)}
-    fields |= {"shapley": rng.normal(size=(L, E, F)), "taylor": rng.normal(size=(L, E, F))}
-    fields |= {name: rng.lognormal(size=(L, E, F)) for name in ("abs_taylor", "fisher")}
-    if not gradients:
-        fields |= {name: np.zeros((L, E, F)) for name in GRADIENT_SUMS}
-    fields |= {name: rng.lognormal(size=(L, E)) for name in ("kappa", "gate_mass", *OUTPUT_NORMS)}
-    fields |= {"phi": rng.lognormal(size=(L, E)), "tokens": rng.integers(1, 90, (L, E)) * 1.0}
-    fields |= {"layer_energy": rng.lognormal(size=L), "router_entropy": rng.lognormal(size=L)}
-    scalars = {"total_tokens": 100.0, "loss_sum": 250.0, "has_gradients": gradients}
-    return ChannelStatistics(**{**fields, **scalars, **changes})
+    groups = ["gradients", "weight-gradients"] * gradients + ["expert-details"] * expert_details
+    fields = {}
+    for name, shape in field_shapes(L, E, F, D, groups).items():
+        draw = rng.normal if name in SIGNED else rng.lognormal
+        fields[name] = draw(size=shape)
+    fields |= {"tokens": rng.integers(1, 90, (L, E)) * 1.0, "total_tokens": np.asarray(100.0)}
+    if gradients:
+        fields["loss_sum"] = np.asarray(250.0)
+    return ChannelStatistics(**{**fields, **changes})

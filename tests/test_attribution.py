@@ -12,7 +12,7 @@ from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.grouped_matmul import sum_by_expert
 from moe_jax.moe import gated_experts
 from moe_jax.transformer import Transformer, init
-from pruning.attribution import collect_statistics
+from pruning.collect import collect_statistics
 
 CONFIG = ModelConfig(
     vocab_size=64,

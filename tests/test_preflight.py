@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from convert.checkpoint import open_checkpoint
 from convert.export import ExportFormat, export_bytes
 from pruning import preflight
-from pruning.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
+from pruning.channel_criteria import CHANNEL_CRITERIA
+from pruning.expert_criteria import EXPERT_CRITERIA
 from pruning.plan import PruningPlan
 from pruning.planners import PLANNERS
 from pruning.progress import Steps
@@ -68,7 +69,7 @@ def test_the_bound_is_reached_by_some_plan(models, name):
 
 def test_statistics_are_as_large_as_foretold(models, scored):
     size = (scored / "statistics.safetensors").stat().st_size
-    header = size - statistics_bytes(open_checkpoint(models / "single"))
+    header = size - statistics_bytes(open_checkpoint(models / "single"), recipe(models / "single"))
     assert 0 < header < 8192
 
 
@@ -82,6 +83,8 @@ def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, 
             calibration=[str(texts / "good.txt")],
             planner=planner,
             gradients=True,
+            expert_details=True,
+            weight_gradients=True,
         )
     )
     rules = [("act", name) for name in EXPERT_CRITERIA]

@@ -13,7 +13,7 @@ from moe_jax.moe import gated_experts
 from moe_jax.quant import QTensor, dequantize, quantize
 from moe_jax.stream import forward_hidden, layer_forward
 from moe_jax.transformer import Transformer, init
-from pruning.attribution import collect_statistics
+from pruning.collect import collect_statistics
 from pruning.plan import PruningPlan
 from pruning.prune import PrunedSource, mask_layer, prune_layer
 

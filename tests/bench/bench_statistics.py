@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.stream import forward_hidden
 from moe_jax.transformer import init
-from pruning.attribution import collect_statistics
+from pruning.collect import collect_statistics
 
 CONFIG = ModelConfig(
     vocab_size=512,
