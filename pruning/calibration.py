@@ -165,6 +165,25 @@ def calibration_batch(
     return batch
 
 
+def hold_out(batch: TokenBatch, share: float = 1 / 16) -> tuple[TokenBatch, TokenBatch]:
+    """Set some windows aside, evenly over the files, for measuring quality.
+
+    Args:
+      batch: windows of calibration text.
+      share: fraction of the windows to set aside, at least one window.
+
+    Returns:
+      (what is left, what was set aside); nothing is set aside from fewer than four windows.
+    """
+    count = max(1, round(share * len(batch.tokens))) if len(batch.tokens) >= 4 else 0
+    aside = np.zeros(len(batch.tokens), bool)
+    aside[np.linspace(0, len(aside) - 1, count + 2)[1:-1].round().astype(int)] = True
+    left, held = (
+        TokenBatch(batch.tokens[rows], batch.valid[rows], batch.sources) for rows in (~aside, aside)
+    )
+    return left, held
+
+
 def _stream(source: TextSource, encode: Encode, limit: int, separator: int | None):
     tokens: list[int] = []
     documents = 0

@@ -17,8 +17,9 @@ from pruning.files import replace_text
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
 from pruning.recipe import EXPORTS, CompressionRecipe, load_recipe
-from pruning.report import CompressionReport, terminal_table
+from pruning.report import CompressionReport
 from pruning.sizes import folder_bytes, form_of, parameter_count
+from pruning.tables import terminal_table
 from pruning.tokenizer import open_codec
 
 Options = argparse.Namespace
@@ -29,8 +30,9 @@ def compress(options: Options) -> None:
     report = pipeline.compress(options.recipe, Steps(quiet=options.quiet))
     Console().print(terminal_table(report))
     sample = report.sample
-    Console().print(f"\nprompt: {sample['prompt']!r}\nanswer: {sample['compressed']!r}",
-                    markup=False, highlight=False)  # fmt: skip
+    for label, key in (("prompt", "prompt"), ("dense", "dense"), (sample["export"], "compressed")):
+        # Console would break the line anew in a narrow terminal.
+        print(f"{label}: {sample[key]!r}")
     print(f"\n{options.recipe.output}/report.html")
 
 
@@ -99,10 +101,14 @@ def plan(options: Options) -> list[dict]:
     made = []
     for rate, result in _plans(options.folder, recipe, _base(recipe), rates):
         target = options.folder if len(rates) == 1 else options.folder / f"plans/{rate}"
-        made.append((target, result))
-    for target, result in made:
+        made.append((dataclasses.replace(recipe, prune_rate=rate, output=str(target)), result))
+    for one, result in made:
+        target = Path(one.output)
         result.save(target)
-    return [{"plan": str(target / "plan.json"), **result.provenance} for target, result in made]
+        if target != options.folder:
+            # `export` and `verify` take the plans of a sweep like any other folder.
+            replace_text(target / "recipe.yaml", one.to_yaml())
+    return [{"plan": f"{one.output}/plan.json", **result.provenance} for one, result in made]
 
 
 def export(options: Options) -> list[str]:

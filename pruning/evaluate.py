@@ -12,6 +12,10 @@ from jax import Array
 from moe_jax.stream import LayerSource, forward_hidden, pad_rows
 from moe_jax.transformer import Head
 
+POSITIONS = (
+    256  # logits in memory at once; a whole window of them is gigabytes for large vocabularies
+)
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -89,17 +93,19 @@ def make_windows(tokens: Sequence[int], *, window: int, stride: int | None = Non
 
 
 @jax.jit
-def _scores(head: Head, x: Array, tokens: Array) -> Array:  # [T, D], [T] -> [T - 1]
-    logp = jax.nn.log_softmax(head(x[:-1]), axis=-1)
-    return -jnp.take_along_axis(logp, tokens[1:, None], axis=-1)[:, 0]
+def _loss(head: Head, x: Array, targets: Array) -> Array:  # [P, D], [P] -> [P]
+    logp = jax.nn.log_softmax(head(x), axis=-1)
+    return -jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
 
 
 @jax.jit
-def _agreement(reference: Head, r: Array, head: Head, x: Array) -> tuple[Array, Array]:
-    expected = jax.nn.log_softmax(reference(r[:-1]), axis=-1)
-    actual = jax.nn.log_softmax(head(x[:-1]), axis=-1)
+def _compare(
+    head: Head, x: Array, targets: Array, reference: Head, r: Array
+) -> tuple[Array, Array, Array]:  # [P, D], [P], [P, D] -> loss, KL divergence, agreement, each [P]
+    expected, actual = (jax.nn.log_softmax(h(y), axis=-1) for h, y in ((reference, r), (head, x)))
+    loss = -jnp.take_along_axis(actual, targets[:, None], axis=-1)[:, 0]
     kl = jnp.sum(jnp.exp(expected) * (expected - actual), axis=-1)
-    return kl, jnp.argmax(expected, axis=-1) == jnp.argmax(actual, axis=-1)
+    return loss, kl, jnp.argmax(expected, axis=-1) == jnp.argmax(actual, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -135,21 +141,26 @@ def evaluate(
     Raises:
       ValueError: if the model's output is not finite.
     """
+    batch = min(batch, len(windows.tokens))  # a short text is not padded to a whole batch
     hidden = forward_hidden(
         source, windows.tokens, windows.valid, batch=batch, dtype=dtype, on_layer=on_layer
     )
-    head = source.head
+    head, scored = source.head, windows.scored
+    states, targets = hidden[:, :-1][scored], windows.tokens[:, 1:][scored]  # [P, D], [P]
+    expected = None if reference is None else reference.hidden[:, :-1][scored]
     nll = kl = agree = 0.0
-    for i, (x, tokens, scored) in enumerate(
-        zip(hidden, windows.tokens, windows.scored, strict=True)
-    ):
-        nll += float(np.asarray(_scores(head, jnp.asarray(x), jnp.asarray(tokens)))[scored].sum())
-        if reference is not None:
-            divergence, same = _agreement(
-                reference.head, jnp.asarray(reference.hidden[i]), head, jnp.asarray(x)
-            )
-            kl += float(np.asarray(divergence)[scored].sum())
-            agree += float(np.asarray(same)[scored].sum())
+    for start in range(0, len(states), POSITIONS):
+        part = slice(start, start + POSITIONS)
+        count = len(targets[part])
+        x, y = (jnp.asarray(pad_rows(v[part], POSITIONS)) for v in (states, targets))
+        if reference is None or expected is None:
+            nll += _total(_loss(head, x, y), count)
+            continue
+        r = jnp.asarray(pad_rows(expected[part], POSITIONS))
+        found = _compare(head, x, y, reference.head, r)
+        nll, kl, agree = (
+            total + _total(v, count) for total, v in zip((nll, kl, agree), found, strict=True)
+        )
     count = int(windows.scored.sum())
     mean = nll / count
     if not math.isfinite(mean):
@@ -159,6 +170,10 @@ def evaluate(
         quality = Quality(quality.nll, quality.perplexity, count, max(0.0, kl / count),
                           agree / count)  # fmt: skip
     return quality, Reference(head, hidden)
+
+
+def _total(values: Array, count: int) -> float:
+    return float(np.asarray(values, np.float64)[:count].sum())
 
 
 def logits(source: LayerSource, tokens: np.ndarray, *, batch: int = 1, dtype=jnp.float32):

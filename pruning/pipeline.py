@@ -1,7 +1,12 @@
 """The whole story: score, plan, export, verify, evaluate, report."""
 
 import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
 
+import jax
 import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
@@ -95,10 +100,11 @@ def _measure(job: Job, plan: PruningPlan, steps: Steps) -> dict[str, dict[str, d
 
 
 def _sample(job: Job, steps: Steps) -> dict:
-    """The same prompt continued by the dense and by the first exported model."""
-    folder = job.output / "exports" / job.recipe.export[0]
+    """The same prompt continued by the dense model and by the smallest export."""
+    folders = [job.output / "exports" / name for name in job.recipe.export]
+    folder = min(folders, key=folder_bytes)
     if folder_bytes(job.base.folder) > SAMPLE_BYTES:
-        return {"prompt": "", "dense": "", "compressed": ""}
+        return {"prompt": "", "dense": "", "compressed": "", "export": folder.name}
     windows = next(iter(job.evaluation.values()), None)
     shown = job.calibration if windows is None else windows
     prompt = shown.tokens[0, shown.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
@@ -112,7 +118,20 @@ def _sample(job: Job, steps: Steps) -> dict:
                 0
             ]
             texts[name] = job.codec.decode(new)
-    return {"prompt": job.codec.decode(prompt), **texts}
+    return {"prompt": job.codec.decode(prompt), **texts, "export": folder.name}
+
+
+def _environment() -> dict:
+    """Where and when a run happened, for the report."""
+    installed = importlib.metadata.distributions(name="moe-jax")
+    return {
+        "moe-jax": next((package.version for package in installed), "source tree"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
 
 
 def _report(
@@ -148,6 +167,7 @@ def _report(
         },
         recipe={k: list(v) if isinstance(v, tuple) else v
                 for k, v in dataclasses.asdict(recipe).items()},
+        environment=_environment(),
         calibration={"tokens": job.calibration.total, "sources": list(job.calibration.sources)},
         plan=dict(plan.provenance),
         layer_indices=list(plan.layer_indices),

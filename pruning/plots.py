@@ -3,14 +3,22 @@
 from collections.abc import Sequence
 
 import matplotlib
-
-matplotlib.use("Agg")  # a library must not need a screen
-
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 WIDTH = 8.0  # inches, a page
 GREY, BLUE, RED, GOLD = "#777777", "#2f6fb0", "#c0392b", "#d9a400"
+
+
+def _plain(axes: Axes, percent: str = "") -> None:
+    """Only the two axes that carry numbers, a quiet grid; the named axes count in percent."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for name in percent:
+        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1))
 
 
 def concentration(channel: np.ndarray, points: int = 33) -> tuple[np.ndarray, np.ndarray]:
@@ -39,15 +47,17 @@ def plot_widths(
 ) -> Figure:  # counts [L, E]
     """Channels kept by every expert, experts sorted by width within a layer."""
     counts = -np.sort(-np.asarray(counts), axis=1)
-    figure = Figure(figsize=(WIDTH, 1.4 + min(6.0, 0.3 * len(counts))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.4 + min(3.6, 0.3 * len(counts))), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
         counts / d_expert, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
     )
     step = max(1, len(counts) // 16)
     axes.set_yticks(range(0, len(counts), step), [str(i) for i in list(layer_indices)[::step]])
-    axes.set(xlabel="expert, widest first", ylabel="layer", title="Width of every expert")
-    figure.colorbar(image, label="share of channels kept")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="expert, widest first", ylabel="layer")
+    axes.set_title("Width of every expert", loc="left")
+    figure.colorbar(image, label="channels kept", format=PercentFormatter(1), pad=0.02)
     return figure
 
 
@@ -59,18 +69,21 @@ def plot_layers(
     layer_indices: Sequence[int],
 ) -> Figure:
     """Per layer: loss before and after smoothing, coverage, share of channels kept (figure 11)."""
-    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6), layout="constrained")
     loss, cover, keep = figure.subplots(3, 1, sharex=True)
     mean = np.asarray(raw) / max(np.mean(raw), 1e-300)
-    loss.plot(layer_indices, mean, "o-", color=GREY, label="raw")
+    loss.plot(layer_indices, mean, "o-", color=GREY, label="measured")
     loss.plot(layer_indices, smoothed, "o-", color=BLUE, label="smoothed")
-    loss.set(ylabel="layer loss / mean", title="Layers")
-    loss.legend(frameon=False)
+    loss.set(ylabel="layer loss\n(mean = 1)", ylim=(0, 1.15 * max(1, mean.max(), *smoothed)))
+    loss.set_title("Layers", loc="left")
+    loss.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     cover.plot(layer_indices, coverage, "o-", color=BLUE)
-    cover.set(ylabel="score coverage", ylim=(0, 1.05))
+    cover.set(ylabel="score\ncovered", ylim=(0, 1.05))
     keep.bar(layer_indices, kept, color=BLUE)
-    keep.set(ylabel="channels kept", xlabel="layer", ylim=(0, 1.05))
-    keep.xaxis.get_major_locator().set_params(integer=True)
+    keep.set(ylabel="channels\nkept", xlabel="layer", ylim=(0, 1.05))
+    keep.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes, percent in ((loss, ""), (cover, "y"), (keep, "y")):
+        _plain(axes, percent)
     return figure
 
 
@@ -82,19 +95,20 @@ def plot_concentration(
     axes = figure.subplots()
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
     for colour, layer in zip(colours, curves, strict=True):
-        axes.plot(fractions, np.asarray(layer).T, color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot(fractions, np.asarray(layer).T, color=colour, linewidth=0.7, alpha=0.6)
     axes.plot([0, 1], [0, 1], ":", color=GREY, label="all channels alike")
     labelled = {0, len(curves) // 2, len(curves) - 1}
     for slot in sorted(labelled):
         axes.plot([], [], color=colours[slot], label=f"layer {layer_indices[slot]}")
     axes.set(
         xlabel="share of an expert's channels, best first",
-        ylabel="cumulative share of the channel score",
-        title="Concentration of the channel scores",
+        ylabel="share of the channel score they hold",
         xlim=(0, 1),
         ylim=(0, 1.02),
     )
+    axes.set_title("Concentration of the channel scores", loc="left")
     axes.legend(frameon=False, loc="lower right")
+    _plain(axes, "xy")
     return figure
 
 
@@ -102,7 +116,7 @@ def plot_expert_bars(
     curves: np.ndarray, counts: np.ndarray, attribution: np.ndarray, layer: int, d_expert: int
 ) -> Figure:  # [E, K], [E], [E]
     """Experts of one layer: score by tenths of channels, channels kept, attribution (figure 15)."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
     axes = figure.subplots()
     experts = np.arange(len(curves))
     order = np.argsort(-np.asarray(attribution), kind="stable")
@@ -110,18 +124,23 @@ def plot_expert_bars(
     steps = np.diff(np.asarray(curves)[order][:, tenths], axis=1)
     colours = matplotlib.colormaps["Blues"](np.linspace(0.85, 0.15, 10))
     bottom = np.zeros(len(curves))
-    for step, colour in zip(steps.T, colours, strict=True):
-        axes.bar(experts, step, bottom=bottom, color=colour, width=0.9)
+    for number, (step, colour) in enumerate(zip(steps.T, colours, strict=True)):
+        label = "score of each tenth of the channels" if number == 0 else None
+        axes.bar(experts, step, bottom=bottom, color=colour, width=0.9, label=label)
         bottom += step
     kept = np.asarray(counts)[order] / d_expert
-    axes.plot(experts, kept, color=RED, drawstyle="steps-mid", label="share of channels kept")
+    axes.plot(experts, kept, color=RED, drawstyle="steps-mid", label="channels kept")
     scaled = np.asarray(attribution)[order] / max(np.max(attribution), 1e-300)
-    axes.plot(experts, scaled, "D", color=GOLD, markersize=4, label="attribution / largest")
+    axes.plot(experts, scaled, "D", color=GOLD, markersize=4, label="attribution (largest = 100%)")
+    step = -(-len(experts) // 32)
+    axes.set_xticks(experts[::step], [str(i) for i in order[::step]])
     axes.set(
-        xlabel="expert, by attribution",
-        ylabel="share (bars: score by tenth of channels)",
-        title=f"Experts of layer {layer}",
+        xlabel="expert, most important first",
+        ylabel="share of the expert's score",
+        xlim=(-0.7, len(experts) - 0.3),
         ylim=(0, 1.05),
     )
-    figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    axes.set_title(f"Experts of layer {layer}", loc="left")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    _plain(axes, "y")
     return figure

@@ -13,7 +13,7 @@ from convert.export import ExportFormat, export_checkpoint
 from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
-from pruning.calibration import TextSource, TokenBatch, calibration_batch
+from pruning.calibration import TextSource, TokenBatch, calibration_batch, hold_out
 from pruning.channel_criteria import CHANNEL_CRITERIA
 from pruning.collect import collect_statistics
 from pruning.evaluate import Quality, Reference, Windows, evaluate, make_windows
@@ -88,10 +88,10 @@ def open_job(recipe: CompressionRecipe) -> Job:
     choose(PLANNERS, recipe.planner, "planner")
     check_block(recipe.block or 1, c.moe.d_expert)
     codec = open_codec(folder, c.vocab_size)
-    texts = recipe.calibration
-    if not texts and recipe.model == "demo":
-        texts = demo_texts("calibration")
-    sources = [TextSource.parse(text, recipe.calibration_field) for text in texts]
+    files = recipe.calibration
+    if not files and recipe.model == "demo":
+        files = demo_texts("calibration")
+    sources = [TextSource.parse(file, recipe.calibration_field) for file in files]
     assert recipe.window is not None
     calibration = calibration_batch(
         sources,
@@ -103,7 +103,15 @@ def open_job(recipe: CompressionRecipe) -> Job:
     evaluation = recipe.evaluation
     if not evaluation and recipe.model == "demo":
         evaluation = demo_texts("evaluation")
-    return Job(recipe, base, codec, calibration, open_texts(evaluation, codec, recipe.window))
+    texts = open_texts(evaluation, codec, recipe.window)
+    if not texts:
+        calibration, held = hold_out(calibration)
+        scored = held.valid[:, :-1] & held.valid[:, 1:]
+        if scored.any():
+            texts["held-out calibration"] = Windows(
+                held.tokens, held.valid, scored, recipe.window, recipe.window
+            )
+    return Job(recipe, base, codec, calibration, texts)
 
 
 def open_texts(

@@ -124,7 +124,8 @@ def _client_checks(
     except ImportError as error:
         return [Check(form.name, "transformers", True, f"not checked: {error}")]
     problems = {key: list(value)[:3] for key, value in info.items() if value}
-    checks = [Check(form.name, "transformers loads every tensor", not problems, str(problems))]
+    detail = str(problems) if problems else "none missing, unexpected or mismatched"
+    checks = [Check(form.name, "transformers loads every tensor", not problems, detail)]
     # transformers 5 rounds dequantised fused experts to bfloat16; everything else is exact.
     rounding = 10 if form.is_packed and not form.is_ragged else 1
     name = "logits in transformers"

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.calibration import TextSource, _shares, calibration_batch, read_documents
+from pruning.calibration import (
+    TextSource,
+    TokenBatch,
+    _shares,
+    calibration_batch,
+    hold_out,
+    read_documents,
+)
 
 
 def encode(text: str) -> list[int]:
@@ -89,3 +96,12 @@ def test_a_bounded_sample_of_a_sorted_file_sees_every_subject(tmp_path):
     batch = calibration_batch([TextSource(path)], encode, length=20, max_tokens=1000)
     shares = np.bincount(batch.tokens[batch.valid])[ord("a") : ord("e")] / 1000
     assert (shares > 0.1).all()
+
+
+@pytest.mark.parametrize(("windows", "expected"), [(3, 0), (4, 1), (16, 1), (160, 10)])
+def test_held_out_windows_are_not_calibrated_on_and_none_is_lost(windows, expected):
+    tokens = np.arange(windows * 8, dtype=np.int32).reshape(windows, 8)
+    left, held = hold_out(TokenBatch(tokens, np.ones((windows, 8), bool)))
+    assert len(held.tokens) == expected
+    together = np.concatenate([left.tokens, held.tokens])
+    np.testing.assert_array_equal(np.sort(together.reshape(-1)), np.arange(windows * 8))

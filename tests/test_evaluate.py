@@ -52,6 +52,25 @@ def test_another_model_disagrees(model):
     assert other.kl > 0 and other.top1 < 1
 
 
+def test_divergence_and_agreement_equal_those_of_the_logits_by_hand(model):
+    tokens = np.random.default_rng(1).integers(0, 64, 300)  # more than one block of positions
+    windows = make_windows(tokens, window=16, stride=15)
+    other = init(CONFIG, jax.random.key(2))
+    _, reference = evaluate(model, windows)
+    quality, _ = evaluate(other, windows, reference=reference)
+    forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
+    dense, small = (
+        np.asarray(forward(m, jnp.asarray(windows.tokens), jnp.asarray(windows.valid)), np.float64)
+        for m in (model, other)
+    )
+    p, q = (np.exp(v) / np.exp(v).sum(axis=-1, keepdims=True) for v in (dense, small))
+    kl = (p * np.log(p / q)).sum(axis=-1)[:, :-1][windows.scored]
+    same = (dense.argmax(-1) == small.argmax(-1))[:, :-1][windows.scored]
+    assert quality.kl == pytest.approx(kl.mean(), rel=1e-4)
+    assert quality.top1 == pytest.approx(same.mean())
+    assert quality.tokens == 299
+
+
 def test_bad_windows_are_refused():
     with pytest.raises(ValueError, match="1 tokens"):
         make_windows([3], window=8)

@@ -96,6 +96,12 @@ def test_a_second_run_into_the_same_folder_is_refused(output, text, capsys):
 def test_stages_read_what_the_stage_before_wrote(output, text, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("score", "demo", "--output", out, *SMALL) == 0
+    # A sweep writes a folder per rate that the later stages take like any other.
+    assert run("plan", out, "--prune-rate", "0.25", "0.5") == 0
+    assert run("export", out / "plans" / "0.5", "--export", "ragged-bf16") == 0
+    stored = load_file(out / "plans" / "0.5" / "exports" / "ragged-bf16" / "model.safetensors")
+    widths = [v.shape[0] for n, v in stored.items() if ".experts." in n and "gate_proj" in n]
+    assert sum(widths) == 0.5 * 4 * 16 * 128
     assert run("plan", out, "--prune-rate", "0.25") == 0
     assert run("export", out, "--export", "padded-bf16") == 0
     assert run("verify", out) == 0

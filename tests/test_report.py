@@ -1,13 +1,17 @@
 """The report survives its file, stands alone as a page, and refuses broken numbers."""
 
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from pruning.page import figures, page
 from pruning.plots import concentration
-from pruning.report import CompressionReport, figures, html
+from pruning.report import CompressionReport
+from pruning.tables import headlines, tables, terminal_table
 
 L, E, F = 3, 4, 8
 
@@ -21,6 +25,7 @@ def report(**changes) -> CompressionReport:
     fields = {
         "model": {"path": "<b>m</b>", "family": "f", "parameters": 500, "bytes": 1000},
         "recipe": {"prune_rate": 0.5},
+        "environment": {"date": "2026-11-24", "cores": 2},
         "calibration": {"tokens": 64, "sources": []},
         "plan": {},
         "layer_indices": [1, 2, 4],
@@ -36,7 +41,8 @@ def report(**changes) -> CompressionReport:
         "quality": {"held-out": {"dense": quality}},
         "evaluation": {"window": 16, "stride": 16},
         "stages": [{"name": "score", "seconds": 1.0, "peak_memory_bytes": 10}],
-        "sample": {"prompt": "<script>x</script>", "dense": "a", "compressed": "b"},
+        "sample": {"prompt": "<script>x</script>", "dense": "a", "compressed": "b",
+                   "export": "ragged-int4"},
         "verification": [check],
     }  # fmt: skip
     return CompressionReport(**{**fields, **changes})
@@ -51,8 +57,8 @@ def test_a_saved_report_loads_equal(tmp_path):
 def test_a_report_of_another_version_is_refused(tmp_path):
     report().save(tmp_path)
     file = tmp_path / "report.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 2}))
-    with pytest.raises(ValueError, match="version 1"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
+    with pytest.raises(ValueError, match="version 2"):
         CompressionReport.load(file)
 
 
@@ -63,10 +69,10 @@ def test_numbers_that_are_not_finite_are_refused_by_name(broken):
 
 
 def test_the_page_loads_nothing_shows_every_plot_and_escapes_text():
-    page = html(report())
-    assert not re.search(r"https?://|<script|<link|<b>", page)
-    assert page.count('src="data:image/png;base64,') == len(re.findall("src=", page)) == 4
-    assert "&lt;script&gt;" in page and "&lt;b&gt;m&lt;/b&gt;" in page
+    text = page(report())
+    assert not re.search(r"https?://|<script|<link|<b>m", text)
+    assert text.count('src="data:image/png;base64,') == len(re.findall("src=", text)) == 4
+    assert "&lt;script&gt;" in text and "&lt;b&gt;m&lt;/b&gt;" in text
 
 
 def test_every_plot_says_what_its_axes_are():
@@ -80,3 +86,57 @@ def test_concentration_is_the_share_of_the_best_channels():
     fractions, curves = concentration(np.array([[[1.0, 4.0, 2.0, 3.0], [0.0] * 4]]), points=5)
     np.testing.assert_allclose(fractions, [0, 0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(curves[0], [[0, 0.4, 0.7, 0.9, 1], fractions], atol=1e-15)
+
+
+def measured() -> CompressionReport:
+    """Two texts of very different length, with quality by hand."""
+
+    def value(nll, tokens, kl=None, top1=None):
+        return {"nll": nll, "perplexity": np.exp(nll), "tokens": tokens, "kl": kl, "top1": top1}
+
+    quality = {
+        "a-long-name-of-a-text-file-in-a-folder": {
+            "dense": value(2.0, 300),
+            "ragged-int4": value(2.2, 300, 0.1, 0.9),
+        },
+        "b": {"dense": value(3.0, 100), "ragged-int4": value(3.6, 100, 0.4, 0.5)},
+    }
+    return report(quality=quality)
+
+
+def test_the_headline_is_the_mean_over_all_tokens_of_the_smallest_export():
+    smaller, lost, tokens = headlines(measured())
+    assert smaller.number == "4.00" and "ragged-int4" in smaller.detail
+    assert lost.number == "+0.300"  # (300 * 0.2 + 100 * 0.6) / 400
+    assert "1.350" in lost.detail and "80.0%" in lost.detail  # exp(0.3); 0.75 * 90 + 0.25 * 50
+    assert tokens.number == "64" and "400" in tokens.detail
+
+
+def test_the_headline_says_so_when_nothing_was_measured():
+    _, lost, tokens = headlines(report(quality={}))
+    assert "--evaluation" in lost.detail and "none" in tokens.detail
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_folds_names_and_cuts_nothing(columns):
+    console = Console(width=columns, file=io.StringIO(), record=True)
+    console.print(terminal_table(measured()))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= columns
+    text = "\n".join(lines)
+    assert "…" not in text
+    quality = text[text.index("Quality") : text.index("Verification")]
+    first = "".join(line.split()[0] for line in quality.splitlines() if line.strip())
+    assert "a-long-name-of-a-text-file-in-a-folder" in first.replace("ragged-int4", "")
+
+
+def test_numbers_stand_on_the_right_and_words_on_the_left():
+    quality = next(table for table in tables(measured()) if table.title == "Quality")
+    kinds = {name: quality.is_number(i) for i, name in enumerate(quality.header)}
+    words = {name for name, number in kinds.items() if not number}
+    assert words == {"text", "model"}
+
+
+def test_the_page_has_a_row_for_every_layer():
+    table = page(measured()).split("Layer by layer")[1].split("</table>")[0]
+    assert table.count("<tr>") == 1 + L
