@@ -201,6 +201,7 @@ def test_one_window_is_too_little_text(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(next(DEMO.glob("text/evaluation-*.txt")).read_text()[:3000])
