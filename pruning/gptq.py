@@ -17,7 +17,6 @@ from jax import Array
 
 from moe_jax.attention import Attention, Context
 from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
-from moe_jax.norm import rms_norm
 from moe_jax.quant import QTensor, Weight, dequantize, pack_nibbles, unpack_nibbles
 from moe_jax.transformer import DecoderLayer
 from pruning.gptq_core import Coded, gptq
@@ -80,7 +79,7 @@ def gptq_layer(
 
 @jax.jit
 def _attend(layer: DecoderLayer, x: Array, context: Context) -> Array:  # [B, T, D]
-    return x + layer.attention(rms_norm(x, layer.attention_norm, layer.norm_eps), context)[0]
+    return layer.attend(x, context)[0]
 
 
 def _attention(

@@ -11,7 +11,7 @@ from jax import Array
 
 from moe_jax.attention import Context, linear
 from moe_jax.grouped_matmul import gather_rows
-from moe_jax.moe import DenseMLP, MoE
+from moe_jax.moe import DenseMLP, MoE, gated_experts
 from moe_jax.norm import rms_norm
 from moe_jax.transformer import DecoderLayer
 
@@ -53,9 +53,10 @@ def expert_moments(
     moe = layer.mlp
     assert isinstance(moe, MoE)
     flat = rms_norm(y, layer.mlp_norm, layer.norm_eps).reshape(-1, y.shape[-1])
-    trace = moe(flat, context.valid.reshape(-1))[1]
+    seen = gated_experts(lambda hidden, dispatch: hidden)
+    trace = moe(flat, context.valid.reshape(-1), seen)[1]
     d = trace.dispatch
-    rows = gather_rows(flat, d, moe.config.experts_per_token)
+    rows = gather_rows(flat, d, d.copies)
 
     def per_expert(values: Array) -> Array:  # [P, I] -> [size, I, I]
         tiles = values.reshape(-1, d.tile, values.shape[-1])
@@ -72,7 +73,7 @@ def expert_moments(
     tokens = jax.lax.dynamic_slice_in_dim(d.tokens, first, size)
     return {
         "w_gate_up": per_expert(rows),
-        "w_down": per_expert(trace.rows.hidden),
+        "w_down": per_expert(trace.kept.hidden),
         "tokens": tokens,
     }
 
