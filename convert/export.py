@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, layer_tensors, outer_tensors
 from convert.formats import compressed_tensors, padded, ragged
-from convert.rules import Widths, expected_tensors
+from convert.rules import Codes, Widths, expected_tensors, layer_codes
 from convert.writer import Spec, portable_config, write_folder
 from moe_jax.stream import LayerSource
 
@@ -128,7 +128,8 @@ def export_checkpoint(
     """Write a model, one layer in memory at a time; the folder is complete or absent.
 
     Args:
-      source: the pruned model in the order of `base`'s layers.
+      source: the pruned model in the order of `base`'s layers; weights that are `QTensor` keep
+        their codes and scales in a 4-bit format.
       base: the dense checkpoint, for names, config and tokenizer files.
       widths: channels per layer and expert of `source`, () for dense layers.
       target: folder to make.
@@ -161,9 +162,13 @@ def _tensors(source, base: Checkpoint, widths: Widths, form: ExportFormat, on_la
     stored = expected_tensors(base.family, base.config, form.stored_widths(widths))
     for index in range(len(source)):
         prefix = f"model.layers.{index}."
-        here = dict(layer_tensors(base, source.layer(index), index))
+        layer = source.layer(index)
+        codes = dict(layer_codes(base.family.rules, layer, index)) if form.is_packed else {}
+        here = {n: v for n, v in layer_tensors(base, layer, index) if n not in codes}
         for name, shape in stored.items():
-            if name.startswith(prefix):
+            if name in codes:
+                yield from _as_coded(name, codes[name], shape, form)
+            elif name.startswith(prefix):
                 yield from _stored(name, here.get(name), shape, form)
         if on_layer:
             on_layer(index)
@@ -181,3 +186,21 @@ def _stored(
         yield from ((name.removesuffix("weight") + key, part) for key, part in parts.items())
     else:
         yield name, full
+
+
+def _as_coded(
+    name: str, weight: Codes, shape: tuple[int, ...], form: ExportFormat
+) -> Iterator[tuple[str, np.ndarray]]:
+    """A weight that is already in 4 bits, bit for bit; padding is code 0 at the least scale."""
+    group_size = weight.codes.shape[1] // weight.scale.shape[1]
+    if group_size != form.group_size:
+        raise ValueError(
+            f"{name} has one scale per {group_size} weights; export it with that group size "
+            f"instead of {form.group_size}"
+        )
+    codes = np.zeros(shape, np.int8)
+    scale = np.full((shape[0], shape[1] // group_size), compressed_tensors.MIN_SCALE)
+    for full, part in ((codes, weight.codes), (scale, weight.scale)):
+        full[tuple(slice(size) for size in part.shape)] = part
+    parts = compressed_tensors.pack_codes(codes, scale)
+    yield from ((name.removesuffix("weight") + key, part) for key, part in parts.items())

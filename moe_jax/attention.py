@@ -90,11 +90,11 @@ def _llama3(rope: RopeConfig, base: np.ndarray, max_position: int) -> np.ndarray
 
 def _longrope(rope: RopeConfig, exponent: np.ndarray, max_position: int, length: int):
     original = rope.original_max_position or max_position
-    factor = rope.factor if rope.original_max_position is None else max_position / original
     stretch = rope.long_factor if length > original else rope.short_factor
     scale = rope.attention_factor
     if scale is None:
-        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        log_factor = math.log(max(rope.factor, 1.0))
+        scale = math.sqrt(1 + log_factor / math.log(original))
     return 1.0 / (np.asarray(stretch, np.float32) * rope.theta**exponent), scale
 
 

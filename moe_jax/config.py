@@ -56,6 +56,13 @@ class AttentionConfig:
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary pairs")
+        pairs = int(self.head_dim * self.rope.fraction) // 2
+        for name in ("short_factor", "long_factor") if self.rope.kind == "longrope" else ():
+            given = len(getattr(self.rope, name))
+            _require(
+                given == pairs,
+                f"{name} has {given} numbers but must have one per rotary pair, {pairs}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,9 +75,8 @@ def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -
         )
     groups = _grouped(weight.astype(jnp.float32), group_size, axis)
     absmax = jnp.max(jnp.abs(groups), axis=axis + 1, keepdims=True)
-    # A product, because XLA divides by a constant in its own way and numpy must agree bit for bit.
-    scale = jnp.maximum(absmax * (1 / CODE_MAX), MIN_SCALE).astype(jnp.bfloat16).astype(jnp.float32)
-    codes = jnp.clip(_nearest(groups, scale), -8, CODE_MAX).reshape(weight.shape)
+    scale = absmax_scale(absmax)
+    codes = nearest_codes(groups, scale).reshape(weight.shape)
     return QTensor(
         packed=pack_nibbles(codes.astype(jnp.int8)),
         scale=jnp.squeeze(scale, axis + 1).astype(dtype),
@@ -86,8 +85,15 @@ def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -
     )
 
 
-def _nearest(groups: Array, scale: Array) -> Array:
-    """Whole multiples of `scale` nearest to `groups`, ties to even.
+def absmax_scale(absmax: Array) -> Array:
+    """Scale of a group whose largest magnitude is `absmax`: float32 that bfloat16 can hold."""
+    # A product, because XLA divides by a constant in its own way and numpy must agree bit for bit.
+    scale = jnp.maximum(absmax.astype(jnp.float32) * (1 / CODE_MAX), MIN_SCALE)
+    return scale.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def nearest_codes(groups: Array, scale: Array) -> Array:
+    """Codes -8..7 of the whole multiples of `scale` nearest to `groups`, ties to even.
 
     A plain rounded quotient would depend on the program: XLA:CPU's division is not correctly
     rounded and quotients of bfloat16 weights often are ties. Products of short scales are exact.
@@ -95,7 +101,7 @@ def _nearest(groups: Array, scale: Array) -> Array:
     low = jnp.floor(groups * (1 / scale))
     above, below = (low + 1) * scale - groups, groups - low * scale
     up = (above < below) | ((above == below) & (jnp.mod(low, 2) == 1))
-    return jnp.where(up, low + 1, low)
+    return jnp.clip(jnp.where(up, low + 1, low), -8, CODE_MAX)
 
 
 def dequantize(weight: Weight) -> Array:  # -> [rows, cols]

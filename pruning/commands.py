@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from pruning import pipeline, preflight, stages
+from pruning import gptq_stage, pipeline, preflight, stages
 from pruning.errors import VerificationError
 from pruning.evaluate import make_windows
 from pruning.files import replace_text
@@ -75,7 +75,8 @@ def _recipe(folder: Path, options: Options, *names: str) -> CompressionRecipe:
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder}/recipe.yaml does not exist; run `moe-compress score` first")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    return load_recipe(folder / "recipe.yaml", **given)
+    # The folder may have moved since the recipe was written.
+    return load_recipe(folder / "recipe.yaml", **{"output": str(folder), **given})
 
 
 def _base(recipe: CompressionRecipe) -> Checkpoint:
@@ -117,9 +118,12 @@ def export(options: Options) -> list[str]:
     result, base = PruningPlan.load(options.folder), _base(recipe)
     overwrite, exports = getattr(options, "overwrite", False), options.folder / "exports"
     preflight.check_exports(base, result, recipe, exports, steps, overwrite=overwrite)
+    codes = None
+    if stages.codes_folder(recipe) is not None:
+        codes = gptq_stage.quantize(stages.open_job(recipe), result, steps)
     for name in recipe.export:
-        form = form_of(recipe, name)
-        stages.export(base, result, form, exports / name, steps, overwrite=overwrite)
+        form, target = form_of(recipe, name), exports / name
+        stages.export(base, result, form, target, steps, codes=codes, overwrite=overwrite)
     return [str(exports / name) for name in recipe.export]
 
 
@@ -136,7 +140,8 @@ def verify(options: Options) -> list[dict]:
     checks = []
     for target in folders:
         form = form_of(recipe, target.name)
-        checks += stages.verify(base, result, form, target, probe.astype(np.int32))
+        probes, codes = probe.astype(np.int32), stages.codes_folder(recipe)
+        checks += stages.verify(base, result, form, target, probes, codes)
     failed = [f"{c.export}: {c.check}: {c.detail}" for c in checks if not c.ok]
     if failed:
         raise VerificationError("; ".join(failed))

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.generate import generate
-from pruning import preflight, stages
+from pruning import gptq_stage, preflight, stages
 from pruning.criteria import channel_scores
 from pruning.errors import VerificationError
 from pruning.plan import PruningPlan
@@ -56,13 +56,14 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
         plan.save(job.output)
     sizes = export_sizes(job.base, plan, job.recipe)
     preflight.say_sizes(sizes, steps)
+    codes = gptq_stage.quantize(job, plan, steps)
     checks = []
     for name in job.recipe.export:
         form, target = form_of(job.recipe, name), job.output / "exports" / name
         if not target.exists():
-            stages.export(job.base, plan, form, target, steps)
+            stages.export(job.base, plan, form, target, steps, codes=codes)
         with steps.bar(f"verify {name}"):
-            checks += stages.verify(job.base, plan, form, target, probe_tokens(job))
+            checks += stages.verify(job.base, plan, form, target, probe_tokens(job), codes)
     quality = _measure(job, plan, steps)
     sample = _sample(job, steps)
     report = _report(job, statistics, plan, sizes, quality, sample, checks, steps)

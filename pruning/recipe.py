@@ -36,6 +36,8 @@ class CompressionRecipe:
       bits: 4 or 16.
       group_size: weights per 4-bit scale; default the largest of 128, 64, 32 that leaves an
         expert at least eight groups, else 32.
+      quantizer: how 4-bit codes are chosen: "rtn" rounds to nearest, "gptq" keeps the outputs on
+        calibration text close, at the cost of two more passes over it.
       criterion: channel score.
       attribution: expert score.
       planner: how the budget is allocated.
@@ -62,6 +64,7 @@ class CompressionRecipe:
     prune_rate: float = 0.25
     bits: Literal[4, 16] = 4
     group_size: int | None = None
+    quantizer: Literal["rtn", "gptq"] = "rtn"
     criterion: str = "act"
     attribution: str = "ala"
     planner: str = "paper"

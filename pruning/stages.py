@@ -18,6 +18,7 @@ from pruning.channel_criteria import CHANNEL_CRITERIA
 from pruning.collect import collect_statistics
 from pruning.evaluate import Quality, Reference, Windows, evaluate, make_windows
 from pruning.expert_criteria import expert_criterion
+from pruning.gptq_source import CodedSource
 from pruning.plan import PruningPlan, plan_pruning
 from pruning.planners import PLANNERS
 from pruning.progress import Steps
@@ -232,13 +233,23 @@ def plan(
     )
 
 
-def pruned_source(base: Checkpoint, plan: PruningPlan, form: ExportFormat | None) -> LayerSource:
-    """The pruned model, with 4-bit weights if the format has them."""
+def pruned_source(
+    base: Checkpoint, plan: PruningPlan, form: ExportFormat | None, codes: Path | None = None
+) -> LayerSource:
+    """The pruned model, with 4-bit weights if the format has them: those in the folder `codes`,
+    or rounded to nearest without one."""
     plan.require_model(base.fingerprint)
     pruned = PrunedSource(base, plan)
-    if form is not None and form.is_packed:
-        return QuantizedSource(pruned, form.group_size)
-    return pruned
+    if form is None or not form.is_packed:
+        return pruned
+    if codes is not None:
+        return CodedSource(pruned, codes, form.group_size)
+    return QuantizedSource(pruned, form.group_size)
+
+
+def codes_folder(recipe: CompressionRecipe) -> Path | None:
+    """Where a recipe's 4-bit codes lie; None if weights are rounded to nearest on the fly."""
+    return Path(recipe.output) / "gptq" if recipe.quantizer == "gptq" else None
 
 
 def export(
@@ -248,14 +259,17 @@ def export(
     target: Path,
     steps: Steps,
     *,
+    codes: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write one export of a plan."""
+    """Write one export of a plan; `codes` as for `pruned_source`."""
     plan.require_model(base.fingerprint)
+    # Without codes the exporter rounds each tensor itself.
+    source = PrunedSource(base, plan) if codes is None else pruned_source(base, plan, form, codes)
     target.parent.mkdir(parents=True, exist_ok=True)
     with steps.bar(f"export {form.name}") as on_step:
         return export_checkpoint(
-            PrunedSource(base, plan),
+            source,
             base,
             kept_widths(plan, base),
             target,
@@ -266,7 +280,12 @@ def export(
 
 
 def verify(
-    base: Checkpoint, plan: PruningPlan, form: ExportFormat, target: Path, probe: np.ndarray
+    base: Checkpoint,
+    plan: PruningPlan,
+    form: ExportFormat,
+    target: Path,
+    probe: np.ndarray,
+    codes: Path | None = None,
 ) -> list[Check]:
     """Check one export against its plan and the model in memory."""
     return verify_folder(
@@ -274,7 +293,7 @@ def verify(
         base=base,
         widths=kept_widths(plan, base),
         form=form,
-        expected=pruned_source(base, plan, form),
+        expected=pruned_source(base, plan, form, codes),
         probe=probe,
     )
 

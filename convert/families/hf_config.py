@@ -39,6 +39,9 @@ def rope_parameters(hf: dict) -> dict:
     found.setdefault("rope_theta", hf.get("rope_theta") or 10000.0)
     if hf.get("partial_rotary_factor") is not None:
         found.setdefault("partial_rotary_factor", hf["partial_rotary_factor"])
+    original = hf.get("original_max_position_embeddings")
+    if original is not None and found["rope_type"] in ("yarn", "longrope", "llama3"):
+        found["original_max_position_embeddings"] = original
     return found
 
 
@@ -56,6 +59,9 @@ def rope_config(hf: dict) -> RopeConfig:
     for name in ("short_factor", "long_factor"):
         fields[name] = tuple(fields.get(name) or ())
     fields = {name: value for name, value in fields.items() if value is not None}
+    if kind in ("yarn", "longrope") and "original_max_position" in fields:
+        ratio = hf.get("max_position_embeddings", 32768) / fields["original_max_position"]
+        fields.setdefault("factor", ratio)
     # transformers ignores partial rotation in the plain rope of these families
     fraction = 1.0 if kind == "default" else found.get("partial_rotary_factor") or 1.0
     return RopeConfig(theta=float(found["rope_theta"]), kind=kind, fraction=fraction, **fields)

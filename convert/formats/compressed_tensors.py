@@ -79,6 +79,23 @@ def quantize_linear(weight: np.ndarray, group_size: int) -> dict[str, np.ndarray
     return {"weight_packed": words, "weight_scale": scales, "weight_shape": shape}
 
 
+def pack_codes(codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+    """Lay out a weight that is already in 4 bits.
+
+    Args:
+      codes: int8 [out, in], -8..7.
+      scale: [out, in / g], representable in bfloat16.
+
+    Returns:
+      As `quantize_linear`.
+    """
+    return {
+        "weight_packed": _pack(codes),
+        "weight_scale": scale.astype(SCALE),
+        "weight_shape": np.array(codes.shape, np.int64),
+    }
+
+
 def _nearest(groups: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Whole multiples of `scale` nearest to `groups`, ties to even, by exact products."""
     low = np.floor(groups * (np.float32(1) / scale))
