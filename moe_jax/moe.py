@@ -1,4 +1,4 @@
-"""Routing, routed experts as a pool of channels, and the shared expert."""
+"""Routed experts as a pool of channels, and the shared expert."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from flax import nnx, struct
 from jax import Array
 
 from moe_jax.attention import linear
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, Score
 from moe_jax.grouped_matmul import (
     Dispatch,
     Pool,
@@ -20,6 +20,7 @@ from moe_jax.grouped_matmul import (
 )
 from moe_jax.module import module
 from moe_jax.quant import Weight, dequantize
+from moe_jax.router import route, router_probability
 
 # Rows of the intermediate [P, width] and their layout -> gated rows. Masks and attribution enter
 # the model here, so neither needs a copy of it.
@@ -123,22 +124,6 @@ def apply_experts(
     return ExpertRows(gate=gate, up=up, hidden=hidden, out=out)
 
 
-def route(logits: Array, config: MoEConfig) -> tuple[Array, Array]:
-    """Choose experts by softmax probability.
-
-    Args:
-      logits: float32 [T, E].
-      config: how many experts per token and whether their weights are renormalised.
-
-    Returns:
-      (weight float32 [T, k], expert int32 [T, k]), best first; ties go to the lower index.
-    """
-    weight, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config.experts_per_token)
-    if config.renormalize:
-        weight /= weight.sum(axis=-1, keepdims=True)
-    return weight, expert
-
-
 @struct.dataclass
 class MoETrace:
     """Everything a Mixture-of-Experts layer computed on its way.
@@ -152,6 +137,7 @@ class MoETrace:
       row_weight: float32 [P], routing weight of each row, 0 for padding.
       rows: the experts' computations.
       routed: [N, D], weighted sum of the routed experts.
+      score: how the router makes scores of logits.
     """
 
     logits: Array
@@ -162,6 +148,12 @@ class MoETrace:
     row_weight: Array
     rows: ExpertRows
     routed: Array
+    score: Score = struct.field(pytree_node=False, default="softmax")
+
+    @property
+    def probability(self) -> Array:
+        """float32 [N, E], the router's scores divided by their sum over experts."""
+        return router_probability(self.logits, self.score)
 
 
 @module
@@ -171,6 +163,7 @@ class MoE(nnx.Module):
     router: Array = nnx.data()  # [E, D]
     experts: Experts = nnx.data()
     config: MoEConfig = nnx.static()
+    router_bias: Array | None = nnx.data(default=None)  # float32 [E], for the selection alone
     shared: SharedExpert | None = nnx.data(default=None)
 
     def __call__(
@@ -187,8 +180,9 @@ class MoE(nnx.Module):
           ([N, D] routed plus shared output, the trace).
         """
         c = self.config
-        logits = linear(x, self.router).astype(jnp.float32)
-        weight, expert = route(logits, c)
+        precise = x.astype(jnp.float32) if c.float32_router else x
+        logits = linear(precise, self.router).astype(jnp.float32)
+        weight, expert = route(logits, c, self.router_bias)
         copies = expert.size
         owner = jnp.where(valid[:, None], expert, c.num_experts).reshape(-1)
         dispatch = make_dispatch(owner, c.num_experts, tile_height(copies, c.num_experts))
@@ -209,5 +203,6 @@ class MoE(nnx.Module):
             row_weight=row_weight,
             rows=rows,
             routed=routed,
+            score=c.score,
         )
         return out, trace

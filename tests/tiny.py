@@ -27,12 +27,20 @@ SIZES = {
 }
 
 
+OWN_SIZES = {
+    "qwen2_moe": {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 16},
+    "olmoe": {"intermediate_size": 16, "pad_token_id": 0},
+}
+
+
 def tiny_model(model_type: str, *, seed: int = 0, **config) -> transformers.PreTrainedModel:
     """A float32 model whose every weight, bias and norm is random, so that none can hide."""
-    extra = {"shared_expert_intermediate_size": 24} if model_type == "qwen2_moe" else {}
-    if model_type == "qwen3_moe":
-        extra = {"head_dim": 16}
-    settings = transformers.AutoConfig.for_model(model_type, **{**SIZES, **extra, **config})
+    sizes = {**SIZES, **OWN_SIZES[model_type], **config}
+    if "num_local_experts" in sizes:
+        del sizes["num_experts"]
+    settings = transformers.AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(settings).float().eval()
     with torch.no_grad():
@@ -41,6 +49,18 @@ def tiny_model(model_type: str, *, seed: int = 0, **config) -> transformers.PreT
                 parameter.uniform_(0.7, 1.3)
             else:
                 parameter.normal_(std=0.25)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.1)
+    return model
+
+
+def half(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model in bfloat16, but for correction biases, which checkpoints hold in float32."""
+    biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    model = model.bfloat16()
+    for name, bias in biases.items():
+        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias
     return model
 
 
