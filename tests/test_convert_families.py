@@ -27,9 +27,7 @@ def test_the_number_of_experts_may_be_spelled_in_any_way_but_not_in_two():
     old = tiny.SIZES | {"num_experts": 8}
     new = {key: value for key, value in old.items() if key != "num_experts"}
     assert read(old) == read(new | {"num_local_experts": 8}) == read(old | {"num_local_experts": 8})
-    with pytest.raises(
-        ValueError, match=r"num_experts, num_local_experts.* must agree but say \[8, 9\]"
-    ):
+    with pytest.raises(ValueError, match=r"must agree but say \[8, 9\]"):
         read(old | {"num_local_experts": 9})
     with pytest.raises(ValueError, match="lacks num_experts"):
         read(new)

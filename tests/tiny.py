@@ -27,18 +27,31 @@ SIZES = {
 }
 
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 OWN_SIZES = {
     "qwen2_moe": {"shared_expert_intermediate_size": 24},
     "qwen3_moe": {"head_dim": 16},
     "mixtral": {"num_local_experts": 8, "intermediate_size": 16},
     "olmoe": {"intermediate_size": 16, "pad_token_id": 0},
+    "deepseek_v2": {**LATENT, "first_k_dense_replace": 0},
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
+    "glm4_moe": {"n_routed_experts": 8, "first_k_dense_replace": 0, "head_dim": 16},
 }
 
 
 def tiny_model(model_type: str, *, seed: int = 0, **config) -> transformers.PreTrainedModel:
     """A float32 model whose every weight, bias and norm is random, so that none can hide."""
     sizes = {**SIZES, **OWN_SIZES[model_type], **config}
-    if "num_local_experts" in sizes:
+    if sizes.keys() & {"num_local_experts", "n_routed_experts"}:
         del sizes["num_experts"]
     settings = transformers.AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(seed)

@@ -49,6 +49,49 @@ VARIANTS: dict[str, dict[str, dict]] = {
             "num_key_value_heads": 4,
         },
     },
+    "deepseek_v2": {
+        "greedy, first layer dense": {"first_k_dense_replace": 1},
+        "narrow queries, groups, biased, scaled, yarn with mscale": {
+            "q_lora_rank": 20,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            "routed_scaling_factor": 2.5,
+            "n_shared_experts": 1,
+            "rope_parameters": YARN
+            | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16},
+        },
+    },
+    "deepseek_v3": {
+        "one group, direct queries, not renormalised": {"norm_topk_prob": False},
+        "groups, narrow queries, biased, yarn with mscale, last layer sparse": {
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 20,
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            "rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        "rotary pairs half a head apart": {"rope_interleave": False, "n_shared_experts": 1},
+    },
+    "glm4_moe": {
+        "plain, first layer dense": {"first_k_dense_replace": 1},
+        "biased, normalised, groups, tied, linear rope": {
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_group": 2,
+            "topk_group": 1,
+            "tie_word_embeddings": True,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 2.0,
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    },
 }
 
 # Family -> the configuration that is pruned and exported: two layers of experts, dense ones if the
@@ -62,4 +105,26 @@ EXPORTED: dict[str, dict] = {
     "qwen3_moe": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
     "mixtral": {"intermediate_size": 96},
     "olmoe": {"intermediate_size": 96},
+    "deepseek_v2": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+    },
+    "deepseek_v3": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "kv_lora_rank": 32,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
 }

@@ -3,7 +3,15 @@
 import dataclasses
 import difflib
 
-from convert.families import mixtral, olmoe, qwen2_moe, qwen3_moe
+from convert.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from convert.rules import RAGGED, Family
 
 _STOCK = (
@@ -11,6 +19,9 @@ _STOCK = (
     qwen3_moe.FAMILY,
     mixtral.FAMILY,
     olmoe.FAMILY,
+    deepseek_v2.FAMILY,
+    deepseek_v3.FAMILY,
+    glm4_moe.FAMILY,
 )
 
 
