@@ -77,7 +77,7 @@ class Family:
       extra_layers: key for the number of layers after the last that predict further tokens; they
         are neither read nor written.
       ragged: whether every expert has its own width (our custom export).
-      twin: the family it is exported as, if not as itself.
+      twin: the family it is exported as, if not as itself; such a one is never ragged.
     """
 
     model_type: str

@@ -1,6 +1,7 @@
 """The stages of a compression, each reading what the one before wrote."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import ExportFormat, export_bytes, export_checkpoint
-from convert.rules import Widths
+from convert.rules import Widths, expected_tensors
 from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
 from pruning.attribution import collect_statistics
@@ -287,4 +288,5 @@ def folder_bytes(folder: Path) -> int:
 
 def parameter_count(base: Checkpoint) -> int:
     """Weights of a checkpoint, from shapes alone."""
-    return export_bytes(base, tuple(base.widths), ExportFormat("ragged-bf16")) // 2
+    shapes = expected_tensors(base.family, base.config, base.widths).values()
+    return sum(math.prod(shape) for shape in shapes)

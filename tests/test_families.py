@@ -203,6 +203,8 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
 
     stored = load_file(folder / "model.safetensors")
     assert sum(value.nbytes for value in stored.values()) == export_bytes(base, widths, form)
+    biases = [value.dtype for key, value in stored.items() if key.endswith("correction_bias")]
+    assert biases == [np.float32] * (2 if base.config.moe.correction_bias else 0)
     config = json.loads((folder / "config.json").read_text())
     assert ("auto_map" in config) == form.is_ragged
     ours = logits(open_checkpoint(folder, dtype=jnp.float32), TOKENS)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 
 from convert.families import (
+    deepseek,
     deepseek_v2,
     deepseek_v3,
     glm4_moe,
@@ -19,6 +20,7 @@ _STOCK = (
     qwen3_moe.FAMILY,
     mixtral.FAMILY,
     olmoe.FAMILY,
+    deepseek.FAMILY,
     deepseek_v2.FAMILY,
     deepseek_v3.FAMILY,
     glm4_moe.FAMILY,
