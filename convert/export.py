@@ -57,6 +57,9 @@ class ExportFormat:
         return -(-widest // self.group_size) * self.group_size if self.is_packed else widest
 
 
+PACKED = ExportFormat("ragged-int4")
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor of the model as an export holds it."""
@@ -157,6 +160,20 @@ def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[
     return config
 
 
+def packed_inputs(
+    base: Checkpoint, widths: Widths | None = None, form: ExportFormat = PACKED
+) -> list[int]:
+    """Input widths of the linear layers that a 4-bit export packs, each once, ascending.
+
+    Args:
+      base: the dense model.
+      widths: channels kept per layer and expert, default all.
+      form: the format.
+    """
+    stored = _stored_tensors(base, widths or base.widths, form)
+    return sorted({tensor.shape[1] for tensor in stored.values() if tensor.packed})
+
+
 def check_export(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
     """Refuse a 4-bit export whose groups would not divide some linear layer's input.
 
@@ -167,7 +184,7 @@ def check_export(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
         return
     distinct = sorted({n for counts in form.stored_widths(widths) for n in counts if n})
     compressed_tensors.check_group_size(form.group_size, distinct)
-    inputs = {t.shape[1] for t in _stored_tensors(base, widths, form).values() if t.packed}
+    inputs = packed_inputs(base, widths, form)
     compressed_tensors.check_group_size(form.group_size, inputs, "a linear layer's input width")
 
 

@@ -93,15 +93,15 @@ def _block_size(quantization: dict | None, problems: list[str]) -> tuple[int, in
     """Rows and columns that share a scale in an FP8 checkpoint; None for other ones."""
     if quantization is None or quantization.get("quant_method") != "fp8":
         return None
-    size = quantization.get("weight_block_size")
-    naturals = isinstance(size, list) and all(type(n) is int and n > 0 for n in size)
-    if not naturals or len(size) != 2:
-        problems.append(
-            f"quantization_config is fp8 with weight_block_size={size}, which must be two positive "
-            "integers, rows and columns"
-        )
-        return None
-    return size[0], size[1]
+    match quantization.get("weight_block_size"):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case size:
+            problems.append(
+                f"quantization_config is fp8 with weight_block_size={size}, which must be two "
+                "positive integers, rows and columns"
+            )
+            return None
 
 
 def _block_view(

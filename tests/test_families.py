@@ -120,15 +120,18 @@ def test_routing_weights_equal_those_of_transformers(family, variant, ties):
 
 @pytest.fixture(scope="module", params=EXPORTED)
 def pruned(request, tmp_path_factory):
+    return plan_for(request.param, tmp_path_factory.mktemp("base") / request.param)
+
+
+def plan_for(family: str, folder):
     """A tiny checkpoint with bfloat16 weights, a random plan, and its torch twin in float32."""
-    family = request.param
     sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 96}
     model = tiny.half(tiny.tiny_model(family, **(sizes | EXPORTED[family])))
     with torch.no_grad():  # a gain below one per layer, or rounding noise grows on its way
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(0.4)
-    folder = tiny.save(model, tmp_path_factory.mktemp("base") / family)
+    tiny.save(model, folder)
     # Loaded again, because .bfloat16() rounds the rotary frequencies too.
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"

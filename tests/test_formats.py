@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from convert import find_family
 from convert.formats import compressed_tensors
 from moe_jax.quant import quantize
+from pruning.recipe import CompressionRecipe
 
 
 @settings(deadline=None)  # the first example compiles
@@ -32,6 +33,14 @@ def test_a_width_that_no_group_fits_is_refused():
         ValueError, match=r"group_size=64 does not divide expert width 96; use.* 32"
     ):
         compressed_tensors.check_group_size(64, [128, 96])
+
+
+def test_the_default_group_divides_the_input_of_every_linear_layer_that_is_packed():
+    """DeepSeek-V2-Lite: experts of 1408 channels, a dense layer of 10944 = 64 * 171."""
+    assert CompressionRecipe().resolved(1408, 2048, 4096).group_size == 128
+    assert CompressionRecipe().resolved(1408, 2048, 4096, [512, 10944]).group_size == 64
+    with pytest.raises(ValueError, match=r"group_size=128 does not divide.* 10944;.*-size 64"):
+        CompressionRecipe(group_size=128).resolved(1408, 2048, 4096, [512, 10944])
 
 
 def test_routers_norms_embeddings_and_head_stay_16_bit():

@@ -1,4 +1,8 @@
-"""DeepSeek-V2: latent attention, ungated shared experts, a softmax router with groups."""
+"""DeepSeek-V2: latent attention, ungated shared experts, a softmax router with groups.
+
+transformers 4.57 leaves out YaRN's `mscale_all_dim` on the attention scores of this family; 5.x and
+the original code have it, and so have we.
+"""
 
 from convert.families import hf_config
 from convert.families.tables import DENSE, EXPERTS, LATENT_ATTENTION, NORMS, SHARED
