@@ -1,5 +1,7 @@
 """The 4-bit layout; whole exports are compared in test_families."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,10 +39,11 @@ def test_a_width_that_no_group_fits_is_refused():
 
 def test_the_default_group_divides_the_input_of_every_linear_layer_that_is_packed():
     """DeepSeek-V2-Lite: experts of 1408 channels, a dense layer of 10944 = 64 * 171."""
-    assert CompressionRecipe().resolved(1408, 2048, 4096).group_size == 128
-    assert CompressionRecipe().resolved(1408, 2048, 4096, [512, 10944]).group_size == 64
+    recipe = CompressionRecipe(model="folder", output="out")
+    assert recipe.resolved(1408, 2048, 4096).group_size == 128
+    assert recipe.resolved(1408, 2048, 4096, [512, 10944]).group_size == 64
     with pytest.raises(ValueError, match=r"group_size=128 does not divide.* 10944;.*-size 64"):
-        CompressionRecipe(group_size=128).resolved(1408, 2048, 4096, [512, 10944])
+        dataclasses.replace(recipe, group_size=128).resolved(1408, 2048, 4096, [512, 10944])
 
 
 def test_routers_norms_embeddings_and_head_stay_16_bit():
