@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.reader import aligned_empty
 from convert.rules import Rule, Widths, layer_rules, uniform_widths
 from moe_jax.attention import Attention
 from moe_jax.config import LatentAttentionConfig, ModelConfig
@@ -69,19 +71,21 @@ def read_arrays(
                 continue
             part = read(name.replace("{expert}", str(expert)))
             if pool is None:
-                pool = np.zeros((rows, config.d_model), part.dtype)
+                pool = aligned_empty((rows, config.d_model), part.dtype)
             pool[start : start + count] = part.T if rule.layout == "expert_columns" else part
             start += count
-        dtype = arrays["mlp.router"].dtype  # of a layer that lost all its experts
-        arrays[rule.ours] = np.zeros((rows, config.d_model), dtype) if pool is None else pool
+        if pool is None:  # a layer that lost all its experts
+            pool = aligned_empty((rows, config.d_model), arrays["mlp.router"].dtype)
+        pool[start:] = 0
+        arrays[rule.ours] = pool
     return arrays
 
 
 def build_layer(
     arrays: Arrays, config: ModelConfig, index: int, counts: tuple[int, ...], pool: PoolShape
 ) -> DecoderLayer:
-    """Make a layer, consuming `arrays` so that no weight is held twice for long."""
-    values = {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
+    """Make a layer, consuming `arrays`: where memory is shared with JAX, no weight is copied."""
+    values = {path: jax.device_put(arrays.pop(path), may_alias=True) for path in list(arrays)}
 
     def below(prefix: str) -> dict:
         found = {p.removeprefix(prefix): v for p, v in values.items() if p.startswith(prefix)}

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints as sources of layers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,7 @@ class Checkpoint:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._last: int | None = None
+        self._checked = False
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -116,10 +117,33 @@ class Checkpoint:
         self._last = index
         return layer
 
+    def check_finite(self, on_tensor: Callable[[int, int], None] | None = None) -> None:
+        """Read every tensor once, one in memory at a time; later reads are not checked again.
+
+        Args:
+          on_tensor: called with the tensors done and the tensors in all.
+
+        Raises:
+          CheckpointError: naming every tensor that holds NaN or infinity.
+        """
+        problems: list[str] = []
+        for done, name in enumerate(self._views, 1):
+            try:
+                self._read(name)
+            except CheckpointError as error:
+                problems.extend(error.problems)
+            if on_tensor:
+                on_tensor(done, len(self._views))
+        if problems:
+            raise CheckpointError(self.folder, problems)
+        self._checked = True
+
     def _read(self, name: str) -> np.ndarray:
         array = self._views[name].read()
-        if not _finite(array):
-            raise CheckpointError(self.folder, [f"{name} holds NaN or infinity"])
+        if not self._checked and not _finite(array):
+            raise CheckpointError(
+                self.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
+            )
         dtype = np.dtype(np.float32) if self.family.is_precise(name) else self._dtype
         return array if self._dtype is None else array.astype(dtype, copy=False)
 

@@ -174,18 +174,11 @@ def packed_inputs(
     return sorted({tensor.shape[1] for tensor in stored.values() if tensor.packed})
 
 
-def check_export(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
-    """Refuse a 4-bit export whose groups would not divide some linear layer's input.
-
-    Raises:
-      ValueError: naming the first width that does not fit, and a group size that would.
-    """
-    if not form.is_packed:
-        return
-    distinct = sorted({n for counts in form.stored_widths(widths) for n in counts if n})
-    compressed_tensors.check_group_size(form.group_size, distinct)
-    inputs = packed_inputs(base, widths, form)
-    compressed_tensors.check_group_size(form.group_size, inputs, "a linear layer's input width")
+def check_widths(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
+    """Raise ValueError unless every group of 4-bit weights of an export is whole."""
+    if form.is_packed:
+        columns = packed_inputs(base, widths, form)
+        compressed_tensors.check_group_size(form.group_size, columns)
 
 
 def export_checkpoint(
@@ -216,7 +209,7 @@ def export_checkpoint(
       ValueError: if widths do not fit the group size, or the target exists.
       OSError: if the disk is too small.
     """
-    check_export(base, widths, form)
+    check_widths(base, widths, form)
     modelling = ragged.MODELLING_FILE
     return write_folder(
         target,

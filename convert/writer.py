@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ SIDE_FILES = (
     "preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 SPARE_BYTES = 64 << 20  # left free on the disk, for side files and the file system itself
+LEFTOVER = re.compile(r"(.+)\.(tmp|old)-\d+")  # named after the process that wrote it
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -254,6 +256,25 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clean up after killed writers: unfinished files go, a target that was set aside comes back.
+
+    Args:
+      folder: where targets lie; may be absent. Nobody else may be writing there.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = LEFTOVER.fullmatch(path.name)
+        if not found:
+            continue
+        target = path.with_name(found[1])
+        if found[2] == "old" and not target.exists():
+            os.replace(path, target)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

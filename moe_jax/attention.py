@@ -12,6 +12,7 @@ from moe_jax.module import module
 from moe_jax.norm import rms_norm
 from moe_jax.quant import Weight, dequantize
 from moe_jax.rope import rope_frequencies
+from moe_jax.softmax_attention import attend
 
 
 @struct.dataclass
@@ -148,7 +149,9 @@ class Attention(nnx.Module):
         if not c.joint_qk_norm:
             q, k = self._normed(q, k)
         q, k = apply_rope(q, context), apply_rope(k, context)
-        out, cache = attend(q, k, v, context, cache, scale=c.head_dim**-0.5, window=self.window)
+        out, cache = attend_with_cache(
+            q, k, v, context, cache, scale=c.head_dim**-0.5, window=self.window
+        )
         return linear(out.reshape(*lead, -1), self.w_out, self.b_out), cache
 
     def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
@@ -158,7 +161,7 @@ class Attention(nnx.Module):
         return rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
 
 
-def attend(
+def attend_with_cache(
     q: Array,
     k: Array,
     v: Array,
@@ -168,33 +171,32 @@ def attend(
     scale: float,
     window: int | None = None,
 ) -> tuple[Array, KVCache | None]:
-    """Causal softmax attention with float32 scores; query heads share key heads in equal groups.
+    """Attend to these tokens and those in the cache, which they join.
 
     Args:
-      q: [B, T, N, H].
-      k: [B, T, K, H].
-      v: [B, T, K, any width].
-      context: positions of these T tokens.
-      cache: earlier keys and values, to which these are appended.
-      scale: of the scores.
-      window: positions that a query sees, None for all.
+      q, k, v: [B, T, heads, width], see `softmax_attention.attend`.
+      context: positions of the T tokens.
+      cache: earlier keys and values, or None.
+      scale, window: see `softmax_attention.attend`.
 
     Returns:
-      ([B, T, K, N / K, width of v], the updated cache or None).
+      ([B, T, N, width of v], the updated cache or None).
     """
     position, valid = context.position, context.valid
     if cache is not None:
         cache = _extend(cache, k, v, context)
         k, v, position, valid = cache.key, cache.value, cache.position, cache.valid
-    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    score = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    distance = context.position[:, :, None] - position[:, None, :]  # [B, T, S]
-    seen = (distance >= 0) & valid[:, None, :]
-    if window is not None:
-        seen &= distance < window
-    score = jnp.where(seen[:, None, None], score * scale, -1e30)
-    weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weight, v), cache
+    out = attend(
+        q,
+        k,
+        v,
+        query_position=context.position,
+        key_position=position,
+        key_valid=valid,
+        scale=scale,
+        window=window,
+    )
+    return out, cache
 
 
 def _extend(cache: KVCache, k: Array, v: Array, context: Context) -> KVCache:

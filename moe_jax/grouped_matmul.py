@@ -29,6 +29,7 @@ class Dispatch:
       num_tiles: int32 scalar, tiles in use; the others are padding.
       tokens: int32 [E], rows routed to each expert.
       tile: rows per tile.
+      copies: experts per token; copy i belongs to token i // copies.
     """
 
     row_copy: Array
@@ -36,6 +37,12 @@ class Dispatch:
     num_tiles: Array
     tokens: Array
     tile: int = struct.field(pytree_node=False)
+    copies: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def token(self) -> Array:
+        """Token of each row, int32 [P]; beyond the last token for a padding row."""
+        return self.row_copy // self.copies
 
 
 @struct.dataclass
@@ -55,18 +62,22 @@ class Pool:
 
 
 def tile_height(rows: int, num_experts: int) -> int:
-    """Rows per tile: the power of two at or below the mean rows per expert, within [8, 256]."""
-    mean = max(1, rows // num_experts)
-    return min(256, max(8, 1 << (mean.bit_length() - 1)))
+    """Rows per tile: the power of two at or below half the mean rows per expert, within [8, 128].
+
+    Half a tile per expert is padding, so smaller tiles waste less and larger ones multiply faster.
+    """
+    half = max(1, rows // (2 * num_experts))
+    return min(128, max(8, 1 << (half.bit_length() - 1)))
 
 
-def make_dispatch(expert: Array, num_experts: int, tile: int) -> Dispatch:
+def make_dispatch(expert: Array, num_experts: int, tile: int, copies: int = 1) -> Dispatch:
     """Lay out token copies in tiles.
 
     Args:
       expert: int32 [R], expert of each copy; `num_experts` marks a copy that goes nowhere.
       num_experts: E.
       tile: rows per tile.
+      copies: consecutive copies that belong to one token.
 
     Returns:
       The dispatch; copies keep their order inside an expert.
@@ -89,6 +100,7 @@ def make_dispatch(expert: Array, num_experts: int, tile: int) -> Dispatch:
         num_tiles=tiles_end[-1].astype(jnp.int32),
         tokens=tokens,
         tile=tile,
+        copies=copies,
     )
 
 
@@ -155,29 +167,30 @@ expand.defvjp(lambda *args: (_expand(*args), args), _expand_bwd)
 contract.defvjp(lambda *args: (_contract(*args), args), _contract_bwd)
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether products run as loops over tiles (CPU) or through `lax.ragged_dot`."""
     return jax.default_backend() == "cpu"
 
 
 def _expand(x, weight, dispatch, pool):
-    return (_expand_tiles if _on_cpu() else expand_ragged_dot)(x, weight, dispatch, pool)
+    return (_expand_tiles if on_cpu() else expand_ragged_dot)(x, weight, dispatch, pool)
 
 
 def _contract(h, weight, dispatch, pool):
-    return (_contract_tiles if _on_cpu() else contract_ragged_dot)(h, weight, dispatch, pool)
+    return (_contract_tiles if on_cpu() else contract_ragged_dot)(h, weight, dispatch, pool)
 
 
 # --- CPU: a loop over tiles; XLA lowers ragged_dot to a dense masked product there ---
 
 
-def _bits(weight: Array) -> Array:
-    """Carry bfloat16 as bits: XLA:CPU would otherwise widen the whole pool before the loop."""
+def weight_bits(weight: Array) -> Array:
+    """Carry bfloat16 as bits: XLA:CPU would otherwise widen the whole pool before a loop."""
     return (
         jax.lax.bitcast_convert_type(weight, jnp.uint16) if weight.dtype == jnp.bfloat16 else weight
     )
 
 
-def _block_of(bits: Array, start: Array, size: int, dtype) -> Array:
+def channel_block(bits: Array, start: Array, size: int, dtype) -> Array:
     """Rows start : start + size of a pool in the dtype of the activations."""
     rows = jax.lax.dynamic_slice_in_dim(bits, start, size)
     if rows.dtype == jnp.uint16:
@@ -185,8 +198,11 @@ def _block_of(bits: Array, start: Array, size: int, dtype) -> Array:
     return rows.astype(dtype)
 
 
-def _walk(dispatch: Dispatch, pool: Pool, step, carry):
-    """Run `step(carry, row, expert, block)` over every (tile, channel block) in use."""
+def walk_tiles(dispatch: Dispatch, pool: Pool, step, carry):
+    """Run `carry = step(carry, row, expert, start)` over every (tile, channel block) in use.
+
+    `row` is the tile's first padded row, `start` the block's first channel inside the expert.
+    """
 
     def tile_step(i, carry):
         expert = dispatch.tile_expert[i]
@@ -200,40 +216,41 @@ def _walk(dispatch: Dispatch, pool: Pool, step, carry):
     return jax.lax.fori_loop(0, dispatch.num_tiles, tile_step, carry)
 
 
-def _live(pool: Pool, expert, start) -> Array:  # bool [1, block]
+def live_channels(pool: Pool, expert, start) -> Array:  # bool [1, block]
+    """Which channels of a block the expert owns; the others belong to the next expert."""
     return start + jnp.arange(pool.block)[None] < pool.count[expert]
 
 
-_dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def _expand_tiles(x, weight, dispatch, pool):
-    bits, tile = _bits(weight), dispatch.tile
+    bits, tile = weight_bits(weight), dispatch.tile
 
     def step(out, row, expert, start):
         rows = jax.lax.dynamic_slice_in_dim(x, row, tile)
-        channels = _block_of(bits, pool.offset[expert] + start, pool.block, x.dtype)
-        product = _dot(rows, channels, (((1,), (1,)), ((), ())))
-        product = jnp.where(_live(pool, expert, start), product, 0).astype(x.dtype)
+        channels = channel_block(bits, pool.offset[expert] + start, pool.block, x.dtype)
+        product = dot(rows, channels, (((1,), (1,)), ((), ())))
+        product = jnp.where(live_channels(pool, expert, start), product, 0).astype(x.dtype)
         return jax.lax.dynamic_update_slice(out, product, (row, start))
 
-    return _walk(dispatch, pool, step, jnp.zeros((x.shape[0], pool.width), x.dtype))
+    return walk_tiles(dispatch, pool, step, jnp.zeros((x.shape[0], pool.width), x.dtype))
 
 
 def _contract_tiles(h, weight, dispatch, pool):
-    bits, tile = _bits(weight), dispatch.tile
+    bits, tile = weight_bits(weight), dispatch.tile
 
     def step(out, row, expert, start):
         rows = jax.lax.dynamic_slice(h, (row, start), (tile, pool.block))
-        rows = jnp.where(_live(pool, expert, start), rows, 0)
-        channels = _block_of(bits, pool.offset[expert] + start, pool.block, h.dtype)
-        product = _dot(rows, channels, (((1,), (0,)), ((), ())))
+        rows = jnp.where(live_channels(pool, expert, start), rows, 0)
+        channels = channel_block(bits, pool.offset[expert] + start, pool.block, h.dtype)
+        product = dot(rows, channels, (((1,), (0,)), ((), ())))
         if pool.block != pool.width:
             product += jax.lax.dynamic_slice_in_dim(out, row, tile)
         return jax.lax.dynamic_update_slice_in_dim(out, product, row, 0)
 
     out = jnp.zeros((h.shape[0], weight.shape[1]), jnp.float32)
-    return _walk(dispatch, pool, step, out).astype(h.dtype)
+    return walk_tiles(dispatch, pool, step, out).astype(h.dtype)
 
 
 def _accumulate(left, right, weight, dispatch, pool):  # [P, width], [P, D] -> [C, D]
@@ -242,14 +259,16 @@ def _accumulate(left, right, weight, dispatch, pool):  # [P, width], [P, D] -> [
 
     def step(out, row, expert, start):
         channels = jax.lax.dynamic_slice(left, (row, start), (tile, pool.block))
-        channels = jnp.where(_live(pool, expert, start), channels, 0)
+        channels = jnp.where(live_channels(pool, expert, start), channels, 0)
         rows = jax.lax.dynamic_slice_in_dim(right, row, tile)
-        product = _dot(channels, rows, (((0,), (0,)), ((), ())))
+        product = dot(channels, rows, (((0,), (0,)), ((), ())))
         first = pool.offset[expert] + start
         product += jax.lax.dynamic_slice_in_dim(out, first, pool.block)
         return jax.lax.dynamic_update_slice_in_dim(out, product, first, 0)
 
-    return _walk(dispatch, pool, step, jnp.zeros(weight.shape, jnp.float32)).astype(weight.dtype)
+    return walk_tiles(dispatch, pool, step, jnp.zeros(weight.shape, jnp.float32)).astype(
+        weight.dtype
+    )
 
 
 # --- accelerators: lax.ragged_dot over experts padded to one width ---

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moe_jax.attention import Context, KVCache, apply_rope, attend, linear
+from moe_jax.attention import Context, KVCache, apply_rope, attend_with_cache, linear
 from moe_jax.config import LatentAttentionConfig
 from moe_jax.module import module
 from moe_jax.norm import rms_norm
@@ -60,7 +60,7 @@ class LatentAttention(nnx.Module):
         q = jnp.concatenate([q[..., : c.plain_dim], q_turned], axis=-1)
         k = jnp.concatenate([expanded[..., : c.plain_dim], k_turned], axis=-1)
         v = expanded[..., c.plain_dim :]
-        out, cache = attend(q, k, v, context, cache, scale=score_scale(c))
+        out, cache = attend_with_cache(q, k, v, context, cache, scale=score_scale(c))
         return linear(out.reshape(*x.shape[:2], -1), self.w_out, self.b_out), cache
 
     def _queries(self, x: Array) -> Array:  # [B, T, D] -> [B, T, N*(P+R)]

@@ -1,6 +1,7 @@
 """Routed experts as a pool of channels, and the shared expert."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,13 @@ from jax import Array
 
 from moe_jax.attention import linear
 from moe_jax.config import MoEConfig, Score
-from moe_jax.grouped_matmul import (
-    Dispatch,
-    Pool,
-    contract,
-    expand,
-    gather_rows,
-    make_dispatch,
-    tile_height,
-)
+from moe_jax.grouped_matmul import Dispatch, Pool, gather_rows, make_dispatch, tile_height
 from moe_jax.module import module
 from moe_jax.quant import Weight, dequantize
 from moe_jax.router import route, router_probability
+from moe_jax.swiglu import Weights, combine, expert_rows, no_score, routed_experts
 
-# Rows of the intermediate [P, width] and their layout -> gated rows. Masks and attribution enter
-# the model here, so neither needs a copy of it.
+# Hidden rows [P, width] of the experts and their layout -> the rows that w_down sees.
 ChannelGate = Callable[[Array, Dispatch], Array]
 
 
@@ -69,6 +62,12 @@ class Experts(nnx.Module):
     block: int = nnx.static()  # channels per step of the matmul loop
 
     @property
+    def weights(self) -> Weights:
+        """The three pools as plain arrays."""
+        pools = (self.w_gate, self.w_up, self.w_down)
+        return Weights(*(dequantize(pool) for pool in pools))
+
+    @property
     def pool(self) -> Pool:
         """Where each expert's channels lie."""
         return Pool(
@@ -79,49 +78,48 @@ class Experts(nnx.Module):
         )
 
 
-@struct.dataclass
-class ExpertRows:
-    """What the experts computed, in dispatch order.
-
-    Attributes:
-      gate: [P, width], before the nonlinearity.
-      up: [P, width].
-      hidden: [P, width], silu(gate) * up, before any channel gate.
-      out: [P, D], before the routing weight.
-    """
-
-    gate: Array
-    up: Array
-    hidden: Array
-    out: Array
+# How the experts of a layer are run: (experts, tokens [N, D], routing weights of the rows [P],
+# dispatch) -> (routed output [N, D], whatever else is to be kept). Masks and attribution enter the
+# model here, so neither needs a copy of it.
+RunExperts = Callable[[Experts, Array, Array, Dispatch], tuple[Array, Any]]
 
 
-def apply_experts(
-    experts: Experts,
-    x: Array,  # [P, D]
-    dispatch: Dispatch,
-    channel_gate: ChannelGate | None = None,
-) -> ExpertRows:
-    """Run each expert on its own rows.
+def run_experts(
+    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch
+) -> tuple[Array, None]:
+    """The fastest way that keeps nothing.
 
     Args:
       experts: the pool; weights may be `QTensor`.
-      x: token copies in dispatch order.
+      x: [N, D] tokens.
+      row_weight: float32 [P], routing weight of each dispatched row, 0 for padding.
       dispatch: the row layout.
-      channel_gate: applied to the intermediate rows [P, width].
 
     Returns:
-      The rows of every stage; those nobody uses cost nothing under `jit`.
-
-    Source: SwiGLU, arXiv:2002.05202.
+      ([N, D] weighted sum of each token's experts, None).
     """
     pool = experts.pool
-    gate = expand(x, dequantize(experts.w_gate), dispatch, pool)
-    up = expand(x, dequantize(experts.w_up), dispatch, pool)
-    hidden = jax.nn.silu(gate) * up
-    gated = hidden if channel_gate is None else channel_gate(hidden, dispatch)
-    out = contract(gated, dequantize(experts.w_down), dispatch, pool)
-    return ExpertRows(gate=gate, up=up, hidden=hidden, out=out)
+    probe = jnp.zeros((0, pool.count.shape[0], pool.width))
+    args = (x, row_weight, experts.weights, probe, dispatch, pool)
+    return routed_experts(no_score, *args), None
+
+
+def gated_experts(channel_gate: ChannelGate) -> RunExperts:
+    """Run the experts with something done to their hidden rows, and keep every stage.
+
+    Args:
+      channel_gate: ([P, width] hidden rows, dispatch) -> the hidden rows that w_down sees.
+
+    Returns:
+      What `MoE` takes as `run`; the trace then keeps the `ExpertRows`.
+    """
+
+    def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
+        gate = lambda hidden, *_: channel_gate(hidden, dispatch)  # noqa: E731
+        rows = expert_rows(x, experts.weights, dispatch, experts.pool, gate)
+        return combine(rows.out, row_weight, x.shape[0], dispatch), rows
+
+    return run
 
 
 @struct.dataclass
@@ -135,7 +133,7 @@ class MoETrace:
       valid: bool [N].
       dispatch: row layout of the N * k token copies.
       row_weight: float32 [P], routing weight of each row, 0 for padding.
-      rows: the experts' computations.
+      kept: what `run` kept; None for the plain forward.
       routed: [N, D], weighted sum of the routed experts.
       score: how the router makes scores of logits.
     """
@@ -146,7 +144,7 @@ class MoETrace:
     valid: Array
     dispatch: Dispatch
     row_weight: Array
-    rows: ExpertRows
+    kept: Any
     routed: Array
     score: Score = struct.field(pytree_node=False, default="softmax")
 
@@ -167,14 +165,14 @@ class MoE(nnx.Module):
     shared: SharedExpert | None = nnx.data(default=None)
 
     def __call__(
-        self, x: Array, valid: Array, channel_gate: ChannelGate | None = None
+        self, x: Array, valid: Array, run: RunExperts = run_experts
     ) -> tuple[Array, MoETrace]:
         """Route, run the experts, combine.
 
         Args:
           x: [N, D], already normalised.
           valid: bool [N]; other tokens are routed nowhere.
-          channel_gate: see `apply_experts`.
+          run: how the experts are run.
 
         Returns:
           ([N, D] routed plus shared output, the trace).
@@ -183,16 +181,11 @@ class MoE(nnx.Module):
         precise = x.astype(jnp.float32) if c.float32_router else x
         logits = linear(precise, self.router).astype(jnp.float32)
         weight, expert = route(logits, c, self.router_bias)
-        copies = expert.size
         owner = jnp.where(valid[:, None], expert, c.num_experts).reshape(-1)
-        dispatch = make_dispatch(owner, c.num_experts, tile_height(copies, c.num_experts))
-        rows = apply_experts(
-            self.experts, gather_rows(x, dispatch, c.experts_per_token), dispatch, channel_gate
-        )
+        tile = tile_height(expert.size, c.num_experts)
+        dispatch = make_dispatch(owner, c.num_experts, tile, c.experts_per_token)
         row_weight = gather_rows(weight.reshape(-1), dispatch, 1)
-        weighted = rows.out * row_weight[:, None].astype(x.dtype)
-        token = dispatch.row_copy // c.experts_per_token
-        routed = jnp.zeros_like(x).at[token].add(weighted, mode="drop")
+        routed, kept = run(self.experts, x, row_weight, dispatch)
         out = routed if self.shared is None else routed + self.shared(x)
         trace = MoETrace(
             logits=logits,
@@ -201,7 +194,7 @@ class MoE(nnx.Module):
             valid=valid,
             dispatch=dispatch,
             row_weight=row_weight,
-            rows=rows,
+            kept=kept,
             routed=routed,
             score=c.score,
         )

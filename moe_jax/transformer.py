@@ -19,7 +19,15 @@ from moe_jax.attention import (
 from moe_jax.config import LatentAttentionConfig, ModelConfig
 from moe_jax.latent_attention import LatentAttention, init_latent_attention
 from moe_jax.module import module
-from moe_jax.moe import ChannelGate, DenseMLP, Experts, MoE, MoETrace, SharedExpert
+from moe_jax.moe import (
+    DenseMLP,
+    Experts,
+    MoE,
+    MoETrace,
+    RunExperts,
+    SharedExpert,
+    run_experts,
+)
 from moe_jax.norm import rms_norm
 from moe_jax.quant import Weight
 
@@ -35,35 +43,41 @@ class DecoderLayer(nnx.Module):
     norm_eps: float = nnx.static()
 
     def __call__(
-        self, x: Array, context: Context, channel_gate: ChannelGate | None = None
+        self, x: Array, context: Context, run: RunExperts = run_experts
     ) -> Array:  # [B, T, D] -> [B, T, D]
-        """Run the layer; `channel_gate` multiplies the experts' channels (see `apply_experts`)."""
-        return self.trace(x, context, channel_gate)[0]
+        """Run the layer, its experts as `run` says."""
+        return self.trace(x, context, run)[0]
 
     def trace(
-        self, x: Array, context: Context, channel_gate: ChannelGate | None = None
+        self, x: Array, context: Context, run: RunExperts = run_experts
     ) -> tuple[Array, MoETrace | None]:
         """Run the layer and show what its experts did (None for a dense layer)."""
-        out, _, trace = self._run(x, context, None, channel_gate)
-        return out, trace
+        return self.feed_forward(self.attend(x, context)[0], context, run)
 
     def step(self, x: Array, context: Context, cache: KVCache) -> tuple[Array, KVCache]:
         """Run the layer on the next tokens of sequences whose past is in `cache`."""
-        out, new_cache, _ = self._run(x, context, cache, None)
+        middle, new_cache = self.attend(x, context, cache)
         assert new_cache is not None
-        return out, new_cache
+        return self.feed_forward(middle, context)[0], new_cache
 
-    def _run(self, x, context, cache, channel_gate):
-        attended, cache = self.attention(
-            rms_norm(x, self.attention_norm, self.norm_eps), context, cache
-        )
-        x = x + attended
+    def attend(
+        self, x: Array, context: Context, cache: KVCache | None = None
+    ) -> tuple[Array, KVCache | None]:
+        """The first half: attention behind its norm, added to the residual."""
+        normed = rms_norm(x, self.attention_norm, self.norm_eps)
+        attended, cache = self.attention(normed, context, cache)
+        return x + attended, cache
+
+    def feed_forward(
+        self, x: Array, context: Context, run: RunExperts = run_experts
+    ) -> tuple[Array, MoETrace | None]:
+        """The second half, and what its experts did (None for a dense layer)."""
         normed = rms_norm(x, self.mlp_norm, self.norm_eps)
         if isinstance(self.mlp, DenseMLP):
-            return x + self.mlp(normed), cache, None
+            return x + self.mlp(normed), None
         flat = normed.reshape(-1, normed.shape[-1])
-        out, trace = self.mlp(flat, context.valid.reshape(-1), channel_gate)
-        return x + out.reshape(x.shape), cache, trace
+        out, trace = self.mlp(flat, context.valid.reshape(-1), run)
+        return x + out.reshape(x.shape), trace
 
 
 @module

@@ -1,17 +1,17 @@
 """Attribution-guided channel pruning of Mixture-of-Experts models."""
 
+import importlib
 from typing import TYPE_CHECKING
 
-from pruning.attribution import collect_statistics
-from pruning.calibration import TextSource, TokenBatch, calibration_batch
-from pruning.criteria import ChannelScores, channel_scores
-from pruning.plan import PruningPlan, plan_pruning
-from pruning.prune import PrunedSource, mask_layer, prune_layer
-from pruning.recipe import CompressionRecipe, load_recipe
-from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
-
 if TYPE_CHECKING:
+    from pruning.attribution import collect_statistics
+    from pruning.calibration import TextSource, TokenBatch, calibration_batch
+    from pruning.criteria import ChannelScores, channel_scores
     from pruning.pipeline import compress
+    from pruning.plan import PruningPlan, plan_pruning
+    from pruning.prune import PrunedSource, mask_layer, prune_layer
+    from pruning.recipe import CompressionRecipe, load_recipe
+    from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
 
 __all__ = [
     "ChannelScores",
@@ -33,11 +33,21 @@ __all__ = [
     "save_statistics",
 ]
 
+# Names are imported when they are used: `--help` and the checks of options need no jax.
+_HOMES = {
+    "attribution": ("collect_statistics",),
+    "calibration": ("TextSource", "TokenBatch", "calibration_batch"),
+    "criteria": ("ChannelScores", "channel_scores"),
+    "pipeline": ("compress",),
+    "plan": ("PruningPlan", "plan_pruning"),
+    "prune": ("PrunedSource", "mask_layer", "prune_layer"),
+    "recipe": ("CompressionRecipe", "load_recipe"),
+    "statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
+}
+
 
 def __getattr__(name: str):
-    # `compress` brings plots and converters along; `--help` and the method files do not pay for it.
-    if name == "compress":
-        from pruning.pipeline import compress
-
-        return compress
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"pruning.{module}"), name)
     raise AttributeError(f"module 'pruning' has no attribute {name!r}")

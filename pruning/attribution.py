@@ -1,10 +1,11 @@
 """One sweep over the layers collects every statistic; a second, backward, adds the gradients.
 
-Forward: the closed-form attributions need no gradient at all. Backward: a `custom_vjp` tap on the
-experts' intermediate channels, whose cotangent is the sum of the channel scores, so no per-token
-score array ever exists.
+Forward: the closed-form attributions need no gradient at all. Backward: the cotangent of a probe
+that the experts carry is the sum of the channel scores, so no per-token score array ever exists.
 """
 
+import math
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -14,135 +15,108 @@ import optax
 from jax import Array
 
 from moe_jax.attention import Context
-from moe_jax.grouped_matmul import Dispatch, expand, gather_rows, sum_by_expert
-from moe_jax.moe import MoE, MoETrace
+from moe_jax.grouped_matmul import Dispatch, gather_rows, sum_by_expert
+from moe_jax.moe import Experts, MoE, MoETrace, RunExperts
 from moe_jax.quant import Weight, dequantize
-from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
+from moe_jax.stream import LayerSource, contexts, embed, pad_rows
+from moe_jax.swiglu import routed_experts
 from moe_jax.transformer import DecoderLayer, Head
+from pruning.expert_sums import observe_experts, output_sums
 from pruning.statistics import ChannelStatistics, zeros
 
 EPS = 1e-6  # of q = 1 / (|H|^2 + eps), arXiv 2606.18304's released loss
 GRADIENT_SCORES = ("taylor", "abs_taylor", "fisher")
 
 
-@jax.custom_vjp
-def score_tap(h: Array, probe: Array, dispatch: Dispatch) -> Array:
-    """Pass `h` through; under `jax.grad` the cotangent of `probe` is the channel scores.
-
-    Args:
-      h: [P, F] intermediate rows of the experts.
-      probe: float32 [3, E, F], any values.
-      dispatch: the row layout.
-
-    Returns:
-      `h`. The cotangent of `probe` is the sum over each expert's tokens of s, |s| and s^2 with
-      s = h dloss/dh; the first is the true gradient of multipliers on the channels.
+def taylor_scores(hidden: Array, d_hidden: Array, gate: Array, d_gate: Array) -> tuple[Array, ...]:
+    """s, |s| and s^2 with s = h dloss/dh, per token and channel; s is the loss that h carries.
 
     Source: first-order Taylor pruning, arXiv:1906.10771.
     """
-    return h
+    score = hidden * d_hidden
+    return score, jnp.abs(score), jnp.square(score)
 
 
-def _tap_backward(saved, dh):
-    h, dispatch = saved
-    score = h.astype(jnp.float32) * dh.astype(jnp.float32)
-    sums = [sum_by_expert(f, dispatch) for f in (score, jnp.abs(score), jnp.square(score))]
-    return dh, jnp.stack(sums), None
+def scored_experts(probe: Array) -> RunExperts:
+    """Run the experts so that the cotangent of `probe` [3, E, F] is the sums of `taylor_scores`."""
 
+    def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
+        args = (x, row_weight, experts.weights, probe, dispatch, experts.pool)
+        return routed_experts(taylor_scores, *args), None
 
-score_tap.defvjp(lambda h, probe, dispatch: (h, (h, dispatch)), _tap_backward)
-
-
-def _weighted_sums(weights: list[Array], rows: Array, dispatch: Dispatch) -> Array:
-    """Sum `rows` [P, F] over each expert's tokens under several row weights [P] at once.
-
-    As a product per tile, one pass over `rows` serves all weights. Returns [E, len(weights), F].
-    """
-    tile = dispatch.tile
-    weight = jnp.stack(weights, axis=-1).reshape(-1, tile, len(weights))
-    tiles = jnp.einsum(
-        "mtj,mtf->mjf",
-        weight,
-        rows.reshape(-1, tile, rows.shape[1]),
-        precision=jax.lax.Precision.HIGHEST,  # accelerators would round the statistics
-    )
-    return jax.ops.segment_sum(tiles, dispatch.tile_expert, dispatch.tokens.shape[0])
+    return run
 
 
 def _layer_sums(moe: MoE, out: Array, trace: MoETrace) -> dict[str, Array]:
     """Forward sums of one batch: `out` [N, D] is the block output H."""
+    d, w, seen = trace.dispatch, trace.row_weight, trace.kept
     y = trace.routed.astype(jnp.float32)
     valid = trace.valid.astype(jnp.float32)
     q = valid / (jnp.sum(jnp.square(out.astype(jnp.float32)), axis=-1) + EPS)  # [N]
-    copies = moe.config.experts_per_token
-    q_row, y_row = (gather_rows(values, trace.dispatch, copies) for values in (q, y))
+    energy, shapley = output_sums(moe.experts, seen.hidden, w, d, q, y)
+    names = ("hidden_square", "up_square", "gate_square", "weighted_square")
     log_probability = jax.nn.log_softmax(trace.logits, axis=-1)
     entropy = -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1)
-    return _channel_sums(moe, trace, q_row, y_row) | {
-        **_expert_sums(trace, q_row, y_row),
+    norm = jnp.sqrt(seen.out_square)
+    by_expert = {
+        "kappa": gather_rows(q, d, d.copies) * jnp.square(w) * seen.out_square,
+        "tokens": d.row_copy < trace.expert.size,
+        "gate_mass": w,
+        "output_norm": norm,
+        "weighted_output_norm": w * norm,
+        "output_square": seen.out_square,
+    }
+    return {
+        **dict(zip(names, seen.squares, strict=True)),
+        **{name: sum_by_expert(value, d) for name, value in by_expert.items()},
+        "unit_energy": energy,  # of channels whose vector has norm 1
+        "shapley": shapley,
+        "phi": shapley.sum(axis=1),  # <z, y> is the sum of h <v, y> over the channels
         "layer_energy": jnp.sum(q * jnp.sum(jnp.square(y), axis=-1)),
         "router_entropy": jnp.sum(valid * entropy),
     }
 
 
-def _channel_sums(moe: MoE, trace: MoETrace, q: Array, y: Array) -> dict[str, Array]:
-    """Sums per channel [E, F] from q [P] and the routed output y [P, D] in dispatch order."""
-    d, w, rows = trace.dispatch, trace.row_weight, trace.rows
-    one = jnp.ones_like(w)  # padding rows of the experts are zero themselves
-    h, up, gate = (r.astype(jnp.float32) for r in (rows.hidden, rows.up, rows.gate))
-    w_down = dequantize(moe.experts.w_down)
-    pulled = expand(y.astype(rows.hidden.dtype), w_down, d, moe.experts.pool)  # <v, y>
-    v_square = jnp.sum(jnp.square(w_down.astype(jnp.float32)), axis=-1)  # [C]
-    weights = [one, jnp.square(w), q * jnp.square(w)]
-    squares = _weighted_sums(weights, jnp.square(h), d)
-    return {
-        "hidden_square": squares[:, 0],
-        "up_square": _weighted_sums([one], jnp.square(up), d)[:, 0],
-        "gate_square": _weighted_sums([one], jnp.square(gate), d)[:, 0],
-        "weighted_square": squares[:, 1],
-        "energy": squares[:, 2] * v_square.reshape(moe.config.num_experts, -1),
-        "shapley": _weighted_sums([q * w], h * pulled.astype(jnp.float32), d)[:, 0],
-    }
-
-
-def _expert_sums(trace: MoETrace, q: Array, y: Array) -> dict[str, Array]:
-    """Sums per expert [E]; arguments as of `_channel_sums`."""
-    w, z = trace.row_weight, trace.rows.out.astype(jnp.float32)
-    square = jnp.sum(jnp.square(z), axis=-1)
-    norm = jnp.sqrt(square)
-    sums = {
-        "phi": q * w * jnp.sum(z * y, axis=-1),
-        "kappa": q * jnp.square(w) * square,
-        "tokens": trace.dispatch.row_copy < trace.expert.size,
-        "gate_mass": w,
-        "output_norm": norm,
-        "weighted_output_norm": w * norm,
-        "output_square": square,
-    }
-    return {name: sum_by_expert(value, trace.dispatch) for name, value in sums.items()}
-
-
 @jax.jit
 def layer_statistics(
     layer: DecoderLayer, x: Array, context: Context
-) -> tuple[Array, dict[str, Array]]:
-    """One layer on one batch [B, T, D]: its output and, if it has experts, the forward sums."""
-    out, trace = layer.trace(x, context)
+) -> tuple[Array, Array, dict[str, Array]]:
+    """One layer on one batch [B, T, D].
+
+    Returns:
+      (hidden states between attention and feed-forward, output, forward sums if it has experts).
+    """
+    middle, _ = layer.attend(x, context)
+    out, trace = layer.feed_forward(middle, context, observe_experts)
     if trace is None or not isinstance(layer.mlp, MoE):
-        return out, {}
-    return out, _layer_sums(layer.mlp, out.reshape(-1, out.shape[-1]), trace)
+        return middle, out, {}
+    return middle, out, _layer_sums(layer.mlp, out.reshape(-1, out.shape[-1]), trace)
 
 
 @jax.jit
 def layer_backward(
-    layer: DecoderLayer, x: Array, context: Context, d_out: Array
+    layer: DecoderLayer, x: Array, middle: Array, context: Context, d_out: Array
 ) -> tuple[Array, Array | None]:
-    """Pull the loss gradient through one layer: (d loss / d x, channel scores [3, E, F])."""
-    if not isinstance(layer.mlp, MoE):
-        return jax.vjp(lambda x: layer(x, context), x)[1](d_out)[0], None
-    probe = jnp.zeros((3, layer.mlp.config.num_experts, layer.mlp.experts.width))
-    tapped = lambda x, probe: layer(x, context, lambda h, d: score_tap(h, probe, d))  # noqa: E731
-    return jax.vjp(tapped, x, probe)[1](d_out)
+    """Pull the loss gradient through one layer.
+
+    Args:
+      layer: the layer.
+      x, middle: [B, T, D] its input and its state after attention, so that the backward pass of
+        either half recomputes that half alone.
+      context: positions of the tokens.
+      d_out: gradient at the output.
+
+    Returns:
+      (gradient at `x`, channel scores [3, E, F] or None for a dense layer).
+    """
+    if isinstance(layer.mlp, MoE):
+        probe = jnp.zeros((3, layer.mlp.config.num_experts, layer.mlp.experts.width))
+        half = lambda x, probe: layer.feed_forward(x, context, scored_experts(probe))[0]  # noqa: E731
+        d_middle, scores = jax.vjp(half, middle, probe)[1](d_out)
+    else:
+        half = lambda x: layer.feed_forward(x, context)[0]  # noqa: E731
+        (d_middle,), scores = jax.vjp(half, middle)[1](d_out), None
+    return jax.vjp(lambda x: layer.attend(x, context)[0], x)[1](d_middle)[0], scores
 
 
 def _row_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:  # [T, D], [T], [T]
@@ -214,48 +188,70 @@ def collect_statistics(
     for start in chunks:
         part = pad_rows(tokens[start : start + chunk], batch)
         mask = pad_rows(valid[start : start + chunk], batch)
-        boundary = _forward_sweep(source, part, mask, sums, batch, dtype, gradients, visit)
-        if gradients:
-            _backward_sweep(source, part, mask, sums, batch, boundary, visit)
+        states = _States(source, part.shape, dtype) if gradients else None
+        last = _forward_sweep(source, part, mask, sums, batch, dtype, states, visit)
+        if states is not None:
+            _backward_sweep(source, part, mask, sums, batch, last, states, visit)
         sums["total_tokens"] += mask.sum()
     return ChannelStatistics(**sums)
 
 
-def _forward_sweep(
-    source, tokens, valid, sums, batch, dtype, keep, visit
-) -> list[list[np.ndarray]]:
-    """Add the forward sums; returns the boundary activations per layer if `keep`."""
-    places = contexts(source, valid, batch)
-    x = [embed(source, tokens[i : i + batch], dtype) for i in range(0, len(tokens), batch)]
-    boundary = [x]
+MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a temporary file
+
+
+class _States:
+    """Hidden states before and in the middle of every layer: [L, 2, B, T, D] on the host."""
+
+    def __init__(self, source: LayerSource, shape: tuple[int, ...], dtype):
+        shape = (len(source), 2, *shape, source.config.d_model)
+        size = math.prod(shape) * jnp.dtype(dtype).itemsize
+        if size <= MEMORY_STATES:
+            self.values = np.empty(shape, dtype)
+            return
+        file = tempfile.TemporaryFile(prefix="moe-states-")
+        self.values = np.memmap(file, dtype, "w+", shape=shape)
+
+    def put(self, layer: int, rows: slice, x: np.ndarray, middle: Array) -> None:
+        self.values[layer, 0, rows], self.values[layer, 1, rows] = x, np.asarray(middle)
+
+    def get(self, layer: int, rows: slice) -> tuple[Array, Array]:
+        before, middle = self.values[layer, :, rows]
+        return jnp.asarray(before), jnp.asarray(middle)
+
+
+def _rows(count: int, batch: int) -> list[slice]:
+    return [slice(start, start + batch) for start in range(0, count, batch)]
+
+
+def _forward_sweep(source, tokens, valid, sums, batch, dtype, states, visit) -> list[np.ndarray]:
+    """Add the forward sums, keep `states` if there are any; returns the last hidden states."""
+    places, parts = contexts(source, valid, batch), _rows(len(tokens), batch)
+    x = [embed(source, tokens[rows], dtype) for rows in parts]
     slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
     for index in range(len(source)):
         layer = source.layer(index)
         slot = slots.get(index)
         if slot is not None:
             _weight_norms(layer, sums, slot)
-        outputs = []
-        for part, place in zip(x, places, strict=True):
-            if slot is None:
-                outputs.append(np.asarray(layer_forward(layer, jnp.asarray(part), place)))
-                continue
-            out, batch_sums = layer_statistics(layer, jnp.asarray(part), place)
+        for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
+            middle, out, batch_sums = layer_statistics(layer, jnp.asarray(x[i]), place)
+            if states is not None:
+                states.put(index, rows, x[i], middle)
+            x[i] = np.asarray(out)
             for name, value in batch_sums.items():
-                sums[name][slot] += np.asarray(value, np.float64)
-            outputs.append(np.asarray(out))
-        x = outputs
-        if keep:
-            boundary.append(x)
+                value = np.asarray(value, np.float64)
+                if name == "unit_energy":
+                    name, value = "energy", value * np.square(sums["down_norm"][slot])
+                sums[name][slot] += value
         visit()
-    return boundary
+    return x
 
 
-def _backward_sweep(source, tokens, valid, sums, batch, boundary, visit) -> None:
-    places = contexts(source, valid, batch)
+def _backward_sweep(source, tokens, valid, sums, batch, last, states, visit) -> None:
+    places, parts = contexts(source, valid, batch), _rows(len(tokens), batch)
     slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
     head, gradient = source.head, []
-    for i, x in enumerate(boundary[-1]):
-        rows = slice(i * batch, (i + 1) * batch)
+    for x, rows in zip(last, parts, strict=True):
         loss, d_x = loss_and_gradient(
             head, jnp.asarray(x), jnp.asarray(tokens[rows]), jnp.asarray(valid[rows])
         )
@@ -263,10 +259,9 @@ def _backward_sweep(source, tokens, valid, sums, batch, boundary, visit) -> None
         gradient.append(np.asarray(d_x))
     for index in reversed(range(len(source))):
         layer = source.layer(index)
-        for i, place in enumerate(places):
-            d_x, scores = layer_backward(
-                layer, jnp.asarray(boundary[index][i]), place, jnp.asarray(gradient[i])
-            )
+        for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
+            x, middle = states.get(index, rows)
+            d_x, scores = layer_backward(layer, x, middle, place, jnp.asarray(gradient[i]))
             gradient[i] = np.asarray(d_x)
             if scores is not None:
                 for name, value in zip(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -72,10 +73,12 @@ def read_documents(source: TextSource) -> list[str]:
     if not source.path.is_file():
         raise ValueError(f"calibration text {source.path} does not exist; check the path")
     raw = source.path.read_bytes()
-    if source.path.suffix == ".gz":
-        raw = gzip.decompress(raw)
     try:
+        if source.path.suffix == ".gz":
+            raw = gzip.decompress(raw)
         text = raw.decode("utf-8")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{source.path} is not whole gzip ({error}); download it again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{source.path} is not UTF-8 text ({error}); convert it first") from None
     if ".jsonl" in source.path.suffixes:

@@ -1,12 +1,13 @@
 """The command `moe-compress`: one sub-command per stage, and `compress` for all of them."""
 
 import argparse
+import errno
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from pruning.errors import VerificationError
 from pruning.options import add_recipe_flags, recipe_from
 
 DESCRIPTION = "Make Mixture-of-Experts language models several times smaller."
@@ -23,6 +24,8 @@ EXAMPLES = {
     "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json",
     "report": "moe-compress report out",
 }
+FUNCTIONS = {"prune": "export", "eval": "evaluate"}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,21 +89,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code (0, 1 for a failed check, 2 for bad input)."""
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    from pruning import commands
-    from pruning.pipeline import VerificationError
-
-    run: Callable = {"prune": commands.export}.get(options.command) or getattr(
-        commands, options.command.replace("eval", "evaluate")
-    )
     try:
         if options.command in ("compress", "score"):
-            options = argparse.Namespace(recipe=recipe_from(options), quiet=options.quiet)
-        result = run(options)
+            options.recipe = recipe_from(options)
+        # Only now: jax takes seconds to import, and a typing error should not.
+        from pruning import commands
+
+        result = getattr(commands, FUNCTIONS.get(options.command, options.command))(options)
     except VerificationError as error:
         print(f"moe-compress: verification failed: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"moe-compress: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        cure = "; free some space, then the same command goes on from here" if full else ""
+        print(f"moe-compress: {error}{cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moe-compress: interrupted; the same command goes on from here", file=sys.stderr)

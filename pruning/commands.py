@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from convert.checkpoint import open_checkpoint
-from pruning import pipeline, stages
+from convert.checkpoint import Checkpoint, open_checkpoint
+from pruning import pipeline, preflight, stages
+from pruning.errors import VerificationError
 from pruning.evaluate import make_windows
+from pruning.files import replace_text
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
-from pruning.recipe import CompressionRecipe, load_recipe
+from pruning.recipe import EXPORTS, CompressionRecipe, load_recipe
 from pruning.report import CompressionReport, terminal_table
-from pruning.statistics import load_statistics
+from pruning.sizes import folder_bytes, form_of, parameter_count
 from pruning.tokenizer import open_codec
 
 Options = argparse.Namespace
@@ -35,8 +37,9 @@ def compress(options: Options) -> None:
 def score(options: Options) -> None:
     """Statistics of a model."""
     job = stages.open_job(options.recipe)
-    pipeline.prepare_output(job.recipe)
-    stages.score(job, Steps(quiet=options.quiet))
+    steps = Steps(quiet=options.quiet)
+    preflight.prepare(job, steps, exports=False)
+    stages.score(job, steps)
 
 
 def inspect(options: Options) -> dict:
@@ -44,11 +47,11 @@ def inspect(options: Options) -> dict:
     base = open_checkpoint(stages.model_folder(options.model))
     c = base.config
     routed = sum(map(sum, base.widths)) * 3 * c.d_model
-    total = stages.parameter_count(base)
+    total = parameter_count(base)
     return {
         "folder": str(base.folder),
         "family": base.family.model_type,
-        "bytes": stages.folder_bytes(base.folder),
+        "bytes": folder_bytes(base.folder),
         "parameters": total,
         "routed_expert_parameters": routed,
         "routed_share": round(routed / total, 4),
@@ -70,50 +73,55 @@ def _recipe(folder: Path, options: Options, *names: str) -> CompressionRecipe:
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder}/recipe.yaml does not exist; run `moe-compress score` first")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     return load_recipe(folder / "recipe.yaml", **given)
 
 
-def _base(recipe: CompressionRecipe):
+def _base(recipe: CompressionRecipe) -> Checkpoint:
     return open_checkpoint(stages.model_folder(recipe.model), dtype=jnp.bfloat16)
+
+
+def _plans(
+    folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: list[float]
+) -> list[tuple[float, PruningPlan]]:
+    """A plan for every prune rate; no rate is planned before all are known to be sound."""
+    c = base.config
+    recipes = [dataclasses.replace(recipe, prune_rate=rate) for rate in rates]
+    recipes = [one.resolved(c.moe.d_expert, c.d_model, c.max_position) for one in recipes]
+    statistics, provenance = stages.stored_statistics(folder, base)
+    return [(one.prune_rate, stages.plan(one, statistics, provenance, base)) for one in recipes]
 
 
 def plan(options: Options) -> list[dict]:
     """One plan in the folder, or one per rate below plans/."""
     names = ("criterion", "attribution", "planner", "width", "block", "minimum")
     recipe = _recipe(options.folder, options, *names)
-    base, rates = _base(recipe), options.prune_rate or [recipe.prune_rate]
-    statistics, provenance = load_statistics(options.folder / "statistics.safetensors")
-    recipes = [dataclasses.replace(recipe, prune_rate=rate) for rate in rates]
+    rates = options.prune_rate or [recipe.prune_rate]
     made = []
-    for one in recipes:
-        target = options.folder if len(rates) == 1 else options.folder / f"plans/{one.prune_rate}"
-        made.append((target, stages.plan(one, statistics, provenance, base)))
+    for rate, result in _plans(options.folder, recipe, _base(recipe), rates):
+        target = options.folder if len(rates) == 1 else options.folder / f"plans/{rate}"
+        made.append((target, result))
     for target, result in made:
-        target.mkdir(parents=True, exist_ok=True)
         result.save(target)
     return [{"plan": str(target / "plan.json"), **result.provenance} for target, result in made]
 
 
 def export(options: Options) -> list[str]:
     """The exports of the plan in a folder."""
-    recipe = _recipe(options.folder, options, "export", "overwrite")
-    base, result = _base(recipe), PruningPlan.load(options.folder)
-    written = []
+    recipe, steps = _recipe(options.folder, options, "export"), Steps(quiet=options.quiet)
+    result, base = PruningPlan.load(options.folder), _base(recipe)
+    overwrite, exports = getattr(options, "overwrite", False), options.folder / "exports"
+    preflight.check_exports(base, result, recipe, exports, steps, overwrite=overwrite)
     for name in recipe.export:
-        target = options.folder / "exports" / name
-        form = stages.form_of(recipe, name)
-        overwrite = getattr(options, "overwrite", False)
-        stages.export(base, result, form, target, Steps(quiet=options.quiet), overwrite=overwrite)
-        written.append(str(target))
-    return written
+        form = form_of(recipe, name)
+        stages.export(base, result, form, exports / name, steps, overwrite=overwrite)
+    return [str(exports / name) for name in recipe.export]
 
 
 def verify(options: Options) -> list[dict]:
     """Check every export of a folder."""
     recipe = _recipe(options.folder, options)
     base, result = _base(recipe), PruningPlan.load(options.folder)
-    folders = sorted((options.folder / "exports").glob("*"))
+    folders = [path for name in EXPORTS if (path := options.folder / "exports" / name).is_dir()]
     if not folders:
         raise ValueError(f"{options.folder}/exports holds nothing; run `moe-compress export` first")
     probe = np.random.default_rng(0).integers(
@@ -121,25 +129,23 @@ def verify(options: Options) -> list[dict]:
     )
     checks = []
     for target in folders:
-        form = stages.form_of(recipe, target.name)
+        form = form_of(recipe, target.name)
         checks += stages.verify(base, result, form, target, probe.astype(np.int32))
     failed = [f"{c.export}: {c.check}: {c.detail}" for c in checks if not c.ok]
     if failed:
-        raise pipeline.VerificationError("; ".join(failed))
+        raise VerificationError("; ".join(failed))
     return [dataclasses.asdict(check) for check in checks]
 
 
 def evaluate(options: Options) -> dict | None:
     """Likelihood of texts under a folder, or under the plans of a sweep."""
+    _check_evaluation(options)
     steps = Steps(quiet=options.quiet)
     if options.prune_rate:
         recipe = _recipe(options.folder, options)
         base = _base(recipe)
-        statistics, provenance = load_statistics(options.folder / "statistics.safetensors")
         sources: dict = {"dense": base}
-        for rate in options.prune_rate:
-            one = dataclasses.replace(recipe, prune_rate=rate)
-            result = stages.plan(one, statistics, provenance, base)
+        for rate, result in _plans(options.folder, recipe, base, options.prune_rate):
             sources[f"prune-rate {rate}"] = stages.pruned_source(base, result, None)
     else:
         base = open_checkpoint(stages.model_folder(str(options.folder)))
@@ -148,9 +154,7 @@ def evaluate(options: Options) -> dict | None:
     window = min(options.window or 2048, base.config.max_position)
     texts = {}
     for path in options.text:
-        if not path.is_file():
-            raise ValueError(f"text {path} does not exist; check the path")
-        tokens = codec.encode(path.read_text(encoding="utf-8"))[: options.max_tokens]
+        tokens = stages.read_tokens(path, codec, options.max_tokens)
         texts[str(path)] = make_windows(tokens, window=window, stride=options.stride)
     stride = next(iter(texts.values())).stride
     references: dict = {}
@@ -167,10 +171,18 @@ def evaluate(options: Options) -> dict | None:
     result = {"folder": str(options.folder), "window": window, "stride": stride, "texts": shown}
     if options.json is None:
         return result
-    temporary = options.json.with_name(options.json.name + ".tmp-write")
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(options.json)
+    replace_text(options.json, json.dumps(result, indent=2) + "\n")
     return None
+
+
+def _check_evaluation(options: Options) -> None:
+    for name, least in (("window", 2), ("stride", 1), ("max_tokens", 2), ("batch", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            flag = name.replace("_", "-")
+            raise ValueError(f"{name}={value} must be at least {least}; change --{flag}")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise ValueError(f"json={options.json} lies in no existing folder; make it first")
 
 
 def report(options: Options) -> None:

@@ -63,9 +63,7 @@ def recipe_from(options: argparse.Namespace) -> CompressionRecipe:
     """
     fields = {field.name for field in dataclasses.fields(CompressionRecipe)}
     given: dict[str, typing.Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in vars(options).items()
-        if key in fields and value is not None
+        key: value for key, value in vars(options).items() if key in fields and value is not None
     }
     if getattr(options, "recipe", None):
         return load_recipe(options.recipe, **given)

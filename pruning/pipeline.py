@@ -1,31 +1,27 @@
 """The whole story: score, plan, export, verify, evaluate, report."""
 
 import dataclasses
-import shutil
-from pathlib import Path
 
 import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.generate import generate
-from pruning import stages
+from pruning import preflight, stages
 from pruning.criteria import channel_scores
+from pruning.errors import VerificationError
 from pruning.plan import PruningPlan
 from pruning.planners import smooth_layer_loss
 from pruning.plots import concentration
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe
 from pruning.report import CompressionReport
+from pruning.sizes import export_sizes, folder_bytes, form_of, parameter_count
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
 
 PROBE_TOKENS = 64
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
 SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
-
-
-class VerificationError(RuntimeError):
-    """An exported folder does not hold what was meant; the folder is kept for inspection."""
 
 
 def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> CompressionReport:
@@ -47,17 +43,17 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     steps = steps or Steps()
     with steps.bar("open"):
         job = stages.open_job(recipe)
-        prepare_output(job.recipe)
+    preflight.prepare(job, steps)
     statistics, provenance = stages.score(job, steps)
     with steps.bar("plan"):
         plan = stages.plan(job.recipe, statistics, provenance, job.base)
+        preflight.drop_stale_exports(job.output, plan)
         plan.save(job.output)
-    sizes = stages.sizes(job.base, plan, job.recipe)
-    for name, size in sizes.items():
-        steps.say(_size_line(name, size))
+    sizes = export_sizes(job.base, plan, job.recipe)
+    preflight.say_sizes(sizes, steps)
     checks = []
     for name in job.recipe.export:
-        form, target = stages.form_of(job.recipe, name), job.output / "exports" / name
+        form, target = form_of(job.recipe, name), job.output / "exports" / name
         if not target.exists():
             stages.export(job.base, plan, form, target, steps)
         with steps.bar(f"verify {name}"):
@@ -74,45 +70,9 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     return report
 
 
-def prepare_output(recipe: CompressionRecipe) -> None:
-    """Make the output folder, or accept that of an interrupted run of the same recipe.
-
-    Raises:
-      ValueError: the folder holds something else.
-    """
-    output = Path(recipe.output)
-    resolved = recipe.to_yaml()
-    if output.exists() and any(output.iterdir()):
-        if recipe.overwrite:
-            shutil.rmtree(output)
-        elif (output / "report.json").exists() or not _same_recipe(output, resolved):
-            raise ValueError(
-                f"output={output} already exists and is not an interrupted run of this recipe; "
-                "name another folder or add --overwrite"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / "recipe.yaml.tmp-write"
-    temporary.write_text(resolved, encoding="utf-8")
-    temporary.replace(output / "recipe.yaml")
-
-
-def _same_recipe(output: Path, resolved: str) -> bool:
-    stored = output / "recipe.yaml"
-    return stored.is_file() and stored.read_text(encoding="utf-8") == resolved
-
-
-def _size_line(name: str, size: dict) -> str:
-    line = f"{name}: {size['bytes'] / 1e6:.1f} MB"
-    if name.startswith("ragged"):
-        return (
-            f"{line} (padded to one width for stock clients: {size['padded_bytes'] / 1e6:.1f} MB)"
-        )
-    return line
-
-
 def probe_tokens(job: Job) -> np.ndarray:
     """Two short windows of calibration text, int32 [2, T], on which logits are compared."""
-    length = min(PROBE_TOKENS, job.calibration.tokens.shape[1])
+    length = min(PROBE_TOKENS, int(job.calibration.valid.sum(axis=1).max()))
     whole = np.flatnonzero(job.calibration.valid[:, :length].all(axis=1))
     rows = whole[np.linspace(0, len(whole) - 1, 2).astype(int)]
     return job.calibration.tokens[rows, :length]
@@ -137,11 +97,11 @@ def _measure(job: Job, plan: PruningPlan, steps: Steps) -> dict[str, dict[str, d
 def _sample(job: Job, steps: Steps) -> dict:
     """The same prompt continued by the dense and by the first exported model."""
     folder = job.output / "exports" / job.recipe.export[0]
-    if stages.folder_bytes(job.base.folder) > SAMPLE_BYTES:
+    if folder_bytes(job.base.folder) > SAMPLE_BYTES:
         return {"prompt": "", "dense": "", "compressed": ""}
     windows = next(iter(job.evaluation.values()), None)
-    tokens = job.calibration.tokens if windows is None else windows.tokens
-    prompt = tokens[0, :SAMPLE_PROMPT_TOKENS].tolist()
+    shown = job.calibration if windows is None else windows
+    prompt = shown.tokens[0, shown.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
     room = job.base.config.max_position - len(prompt)
     stop = () if job.codec.end is None else (job.codec.end,)
     texts = {}
@@ -173,7 +133,7 @@ def _report(
     raw = np.asarray(statistics.layer_energy) / float(statistics.total_tokens)
     exports = {}
     for name, size in sizes.items():
-        written = stages.folder_bytes(job.output / "exports" / name)
+        written = folder_bytes(job.output / "exports" / name)
         bits = written * 8 / size["parameters"]
         exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
         exports[name]["padded_bytes"] = size["padded_bytes"] if name.startswith("ragged") else None
@@ -183,8 +143,8 @@ def _report(
             "path": recipe.model,
             "family": job.base.family.model_type,
             "fingerprint": job.base.fingerprint,
-            "parameters": stages.parameter_count(job.base),
-            "bytes": stages.folder_bytes(job.base.folder),
+            "parameters": parameter_count(job.base),
+            "bytes": folder_bytes(job.base.folder),
         },
         recipe={k: list(v) if isinstance(v, tuple) else v
                 for k, v in dataclasses.asdict(recipe).items()},
@@ -199,7 +159,7 @@ def _report(
         layer_loss={"raw": raw.tolist(), "smoothed": smooth_layer_loss(raw).tolist()},
         concentration={"fractions": fractions.tolist(), "curves": curves.tolist()},
         sizes={
-            "source_bytes": stages.folder_bytes(job.base.folder),
+            "source_bytes": folder_bytes(job.base.folder),
             "channels": int(plan.keep.size),
             "channels_kept": int(plan.counts.sum()),
             "exports": exports,

@@ -22,6 +22,7 @@ from pruning.alignment import (
     uniform_counts,
 )
 from pruning.criteria import EXPERT_CRITERIA, ChannelScores, channel_scores, choose
+from pruning.files import replace_file, replace_text
 from pruning.planners import PLANNERS, Planner, random_counts
 
 if TYPE_CHECKING:
@@ -104,8 +105,8 @@ class PruningPlan:
             "provenance": dict(self.provenance),
         }
         text = json.dumps(content, indent=1, default=_plain) + "\n"
-        _replace(tensors, lambda partial: save_file(named, partial))
-        _replace(description, lambda partial: partial.write_text(text, encoding="utf-8"))
+        replace_file(tensors, lambda partial: save_file(named, partial))
+        replace_text(description, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningPlan":
@@ -283,16 +284,6 @@ def _files(path: str | os.PathLike) -> tuple[Path, Path]:
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path / "plan"
     return stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
-
-
-def _replace(file: Path, write) -> None:
-    # Written beside the target and renamed: a reader never sees half a file.
-    partial = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,13 @@
 """Progress with an estimate of the time left, on stderr, and what every stage cost."""
 
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,8 +15,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 OnStep = Callable[[int, int], None]
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
+def reset_peak_memory() -> bool:
+    """Begin a new peak, where Linux allows it; says whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(since_reset: bool = False) -> int:
+    """Largest resident size of this process, bytes: of its life, or since the last reset."""
+    if since_reset:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.findall(r"^VmHWM:\s*(\d+) kB", status, re.M)[0])
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
 
@@ -25,17 +39,18 @@ class Steps:
 
     Attributes:
       quiet: show nothing.
-      stages: name, seconds and peak_memory_bytes of the stages that ended.
+      stages: name, seconds and peak_memory_bytes of the stages that ended; the peak is the
+        stage's own on Linux, elsewhere that of the process until then.
     """
 
     quiet: bool = False
     stages: list[dict] = field(default_factory=list)
-    console: Console = field(default_factory=lambda: Console(stderr=True))
+    console: Console = field(default_factory=lambda: Console(file=sys.stderr))
 
     @contextmanager
     def bar(self, name: str) -> Iterator[OnStep]:
         """Run a stage; the value is a function of (steps done, steps in all)."""
-        started = time.monotonic()
+        started, reset = time.monotonic(), reset_peak_memory()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,15 +62,16 @@ class Steps:
         with Progress(*columns, console=self.console, disable=self.quiet) as progress:
             task = progress.add_task(f"{name:28s}", total=1)
             yield lambda done, total: progress.update(task, completed=done, total=total)
+            progress.update(task, completed=progress.tasks[task].total)
         self.stages.append(
             {
                 "name": name,
                 "seconds": round(time.monotonic() - started, 2),
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": peak_memory(reset),
             }
         )
 
     def say(self, text: str) -> None:
         """One line for people, on stderr."""
         if not self.quiet:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,6 +1,10 @@
 """The one place where options are declared: command line, YAML and Python share it."""
 
 import dataclasses
+import difflib
+import numbers
+import os
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +15,8 @@ import yaml
 Export = Literal["ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4"]
 EXPORTS: tuple[Export, ...] = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4")
 GROUP_SIZES = (128, 64, 32)
+LEAST = {"max_tokens": 1, "window": 2, "block": 1, "minimum": 1, "batch": 1, "seed": 0}
+NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +74,21 @@ class CompressionRecipe:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+        for name in ("model", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}='' must name a folder")
         if not 0 <= self.prune_rate < 1:
             raise ValueError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
-        if self.bits not in (4, 16):
-            raise ValueError(f"bits={self.bits} must be 4 or 16")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size={self.group_size} must be one of {GROUP_SIZES}")
-        unknown = [name for name in self.export if name not in EXPORTS]
-        if unknown:
-            raise ValueError(f"export={unknown} is unknown; choose among {', '.join(EXPORTS)}")
-        for name in ("max_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if len(set(self.export)) < len(self.export):
+            raise ValueError(f"export={list(self.export)} must name each format once")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
 
     def resolved(
         self, d_expert: int, d_model: int, max_position: int, inputs: Iterable[int] = ()
@@ -89,8 +98,13 @@ class CompressionRecipe:
         `inputs` are the input widths of further linear layers that go to 4 bits.
 
         Raises:
-          ValueError: a group size or block that the model's widths do not allow.
+          ValueError: a group size or block that the model's widths do not allow, or 4-bit exports
+            of a 16-bit recipe.
         """
+        if self.bits == 16 and any(name.endswith("int4") for name in self.export):
+            raise ValueError(
+                f"bits=16 contradicts export={list(self.export)}; give one of the two, or --bits 4"
+            )
         exports = self.export or (("ragged-int4",) if self.bits == 4 else ("ragged-bf16",))
         widths = [("expert width", d_expert), ("model width", d_model)]
         widths += [("input width of a linear layer", size) for size in inputs]
@@ -142,15 +156,54 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
         raise ValueError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must be a mapping of option: value")
-    known = {field.name for field in dataclasses.fields(CompressionRecipe)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"recipe {path}: unknown {unknown}; known are {', '.join(sorted(known))}")
-    values = {**values, **overrides}
-    fields: dict[str, Any] = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
-    }
-    return CompressionRecipe(**fields)
+    known = [field.name for field in dataclasses.fields(CompressionRecipe)]
+    for name in values:
+        if name not in known:
+            (near,) = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"recipe {path}: {name!r} is unknown; the nearest is {near!r}, known are "
+                f"{', '.join(known)}"
+            )
+    fields: dict[str, Any] = {**values, **overrides}
+    for name in ("model", "output"):
+        if name not in fields:
+            raise ValueError(
+                f"recipe {path}: {name} is missing; write it there or on the command line"
+            )
+    try:
+        return CompressionRecipe(**fields)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from None
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """The value as its field's type: a list becomes a tuple, a whole number a float.
+
+    Raises:
+      ValueError: naming value and expectation.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in inner:
+        return None if value is None else _typed(name, value, inner[0])
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}={value!r} must be a list; write [{value}]")
+        return tuple(_typed(name, one, inner[0]) for one in value)
+    if origin is Literal:
+        if type(value) is not type(inner[0]) or value not in inner:
+            raise ValueError(
+                f"{name}={value!r} is unknown; choose among {', '.join(map(repr, inner))}"
+            )
+        return value
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    number, words = NUMBERS.get(kind, (kind, "true or false" if kind is bool else "text"))
+    if isinstance(value, number) and (kind is bool or not isinstance(value, bool)):
+        return kind(value)
+    hint = ""
+    if name == "prune_rate" and isinstance(value, list | tuple):
+        hint = "; `moe-compress plan` and `eval` take several rates"
+    raise ValueError(f"{name}={value!r} must be {words}{hint}")
 
 
 def _default_group(d_expert: int, widths: Iterable[int]) -> int:

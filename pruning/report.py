@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pruning import plots
+from pruning.files import replace_text
 
 VERSION = 1
 
@@ -73,8 +74,8 @@ class CompressionReport:
     def save(self, folder: Path) -> None:
         """Write report.json and report.html, each atomically."""
         values = {"version": VERSION, **dataclasses.asdict(self)}
-        _write(Path(folder) / "report.json", json.dumps(values, indent=2) + "\n")
-        _write(Path(folder) / "report.html", html(self))
+        replace_text(Path(folder) / "report.json", json.dumps(values, indent=2) + "\n")
+        replace_text(Path(folder) / "report.html", html(self))
 
     @classmethod
     def load(cls, path: Path) -> "CompressionReport":
@@ -102,12 +103,6 @@ def _finite(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp-write")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 Rows = tuple[str, list[str], list[list[str]]]  # title, header, rows

@@ -1,7 +1,5 @@
 """The stages of a compression, each reading what the one before wrote."""
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.export import ExportFormat, export_bytes, export_checkpoint, packed_inputs
-from convert.rules import Widths, expected_tensors
+from convert.export import ExportFormat, export_checkpoint, packed_inputs
+from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
 from pruning.attribution import collect_statistics
@@ -23,11 +21,13 @@ from pruning.progress import Steps
 from pruning.prune import PrunedSource
 from pruning.quantized import QuantizedSource
 from pruning.recipe import CompressionRecipe
+from pruning.sizes import kept_widths
 from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
 from pruning.tokenizer import TextCodec, open_codec
 from pruning.verify import Check, verify_folder
 
 DEMO = Path(__file__).parent / "demo"
+STATISTICS = "statistics.safetensors"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -76,6 +76,8 @@ def open_job(recipe: CompressionRecipe) -> Job:
     recipe = recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))
     if not c.moe_layers:
         raise ValueError(f"{folder} has no layer with experts; there is nothing to prune")
+    if base.widths != uniform_widths(c):
+        raise ValueError(f"{folder} is already pruned; give the dense model that it came from")
     choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
     choose(EXPERT_CRITERIA, recipe.attribution, "attribution")
     choose(PLANNERS, recipe.planner, "planner")
@@ -106,32 +108,37 @@ def open_texts(
     texts = {}
     for file in files:
         path = Path(file)
-        if not path.is_file():
-            raise ValueError(f"evaluation text {path} does not exist; check the path")
-        tokens = codec.encode(path.read_text(encoding="utf-8")[: 16 * max_tokens])[:max_tokens]
-        if len(tokens) < 2:
-            raise ValueError(f"evaluation text {path} has {len(tokens)} tokens; give more text")
         name = path.stem if path.stem not in texts else str(path)
-        texts[name] = make_windows(tokens, window=window)
+        texts[name] = make_windows(read_tokens(path, codec, max_tokens), window=window)
     return texts
+
+
+def read_tokens(path: Path, codec: TextCodec, max_tokens: int) -> list[int]:
+    """First tokens of an evaluation text.
+
+    Raises:
+      ValueError: the file is missing, not UTF-8, or holds fewer than two tokens.
+    """
+    if not path.is_file():
+        raise ValueError(f"evaluation text {path} does not exist; check the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from None
+    tokens = codec.encode(text[: 16 * max_tokens])[:max_tokens]
+    if len(tokens) < 2:
+        raise ValueError(
+            f"evaluation text {path} has {len(tokens)} tokens, at least 2 are needed to score one; "
+            "give more text"
+        )
+    return tokens
 
 
 def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     """Collect statistics, or read those an earlier run of the same recipe wrote."""
-    path = job.output / "statistics.safetensors"
-    provenance = {
-        "model_hash": job.base.fingerprint,
-        "model": str(job.base.folder),
-        "window": job.recipe.window,
-        "dtype": job.recipe.dtype,
-        "tokens": job.calibration.total,
-        "sources": list(job.calibration.sources),
-    }
-    if path.is_file():
-        statistics, found = load_statistics(path)
-        same = all(found.get(key) == value for key, value in provenance.items())
-        if same and statistics.has_gradients >= job.recipe.gradients:
-            return statistics, found
+    found = find_statistics(job)
+    if found is not None:
+        return found
     with steps.bar("score") as on_step:
         statistics = collect_statistics(
             job.base,
@@ -143,7 +150,45 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
             on_step=on_step,
         )
     job.output.mkdir(parents=True, exist_ok=True)
-    save_statistics(path, statistics, provenance)
+    save_statistics(job.output / STATISTICS, statistics, _provenance(job))
+    return statistics, _provenance(job)
+
+
+def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
+    """What an earlier run of the same recipe measured on the same model and texts, if it did."""
+    path = job.output / STATISTICS
+    if not path.is_file() or not path.with_suffix(".json").is_file():
+        return None
+    statistics, found = load_statistics(path)
+    same = all(found.get(key) == value for key, value in _provenance(job).items())
+    return (
+        (statistics, found) if same and statistics.has_gradients >= job.recipe.gradients else None
+    )
+
+
+def _provenance(job: Job) -> dict:
+    return {
+        "model_hash": job.base.fingerprint,
+        "model": str(job.base.folder),
+        "window": job.recipe.window,
+        "dtype": job.recipe.dtype,
+        "tokens": job.calibration.total,
+        "sources": list(job.calibration.sources),
+    }
+
+
+def stored_statistics(folder: Path, base: Checkpoint) -> tuple[ChannelStatistics, dict]:
+    """Statistics in an output folder, which must be of this very model.
+
+    Raises:
+      ValueError: they are missing, damaged, or of another model.
+    """
+    statistics, provenance = load_statistics(folder / STATISTICS)
+    if provenance.get("model_hash") != base.fingerprint:
+        raise ValueError(
+            f"{folder / STATISTICS} was measured on model {provenance.get('model_hash')}, but "
+            f"{base.folder} is {base.fingerprint}; score this model"
+        )
     return statistics, provenance
 
 
@@ -171,12 +216,6 @@ def plan(
     )
 
 
-def kept_widths(plan: PruningPlan, base: Checkpoint) -> Widths:
-    """Channels kept per layer and expert of the whole model, () for dense layers."""
-    counts = dict(zip(plan.layer_indices, plan.counts.tolist(), strict=True))
-    return tuple(tuple(counts.get(index, ())) for index in range(len(base)))
-
-
 def pruned_source(base: Checkpoint, plan: PruningPlan, form: ExportFormat | None) -> LayerSource:
     """The pruned model, with 4-bit weights if the format has them."""
     plan.require_model(base.fingerprint)
@@ -184,11 +223,6 @@ def pruned_source(base: Checkpoint, plan: PruningPlan, form: ExportFormat | None
     if form is not None and form.is_packed:
         return QuantizedSource(pruned, form.group_size)
     return pruned
-
-
-def form_of(recipe: CompressionRecipe, name: str) -> ExportFormat:
-    """The export format of this name under a resolved recipe."""
-    return ExportFormat(name, recipe.group_size or 32)
 
 
 def export(
@@ -254,39 +288,3 @@ def measure(
             references.setdefault(text, own)
             found[text] = quality
     return found
-
-
-def sizes(base: Checkpoint, plan: PruningPlan, recipe: CompressionRecipe) -> dict[str, dict]:
-    """Bytes and parameters of each requested export, and of its padded twin, before it is made."""
-    widths = kept_widths(plan, base)
-    dense = sum(row.size for row in plan.keep)
-    kept = int(plan.counts.sum())
-    parameters = parameter_count(base) - (dense - kept) * 3 * base.config.d_model
-    found = {}
-    for name in recipe.export:
-        form = form_of(recipe, name)
-        twin = ExportFormat(name.replace("ragged", "padded"), form.group_size)
-        found[name] = {
-            "bytes": export_bytes(base, widths, form),
-            "parameters": parameters,
-            "padded_bytes": export_bytes(base, widths, twin),
-        }
-    return found
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file that another stage wrote."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; run the stage that writes it first")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's weight files."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
-def parameter_count(base: Checkpoint) -> int:
-    """Weights of a checkpoint, from shapes alone."""
-    shapes = expected_tensors(base.family, base.config, base.widths).values()
-    return sum(math.prod(shape) for shape in shapes)

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 from flax import struct
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
+from pruning.files import replace_file, replace_text
 
 PER_CHANNEL = (
     "hidden_square", "up_square", "gate_square", "weighted_square", "energy", "shapley",
@@ -90,11 +93,18 @@ class ChannelStatistics:
         return dataclasses.replace(self, **{n: getattr(self, n) + getattr(other, n) for n in SUMS})
 
 
+def field_shapes(layers: int, experts: int, channels: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every float64 array of the statistics of a model."""
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        PER_CHANNEL + WEIGHT_NORMS, (layers, experts, channels)
+    )
+    shapes |= dict.fromkeys(PER_EXPERT, (layers, experts))
+    return shapes | dict.fromkeys(PER_LAYER, (layers,)) | dict.fromkeys(SCALARS, ())
+
+
 def zeros(layers: int, experts: int, channels: int, *, has_gradients: bool) -> dict[str, Any]:
     """Empty sums as a mutable dict of arrays, to be filled and made `ChannelStatistics`."""
-    shapes = {name: (layers, experts, channels) for name in PER_CHANNEL + WEIGHT_NORMS}
-    shapes |= {name: (layers, experts) for name in PER_EXPERT}
-    shapes |= {name: (layers,) for name in PER_LAYER} | {name: () for name in SCALARS}
+    shapes = field_shapes(layers, experts, channels)
     sums: dict[str, Any] = {name: np.zeros(shape) for name, shape in shapes.items()}
     return sums | {"has_gradients": has_gradients}
 
@@ -103,23 +113,21 @@ def save_statistics(path: str | Path, statistics: ChannelStatistics, provenance:
     """Write `path` (safetensors) and `path` with suffix .json (model hash, texts, tokens).
 
     Args:
-      path: file name ending in .safetensors; both files appear atomically.
+      path: file name ending in .safetensors; each file appears atomically, the notes last.
       statistics: the sums.
       provenance: JSON-compatible facts about model and texts.
     """
     path = Path(path)
     arrays = {
-        field.name: np.ascontiguousarray(getattr(statistics, field.name))
+        field.name: np.asarray(getattr(statistics, field.name), order="C")
         for field in dataclasses.fields(statistics)
         if field.name != "has_gradients"
     }
     header = {"format": FORMAT, "has_gradients": statistics.has_gradients, **provenance}
-    temporary = path.with_name(path.name + ".tmp-write")
-    save_file(arrays, temporary)
-    notes = path.with_suffix(".json").with_name(path.stem + ".json.tmp-write")
-    notes.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    notes.replace(path.with_suffix(".json"))
+    # Arrays without notes count as absent: a run killed in between leaves no wrong pair behind.
+    path.with_suffix(".json").unlink(missing_ok=True)
+    replace_file(path, lambda partial: save_file(arrays, partial))
+    replace_text(path.with_suffix(".json"), json.dumps(header, indent=2) + "\n")
 
 
 def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
@@ -136,13 +144,16 @@ def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
     for file in (path, notes):
         if not file.is_file():
             raise ValueError(f"{file} does not exist; write it with `moe-compress score`")
-    provenance = json.loads(notes.read_text(encoding="utf-8"))
+    try:
+        provenance = json.loads(notes.read_text(encoding="utf-8"))
+        arrays = load_file(path)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and score again") from None
     if provenance.get("format") != FORMAT:
         raise ValueError(
             f"{notes}: format={provenance.get('format')!r}, expected {FORMAT}; score again with "
             "this version"
         )
-    arrays = load_file(path)
     expected = {f.name for f in dataclasses.fields(ChannelStatistics)} - {"has_gradients"}
     if set(arrays) != expected:
         raise ValueError(

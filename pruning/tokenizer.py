@@ -65,7 +65,10 @@ def open_codec(folder: Path, vocab_size: int) -> TextCodec:
 def _end(folder: Path, tokenizer: Tokenizer) -> int | None:
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        try:
+            token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{settings} is not a JSON object ({error}); get it again") from None
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
             return tokenizer.token_to_id(token)

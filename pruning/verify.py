@@ -1,7 +1,11 @@
 """Re-reading an exported folder and comparing it with what was meant to be written."""
 
 import importlib.util
+import io
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,28 +96,53 @@ def _logit_check(
     return Check(export, name, ok, f"max difference {difference.max():.2g} (limit {limit:.2g})")
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the bars and warnings of torch programs off stderr; what matters is in the checks."""
+    from transformers.utils import logging as messages
+
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        # compressed-tensors draws bars of its own, which have no switch.
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
+
+
 def _client_checks(
     folder: Path, form: ExportFormat, probe: np.ndarray, wanted: np.ndarray
 ) -> list[Check]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            trust_remote_code=form.is_ragged,
-            output_loading_info=True,
-        )
+        with _silence():
+            info, found = _client_logits(folder, form, probe)
     except ImportError as error:
         return [Check(form.name, "transformers", True, f"not checked: {error}")]
-    model, info = loaded
-    model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
     problems = {key: list(value)[:3] for key, value in info.items() if value}
     checks = [Check(form.name, "transformers loads every tensor", not problems, str(problems))]
-    with torch.no_grad():
-        found = model(torch.from_numpy(probe).long()).logits.float().numpy()
     # transformers 5 rounds dequantised fused experts to bfloat16; everything else is exact.
     rounding = 10 if form.is_packed and not form.is_ragged else 1
     name = "logits in transformers"
     return [*checks, _logit_check(form.name, name, found, wanted, rounding * TOLERANCE)]
+
+
+def _client_logits(folder: Path, form: ExportFormat, probe: np.ndarray) -> tuple[dict, np.ndarray]:
+    """What transformers reports while loading a folder, and the model's logits [B, T, V]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        trust_remote_code=form.is_ragged,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
+    with torch.no_grad():
+        return info, model(torch.from_numpy(probe).long()).logits.float().numpy()

@@ -1,13 +1,54 @@
 """Strict numerics for every test: no silent promotion, no reduced-precision matmuls."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """One tiny model as a single file, as shards, and with other weights."""
+    from tests import command, tiny
+
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed, arguments in (
+        ("single", 0, {}), ("sharded", 0, {"max_shard_size": "100KB"}), ("other", 1, {}),
+    ):  # fmt: skip
+        model = tiny.tiny_model("qwen2_moe", seed=seed, **command.SIZES)
+        tiny.add_tokenizer(tiny.save(model, folder / name, **arguments))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "good.txt").write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "short.txt").write_text("x" * 63)
+    (folder / "one.txt").write_text("x")
+    (folder / "latin.txt").write_bytes("Über".encode("latin-1") * 100)
+    (folder / "broken.jsonl.gz").write_bytes(b"\x1f\x8b\x08 no gzip after all")
+    (folder / "lines.jsonl").write_text('{"body": "x"}\n')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scored(models, texts, tmp_path_factory) -> Path:
+    """Statistics, a plan and one export of the single model."""
+    from tests import command
+
+    out = tmp_path_factory.mktemp("scored") / "out"
+    assert command.run("score", models / "single", *command.given(texts, out), "--bits", 16) == 0
+    assert command.run("plan", out, "--prune-rate", 0.5) == 0
+    assert command.run("export", out, "--export", "ragged-bf16") == 0
+    return out

@@ -35,7 +35,7 @@ print(peak() - before)
 """
 
 
-def test_sweeping_over_the_layers_never_holds_more_than_four_of_them(tmp_path):
+def test_sweeping_over_the_layers_holds_two_of_them_at_most(tmp_path):
     family = find_family("qwen3_moe")
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     shapes = expected_tensors(family, family.config_from_hf(CONFIG))
@@ -49,5 +49,5 @@ def test_sweeping_over_the_layers_never_holds_more_than_four_of_them(tmp_path):
         [sys.executable, "-c", SWEEP, str(folder)],
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
-    # one in use, one that its successor replaces, one being read ahead, and copies of single arrays
-    assert json.loads(done.stdout) < 4 * per_layer  # of eight
+    # one in use, one being read ahead, and single experts on their way into the pool
+    assert json.loads(done.stdout) < 2.3 * per_layer  # of eight

@@ -31,9 +31,7 @@ def test_packed_words_hold_the_codes_of_the_jax_quantiser(weight, group_size):
 
 
 def test_a_width_that_no_group_fits_is_refused():
-    with pytest.raises(
-        ValueError, match=r"group_size=64 does not divide expert width 96; use.* 32"
-    ):
+    with pytest.raises(ValueError, match=r"group_size=64 does not divide width 96; use.* 32"):
         compressed_tensors.check_group_size(64, [128, 96])
 
 

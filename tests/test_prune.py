@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.attention import make_context
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
+from moe_jax.moe import gated_experts
 from moe_jax.quant import QTensor, dequantize, quantize
 from moe_jax.stream import forward_hidden, layer_forward
 from moe_jax.transformer import Transformer, init
@@ -78,13 +79,13 @@ def test_an_emptied_expert_adds_exactly_nothing(model, keep, place):
     rows = int(keep[0].sum()) + 4
     pruned = prune_layer(model.layers[0], keep[0], width=12, rows=rows, block=4)
     for layer in (pruned, mask_layer(model.layers[0], keep[0])):
-        _, trace = layer.trace(*place)
+        _, trace = layer.trace(*place, gated_experts(lambda hidden, dispatch: hidden))
         owner = np.repeat(trace.dispatch.tile_expert, trace.dispatch.tile)
         real = np.asarray(trace.dispatch.row_copy) < trace.expert.size
         empty = real & (owner == 0)
         assert empty.any()
-        np.testing.assert_array_equal(np.asarray(trace.rows.out)[empty], 0)
-        others = np.asarray(trace.rows.out)[real & (owner != 0)]
+        np.testing.assert_array_equal(np.asarray(trace.kept.out)[empty], 0)
+        others = np.asarray(trace.kept.out)[real & (owner != 0)]
         assert (np.abs(others).max(axis=1) > 0).all()
 
 

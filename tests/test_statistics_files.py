@@ -26,6 +26,9 @@ def test_every_sum_and_the_provenance_come_back(tmp_path, gradients):
     loaded, provenance = load_statistics(path)
     for field in dataclasses.fields(saved):
         np.testing.assert_array_equal(getattr(loaded, field.name), getattr(saved, field.name))
+        # comparing broadcasts, so that a scalar which came back as a vector would pass
+        assert np.shape(getattr(loaded, field.name)) == np.shape(getattr(saved, field.name))
+    assert float(loaded.total_tokens) == 100.0
     assert loaded.hidden_square.dtype == np.float64
     assert loaded.shape == (2, 3, 4) and loaded.has_gradients is gradients
     assert provenance["model_hash"] == "abc" and provenance["texts"] == ["a", "ü"]

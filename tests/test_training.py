@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.grouped_matmul import make_dispatch
-from moe_jax.moe import ExpertRows, MoETrace
+from moe_jax.moe import MoETrace
 from moe_jax.training import (
     TrainingConfig,
     balance_loss,
@@ -70,7 +70,6 @@ def trace_of(logits, expert, valid) -> MoETrace:
     """A trace with real routing and nothing computed."""
     tokens, copies = expert.shape
     owner = jnp.where(valid[:, None], expert, logits.shape[1]).reshape(-1)
-    rows = ExpertRows(**{name: jnp.zeros((1, 1)) for name in ("gate", "up", "hidden", "out")})
     return MoETrace(
         logits=logits,
         weight=jnp.ones((tokens, copies)),
@@ -78,7 +77,7 @@ def trace_of(logits, expert, valid) -> MoETrace:
         valid=valid,
         dispatch=make_dispatch(owner, logits.shape[1], 8),
         row_weight=jnp.ones(1),
-        rows=rows,
+        kept=None,
         routed=jnp.zeros((tokens, 1)),
     )
 

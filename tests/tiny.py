@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -91,6 +92,16 @@ def tiny_qwen2_moe(folder: Path, **config) -> Path:
 def tiny_qwen3_moe(folder: Path, **config) -> Path:
     """A saved tiny Qwen3-MoE; `config` overrides keys of its config."""
     return save(tiny_model("qwen3_moe", **config), folder)
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """Give a model a tokenizer.json of bytes; its vocabulary must have 256 rows or more."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def tokens_and_mask(batch: int = 2, length: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -13,8 +13,8 @@ GROUP_SIZES = (128, 64, 32)
 _ROWS = 4096  # rows quantised at a time, to bound the temporaries
 
 
-def check_group_size(group_size: int, widths: Iterable[int], kind: str = "expert width") -> None:
-    """Refuse widths, of some `kind`, that would leave a group of weights incomplete.
+def check_group_size(group_size: int, widths: Iterable[int]) -> None:
+    """Refuse widths that would leave a group of weights incomplete.
 
     Raises:
       ValueError: naming the first such width and the group sizes that divide all.
@@ -23,8 +23,12 @@ def check_group_size(group_size: int, widths: Iterable[int], kind: str = "expert
     wrong = [width for width in widths if width % group_size]
     if wrong:
         fits = [g for g in GROUP_SIZES if not any(width % g for width in widths)]
-        cure = f"use group size {fits[0]}" if fits else "plan with --block 32 or export 16 bits"
-        raise ValueError(f"group_size={group_size} does not divide {kind} {wrong[0]}; {cure}")
+        cure = (
+            f"use group size {fits[0]}"
+            if fits
+            else "export 16 bits (or plan with --block 32 if it is a pruned expert's)"
+        )
+        raise ValueError(f"group_size={group_size} does not divide width {wrong[0]}; {cure}")
 
 
 def packed_specs(rows: int, columns: int, group_size: int) -> dict[str, tuple[np.dtype, tuple]]:

@@ -1,0 +1,77 @@
+"""Causal softmax attention in blocks of queries, so that no [T, S] array of all heads exists."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Scores held at a time, elements: 4 MiB in float32, about what a CPU's caches hold.
+BLOCK_SCORES = 1 << 20
+
+
+def attend(
+    q: Array,  # [B, T, N, H]
+    k: Array,  # [B, S, K, H]
+    v: Array,  # [B, S, K, G]
+    *,
+    query_position: Array,  # [B, T]
+    key_position: Array,  # [B, S]
+    key_valid: Array,  # [B, S]
+    scale: float,
+    window: int | None = None,
+) -> Array:  # [B, T, N, G]
+    """Let every query see the valid keys at or before its position.
+
+    Scores and their softmax are float32. Small problems are one product; larger ones loop over
+    sequences and blocks of queries, and recompute a block's scores in the backward pass.
+
+    Args:
+      q: queries; N is a multiple of K, consecutive heads share a key head.
+      k, v: keys and values; the two may differ in width.
+      query_position, key_position: int32.
+      key_valid: bool; other keys are seen by nobody.
+      scale: factor of the scores.
+      window: positions a query looks back at most, itself included; None for all.
+
+    Returns:
+      Weighted values in the dtype of `v`.
+    """
+    batch, length, heads, _ = q.shape
+    shared = k.shape[2]
+    size = min(length, max(1, BLOCK_SCORES // (heads * k.shape[1])))
+    spare = -length % size  # queries that fill the last block and are cut off again
+    q = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0)))
+    at = jnp.pad(query_position, ((0, 0), (0, spare)))
+    # One product per key head: its rows are the block's queries of all heads that share it.
+    q = q.reshape(batch, -1, size, shared, heads // shared, q.shape[-1])
+    q = q.transpose(0, 1, 3, 2, 4, 5).reshape(
+        batch, -1, shared, size * heads // shared, q.shape[-1]
+    )
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    def block(q, at, k, v, keys, valid):  # [K, R, H], [size], [K, S, H], [K, S, G], [S], [S]
+        score = jnp.einsum("krh,ksh->krs", q, k, preferred_element_type=jnp.float32) * scale
+        distance = at[:, None] - keys[None]
+        seen = (distance >= 0) & valid[None]
+        if window is not None:
+            seen &= distance < window
+        seen = jnp.repeat(seen, heads // shared, axis=0)[None]
+        score = jnp.where(seen, score, -1e30)
+        # Dividing by the mass afterwards touches fewer elements than a softmax does.
+        weight = jnp.exp(score - jax.lax.stop_gradient(score.max(axis=-1, keepdims=True)))
+        mass = weight.sum(axis=-1, keepdims=True)
+        weight = weight.astype(v.dtype)
+        out = jnp.einsum("krs,ksg->krg", weight, v, preferred_element_type=jnp.float32)
+        return (out / mass).astype(v.dtype)
+
+    def sequence(row):
+        q, at, *keys = row
+        return jax.lax.map(jax.checkpoint(lambda part: block(*part, *keys)), (q, at))
+
+    rows = q, at.reshape(batch, -1, size), k, v, key_position, key_valid
+    if q.shape[1] == 1 and batch * heads * length * k.shape[2] <= BLOCK_SCORES:
+        out = jax.vmap(lambda q, at, *keys: block(q[0], at[0], *keys)[None])(*rows)
+    else:
+        out = jax.lax.map(sequence, rows)
+    out = out.reshape(batch, -1, shared, size, heads // shared, v.shape[-1])
+    out = out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, length + spare, heads, -1)
+    return out[:, :length]

@@ -1,0 +1,227 @@
+"""What is checked, said and cleaned up before a run does expensive work."""
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from convert.checkpoint import Checkpoint
+from convert.export import check_widths
+from convert.writer import LEFTOVER, SPARE_BYTES, remove_leftovers
+from pruning import stages
+from pruning.calibration import TextSource
+from pruning.files import replace_text
+from pruning.plan import PruningPlan
+from pruning.progress import Steps
+from pruning.recipe import CompressionRecipe, load_recipe
+from pruning.sizes import (
+    equal_bytes,
+    export_sizes,
+    form_of,
+    kept_widths,
+    mean_width,
+    most_bytes,
+    statistics_bytes,
+)
+from pruning.stages import STATISTICS, Job
+from pruning.statistics import ChannelStatistics, field_shapes
+
+# All that a run writes, in the order of removal: while a report is there a folder counts as
+# finished, so what a killed removal leaves is never taken for an interrupted run.
+OURS = ("exports", "plans", "plan.*", "statistics.*", "report.html", "report.json")
+RECIPE = "recipe.yaml"
+
+
+def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
+    """Refuse what cannot end well, then make the output folder.
+
+    Nothing in an old output folder is touched before every check has passed.
+
+    Args:
+      job: the opened recipe.
+      steps: where progress and warnings go.
+      exports: whether the run goes on to plan and export.
+
+    Raises:
+      ValueError: an impossible plan, a bad weight, or an output folder in the way.
+      OSError: the disk is too small.
+    """
+    resumed = is_interrupted(job)
+    if resumed:
+        _remove_leftovers(job.output)
+    rehearse_plan(job)
+    if exports:
+        for name in job.recipe.export:
+            check_widths(job.base, job.base.widths, form_of(job.recipe, name))
+        _say_padding(job, steps)
+    check_disk(job, resumed=resumed, exports=exports)
+    if not resumed or stages.find_statistics(job) is None:
+        with steps.bar("check weights") as on_step:
+            job.base.check_finite(on_step)
+    _make_output(job.recipe, resumed=resumed)
+
+
+def is_interrupted(job: Job) -> bool:
+    """Whether the output folder holds an unfinished run of this recipe, to be gone on with.
+
+    Raises:
+      ValueError: it holds something else that may not be replaced.
+    """
+    output, recipe = job.output, job.recipe
+    texts = [TextSource.parse(text).path for text in recipe.calibration]
+    for path in (job.base.folder, *texts, *map(Path, recipe.evaluation)):
+        if output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"output={output} holds {path}, which is read; name another folder")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={output} is a file; name a folder")
+    if not output.exists() or all(LEFTOVER.fullmatch(path.name) for path in output.iterdir()):
+        return False
+    if not (output / RECIPE).is_file():
+        raise ValueError(
+            f"output={output} already exists and is no output folder of ours (it has no {RECIPE}), "
+            "so --overwrite leaves it alone too; name another folder"
+        )
+    if _same_recipe(output / RECIPE, recipe) and not (output / "report.json").exists():
+        return True
+    if not recipe.overwrite:
+        raise ValueError(
+            f"output={output} already exists and is not an interrupted run of this recipe; "
+            "name another folder or add --overwrite"
+        )
+    return False
+
+
+def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
+    try:
+        return load_recipe(path, overwrite=recipe.overwrite) == recipe
+    except ValueError:  # of another version, or edited
+        return False
+
+
+def _make_output(recipe: CompressionRecipe, *, resumed: bool) -> None:
+    output = Path(recipe.output)
+    if not resumed:
+        for path in (path for pattern in OURS for path in output.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(output)
+    replace_text(output / RECIPE, recipe.to_yaml())
+
+
+def _remove_leftovers(output: Path) -> None:
+    for folder in (output, output / "exports", *sorted((output / "plans").glob("*"))):
+        remove_leftovers(folder)
+
+
+def rehearse_plan(job: Job) -> None:
+    """Plan on made-up statistics of the model's shape: budgets and rules fail now or never.
+
+    Raises:
+      ValueError: no plan satisfies the recipe, whatever the statistics.
+    """
+    c = job.base.config
+    shapes = field_shapes(len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
+    # Every sum is one, without memory: nothing is degenerate, and no layer differs from another.
+    ones = {name: np.broadcast_to(1.0, shape) for name, shape in shapes.items()}
+    statistics = ChannelStatistics(**ones, has_gradients=job.recipe.gradients)
+    stages.plan(job.recipe, statistics, {"model_hash": None, "tokens": 0}, job.base)
+
+
+def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
+    """Raise OSError unless everything the run will write fits beside what is there."""
+    base, output = job.base, job.output
+    parts = {}
+    if not (resumed and (output / STATISTICS).exists()):
+        parts["statistics"] = statistics_bytes(base)
+    for name in job.recipe.export if exports else ():
+        if not (resumed and (output / "exports" / name).exists()):
+            parts[name] = most_bytes(base, job.recipe, name)
+    replaced = 0 if resumed else sum(
+        file.stat().st_size
+        for pattern in OURS
+        for path in output.glob(pattern)
+        for file in (path, *path.rglob("*"))
+        if file.is_file()
+    )  # fmt: skip
+    require_space(output, parts, replaced)
+
+
+def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> None:
+    """Raise OSError unless `parts`, bytes by name, fit once `replaced` bytes are gone."""
+    folders = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in folders if path.exists())
+    needed, free = sum(parts.values()) + SPARE_BYTES, shutil.disk_usage(existing).free + replaced
+    if free < needed:
+        listed = ", ".join(f"{name} {_amount(size)}" for name, size in parts.items())
+        raise OSError(
+            f"{folder} has {_amount(free)} free but up to {_amount(needed)} are needed "
+            f"({listed}, spare {_amount(SPARE_BYTES)}); free some space or choose another disk"
+        )
+
+
+def check_exports(
+    base: Checkpoint,
+    plan: PruningPlan,
+    recipe: CompressionRecipe,
+    folder: Path,
+    steps: Steps,
+    *,
+    overwrite: bool,
+) -> None:
+    """Check all exports of a plan before the first is written, and say their sizes.
+
+    Raises:
+      ValueError: the plan is another model's, a target exists, or widths do not fit the groups.
+      OSError: the disk is too small.
+    """
+    plan.require_model(base.fingerprint)
+    there = [str(path) for path in (folder / name for name in recipe.export) if path.exists()]
+    if there and not overwrite:
+        raise ValueError(f"{', '.join(there)} already exist; add --overwrite to replace them")
+    for name in recipe.export:
+        check_widths(base, kept_widths(plan, base), form_of(recipe, name))
+    remove_leftovers(folder)
+    sizes = export_sizes(base, plan, recipe)
+    require_space(folder, {name: size["bytes"] for name, size in sizes.items()})
+    say_sizes(sizes, steps)
+
+
+def drop_stale_exports(output: Path, plan: PruningPlan) -> None:
+    """Remove the exports in an output folder unless its stored plan is this one."""
+    try:
+        stored = PruningPlan.load(output)
+    except (ValueError, OSError):
+        stored = None
+    if stored is None or not (
+        np.array_equal(stored.keep, plan.keep) and stored.provenance == plan.provenance
+    ):
+        shutil.rmtree(output / "exports", ignore_errors=True)
+
+
+def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
+    """One line per export with its exact size."""
+    for name, size in sizes.items():
+        line = f"{name}: {_amount(size['bytes'])}"
+        if name.startswith("ragged"):
+            line += f" (padded to one width for stock clients: {_amount(size['padded_bytes'])})"
+        steps.say(line)
+
+
+def _say_padding(job: Job, steps: Steps) -> None:
+    """Say what padding may cost, while nothing has been spent yet."""
+    recipe, base = job.recipe, job.base
+    if recipe.width != "free":
+        return
+    width, widest = mean_width(base, recipe, math.floor), base.config.moe.d_expert
+    for name in (name for name in recipe.export if name.startswith("padded")):
+        mean, most = (_amount(equal_bytes(base, recipe, name, w)) for w in (width, widest))
+        steps.say(
+            f"{name} with --width free stores every expert as wide as the widest: {mean} if all "
+            f"have {width} channels, {most} if one expert keeps all {widest}; "
+            "--width uniform ensures the smaller size, ragged exports store no padding"
+        )
+
+
+def _amount(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,184 @@
+"""Size bounds, warnings and rehearsed plans hold whatever the statistics turn out to be."""
+
+import dataclasses
+import re
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from convert.checkpoint import open_checkpoint
+from convert.export import ExportFormat, export_bytes
+from pruning import preflight
+from pruning.criteria import CHANNEL_CRITERIA, EXPERT_CRITERIA
+from pruning.plan import PruningPlan
+from pruning.planners import PLANNERS
+from pruning.progress import Steps
+from pruning.recipe import EXPORTS, CompressionRecipe
+from pruning.sizes import most_bytes, statistics_bytes
+from pruning.stages import open_job
+from tests.command import given, run
+
+LAYERS, EXPERTS, WIDTH = 2, 8, 64
+
+
+def recipe(model, **changes) -> CompressionRecipe:
+    c = open_checkpoint(model).config
+    whole = CompressionRecipe(model=str(model), output="o", **changes)
+    return whole.resolved(c.moe.d_expert, c.d_model, c.max_position)
+
+
+@for_all(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_plan_exceeds_the_bound_that_is_checked_against_the_disk(models, data):
+    """Random widths within the budget; a bound is wrong if any of them is larger."""
+    name = data.draw(st.sampled_from(EXPORTS))
+    block = data.draw(st.sampled_from([32, 64] if name.endswith("int4") else [1, 8, 32, 64]))
+    rate = data.draw(st.floats(0, 0.95))
+    options = recipe(
+        models / "single", export=(name,), prune_rate=rate, block=block, width="free",
+        bits=4 if name.endswith("int4") else 16,
+    )  # fmt: skip
+    base = open_checkpoint(models / "single")
+    blocks = round((1 - rate) * LAYERS * EXPERTS * WIDTH) // block
+    counts = np.zeros(LAYERS * EXPERTS, int)
+    order = data.draw(st.permutations(range(LAYERS * EXPERTS)))
+    for expert in order:
+        most = min(WIDTH // block, blocks - counts.sum() // block)
+        counts[expert] = block * data.draw(st.integers(0, most))
+    widths = tuple(tuple(row) for row in counts.reshape(LAYERS, EXPERTS).tolist())
+    assert export_bytes(base, widths, ExportFormat(name, 32)) <= most_bytes(base, options, name)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_the_bound_is_reached_by_some_plan(models, name):
+    bits = 4 if name.endswith("int4") else 16
+    options = recipe(models / "single", export=(name,), prune_rate=0.5, width="free", bits=bits)
+    base = open_checkpoint(models / "single")
+    # half of every expert for ragged folders; one whole expert suffices for padded ones
+    equal = ((32,) * EXPERTS,) * LAYERS
+    uneven = ((WIDTH,) + (0,) * (EXPERTS - 1),) * LAYERS
+    widths = equal if name.startswith("ragged") else uneven
+    exact = export_bytes(base, widths, ExportFormat(name, 32))
+    assert most_bytes(base, options, name) == exact
+
+
+def test_statistics_are_as_large_as_foretold(models, scored):
+    size = (scored / "statistics.safetensors").stat().st_size
+    header = size - statistics_bytes(open_checkpoint(models / "single"))
+    assert 0 < header < 8192
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, planner):
+    """A rehearsal on made-up sums must not refuse what real sums would allow."""
+    job = open_job(
+        CompressionRecipe(
+            model=str(models / "single"),
+            output=str(tmp_path / "out"),
+            calibration=[str(texts / "good.txt")],
+            planner=planner,
+            gradients=True,
+        )
+    )
+    rules = [("act", name) for name in EXPERT_CRITERIA]
+    rules += [(name, "ala") for name in CHANNEL_CRITERIA]
+    for criterion, attribution in rules:
+        one = dataclasses.replace(job.recipe, criterion=criterion, attribution=attribution)
+        preflight.rehearse_plan(dataclasses.replace(job, recipe=one))
+
+
+def test_padding_free_widths_is_said_to_waste_before_any_work(models, texts, tmp_path, capsys):
+    job = open_job(
+        CompressionRecipe(
+            model=str(models / "single"),
+            output=str(tmp_path / "out"),
+            calibration=[str(texts / "good.txt")],
+            export=["padded-bf16", "ragged-bf16"],
+            width="free",
+            bits=16,
+            prune_rate=0.5,
+        )
+    )
+    preflight.prepare(job, Steps())
+    shown = re.sub(r"\s+", " ", capsys.readouterr().err)
+    found = re.search(
+        r"padded-bf16 with --width free stores every expert as wide as the widest: (\S+) kB if "
+        r"all have 32 channels, (\S+) kB if one expert keeps all 64; --width uniform ensures",
+        shown,
+    )
+    assert found, shown
+    base = open_checkpoint(models / "single")
+    for text, width in zip(found.groups(), (32, 64), strict=True):
+        widths = ((width,) * EXPERTS,) * LAYERS
+        exact = export_bytes(base, widths, ExportFormat("padded-bf16"))
+        assert float(text) == pytest.approx(exact / 1e3, abs=0.051)
+    assert "ragged-bf16 with" not in shown
+    other = dataclasses.replace(job.recipe, width="uniform", output=str(tmp_path / "other"))
+    preflight.prepare(dataclasses.replace(job, recipe=other), Steps())
+    assert "stores every expert" not in capsys.readouterr().err
+
+
+def test_exact_sizes_are_said_before_exporting(scored, tmp_path, capsys):
+    out = shutil.copytree(scored, tmp_path / "out")
+    assert run("export", out, "--export", "padded-bf16") == 0
+    found = re.search(r"padded-bf16: (\S+) kB", capsys.readouterr().err)
+    (file,) = (out / "exports" / "padded-bf16").glob("*.safetensors")
+    assert found and 0 <= file.stat().st_size / 1e3 - float(found[1]) < 32
+
+
+@pytest.mark.parametrize("width", [[], ["--width", "free"], ["--width", "uniform"]])
+@pytest.mark.parametrize("block", [[], ["--block", "32"], ["--minimum", "32"]])
+def test_plans_and_exports_agree_under_every_mix_of_flags(scored, tmp_path, width, block):
+    """Each export of each plan is written at the plan's widths, whichever flags were left out."""
+    out = shutil.copytree(scored, tmp_path / "out")
+    assert run("--quiet", "plan", out, "--prune-rate", 0.5, *width, *block) == 0
+    plan = PruningPlan.load(out)
+    assert plan.counts.sum() <= LAYERS * EXPERTS * WIDTH // 2
+    if width == ["--width", "uniform"]:
+        assert len(np.unique(plan.counts)) == 1
+    assert run("--quiet", "export", out, "--overwrite", "--export", *EXPORTS) == 0
+    widths = tuple(map(tuple, plan.counts.tolist()))
+    padded = ((max(map(max, widths)),) * EXPERTS,) * LAYERS
+    for name in EXPORTS:
+        stored = open_checkpoint(out / "exports" / name).widths
+        assert stored == (widths if name.startswith("ragged") else padded), name
+
+
+def test_several_rates_make_several_plans_and_one_rate_makes_one(scored, tmp_path):
+    out = shutil.copytree(scored, tmp_path / "out")
+    assert run("--quiet", "plan", out, "--prune-rate", 0, 0.25, "--prune-rate", 0.5) == 0
+    kept = {p.name: PruningPlan.load(p).counts.sum() for p in (out / "plans").iterdir()}
+    assert kept == {"0.0": 1024, "0.25": 768, "0.5": 512}
+    # without a rate, that of the recipe
+    assert run("--quiet", "plan", out) == 0
+    assert PruningPlan.load(out).counts.sum() == 768
+
+
+def test_gradients_scored_once_serve_the_criteria_that_need_them(models, texts, tmp_path):
+    arguments = (models / "single", *given(texts, tmp_path / "out"), "--gradients")
+    assert run("--quiet", "score", *arguments, "--criterion", "taylor") == 0
+    assert run("--quiet", "plan", tmp_path / "out", "--criterion", "fisher") == 0
+
+
+def test_verifying_lets_no_other_program_write_to_stderr(scored, tmp_path, capfd):
+    from transformers.utils import logging
+
+    out = shutil.copytree(scored, tmp_path / "out")
+    assert run("--quiet", "export", out, "--export", "padded-int4") == 0
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    try:
+        assert run("--quiet", "verify", out) == 0
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(level)
+        if not bars:
+            logging.disable_progress_bar()
+    shown = capfd.readouterr()
+    assert shown.err == "" and "logits in transformers" in shown.out

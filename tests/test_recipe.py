@@ -1,0 +1,199 @@
+"""Options mean the same from the command line, YAML and Python, and wrong ones are named."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruning.cli import build_parser
+from pruning.options import recipe_from
+from pruning.recipe import EXPORTS, GROUP_SIZES, CompressionRecipe, load_recipe
+
+text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1)
+maybe = st.none() | st.integers(2, 512)
+recipes = st.builds(
+    CompressionRecipe,
+    model=text,
+    output=text,
+    calibration=st.lists(text, max_size=3),
+    evaluation=st.lists(text, max_size=3),
+    max_tokens=st.integers(1, 10**9),
+    window=maybe,
+    prune_rate=st.floats(0, 1, exclude_max=True),
+    bits=st.sampled_from([4, 16]),
+    group_size=st.none() | st.sampled_from(GROUP_SIZES),
+    width=st.sampled_from([None, "free", "uniform"]),
+    block=maybe,
+    minimum=maybe,
+    gradients=st.booleans(),
+    export=st.lists(st.sampled_from(EXPORTS), unique=True),
+    seed=st.integers(0, 2**32),
+    overwrite=st.booleans(),
+)
+
+
+@given(recipe=recipes)
+def test_a_recipe_survives_its_yaml(recipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("yaml") / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def written(folder: Path, **values) -> Path:
+    path = folder / "given.yaml"
+    path.write_text(yaml.safe_dump({"model": "demo", "output": "out"} | values))
+    return path
+
+
+def parsed(*arguments) -> CompressionRecipe:
+    return recipe_from(build_parser().parse_args([*map(str, arguments)]))
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = written(tmp_path, prune_rate=0.5, bits=16, calibration=["a", "b"], seed=3)
+    recipe = parsed("compress", "--recipe", path, "--prune-rate", "0", "--calibration", "c=2")
+    assert recipe == CompressionRecipe(
+        model="demo", output="out", prune_rate=0.0, bits=16, calibration=("c=2",), seed=3
+    )
+    assert parsed("score", "other", "--recipe", path, "--output", "there").model == "other"
+
+
+def test_every_field_has_a_flag_that_sets_it():
+    values = {
+        "model": "m", "output": "o", "calibration": ("a", "b"), "calibration_field": "body",
+        "evaluation": ("e",), "max_tokens": 5, "window": 6, "prune_rate": 0.5, "bits": 16,
+        "group_size": 64, "criterion": "x", "attribution": "y", "planner": "z",
+        "width": "uniform", "block": 7, "minimum": 8, "gradients": True,
+        "export": ("padded-bf16", "ragged-bf16"), "batch": 9, "dtype": "bfloat16", "seed": 10,
+        "overwrite": True,
+    }  # fmt: skip
+    arguments: list = ["compress", values["model"]]
+    for field in dataclasses.fields(CompressionRecipe):
+        if field.name != "model":
+            value = values[field.name]
+            given = () if value is True else value if isinstance(value, tuple) else (value,)
+            arguments += ["--" + field.name.replace("_", "-"), *given]
+    assert dataclasses.asdict(parsed(*arguments)) == values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prune_rates": 0.5}, r"'prune_rates' is unknown; the nearest is 'prune_rate', known are"),
+        ({"prune_rate": "abc"}, r"prune_rate='abc' must be a number"),
+        ({"prune_rate": True}, r"prune_rate=True must be a number"),
+        ({"prune_rate": 1}, r"prune_rate=1.0 must lie in \[0, 1\)"),
+        ({"prune_rate": -0.1}, r"prune_rate=-0.1 must lie in \[0, 1\)"),
+        ({"prune_rate": float("nan")}, r"prune_rate=nan must lie in \[0, 1\)"),
+        (
+            {"prune_rate": [0.25, 0.5]},
+            r"prune_rate=\[0.25, 0.5\] must be a number; `moe-compress plan` and `eval` take sever",
+        ),
+        ({"bits": "4"}, r"bits='4' is unknown; choose among 4, 16"),
+        ({"bits": 8}, r"bits=8 is unknown; choose among 4, 16"),
+        ({"bits": True}, r"bits=True is unknown"),
+        ({"export": "ragged-int4"}, r"export='ragged-int4' must be a list; write \[ragged-int4\]"),
+        ({"export": ["ragged-int5"]}, r"export='ragged-int5' is unknown; .* 'ragged-int4'"),
+        ({"export": ["ragged-int4"] * 2}, r"must name each format once"),
+        ({"calibration": "a.txt"}, r"calibration='a.txt' must be a list; write \[a.txt\]"),
+        ({"calibration": [3]}, r"calibration=3 must be text"),
+        ({"max_tokens": 1.5}, r"max_tokens=1.5 must be a whole number"),
+        ({"max_tokens": 0}, r"max_tokens=0 must be at least 1"),
+        ({"batch": None}, r"batch=None must be a whole number"),
+        ({"window": 1}, r"window=1 must be at least 2"),
+        ({"block": 0}, r"block=0 must be at least 1"),
+        ({"seed": -1}, r"seed=-1 must be at least 0"),
+        ({"group_size": 48}, r"group_size=48 must be one of \(128, 64, 32\)"),
+        ({"overwrite": "no"}, r"overwrite='no' must be true or false"),
+        ({"gradients": 1}, r"gradients=1 must be true or false"),
+        ({"width": "narrow"}, r"width='narrow' is unknown; choose among 'free', 'uniform'"),
+        ({"model": ""}, r"model='' must name a folder"),
+    ],
+)
+def test_a_wrong_value_in_yaml_is_named_with_what_is_expected(tmp_path, values, message):
+    with pytest.raises(ValueError, match=rf"given\.yaml: .*{message}"):
+        load_recipe(written(tmp_path, **values))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("a: [", "cannot be read"),
+        ("output: o", "model is missing"),
+        ("model: m", "output is missing"),
+        ("3: m", "'?3'? is unknown"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "given.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.yaml cannot be read"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_a_sixteen_bit_recipe_with_a_four_bit_export_contradicts_itself():
+    recipe = CompressionRecipe(model="m", output="o", bits=16, export=("ragged-int4",))
+    with pytest.raises(ValueError, match=r"bits=16 contradicts export=\['ragged-int4'\]"):
+        recipe.resolved(128, 128, 64)
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_resolving_fills_every_default_and_is_idempotent(export, bits):
+    packed = export.endswith("int4")
+    for exports in ((), (export,)):
+        recipe = CompressionRecipe(
+            model="m", output="o", bits=4 if packed else bits, export=exports
+        ).resolved(96, 64, 1000)
+        assert recipe.window == 1000 and recipe.group_size == 32
+        assert recipe.block == recipe.minimum == 32
+        padded = any(name.startswith("padded") for name in exports)
+        assert recipe.width == ("uniform" if padded else "free")
+        assert recipe.export == (exports or (f"ragged-{'int4' if recipe.bits == 4 else 'bf16'}",))
+        assert recipe.resolved(96, 64, 1000) == recipe
+
+
+def test_help_and_wrong_options_import_no_jax(tmp_path):
+    """Every command's help, and a bad rate, in one process that must end without jax."""
+    script = """
+import contextlib, io, sys
+from pruning.cli import main
+commands = ["compress", "inspect", "score", "plan", "export", "verify", "eval", "report"]
+for arguments in ([], *([command] for command in commands)):
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        try:
+            main([*arguments, "--help"])
+        except SystemExit as end:
+            assert end.code == 0
+    assert "usage: moe-compress" in shown.getvalue()
+assert main(["compress", "demo", "--output", sys.argv[1], "--prune-rate", "1.5"]) == 2
+heavy = {"jax", "flax", "numpy", "matplotlib", "safetensors", "tokenizers"} & set(sys.modules)
+assert not heavy, heavy
+from pruning import PruningPlan, compress, collect_statistics, prune_layer
+assert "jax" in sys.modules and callable(compress)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "prune_rate=1.5 must lie in [0, 1)" in done.stderr
+
+
+def test_the_facade_has_every_name_it_promises_and_no_other():
+    import pruning
+
+    assert all(getattr(pruning, name).__name__ == name for name in pruning.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'kompress'"):
+        _ = pruning.kompress
