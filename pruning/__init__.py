@@ -8,15 +8,20 @@ if TYPE_CHECKING:
     from pruning.calibration import TextSource, TokenBatch, calibration_batch
     from pruning.criteria import ChannelScores, channel_scores
     from pruning.pipeline import compress
-    from pruning.plan import PruningPlan, plan_pruning
+    from pruning.plan import plan_pruning
+    from pruning.plan_file import PruningPlan
     from pruning.prune import PrunedSource, mask_layer, prune_layer
     from pruning.recipe import CompressionRecipe, load_recipe
     from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
+    from pruning.sweep import nested_plans
+    from pruning.targets import plan_for_target
+    from pruning.weights import PlannerOptions
 
 __all__ = [
     "ChannelScores",
     "ChannelStatistics",
     "CompressionRecipe",
+    "PlannerOptions",
     "PrunedSource",
     "PruningPlan",
     "TextSource",
@@ -28,6 +33,8 @@ __all__ = [
     "load_recipe",
     "load_statistics",
     "mask_layer",
+    "nested_plans",
+    "plan_for_target",
     "plan_pruning",
     "prune_layer",
     "save_statistics",
@@ -39,10 +46,14 @@ _HOMES = {
     "calibration": ("TextSource", "TokenBatch", "calibration_batch"),
     "criteria": ("ChannelScores", "channel_scores"),
     "pipeline": ("compress",),
-    "plan": ("PruningPlan", "plan_pruning"),
+    "plan": ("plan_pruning",),
+    "plan_file": ("PruningPlan",),
     "prune": ("PrunedSource", "mask_layer", "prune_layer"),
     "recipe": ("CompressionRecipe", "load_recipe"),
     "statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
+    "sweep": ("nested_plans",),
+    "targets": ("plan_for_target",),
+    "weights": ("PlannerOptions",),
 }
 
 

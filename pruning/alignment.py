@@ -99,6 +99,7 @@ def redistribute(
     attribution: np.ndarray,  # [L, E]
     reserved: np.ndarray | None = None,  # [L, E]
     best_first: np.ndarray | None = None,  # [L, E, F]
+    capacity: np.ndarray | None = None,  # [L, E]
     per_layer: bool = False,
 ) -> np.ndarray:  # [L, E]
     """Move every width to {0} U {n >= minimum : block | n} U {d_expert} within the same budget.
@@ -116,6 +117,7 @@ def redistribute(
       reserved: bool; experts lifted to the minimum instead of trimmed.
       best_first: sorted channel scores; if given, blocks go first to the experts that lost the
         largest score by rounding instead of the most channels.
+      capacity: int; most channels of each expert, itself a legal width; default `d_expert`.
       per_layer: keep each layer's budget where possible; what a layer cannot use goes to others.
 
     Returns:
@@ -127,32 +129,42 @@ def redistribute(
     counts = np.asarray(counts, np.int64)
     if reserved is None:
         reserved = np.zeros(counts.shape, bool)
+    if capacity is None:
+        capacity = np.full(counts.shape, d_expert)
     least = legal_minimum(minimum, block, d_expert)
-    _check(counts, reserved, d_expert=d_expert, least=least)
+    _check(counts, reserved, capacity, least=least)
     budgets = counts.sum(axis=1)  # [L]
     rounded = _round_down(counts, reserved, d_expert=d_expert, block=block, least=least)
     removed = (counts - rounded).astype(np.float64)
     if best_first is not None:
         removed = _score_between(best_first, rounded, counts)
     order = np.lexsort((-attribution, -removed), axis=1)  # [L, E], stable: then by index
-    sizes = {"d_expert": d_expert, "block": block}
     if per_layer:
         for layer, budget in enumerate(budgets):
             row = rounded[layer]
             if row.sum() <= budget:
-                rounded[layer] = _hand_out(row, order[layer], budget - row.sum(), **sizes)
+                rounded[layer] = _hand_out(
+                    row, order[layer], budget - row.sum(), room_for=capacity[layer], block=block
+                )
     kept, value = rounded.reshape(-1), attribution.reshape(-1)
     order = np.lexsort((-value, -removed.reshape(-1)))
     kept = _give_back(kept, value, reserved.reshape(-1), budgets.sum(), least)
+    sizes = {"room_for": capacity.reshape(-1), "block": block}
     kept = _hand_out(kept, order, budgets.sum() - kept.sum(), **sizes)
     kept = _revive(kept, value, order, budgets.sum() - kept.sum(), least=least, **sizes)
     return kept.reshape(counts.shape)
 
 
-def _check(counts: np.ndarray, reserved: np.ndarray, *, d_expert: int, least: int) -> None:
-    if counts.min() < 0 or counts.max() > d_expert:
+def _check(counts: np.ndarray, reserved: np.ndarray, capacity: np.ndarray, *, least: int) -> None:
+    if counts.min() < 0 or (counts > capacity).any():
         raise ValueError(
-            f"counts in [{counts.min()}, {counts.max()}] must lie in [0, d_expert={d_expert}]"
+            f"counts in [{counts.min()}, {counts.max()}] must lie in [0, d_expert="
+            f"{capacity.max()}], and below the capacity of each expert"
+        )
+    if (capacity[reserved] < least).any():
+        raise ValueError(
+            f"a reserved expert may keep {capacity[reserved].min()} channels, at least {least} are "
+            "needed; raise the cap or lower the minimum"
         )
     needed = int(reserved.sum()) * least
     if needed > counts.sum():
@@ -199,13 +211,13 @@ def _hand_out(
     order: np.ndarray,  # [G]
     channels: int,
     *,
-    d_expert: int,
+    room_for: np.ndarray,  # [G]
     block: int,
 ) -> np.ndarray:  # [G]
     # One block per visit, in rounds over the active experts that are not full. All complete
     # rounds at once: the largest number of them that the channels pay for.
-    room = np.where(kept > 0, d_expert - kept, 0)[order]
-    low, high = 0, -(-d_expert // block)
+    room = np.where(kept > 0, room_for - kept, 0)[order]
+    low, high = 0, -(-int(room.max(initial=0)) // block)
     while low < high:
         rounds = (low + high + 1) // 2
         if np.minimum(room, rounds * block).sum() <= channels:
@@ -233,15 +245,15 @@ def _revive(
     channels: int,
     *,
     least: int,
-    d_expert: int,
+    room_for: np.ndarray,  # [G]
     block: int,
 ) -> np.ndarray:  # [G]
     # Every active expert is full: the paper's rule would leave the rest unspent.
-    empty = np.flatnonzero(kept == 0)
+    empty = np.flatnonzero((kept == 0) & (room_for >= least))
     revived = empty[np.argsort(-value[empty], kind="stable")][: channels // least]
     if not revived.size:
         return kept
     kept = kept.copy()
     kept[revived] = least
     channels -= least * revived.size
-    return _hand_out(kept, order, channels, d_expert=d_expert, block=block)
+    return _hand_out(kept, order, channels, room_for=room_for, block=block)

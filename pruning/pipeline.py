@@ -10,12 +10,12 @@ from pruning import preflight, stages
 from pruning.criteria import channel_scores
 from pruning.errors import VerificationError
 from pruning.plan import PruningPlan
-from pruning.planners import smooth_layer_loss
 from pruning.plots import concentration
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe
 from pruning.report import CompressionReport
 from pruning.sizes import export_sizes, folder_bytes, form_of, parameter_count
+from pruning.smoothing import smooth_layer_loss
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
 

@@ -1,162 +1,55 @@
-"""The pruning plan: which channels stay, and how that was decided."""
+"""From statistics and options to a pruning plan."""
 
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from pruning.alignment import (
-    best_channels,
-    check_block,
-    legal_minimum,
-    redistribute,
-    uniform_counts,
+from pruning.aligned_optimum import (
+    SOLVERS,
+    best_known,
+    block_values,
+    coverage_by_blocks,
+    weighted_coverage,
 )
-from pruning.criteria import EXPERT_CRITERIA, ChannelScores, channel_scores, choose
-from pruning.files import replace_file, replace_text
-from pruning.planners import PLANNERS, Planner, random_counts
+from pruning.alignment import best_channels, check_block, legal_minimum
+from pruning.apportion import apportion
+from pruning.criteria import EXPERT_CRITERIA, channel_scores, choose
+from pruning.plan_file import PruningPlan
+from pruning.planners import DEFAULTS, OBJECTIVES, PLANNERS, Planner, random_counts
+from pruning.weights import WEIGHTS, PlannerOptions
+from pruning.widths import ALIGNMENTS, WIDTHS, Problem, Widths, with_layer_budgets
 
 if TYPE_CHECKING:
     from pruning.statistics import ChannelStatistics
 
-FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PruningPlan:
-    """Channels to keep in every expert of every MoE layer.
-
-    `layer_indices` are the positions of the L MoE layers in the model; `provenance` says which
-    statistics, criterion, planner and budget led here.
-    """
-
-    keep: np.ndarray  # [L, E, F], bool
-    layer_indices: tuple[int, ...]
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.keep.ndim != 3 or self.keep.dtype != np.bool_ or 0 in self.keep.shape:
-            raise ValueError(
-                f"keep is {self.keep.dtype}{list(self.keep.shape)}, expected bool [L, E, F] with "
-                "at least one layer, expert and channel"
-            )
-        indices = list(self.layer_indices)
-        if len(indices) != len(self.keep) or indices != sorted(set(indices)) or indices[0] < 0:
-            raise ValueError(
-                f"layer_indices={self.layer_indices} must be {len(self.keep)} different model "
-                "layers in ascending order"
-            )
-
-    @property
-    def counts(self) -> np.ndarray:  # [L, E], int64
-        """Channels kept per expert."""
-        return self.keep.sum(axis=2)
-
-    def expert_coverage(self, channel: np.ndarray) -> np.ndarray:  # [L, E, F] -> [L, E]
-        """Share of each expert's channel score that the plan keeps, in [0, 1]."""
-        return _share(channel, self.keep, axis=(2,))
-
-    def layer_coverage(self, channel: np.ndarray) -> np.ndarray:  # [L, E, F] -> [L]
-        """Share of each layer's channel score, all experts pooled, that the plan keeps."""
-        return _share(channel, self.keep, axis=(1, 2))
-
-    def require_model(self, model_hash: str) -> None:
-        """Refuse to prune a model that the plan was not made for.
-
-        Args:
-          model_hash: identity of the model at hand.
-
-        Raises:
-          ValueError: the plan's provenance names another one.
-        """
-        planned = self.provenance.get("model_hash")
-        if planned is not None and planned != model_hash:
-            raise ValueError(
-                f"the plan was made for model {planned}, this model is {model_hash}; "
-                "score this model and plan again"
-            )
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write `plan.json` and `plan.safetensors`, each atomically.
-
-        Args:
-          path: a folder, made if missing; or a file name whose stem both files get.
-        """
-        description, tensors = _files(path)
-        description.parent.mkdir(parents=True, exist_ok=True)
-        named = {
-            f"keep.{index}": np.ascontiguousarray(keep)
-            for index, keep in zip(self.layer_indices, self.keep, strict=True)
-        }
-        content = {
-            "format_version": FORMAT_VERSION,
-            "layer_indices": list(self.layer_indices),
-            "d_expert": self.keep.shape[2],
-            "counts": self.counts.tolist(),
-            "provenance": dict(self.provenance),
-        }
-        text = json.dumps(content, indent=1, default=_plain) + "\n"
-        replace_file(tensors, lambda partial: save_file(named, partial))
-        replace_text(description, text)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "PruningPlan":
-        """Read what `save` wrote.
-
-        Args:
-          path: the folder, or either file.
-
-        Returns:
-          The plan.
-
-        Raises:
-          FileNotFoundError: one of the two files is missing.
-          ValueError: a file is damaged, or the two do not belong together.
-        """
-        description, tensors = _files(path)
-        for file in (description, tensors):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing; make it with `moe-compress plan`")
-        try:
-            content = json.loads(description.read_text(encoding="utf-8"))
-            version, indices = content["format_version"], content["layer_indices"]
-            counts, provenance = np.asarray(content["counts"]), content["provenance"]
-            named = load_file(tensors)
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{description.parent} holds no readable plan ({error})") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{description} has format {version}, expected {FORMAT_VERSION}")
-        expected = {f"keep.{index}" for index in indices}
-        if set(named) != expected or len({keep.shape for keep in named.values()}) != 1:
-            raise ValueError(
-                f"{tensors} holds {sorted(named)}, expected {sorted(expected)} of one shape"
-            )
-        keep = np.stack([named[f"keep.{index}"] for index in indices])
-        plan = cls(keep, tuple(indices), provenance)
-        if not np.array_equal(plan.counts, counts):
-            raise ValueError(f"{description} and {tensors} are of different plans; plan again")
-        return plan
+__all__ = ["PruningPlan", "plan_pruning"]
 
 
 def plan_pruning(
     statistics: "ChannelStatistics",
     *,
-    prune_rate: float,
+    prune_rate: float | None = None,
+    channels: int | None = None,
     criterion: str = "act",
     attribution: str = "ala",
     planner: str = "paper",
-    width: Literal["free", "uniform"] = "free",
+    options: PlannerOptions = DEFAULTS,
+    width: str = "free",
+    cap: int | None = None,
+    expert_rate: float = 0.0,
+    experts: np.ndarray | None = None,  # [L, E]
+    align: str = "paper",
+    per_layer: bool = False,
     block: int = 1,
     minimum: int | None = None,
+    layer_rates: Mapping[int, float] | None = None,
+    layer_shares: np.ndarray | None = None,  # [L]
+    within: np.ndarray | None = None,  # [L, E]
     experts_per_token: int,
     layer_indices: Sequence[int] | None = None,
     seed: int = 0,
@@ -166,14 +59,30 @@ def plan_pruning(
 
     Args:
       statistics: sums of a calibration sweep.
-      prune_rate: fraction of routed-expert channels to remove, in [0, 1).
+      prune_rate: fraction of routed-expert channels to remove from the whole model, in [0, 1).
+      channels: channels to keep instead of a rate.
       criterion: how channels are ranked, a name of `CHANNEL_CRITERIA`.
       attribution: how experts are weighted, a name of `EXPERT_CRITERIA`.
-      planner: how the budget is allocated, a name of `PLANNERS`; unused by uniform width.
-      width: "free" lets every expert have its own width; "uniform" gives all experts of the model
-        the budget's width, rounded down to a block.
+      planner: how the budget is allocated, a name of `PLANNERS`; unused by the widths "uniform"
+        and "experts".
+      options: the planner's fine print.
+      width: a name of `WIDTHS`: "free" lets every expert have its own, "capped" up to `cap`,
+        "layer" one per layer, "uniform" one for the model, "experts" keeps whole experts, and
+        "combined" removes a fraction `expert_rate` of the experts and channels of the others.
+      cap: widest expert of "capped".
+      expert_rate: fraction of experts that "combined" removes, in [0, 1).
+      experts: bool; experts that "experts" or "combined" keep, instead of those of largest
+        attribution.
+      align: how widths become multiples of the block, a name of `ALIGNMENTS`: the "paper"'s rule,
+        its variant "paper_scores", or the optimum by "dp" (exact, slow over whole models) or
+        "hull" (within one item of it).
+      per_layer: alignment and the choice of whole experts keep to each layer's budget.
       block: widths are multiples of it; must divide the expert width.
       minimum: least width of a kept expert, rounded up to a block; default one block.
+      layer_rates: prune rate of single layers, by the model's layer number; 0 leaves a layer
+        alone. The other layers make up the rest of the model's budget.
+      layer_shares: share of the budget of every layer, for example from `pruning.grape`.
+      within: most channels of each expert, for example the counts of a larger plan.
       experts_per_token: experts per layer that keep at least `minimum` channels, so that every
         token finds its experts; those of largest attribution.
       layer_indices: the model's layer number of each MoE layer; default 0, 1, 2, ...
@@ -181,79 +90,104 @@ def plan_pruning(
       provenance: more to record, for example model_hash, statistics_hash and calibration.
 
     Returns:
-      The plan. Its provenance records the choices, the budget and the channels actually kept.
+      The plan. Its provenance records the choices, the budget and the channels actually kept, and
+      the coverage under the planner's weights before and after alignment and at the optimum.
 
     Raises:
       ValueError: an option is out of range, unknown, or infeasible for this budget.
     """
     shape = statistics.hidden_square.shape
-    allocate = choose(PLANNERS, planner, "planner")
-    if planner == "random":
-        allocate = functools.partial(random_counts, seed=seed)
-    choose({"free": 0, "uniform": 1}, width, "width")
-    budget = _budget(prune_rate, math.prod(shape))
-    check_block(block, shape[2])
-    least = legal_minimum(block if minimum is None else minimum, block, shape[2])
+    layers, experts_per_layer, d_expert = shape
+    policy = choose(WIDTHS, width, "width")
+    check_block(block, d_expert)
+    least = legal_minimum(block if minimum is None else minimum, block, d_expert)
+    budget = _budget(prune_rate, channels, math.prod(shape))
     _check_floor(experts_per_token, shape, least, budget)
-    uniform = uniform_counts(shape, budget, block, least) if width == "uniform" else None
+    indices = tuple(range(layers) if layer_indices is None else map(int, layer_indices))
+    allocate = _planner(planner, seed)
+    objective = _objective(planner, align)
     scores = channel_scores(statistics, criterion=criterion, attribution=attribution, seed=seed)
-    counts = uniform
-    if counts is None:
-        counts = _free_counts(scores, allocate, budget, experts_per_token, least, block)
+    # The experts of largest attribution are reserved, ties to the lower index.
+    rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
+    most = _most(within, (layers, experts_per_layer), d_expert)
+    problem = Problem(
+        scores=scores,
+        # A larger plan may have left a few channels unspent, which the smaller cannot have either.
+        budget=budget if within is None else min(budget, int(most.sum())),
+        reserved=rank < experts_per_token,
+        most=most,
+        least=least,
+        block=block,
+        planner=allocate,
+        objective=objective,
+        options=options,
+        align=align,
+        per_layer=per_layer,
+        cap=cap,
+        expert_rate=expert_rate,
+        experts=_checked_choice(experts, (layers, experts_per_layer), experts_per_token),
+    )
+    fixed = _layer_budgets(problem, layer_rates, layer_shares, indices)
+    widths = with_layer_budgets(problem, fixed, policy)
     attributed = choose(EXPERT_CRITERIA, attribution, "attribution")(statistics)
-    # A source tree that was never installed has no version.
-    installed = importlib.metadata.distributions(name="moe-jax")
-    tool_version = next((package.version for package in installed), "source tree")
     record = {
         "criterion": criterion,
         "attribution": attribution,
-        "planner": planner if width == "free" else None,
+        "planner": None if width in ("uniform", "experts") else planner,
+        "planner_options": dataclasses.asdict(options),
         "width": width,
-        "prune_rate": prune_rate,
+        "cap": cap,
+        "expert_rate": expert_rate if width == "combined" else None,
+        "prune_rate": 1.0 - budget / math.prod(shape) if prune_rate is None else prune_rate,
+        "align": align,
+        "per_layer": per_layer,
         "block": block,
         "minimum": least,
+        "layer_rates": {str(layer): rate for layer, rate in (layer_rates or {}).items()},
         "experts_per_token": experts_per_token,
         "seed": seed,
         "budget": budget,
-        "kept": int(counts.sum()),
-        "unspent": budget - int(counts.sum()),
-        "emptied_experts": int((counts == 0).sum()),
+        "kept": int(widths.counts.sum()),
+        "unspent": budget - int(widths.counts.sum()),
+        "emptied_experts": int((widths.counts == 0).sum()),
         "harmful_experts": int((attributed < 0.0).sum()),
-        "tool_version": tool_version,
+        **_coverage(problem, widths),
+        "tool_version": _tool_version(),
     }
-    indices = tuple(range(shape[0]) if layer_indices is None else map(int, layer_indices))
-    keep = best_channels(scores.channel, counts)
+    keep = best_channels(scores.channel, widths.counts)
     return PruningPlan(keep, indices, {**record, **(provenance or {})})
 
 
-def _free_counts(
-    scores: ChannelScores,
-    allocate: Planner,
-    budget: int,
-    experts_per_token: int,
-    least: int,
-    block: int,
-) -> np.ndarray:  # [L, E]
-    # The experts of largest attribution are reserved, ties to the lower index.
-    rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
-    reserved = rank < experts_per_token
-    counts = allocate(scores, budget, np.where(reserved, least, 0))
-    if least == 1:
-        return counts
-    return redistribute(
-        counts,
-        d_expert=scores.channel.shape[2],
-        block=block,
-        minimum=least,
-        attribution=scores.expert,
-        reserved=reserved,
-    )
+def _planner(name: str, seed: int) -> Planner:
+    planner = choose(PLANNERS, name, "planner")
+    return functools.partial(random_counts, seed=seed) if name == "random" else planner
 
 
-def _budget(prune_rate: float, channels: int) -> int:
-    if not 0.0 <= prune_rate < 1.0:
-        raise ValueError(f"prune_rate={prune_rate} must lie in [0, 1); choose e.g. 0.25")
-    return round((1.0 - prune_rate) * channels)
+def _objective(planner: str, align: str) -> tuple[float, str]:
+    choose(ALIGNMENTS, align, "align")
+    if align in SOLVERS and planner not in OBJECTIVES:
+        raise ValueError(
+            f"align={align!r} maximises the planner's objective, planner={planner!r} has none; "
+            f"choose align='paper', or one of the planners {', '.join(OBJECTIVES)}"
+        )
+    return OBJECTIVES.get(planner, (0.0, "equal"))
+
+
+def _budget(prune_rate: float | None, channels: int | None, available: int) -> int:
+    if (prune_rate is None) == (channels is None):
+        raise ValueError(f"give either prune_rate={prune_rate} or channels={channels}")
+    if channels is not None:
+        if not 0 < channels <= available:
+            raise ValueError(f"channels={channels} must lie in [1, {available}]")
+        return int(channels)
+    assert prune_rate is not None
+    return round((1.0 - _checked_rate(prune_rate, "prune_rate")) * available)
+
+
+def _checked_rate(rate: float, name: str) -> float:
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"{name}={rate} must lie in [0, 1); choose e.g. 0.25")
+    return rate
 
 
 def _check_floor(
@@ -273,19 +207,80 @@ def _check_floor(
         )
 
 
-def _share(channel: np.ndarray, keep: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
-    # A group without any score counts channels instead.
-    total = channel.sum(axis=axis)
-    kept = np.where(keep, channel, 0.0).sum(axis=axis)
-    return np.divide(kept, total, out=keep.mean(axis=axis), where=total > 0.0)
+def _most(within: np.ndarray | None, shape: tuple[int, int], d_expert: int) -> np.ndarray:
+    if within is None:
+        return np.full(shape, d_expert)
+    if within.shape != shape or within.min() < 0 or within.max() > d_expert:
+        raise ValueError(
+            f"within is {list(within.shape)} in [{within.min()}, {within.max()}], expected "
+            f"{list(shape)} in [0, {d_expert}]; take the counts of a plan of this model"
+        )
+    return within.astype(np.int64)
 
 
-def _files(path: str | os.PathLike) -> tuple[Path, Path]:
-    path = Path(path)
-    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path / "plan"
-    return stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
+def _checked_choice(
+    experts: np.ndarray | None, shape: tuple[int, int], experts_per_token: int
+) -> np.ndarray | None:
+    if experts is None:
+        return None
+    if experts.shape != shape or experts.dtype != np.bool_:
+        raise ValueError(f"experts is {experts.dtype}{list(experts.shape)}, expected bool{shape}")
+    fewest = int(experts.sum(axis=1).min())
+    if fewest < experts_per_token:
+        raise ValueError(
+            f"experts keeps {fewest} in one layer, every token needs {experts_per_token}; keep more"
+        )
+    return experts
 
 
-def _plain(value: Any) -> Any:
-    # numpy scalars and arrays, and paths, as JSON.
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+def _layer_budgets(
+    problem: Problem,
+    rates: Mapping[int, float] | None,
+    shares: np.ndarray | None,
+    indices: tuple[int, ...],
+) -> dict[int, int]:
+    # Channels of the layers that do not compete, by position.
+    if rates and shares is not None:
+        raise ValueError("give either layer_rates or layer_shares, not both")
+    if shares is not None:
+        needed = problem.reserved.sum(axis=1) * problem.least // problem.block
+        room = problem.most.sum(axis=1) // problem.block
+        blocks = apportion(shares, problem.budget // problem.block, needed, room)
+        return dict(enumerate((problem.block * blocks).tolist()))
+    unknown = sorted(set(rates or {}) - set(indices))
+    if unknown:
+        raise ValueError(f"layer_rates names layers {unknown}, those with experts are {indices}")
+    size = problem.scores.channel[0].size
+    return {
+        indices.index(layer): round((1.0 - _checked_rate(rate, f"layer_rates[{layer}]")) * size)
+        for layer, rate in (rates or {}).items()
+    }
+
+
+def _coverage(problem: Problem, widths: Widths) -> dict[str, float]:
+    # Under the planner's weights, so that before, after and optimum compare.
+    name = problem.options.weights or problem.objective[1]
+    weights = WEIGHTS[name](problem.scores, problem.options)
+    if not weights.any():
+        weights = np.ones_like(weights)
+    coverage = coverage_by_blocks(problem.scores.channel, 1)
+    least, block = problem.least, problem.block
+    room = problem.most // block
+    optimum = block * best_known(
+        block_values(coverage[:, :, ::block], weights),
+        min(problem.budget // block, int(room.sum())),
+        least=least // block,
+        reserved=problem.reserved,
+        most=room,
+    )
+    return {
+        "coverage_before": weighted_coverage(coverage, weights, widths.unaligned),
+        "coverage_aligned": weighted_coverage(coverage, weights, widths.counts),
+        "coverage_optimum": weighted_coverage(coverage, weights, optimum),
+    }
+
+
+def _tool_version() -> str:
+    # A source tree that was never installed has no version.
+    installed = importlib.metadata.distributions(name="moe-jax")
+    return next((package.version for package in installed), "source tree")

@@ -1,204 +1,68 @@
 """Budget allocation: how many channels each expert keeps.
 
-Every planner is one priority per channel, non-decreasing along an expert's channels from best to
-worst, and one shared selection that keeps the `total` smallest priorities exactly. Sorting and
-prefix sums stay in numpy (sorting is 14 times faster than XLA's on a CPU, and compiling a long
-prefix sum takes longer than running it); the priorities are jitted and see all layers and experts
-at once, in float64.
+Every planner is one priority per channel (`pruning.objectives`) and one shared selection that
+keeps the `total` smallest priorities exactly. Sorting and prefix sums stay in numpy (sorting is 14
+times faster than XLA's on a CPU, and compiling a long prefix sum takes longer than running it).
 
 Source: coverage maximisation of arXiv 2606.18304. Its bisection finds the level below which a
 channel's covered-before share lies; that level is the budget-th smallest share, so a partial sort
 finds it without a search, and exactly.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from pruning.apportion import apportion
 from pruning.criteria import ChannelScores, choose
+from pruning.objectives import (
+    Priority,
+    equal_width,
+    fair,
+    linear,
+    max_min,
+    prioritize,
+    proportional,
+    top_score,
+)
+from pruning.weights import (
+    WEIGHTS,
+    PlannerOptions,
+    Weights,
+    attribution_weights,
+    equal_weights,
+    inverse_layer_mean,
+    layer_weights,
+    paper_weights,
+    share_weights,
+)
 
-# (scores, budget, floor [L, E]) -> channels kept, int64 [L, E], summing to the budget.
-Planner = Callable[[ChannelScores, int, np.ndarray], np.ndarray]
-# (best [G, C] scores from best to worst, before [G, C] their sum before each channel,
-# weights [G, 1]) -> [G, C]; the smaller is kept first.
-Priority = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# scores -> [L, E]
-Weights = Callable[[ChannelScores], np.ndarray]
-
-# Smallest weight of an expert, as a share of the layer's mean weight.
-WEIGHT_FLOOR = 1e-3
-# Utility of coverage r is log(r + FAIR_OFFSET): finite for an empty expert.
-FAIR_OFFSET = 1e-4
-
-SMOOTHINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "sqrt": np.sqrt,
-    "identity": lambda loss: loss,
-    "log5": lambda loss: np.log1p(5.0 * loss),
-    "log20": lambda loss: np.log1p(20.0 * loss),
-    "clip": lambda loss: _clip_to_spread(loss, 0.5),
-}
-
-
-def smooth_layer_loss(
-    loss: np.ndarray,  # [L]
-    how: str = "sqrt",
-    passes: int = 1,
-) -> np.ndarray:  # [L]
-    """Compress the spread of the layer losses, so that no layer takes the whole budget.
-
-    One pass applies the function, then clips to mean +- one sample standard deviation.
-
-    Args:
-      loss: non-negative loss per layer; its unit matters for the logarithms only.
-      how: a name of `SMOOTHINGS`.
-      passes: how often; 0 only normalises. The paper's curve is one pass, its release does four.
-
-    Returns:
-      Layer weights with mean 1; all ones when the losses do not differ.
-
-    Raises:
-      ValueError: the name is unknown or passes is negative.
-
-    Source: arXiv 2606.18304, section 4.2.
-    """
-    if passes < 0:
-        raise ValueError(f"passes={passes} must be 0 or more; the paper uses 1")
-    compress = choose(SMOOTHINGS, how, "smoothing")
-    loss = np.asarray(loss, np.float64)
-    if loss.size < 2 or np.ptp(loss) == 0.0:
-        return np.ones_like(loss)
-    for _ in range(passes):
-        loss = _clip_to_spread(compress(loss), 1.0)
-    return loss / loss.mean()
+DEFAULTS = PlannerOptions()
 
 
-def _clip_to_spread(loss: np.ndarray, deviations: float) -> np.ndarray:
-    spread = deviations * loss.std(ddof=1)
-    return np.clip(loss, loss.mean() - spread, loss.mean() + spread)
+class Planner(Protocol):
+    """Decides the widths of all experts of a model."""
 
-
-def share_weights(attribution: np.ndarray) -> np.ndarray:  # [L, E] -> [L, E]
-    """Each expert's share of its layer, summing to 1 before a floor of 1e-3 / E.
-
-    A layer without positive attribution gets equal shares.
-    """
-    experts = attribution.shape[1]
-    total = attribution.sum(axis=1, keepdims=True)
-    equal = np.full_like(attribution, 1.0 / experts)
-    share = np.divide(attribution, total, out=equal, where=total > 0.0)
-    return np.maximum(share, WEIGHT_FLOOR / experts)
-
-
-def paper_weights(scores: ChannelScores) -> np.ndarray:  # [L, E]
-    """Smoothed layer loss times the expert's share by square-root attribution."""
-    return smooth_layer_loss(scores.layer)[:, None] * share_weights(np.sqrt(scores.expert))
-
-
-def attribution_weights(scores: ChannelScores) -> np.ndarray:  # [L, E]
-    """The attribution itself, floored inside its layer."""
-    return scores.expert.sum(axis=1, keepdims=True) * share_weights(scores.expert)
-
-
-def equal_weights(scores: ChannelScores) -> np.ndarray:  # [L, E]
-    """Weight 1 for every expert."""
-    return np.ones_like(scores.expert)
-
-
-def inverse_layer_mean(scores: ChannelScores) -> np.ndarray:  # [L, E]
-    """One over the layer's mean channel score: the paper's normalisation for pooled channels."""
-    mean = scores.channel.mean(axis=(1, 2))[:, None]  # [L, 1]
-    inverse = np.divide(1.0, mean, out=np.ones_like(mean), where=mean > 0.0)
-    return np.broadcast_to(inverse, scores.expert.shape)
-
-
-@jax.jit
-def max_min(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
-    """Weighted max-min coverage: the share covered before the channel, over the weight.
-
-    Nothing is covered before any group's first channel; those rank by what they gain.
-
-    Source: Algorithm 1 of arXiv 2606.18304.
-    """
-    covered, gain = _coverage(best, before)
-    level = covered * (weights.min() / weights)
-    level = level.at[:, 0].set(-gain[:, 0] * weights[:, 0])
-    return _zeros_last(best, level)
-
-
-@jax.jit
-def linear(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
-    """Weighted sum of coverages: the gain of a channel is its normalised score."""
-    _, gain = _coverage(best, before)
-    return _zeros_last(best, -weights * gain)
-
-
-@jax.jit
-def fair(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
-    """Weighted proportional fairness: the utility of an expert is the logarithm of its coverage."""
-    covered, gain = _coverage(best, before)
-    return _zeros_last(best, -weights * jnp.log1p(gain / (covered + FAIR_OFFSET)))
-
-
-@jax.jit
-def top_score(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
-    """Weighted score: the best channels of the pool, whichever expert they belong to."""
-    del before
-    return _zeros_last(best, -weights * best)
-
-
-@jax.jit
-def equal_width(best: jax.Array, before: jax.Array, weights: jax.Array) -> jax.Array:  # [G, C]
-    """Rank inside the expert: every expert keeps the same number of channels."""
-    del before, weights
-    return _rank_share(best)
-
-
-def _coverage(best: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The share covered before each channel, and the share it adds.
-    total = before[:, -1:] + best[:, -1:]
-    total = jnp.where(total > 0.0, total, 1.0)
-    return before / total, best / total
-
-
-def _rank_share(best: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(best.dtype, best.shape, 1) / best.shape[1]
-
-
-def _zeros_last(best: jax.Array, priority: jax.Array) -> jax.Array:
-    # Every priority above is at most 1. A channel of score 0 adds no coverage, so it comes after
-    # all others, and a group without any score fills at the same pace as its peers.
-    return jnp.where(best > 0.0, priority, 2.0 + _rank_share(best))
-
-
-def prioritize(
-    priority: Priority,
-    scores: np.ndarray,  # [G, C]
-    weights: np.ndarray,  # [G]
-) -> np.ndarray:  # [G, C]
-    """Sort each group's scores from best to worst and evaluate a priority in float64.
-
-    Weights are raised to 1e-12 of the largest, so that a group of weight 0 comes last instead of
-    dividing by it; without any positive weight all count the same.
-    """
-    top = weights.max()
-    weights = np.maximum(weights / top, 1e-12) if top > 0.0 else np.ones_like(weights)
-    best = -scores
-    best.sort(axis=1)
-    np.negative(best, out=best)
-    before = np.zeros_like(best)
-    np.cumsum(best[:, :-1], axis=1, out=before[:, 1:])
-    with jax.enable_x64(True):
-        arrays = jax.device_put((best, before, weights[:, None]))
-        return np.asarray(priority(*arrays))
+    def __call__(
+        self,
+        scores: ChannelScores,
+        budget: int,
+        floor: np.ndarray,  # [L, E]
+        most: np.ndarray | None = None,  # [L, E]
+        *,
+        options: PlannerOptions = DEFAULTS,
+    ) -> np.ndarray:  # [L, E]
+        """Channels kept, int64, at least `floor`, at most `most`, summing to the budget."""
+        ...
 
 
 def select(
     priority: np.ndarray,  # [P, G, C]
     totals: np.ndarray,  # [P]
     floor: np.ndarray,  # [P, G]
+    most: np.ndarray | None = None,  # [P, G]
 ) -> np.ndarray:  # [P, G]
     """Keep exactly the `totals` smallest priorities of each of P independent problems.
 
@@ -208,6 +72,7 @@ def select(
       priority: float64, non-decreasing along the last axis.
       totals: channels to keep per problem, int.
       floor: channels each group keeps in any case, int in [0, C].
+      most: channels each group keeps at most, int in [floor, C]; default C.
 
     Returns:
       Channels kept per group, int64; sums exactly to `totals`.
@@ -216,15 +81,20 @@ def select(
       ValueError: a total is below the sum of its floors or above the channels there are.
     """
     totals = np.asarray(totals, np.int64)
-    least, most = floor.sum(axis=1), priority[0].size
-    if (totals < least).any() or (totals > most).any():
-        worst = int(np.argmax((totals < least) | (totals > most)))
+    channels = priority.shape[2]
+    ceiling = np.full(floor.shape, channels) if most is None else most
+    assert (floor <= ceiling).all(), "a floor above the ceiling"
+    least, available = floor.sum(axis=1), ceiling.sum(axis=1)
+    if (totals < least).any() or (totals > available).any():
+        worst = int(np.argmax((totals < least) | (totals > available)))
         raise ValueError(
             f"budget {totals[worst]} must lie between the floors' sum {least[worst]} and the "
-            f"{most} channels there are; lower the prune rate or the minimum width"
+            f"{available[worst]} channels there are; lower the prune rate or the minimum width"
         )
-    reserved = np.arange(priority.shape[2]) < floor[:, :, None]
-    priority = np.where(reserved, -np.inf, priority)
+    place = np.arange(channels)
+    priority = np.where(place < floor[:, :, None], -np.inf, priority)
+    if most is not None:
+        priority[place >= most[:, :, None]] = np.inf
     at = np.maximum(totals - 1, 0)
     flat = priority.reshape(len(totals), -1)
     level = np.array([np.partition(row, k)[k] for row, k in zip(flat, at, strict=True)])
@@ -238,19 +108,31 @@ def one_level(
     scores: ChannelScores,
     budget: int,
     floor: np.ndarray,  # [L, E]
+    most: np.ndarray | None = None,  # [L, E]
     *,
+    options: PlannerOptions = DEFAULTS,
     priority: Priority,
     weights: Weights,
 ) -> np.ndarray:  # [L, E]
     """Allocate over all experts of all layers at once."""
+    if options.weights is not None:
+        weights = choose(WEIGHTS, options.weights, "weights")
     layers, experts, channels = scores.channel.shape
     pool = scores.channel.reshape(-1, channels)
-    value = prioritize(priority, pool, weights(scores).reshape(-1))
-    counts = select(value[None], np.array([budget]), floor.reshape(1, -1))
+    value = prioritize(priority, pool, weights(scores, options).reshape(-1), options.rho_max)
+    counts = select(value[None], np.array([budget]), *_flat(floor, most))
     return counts.reshape(layers, experts)
 
 
-def two_level(scores: ChannelScores, budget: int, floor: np.ndarray) -> np.ndarray:  # [L, E]
+def two_level(
+    scores: ChannelScores,
+    budget: int,
+    floor: np.ndarray,  # [L, E]
+    most: np.ndarray | None = None,  # [L, E]
+    *,
+    options: PlannerOptions = DEFAULTS,
+    priority: Priority = max_min,
+) -> np.ndarray:  # [L, E]
     """The paper's rule: max-min coverage over layers, then over the experts of each layer.
 
     A layer's group is all its channels pooled, its weight the smoothed layer loss; an expert's
@@ -259,41 +141,139 @@ def two_level(scores: ChannelScores, budget: int, floor: np.ndarray) -> np.ndarr
     """
     layers, experts, channels = scores.channel.shape
     pool = scores.channel.reshape(layers, -1)
-    value = prioritize(max_min, pool, smooth_layer_loss(scores.layer))
-    layer_floor = floor.sum(axis=1, keepdims=True).T  # [1, L]
-    totals = select(value[None], np.array([budget]), layer_floor)[0]
-    weights = share_weights(np.sqrt(scores.expert)).reshape(-1)
-    value = prioritize(max_min, scores.channel.reshape(-1, channels), weights)
-    return select(value.reshape(layers, experts, channels), totals, floor)
+    value = prioritize(priority, pool, layer_weights(scores, options), options.rho_max)
+    ceiling = None if most is None else most.sum(axis=1)[None]
+    totals = select(value[None], np.array([budget]), floor.sum(axis=1)[None], ceiling)[0]
+    weights = share_weights(np.sqrt(scores.expert))
+    if options.weights is not None:
+        weights = choose(WEIGHTS, options.weights, "weights")(scores, options)
+    pool = scores.channel.reshape(-1, channels)
+    value = prioritize(priority, pool, weights.reshape(-1), options.rho_max)
+    return select(value.reshape(layers, experts, channels), totals, floor, most)
 
 
-def layer_topk(scores: ChannelScores, budget: int, floor: np.ndarray) -> np.ndarray:  # [L, E]
+def layer_topk(
+    scores: ChannelScores,
+    budget: int,
+    floor: np.ndarray,  # [L, E]
+    most: np.ndarray | None = None,  # [L, E]
+    *,
+    options: PlannerOptions = DEFAULTS,
+) -> np.ndarray:  # [L, E]
     """The best channels of each layer, every layer keeping the same number."""
     layers, experts, channels = scores.channel.shape
-    totals = budget // layers + (np.arange(layers) < budget % layers)
-    weights = equal_weights(scores).reshape(-1)
-    value = prioritize(top_score, scores.channel.reshape(-1, channels), weights)
-    return select(value.reshape(layers, experts, channels), totals, floor)
+    ceiling = experts * channels if most is None else most.sum(axis=1)
+    totals = apportion(np.ones(layers), budget, floor.sum(axis=1), ceiling)
+    weights = equal_weights(scores, options).reshape(-1)
+    pool = scores.channel.reshape(-1, channels)
+    value = prioritize(top_score, pool, weights, options.rho_max)
+    return select(value.reshape(layers, experts, channels), totals, floor, most)
 
 
 def random_counts(
-    scores: ChannelScores, budget: int, floor: np.ndarray, *, seed: int = 0
+    scores: ChannelScores,
+    budget: int,
+    floor: np.ndarray,  # [L, E]
+    most: np.ndarray | None = None,  # [L, E]
+    *,
+    options: PlannerOptions = DEFAULTS,
+    seed: int = 0,
 ) -> np.ndarray:  # [L, E]
     """Counts of a uniformly random choice of channels; with criterion "random", that choice."""
+    del options
     layers, experts, channels = scores.channel.shape
     value = np.sort(np.random.default_rng(seed).random((1, layers * experts, channels)), axis=2)
-    counts = select(value, np.array([budget]), floor.reshape(1, -1))
+    counts = select(value, np.array([budget]), *_flat(floor, most))
     return counts.reshape(layers, experts)
+
+
+def moe_i2(
+    scores: ChannelScores,
+    budget: int,
+    floor: np.ndarray,  # [L, E]
+    most: np.ndarray | None = None,  # [L, E]
+    *,
+    options: PlannerOptions = DEFAULTS,
+) -> np.ndarray:  # [L, E]
+    """Widths in proportion to importance: of the layer, then of the expert inside it.
+
+    The layer's importance is the sum of its experts'; nothing is smoothed.
+
+    Source: our reading of MoE-I2, arXiv 2411.01016, with channels in place of ranks.
+    """
+    options = dataclasses.replace(
+        options, layer_loss="attribution", passes=0, rho_max=1.0, weights="attribution"
+    )
+    return two_level(scores, budget, floor, most, options=options, priority=proportional)
+
+
+def cd_moe(
+    scores: ChannelScores,
+    budget: int,
+    floor: np.ndarray,  # [L, E]
+    most: np.ndarray | None = None,  # [L, E]
+    *,
+    options: PlannerOptions = DEFAULTS,
+) -> np.ndarray:  # [L, E]
+    """Whole layers condensed to their always-on experts, the least divergent layers first.
+
+    A layer's divergence is its loss without routed experts, its always-on experts are those with a
+    floor. The layer, and in it the expert, that meets the end of the budget is cut.
+
+    Source: our reading of CD-MoE, arXiv 2412.00069. It measures the divergence again after each
+    layer; where losses add up, that greedy choice is this order.
+    """
+    del options
+    experts, channels = scores.channel.shape[1:]
+    layer_rank = np.argsort(np.argsort(-scores.layer, kind="stable"), kind="stable")
+    expert_rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
+    order = np.where(floor > 0, -1.0, layer_rank[:, None] * experts + expert_rank)
+    value = np.repeat(order.reshape(1, -1, 1), channels, axis=2)
+    return select(value, np.array([budget]), *_flat(floor, most))[0].reshape(floor.shape)
+
+
+def _flat(floor: np.ndarray, most: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    return floor.reshape(1, -1), None if most is None else most.reshape(1, -1)
+
+
+def _fair(degree: float) -> Priority:
+    return functools.partial(fair, degree=degree)
+
+
+def _one_level(priority: Priority, weights: Weights) -> Planner:
+    return functools.partial(one_level, priority=priority, weights=weights)
 
 
 PLANNERS: dict[str, Planner] = {
     "paper": two_level,
-    "maxmin": functools.partial(one_level, priority=max_min, weights=paper_weights),
-    "fair": functools.partial(one_level, priority=fair, weights=attribution_weights),
-    "linear": functools.partial(one_level, priority=linear, weights=attribution_weights),
-    "uniform": functools.partial(one_level, priority=equal_width, weights=equal_weights),
+    "fair_two_level": functools.partial(two_level, priority=fair),
+    "linear_two_level": functools.partial(two_level, priority=linear),
+    "maxmin": _one_level(max_min, paper_weights),
+    "fair": _one_level(fair, attribution_weights),
+    "fair0.5": _one_level(_fair(0.5), attribution_weights),
+    "fair2": _one_level(_fair(2.0), attribution_weights),
+    "linear": _one_level(linear, attribution_weights),
+    "uniform": _one_level(equal_width, equal_weights),
     "random": random_counts,
-    "global_topk": functools.partial(one_level, priority=top_score, weights=equal_weights),
-    "normalized_topk": functools.partial(one_level, priority=top_score, weights=inverse_layer_mean),
+    "global_topk": _one_level(top_score, equal_weights),
+    "normalized_topk": _one_level(top_score, inverse_layer_mean),
     "layer_topk": layer_topk,
+    "moe_i2": moe_i2,
+    "cd_moe": cd_moe,
+}
+
+# What a planner would maximise if it could choose among aligned widths: the degree of fairness and
+# the name of its weights. The max-min rules count by the coverage they are reported in. The others
+# have no such sum.
+OBJECTIVES: dict[str, tuple[float, str]] = {
+    "paper": (0.0, "paper"),
+    "fair_two_level": (1.0, "paper"),
+    "linear_two_level": (0.0, "paper"),
+    "maxmin": (0.0, "paper"),
+    "fair": (1.0, "attribution"),
+    "fair0.5": (0.5, "attribution"),
+    "fair2": (2.0, "attribution"),
+    "linear": (0.0, "attribution"),
+    "global_topk": (0.0, "mass"),
+    "normalized_topk": (0.0, "normalized_mass"),
 }

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -7,18 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.criteria import ChannelScores
-from pruning.planners import (
-    FAIR_OFFSET,
-    PLANNERS,
+from pruning.objectives import FAIR_OFFSET, fair, linear, max_min, prioritize, utility
+from pruning.planners import PLANNERS, select
+from pruning.weights import (
+    WEIGHTS,
+    PlannerOptions,
     attribution_weights,
-    fair,
-    linear,
-    max_min,
+    layer_weights,
     paper_weights,
-    prioritize,
-    select,
     share_weights,
-    smooth_layer_loss,
 )
 
 L, E, F = 2, 3, 5
@@ -101,8 +99,14 @@ def test_max_min_reaches_the_best_worst_coverage_of_all_splits(seed):
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(
     ("priority", "utility"),
-    [(linear, lambda r: r), (fair, lambda r: math.log(r + FAIR_OFFSET))],
-    ids=["linear", "fair"],
+    [
+        (linear, lambda r: r),
+        (fair, lambda r: math.log(r + FAIR_OFFSET)),
+        (functools.partial(fair, degree=0.5), lambda r: 2.0 * math.sqrt(r)),
+        (functools.partial(fair, degree=2.0), lambda r: -1.0 / (r + FAIR_OFFSET)),
+        (functools.partial(fair, degree=3.5), lambda r: -((r + FAIR_OFFSET) ** -2.5) / 2.5),
+    ],
+    ids=["linear", "fair", "fair0.5", "fair2", "fair3.5"],
 )
 def test_separable_objectives_reach_the_best_of_all_splits(priority, utility, seed):
     rng = np.random.default_rng(seed)
@@ -119,6 +123,57 @@ def test_separable_objectives_reach_the_best_of_all_splits(priority, utility, se
 
         best = max(value(split) for split in every_split(3, 5, total))
         assert value(counts) == pytest.approx(best, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("degree", [0.0, 0.5, 1.0, 2.0, 3.5])
+def test_the_utility_is_increasing_and_concave(degree):
+    value = utility(np.linspace(0.0, 1.0, 101), degree)
+    assert (np.diff(value) > 0.0).all()
+    assert (np.diff(value, 2) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("rho_max", [0.5, 0.8, 0.99])
+def test_coverage_beyond_the_cap_counts_nothing(seed, rho_max):
+    rng = np.random.default_rng(seed)
+    scores, weights = rng.lognormal(size=(3, 5)), rng.uniform(0.1, 2.0, 3)
+    for total in range(16):
+        value = prioritize(linear, scores, weights, rho_max)
+        counts = select(value[None], np.array([total]), np.zeros((1, 3), np.int64))[0]
+
+        def capped(split):
+            covered = [min(coverage(row, n), rho_max) for row, n in zip(scores, split, strict=True)]
+            return float(weights @ covered)
+
+        best = max(capped(split) for split in every_split(3, 5, total))
+        assert capped(counts) == pytest.approx(best, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("rho_max", [0.5, 0.8, 0.99])
+def test_max_min_under_a_cap_reaches_the_best_level_of_all_splits(seed, rho_max):
+    rng = np.random.default_rng(seed)
+    scores, weights = rng.lognormal(size=(3, 5)), rng.uniform(0.5, 2.0, 3)
+    for total in range(16):
+        value = prioritize(max_min, scores, weights, rho_max)
+        counts = select(value[None], np.array([total]), np.zeros((1, 3), np.int64))[0]
+
+        def level(split):
+            return min(
+                math.inf if n == 5 or coverage(row, n) >= rho_max else coverage(row, n) / w
+                for row, n, w in zip(scores, split, weights, strict=True)
+            )
+
+        best = max(level(split) for split in every_split(3, 5, total))
+        assert level(counts) == pytest.approx(best, rel=1e-12)
+
+
+def test_satisfied_groups_wait_for_the_others_but_not_for_channels_without_score():
+    scores = np.array([[8.0, 1.0, 1.0, 0.0], [4.0, 3.0, 2.0, 1.0]])
+    value = prioritize(max_min, scores, np.ones(2), 0.8)
+    counts = [select(value[None], np.array([n]), np.zeros((1, 2), int))[0] for n in range(9)]
+    # Group 0 is satisfied by its first channel, group 1 by its third.
+    assert [c.tolist() for c in counts[4:8]] == [[1, 3], [2, 3], [3, 3], [3, 4]]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -207,7 +262,11 @@ def test_equal_scores_and_weights_give_equal_widths(planner):
 
 def test_a_budget_below_one_channel_each_goes_to_the_experts_of_largest_gain():
     scores = random_scores(5)
-    gain = scores.channel.max(axis=2) / scores.channel.sum(axis=2) * paper_weights(scores)
+    gain = (
+        scores.channel.max(axis=2)
+        / scores.channel.sum(axis=2)
+        * paper_weights(scores, PlannerOptions())
+    )
     counts = PLANNERS["maxmin"](scores, 2, NO_FLOOR)
     assert set(np.flatnonzero(counts)) == set(np.argsort(gain, axis=None)[-2:])
 
@@ -262,44 +321,6 @@ def test_selection_refuses_a_budget_outside_what_is_possible():
         select(value, np.array([16, 6]), floor)
 
 
-def test_smoothing_one_pass_by_hand():
-    # Roots 1, 2, 9; mean 4, sample standard deviation sqrt(19); only 9 is clipped.
-    upper = 4.0 + math.sqrt(19.0)
-    expected = np.array([1.0, 2.0, upper]) * 3.0 / (3.0 + upper)
-    np.testing.assert_allclose(smooth_layer_loss(np.array([1.0, 4.0, 81.0])), expected, rtol=1e-12)
-
-
-def test_each_further_pass_narrows_the_weights():
-    loss = np.random.default_rng(0).lognormal(size=24)
-    spread = [np.ptp(smooth_layer_loss(loss, passes=n)) for n in range(5)]
-    assert all(after < before for before, after in itertools.pairwise(spread))
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.floats(0.0, 1e6), min_size=1, max_size=30),
-    st.sampled_from(["sqrt", "identity", "log5", "log20", "clip"]),
-)
-def test_smoothed_weights_average_one_and_keep_the_order(loss, how):
-    loss = np.array(loss)
-    weights = smooth_layer_loss(loss, how)
-    assert weights.mean() == pytest.approx(1.0)
-    assert (np.diff(weights[np.argsort(loss)]) >= -1e-9).all()
-    assert (weights >= 0.0).all()
-
-
-@pytest.mark.parametrize("loss", [[3.0], [2.0, 2.0, 2.0], [0.0, 0.0]])
-def test_layers_that_do_not_differ_weigh_one(loss):
-    assert smooth_layer_loss(np.array(loss)).tolist() == [1.0] * len(loss)
-
-
-def test_bad_smoothing_options_are_refused():
-    with pytest.raises(ValueError, match="passes=-1 must be 0 or more"):
-        smooth_layer_loss(np.ones(2), passes=-1)
-    with pytest.raises(ValueError, match=r"smoothing='sqr'.*'sqrt'"):
-        smooth_layer_loss(np.ones(2), "sqr")
-
-
 def test_expert_weights_are_shares_with_a_floor_and_equal_without_attribution():
     shares = share_weights(np.array([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     np.testing.assert_allclose(shares, [[0.75, 0.25, 1e-3 / 3], [1 / 3] * 3])
@@ -309,5 +330,131 @@ def test_one_level_weights_carry_the_layer():
     scores = ChannelScores(
         channel=np.ones((2, 2, 1)), expert=np.array([[4.0, 1.0], [9.0, 9.0]]), layer=np.ones(2)
     )
-    np.testing.assert_allclose(attribution_weights(scores), [[4.0, 1.0], [9.0, 9.0]])
-    np.testing.assert_allclose(paper_weights(scores), [[2 / 3, 1 / 3], [0.5, 0.5]])
+    np.testing.assert_allclose(
+        attribution_weights(scores, PlannerOptions()), [[4.0, 1.0], [9.0, 9.0]]
+    )
+    np.testing.assert_allclose(
+        paper_weights(scores, PlannerOptions()), [[2 / 3, 1 / 3], [0.5, 0.5]]
+    )
+
+
+def planned(name, scores, budget, **options):
+    return PLANNERS[name](scores, budget, NO_FLOOR, options=PlannerOptions(**options))
+
+
+def test_linear_coverage_weighted_by_its_own_mass_is_the_pooled_ranking():
+    for seed in range(5):
+        scores = random_scores(seed)
+        for budget in range(0, L * E * F + 1, 3):
+            one = planned("linear", scores, budget, weights="mass")
+            np.testing.assert_array_equal(one, planned("global_topk", scores, budget))
+            two = planned("linear", scores, budget, weights="normalized_mass")
+            np.testing.assert_array_equal(two, planned("normalized_topk", scores, budget))
+
+
+def test_one_level_covers_at_least_what_two_levels_do():
+    for seed in range(10):
+        scores = random_scores(seed)
+        weights = paper_weights(scores, PlannerOptions())
+        for budget in range(L * E * F + 1):
+            values = []
+            for name in ("linear", "linear_two_level"):
+                counts = planned(name, scores, budget, weights="paper")
+                shares = [
+                    coverage(scores.channel[at], counts[at]) for at in np.ndindex(*counts.shape)
+                ]
+                values.append(weights.ravel() @ shares)
+            assert values[0] >= values[1] - 1e-12
+
+
+def test_layer_weights_follow_the_options():
+    scores = ChannelScores(
+        channel=np.ones((2, 2, 1)),
+        expert=np.array([[4.0, 1.0], [9.0, 6.0]]),
+        layer=np.array([1.0, 9.0]),
+    )
+    np.testing.assert_allclose(layer_weights(scores, PlannerOptions(passes=0)), [0.2, 1.8])
+    # Roots 1 and 3; mean 2, deviation sqrt(2): not clipped.
+    np.testing.assert_allclose(layer_weights(scores, PlannerOptions()), [0.5, 1.5])
+    attributed = PlannerOptions(layer_loss="attribution", smoothing="identity")
+    np.testing.assert_allclose(layer_weights(scores, attributed), [0.5, 1.5])
+    given = PlannerOptions(layer_weights=(0.3, 7.0))
+    np.testing.assert_allclose(layer_weights(scores, given), [0.3, 7.0])
+    # Logarithms see the unit of the loss: ln(1 + 5 x) of 0.1 x 1 and 0.1 x 9.
+    logs = np.log1p([0.5, 4.5])
+    scaled = PlannerOptions(smoothing="log5", loss_scale=0.1)
+    np.testing.assert_allclose(layer_weights(scores, scaled), logs / logs.mean())
+    with pytest.raises(ValueError, match="layer_weights has 3 entries, the model has 2 layers"):
+        layer_weights(scores, PlannerOptions(layer_weights=(1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 20),
+    bounds=st.lists(
+        st.tuples(st.integers(0, F), st.integers(0, F)).map(sorted), min_size=6, max_size=6
+    ),
+    part=st.floats(0.0, 1.0),
+    weights=st.sampled_from([None, *WEIGHTS]),
+    rho_max=st.sampled_from([0.7, 1.0]),
+)
+def test_every_planner_keeps_within_floors_and_ceilings(
+    planner, seed, bounds, part, weights, rho_max
+):
+    floor, most = np.moveaxis(np.reshape(bounds, (L, E, 2)), 2, 0)
+    budget = round(floor.sum() + part * (most.sum() - floor.sum()))
+    options = PlannerOptions(weights=weights, rho_max=rho_max)
+    allocate = functools.partial(PLANNERS[planner], random_scores(seed), options=options)
+    counts = allocate(budget, floor, most)
+    assert counts.sum() == budget
+    assert (floor <= counts).all() and (counts <= most).all()
+    with pytest.raises(ValueError, match=r"budget|cannot be split"):
+        allocate(int(most.sum()) + 1, floor, most)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho_max": 0.0}, r"rho_max=0\.0 must lie in \(0, 1\]"),
+        ({"rho_max": 1.5}, "rho_max=1.5 must lie"),
+        ({"weights": "papr"}, "weights='papr' is unknown; did you mean 'paper'"),
+        ({"smoothing": "x"}, "smoothing='x' is unknown"),
+        ({"passes": -1}, "passes=-1 must be 0 or more"),
+        ({"layer_loss": "x"}, "layer_loss='x' is unknown"),
+        ({"loss_scale": 0.0}, r"loss_scale=0\.0 must be positive"),
+        ({"layer_weights": (1.0, 0.0)}, "must be positive and finite"),
+        ({"layer_weights": (1.0, math.nan)}, "must be positive and finite"),
+    ],
+)
+def test_bad_planner_options_name_value_and_expectation(options, message):
+    with pytest.raises(ValueError, match=message):
+        PlannerOptions(**options)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1000), st.integers(0, L * E * F))
+def test_moe_i2_widths_are_in_proportion_to_importance(seed, budget):
+    scores = random_scores(seed)
+    counts = PLANNERS["moe_i2"](scores, budget, NO_FLOOR)
+    # Divisor rule: no channel would move to another group by the ratio of half-ranks to weight.
+    for shares, widths, most in [
+        (scores.expert.sum(axis=1), counts.sum(axis=1), E * F),
+        *((scores.expert[layer], counts[layer], F) for layer in range(L)),
+    ]:
+        last = max(((n - 0.5) / s for n, s in zip(widths, shares, strict=True) if n), default=0.0)
+        following = [(n + 0.5) / s for n, s in zip(widths, shares, strict=True) if n < most]
+        assert last <= min(following, default=math.inf) * (1.0 + 1e-9)
+
+
+def test_cd_moe_condenses_the_least_divergent_layers_to_their_always_on_experts():
+    scores = ChannelScores(
+        channel=np.ones((3, 3, 4)),
+        expert=np.array([[1.0, 3.0, 2.0], [3.0, 2.0, 1.0], [2.0, 1.0, 3.0]]),
+        layer=np.array([0.3, 0.1, 0.2]),
+    )
+    floor = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    counts = PLANNERS["cd_moe"](scores, 24, floor)
+    # Layer 1 keeps its best expert, then layer 2 loses its worst and the budget is met.
+    assert counts.tolist() == [[4, 4, 4], [4, 0, 0], [4, 0, 4]]
+    assert PLANNERS["cd_moe"](scores, 21, floor)[2].tolist() == [1, 0, 4]

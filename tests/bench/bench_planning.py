@@ -11,6 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pruning.aligned_optimum import best_known, block_values, coverage_by_blocks
 from pruning.alignment import best_channels, redistribute
 from pruning.criteria import ChannelScores
 from pruning.planners import PLANNERS
@@ -56,6 +57,12 @@ def main() -> None:
         mask = time.perf_counter() - start
         row = (1e3 * t for t in (seconds[0], min(seconds), align, mask))
         print(f"{name:18}" + "".join(f"{ms:10.1f}" for ms in row))
+    start = time.perf_counter()
+    coverage = coverage_by_blocks(scores.channel, 1)
+    values = block_values(coverage[:, :, ::BLOCK], scores.expert)
+    bounds = {"reserved": reserved, "most": np.full(reserved.shape, CHANNELS // BLOCK)}
+    best_known(values, budget // BLOCK, least=2, **bounds)
+    print(f"coverage and aligned optimum: {1e3 * (time.perf_counter() - start):.1f} ms")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""Whole experts: which ones to keep, by any score or by what their removal costs jointly."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+# Beyond this many experts the subsets of a layer are not enumerated.
+ENUMERATED = 8
+
+
+def keep_experts(
+    value: np.ndarray,  # [L, E]
+    kept: int,
+    *,
+    reserved: np.ndarray | None = None,  # [L, E]
+    per_layer: bool = False,
+) -> np.ndarray:  # [L, E]
+    """The experts of largest value.
+
+    Args:
+      value: higher is worth more, any sign.
+      kept: experts to keep in the whole model.
+      reserved: bool; experts kept in any case.
+      per_layer: every layer keeps the same number (the first layers one more where it does not
+        divide); otherwise all layers compete.
+
+    Returns:
+      bool; ties go to the lower layer, then the lower expert.
+
+    Raises:
+      ValueError: fewer than the reserved or more than all experts are to be kept.
+    """
+    if reserved is None:
+        reserved = np.zeros(value.shape, bool)
+    layers = len(value)
+    quota = np.array([kept])
+    rank_first = np.where(reserved, -np.inf, -value)
+    if per_layer:
+        quota = kept // layers + (np.arange(layers) < kept % layers)
+    rows = rank_first.reshape(len(quota), -1)
+    least = reserved.reshape(len(quota), -1).sum(axis=1)
+    if (quota < least).any() or (quota > rows.shape[1]).any():
+        raise ValueError(
+            f"kept={kept} of {value.size} experts must leave the {int(reserved.sum())} reserved "
+            f"ones in place{' in every layer' if per_layer else ''}; change the prune rate"
+        )
+    rank = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1)
+    return (rank < quota[:, None]).reshape(value.shape)
+
+
+def removal_loss(gram: np.ndarray, removed: np.ndarray) -> float:
+    """Squared error of a layer's output without these experts, other routing weights unchanged.
+
+    Args:
+      gram: [E, E], sum over tokens of the products of the experts' weighted outputs.
+      removed: [E] bool.
+    """
+    return float(gram[np.ix_(removed, removed)].sum())
+
+
+def naee(
+    gram: np.ndarray,  # [L, E, E]
+    kept: int | np.ndarray,  # [L]
+) -> np.ndarray:  # [L, E]
+    """Per layer, the subset of experts whose output differs least from the layer's.
+
+    Every subset is tried up to 8 experts. Beyond, experts are removed one at a time, each time the
+    one that adds least to the loss given those already gone.
+
+    Args:
+      gram: float64, sum over tokens of the products of the experts' weighted outputs.
+      kept: experts per layer, in [1, E].
+
+    Returns:
+      bool; ties keep the lower index.
+
+    Raises:
+      ValueError: `kept` is out of range.
+
+    Source: "Not All Experts are Equal", arXiv 2402.14800, with the loss in closed form.
+    """
+    layers, experts, _ = gram.shape
+    quota = np.broadcast_to(np.asarray(kept), (layers,))
+    if (quota < 1).any() or (quota > experts).any():
+        raise ValueError(f"kept={kept} must lie in [1, {experts}], the experts of a layer")
+    search = _best_removal if experts <= ENUMERATED else _greedy_removal
+    rows = [search(one, experts - int(n)) for one, n in zip(gram, quota, strict=True)]
+    return ~np.stack(rows)
+
+
+def _best_removal(gram: np.ndarray, count: int) -> np.ndarray:  # [E, E] -> [E]
+    experts = len(gram)
+    # From the highest indices down, so that a tie keeps the lower ones.
+    subsets = np.array(list(itertools.combinations(reversed(range(experts)), count)), np.int64)
+    removed = np.zeros((len(subsets), experts), bool)
+    np.put_along_axis(removed, subsets, True, axis=1)
+    chosen = removed.astype(np.float64)
+    loss = np.einsum("se,ef,sf->s", chosen, gram, chosen)
+    return removed[int(loss.argmin())]
+
+
+def _greedy_removal(gram: np.ndarray, count: int) -> np.ndarray:  # [E, E] -> [E]
+    removed = np.zeros(len(gram), bool)
+    added = np.diagonal(gram).astype(np.float64).copy()
+    for _ in range(count):
+        cost = np.where(removed, np.inf, added)
+        # The last of equal costs, so that a tie keeps the lower ones.
+        worst = len(cost) - 1 - int(cost[::-1].argmin())
+        removed[worst] = True
+        added += 2.0 * gram[worst]
+    return removed
+
+
+def greedy_layers(divergence: Callable[[tuple[int, ...]], float], layers: int) -> tuple[int, ...]:
+    """Order in which to condense layers: each time the one that leaves the output least changed.
+
+    Args:
+      divergence: layers condensed together -> how far the model's output is from the original.
+      layers: layers with experts.
+
+    Returns:
+      All layers, the first to condense first; ties go to the lower one.
+
+    Source: CD-MoE, "Condense, Don't Just Prune", arXiv 2412.00069.
+    """
+    order: tuple[int, ...] = ()
+    while len(order) < layers:
+        rest = [layer for layer in range(layers) if layer not in order]
+        order += (min(rest, key=lambda layer: divergence((*order, layer))),)
+    return order
+
+
+def condensed_experts(
+    order: Sequence[int],
+    value: np.ndarray,  # [L, E]
+    removed: int,
+    always_on: int,
+) -> np.ndarray:  # [L, E]
+    """Condense layers to their best experts, in this order, until enough experts are gone.
+
+    Args:
+      order: all layers, the first to condense first.
+      value: expert score; the best of a condensed layer stay.
+      removed: experts to remove in all; the last layer may be condensed only in part.
+      always_on: experts that a condensed layer keeps.
+
+    Returns:
+      bool, experts kept.
+
+    Raises:
+      ValueError: that many cannot be removed.
+
+    Source: our reading of CD-MoE, arXiv 2412.00069.
+    """
+    layers, experts = value.shape
+    room = layers * (experts - always_on)
+    if not 0 <= removed <= room:
+        raise ValueError(f"removed={removed} experts must lie in [0, {room}] with {always_on} left")
+    gone = np.zeros(layers, np.int64)
+    for place, layer in enumerate(order):
+        gone[layer] = np.clip(removed - place * (experts - always_on), 0, experts - always_on)
+    rank = np.argsort(np.argsort(-value, axis=1, kind="stable"), axis=1)
+    return rank < experts - gone[:, None]
+
+
+def mone_scores(
+    output_sum: np.ndarray,  # [L, E, D]
+    output_coordinate_square: np.ndarray,  # [L, E, D]
+    tokens: np.ndarray,  # [L, E]
+    gate_mass: np.ndarray,  # [L, E]
+    total_tokens: float,
+) -> np.ndarray:  # [L, E]
+    """How badly a constant would replace the expert: spread of its output times its routing score.
+
+    The spread is the norm over coordinates of the standard deviation over the routed tokens, the
+    routing score the mean over all tokens.
+
+    Args:
+      output_sum: sum over the routed tokens of the expert's output.
+      output_coordinate_square: sum of its squares.
+      tokens: tokens routed to the expert.
+      gate_mass: sum of their routing weights.
+      total_tokens: tokens in all, positive.
+
+    Source: our reading of MoNE, arXiv 2507.00390.
+    """
+    routed = np.maximum(tokens, 1.0)[:, :, None]
+    variance = output_coordinate_square / routed - (output_sum / routed) ** 2
+    spread = np.sqrt(np.maximum(variance, 0.0).sum(axis=2))
+    return spread * gate_mass / total_tokens
+
+
+def replacement_vectors(
+    output_sum: np.ndarray,  # [L, E, D]
+    tokens: np.ndarray,  # [L, E]
+    counts: np.ndarray,  # [L, E]
+) -> np.ndarray:  # [L, E, D]
+    """Mean output of every emptied expert over its routed tokens: what a constant can stand in for.
+
+    Zero for experts that stay and for those no token ever reached.
+
+    Source: MoNE, arXiv 2507.00390.
+    """
+    mean = output_sum / np.maximum(tokens, 1.0)[:, :, None]
+    return np.where((counts == 0)[:, :, None], mean, 0.0)
