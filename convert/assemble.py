@@ -10,7 +10,8 @@ import numpy as np
 from convert.reader import aligned_empty
 from convert.rules import Rule, Widths, layer_rules, uniform_widths
 from moe_jax.attention import Attention
-from moe_jax.config import ModelConfig
+from moe_jax.config import LatentAttentionConfig, ModelConfig
+from moe_jax.latent_attention import LatentAttention
 from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.transformer import DecoderLayer
 
@@ -103,11 +104,21 @@ def build_layer(
             width=pool.width,
             block=pool.block,
         )
-        mlp = MoE(router=values["mlp.router"], experts=experts, shared=shared, config=config.moe)
-    window = config.window(index)
+        mlp = MoE(
+            router=values["mlp.router"],
+            router_bias=values.get("mlp.router_bias"),
+            experts=experts,
+            shared=shared,
+            config=config.moe,
+        )
+    if isinstance(config.attention, LatentAttentionConfig):
+        attention = LatentAttention(**below("attention."), config=config.attention)
+    else:
+        window = config.window(index)
+        attention = Attention(**below("attention."), config=config.attention, window=window)
     return DecoderLayer(
         attention_norm=values["attention_norm"],
-        attention=Attention(**below("attention."), config=config.attention, window=window),
+        attention=attention,
         mlp_norm=values["mlp_norm"],
         mlp=mlp,
         norm_eps=config.norm_eps,

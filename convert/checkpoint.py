@@ -1,6 +1,6 @@
 """Hugging Face checkpoints as sources of layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.families import find_family
+from convert.layer_tensors import layer_to_hf
 from convert.reader import CheckpointError, SafetensorsFolder, read_json
 from convert.rules import (
     EMBEDDING,
@@ -18,7 +19,6 @@ from convert.rules import (
     Family,
     Widths,
     expected_tensors,
-    layer_to_hf,
     uniform_widths,
 )
 from convert.views import View, open_views
@@ -39,17 +39,20 @@ class Checkpoint:
       config: the architecture.
       family: its rules.
       widths: channels per layer and expert; () for a dense layer.
+      unread: names of the tensors of extra prediction layers, which are no part of the model.
     """
 
     def __init__(
         self, tensors: SafetensorsFolder, views: dict[str, View], hf_config: dict,
         config: ModelConfig, family: Family, widths: Widths, dtype=None,
+        unread: tuple[str, ...] = (),
     ):  # fmt: skip
         self.folder = tensors.folder
         self.hf_config = hf_config
         self.config = config
         self.family = family
         self.widths = widths
+        self.unread = unread
         self._tensors = tensors
         self._views = views
         self._pool = pool_shape(config, widths)
@@ -141,7 +144,8 @@ class Checkpoint:
             raise CheckpointError(
                 self.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
             )
-        return array if self._dtype is None else array.astype(self._dtype, copy=False)
+        dtype = np.dtype(np.float32) if self.family.is_precise(name) else self._dtype
+        return array if self._dtype is None else array.astype(dtype, copy=False)
 
     def _read_layer(self, index: int) -> Arrays:
         problems: list[str] = []
@@ -187,6 +191,15 @@ def _widths(family: Family, hf: dict, config: ModelConfig) -> Widths:
     return tuple(tuple(row) for row in sizes)
 
 
+def _extra_layers(family: Family, hf: dict, config: ModelConfig, names: Iterable[str]) -> list[str]:
+    """Tensors of the layers after the last that predict further tokens."""
+    if family.extra_layers is None:
+        return []
+    stop = config.num_layers + (hf.get(family.extra_layers) or 0)
+    prefixes = tuple(f"model.layers.{index}." for index in range(config.num_layers, stop))
+    return [name for name in names if name.startswith(prefixes)] if prefixes else []
+
+
 def _mismatches(
     family: Family, expected: dict[str, tuple[int, ...]], views: dict[str, View]
 ) -> list[str]:
@@ -227,10 +240,13 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
     tensors = SafetensorsFolder(folder)
     views, problems = open_views(tensors, hf)
+    unread = _extra_layers(family, hf, config, views)
+    for name in unread:
+        del views[name]
     problems += _mismatches(family, expected_tensors(family, config, widths), views)
     if problems:
         raise CheckpointError(folder, sorted(problems))
-    return Checkpoint(tensors, views, hf, config, family, widths, dtype)
+    return Checkpoint(tensors, views, hf, config, family, widths, dtype, tuple(unread))
 
 
 def load_model(path: Path | str, dtype=None) -> Transformer:

@@ -8,14 +8,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.checkpoint import Checkpoint, layer_tensors, outer_tensors
+from convert.checkpoint import Checkpoint, outer_tensors
+from convert.families import find_family
 from convert.formats import compressed_tensors, padded, ragged
-from convert.rules import Codes, Widths, expected_tensors, layer_codes
+from convert.layer_tensors import Codes, layer_codes, layer_to_hf
+from convert.rules import EMBEDDING, Family, Widths, expected_tensors
 from convert.writer import Spec, portable_config, write_folder
+from moe_jax.config import ModelConfig
 from moe_jax.stream import LayerSource
+from moe_jax.transformer import DecoderLayer
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,59 @@ class ExportFormat:
         return -(-widest // self.group_size) * self.group_size if self.is_packed else widest
 
 
+PACKED = ExportFormat("ragged-int4")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the model as an export holds it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    packed: bool
+
+    def specs(self, name: str, group_size: int) -> dict[str, Spec]:
+        """Names, dtypes and shapes of the tensors that stand for it."""
+        if not self.packed:
+            return {name: (self.dtype, self.shape)}
+        rows, columns = self.shape
+        packed = compressed_tensors.packed_specs(rows, columns, group_size)
+        return {name.removesuffix("weight") + suffix: packed[suffix] for suffix in SUFFIXES}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The dense model as the family it is exported as describes it."""
+
+    family: Family
+    hf_config: dict[str, Any]
+    config: ModelConfig
+    layer: Callable[[DecoderLayer], DecoderLayer]
+
+
+def _source(base: Checkpoint) -> _Source:
+    twin = base.family.twin
+    if twin is None:
+        return _Source(base.family, base.hf_config, base.config, lambda layer: layer)
+    family, hf_config = find_family(twin.model_type), twin.config(base.hf_config)
+    return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
+
+
+def _stored_tensors(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[str, _Stored]:
+    source = _source(base)
+    family, config = source.family, source.config
+    if not form.is_ragged:
+        config = padded.padded_model(config, family, form.padded_width(widths))
+    return {
+        name: _Stored(
+            shape,
+            FLOAT32 if family.is_precise(name) else BFLOAT16,
+            form.is_packed and family.is_linear(name),
+        )
+        for name, shape in expected_tensors(family, config, form.stored_widths(widths)).items()
+    }
+
+
 def export_specs(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[str, Spec]:
     """Names, dtypes and shapes of every tensor of an export, before any work.
 
@@ -65,14 +123,8 @@ def export_specs(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[s
       Name -> (dtype, shape), in file order.
     """
     specs: dict[str, Spec] = {}
-    stored = form.stored_widths(widths)
-    for name, shape in expected_tensors(base.family, base.config, stored).items():
-        if form.is_packed and compressed_tensors.is_quantized_linear(name):
-            stem = name.removesuffix("weight")
-            packed = compressed_tensors.packed_specs(shape[0], shape[1], form.group_size)
-            specs |= {stem + suffix: packed[suffix] for suffix in SUFFIXES}
-        else:
-            specs[name] = BFLOAT16, shape
+    for name, stored in _stored_tensors(base, widths, form).items():
+        specs |= stored.specs(name, form.group_size)
     return specs
 
 
@@ -86,19 +138,22 @@ def export_bytes(base: Checkpoint, widths: Widths, form: ExportFormat) -> int:
 
 def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[str, Any]:
     """config.json of an export: the source's, edited, in both spellings of transformers."""
-    config = portable_config(base.hf_config)
+    source = _source(base)
+    config = portable_config(source.hf_config)
     config["dtype"] = config["torch_dtype"] = "bfloat16"
     if form.is_ragged:
-        config = ragged.ragged_config(config, [list(counts) for counts in widths])
+        config = ragged.ragged_config(config, source.family, [list(counts) for counts in widths])
     else:
-        config = padded.padded_config(config, form.padded_width(widths))
+        width = form.padded_width(widths)
+        config = padded.padded_config(config, source.config, source.family, width)
     if form.is_packed:
         dense = [
             name.removesuffix(".weight")
-            for name, (_, shape) in export_specs(base, widths, form).items()
-            if name.endswith(".weight") and len(shape) == 2 and "embed_tokens" not in name
-        ]
-        if base.config.tie_embeddings:
+            for name, stored in _stored_tensors(base, widths, form).items()
+            if name.endswith(".weight") and len(stored.shape) == 2 and not stored.packed
+            and name != EMBEDDING
+        ]  # fmt: skip
+        if source.config.tie_embeddings:
             dense.append("lm_head")
         config["quantization_config"] = compressed_tensors.quantization_config(
             dense, form.group_size
@@ -106,12 +161,24 @@ def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[
     return config
 
 
+def packed_inputs(
+    base: Checkpoint, widths: Widths | None = None, form: ExportFormat = PACKED
+) -> list[int]:
+    """Input widths of the linear layers that a 4-bit export packs, each once, ascending.
+
+    Args:
+      base: the dense model.
+      widths: channels kept per layer and expert, default all.
+      form: the format.
+    """
+    stored = _stored_tensors(base, widths or base.widths, form)
+    return sorted({tensor.shape[1] for tensor in stored.values() if tensor.packed})
+
+
 def check_widths(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
     """Raise ValueError unless every group of 4-bit weights of an export is whole."""
     if form.is_packed:
-        stored = expected_tensors(base.family, base.config, form.stored_widths(widths))
-        linears = filter(compressed_tensors.is_quantized_linear, stored)
-        columns = {stored[name][1] for name in linears}
+        columns = packed_inputs(base, widths, form)
         compressed_tensors.check_group_size(form.group_size, columns)
 
 
@@ -157,46 +224,48 @@ def export_checkpoint(
     )
 
 
-def _tensors(source, base: Checkpoint, widths: Widths, form: ExportFormat, on_layer):
-    yield from ((name, value.astype(BFLOAT16)) for name, value in outer_tensors(source))
-    stored = expected_tensors(base.family, base.config, form.stored_widths(widths))
-    for index in range(len(source)):
-        prefix = f"model.layers.{index}."
-        layer = source.layer(index)
-        codes = dict(layer_codes(base.family.rules, layer, index)) if form.is_packed else {}
-        here = {n: v for n, v in layer_tensors(base, layer, index) if n not in codes}
-        for name, shape in stored.items():
+def _tensors(model: LayerSource, base: Checkpoint, widths: Widths, form: ExportFormat, on_layer):
+    yield from ((name, value.astype(BFLOAT16)) for name, value in outer_tensors(model))
+    source = _source(base)
+    by_layer: dict[str, dict[str, _Stored]] = {}
+    for name, stored in _stored_tensors(base, widths, form).items():
+        by_layer.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
+    for index in range(len(model)):
+        layer = source.layer(model.layer(index))
+        codes = dict(layer_codes(source.family.rules, layer, index)) if form.is_packed else {}
+        here = {n: v for n, v in layer_to_hf(source.family.rules, layer, index) if n not in codes}
+        for name, stored in by_layer[f"model.layers.{index}"].items():
             if name in codes:
-                yield from _as_coded(name, codes[name], shape, form)
-            elif name.startswith(prefix):
-                yield from _stored(name, here.get(name), shape, form)
+                yield from _as_coded(name, codes[name], stored.shape, form.group_size)
+            else:
+                yield from _written(name, here.get(name), stored, form.group_size)
         if on_layer:
             on_layer(index)
 
 
-def _stored(
-    name: str, value: np.ndarray | None, shape: tuple[int, ...], form: ExportFormat
+def _written(
+    name: str, value: np.ndarray | None, stored: _Stored, group_size: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """One tensor as it goes to disk; an emptied expert of a padded folder is all zeros."""
-    full = np.zeros(shape, BFLOAT16)
+    full = np.zeros(stored.shape, stored.dtype)
     if value is not None:
-        full[tuple(slice(size) for size in value.shape)] = value.astype(BFLOAT16)
-    if form.is_packed and compressed_tensors.is_quantized_linear(name):
-        parts = compressed_tensors.quantize_linear(full, form.group_size)
+        full[tuple(slice(size) for size in value.shape)] = value.astype(stored.dtype)
+    if stored.packed:
+        parts = compressed_tensors.quantize_linear(full, group_size)
         yield from ((name.removesuffix("weight") + key, part) for key, part in parts.items())
     else:
         yield name, full
 
 
 def _as_coded(
-    name: str, weight: Codes, shape: tuple[int, ...], form: ExportFormat
+    name: str, weight: Codes, shape: tuple[int, ...], group_size: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """A weight that is already in 4 bits, bit for bit; padding is code 0 at the least scale."""
-    group_size = weight.codes.shape[1] // weight.scale.shape[1]
-    if group_size != form.group_size:
+    own = weight.codes.shape[1] // weight.scale.shape[1]
+    if own != group_size:
         raise ValueError(
-            f"{name} has one scale per {group_size} weights; export it with that group size "
-            f"instead of {form.group_size}"
+            f"{name} has one scale per {own} weights; export it with that group size instead of "
+            f"{group_size}"
         )
     codes = np.zeros(shape, np.int8)
     scale = np.full((shape[0], shape[1] // group_size), compressed_tensors.MIN_SCALE)

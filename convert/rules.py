@@ -1,15 +1,13 @@
 """Tables that translate Hugging Face tensors to our model and back."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-import numpy as np
-
-from moe_jax.config import ModelConfig
-from moe_jax.moe import Experts
-from moe_jax.quant import QTensor, Weight, dequantize, unpack_nibbles
+from moe_jax.config import LatentAttentionConfig, ModelConfig
+from moe_jax.quant import is_linear
 from moe_jax.transformer import DecoderLayer
 
 # How one tensor lies in ours: as it is, or as an expert's part of a channel pool, whose rows are
@@ -17,6 +15,10 @@ from moe_jax.transformer import DecoderLayer
 Layout = Literal["identity", "expert_rows", "expert_columns"]
 
 Widths = tuple[tuple[int, ...], ...]  # [layer][expert], () for a dense layer
+
+RAGGED = "ragged_"  # prefix of the model types of our custom export
+_LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+")
+_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Rule:
       shape: axes on disk, letters of `axis_sizes`.
       needs: the part of the architecture that has this tensor, see `parts`.
       layout: how it lies in our array.
+      precise: whether it stays float32 whatever the dtype of the rest.
     """
 
     hf: str
@@ -36,6 +39,22 @@ class Rule:
     shape: str
     needs: str = ""
     layout: Layout = "identity"
+    precise: bool = False
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Another family in which a model computes the same, and which more programs load.
+
+    Attributes:
+      model_type: of the other family.
+      config: config.json -> that of the other family.
+      layer: decoder layer -> one that the other family's rules write.
+    """
+
+    model_type: str
+    config: Callable[[dict], dict]
+    layer: Callable[[DecoderLayer], DecoderLayer]
 
 
 @dataclass(frozen=True)
@@ -44,78 +63,91 @@ class Family:
 
     Attributes:
       model_type: of config.json.
+      stem: of the names of its classes in transformers.
       config_from_hf: config.json -> ModelConfig; raises ValueError.
       rules: tensors of a decoder layer.
+      width_key: key of config.json for the experts' width.
+      count_keys: keys for the number of experts, all written since each version reads its own.
+      shared_count_key: key for the number of shared experts, if it times the experts' width is
+        the width of the shared expert.
+      rope: values of `rope_parameters` that config.json may leave out.
+      extra_layers: key for the number of layers after the last that predict further tokens; they
+        are neither read nor written.
       ragged: whether every expert has its own width (our custom export).
+      twin: the family it is exported as, if not as itself; such a one is never ragged.
     """
 
     model_type: str
+    stem: str
     config_from_hf: Callable[[dict], ModelConfig]
     rules: tuple[Rule, ...]
+    width_key: str = "moe_intermediate_size"
+    count_keys: tuple[str, ...] = ("num_experts",)
+    shared_count_key: str | None = None
+    rope: Mapping[str, float] = field(default_factory=dict)
+    extra_layers: str | None = None
     ragged: bool = False
+    twin: Twin | None = None
+
+    @property
+    def public_type(self) -> str:
+        """The model type of the stock family."""
+        return self.model_type.removeprefix(RAGGED)
+
+    def rule(self, name: str) -> Rule | None:
+        """The line of the table that a name on disk belongs to, if any."""
+        open_name = _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
+        return self._by_pattern.get(open_name)
+
+    def is_linear(self, name: str) -> bool:
+        """Whether 4-bit formats pack a tensor: the linear layers of `moe_jax.quant.is_linear`."""
+        rule = self.rule(name)
+        return rule is not None and is_linear(rule.ours)
+
+    def is_precise(self, name: str) -> bool:
+        """Whether a tensor stays float32."""
+        rule = self.rule(name)
+        return rule is not None and rule.precise
+
+    @cached_property
+    def _by_pattern(self) -> dict[str, Rule]:
+        return {rule.hf: rule for rule in self.rules}
 
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 
-_LAYER = "model.layers.{layer}."
-_ATTENTION = _LAYER + "self_attn."
-_MLP = _LAYER + "mlp."
-
-# Axes: A and B are all query and all key/value heads' coordinates, I the width of a dense layer,
-# S that of the shared expert, 1 is one.
-NORMS = (
-    Rule(_LAYER + "input_layernorm.weight", "attention_norm", "D"),
-    Rule(_LAYER + "post_attention_layernorm.weight", "mlp_norm", "D"),
-)
-ATTENTION = (
-    Rule(_ATTENTION + "q_proj.weight", "attention.w_q", "AD"),
-    Rule(_ATTENTION + "k_proj.weight", "attention.w_k", "BD"),
-    Rule(_ATTENTION + "v_proj.weight", "attention.w_v", "BD"),
-    Rule(_ATTENTION + "o_proj.weight", "attention.w_out", "DA"),
-    Rule(_ATTENTION + "q_proj.bias", "attention.b_q", "A", "qkv_bias"),
-    Rule(_ATTENTION + "k_proj.bias", "attention.b_k", "B", "qkv_bias"),
-    Rule(_ATTENTION + "v_proj.bias", "attention.b_v", "B", "qkv_bias"),
-    Rule(_ATTENTION + "o_proj.bias", "attention.b_out", "D", "out_bias"),
-    Rule(_ATTENTION + "q_norm.weight", "attention.q_norm", "H", "qk_norm"),
-    Rule(_ATTENTION + "k_norm.weight", "attention.k_norm", "H", "qk_norm"),
-)
-DENSE = (
-    Rule(_MLP + "gate_proj.weight", "mlp.w_gate", "ID", "dense"),
-    Rule(_MLP + "up_proj.weight", "mlp.w_up", "ID", "dense"),
-    Rule(_MLP + "down_proj.weight", "mlp.w_down", "DI", "dense"),
-)
-_EXPERT = _MLP + "experts.{expert}."
-EXPERTS = (
-    Rule(_MLP + "gate.weight", "mlp.router", "ED", "moe"),
-    Rule(_EXPERT + "gate_proj.weight", "mlp.experts.w_gate", "FD", "moe", "expert_rows"),
-    Rule(_EXPERT + "up_proj.weight", "mlp.experts.w_up", "FD", "moe", "expert_rows"),
-    Rule(_EXPERT + "down_proj.weight", "mlp.experts.w_down", "DF", "moe", "expert_columns"),
-)
-_SHARED = _MLP + "shared_expert."
-SHARED = (
-    Rule(_SHARED + "gate_proj.weight", "mlp.shared.mlp.w_gate", "SD", "shared"),
-    Rule(_SHARED + "up_proj.weight", "mlp.shared.mlp.w_up", "SD", "shared"),
-    Rule(_SHARED + "down_proj.weight", "mlp.shared.mlp.w_down", "DS", "shared"),
-    Rule(_MLP + "shared_expert_gate.weight", "mlp.shared.gate", "1D", "shared_gate"),
-)
-
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the axis letters of `Rule.shape`, but for F, which an expert may own."""
+    """Sizes of the axis letters of `Rule.shape`, but for F, which an expert may own.
+
+    A and B are all query and all key/value heads' coordinates, O those of all heads' values, I the
+    width of a dense layer, S that of the shared expert, 1 is one. Of latent attention: Q is the
+    query rank, C the latent width, J that and the rotated part of the key, U what latents expand
+    to.
+    """
     a, m = config.attention, config.moe
-    return {
+    sizes = {
         "1": 1,
         "V": config.vocab_size,
         "D": config.d_model,
-        "A": a.num_heads * a.head_dim,
-        "B": a.num_kv_heads * a.head_dim,
-        "H": a.head_dim,
+        "A": a.num_heads * a.key_dim,
+        "B": a.num_kv_heads * a.key_dim,
+        "O": a.num_heads * a.value_dim,
+        "H": a.key_dim,
         "E": m.num_experts,
         "I": config.d_dense,
         "S": m.d_shared,
     }
+    if isinstance(a, LatentAttentionConfig):
+        sizes |= {
+            "Q": a.query_rank or 0,
+            "C": a.kv_rank,
+            "J": a.kv_rank + a.rope_dim,
+            "U": a.num_heads * (a.plain_dim + a.value_dim),
+        }
+    return sizes
 
 
 def parts(config: ModelConfig, layer: int) -> set[str]:
@@ -124,14 +156,21 @@ def parts(config: ModelConfig, layer: int) -> set[str]:
     routed = layer not in config.dense_layers
     present = {
         "": True,
-        "qkv_bias": a.qkv_bias,
-        "out_bias": a.out_bias,
-        "qk_norm": a.qk_norm,
         "dense": not routed,
         "moe": routed,
+        "correction_bias": routed and m.correction_bias,
         "shared": routed and m.d_shared > 0,
         "shared_gate": routed and m.d_shared > 0 and m.shared_gate,
     }
+    if isinstance(a, LatentAttentionConfig):
+        present |= {
+            "direct_query": a.query_rank is None,
+            "query_rank": a.query_rank is not None,
+            "query_rank_bias": a.query_rank is not None and a.bias,
+            "out_bias": a.bias,
+        }
+    else:
+        present |= {"qkv_bias": a.qkv_bias, "out_bias": a.out_bias, "qk_norm": a.qk_norm}
     return {name for name, here in present.items() if here}
 
 
@@ -181,69 +220,3 @@ def expected_tensors(
     if not config.tie_embeddings:
         shapes[LM_HEAD] = (sizes["V"], sizes["D"])
     return shapes
-
-
-def layer_to_hf(
-    rules: Iterable[Rule], layer: DecoderLayer, index: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of a decoder layer under their names on disk; the inverse of reading.
-
-    4-bit weights are dequantised. An expert without channels yields nothing.
-    """
-    for rule in rules:
-        value = _lookup(layer, rule.ours)
-        if value is not None:
-            assert isinstance(value, Weight)
-            array = np.asarray(dequantize(value))
-            yield from _named_parts(rule, layer, index, array, channels_per_row=1)
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A weight [out, in] in 4 bits: codes int8 [out, in] in -8..7, scale float [out, in / g]."""
-
-    codes: np.ndarray
-    scale: np.ndarray
-
-
-def layer_codes(
-    rules: Iterable[Rule], layer: DecoderLayer, index: int
-) -> Iterator[tuple[str, Codes]]:
-    """The 4-bit weights of a decoder layer under their names on disk, exactly as they are."""
-    for rule in rules:
-        value = _lookup(layer, rule.ours)
-        if not isinstance(value, QTensor):
-            continue
-        group = value.group_size if value.axis == 0 else 1
-        codes, scale = np.asarray(unpack_nibbles(value.packed)), np.asarray(value.scale)
-        for (name, part), (_, own) in zip(
-            _named_parts(rule, layer, index, codes, channels_per_row=1),
-            _named_parts(rule, layer, index, scale, channels_per_row=group),
-            strict=True,
-        ):
-            yield name, Codes(part, own)
-
-
-def _named_parts(
-    rule: Rule, layer: DecoderLayer, index: int, array: np.ndarray, channels_per_row: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """An array of the layer cut into what lies on disk; experts' rows follow each other."""
-    name = rule.hf.replace("{layer}", str(index))
-    if rule.layout == "identity":
-        yield name, array
-        return
-    experts = _lookup(layer, rule.ours.rpartition(".")[0])
-    assert isinstance(experts, Experts)
-    ends = np.concatenate([[0], np.cumsum(np.asarray(experts.count))]) // channels_per_row
-    for expert, (start, stop) in enumerate(itertools.pairwise(ends.astype(int))):
-        rows = array[start:stop]
-        if len(rows):
-            part = rows if rule.layout == "expert_rows" else np.ascontiguousarray(rows.T)
-            yield name.replace("{expert}", str(expert)), part
-
-
-def _lookup(node, path: str):
-    """Follow an attribute path; None where a part is absent."""
-    for key in path.split("."):
-        node = getattr(node, key, None)
-    return node

@@ -10,6 +10,7 @@ from convert.reader import SafetensorsFolder
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 _FLOATS = ("bfloat16", "float16", "float32")
+_FLOAT8 = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class View:
 def open_views(folder: SafetensorsFolder, config: dict) -> tuple[dict[str, View], list[str]]:
     """Give every tensor of a folder its public per-expert, unpacked name.
 
-    Three layouts are understood: plain tensors; experts fused into `gate_up_proj [E, 2F, D]`
-    and `down_proj [E, D, F]`; 4-bit `weight_packed`, `weight_scale`, `weight_shape`.
+    Four layouts are understood: plain tensors; experts fused into `gate_up_proj [E, 2F, D]`
+    and `down_proj [E, D, F]`; 4-bit `weight_packed`, `weight_scale`, `weight_shape`; 8-bit floats
+    `weight` with a `weight_scale_inv` per block.
 
     Args:
       folder: the checkpoint.
@@ -34,7 +36,9 @@ def open_views(folder: SafetensorsFolder, config: dict) -> tuple[dict[str, View]
       (name -> view, problems).
     """
     problems: list[str] = []
-    groups = _group_sizes(config.get("quantization_config"), problems)
+    quantization = config.get("quantization_config")
+    block = _block_size(quantization, problems)
+    groups = None if block else _group_sizes(quantization, problems)
     names = set(folder.names)
     packed = {name.removesuffix("_packed") for name in names if name.endswith(".weight_packed")}
     views: dict[str, View] = {}
@@ -60,7 +64,11 @@ def open_views(folder: SafetensorsFolder, config: dict) -> tuple[dict[str, View]
                 add(part, view)
             continue
         dtype, shape = folder.spec(name)
-        if dtype.name not in _FLOATS:
+        if dtype.name == _FLOAT8 and block:
+            add(name, _block_view(folder, name, block, problems))
+        elif name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in names and block:
+            continue
+        elif dtype.name not in _FLOATS:
             problems.append(f"{name} has dtype {dtype}; expected one of {', '.join(_FLOATS)}")
         else:
             add(name, View(shape, lambda name=name: folder.read(name)))
@@ -81,6 +89,47 @@ def _fused_views(folder: SafetensorsFolder, name: str, prefix: str, kind: str):
         )
 
 
+def _block_size(quantization: dict | None, problems: list[str]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in an FP8 checkpoint; None for other ones."""
+    if quantization is None or quantization.get("quant_method") != "fp8":
+        return None
+    match quantization.get("weight_block_size"):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case size:
+            problems.append(
+                f"quantization_config is fp8 with weight_block_size={size}, which must be two "
+                "positive integers, rows and columns"
+            )
+            return None
+
+
+def _block_view(
+    folder: SafetensorsFolder, weight: str, block: tuple[int, int], problems: list[str]
+) -> View | None:
+    """View of an 8-bit weight with a scale per block, or None after adding to `problems`."""
+    scale_name, shape = weight + "_scale_inv", folder.spec(weight)[1]
+    if len(shape) != 2 or scale_name not in folder:
+        problems.append(f"{weight} is 8-bit, so it must be a matrix and have {scale_name}")
+        return None
+    dtype, scales = folder.spec(scale_name)
+    wanted = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    if dtype.name not in _FLOATS or scales != wanted:
+        problems.append(
+            f"{scale_name} is {dtype} {list(scales)}; a weight {list(shape)} in blocks of "
+            f"{list(block)} needs floats {list(wanted)}"
+        )
+        return None
+
+    def read() -> np.ndarray:
+        wide = folder.read(scale_name).astype(np.float32)
+        for axis in (0, 1):
+            wide = np.repeat(wide, block[axis], axis=axis)
+        return folder.read(weight).astype(np.float32) * wide[: shape[0], : shape[1]]
+
+    return View(shape, read)
+
+
 def _group_sizes(quantization: dict | None, problems: list[str]) -> tuple[int, ...] | None:
     """Group sizes declared in config.json, -1 for whole rows; None without quantisation."""
     if quantization is None:
@@ -89,7 +138,7 @@ def _group_sizes(quantization: dict | None, problems: list[str]) -> tuple[int, .
     if found != ("compressed-tensors", "pack-quantized"):
         problems.append(
             f"quantization_config is {found[0]}/{found[1]}; only compressed-tensors/"
-            "pack-quantized and unquantised weights are read"
+            "pack-quantized, fp8 in blocks and unquantised weights are read"
         )
         return ()
     sizes = []

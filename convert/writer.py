@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.families import RAGGED
-from convert.families.hf_config import rope_parameters
+from convert.families import find_family
+from convert.families.hf_config import num_experts, rope_parameters
 from convert.reader import DTYPES, INDEX, SINGLE
 
 Spec = tuple[np.dtype, tuple[int, ...]]
@@ -40,26 +40,30 @@ def portable_config(hf_config: dict) -> dict:
 
     Either version silently falls back to default values where its own spelling is absent.
     `quantization_config` is dropped, since weights are dequantised when read: an exporter that
-    quantises adds its own afterwards.
+    quantises adds its own afterwards. Layers that predict further tokens are not written, so the
+    config has none.
 
     Args:
       hf_config: config.json as a dict; not changed.
 
     Returns:
       A new dict.
+
+    Raises:
+      ValueError: if the model type is unknown.
     """
+    family = find_family(hf_config.get("model_type"))
     config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
-    rope = rope_parameters(config)
+    rope = rope_parameters(config, family.rope)
     scaled = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     config["rope_theta"] = rope["rope_theta"]
     config["rope_parameters"] = rope
     config["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    count = config.get("num_experts") or config.get("num_local_experts")
-    config["num_experts"] = count
-    if str(config.get("model_type")).removeprefix(RAGGED) == "qwen3_moe":
-        config["num_local_experts"] = count
+    config |= dict.fromkeys(family.count_keys, num_experts(config))
+    if family.extra_layers is not None:
+        config[family.extra_layers] = 0
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         config["dtype"] = config["torch_dtype"] = dtype

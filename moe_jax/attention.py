@@ -1,101 +1,18 @@
-"""Rotary position embedding and grouped-query attention, with an optional key/value cache."""
+"""Positions of a batch, and grouped-query attention with an optional key/value cache."""
 
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, struct
 from jax import Array
 
-from moe_jax.config import AttentionConfig, RopeConfig
+from moe_jax.config import AttentionConfig, LatentAttentionConfig
 from moe_jax.module import module
 from moe_jax.norm import rms_norm
 from moe_jax.quant import Weight, dequantize
+from moe_jax.rope import rope_frequencies
 from moe_jax.softmax_attention import attend
-
-
-def rope_frequencies(rope: RopeConfig, head_dim: int, max_position: int, length: int):
-    """Inverse frequencies and the attention scale of a rotary embedding.
-
-    Args:
-      rope: base and context extension.
-      head_dim: H; `rope.fraction` of it rotates.
-      max_position: context length of the checkpoint's config.
-      length: positions in use; only "dynamic" and "longrope" depend on it.
-
-    Returns:
-      (float32 numpy [rotated / 2], float scale of cos and sin).
-
-    Source: arXiv:2104.09864; arXiv:2309.00071 (yarn); arXiv:2402.13753 (longrope).
-    """
-    dim = int(head_dim * rope.fraction)
-    exponent = np.arange(0, dim, 2, dtype=np.float32) / dim
-    base = np.float32(1.0) / np.float32(rope.theta) ** exponent
-    match rope.kind:
-        case "default":
-            return base, 1.0
-        case "linear":
-            return base / rope.factor, 1.0
-        case "dynamic":
-            longest = max(length, max_position)
-            grown = rope.factor * longest / max_position - (rope.factor - 1)
-            return 1.0 / (rope.theta * grown ** (dim / (dim - 2))) ** exponent, 1.0
-        case "yarn":
-            return _yarn(rope, base, dim, max_position)
-        case "llama3":
-            return _llama3(rope, base, max_position), 1.0
-        case "longrope":
-            return _longrope(rope, exponent, max_position, length)
-
-
-def _yarn(rope: RopeConfig, base: np.ndarray, dim: int, max_position: int):
-    original = rope.original_max_position or max_position
-
-    def pair_with(rotations: float) -> float:  # the pair that turns so often over the context
-        turns = original / (rotations * 2 * math.pi)
-        return dim * math.log(turns) / (2 * math.log(rope.theta))
-
-    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    high = high + 0.001 if low == high else high
-    slow = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    return base / rope.factor * slow + base * (1 - slow), _yarn_scale(rope)
-
-
-def _yarn_scale(rope: RopeConfig) -> float:
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-
-    def scale(mscale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
-
-    if rope.mscale and rope.mscale_all_dim:
-        return scale(rope.mscale) / scale(rope.mscale_all_dim)
-    return scale(1.0)
-
-
-def _llama3(rope: RopeConfig, base: np.ndarray, max_position: int) -> np.ndarray:
-    original = rope.original_max_position or max_position
-    wavelength = 2 * np.pi / base
-    smooth = (original / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    blended = (1 - smooth) * base / rope.factor + smooth * base
-    slow = np.where(wavelength > original / rope.low_freq_factor, base / rope.factor, blended)
-    return np.where(wavelength < original / rope.high_freq_factor, base, slow).astype(np.float32)
-
-
-def _longrope(rope: RopeConfig, exponent: np.ndarray, max_position: int, length: int):
-    original = rope.original_max_position or max_position
-    stretch = rope.long_factor if length > original else rope.short_factor
-    scale = rope.attention_factor
-    if scale is None:
-        log_factor = math.log(max(rope.factor, 1.0))
-        scale = math.sqrt(1 + log_factor / math.log(original))
-    return 1.0 / (np.asarray(stretch, np.float32) * rope.theta**exponent), scale
 
 
 @struct.dataclass
@@ -119,7 +36,8 @@ class KVCache:
     """Keys and values of the positions seen so far.
 
     Attributes:
-      key, value: [B, S, K, H].
+      key: [B, S, K, H].
+      value: [B, S, K, H], or of another head width under latent attention.
       position: int32 [B, S].
       valid: bool [B, S].
       length: int32 scalar, slots in use.
@@ -133,7 +51,7 @@ class KVCache:
 
 
 def make_context(
-    attention: AttentionConfig,
+    attention: AttentionConfig | LatentAttentionConfig,
     max_position: int,
     valid: Array,
     start: Array | int = 0,
@@ -152,7 +70,7 @@ def make_context(
       The context.
     """
     inverse, scale = rope_frequencies(
-        attention.rope, attention.head_dim, max_position, length or valid.shape[1]
+        attention.rope, attention.rope_dim, max_position, length or valid.shape[1]
     )
     count = jnp.cumsum(valid.astype(jnp.int32), axis=1)
     start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (valid.shape[0],))
@@ -163,12 +81,22 @@ def make_context(
     )
 
 
-def apply_rope(x: Array, context: Context) -> Array:  # [B, T, N, H] -> [B, T, N, H]
-    """Rotate the first coordinates of every head; pairs are (i, i + rotated / 2)."""
+def apply_rope(
+    x: Array, context: Context, *, interleaved: bool = False
+) -> Array:  # [B, T, N, H] -> [B, T, N, H]
+    """Rotate the first coordinates of every head; pairs are (i, i + rotated / 2).
+
+    If `interleaved`, pairs are (2i, 2i + 1) of `x` and lie as the others do in the result: queries
+    and keys are permuted alike, which no score can tell.
+    """
     half = context.cos.shape[-1]
     cos = context.cos[:, :, None].astype(x.dtype)
     sin = context.sin[:, :, None].astype(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = turning[..., :half], turning[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
@@ -193,8 +121,8 @@ class Attention(nnx.Module):
     b_k: Array | None = nnx.data(default=None)  # [K*H]
     b_v: Array | None = nnx.data(default=None)  # [K*H]
     b_out: Array | None = nnx.data(default=None)  # [D]
-    q_norm: Array | None = nnx.data(default=None)  # [H]
-    k_norm: Array | None = nnx.data(default=None)  # [H]
+    q_norm: Array | None = nnx.data(default=None)  # [H], or [N*H] if joint
+    k_norm: Array | None = nnx.data(default=None)  # [H], or [K*H] if joint
     window: int | None = nnx.static(default=None)
 
     def __call__(self, x: Array, context: Context, cache: KVCache | None = None):
@@ -210,27 +138,65 @@ class Attention(nnx.Module):
         """
         c = self.config
         lead = x.shape[:2]
-        q = linear(x, self.w_q, self.b_q).reshape(*lead, c.num_heads, c.head_dim)
-        k = linear(x, self.w_k, self.b_k).reshape(*lead, c.num_kv_heads, c.head_dim)
-        v = linear(x, self.w_v, self.b_v).reshape(*lead, c.num_kv_heads, c.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
+        q, k = linear(x, self.w_q, self.b_q), linear(x, self.w_k, self.b_k)
+        v = linear(x, self.w_v, self.b_v)
+        if c.joint_qk_norm:
+            q, k = self._normed(q, k)
+        if c.clip_qkv is not None:
+            q, k, v = (jnp.clip(part, -c.clip_qkv, c.clip_qkv) for part in (q, k, v))
+        q = q.reshape(*lead, c.num_heads, c.head_dim)
+        k, v = (part.reshape(*lead, c.num_kv_heads, c.head_dim) for part in (k, v))
+        if not c.joint_qk_norm:
+            q, k = self._normed(q, k)
         q, k = apply_rope(q, context), apply_rope(k, context)
-        position, valid = context.position, context.valid
-        if cache is not None:
-            cache = _extend(cache, k, v, context)
-            k, v, position, valid = cache.key, cache.value, cache.position, cache.valid
-        out = attend(
-            q,
-            k,
-            v,
-            query_position=context.position,
-            key_position=position,
-            key_valid=valid,
-            scale=c.head_dim**-0.5,
-            window=self.window,
+        out, cache = attend_with_cache(
+            q, k, v, context, cache, scale=c.head_dim**-0.5, window=self.window
         )
         return linear(out.reshape(*lead, -1), self.w_out, self.b_out), cache
+
+    def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        eps = self.config.norm_eps
+        return rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
+
+
+def attend_with_cache(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: Context,
+    cache: KVCache | None,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> tuple[Array, KVCache | None]:
+    """Attend to these tokens and those in the cache, which they join.
+
+    Args:
+      q, k, v: [B, T, heads, width], see `softmax_attention.attend`.
+      context: positions of the T tokens.
+      cache: earlier keys and values, or None.
+      scale, window: see `softmax_attention.attend`.
+
+    Returns:
+      ([B, T, N, width of v], the updated cache or None).
+    """
+    position, valid = context.position, context.valid
+    if cache is not None:
+        cache = _extend(cache, k, v, context)
+        k, v, position, valid = cache.key, cache.value, cache.position, cache.valid
+    out = attend(
+        q,
+        k,
+        v,
+        query_position=context.position,
+        key_position=position,
+        key_valid=valid,
+        scale=scale,
+        window=window,
+    )
+    return out, cache
 
 
 def _extend(cache: KVCache, k: Array, v: Array, context: Context) -> KVCache:
@@ -245,13 +211,45 @@ def _extend(cache: KVCache, k: Array, v: Array, context: Context) -> KVCache:
     )
 
 
-def init_cache(config: AttentionConfig, batch: int, slots: int, dtype) -> KVCache:
+def init_cache(
+    config: AttentionConfig | LatentAttentionConfig, batch: int, slots: int, dtype
+) -> KVCache:
     """An empty cache for `batch` sequences of up to `slots` positions."""
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, slots, config.num_kv_heads)
     return KVCache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
+        key=jnp.zeros((*shape, config.key_dim), dtype),
+        value=jnp.zeros((*shape, config.value_dim), dtype),
         position=jnp.zeros((batch, slots), jnp.int32),
         valid=jnp.zeros((batch, slots), bool),
         length=jnp.zeros((), jnp.int32),
+    )
+
+
+def init_attention(
+    config: AttentionConfig,
+    d_model: int,
+    window: int | None,
+    normal: Callable[..., Array],
+    out_scale: float,
+) -> Attention:
+    """Random attention: weights from `normal(*shape, scale=...)`, no bias, plain norms."""
+    a, first = config, normal(config.num_heads * config.head_dim, d_model)
+    n, k, dtype = len(first), a.num_kv_heads * a.head_dim, first.dtype
+
+    def vector(present: bool, size: int, fill: float = 0.0) -> Array | None:
+        return jnp.full(size, fill, dtype) if present else None
+
+    return Attention(
+        w_q=first,
+        w_k=normal(k, d_model),
+        w_v=normal(k, d_model),
+        w_out=normal(d_model, n, scale=out_scale),
+        b_q=vector(a.qkv_bias, n),
+        b_k=vector(a.qkv_bias, k),
+        b_v=vector(a.qkv_bias, k),
+        b_out=vector(a.out_bias, d_model),
+        q_norm=vector(a.qk_norm, n if a.joint_qk_norm else a.head_dim, 1.0),
+        k_norm=vector(a.qk_norm, k if a.joint_qk_norm else a.head_dim, 1.0),
+        config=a,
+        window=window,
     )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
+Score = Literal["softmax", "sigmoid"]
+GroupScore = Literal["max", "top2"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -39,7 +41,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Grouped-query attention: `num_heads` query heads share `num_kv_heads` key/value heads."""
+    """Grouped-query attention: `num_heads` query heads share `num_kv_heads` key/value heads.
+
+    `qk_norm` normalises queries and keys, each head by itself or, if `joint_qk_norm`, all heads
+    together. `clip_qkv` bounds the magnitude of queries, keys and values.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -49,6 +55,8 @@ class AttentionConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     norm_eps: float = 1e-6
+    joint_qk_norm: bool = False
+    clip_qkv: float | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -64,13 +72,70 @@ class AttentionConfig:
                 f"{name} has {given} numbers but must have one per rotary pair, {pairs}",
             )
 
+    @property
+    def rope_dim(self) -> int:
+        """Width that `rope.fraction` is a share of."""
+        return self.head_dim
+
+    @property
+    def key_dim(self) -> int:
+        """Width of a key head."""
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value head."""
+        return self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention: keys and values are expanded from one narrow vector per token.
+
+    A query or key head is `plain_dim` coordinates without position and `rope_dim` rotated ones; all
+    heads share the rotated part of the key. `query_rank` is the width through which queries are
+    made, None for a direct projection. `bias` belongs to the compressing and the output
+    projections. With `interleaved`, rotary pairs are neighbours (2i, 2i + 1).
+
+    Source: DeepSeek-V2, arXiv:2405.04434.
+    """
+
+    num_heads: int
+    query_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+    rope: RopeConfig = RopeConfig()
+    interleaved: bool = True
+    bias: bool = False
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require(self.rope_dim % 2 == 0, f"rope_dim={self.rope_dim} must be even for rotary pairs")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads that a cache of expanded keys and values holds."""
+        return self.num_heads
+
+    @property
+    def key_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.plain_dim + self.rope_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Routed experts and what stands beside them.
 
-    `renormalize` divides the selected routing weights by their sum. `d_shared` is the width of
-    the shared expert (0: none), `shared_gate` whether a sigmoid gate multiplies it.
+    `renormalize` divides the selected routing weights by their sum; `routed_scale` multiplies them
+    last. `d_shared` is the width of the shared expert (0: none), `shared_gate` whether a sigmoid
+    gate multiplies it. `score` turns router logits into scores; with `correction_bias` each expert
+    adds a constant to its score for the selection alone. Experts lie in `num_groups` equal groups
+    of which a token may use the best `groups_per_token`, rated by `group_score`: their best expert
+    or the sum of their two best. `float32_router` computes logits in float32 whatever the
+    activations' dtype.
     """
 
     num_experts: int
@@ -79,12 +144,34 @@ class MoEConfig:
     renormalize: bool
     d_shared: int = 0
     shared_gate: bool = False
+    score: Score = "softmax"
+    correction_bias: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: GroupScore = "max"
+    routed_scale: float = 1.0
+    float32_router: bool = False
 
     def __post_init__(self) -> None:
         _require(
             1 <= self.experts_per_token <= self.num_experts,
             f"experts_per_token={self.experts_per_token} must lie in "
             f"[1, num_experts={self.num_experts}]",
+        )
+        _require(
+            self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
+            f"num_groups={self.num_groups} must divide num_experts={self.num_experts}",
+        )
+        size = self.num_experts // self.num_groups
+        _require(
+            1 <= self.groups_per_token <= self.num_groups
+            and self.experts_per_token <= self.groups_per_token * size,
+            f"groups_per_token={self.groups_per_token} of {self.num_groups} groups of {size} "
+            f"experts must offer experts_per_token={self.experts_per_token} experts",
+        )
+        _require(
+            self.group_score == "max" or self.num_groups == 1 or size > 1,
+            f"num_groups={self.num_groups} leaves one expert per group; group_score='top2' needs 2",
         )
 
 
@@ -102,7 +189,7 @@ class ModelConfig:
     max_position: int
     norm_eps: float
     tie_embeddings: bool
-    attention: AttentionConfig
+    attention: AttentionConfig | LatentAttentionConfig
     moe: MoEConfig
     d_dense: int = 0
     dense_layers: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Routing, routed experts as a pool of channels, and the shared expert."""
+"""Routed experts as a pool of channels, and the shared expert."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,11 @@ from flax import nnx, struct
 from jax import Array
 
 from moe_jax.attention import linear
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, Score
 from moe_jax.grouped_matmul import Dispatch, Pool, gather_rows, make_dispatch, tile_height
 from moe_jax.module import module
 from moe_jax.quant import Weight, dequantize
+from moe_jax.router import route, router_probability
 from moe_jax.swiglu import Weights, combine, expert_rows, no_score, routed_experts
 
 # Hidden rows [P, width] of the experts and their layout -> the rows that w_down sees.
@@ -121,22 +122,6 @@ def gated_experts(channel_gate: ChannelGate) -> RunExperts:
     return run
 
 
-def route(logits: Array, config: MoEConfig) -> tuple[Array, Array]:
-    """Choose experts by softmax probability.
-
-    Args:
-      logits: float32 [T, E].
-      config: how many experts per token and whether their weights are renormalised.
-
-    Returns:
-      (weight float32 [T, k], expert int32 [T, k]), best first; ties go to the lower index.
-    """
-    weight, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config.experts_per_token)
-    if config.renormalize:
-        weight /= weight.sum(axis=-1, keepdims=True)
-    return weight, expert
-
-
 @struct.dataclass
 class MoETrace:
     """Everything a Mixture-of-Experts layer computed on its way.
@@ -150,6 +135,7 @@ class MoETrace:
       row_weight: float32 [P], routing weight of each row, 0 for padding.
       kept: what `run` kept; None for the plain forward.
       routed: [N, D], weighted sum of the routed experts.
+      score: how the router makes scores of logits.
     """
 
     logits: Array
@@ -160,6 +146,12 @@ class MoETrace:
     row_weight: Array
     kept: Any
     routed: Array
+    score: Score = struct.field(pytree_node=False, default="softmax")
+
+    @property
+    def probability(self) -> Array:
+        """float32 [N, E], the router's scores divided by their sum over experts."""
+        return router_probability(self.logits, self.score)
 
 
 @module
@@ -169,6 +161,7 @@ class MoE(nnx.Module):
     router: Array = nnx.data()  # [E, D]
     experts: Experts = nnx.data()
     config: MoEConfig = nnx.static()
+    router_bias: Array | None = nnx.data(default=None)  # float32 [E], for the selection alone
     shared: SharedExpert | None = nnx.data(default=None)
 
     def __call__(
@@ -185,8 +178,9 @@ class MoE(nnx.Module):
           ([N, D] routed plus shared output, the trace).
         """
         c = self.config
-        logits = linear(x, self.router).astype(jnp.float32)
-        weight, expert = route(logits, c)
+        precise = x.astype(jnp.float32) if c.float32_router else x
+        logits = linear(precise, self.router).astype(jnp.float32)
+        weight, expert = route(logits, c, self.router_bias)
         owner = jnp.where(valid[:, None], expert, c.num_experts).reshape(-1)
         tile = tile_height(expert.size, c.num_experts)
         dispatch = make_dispatch(owner, c.num_experts, tile, c.experts_per_token)
@@ -202,5 +196,6 @@ class MoE(nnx.Module):
             row_weight=row_weight,
             kept=kept,
             routed=routed,
+            score=c.score,
         )
         return out, trace

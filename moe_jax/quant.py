@@ -40,6 +40,15 @@ class QTensor:
 Weight = Array | QTensor
 
 
+def is_linear(path: str) -> bool:
+    """Whether a weight of a decoder layer, by its attribute path, is a linear layer's matrix.
+
+    These are the weights that go to 4 bits, in memory and in every export; routers, gates of
+    shared experts, norms and biases are named otherwise and stay.
+    """
+    return path.rpartition(".")[2].startswith("w_")
+
+
 def pack_nibbles(codes: Array) -> Array:  # [rows, cols] -> [rows, cols / 2]
     """Pack integer codes in -8..7 two to a byte; the number of columns must be even."""
     shifted = (codes.astype(jnp.int32) + 8).astype(jnp.uint8)

@@ -85,7 +85,7 @@ def balance_loss(trace: MoETrace) -> Array:
 
     Source: Switch Transformer, arXiv:2101.03961, equation 4.
     """
-    probability = jax.nn.softmax(trace.logits, axis=-1)
+    probability = trace.probability
     valid = trace.valid[:, None].astype(jnp.float32)
     mean_probability = (probability * valid).sum(0) / valid.sum()
     tokens = trace.dispatch.tokens.astype(jnp.float32)

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moe_jax.attention import Attention, Context, KVCache, linear, make_context
-from moe_jax.config import ModelConfig
+from moe_jax.attention import (
+    Attention,
+    Context,
+    KVCache,
+    init_attention,
+    linear,
+    make_context,
+)
+from moe_jax.config import LatentAttentionConfig, ModelConfig
+from moe_jax.latent_attention import LatentAttention, init_latent_attention
 from moe_jax.module import module
 from moe_jax.moe import (
     DenseMLP,
@@ -29,7 +37,7 @@ class DecoderLayer(nnx.Module):
     """Attention and a feed-forward part, each behind its norm and added to the residual."""
 
     attention_norm: Array = nnx.data()  # [D]
-    attention: Attention = nnx.data()
+    attention: Attention | LatentAttention = nnx.data()
     mlp_norm: Array = nnx.data()  # [D]
     mlp: MoE | DenseMLP = nnx.data()
     norm_eps: float = nnx.static()
@@ -184,11 +192,7 @@ def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
     def ones(size: int) -> Array:
         return jnp.ones(size, dtype)
 
-    def zeros(present: bool, size: int) -> Array | None:
-        return jnp.zeros(size, dtype) if present else None
-
     d, a, m = config.d_model, config.attention, config.moe
-    n, k = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
 
     def mlp(width: int) -> DenseMLP:
         return DenseMLP(
@@ -207,24 +211,15 @@ def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
                 normal(rows, d), normal(rows, d), normal(rows, d, scale=out_scale), m.num_experts
             ),
             shared=shared,
+            router_bias=jnp.zeros(m.num_experts) if m.correction_bias else None,
             config=m,
         )
 
     def layer(index: int) -> DecoderLayer:
-        attention = Attention(
-            w_q=normal(n, d),
-            w_k=normal(k, d),
-            w_v=normal(k, d),
-            w_out=normal(d, n, scale=out_scale),
-            b_q=zeros(a.qkv_bias, n),
-            b_k=zeros(a.qkv_bias, k),
-            b_v=zeros(a.qkv_bias, k),
-            b_out=zeros(a.out_bias, d),
-            q_norm=ones(a.head_dim) if a.qk_norm else None,
-            k_norm=ones(a.head_dim) if a.qk_norm else None,
-            config=a,
-            window=config.window(index),
-        )
+        if isinstance(a, LatentAttentionConfig):
+            attention = init_latent_attention(a, d, normal, out_scale)
+        else:
+            attention = init_attention(a, d, config.window(index), normal, out_scale)
         return DecoderLayer(
             attention_norm=ones(d),
             attention=attention,

@@ -56,9 +56,8 @@ def _layer_sums(moe: MoE, out: Array, trace: MoETrace) -> dict[str, Array]:
     q = valid / (jnp.sum(jnp.square(out.astype(jnp.float32)), axis=-1) + EPS)  # [N]
     energy, shapley = output_sums(moe.experts, seen.hidden, w, d, q, y)
     names = ("hidden_square", "up_square", "gate_square", "weighted_square")
-    log_probability = jax.nn.log_softmax(trace.logits, axis=-1)
-    probability = jnp.exp(log_probability)
-    entropy = -jnp.sum(probability * log_probability, axis=-1)
+    probability = trace.probability
+    entropy = jnp.sum(jax.scipy.special.entr(probability), axis=-1)
     norm = jnp.sqrt(seen.out_square)
     by_expert = {
         "kappa": gather_rows(q, d, d.copies) * jnp.square(w) * seen.out_square,

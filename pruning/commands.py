@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.export import packed_inputs
 from pruning import gptq_stage, pipeline, preflight, stages
 from pruning.errors import VerificationError
 from pruning.evaluate import make_windows
@@ -89,7 +90,8 @@ def _plans(
     """A plan for every prune rate; no rate is planned before all are known to be sound."""
     c = base.config
     recipes = [dataclasses.replace(recipe, prune_rate=rate) for rate in rates]
-    recipes = [one.resolved(c.moe.d_expert, c.d_model, c.max_position) for one in recipes]
+    inputs = packed_inputs(base)
+    recipes = [one.resolved(c.moe.d_expert, c.d_model, c.max_position, inputs) for one in recipes]
     statistics, provenance = stages.stored_statistics(folder, base)
     return [(one.prune_rate, stages.plan(one, statistics, provenance, base)) for one in recipes]
 

@@ -16,12 +16,23 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention import Attention, Context
+from moe_jax.latent_attention import LatentAttention
 from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.quant import QTensor, Weight, dequantize, pack_nibbles, unpack_nibbles
 from moe_jax.transformer import DecoderLayer
 from pruning.gptq_core import Coded, gptq
-from pruning.moments import Batch, Moments, attention_moments, dense_moments, expert_moments, total
+from pruning.moments import (
+    Batch,
+    Moments,
+    attention_groups,
+    attention_moments,
+    dense_moments,
+    expert_moments,
+    total,
+)
 from pruning.quantized import quantize_layer
+
+AnyAttention = Attention | LatentAttention
 
 MOMENT_BYTES = 1 << 30  # second moments of experts held at a time
 
@@ -74,7 +85,8 @@ def gptq_layer(
         mlp, missed = _dense(layer, layer.mlp, rounded.mlp, middle, tokens, group_size)
         matrices, failed = 3, failed + missed
     quantised = dataclasses.replace(rounded, attention=attention, mlp=mlp)
-    return quantised, Coverage(matrices=4 + matrices, fallbacks=failed)
+    matrices += sum(map(len, attention_groups(layer.attention)))
+    return quantised, Coverage(matrices=matrices, fallbacks=failed)
 
 
 @jax.jit
@@ -83,12 +95,16 @@ def _attend(layer: DecoderLayer, x: Array, context: Context) -> Array:  # [B, T,
 
 
 def _attention(
-    layer: DecoderLayer, rounded: Attention, batches: Sequence[Batch], tokens: int, group_size: int
-) -> tuple[Attention, int]:
-    moments, a = total(partial(attention_moments, layer), batches), layer.attention
-    solved = _solve([a.w_q, a.w_k, a.w_v], moments["w_qkv"], tokens, group_size)
-    solved += _solve([a.w_out], moments["w_out"], tokens, group_size)
-    return _with_solved(rounded, ("w_q", "w_k", "w_v", "w_out"), solved)
+    layer: DecoderLayer, rounded: AnyAttention, batches: Sequence[Batch], tokens: int, group: int
+) -> tuple[AnyAttention, int]:
+    moments = total(partial(attention_moments, layer), batches)
+    failed = 0
+    for names in attention_groups(layer.attention):
+        weights = [getattr(layer.attention, name) for name in names]
+        solved = _solve(weights, moments[names[0]], tokens, group)
+        rounded, missed = _with_solved(rounded, names, solved)
+        failed += missed
+    return rounded, failed
 
 
 def _dense(

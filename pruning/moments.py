@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.attention import Context, linear
+from moe_jax.attention import Attention, Context, linear
 from moe_jax.grouped_matmul import gather_rows
+from moe_jax.latent_attention import LatentAttention
 from moe_jax.moe import DenseMLP, MoE, gated_experts
 from moe_jax.norm import rms_norm
 from moe_jax.transformer import DecoderLayer
@@ -24,16 +25,36 @@ def _gram(x: Array) -> Array:  # [..., I] -> float32 [I, I]
     return jnp.einsum("ri,rj->ij", x, x, precision=jax.lax.Precision.HIGHEST)
 
 
+def attention_groups(attention: Attention | LatentAttention) -> list[tuple[str, ...]]:
+    """Names of an attention's linear weights, together where they share their input."""
+    first = ("w_q", "w_k", "w_v", "w_q_down", "w_kv_down")
+    groups = [first, ("w_q_up",), ("w_kv_up",), ("w_out",)]
+    present = [tuple(n for n in g if getattr(attention, n, None) is not None) for g in groups]
+    return [group for group in present if group]
+
+
 @jax.jit
 def attention_moments(layer: DecoderLayer, x: Array, context: Context) -> Moments:
-    """Second moments of the inputs of q, k, v and of the output projection."""
+    """Second moments of the inputs of each of `attention_groups`, by its first name."""
+    attention = layer.attention
     normed = rms_norm(x, layer.attention_norm, layer.norm_eps)
-    inputs = layer.attention.w_out.shape[1]
+    inputs = attention.w_out.shape[1]
     identity = jnp.eye(inputs, dtype=x.dtype)  # in place of w_out: shows what w_out would be given
-    open_end = dataclasses.replace(layer.attention, w_out=identity, b_out=None)
-    heads = open_end(normed, context)[0]
+    heads = dataclasses.replace(attention, w_out=identity, b_out=None)(normed, context)[0]
+    seen = {"w_out": heads}
+    if isinstance(attention, LatentAttention):
+        eps = attention.config.norm_eps
+        latent = linear(normed, attention.w_kv_down, attention.b_kv_down)
+        latent = latent[..., : attention.config.kv_rank]
+        seen["w_kv_up"] = rms_norm(latent, attention.kv_norm, eps)
+        if attention.w_q_down is not None and attention.q_norm is not None:
+            narrow = linear(normed, attention.w_q_down, attention.b_q_down)
+            seen["w_q_up"] = rms_norm(narrow, attention.q_norm, eps)
     valid = context.valid[..., None]
-    return {"w_qkv": _gram(jnp.where(valid, normed, 0)), "w_out": _gram(jnp.where(valid, heads, 0))}
+    return {
+        names[0]: _gram(jnp.where(valid, seen.get(names[0], normed), 0))
+        for names in attention_groups(attention)
+    }
 
 
 @jax.jit

@@ -2,13 +2,17 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax.numpy as jnp
+from flax import nnx
 
-from moe_jax.moe import DenseMLP, MoE
-from moe_jax.quant import QTensor, quantize
+from moe_jax.moe import Experts
+from moe_jax.quant import dequantize, is_linear, quantize
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 def quantize_layer(layer: DecoderLayer, group_size: int) -> DecoderLayer:
@@ -21,31 +25,22 @@ def quantize_layer(layer: DecoderLayer, group_size: int) -> DecoderLayer:
     Returns:
       The layer with `QTensor` weights, scales in float32 so that products are exact.
     """
+    return _quantize(layer, group_size)
 
-    def pack(weight, axis: int = 1) -> QTensor:
-        return quantize(weight, group_size=group_size, axis=axis, dtype=jnp.float32)
 
-    def pack_mlp(mlp: DenseMLP) -> DenseMLP:
-        return DenseMLP(w_gate=pack(mlp.w_gate), w_up=pack(mlp.w_up), w_down=pack(mlp.w_down))
-
-    attention = dataclasses.replace(
-        layer.attention,
-        **{name: pack(getattr(layer.attention, name)) for name in ("w_q", "w_k", "w_v", "w_out")},
-    )
-    if isinstance(layer.mlp, MoE):
-        experts, shared = layer.mlp.experts, layer.mlp.shared
-        experts = dataclasses.replace(
-            experts,
-            w_gate=pack(experts.w_gate),
-            w_up=pack(experts.w_up),
-            w_down=pack(experts.w_down, axis=0),  # rows of the pool are inputs of w_down
-        )
-        if shared is not None:
-            shared = dataclasses.replace(shared, mlp=pack_mlp(shared.mlp))
-        mlp = dataclasses.replace(layer.mlp, experts=experts, shared=shared)
-    else:
-        mlp = pack_mlp(layer.mlp)
-    return dataclasses.replace(layer, attention=attention, mlp=mlp)
+def _quantize(module: M, group_size: int) -> M:
+    packed = {}
+    for field in dataclasses.fields(module):  # type: ignore[arg-type]
+        value = getattr(module, field.name)
+        if isinstance(value, nnx.Module):
+            packed[field.name] = _quantize(value, group_size)
+        elif is_linear(field.name) and value is not None:
+            # rows of the pool of experts are inputs of w_down
+            axis = 0 if isinstance(module, Experts) and field.name == "w_down" else 1
+            packed[field.name] = quantize(
+                dequantize(value), group_size=group_size, axis=axis, dtype=jnp.float32
+            )
+    return dataclasses.replace(module, **packed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import difflib
 import numbers
 import os
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,8 +98,12 @@ class CompressionRecipe:
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
 
-    def resolved(self, d_expert: int, d_model: int, max_position: int) -> "CompressionRecipe":
+    def resolved(
+        self, d_expert: int, d_model: int, max_position: int, inputs: Iterable[int] = ()
+    ) -> "CompressionRecipe":
         """The recipe with every default that depends on the model filled in.
+
+        `inputs` are the input widths of further linear layers that go to 4 bits.
 
         Raises:
           ValueError: a group size or block that the model's widths do not allow, or 4-bit exports
@@ -109,11 +114,14 @@ class CompressionRecipe:
                 f"bits=16 contradicts export={list(self.export)}; give one of the two, or --bits 4"
             )
         exports = self.export or (("ragged-int4",) if self.bits == 4 else ("ragged-bf16",))
-        group = self.group_size or _default_group(d_expert, d_model)
+        widths = [("expert width", d_expert), ("model width", d_model)]
+        widths += [("input width of a linear layer", size) for size in inputs]
+        sizes = [size for _, size in widths]
+        group = self.group_size or _default_group(d_expert, sizes)
         packed = any(name.endswith("int4") for name in exports)
-        for label, size in (("expert width", d_expert), ("model width", d_model)):
+        for label, size in widths:
             if packed and size % group:
-                fits = [g for g in GROUP_SIZES if not (d_expert % g or d_model % g)]
+                fits = [g for g in GROUP_SIZES if not any(n % g for n in sizes)]
                 raise ValueError(
                     f"group_size={group} does not divide the {label} {size}; "
                     + (f"choose --group-size {fits[0]}" if fits else "export with --bits 16")
@@ -216,8 +224,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{name}={value!r} must be {words}{hint}")
 
 
-def _default_group(d_expert: int, d_model: int) -> int:
+def _default_group(d_expert: int, widths: Iterable[int]) -> int:
     for group in GROUP_SIZES:
-        if d_expert % group == 0 and d_model % group == 0 and d_expert // group >= 8:
+        if not any(width % group for width in widths) and d_expert // group >= 8:
             return group
     return GROUP_SIZES[-1]

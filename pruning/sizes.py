@@ -5,7 +5,7 @@ from pathlib import Path
 
 from convert.checkpoint import Checkpoint
 from convert.export import ExportFormat, export_bytes
-from convert.rules import Widths
+from convert.rules import Widths, expected_tensors
 from pruning.plan import PruningPlan
 from pruning.recipe import CompressionRecipe
 from pruning.statistics import field_shapes
@@ -47,7 +47,8 @@ def folder_bytes(folder: Path) -> int:
 
 def parameter_count(base: Checkpoint) -> int:
     """Weights of a checkpoint, from shapes alone."""
-    return export_bytes(base, tuple(base.widths), ExportFormat("ragged-bf16")) // 2
+    shapes = expected_tensors(base.family, base.config, base.widths).values()
+    return sum(map(math.prod, shapes))
 
 
 def statistics_bytes(base: Checkpoint, recipe: CompressionRecipe) -> int:

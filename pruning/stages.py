@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.export import ExportFormat, export_checkpoint
+from convert.export import ExportFormat, export_checkpoint, packed_inputs
 from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
@@ -79,7 +79,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     # 16-bit weights: the exports store these, so they are what is measured.
     base = open_checkpoint(folder, dtype=jnp.bfloat16)
     c = base.config
-    recipe = recipe.resolved(c.moe.d_expert, c.d_model, c.max_position)
+    recipe = recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))
     if not c.moe_layers:
         raise ValueError(f"{folder} has no layer with experts; there is nothing to prune")
     if base.widths != uniform_widths(c):

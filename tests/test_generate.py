@@ -5,18 +5,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import LatentAttentionConfig
 from moe_jax.generate import generate
 from moe_jax.transformer import init
 from tests.test_attribution import CONFIG
 
+LATENT = LatentAttentionConfig(
+    num_heads=2, query_rank=None, kv_rank=6, plain_dim=4, rope_dim=4, value_dim=6
+)
 
-@pytest.fixture(scope="module")
-def model():
-    model = init(CONFIG, jax.random.key(3))
+
+def random_model(attention):
+    model = init(CONFIG.replace(attention=attention), jax.random.key(3))
     return jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim == 2 else leaf, model)
 
 
-def test_greedy_generation_equals_repeated_full_forwards_for_prompts_of_unequal_length(model):
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG.attention)
+
+
+@pytest.mark.parametrize("attention", [CONFIG.attention, LATENT], ids=["grouped", "latent"])
+def test_greedy_generation_equals_repeated_full_forwards_for_prompts_of_unequal_length(attention):
+    model = random_model(attention)
     prompts = [[3, 9, 27, 17], [5]]
     new = generate(model, prompts, max_new_tokens=5)
     forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))

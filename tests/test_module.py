@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import moe_jax
-from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
+from moe_jax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, MoEConfig
 from moe_jax.transformer import Transformer, init
 
 CONFIG = ModelConfig(
@@ -30,6 +30,9 @@ CONFIG = ModelConfig(
     d_dense=8,
     dense_layers=(1,),
 )  # fmt: skip
+LATENT = LatentAttentionConfig(
+    num_heads=2, query_rank=4, kv_rank=6, plain_dim=4, rope_dim=2, value_dim=3
+)
 TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5)
 
 
@@ -56,8 +59,9 @@ def submodules(module):
                 yield from submodules(part)
 
 
-def test_the_model_contains_an_instance_of_every_module_class(model):
-    used = {type(part) for part in (*submodules(model), model.head)}
+def test_the_models_contain_an_instance_of_every_module_class(model):
+    latent = init(CONFIG.replace(attention=LATENT), jax.random.key(0))
+    used = {type(part) for part in (*submodules(model), *submodules(latent), model.head)}
     assert used == set(module_classes())
 
 

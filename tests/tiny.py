@@ -28,12 +28,33 @@ SIZES = {
 }
 
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+OWN_SIZES = {
+    "qwen2_moe": {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 16},
+    "olmoe": {"intermediate_size": 16, "pad_token_id": 0},
+    "deepseek_v2": {**LATENT, "first_k_dense_replace": 0},
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
+    "glm4_moe": {"n_routed_experts": 8, "first_k_dense_replace": 0, "head_dim": 16},
+}
+
+
 def tiny_model(model_type: str, *, seed: int = 0, **config) -> transformers.PreTrainedModel:
     """A float32 model whose every weight, bias and norm is random, so that none can hide."""
-    extra = {"shared_expert_intermediate_size": 24} if model_type == "qwen2_moe" else {}
-    if model_type == "qwen3_moe":
-        extra = {"head_dim": 16}
-    settings = transformers.AutoConfig.for_model(model_type, **{**SIZES, **extra, **config})
+    sizes = {**SIZES, **OWN_SIZES[model_type], **config}
+    if sizes.keys() & {"num_local_experts", "n_routed_experts"}:
+        del sizes["num_experts"]
+    settings = transformers.AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(settings).float().eval()
     with torch.no_grad():
@@ -42,6 +63,18 @@ def tiny_model(model_type: str, *, seed: int = 0, **config) -> transformers.PreT
                 parameter.uniform_(0.7, 1.3)
             else:
                 parameter.normal_(std=0.25)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.1)
+    return model
+
+
+def half(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model in bfloat16, but for correction biases, which checkpoints hold in float32."""
+    biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    model = model.bfloat16()
+    for name, bias in biases.items():
+        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias
     return model
 
 

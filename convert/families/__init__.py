@@ -1,23 +1,39 @@
 """Model families by the `model_type` of config.json."""
 
+import dataclasses
 import difflib
 
-from convert.families import qwen2_moe, qwen3_moe
-from convert.rules import Family
+from convert.families import (
+    deepseek,
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
+from convert.rules import RAGGED, Family
 
-RAGGED = "ragged_"  # prefix of the model types of our custom export
+_STOCK = (
+    qwen2_moe.FAMILY,
+    qwen3_moe.FAMILY,
+    mixtral.FAMILY,
+    olmoe.FAMILY,
+    deepseek.FAMILY,
+    deepseek_v2.FAMILY,
+    deepseek_v3.FAMILY,
+    glm4_moe.FAMILY,
+)
 
 
-def _family(model_type: str, module) -> dict[str, Family]:
-    return {
-        prefix + model_type: Family(
-            prefix + model_type, module.config_from_hf, module.RULES, ragged=bool(prefix)
-        )
-        for prefix in ("", RAGGED)
-    }
+def _ragged(family: Family) -> Family:
+    return dataclasses.replace(family, model_type=RAGGED + family.model_type, ragged=True)
 
 
-FAMILIES: dict[str, Family] = _family("qwen2_moe", qwen2_moe) | _family("qwen3_moe", qwen3_moe)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _STOCK} | {
+    RAGGED + family.model_type: _ragged(family) for family in _STOCK if family.twin is None
+}
 
 
 def find_family(model_type: str | None) -> Family:

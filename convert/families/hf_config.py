@@ -1,5 +1,7 @@
 """Reading of config.json that several families share."""
 
+from collections.abc import Iterable, Mapping
+
 from moe_jax.config import ModelConfig, MoEConfig, RopeConfig
 
 # The spelling of transformers and the field of ours.
@@ -31,27 +33,37 @@ def require(hf: dict, *names: str) -> None:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
 
 
-def rope_parameters(hf: dict) -> dict:
-    """Rope settings in the new spelling, from either spelling of config.json."""
+def rope_parameters(hf: dict, defaults: Mapping[str, float] | None = None) -> dict:
+    """Rope settings in the new spelling, from either spelling of config.json.
+
+    `defaults` are those of the family, for what config.json leaves out.
+    """
     found = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = found.pop("type", None)
     found.setdefault("rope_type", kind or "default")
-    found.setdefault("rope_theta", hf.get("rope_theta") or 10000.0)
-    if hf.get("partial_rotary_factor") is not None:
-        found.setdefault("partial_rotary_factor", hf["partial_rotary_factor"])
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if hf.get(name) is not None:
+            found.setdefault(name, hf[name])
     original = hf.get("original_max_position_embeddings")
     if original is not None and found["rope_type"] in ("yarn", "longrope", "llama3"):
         found["original_max_position_embeddings"] = original
-    return found
+    return {"rope_theta": 10000.0, **(defaults or {}), **found}
 
 
-def rope_config(hf: dict) -> RopeConfig:
+def rope_config(
+    hf: dict, defaults: Mapping[str, float] | None = None, *, partial: bool = False
+) -> RopeConfig:
     """Rope of a model whose layers share one.
+
+    Args:
+      hf: config.json.
+      defaults: see `rope_parameters`.
+      partial: whether the plain rope, too, may turn a part of each head only.
 
     Raises:
       ValueError: if the kind is unknown or layers have their own.
     """
-    found = rope_parameters(hf)
+    found = rope_parameters(hf, defaults)
     kind = found["rope_type"]
     if kind not in ROPE_KINDS or any(isinstance(value, dict) for value in found.values()):
         raise ValueError(f"rope_type={kind!r} must be one of {', '.join(ROPE_KINDS)}")
@@ -62,20 +74,24 @@ def rope_config(hf: dict) -> RopeConfig:
     if kind in ("yarn", "longrope") and "original_max_position" in fields:
         ratio = hf.get("max_position_embeddings", 32768) / fields["original_max_position"]
         fields.setdefault("factor", ratio)
-    # transformers ignores partial rotation in the plain rope of these families
-    fraction = 1.0 if kind == "default" else found.get("partial_rotary_factor") or 1.0
+    fraction = found.get("partial_rotary_factor") or 1.0
+    if kind == "default" and not partial:  # as transformers does in most families
+        fraction = 1.0
     return RopeConfig(theta=float(found["rope_theta"]), kind=kind, fraction=fraction, **fields)
 
 
 def num_experts(hf: dict) -> int:
-    """Experts per layer, in either spelling."""
-    count = hf.get("num_experts") or hf.get("num_local_experts")
-    if not count:
-        raise ValueError("config.json lacks num_experts (or num_local_experts)")
-    return count
+    """Experts per layer, in any spelling."""
+    spellings = ("num_experts", "num_local_experts", "n_routed_experts")
+    found = {hf[name] for name in spellings if hf.get(name)}
+    if not found:
+        raise ValueError(f"config.json lacks {' (or '.join(spellings[:2])}, {spellings[2]})")
+    if len(found) > 1:
+        raise ValueError(f"{', '.join(spellings)} must agree but say {sorted(found)}")
+    return found.pop()
 
 
-def dense_layers(hf: dict) -> tuple[int, ...]:
+def sparse_step_dense_layers(hf: dict) -> tuple[int, ...]:
     """Layers without experts, by `mlp_only_layers` and `decoder_sparse_step`."""
     only, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
     return tuple(
@@ -83,25 +99,47 @@ def dense_layers(hf: dict) -> tuple[int, ...]:
     )
 
 
-def model_config(hf: dict, *, attention, moe: MoEConfig, sliding_layers=()) -> ModelConfig:
-    """The parts of ModelConfig that Qwen's families name alike.
+def first_dense_layers(hf: dict, default: int) -> tuple[int, ...]:
+    """Layers without experts, by `first_k_dense_replace`."""
+    first = hf.get("first_k_dense_replace")
+    return tuple(range(min(default if first is None else first, hf["num_hidden_layers"])))
+
+
+def model_config(
+    hf: dict,
+    *,
+    attention,
+    moe: MoEConfig,
+    dense_layers: Iterable[int] = (),
+    sliding_layers: Iterable[int] = (),
+    norm_eps: float = 1e-6,
+) -> ModelConfig:
+    """The parts of ModelConfig that all families name alike.
+
+    Args:
+      hf: config.json.
+      attention, moe: the parts that they do not.
+      dense_layers: indices of the layers without experts.
+      sliding_layers: indices of the layers with a window.
+      norm_eps: of the family, if config.json has none.
 
     Raises:
       ValueError: if the activation is not SiLU or a size is missing or impossible.
     """
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={hf['hidden_act']!r} must be 'silu'; others are unsupported")
+    sliding = tuple(sliding_layers)
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         d_model=hf["hidden_size"],
         num_layers=hf["num_hidden_layers"],
         max_position=hf.get("max_position_embeddings", 32768),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_eps=hf.get("rms_norm_eps", norm_eps),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         attention=attention,
         moe=moe,
         d_dense=hf.get("intermediate_size") or 0,
-        dense_layers=dense_layers(hf),
-        sliding_window=hf.get("sliding_window", 4096) if sliding_layers else None,
-        sliding_layers=tuple(sliding_layers),
+        dense_layers=tuple(dense_layers),
+        sliding_window=hf.get("sliding_window", 4096) if sliding else None,
+        sliding_layers=sliding,
     )

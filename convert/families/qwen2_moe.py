@@ -1,10 +1,9 @@
 """Qwen1.5-MoE and Qwen2-MoE: biased q, k, v and a gated shared expert."""
 
 from convert.families import hf_config
-from convert.rules import ATTENTION, DENSE, EXPERTS, NORMS, SHARED
+from convert.families.tables import ATTENTION, DENSE, EXPERTS, GATED_SHARED, NORMS
+from convert.rules import Family
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-
-RULES = NORMS + ATTENTION + DENSE + EXPERTS + SHARED
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -36,7 +35,11 @@ def config_from_hf(hf: dict) -> ModelConfig:
         shared_gate=True,
     )
     return hf_config.model_config(
-        hf, attention=attention, moe=moe, sliding_layers=_sliding_layers(hf)
+        hf,
+        attention=attention,
+        moe=moe,
+        dense_layers=hf_config.sparse_step_dense_layers(hf),
+        sliding_layers=_sliding_layers(hf),
     )
 
 
@@ -49,3 +52,11 @@ def _sliding_layers(hf: dict) -> list[int]:
         return [i for i in layers if types[i] == "sliding_attention"]
     limit = hf.get("max_window_layers", 28)
     return [i for i in layers if (i + 1) % 2 and i < limit]
+
+
+FAMILY = Family(
+    model_type="qwen2_moe",
+    stem="Qwen2Moe",
+    config_from_hf=config_from_hf,
+    rules=NORMS + ATTENTION + DENSE + EXPERTS + GATED_SHARED,
+)

@@ -1,10 +1,9 @@
 """Qwen3-MoE: normalised queries and keys, no shared expert."""
 
 from convert.families import hf_config
-from convert.rules import ATTENTION, DENSE, EXPERTS, NORMS
+from convert.families.tables import ATTENTION, DENSE, EXPERTS, NORMS, QK_NORM
+from convert.rules import Family
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-
-RULES = NORMS + ATTENTION + DENSE + EXPERTS
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -37,4 +36,19 @@ def config_from_hf(hf: dict) -> ModelConfig:
     # transformers applies the window to every layer, whatever layer_types says
     slides = hf.get("use_sliding_window", False) and hf.get("sliding_window", 4096)
     layers = range(hf["num_hidden_layers"]) if slides else ()
-    return hf_config.model_config(hf, attention=attention, moe=moe, sliding_layers=layers)
+    return hf_config.model_config(
+        hf,
+        attention=attention,
+        moe=moe,
+        dense_layers=hf_config.sparse_step_dense_layers(hf),
+        sliding_layers=layers,
+    )
+
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    stem="Qwen3Moe",
+    config_from_hf=config_from_hf,
+    rules=NORMS + ATTENTION + QK_NORM + DENSE + EXPERTS,
+    count_keys=("num_experts", "num_local_experts"),
+)

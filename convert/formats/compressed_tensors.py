@@ -1,6 +1,5 @@
 """Symmetric 4-bit weights in the compressed-tensors `pack-quantized` layout, in numpy."""
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,16 +10,7 @@ import numpy as np
 SCALE = np.dtype(ml_dtypes.bfloat16)
 MIN_SCALE = np.float32(2.0**-14)  # smallest normal float16: no client flushes it to zero
 GROUP_SIZES = (128, 64, 32)
-_LINEAR = re.compile(
-    r"\.(self_attn\.[qkvo]_proj|mlp\.(experts\.\d+\.|shared_expert\.)?(gate|up|down)_proj)\.weight$"
-)
 _ROWS = 4096  # rows quantised at a time, to bound the temporaries
-
-
-def is_quantized_linear(name: str) -> bool:
-    """Whether a tensor goes to 4 bits: attention, dense, shared and routed expert linears do;
-    routers, norms, biases, embeddings, the head and the shared expert's gate do not."""
-    return _LINEAR.search(name) is not None
 
 
 def check_group_size(group_size: int, widths: Iterable[int]) -> None:

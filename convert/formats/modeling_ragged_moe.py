@@ -7,30 +7,42 @@ whose widths `config.expert_intermediate_sizes[layer][expert]` lists. An expert 
 tensors and adds nothing; the router is the stock one.
 """
 
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeForCausalLM, Qwen2MoeModel
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM, Qwen3MoeModel
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FAMILIES = {  # model type: stem of the class names, names of an expert's gate, up and down
+    "qwen2_moe": ("Qwen2Moe", PROJECTIONS),
+    "qwen3_moe": ("Qwen3Moe", PROJECTIONS),
+    "mixtral": ("Mixtral", ("w1", "w3", "w2")),
+    "olmoe": ("Olmoe", PROJECTIONS),
+    "deepseek_v2": ("DeepseekV2", PROJECTIONS),
+    "deepseek_v3": ("DeepseekV3", PROJECTIONS),
+    "glm4_moe": ("Glm4Moe", PROJECTIONS),
+}
 
 
 class RaggedExpert(nn.Module):
     """One SwiGLU expert of its own width."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, names: tuple[str, str, str]):
         super().__init__()
-        self.width = width
+        self.width, self.names = width, names
         if width:
-            self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-            self.up_proj = nn.Linear(hidden_size, width, bias=False)
-            self.down_proj = nn.Linear(width, hidden_size, bias=False)
+            gate, up, down = names
+            self.add_module(gate, nn.Linear(hidden_size, width, bias=False))
+            self.add_module(up, nn.Linear(hidden_size, width, bias=False))
+            self.add_module(down, nn.Linear(width, hidden_size, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.width:
             return torch.zeros_like(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = (getattr(self, name) for name in self.names)
+        return down(F.silu(gate(x)) * up(x))
 
 
 class RaggedExperts(nn.Module):
@@ -40,11 +52,11 @@ class RaggedExperts(nn.Module):
     transformers 5 call `forward`, those of 4.57 index the experts.
     """
 
-    def __init__(self, hidden_size: int, widths: list[int]):
+    def __init__(self, hidden_size: int, widths: list[int], names: tuple[str, str, str]):
         super().__init__()
         self.num_experts = len(widths)
         for number, width in enumerate(widths):
-            self.add_module(str(number), RaggedExpert(hidden_size, width))
+            self.add_module(str(number), RaggedExpert(hidden_size, width, names))
 
     def __len__(self) -> int:
         return self.num_experts
@@ -64,52 +76,51 @@ class RaggedExperts(nn.Module):
         return out
 
 
-def _make_ragged(layers, config) -> None:
-    """Replace the stock experts of every sparse layer."""
-    for layer, widths in zip(layers, config.expert_intermediate_sizes, strict=True):
-        if widths:
-            layer.mlp.experts = RaggedExperts(config.hidden_size, widths)
-
-
-class RaggedQwen2MoeConfig(Qwen2MoeConfig):
-    model_type = "ragged_qwen2_moe"
-
-
-class RaggedQwen2MoeModel(Qwen2MoeModel):
-    config_class = RaggedQwen2MoeConfig
-    _can_compile_fullgraph = False
+def _ragged(stock: Any, config_class: type, names: tuple[str, str, str]) -> type:
+    """A subclass of a stock model whose sparse layers have experts of their own widths."""
 
     def __init__(self, config):
-        super().__init__(config)
-        _make_ragged(self.layers, config)
+        stock.__init__(self, config)
+        layers = getattr(self, "model", self).layers
+        for layer, widths in zip(layers, config.expert_intermediate_sizes, strict=True):
+            block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+            if widths:
+                block.experts = RaggedExperts(config.hidden_size, widths, names)
+
+    members = {
+        "__module__": __name__,
+        "__init__": __init__,
+        "config_class": config_class,
+        "_can_compile_fullgraph": False,
+    }
+    return type(f"Ragged{stock.__name__}", (stock,), members)
 
 
-class RaggedQwen2MoeForCausalLM(Qwen2MoeForCausalLM):
-    config_class = RaggedQwen2MoeConfig
-    _can_compile_fullgraph = False
-
-    def __init__(self, config):
-        super().__init__(config)
-        _make_ragged(self.model.layers, config)
-
-
-class RaggedQwen3MoeConfig(Qwen3MoeConfig):
-    model_type = "ragged_qwen3_moe"
-
-
-class RaggedQwen3MoeModel(Qwen3MoeModel):
-    config_class = RaggedQwen3MoeConfig
-    _can_compile_fullgraph = False
-
-    def __init__(self, config):
-        super().__init__(config)
-        _make_ragged(self.layers, config)
+def _classes(family: str, stem: str, names: tuple[str, str, str]) -> dict[str, type]:
+    """Config, bare model and causal language model of a family; none if transformers lacks it."""
+    package = f"transformers.models.{family}"
+    try:
+        configs = import_module(f"{package}.configuration_{family}")
+        models = import_module(f"{package}.modeling_{family}")
+    except ImportError:
+        return {}
+    members = {"__module__": __name__, "model_type": f"ragged_{family}"}
+    config = type(f"Ragged{stem}Config", (getattr(configs, f"{stem}Config"),), members)
+    made = [
+        _ragged(getattr(models, stem + kind), config, names) for kind in ("Model", "ForCausalLM")
+    ]
+    return {made_class.__name__: made_class for made_class in (config, *made)}
 
 
-class RaggedQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
-    config_class = RaggedQwen3MoeConfig
-    _can_compile_fullgraph = False
+for _family, (_stem, _names) in FAMILIES.items():
+    globals().update(_classes(_family, _stem, _names))
 
-    def __init__(self, config):
-        super().__init__(config)
-        _make_ragged(self.model.layers, config)
+try:  # transformers 5 calls every block `mlp`; in files, Mixtral's keeps its own name
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+except ImportError:
+    pass
+else:
+    register_checkpoint_conversion_mapping(
+        "ragged_mixtral", [WeightRenaming(".block_sparse_moe.", ".mlp.")], overwrite=True
+    )

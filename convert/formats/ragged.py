@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from convert.rules import RAGGED, Family
+
 MODELLING_FILE = Path(__file__).with_name("modeling_ragged_moe.py")
-CLASSES = {"qwen2_moe": "RaggedQwen2Moe", "qwen3_moe": "RaggedQwen3Moe"}
 
 
-def ragged_config(hf_config: dict[str, Any], counts: list[list[int]]) -> dict[str, Any]:
+def ragged_config(
+    hf_config: dict[str, Any], family: Family, counts: list[list[int]]
+) -> dict[str, Any]:
     """config.json of a ragged folder.
 
     The model type is one of our own: under the stock one, transformers would ignore the modelling
@@ -15,16 +18,16 @@ def ragged_config(hf_config: dict[str, Any], counts: list[list[int]]) -> dict[st
 
     Args:
       hf_config: the source's config.json, not changed.
+      family: of the source.
       counts: channels per layer and expert, [] for dense layers.
 
     Returns:
       A new dict.
     """
-    family = str(hf_config["model_type"]).removeprefix("ragged_")
-    stem, module = CLASSES[family], MODELLING_FILE.stem
+    stem, module = f"Ragged{family.stem}", MODELLING_FILE.stem
     return {
         **hf_config,
-        "model_type": f"ragged_{family}",
+        "model_type": RAGGED + family.public_type,
         "architectures": [f"{stem}ForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{module}.{stem}Config",

@@ -111,7 +111,7 @@ def hugging_face_config() -> dict:
         "num_hidden_layers": CONFIG.num_layers,
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
+        "head_dim": attention.key_dim,
         "attention_bias": False,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.experts_per_token,

@@ -1,0 +1,48 @@
+"""Mixtral: every layer has experts, named w1 (gate), w3 (up) and w2 (down)."""
+
+from convert.families import hf_config
+from convert.families.tables import ATTENTION, NORMS, expert_rules
+from convert.rules import Family
+from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
+
+ROPE = {"rope_theta": 1e6}
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """config.json -> ModelConfig.
+
+    Raises:
+      ValueError: if a key is missing or has an unsupported value.
+    """
+    hf_config.require(
+        hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "intermediate_size", "num_experts_per_tok",
+    )  # fmt: skip
+    heads = hf["num_attention_heads"]
+    attention = AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        rope=hf_config.rope_config(hf, ROPE),
+    )
+    moe = MoEConfig(
+        num_experts=hf_config.num_experts(hf),
+        experts_per_token=hf["num_experts_per_tok"],
+        d_expert=hf["intermediate_size"],
+        renormalize=True,
+    )
+    layers = range(hf["num_hidden_layers"]) if hf.get("sliding_window") else ()
+    return hf_config.model_config(
+        hf, attention=attention, moe=moe, sliding_layers=layers, norm_eps=1e-5
+    )
+
+
+FAMILY = Family(
+    model_type="mixtral",
+    stem="Mixtral",
+    config_from_hf=config_from_hf,
+    rules=NORMS + ATTENTION + expert_rules("block_sparse_moe", "w1", "w3", "w2"),
+    width_key="intermediate_size",
+    count_keys=("num_local_experts",),
+    rope=ROPE,
+)

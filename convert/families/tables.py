@@ -1,0 +1,79 @@
+"""Lines of tables that several families share; letters of shapes as in `rules.axis_sizes`."""
+
+from convert.rules import Rule
+
+_LAYER = "model.layers.{layer}."
+_ATTENTION = _LAYER + "self_attn."
+_MLP = _LAYER + "mlp."
+
+NORMS = (
+    Rule(_LAYER + "input_layernorm.weight", "attention_norm", "D"),
+    Rule(_LAYER + "post_attention_layernorm.weight", "mlp_norm", "D"),
+)
+ATTENTION = (
+    Rule(_ATTENTION + "q_proj.weight", "attention.w_q", "AD"),
+    Rule(_ATTENTION + "k_proj.weight", "attention.w_k", "BD"),
+    Rule(_ATTENTION + "v_proj.weight", "attention.w_v", "BD"),
+    Rule(_ATTENTION + "o_proj.weight", "attention.w_out", "DA"),
+    Rule(_ATTENTION + "q_proj.bias", "attention.b_q", "A", "qkv_bias"),
+    Rule(_ATTENTION + "k_proj.bias", "attention.b_k", "B", "qkv_bias"),
+    Rule(_ATTENTION + "v_proj.bias", "attention.b_v", "B", "qkv_bias"),
+    Rule(_ATTENTION + "o_proj.bias", "attention.b_out", "D", "out_bias"),
+)
+QK_NORM = (
+    Rule(_ATTENTION + "q_norm.weight", "attention.q_norm", "H", "qk_norm"),
+    Rule(_ATTENTION + "k_norm.weight", "attention.k_norm", "H", "qk_norm"),
+)
+JOINT_QK_NORM = (
+    Rule(_ATTENTION + "q_norm.weight", "attention.q_norm", "A", "qk_norm"),
+    Rule(_ATTENTION + "k_norm.weight", "attention.k_norm", "B", "qk_norm"),
+)
+LATENT_ATTENTION = (
+    Rule(_ATTENTION + "q_proj.weight", "attention.w_q", "AD", "direct_query"),
+    Rule(_ATTENTION + "q_a_proj.weight", "attention.w_q_down", "QD", "query_rank"),
+    Rule(_ATTENTION + "q_a_proj.bias", "attention.b_q_down", "Q", "query_rank_bias"),
+    Rule(_ATTENTION + "q_a_layernorm.weight", "attention.q_norm", "Q", "query_rank"),
+    Rule(_ATTENTION + "q_b_proj.weight", "attention.w_q_up", "AQ", "query_rank"),
+    Rule(_ATTENTION + "kv_a_proj_with_mqa.weight", "attention.w_kv_down", "JD"),
+    Rule(_ATTENTION + "kv_a_proj_with_mqa.bias", "attention.b_kv_down", "J", "out_bias"),
+    Rule(_ATTENTION + "kv_a_layernorm.weight", "attention.kv_norm", "C"),
+    Rule(_ATTENTION + "kv_b_proj.weight", "attention.w_kv_up", "UC"),
+    Rule(_ATTENTION + "o_proj.weight", "attention.w_out", "DO"),
+    Rule(_ATTENTION + "o_proj.bias", "attention.b_out", "D", "out_bias"),
+)
+
+
+def mlp_rules(prefix: str, ours: str, width: str, needs: str) -> tuple[Rule, ...]:
+    """A SwiGLU network of one width."""
+    return (
+        Rule(prefix + "gate_proj.weight", ours + ".w_gate", width + "D", needs),
+        Rule(prefix + "up_proj.weight", ours + ".w_up", width + "D", needs),
+        Rule(prefix + "down_proj.weight", ours + ".w_down", "D" + width, needs),
+    )
+
+
+def expert_rules(
+    block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[Rule, ...]:
+    """Router and routed experts under the names of a block and of its projections."""
+    block = _LAYER + block + "."
+    expert = block + "experts.{expert}."
+    return (
+        Rule(block + "gate.weight", "mlp.router", "ED", "moe"),
+        Rule(f"{expert}{gate}.weight", "mlp.experts.w_gate", "FD", "moe", "expert_rows"),
+        Rule(f"{expert}{up}.weight", "mlp.experts.w_up", "FD", "moe", "expert_rows"),
+        Rule(f"{expert}{down}.weight", "mlp.experts.w_down", "DF", "moe", "expert_columns"),
+    )
+
+
+DENSE = mlp_rules(_MLP, "mlp", "I", "dense")
+EXPERTS = expert_rules()
+CORRECTION_BIAS = (
+    Rule(_MLP + "gate.e_score_correction_bias", "mlp.router_bias", "E", "correction_bias",
+         precise=True),
+)  # fmt: skip
+GATED_SHARED = (
+    *mlp_rules(_MLP + "shared_expert.", "mlp.shared.mlp", "S", "shared"),
+    Rule(_MLP + "shared_expert_gate.weight", "mlp.shared.gate", "1D", "shared_gate"),
+)
+SHARED = mlp_rules(_MLP + "shared_experts.", "mlp.shared.mlp", "S", "shared")

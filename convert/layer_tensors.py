@@ -1,0 +1,78 @@
+"""The tensors of a decoder layer under their names on disk."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.rules import Rule
+from moe_jax.moe import Experts
+from moe_jax.quant import QTensor, Weight, dequantize, unpack_nibbles
+from moe_jax.transformer import DecoderLayer
+
+
+def layer_to_hf(
+    rules: Iterable[Rule], layer: DecoderLayer, index: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of a decoder layer under their names on disk; the inverse of reading.
+
+    4-bit weights are dequantised. An expert without channels yields nothing.
+    """
+    for rule in rules:
+        value = _lookup(layer, rule.ours)
+        if value is not None:
+            assert isinstance(value, Weight)
+            array = np.asarray(dequantize(value))
+            yield from _named_parts(rule, layer, index, array, channels_per_row=1)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight [out, in] in 4 bits: codes int8 [out, in] in -8..7, scale float [out, in / g]."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+
+
+def layer_codes(
+    rules: Iterable[Rule], layer: DecoderLayer, index: int
+) -> Iterator[tuple[str, Codes]]:
+    """The 4-bit weights of a decoder layer under their names on disk, exactly as they are."""
+    for rule in rules:
+        value = _lookup(layer, rule.ours)
+        if not isinstance(value, QTensor):
+            continue
+        group = value.group_size if value.axis == 0 else 1
+        codes, scale = np.asarray(unpack_nibbles(value.packed)), np.asarray(value.scale)
+        for (name, part), (_, own) in zip(
+            _named_parts(rule, layer, index, codes, channels_per_row=1),
+            _named_parts(rule, layer, index, scale, channels_per_row=group),
+            strict=True,
+        ):
+            yield name, Codes(part, own)
+
+
+def _named_parts(
+    rule: Rule, layer: DecoderLayer, index: int, array: np.ndarray, channels_per_row: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """An array of the layer cut into what lies on disk; experts' rows follow each other."""
+    name = rule.hf.replace("{layer}", str(index))
+    if rule.layout == "identity":
+        yield name, array
+        return
+    experts = _lookup(layer, rule.ours.rpartition(".")[0])
+    assert isinstance(experts, Experts)
+    ends = np.concatenate([[0], np.cumsum(np.asarray(experts.count))]) // channels_per_row
+    for expert, (start, stop) in enumerate(itertools.pairwise(ends.astype(int))):
+        rows = array[start:stop]
+        if len(rows):
+            part = rows if rule.layout == "expert_rows" else np.ascontiguousarray(rows.T)
+            yield name.replace("{expert}", str(expert)), part
+
+
+def _lookup(node, path: str):
+    """Follow an attribute path; None where a part is absent."""
+    for key in path.split("."):
+        node = getattr(node, key, None)
+    return node

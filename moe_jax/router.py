@@ -1,0 +1,64 @@
+"""From router logits to chosen experts and their weights."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moe_jax.config import MoEConfig, Score
+
+# Keeps 0 / 0 out of renormalisation where every selected score underflowed.
+TINY = 1e-20
+
+
+def router_scores(logits: Array, score: Score) -> Array:  # [T, E] -> [T, E]
+    """Scores in (0, 1); they sum to one over experts for "softmax" only."""
+    return jax.nn.softmax(logits, axis=-1) if score == "softmax" else jax.nn.sigmoid(logits)
+
+
+def router_probability(logits: Array, score: Score) -> Array:  # [T, E] -> [T, E]
+    """Scores divided by their sum over experts."""
+    scores = router_scores(logits, score)
+    return scores / (scores.sum(axis=-1, keepdims=True) + TINY)
+
+
+def limit_to_groups(choice: Array, config: MoEConfig) -> Array:
+    """Rule out the experts of all but a token's best groups.
+
+    Args:
+      choice: float32 [T, E], what experts are selected by.
+      config: its groups.
+
+    Returns:
+      [T, E], -inf in the other groups.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.2.2 (max); DeepSeek-V3, arXiv:2412.19437,
+    section 2.1.2 (top2).
+    """
+    grouped = choice.reshape(len(choice), config.num_groups, -1)
+    best = 1 if config.group_score == "max" else 2
+    rating = jax.lax.top_k(grouped, best)[0].sum(axis=-1)  # [T, groups]
+    chosen = jax.lax.top_k(rating, config.groups_per_token)[1]
+    allowed = jax.nn.one_hot(chosen, config.num_groups, dtype=bool).any(axis=1)
+    return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def route(logits: Array, config: MoEConfig, bias: Array | None = None) -> tuple[Array, Array]:
+    """Choose experts by score.
+
+    Args:
+      logits: float32 [T, E].
+      config: how scores, groups and weights are made.
+      bias: float32 [E], added to the scores for the selection alone.
+
+    Returns:
+      (weight float32 [T, k], expert int32 [T, k]), best first; ties go to the lower index.
+    """
+    scores = router_scores(logits, config.score)
+    choice = scores if bias is None else scores + bias[None]
+    if config.num_groups > 1:
+        choice = limit_to_groups(choice, config)
+    expert = jax.lax.top_k(choice, config.experts_per_token)[1]
+    weight = jnp.take_along_axis(scores, expert, axis=-1)
+    if config.renormalize:
+        weight /= weight.sum(axis=-1, keepdims=True) + TINY
+    return weight * config.routed_scale, expert
