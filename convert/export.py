@@ -15,6 +15,7 @@ from convert.layer_tensors import Codes, layer_codes, layer_to_hf
 from convert.rules import EMBEDDING, Family, Widths, expected_tensors
 from convert.writer import Spec, portable_config, write_folder
 from moe_jax.config import ModelConfig
+from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
 
@@ -178,7 +179,8 @@ def packed_inputs(
 def check_widths(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
     """Raise ValueError unless every group of 4-bit weights of an export is whole."""
     if form.is_packed:
-        columns = packed_inputs(base, widths, form)
+        kept = {count for counts in widths for count in counts}
+        columns = [*packed_inputs(base, widths, form), *kept]
         compressed_tensors.check_group_size(form.group_size, columns)
 
 
@@ -195,8 +197,8 @@ def export_checkpoint(
     """Write a model, one layer in memory at a time; the folder is complete or absent.
 
     Args:
-      source: the pruned model in the order of `base`'s layers; weights that are `QTensor` keep
-        their codes and scales in a 4-bit format.
+      source: the pruned model in the order of `base`'s layers; in a 4-bit format weights that are
+        `QTensor` keep their codes and scales, others are rounded to nearest.
       base: the dense checkpoint, for names, config and tokenizer files.
       widths: channels per layer and expert of `source`, () for dense layers.
       target: folder to make.
@@ -232,44 +234,42 @@ def _tensors(model: LayerSource, base: Checkpoint, widths: Widths, form: ExportF
         by_layer.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
     for index in range(len(model)):
         layer = source.layer(model.layer(index))
-        codes = dict(layer_codes(source.family.rules, layer, index)) if form.is_packed else {}
+        codes: dict[str, Codes] = {}
+        if form.is_packed:
+            layer = quantize_layer(layer, form.group_size)
+            codes = dict(layer_codes(source.family.rules, layer, index))
         here = {n: v for n, v in layer_to_hf(source.family.rules, layer, index) if n not in codes}
         for name, stored in by_layer[f"model.layers.{index}"].items():
-            if name in codes:
-                yield from _as_coded(name, codes[name], stored.shape, form.group_size)
+            if stored.packed:
+                yield from _as_coded(name, codes.get(name), stored.shape, form.group_size)
             else:
-                yield from _written(name, here.get(name), stored, form.group_size)
+                yield name, _padded(here.get(name), stored)
         if on_layer:
             on_layer(index)
 
 
-def _written(
-    name: str, value: np.ndarray | None, stored: _Stored, group_size: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """One tensor as it goes to disk; an emptied expert of a padded folder is all zeros."""
+def _padded(value: np.ndarray | None, stored: _Stored) -> np.ndarray:
+    """A tensor as it goes to disk; an emptied expert of a padded folder is all zeros."""
     full = np.zeros(stored.shape, stored.dtype)
     if value is not None:
         full[tuple(slice(size) for size in value.shape)] = value.astype(stored.dtype)
-    if stored.packed:
-        parts = compressed_tensors.quantize_linear(full, group_size)
-        yield from ((name.removesuffix("weight") + key, part) for key, part in parts.items())
-    else:
-        yield name, full
+    return full
 
 
 def _as_coded(
-    name: str, weight: Codes, shape: tuple[int, ...], group_size: int
+    name: str, weight: Codes | None, shape: tuple[int, ...], group_size: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """A weight that is already in 4 bits, bit for bit; padding is code 0 at the least scale."""
-    own = weight.codes.shape[1] // weight.scale.shape[1]
-    if own != group_size:
-        raise ValueError(
-            f"{name} has one scale per {own} weights; export it with that group size instead of "
-            f"{group_size}"
-        )
+    """A weight in 4 bits, bit for bit; padding is code 0 at the least scale."""
     codes = np.zeros(shape, np.int8)
     scale = np.full((shape[0], shape[1] // group_size), compressed_tensors.MIN_SCALE)
-    for full, part in ((codes, weight.codes), (scale, weight.scale)):
-        full[tuple(slice(size) for size in part.shape)] = part
+    if weight is not None:
+        own = weight.codes.shape[1] // weight.scale.shape[1]
+        if own != group_size:
+            raise ValueError(
+                f"{name} has one scale per {own} weights; export it with that group size instead "
+                f"of {group_size}"
+            )
+        for full, part in ((codes, weight.codes), (scale, weight.scale)):
+            full[tuple(slice(size) for size in part.shape)] = part
     parts = compressed_tensors.pack_codes(codes, scale)
     yield from ((name.removesuffix("weight") + key, part) for key, part in parts.items())

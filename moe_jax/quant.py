@@ -1,11 +1,18 @@
 """Symmetric groupwise 4-bit weights."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 MIN_SCALE = 2.0**-14  # smallest normal float16: every client sees the same scale
-CODE_MAX = 7  # codes -8..7; the scale maps the largest magnitude to 7 so that both signs fit
+CODE_MAX = 7  # codes are -8..7
+# Largest magnitude of a group over what code 7 stands for. Clipping a few large weights lets all
+# others be finer: on normal weights the squared error falls by a quarter.
+SHRINKS = tuple(1 - step / 40 for step in range(17))
+ROWS_AT_ONCE = 4096
 
 
 @struct.dataclass
@@ -63,7 +70,7 @@ def unpack_nibbles(packed: Array) -> Array:  # [rows, cols / 2] -> [rows, cols]
 
 
 def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -> QTensor:
-    """Round a matrix to 4-bit codes, to nearest, with one absmax scale per group.
+    """Round a matrix to 4-bit codes, to nearest, with the scale of least squared error per group.
 
     Args:
       weight: float [rows, cols], cols even.
@@ -82,23 +89,51 @@ def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -
             f"group_size={group_size} must divide axis {axis} of a weight of shape "
             f"{weight.shape}, whose column count must be even; choose a smaller group size"
         )
+    step = max(1, ROWS_AT_ONCE // group_size) * group_size  # bounds the temporaries
+    parts = [
+        _quantize_rows(weight[start : start + step], group_size, axis)
+        for start in range(0, weight.shape[0], step)
+    ]
+    packed, scale = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    return QTensor(packed=packed, scale=scale.astype(dtype), group_size=group_size, axis=axis)
+
+
+@partial(jax.jit, static_argnames=("group_size", "axis"))
+def _quantize_rows(weight: Array, group_size: int, axis: int) -> tuple[Array, Array]:
+    # Compiled by itself wherever it is used, so that the same weight always gets the same codes.
     groups = _grouped(weight.astype(jnp.float32), group_size, axis)
-    absmax = jnp.max(jnp.abs(groups), axis=axis + 1, keepdims=True)
-    scale = absmax_scale(absmax)
+    scale = best_scale(groups, axis + 1)
     codes = nearest_codes(groups, scale).reshape(weight.shape)
-    return QTensor(
-        packed=pack_nibbles(codes.astype(jnp.int8)),
-        scale=jnp.squeeze(scale, axis + 1).astype(dtype),
-        group_size=group_size,
-        axis=axis,
-    )
+    return pack_nibbles(codes.astype(jnp.int8)), jnp.squeeze(scale, axis + 1)
 
 
-def absmax_scale(absmax: Array) -> Array:
-    """Scale of a group whose largest magnitude is `absmax`: float32 that bfloat16 can hold."""
-    # A product, because XLA divides by a constant in its own way and numpy must agree bit for bit.
-    scale = jnp.maximum(absmax.astype(jnp.float32) * (1 / CODE_MAX), MIN_SCALE)
-    return scale.astype(jnp.bfloat16).astype(jnp.float32)
+def best_scale(groups: Array, axis: int) -> Array:
+    """The scale of each group with the least squared rounding error, among `SHRINKS`.
+
+    Args:
+      groups: float32, groups lie along `axis`.
+      axis: the axis that shares a scale.
+
+    Returns:
+      float32 that bfloat16 can hold, at least `MIN_SCALE`, size 1 along `axis`; of equally good
+      scales the largest.
+    """
+    largest = jnp.max(jnp.abs(groups), axis=axis, keepdims=True)
+
+    def candidate(shrink: Array) -> tuple[Array, Array]:
+        # A product, because XLA divides by a constant in its own way.
+        scale = jnp.maximum(largest * (shrink / CODE_MAX), MIN_SCALE)
+        scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
+        wrong = jnp.square(nearest_codes(groups, scale) * scale - groups)
+        return scale, jnp.sum(wrong, axis=axis, keepdims=True)
+
+    def better(best: tuple[Array, Array], shrink: Array):
+        scale, error = candidate(shrink)
+        wins = error < best[1]
+        return (jnp.where(wins, scale, best[0]), jnp.where(wins, error, best[1])), None
+
+    shrinks = jnp.asarray(SHRINKS, jnp.float32)
+    return jax.lax.scan(better, candidate(shrinks[0]), shrinks[1:])[0][0]
 
 
 def nearest_codes(groups: Array, scale: Array) -> Array:

@@ -19,6 +19,7 @@ from moe_jax.attention import Attention, Context
 from moe_jax.latent_attention import LatentAttention
 from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.quant import QTensor, Weight, dequantize, pack_nibbles, unpack_nibbles
+from moe_jax.quantized import quantize_layer
 from moe_jax.transformer import DecoderLayer
 from pruning.gptq_core import Coded, gptq
 from pruning.moments import (
@@ -30,7 +31,6 @@ from pruning.moments import (
     expert_moments,
     total,
 )
-from pruning.quantized import quantize_layer
 
 AnyAttention = Attention | LatentAttention
 

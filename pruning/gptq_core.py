@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from moe_jax.quant import absmax_scale, nearest_codes
+from moe_jax.quant import best_scale, nearest_codes
 
 DAMPING = 0.01  # of the mean diagonal of H, as in the paper
 HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would round the compensation
@@ -88,7 +88,7 @@ def gptq(weight: Array, moments: Array, *, group_size: int, damping: float = DAM
         columns = jax.lax.dynamic_slice_in_dim(move, start, group_size, axis=1)  # [in, g]
         moved = rows + jnp.einsum("ig,io->go", columns, errors, precision=HIGHEST)
         inside = jax.lax.dynamic_slice_in_dim(columns, start, group_size)  # [g, g]
-        scale = absmax_scale(jnp.max(jnp.abs(_unrounded(moved, inside, rows)), axis=0))  # [out]
+        scale = best_scale(_unrounded(moved, inside, rows), 0)[0]  # [out]
         codes = _group_codes(moved, inside, rows, scale)
         own = rows - codes * scale[None]
         return jax.lax.dynamic_update_slice_in_dim(errors, own, start, 0), (codes, scale)

@@ -13,11 +13,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moe_jax.quant import QTensor
+from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
 from moe_jax.transformer import DecoderLayer, Embedding, Head
 from pruning.gptq import Coverage, gptq_layer
 from pruning.moments import Batch
-from pruning.quantized import quantize_layer
 
 HELD_OUT = 8  # one window in so many measures errors and enters no second moment
 SUMMARY = "gptq.json"

@@ -264,8 +264,7 @@ def export(
 ) -> Path:
     """Write one export of a plan; `codes` as for `pruned_source`."""
     plan.require_model(base.fingerprint)
-    # Without codes the exporter rounds each tensor itself.
-    source = PrunedSource(base, plan) if codes is None else pruned_source(base, plan, form, codes)
+    source = pruned_source(base, plan, form, codes)
     target.parent.mkdir(parents=True, exist_ok=True)
     with steps.bar(f"export {form.name}") as on_step:
         return export_checkpoint(

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,23 +10,22 @@ from hypothesis.extra import numpy as hnp
 
 from convert import find_family
 from convert.formats import compressed_tensors
-from moe_jax.quant import quantize
 from pruning.recipe import CompressionRecipe
 
 
-@settings(deadline=None)  # the first example compiles
-@given(
-    hnp.arrays(np.float32, (4, 64), elements=st.floats(-1e3, 1e3, width=32)),
-    st.sampled_from([32, 64]),
-)
-def test_packed_words_hold_the_codes_of_the_jax_quantiser(weight, group_size):
-    packed = compressed_tensors.quantize_linear(weight, group_size)
-    ours = quantize(jnp.asarray(weight), group_size=group_size, axis=1, dtype=jnp.float32)
-    np.testing.assert_array_equal(packed["weight_scale"].astype(np.float32), ours.scale)
+@settings(deadline=None)
+@given(hnp.arrays(np.int8, (4, 64), elements=st.integers(-8, 7)), st.sampled_from([32, 64]))
+def test_packed_words_hold_eight_codes_lowest_nibble_first(codes, group_size):
+    scale = np.full((4, 64 // group_size), 0.5)
+    packed = compressed_tensors.pack_codes(codes, scale)
     words = packed["weight_packed"].view(np.uint32)
-    codes = [[int(words[i, j // 8]) >> (4 * (j % 8)) & 15 for j in range(64)] for i in range(4)]
-    theirs = np.stack([np.asarray(ours.packed) & 15, np.asarray(ours.packed) >> 4], axis=-1)
-    np.testing.assert_array_equal(codes, theirs.reshape(4, 64))
+    found = [
+        [(int(words[i, j // 8]) >> (4 * (j % 8)) & 15) - 8 for j in range(64)] for i in range(4)
+    ]
+    np.testing.assert_array_equal(found, codes)
+    assert packed["weight_scale"].dtype == compressed_tensors.SCALE
+    np.testing.assert_array_equal(packed["weight_scale"].astype(np.float64), scale)
+    np.testing.assert_array_equal(packed["weight_shape"], [4, 64])
 
 
 def test_a_width_that_no_group_fits_is_refused():

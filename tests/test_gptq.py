@@ -13,6 +13,7 @@ from convert import open_checkpoint
 from convert.export import ExportFormat, export_checkpoint
 from moe_jax.moe import MoE
 from moe_jax.quant import dequantize
+from moe_jax.quantized import quantize_layer
 from moe_jax.stream import layer_forward
 from moe_jax.transformer import init
 from pruning.cli import main
@@ -22,12 +23,11 @@ from pruning.gptq_source import CodedSource, batches, quantize_model, read_summa
 from pruning.moments import attention_moments, expert_moments
 from pruning.plan import PruningPlan
 from pruning.prune import PrunedSource
-from pruning.quantized import quantize_layer
 from pruning.recipe import CompressionRecipe
 from pruning.stages import DEMO, open_job
 from tests import tiny
 from tests.test_attribution import CONFIG
-from tests.test_formats import unpack
+from tests.test_families import unpack
 
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64}
 
@@ -72,7 +72,7 @@ def test_moments_are_those_of_a_plain_loop_over_tokens(demo):
     attended = np.asarray(norm(np.asarray(x, np.float64), np.asarray(layer.attention_norm, float)))
     rows = attended.reshape(-1, attended.shape[-1])[valid]
     found = attention_moments(layer, x, context)
-    np.testing.assert_allclose(found["w_qkv"], rows.T @ rows, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(found["w_q"], rows.T @ rows, rtol=1e-3, atol=1e-2)
 
     normed = norm(np.asarray(x, np.float64), np.asarray(layer.mlp_norm, float))
     flat = normed.reshape(-1, normed.shape[-1])[valid]

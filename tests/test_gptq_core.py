@@ -9,9 +9,16 @@ from moe_jax.quant import dequantize, quantize
 from pruning.gptq_core import gptq
 
 
-def rounded_scale(group: np.ndarray) -> np.ndarray:
-    scale = np.maximum(np.abs(group).max(axis=1) / 7, 2.0**-14)
-    return scale.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+def rounded_scale(group: np.ndarray) -> np.ndarray:  # [out, g] -> [out]
+    """Of 17 scales from a seventh of the largest weight down to 0.6 of it, the least wrong one."""
+    found, least = np.zeros(len(group)), np.full(len(group), np.inf)
+    for shrink in np.linspace(1, 0.6, 17):
+        scale = np.maximum(np.abs(group).max(axis=1) * (shrink / 7), 2.0**-14)
+        scale = scale.astype(ml_dtypes.bfloat16).astype(np.float64)
+        codes = np.clip(np.rint(group / scale[:, None]), -8, 7)
+        error = np.square(codes * scale[:, None] - group).sum(axis=1)
+        found, least = np.where(error < least, scale, found), np.minimum(error, least)
+    return found
 
 
 def textbook(weight: np.ndarray, moments: np.ndarray, group_size: int, damping: float = 0.01):

@@ -10,7 +10,6 @@ import numpy as np
 SCALE = np.dtype(ml_dtypes.bfloat16)
 MIN_SCALE = np.float32(2.0**-14)  # smallest normal float16: no client flushes it to zero
 GROUP_SIZES = (128, 64, 32)
-_ROWS = 4096  # rows quantised at a time, to bound the temporaries
 
 
 def check_group_size(group_size: int, widths: Iterable[int]) -> None:
@@ -40,35 +39,6 @@ def packed_specs(rows: int, columns: int, group_size: int) -> dict[str, tuple[np
     }
 
 
-def quantize_linear(weight: np.ndarray, group_size: int) -> dict[str, np.ndarray]:
-    """Round a weight to 4 bits, to nearest, with one absmax scale per group of inputs.
-
-    Args:
-      weight: [out, in], any float dtype.
-      group_size: inputs per scale; must divide in.
-
-    Returns:
-      weight_packed int32 [out, ceil(in / 8)], element i of a word in bits 4i to 4i + 3 as code + 8;
-      weight_scale bfloat16 [out, in / g], at least 2^-14; weight_shape int64 [2].
-    """
-    rows, columns = weight.shape
-    check_group_size(group_size, [columns])
-    words = np.empty((rows, -(-columns // 8)), np.int32)
-    scales = np.empty((rows, columns // group_size), SCALE)
-    for start in range(0, rows, _ROWS):
-        part = weight[start : start + _ROWS].astype(np.float32)
-        groups = part.reshape(len(part), -1, group_size)
-        largest = np.abs(groups).max(axis=2)
-        # Codes are taken with the rounded scale, the one that every client multiplies with.
-        scale = np.maximum(largest * np.float32(1 / 7), MIN_SCALE)
-        scale = scale.astype(SCALE).astype(np.float32)
-        codes = _nearest(groups, scale[:, :, None]).clip(-8, 7)
-        words[start : start + _ROWS] = _pack(codes.reshape(len(part), columns).astype(np.int8))
-        scales[start : start + _ROWS] = scale
-    shape = np.array([rows, columns], np.int64)
-    return {"weight_packed": words, "weight_scale": scales, "weight_shape": shape}
-
-
 def pack_codes(codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
     """Lay out a weight that is already in 4 bits.
 
@@ -77,20 +47,14 @@ def pack_codes(codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
       scale: [out, in / g], representable in bfloat16.
 
     Returns:
-      As `quantize_linear`.
+      weight_packed int32 [out, ceil(in / 8)], element i of a word in bits 4i to 4i + 3 as code + 8;
+      weight_scale bfloat16 [out, in / g]; weight_shape int64 [2].
     """
     return {
         "weight_packed": _pack(codes),
         "weight_scale": scale.astype(SCALE),
         "weight_shape": np.array(codes.shape, np.int64),
     }
-
-
-def _nearest(groups: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Whole multiples of `scale` nearest to `groups`, ties to even, by exact products."""
-    low = np.floor(groups * (np.float32(1) / scale))
-    above, below = (low + 1) * scale - groups, groups - low * scale
-    return low + ((above < below) | ((above == below) & (low % 2 == 1)))
 
 
 def _pack(codes: np.ndarray) -> np.ndarray:  # int8 [rows, columns] -> int32 [rows, ceil(columns/8)]
