@@ -19,7 +19,7 @@ from pruning.attribution import row_loss
 from pruning.states import MEMORY_STATES, row_slices
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Ablation:
     """One thing to take out of a model.
 
