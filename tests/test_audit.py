@@ -118,7 +118,7 @@ def test_an_audit_writes_numbers_rows_and_a_page(audited):
         part = found[kind]
         assert part["proxies"].keys() | set(part["not_collected"]) == registry.keys()
         assert {"nll_ig", "taylor"} & set(part["not_collected"])
-    rows = list(csv.DictReader((audited / "audit.csv").open()))
+    rows = list(csv.DictReader((audited / "audit.csv").read_text().splitlines()))
     assert [row["kind"] for row in rows] == ["expert"] * 6 + ["channel"] * 5
     increases = [float(row["masked"]) for row in rows]
     assert np.isfinite(increases).all() and np.any(increases)
