@@ -23,6 +23,10 @@ EXAMPLES = {
     "eval": "moe-compress eval out/exports/ragged-int4 --text test.txt --json quality.json\n"
     "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json",
     "report": "moe-compress report out",
+    "compare": "moe-compress compare demo --prune-rate 0.25 0.5 --output rules\n"
+    "  moe-compress compare ./OLMoE-1B-7B --calibration c4.txt --evaluation test.txt "
+    "--rules 'fair*' 'uniform*' random --gradients --expert-details --weight-gradients "
+    "--output rules",
 }
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,7 +79,35 @@ def build_parser() -> argparse.ArgumentParser:
     _sweep_flag(command)
     command = add("report", "Print the table of a finished run and write its page again.")
     command.add_argument("folder", type=Path, help="output folder of compress")
+    _compare_flags(add("compare", "Rank pruning rules at equal size on held-out text."), model_help)
     return parser
+
+
+def _compare_flags(command: argparse.ArgumentParser, model_help: str) -> None:
+    command.description = (
+        "Which pruning rule loses least on this model? Scores the model once, plans every rule at "
+        "the same number of kept channels, and measures all plans on text that was not used for "
+        "scoring, by masking: no pruned model is written. Prints a ranked table and writes "
+        "compare.html, compare.csv and compare.json to the output folder. The same command goes on "
+        "after an interruption. A rule's name says allocation and channel score, e.g. fair-energy; "
+        "experts-NAME removes whole experts. Differences below the spread of random mean nothing."
+    )
+    command.add_argument("model", help=model_help)
+    command.add_argument(
+        "--rules", nargs="+", action="extend", metavar="RULE",
+        help="standard (default; some 20 rules, forward statistics only), all, or names and "
+        "patterns such as 'fair*'; all also collects gradients, which takes several times as long",
+    )  # fmt: skip
+    command.add_argument(
+        "--evaluation-tokens", type=int, default=4096, metavar="N",
+        help="tokens scored of each evaluation text (default 4096)",
+    )  # fmt: skip
+    _sweep_flag(command)
+    add_recipe_flags(
+        command, "output", "calibration", "calibration_field", "evaluation", "max_tokens",
+        "window", "block", "gradients", "weight_gradients", "expert_details", "batch", "dtype",
+        "seed", "overwrite",
+    )  # fmt: skip
 
 
 def _sweep_flag(command: argparse.ArgumentParser) -> None:
@@ -91,6 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         if options.command in ("compress", "score"):
+            options.recipe = recipe_from(options)
+        if options.command == "compare":
+            options.rates = options.prune_rate or [0.25, 0.5]
+            del options.prune_rate  # a recipe has one
             options.recipe = recipe_from(options)
         # Only now: jax takes seconds to import, and a typing error should not.
         from pruning import commands

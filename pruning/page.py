@@ -25,22 +25,27 @@ def page(report: "CompressionReport") -> str:
     parts = [
         f"<h1>Compression report</h1>\n{_summary(report)}",
         _headlines(report),
-        *map(_section, (sizes, quality)),
+        *map(section, (sizes, quality)),
         _sample(report),
         "<h2>What is kept</h2>",
-        *(_figure(figure, caption) for figure, caption in figures(report)),
+        *(figure_html(figure, caption) for figure, caption in figures(report)),
         _long_section(layer_table(report)),
-        *map(_section, (verification, stages)),
+        *map(section, (verification, stages)),
         _provenance(report),
     ]
-    return _PAGE.replace("@BODY@", "\n".join(parts))
+    return document("Compression report", parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """A page of these parts in our style."""
+    return _PAGE.replace("@TITLE@", _text(title)).replace("@BODY@", "\n".join(parts))
 
 
 def fragment(report: "CompressionReport") -> str:
     """Headline and tables without style, for a notebook's output."""
     lines = (f"<b>{line.number} {line.unit}</b>: {_text(line.detail)}"
              for line in headlines(report))  # fmt: skip
-    return f"<p>{'<br>'.join(lines)}</p>" + "\n".join(map(_section, tables(report)))
+    return f"<p>{'<br>'.join(lines)}</p>" + "\n".join(map(section, tables(report)))
 
 
 def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
@@ -95,7 +100,8 @@ def _headlines(report: "CompressionReport") -> str:
     return f'<section class="cards">{"".join(cards)}</section>'
 
 
-def _section(table: TextTable) -> str:
+def section(table: TextTable) -> str:
+    """A heading, a table and its note."""
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
     return f"<h2>{table.title}</h2>{_table(table)}{note}"
 
@@ -116,7 +122,8 @@ def _table(table: TextTable) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _figure(figure: Figure, caption: str) -> str:
+def figure_html(figure: Figure, caption: str) -> str:
+    """A figure as a picture inside the page, with its caption."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -150,7 +157,7 @@ def _provenance(report: "CompressionReport") -> str:
     )  # fmt: skip
     recipe = _text(json.dumps(report.recipe, indent=2))
     return (
-        f"{_section(sources)}<h2>How to repeat it</h2><p>{_text(environment)}. The file "
+        f"{section(sources)}<h2>How to repeat it</h2><p>{_text(environment)}. The file "
         "recipe.yaml beside this page repeats the run.</p>"
         f"<details><summary>Recipe</summary><pre>{recipe}</pre></details>"
     )
@@ -161,7 +168,7 @@ def _text(value: Any) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Compression report</title>
+<html lang="en"><head><meta charset="utf-8"><title>@TITLE@</title>
 <meta name="viewport" content="width=device-width"><style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
   margin: 2.5rem auto; padding: 0 1rem; }
