@@ -125,8 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command in ("compress", "score"):
             options.recipe = recipe_from(options)
         if options.command == "compare":
-            options.rates = options.prune_rate or [0.25, 0.5]
-            del options.prune_rate  # a recipe has one
+            # A recipe has one rate only.
+            options.rates, options.prune_rate = options.prune_rate or [0.25, 0.5], None
             options.recipe = recipe_from(options)
         # Only now: jax takes seconds to import, and a typing error should not.
         from pruning import commands

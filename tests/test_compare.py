@@ -81,7 +81,7 @@ def routing_weights(source, tokens, valid) -> np.ndarray:
     k = source.config.moe.experts_per_token
     chosen = probability >= np.sort(probability, axis=-1)[..., -k, None]
     weight = np.where(chosen, probability, 0.0)
-    if source.config.moe.normalize_weights:
+    if source.config.moe.renormalize:
         weight /= weight.sum(axis=-1, keepdims=True)
     return weight
 
@@ -91,6 +91,7 @@ def recipe(models, texts, tmp_path_factory) -> CompressionRecipe:
     return CompressionRecipe(
         model=str(models / "single"), output=str(tmp_path_factory.mktemp("compare") / "out"),
         calibration=(str(texts / "good.txt"),), evaluation=(str(texts / "good.txt"),), batch=4,
+        block=8,
     )  # fmt: skip
 
 
