@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import sys
+import textwrap
 from pathlib import Path
 
 from pruning.errors import VerificationError
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _compare_flags(command: argparse.ArgumentParser, model_help: str) -> None:
-    command.description = (
+    command.description = textwrap.fill(
         "Which pruning rule loses least on this model? Scores the model once, plans every rule at "
         "the same number of kept channels, and measures all plans on text that was not used for "
         "scoring, by masking: no pruned model is written. Prints a ranked table and writes "
