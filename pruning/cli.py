@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import sys
+import textwrap
 from pathlib import Path
 
 from pruning.errors import VerificationError
@@ -35,6 +36,10 @@ EXAMPLES = {
     "Only scores whose statistics were collected are judged: --gradients, --expert-details,\n"
     "--weight-gradients and --nll-ig add more. An interrupted audit goes on where it stopped.\n"
     "Read audit.html first; audit.csv has a row for each expert and channel.",
+    "compare": "moe-compress compare demo --prune-rate 0.25 0.5 --output rules\n"
+    "  moe-compress compare ./OLMoE-1B-7B --calibration c4.txt --evaluation test.txt "
+    "--rules 'fair*' 'uniform*' random --gradients --expert-details --weight-gradients "
+    "--output rules",
 }
 AUDIT_FLAGS = (
     "output", "calibration", "calibration_field", "max_tokens", "window", "gradients",
@@ -105,7 +110,35 @@ def build_parser() -> argparse.ArgumentParser:
     add_recipe_flags(command, *AUDIT_FLAGS)
     command = add("report", "Print the table of a finished run and write its page again.")
     command.add_argument("folder", type=Path, help="output folder of compress")
+    _compare_flags(add("compare", "Rank pruning rules at equal size on held-out text."), model_help)
     return parser
+
+
+def _compare_flags(command: argparse.ArgumentParser, model_help: str) -> None:
+    command.description = textwrap.fill(
+        "Which pruning rule loses least on this model? Scores the model once, plans every rule at "
+        "the same number of kept channels, and measures all plans on text that was not used for "
+        "scoring, by masking: no pruned model is written. Prints a ranked table and writes "
+        "compare.html, compare.csv and compare.json to the output folder. The same command goes on "
+        "after an interruption. A rule's name says allocation and channel score, e.g. fair-energy; "
+        "experts-NAME removes whole experts. Differences below the spread of random mean nothing."
+    )
+    command.add_argument("model", help=model_help)
+    command.add_argument(
+        "--rules", nargs="+", action="extend", metavar="RULE",
+        help="standard (default; some 20 rules, forward statistics only), all, or names and "
+        "patterns such as 'fair*'; all also collects gradients, which takes several times as long",
+    )  # fmt: skip
+    command.add_argument(
+        "--evaluation-tokens", type=int, default=4096, metavar="N",
+        help="tokens scored of each evaluation text (default 4096)",
+    )  # fmt: skip
+    _sweep_flag(command)
+    add_recipe_flags(
+        command, "output", "calibration", "calibration_field", "evaluation", "max_tokens",
+        "window", "block", "gradients", "weight_gradients", "expert_details", "batch", "dtype",
+        "seed", "overwrite",
+    )  # fmt: skip
 
 
 def _sweep_flag(command: argparse.ArgumentParser) -> None:
@@ -121,6 +154,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         if options.command in ("compress", "score"):
+            options.recipe = recipe_from(options)
+        if options.command == "compare":
+            # A recipe has one rate only.
+            options.rates, options.prune_rate = options.prune_rate or [0.25, 0.5], None
             options.recipe = recipe_from(options)
         # Only now: jax takes seconds to import, and a typing error should not.
         from pruning import commands

@@ -12,6 +12,7 @@ from rich.console import Console
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import packed_inputs
 from pruning import audit_stage, gptq_stage, pipeline, preflight, stages
+from pruning import compare as comparing
 from pruning.audit_page import audit_tables
 from pruning.errors import VerificationError
 from pruning.evaluate import make_windows
@@ -228,3 +229,18 @@ def report(options: Options) -> None:
     found = CompressionReport.load(options.folder / "report.json")
     found.save(options.folder)
     Console().print(terminal_table(found))
+
+
+def compare(options: Options) -> None:
+    """Rules ranked at equal size; prints the table."""
+    recipe = options.recipe
+    found = comparing.compare(
+        recipe,
+        options.rates,
+        options.rules or ["standard"],
+        evaluation_tokens=options.evaluation_tokens,
+        steps=Steps(quiet=options.quiet),
+    )
+    console = Console()
+    console.print(found.terminal_table(console.width))
+    print(f"\n{recipe.output}/compare.html")

@@ -124,7 +124,7 @@ def _table(table: TextTable) -> str:
 
 
 def figure_html(figure: Figure, caption: str) -> str:
-    """A figure inside the page."""
+    """A figure as a picture inside the page, with its caption."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS)
     data = base64.b64encode(buffer.getvalue()).decode()
