@@ -88,7 +88,7 @@ def test_a_size_is_met_by_the_written_export(out, width):
 def test_parameters_are_met_to_one_block(out, models):
     base = open_checkpoint(models / "single")
     plan = planned(out, "--target-parameters", "50000", "--block", 16)
-    assert plan.provenance["target_unit"] == "parameters" and dense.counts is not plan.counts
+    assert plan.provenance["target_unit"] == "parameters"
     assert 0 <= 50000 - plan.provenance["cost"] < 16 * 3 * base.config.d_model
 
 
