@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pruning.errors import VerificationError
 from pruning.options import add_recipe_flags, recipe_from
+from pruning.recipe import PLANNING
 
 DESCRIPTION = "Make Mixture-of-Experts language models several times smaller."
 EXAMPLES = {
@@ -80,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("plan", "Choose the channels to keep from the statistics in a folder.")
     command.add_argument("folder", type=Path, help="output folder of score or compress")
     _sweep_flag(command)
-    add_recipe_flags(command, "criterion", "attribution", "planner", "width", "block", "minimum")
+    add_recipe_flags(command, *PLANNING)
     command = add("export", "Write checkpoints from the plan in a folder.", "prune")
     command.add_argument("folder", type=Path, help="folder with plan.json")
     add_recipe_flags(command, "export", "overwrite")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import packed_inputs
-from pruning import audit_stage, gptq_stage, pipeline, preflight, stages
+from pruning import audit_stage, gptq_stage, pipeline, planning, preflight, scoring, stages
 from pruning import compare as comparing
 from pruning.audit_page import audit_tables
 from pruning.errors import VerificationError
@@ -20,7 +20,7 @@ from pruning.files import replace_text
 from pruning.options import recipe_from
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
-from pruning.recipe import EXPORTS, CompressionRecipe, load_recipe
+from pruning.recipe import BUDGETS, EXPORTS, PLANNING, CompressionRecipe, load_recipe
 from pruning.report import CompressionReport
 from pruning.sizes import folder_bytes, form_of, parameter_count
 from pruning.tables import as_rich, terminal_table
@@ -45,7 +45,7 @@ def score(options: Options) -> None:
     job = stages.open_job(options.recipe)
     steps = Steps(quiet=options.quiet)
     preflight.prepare(job, steps, exports=False)
-    stages.score(job, steps)
+    scoring.score(job, steps)
 
 
 def inspect(options: Options) -> dict:
@@ -89,25 +89,29 @@ def _base(recipe: CompressionRecipe) -> Checkpoint:
 
 def _plans(
     folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: list[float]
-) -> list[tuple[float, PruningPlan]]:
-    """A plan for every prune rate; no rate is planned before all are known to be sound."""
+) -> list[tuple[CompressionRecipe, PruningPlan]]:
+    """A plan for every prune rate, or for the recipe's own budget, with its resolved recipe."""
+    if any(not 0 <= rate < 1 for rate in rates):
+        raise ValueError(f"prune_rate={rates} must lie in [0, 1); choose e.g. 0.25")
     c = base.config
-    recipes = [dataclasses.replace(recipe, prune_rate=rate) for rate in rates]
-    inputs = packed_inputs(base)
-    recipes = [one.resolved(c.moe.d_expert, c.d_model, c.max_position, inputs) for one in recipes]
-    statistics, provenance = stages.stored_statistics(folder, base)
-    return [(one.prune_rate, stages.plan(one, statistics, provenance, base)) for one in recipes]
+    one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
+    one = one.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))
+    statistics, provenance = scoring.stored_statistics(folder, base)
+    if not rates:
+        return [(one, planning.plan(one, statistics, provenance, base))]
+    plans = planning.plans_of_rates(one, rates, statistics, provenance, base)
+    recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates]
+    return list(zip(recipes, plans, strict=True))
 
 
 def plan(options: Options) -> list[dict]:
     """One plan in the folder, or one per rate below plans/."""
-    names = ("criterion", "attribution", "planner", "width", "block", "minimum")
-    recipe = _recipe(options.folder, options, *names)
-    rates = options.prune_rate or [recipe.prune_rate]
+    recipe = _recipe(options.folder, options, *PLANNING)
     made = []
-    for rate, result in _plans(options.folder, recipe, _base(recipe), rates):
-        target = options.folder if len(rates) == 1 else options.folder / f"plans/{rate}"
-        made.append((dataclasses.replace(recipe, prune_rate=rate, output=str(target)), result))
+    for one, result in _plans(options.folder, recipe, _base(recipe), options.prune_rate or []):
+        single = len(options.prune_rate or []) <= 1
+        target = options.folder if single else options.folder / f"plans/{one.prune_rate}"
+        made.append((dataclasses.replace(one, output=str(target)), result))
     for one, result in made:
         target = Path(one.output)
         result.save(target)
@@ -161,8 +165,8 @@ def evaluate(options: Options) -> dict | None:
         recipe = _recipe(options.folder, options)
         base = _base(recipe)
         sources: dict = {"dense": base}
-        for rate, result in _plans(options.folder, recipe, base, options.prune_rate):
-            sources[f"prune-rate {rate}"] = stages.pruned_source(base, result, None)
+        for one, result in _plans(options.folder, recipe, base, options.prune_rate):
+            sources[f"prune-rate {one.prune_rate}"] = stages.pruned_source(base, result, None)
     else:
         base = open_checkpoint(stages.model_folder(str(options.folder)))
         sources = {"model": base}
@@ -206,15 +210,15 @@ def audit(options: Options) -> None:
     sample = {name: getattr(options, f"sample_{name}") for name in ("experts", "channels")}
     audit_stage.check_sample(**sample, tokens=options.sample_tokens)
     steps, folder = Steps(quiet=options.quiet), Path(options.model)
-    if (folder / stages.STATISTICS).is_file():
+    if (folder / scoring.STATISTICS).is_file():
         recipe = _recipe(folder, options, "batch", "seed")
         job = stages.open_job(recipe)
-        statistics, _ = stages.stored_statistics(folder, job.base)
+        statistics, _ = scoring.stored_statistics(folder, job.base)
         target = Path(getattr(options, "output", folder))
     else:
         job = stages.open_job(recipe_from(options))
         preflight.prepare(job, steps, exports=False)
-        statistics, _ = stages.score(job, steps)
+        statistics, _ = scoring.score(job, steps)
         target = job.output
     found = audit_stage.audit(
         job, statistics, target, steps, **sample, tokens=options.sample_tokens

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pruning import preflight, stages
+from pruning import preflight, scoring, stages
 from pruning.comparison import Comparison, Result
 from pruning.evaluate import Quality, Reference, Windows, quality_of
 from pruning.expert_drop import replacement_vectors
@@ -78,7 +78,7 @@ def compare(
     key = _key(job, texts)
     earlier = _earlier(job.output / "compare.json", key, overwrite=recipe.overwrite)
     preflight.prepare(job, steps, exports=False)
-    statistics, provenance = stages.score(job, steps)
+    statistics, provenance = scoring.score(job, steps)
     found = earlier or Comparison(key=key, dense={}, results=(), refused=())
     tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
     done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}

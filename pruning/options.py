@@ -7,6 +7,7 @@ import re
 import typing
 
 from pruning.recipe import CompressionRecipe, load_recipe
+from pruning.recipe_values import AMOUNTS
 
 Hints = dict[str, typing.Any]
 
@@ -37,7 +38,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         if typing.get_origin(kind) is tuple:
             options |= {"nargs": "+", "action": "extend", "metavar": "VALUE"}
             kind = typing.get_args(kind)[0]
-        choices, convert = _choices(kind)
+        choices, convert = _choices(str if field.name in AMOUNTS else kind)
         if choices:
             options["choices"] = choices
         elif field.default not in (None, (), dataclasses.MISSING):

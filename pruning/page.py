@@ -22,7 +22,7 @@ LONG = 16  # a layer table of more rows is folded
 
 def page(report: "CompressionReport") -> str:
     """The whole page, which loads nothing from anywhere."""
-    sizes, quality, verification, stages = tables(report)
+    sizes, quality, allocation, verification, stages = tables(report)
     parts = [
         f"<h1>Compression report</h1>\n{_summary(report)}",
         _headlines(report),
@@ -30,6 +30,7 @@ def page(report: "CompressionReport") -> str:
         _sample(report),
         "<h2>What is kept</h2>",
         *(figure_html(figure, caption) for figure, caption in figures(report)),
+        section_html(allocation),
         _long_section(layer_table(report)),
         *map(section_html, (verification, stages)),
         _provenance(report),

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.generate import generate
-from pruning import gptq_stage, preflight, stages
+from pruning import gptq_stage, planning, preflight, scoring, stages
 from pruning.criteria import channel_scores
 from pruning.errors import VerificationError
 from pruning.plan import PruningPlan
@@ -49,9 +49,9 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     with steps.bar("open"):
         job = stages.open_job(recipe)
     preflight.prepare(job, steps)
-    statistics, provenance = stages.score(job, steps)
+    statistics, provenance = scoring.score(job, steps)
     with steps.bar("plan"):
-        plan = stages.plan(job.recipe, statistics, provenance, job.base)
+        plan = planning.plan(job.recipe, statistics, provenance, job.base)
         preflight.drop_stale_exports(job.output, plan)
         plan.save(job.output)
     sizes = export_sizes(job.base, plan, job.recipe)

@@ -2,29 +2,25 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pruning.aligned_optimum import (
-    SOLVERS,
-    best_known,
-    block_values,
-    coverage_by_blocks,
-    weighted_coverage,
-)
+from pruning.aligned_optimum import SOLVERS
 from pruning.alignment import best_channels, check_block, legal_minimum
 from pruning.apportion import apportion
 from pruning.criteria import channel_scores
 from pruning.expert_criteria import expert_criterion
+from pruning.outliers import reserve, super_channels, with_super_channels
 from pruning.plan_file import PruningPlan
+from pruning.plan_record import coverage_record, expert_record, outlier_record, tool_version
 from pruning.planners import DEFAULTS, OBJECTIVES, PLANNERS, Planner, random_counts
+from pruning.problem import Problem
 from pruning.registry import choose
-from pruning.weights import WEIGHTS, PlannerOptions
-from pruning.widths import ALIGNMENTS, WIDTHS, Problem, Widths, with_layer_budgets
+from pruning.weights import PlannerOptions
+from pruning.widths import ALIGNMENTS, WIDTHS, with_layer_budgets
 
 if TYPE_CHECKING:
     from pruning.statistics import ChannelStatistics
@@ -112,11 +108,16 @@ def plan_pruning(
     # The experts of largest attribution are reserved, ties to the lower index.
     rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
     most = _most(within, (layers, experts_per_layer), d_expert)
+    outliers = super_channels(scores.channel)
     problem = Problem(
         scores=scores,
         # A larger plan may have left a few channels unspent, which the smaller cannot have either.
         budget=budget if within is None else min(budget, int(most.sum())),
-        reserved=rank < experts_per_token,
+        reserved=reserve(
+            rank < experts_per_token,
+            outliers & (most >= least)[:, :, None],
+            (budget - layers * experts_per_token * least) // least,
+        ),
         most=most,
         least=least,
         block=block,
@@ -131,7 +132,9 @@ def plan_pruning(
     )
     fixed = _layer_budgets(problem, layer_rates, layer_shares, indices)
     widths = with_layer_budgets(problem, fixed, policy)
-    attributed = expert_criterion(attribution)(statistics)
+    if width in ("free", "capped", "combined"):
+        widths = with_super_channels(problem, widths, outliers)
+    keep = best_channels(scores.channel, widths.counts)
     record = {
         "criterion": criterion,
         "attribution": attribution,
@@ -151,12 +154,11 @@ def plan_pruning(
         "budget": budget,
         "kept": int(widths.counts.sum()),
         "unspent": budget - int(widths.counts.sum()),
-        "emptied_experts": int((widths.counts == 0).sum()),
-        "harmful_experts": int((attributed < 0.0).sum()),
-        **_coverage(problem, widths),
-        "tool_version": _tool_version(),
+        **expert_record(statistics, expert_criterion(attribution)(statistics), widths, indices),
+        **outlier_record(outliers, keep, indices),
+        **coverage_record(problem, widths),
+        "tool_version": tool_version(),
     }
-    keep = best_channels(scores.channel, widths.counts)
     return PruningPlan(keep, indices, {**record, **(provenance or {})})
 
 
@@ -257,32 +259,3 @@ def _layer_budgets(
         indices.index(layer): round((1.0 - _checked_rate(rate, f"layer_rates[{layer}]")) * size)
         for layer, rate in (rates or {}).items()
     }
-
-
-def _coverage(problem: Problem, widths: Widths) -> dict[str, float]:
-    # Under the planner's weights, so that before, after and optimum compare.
-    name = problem.options.weights or problem.objective[1]
-    weights = WEIGHTS[name](problem.scores, problem.options)
-    if not weights.any():
-        weights = np.ones_like(weights)
-    coverage = coverage_by_blocks(problem.scores.channel, 1)
-    least, block = problem.least, problem.block
-    room = problem.most // block
-    optimum = block * best_known(
-        block_values(coverage[:, :, ::block], weights),
-        min(problem.budget // block, int(room.sum())),
-        least=least // block,
-        reserved=problem.reserved,
-        most=room,
-    )
-    return {
-        "coverage_before": weighted_coverage(coverage, weights, widths.unaligned),
-        "coverage_aligned": weighted_coverage(coverage, weights, widths.counts),
-        "coverage_optimum": weighted_coverage(coverage, weights, optimum),
-    }
-
-
-def _tool_version() -> str:
-    # A source tree that was never installed has no version.
-    installed = importlib.metadata.distributions(name="moe-jax")
-    return next((package.version for package in installed), "source tree")

@@ -9,12 +9,13 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.export import check_widths
 from convert.writer import LEFTOVER, SPARE_BYTES, remove_leftovers
-from pruning import stages
+from pruning import planning, scoring
 from pruning.calibration import TextSource
 from pruning.files import replace_text
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe, load_recipe
+from pruning.scoring import STATISTICS
 from pruning.sizes import (
     equal_bytes,
     export_sizes,
@@ -24,7 +25,7 @@ from pruning.sizes import (
     most_bytes,
     statistics_bytes,
 )
-from pruning.stages import STATISTICS, Job
+from pruning.stages import Job
 from pruning.statistics import ChannelStatistics, field_shapes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
@@ -57,7 +58,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
             check_widths(job.base, job.base.widths, form_of(job.recipe, name))
         _say_padding(job, steps)
     check_disk(job, resumed=resumed, exports=exports)
-    if not resumed or stages.find_statistics(job) is None:
+    if not resumed or scoring.find_statistics(job) is None:
         with steps.bar("check weights") as on_step:
             job.base.check_finite(on_step)
     _make_output(job.recipe, resumed=resumed)
@@ -127,7 +128,7 @@ def rehearse_plan(job: Job) -> None:
     # Every sum is one, without memory: nothing is degenerate, and no layer differs from another.
     ones = {name: np.broadcast_to(1.0, shape) for name, shape in shapes.items()}
     statistics = ChannelStatistics(**ones)
-    stages.plan(job.recipe, statistics, {"model_hash": None, "tokens": 0}, job.base)
+    planning.plan(job.recipe, statistics, {"model_hash": None, "tokens": 0}, job.base)
 
 
 def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import difflib
-import numbers
-import os
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,11 +10,22 @@ from typing import Any, Literal
 
 import yaml
 
+from pruning.recipe_values import layer_rates, typed
+
 Export = Literal["ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4"]
 EXPORTS: tuple[Export, ...] = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4")
 GROUP_SIZES = (128, 64, 32)
-LEAST = {"max_tokens": 1, "window": 2, "block": 1, "minimum": 1, "batch": 1, "seed": 0, "nll_ig": 1}
-NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
+# What `moe-compress plan` can decide anew from the same statistics.
+PLANNING = (
+    "target_parameters", "target_bytes", "criterion", "attribution", "planner", "weights",
+    "rho_max", "smoothing", "passes", "align", "per_layer", "width", "cap", "expert_rate",
+    "layer_rate", "skip_layers", "block", "minimum",
+)  # fmt: skip
+LEAST = {
+    "max_tokens": 1, "window": 2, "block": 1, "minimum": 1, "batch": 1, "seed": 0, "passes": 0,
+    "cap": 1, "target_parameters": 1, "target_bytes": 1, "nll_ig": 1,
+}  # fmt: skip
+BUDGETS = ("prune_rate", "target_parameters", "target_bytes")  # one of them at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +42,10 @@ class CompressionRecipe:
       max_tokens: bound on the calibration tokens.
       window: tokens per calibration and evaluation window; default the model's context, at most
         2048.
-      prune_rate: fraction of routed-expert channels to remove, in [0, 1).
+      prune_rate: fraction of routed-expert channels to remove, in [0, 1); default 0.25 where no
+        target is given.
+      target_parameters: most parameters of the pruned model instead of a rate, such as 3B.
+      target_bytes: most bytes of the first export's tensors instead of a rate, such as 6GB.
       bits: 4 or 16.
       group_size: weights per 4-bit scale; default the largest of 128, 64, 32 that leaves an
         expert at least eight groups, else 32.
@@ -41,8 +53,25 @@ class CompressionRecipe:
         calibration text close, at the cost of two more passes over it.
       criterion: channel score.
       attribution: expert score.
-      planner: how the budget is allocated.
-      width: "free" per expert or "uniform" for the model; default follows the exports.
+      planner: how the budget is allocated: paper, maxmin, fair, fair0.5, fair2, linear, uniform,
+        random, fair_two_level, linear_two_level, global_topk, normalized_topk, layer_topk, moe_i2,
+        cd_moe.
+      weights: how experts count in the planner's objective: paper, attribution, mass,
+        normalized_mass, equal; default the planner's own.
+      rho_max: coverage beyond which a channel is worth nothing, in (0, 1].
+      smoothing: of the layer losses: sqrt, identity, power0.25, power0.75, log5, log20, clip,
+        huber.
+      passes: how often the smoothing is applied; the paper's figure has 1, its release 4.
+      align: how widths become multiples of the block: the paper's rule, the same by lost score, or
+        the exact optimum by table (slow) or by hull.
+      per_layer: alignment keeps to each layer's budget.
+      width: what may differ from what: "free" per expert, "capped" up to --cap, one per "layer",
+        "uniform" for the model, whole "experts", or "combined": whole experts go at --expert-rate,
+        channels of the others make up the rest; default follows the exports.
+      cap: widest expert of width "capped".
+      expert_rate: fraction of experts that width "combined" removes, in [0, 1).
+      layer_rate: prune rates of single layers, LAYER=RATE; the other layers make up the rest.
+      skip_layers: layers left alone, as by LAYER=0.
       block: widths are multiples of it; default the group size.
       minimum: least width of a kept expert; default one block.
       gradients: also collect end-to-end gradient scores (about three times the time).
@@ -68,14 +97,26 @@ class CompressionRecipe:
     evaluation: tuple[str, ...] = ()
     max_tokens: int = 131072
     window: int | None = None
-    prune_rate: float = 0.25
+    prune_rate: float | None = None
+    target_parameters: int | None = None
+    target_bytes: int | None = None
     bits: Literal[4, 16] = 4
     group_size: int | None = None
     quantizer: Literal["rtn", "gptq"] = "rtn"
     criterion: str = "act"
     attribution: str = "ala"
     planner: str = "paper"
-    width: Literal["free", "uniform"] | None = None
+    weights: str | None = None
+    rho_max: float = 1.0
+    smoothing: str = "sqrt"
+    passes: int = 1
+    align: Literal["paper", "paper_scores", "dp", "hull"] = "paper"
+    per_layer: bool = False
+    width: Literal["free", "capped", "layer", "uniform", "experts", "combined"] | None = None
+    cap: int | None = None
+    expert_rate: float = 0.0
+    layer_rate: tuple[str, ...] = ()
+    skip_layers: tuple[int, ...] = ()
     block: int | None = None
     minimum: int | None = None
     gradients: bool = False
@@ -92,12 +133,11 @@ class CompressionRecipe:
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+            object.__setattr__(self, name, typed(name, getattr(self, name), kind))
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name}='' must name a folder")
-        if not 0 <= self.prune_rate < 1:
-            raise ValueError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
+        self._check_budget()
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size={self.group_size} must be one of {GROUP_SIZES}")
         if len(set(self.export)) < len(self.export):
@@ -106,6 +146,31 @@ class CompressionRecipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+
+    def _check_budget(self) -> None:
+        if self.prune_rate is not None and not 0 <= self.prune_rate < 1:
+            raise ValueError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
+        given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
+        if len(given) > 1:
+            listed = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"{listed} exclude each other; give one of them")
+        if not 0 <= self.expert_rate < 1:
+            raise ValueError(f"expert_rate={self.expert_rate} must lie in [0, 1); choose e.g. 0.25")
+        if not 0 < self.rho_max <= 1:
+            raise ValueError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
+        for given_for, name, unset in (("capped", "cap", None), ("combined", "expert_rate", 0.0)):
+            if getattr(self, name) != unset and self.width != given_for:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs width={given_for!r}, not {self.width!r}"
+                )
+        if self.width == "capped" and self.cap is None:
+            raise ValueError("width='capped' needs a cap; give e.g. half the expert width")
+        _ = self.layer_rates
+
+    @property
+    def layer_rates(self) -> dict[int, float]:
+        """Prune rates of the layers that have one of their own, by the model's layer number."""
+        return layer_rates([*self.layer_rate, *(f"{layer}=0" for layer in self.skip_layers)])
 
     def resolved(
         self, d_expert: int, d_model: int, max_position: int, inputs: Iterable[int] = ()
@@ -148,9 +213,14 @@ class CompressionRecipe:
             group_size=group,
             block=block,
             minimum=self.minimum or block,
+            prune_rate=0.25 if self._has_no_budget else self.prune_rate,
             width=self.width or ("uniform" if padded else "free"),
             window=min(self.window or 2048, max_position),
         )
+
+    @property
+    def _has_no_budget(self) -> bool:
+        return all(getattr(self, name) is None for name in BUDGETS)
 
     @property
     def groups(self) -> frozenset[str]:
@@ -194,6 +264,11 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
                 f"recipe {path}: {name!r} is unknown; the nearest is {near!r}, known are "
                 f"{', '.join(known)}"
             )
+    if any(overrides.get(name) is not None for name in BUDGETS):
+        values = {key: value for key, value in values.items() if key not in BUDGETS}
+    if overrides.get("width") is not None:
+        # What only another width understands goes with it.
+        values = {key: value for key, value in values.items() if key not in ("cap", "expert_rate")}
     fields: dict[str, Any] = {**values, **overrides}
     for name in ("model", "output"):
         if name not in fields:
@@ -204,36 +279,6 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
         return CompressionRecipe(**fields)
     except ValueError as error:
         raise ValueError(f"recipe {path}: {error}") from None
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """The value as its field's type: a list becomes a tuple, a whole number a float.
-
-    Raises:
-      ValueError: naming value and expectation.
-    """
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if type(None) in inner:
-        return None if value is None else _typed(name, value, inner[0])
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{name}={value!r} must be a list; write [{value}]")
-        return tuple(_typed(name, one, inner[0]) for one in value)
-    if origin is Literal:
-        if type(value) is not type(inner[0]) or value not in inner:
-            raise ValueError(
-                f"{name}={value!r} is unknown; choose among {', '.join(map(repr, inner))}"
-            )
-        return value
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    number, words = NUMBERS.get(kind, (kind, "true or false" if kind is bool else "text"))
-    if isinstance(value, number) and (kind is bool or not isinstance(value, bool)):
-        return kind(value)
-    hint = ""
-    if name == "prune_rate" and isinstance(value, list | tuple):
-        hint = "; `moe-compress plan` and `eval` take several rates"
-    raise ValueError(f"{name}={value!r} must be {words}{hint}")
 
 
 def _default_group(d_expert: int, widths: Iterable[int]) -> int:

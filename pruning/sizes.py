@@ -1,7 +1,10 @@
 """What takes how much space, known from shapes before anything is written."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.export import ExportFormat, export_bytes
@@ -13,8 +16,13 @@ from pruning.statistics import field_shapes
 
 def kept_widths(plan: PruningPlan, base: Checkpoint) -> Widths:
     """Channels kept per layer and expert of the whole model, () for dense layers."""
-    counts = dict(zip(plan.layer_indices, plan.counts.tolist(), strict=True))
-    return tuple(tuple(counts.get(index, ())) for index in range(len(base)))
+    return expert_widths(plan.counts, plan.layer_indices, base)
+
+
+def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Checkpoint) -> Widths:
+    """Widths of the whole model from counts [L, E] of the layers with experts."""
+    rows = dict(zip(indices, counts.tolist(), strict=True))
+    return tuple(tuple(rows.get(index, ())) for index in range(len(base)))
 
 
 def form_of(recipe: CompressionRecipe, name: str) -> ExportFormat:
@@ -61,7 +69,8 @@ def statistics_bytes(base: Checkpoint, recipe: CompressionRecipe) -> int:
 def mean_width(base: Checkpoint, recipe: CompressionRecipe, rounding=math.ceil) -> int:
     """Channels per expert if all keep the same share of the budget, in whole blocks."""
     d_expert, block = base.config.moe.d_expert, recipe.block or 1
-    mean = (1 - recipe.prune_rate) * d_expert
+    # Under a target the plan may keep anything up to the whole model.
+    mean = (1 - (recipe.prune_rate or 0.0)) * d_expert
     return max(block, block * rounding(round(mean / block, 9)))
 
 
@@ -77,6 +86,6 @@ def most_bytes(base: Checkpoint, recipe: CompressionRecipe, name: str) -> int:
     Bytes grow in proportion to whole blocks of channels, wherever they are, so a ragged export is
     bounded by equal experts; a padded one of free widths by one expert that keeps everything.
     """
-    free = name.startswith("padded") and recipe.width == "free"
+    free = name.startswith("padded") and recipe.width != "uniform"
     width = base.config.moe.d_expert if free else mean_width(base, recipe)
     return equal_bytes(base, recipe, name, width)

@@ -1,26 +1,22 @@
 """The stages of a compression, each reading what the one before wrote."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from convert.checkpoint import Checkpoint, load_model, open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import ExportFormat, export_checkpoint, packed_inputs
 from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
-from pruning import extra_scores
 from pruning.alignment import check_block
 from pruning.calibration import TextSource, TokenBatch, calibration_batch, hold_out
 from pruning.channel_criteria import CHANNEL_CRITERIA
-from pruning.collect import collect_statistics
 from pruning.evaluate import Quality, Reference, Windows, evaluate, make_windows
 from pruning.expert_criteria import expert_criterion
 from pruning.gptq_source import CodedSource
-from pruning.plan import PruningPlan, plan_pruning
+from pruning.plan import PruningPlan
 from pruning.planners import PLANNERS
 from pruning.progress import Steps
 from pruning.prune import PrunedSource
@@ -28,13 +24,12 @@ from pruning.quantized import QuantizedSource
 from pruning.recipe import CompressionRecipe
 from pruning.registry import choose
 from pruning.sizes import kept_widths
-from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
+from pruning.smoothing import SMOOTHINGS
 from pruning.tokenizer import TextCodec, open_codec
 from pruning.verify import Check, verify_folder
-from pruning.weight_gradient import weight_gradient_scores
+from pruning.weights import WEIGHTS
 
 DEMO = Path(__file__).parent / "demo"
-STATISTICS = "statistics.safetensors"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -88,6 +83,9 @@ def open_job(recipe: CompressionRecipe) -> Job:
     choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
     expert_criterion(recipe.attribution)
     choose(PLANNERS, recipe.planner, "planner")
+    if recipe.weights is not None:
+        choose(WEIGHTS, recipe.weights, "weights")
+    choose(SMOOTHINGS, recipe.smoothing, "smoothing")
     check_block(recipe.block or 1, c.moe.d_expert)
     codec = open_codec(folder, c.vocab_size)
     files = recipe.calibration
@@ -147,95 +145,6 @@ def read_tokens(path: Path, codec: TextCodec, max_tokens: int) -> list[int]:
             "give more text"
         )
     return tokens
-
-
-def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
-    """Collect statistics, or read those an earlier run of the same recipe wrote."""
-    found = find_statistics(job)
-    if found is not None:
-        return found
-    extra_scores.announce(job.base, job.recipe, steps)
-    texts = job.calibration.tokens, job.calibration.valid
-    how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
-    with steps.bar("score") as on_step:
-        statistics = collect_statistics(
-            job.base,
-            *texts,
-            gradients=job.recipe.gradients,
-            expert_details=job.recipe.expert_details,
-            on_step=on_step,
-            **how,
-        )
-    if job.recipe.weight_gradients:
-        with steps.bar("weight gradients") as on_step:
-            found = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
-        statistics = dataclasses.replace(statistics, weight_gradient=found)
-    load = lambda: load_model(job.base.folder, jnp.bfloat16)  # noqa: E731
-    statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
-    job.output.mkdir(parents=True, exist_ok=True)
-    save_statistics(job.output / STATISTICS, statistics, _provenance(job))
-    return statistics, _provenance(job)
-
-
-def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
-    """What an earlier run of the same recipe measured on the same model and texts, if it did."""
-    path = job.output / STATISTICS
-    if not path.is_file() or not path.with_suffix(".json").is_file():
-        return None
-    statistics, found = load_statistics(path)
-    same = all(found.get(key) == value for key, value in _provenance(job).items())
-    return (statistics, found) if same and statistics.groups >= job.recipe.groups else None
-
-
-def _provenance(job: Job) -> dict:
-    return {
-        "model_hash": job.base.fingerprint,
-        "model": str(job.base.folder),
-        "window": job.recipe.window,
-        "dtype": job.recipe.dtype,
-        "tokens": job.calibration.total,
-        "sources": list(job.calibration.sources),
-        **({"nll_ig_steps": job.recipe.nll_ig} if job.recipe.nll_ig else {}),
-    }
-
-
-def stored_statistics(folder: Path, base: Checkpoint) -> tuple[ChannelStatistics, dict]:
-    """Statistics in an output folder, which must be of this very model.
-
-    Raises:
-      ValueError: they are missing, damaged, or of another model.
-    """
-    statistics, provenance = load_statistics(folder / STATISTICS)
-    if provenance.get("model_hash") != base.fingerprint:
-        raise ValueError(
-            f"{folder / STATISTICS} was measured on model {provenance.get('model_hash')}, but "
-            f"{base.folder} is {base.fingerprint}; score this model"
-        )
-    return statistics, provenance
-
-
-def plan(
-    recipe: CompressionRecipe,
-    statistics: ChannelStatistics,
-    provenance: dict,
-    base: Checkpoint,
-) -> PruningPlan:
-    """Allocate the budget of a resolved recipe."""
-    assert recipe.width is not None and recipe.block is not None
-    return plan_pruning(
-        statistics,
-        prune_rate=recipe.prune_rate,
-        criterion=recipe.criterion,
-        attribution=recipe.attribution,
-        planner=recipe.planner,
-        width=recipe.width,
-        block=recipe.block,
-        minimum=recipe.minimum,
-        experts_per_token=base.config.moe.experts_per_token,
-        layer_indices=base.config.moe_layers,
-        seed=recipe.seed,
-        provenance={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
-    )
 
 
 def pruned_source(

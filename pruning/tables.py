@@ -1,6 +1,5 @@
 """A report's numbers as text: what the terminal prints and the page shows."""
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,30 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from pruning.text_table import TextTable, allocation_table
+
 if TYPE_CHECKING:
     from pruning.report import CompressionReport
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A titled table of strings; a row that starts with "" belongs to the row above.
-
-    Attributes:
-      title: a word or two.
-      header: column names.
-      rows: cells.
-      note: how to read it, one sentence.
-    """
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-    def is_number(self, column: int) -> bool:
-        """Whether a column holds numbers only, which people compare by their last digits."""
-        cells = [row[column] for row in self.rows]
-        return any(cells) and all(re.fullmatch(r"[-+\d.,%]*", cell) for cell in cells)
 
 
 @dataclass(frozen=True)
@@ -88,8 +67,11 @@ def _mean(pairs, value) -> float:
 
 
 def tables(report: "CompressionReport") -> list[TextTable]:
-    """Sizes, quality, verification and stages."""
-    return [_sizes(report), _quality(report), _verification(report), _stages(report)]
+    """Sizes, quality, allocation, verification and stages."""
+    return [
+        _sizes(report), _quality(report), allocation_table(report), _verification(report),
+        _stages(report),
+    ]  # fmt: skip
 
 
 def _sizes(report: "CompressionReport") -> TextTable:

@@ -44,6 +44,24 @@ def test_a_recipe_survives_its_yaml(recipe, tmp_path_factory):
     assert load_recipe(path) == recipe
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("6GB", 6 * 10**9), ("500 mb", 5 * 10**8), ("1.5G", 15 * 10**8), ("1e3", None), ("7", 7)],
+)
+def test_a_size_has_a_suffix_or_none(text, value):
+    if value is None:
+        with pytest.raises(ValueError, match="such as 6GB"):
+            CompressionRecipe(model="m", output="o", target_bytes=text)
+    else:
+        assert CompressionRecipe(model="m", output="o", target_bytes=text).target_bytes == value
+
+
+def test_a_given_target_replaces_the_rate_of_the_file(tmp_path):
+    path = written(tmp_path, prune_rate=0.5)
+    recipe = load_recipe(path, target_parameters="3B")
+    assert recipe.prune_rate is None and recipe.target_parameters == 3 * 10**9
+
+
 def written(folder: Path, **values) -> Path:
     path = folder / "given.yaml"
     path.write_text(yaml.safe_dump({"model": "demo", "output": "out"} | values))
@@ -67,14 +85,24 @@ def test_every_field_has_a_flag_that_sets_it():
     values = {
         "model": "m", "output": "o", "calibration": ("a", "b"), "calibration_field": "body",
         "evaluation": ("e",), "max_tokens": 5, "window": 6, "prune_rate": 0.5, "bits": 16,
-        "group_size": 64, "criterion": "x", "attribution": "y", "planner": "z",
-        "width": "uniform", "block": 7, "minimum": 8, "gradients": True,
+        "group_size": 64, "quantizer": "gptq", "criterion": "x", "attribution": "y",
+        "planner": "z", "weights": "mass", "rho_max": 0.5, "smoothing": "huber", "passes": 4,
+        "align": "hull", "per_layer": True, "width": "capped", "cap": 9, "block": 7,
+        "minimum": 8, "layer_rate": ("3=0.5", "4=0"), "skip_layers": (1, 2), "gradients": True,
+        "expert_details": True, "weight_gradients": True,
         "export": ("padded-bf16", "ragged-bf16"), "batch": 9, "dtype": "bfloat16", "seed": 10,
         "overwrite": True,
     }  # fmt: skip
+    alone = [("expert_rate", 0.5, ["--width", "combined"]), ("target_bytes", 6 * 10**9, []),
+             ("target_parameters", 7, [])]  # fmt: skip
+    for name, value, needed in alone:
+        flag = "--" + name.replace("_", "-")
+        given = parsed("compress", "m", "--output", "o", flag, value, *needed)
+        assert getattr(given, name) == value
+        values[name] = getattr(CompressionRecipe(model="m", output="o"), name)
     arguments: list = ["compress", values["model"]]
     for field in dataclasses.fields(CompressionRecipe):
-        if field.name != "model":
+        if field.name not in ("model", *(name for name, *_ in alone)):
             value = values[field.name]
             given = () if value is True else value if isinstance(value, tuple) else (value,)
             arguments += ["--" + field.name.replace("_", "-"), *given]
@@ -111,7 +139,16 @@ def test_every_field_has_a_flag_that_sets_it():
         ({"group_size": 48}, r"group_size=48 must be one of \(128, 64, 32\)"),
         ({"overwrite": "no"}, r"overwrite='no' must be true or false"),
         ({"gradients": 1}, r"gradients=1 must be true or false"),
-        ({"width": "narrow"}, r"width='narrow' is unknown; choose among 'free', 'uniform'"),
+        ({"width": "narrow"}, r"width='narrow' is unknown; choose among 'free', 'capped', 'l"),
+        ({"target_bytes": "6 pounds"}, r"target_bytes='6 pounds' must be a number with or without"),
+        ({"target_bytes": "6GB", "prune_rate": 0.5}, r"prune_rate=0.5, target_bytes=6000000000 ex"),
+        ({"layer_rate": ["3"]}, r"layer_rate='3' must be LAYER=RATE"),
+        ({"layer_rate": ["3=1.5"]}, r"layer_rate='3=1.5' must be LAYER=RATE with a rate in"),
+        ({"layer_rate": ["3=0.5"], "skip_layers": [3]}, r"names layer 3 twice"),
+        ({"width": "capped"}, r"width='capped' needs a cap"),
+        ({"cap": 8}, r"cap=8 needs width='capped', not None"),
+        ({"expert_rate": 0.5}, r"expert_rate=0.5 needs width='combined'"),
+        ({"rho_max": 0}, r"rho_max=0.0 must lie in \(0, 1\]"),
         ({"model": ""}, r"model='' must name a folder"),
     ],
 )

@@ -1,0 +1,82 @@
+"""What a plan says about itself beside the channels it keeps."""
+
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pruning.aligned_optimum import (
+    best_known,
+    block_values,
+    coverage_by_blocks,
+    weighted_coverage,
+)
+from pruning.problem import Problem, Widths
+from pruning.weights import WEIGHTS
+
+if TYPE_CHECKING:
+    from pruning.statistics import ChannelStatistics
+
+# An expert with fewer routed tokens has sums too noisy to be ranked by.
+STARVED_TOKENS = 32
+
+
+def coverage_record(problem: Problem, widths: Widths) -> dict[str, float]:
+    """Coverage wanted by the planner, after alignment, and of the best aligned plan known."""
+    # Under the planner's weights, so that before, after and optimum compare.
+    name = problem.options.weights or problem.objective[1]
+    weights = WEIGHTS[name](problem.scores, problem.options)
+    if not weights.any():
+        weights = np.ones_like(weights)
+    coverage = coverage_by_blocks(problem.scores.channel, 1)
+    least, block = problem.least, problem.block
+    room = problem.most // block
+    optimum = block * best_known(
+        block_values(coverage[:, :, ::block], weights),
+        min(problem.budget // block, int(room.sum())),
+        least=least // block,
+        reserved=problem.reserved,
+        most=room,
+    )
+    return {
+        "coverage_before": weighted_coverage(coverage, weights, widths.unaligned),
+        "coverage_aligned": weighted_coverage(coverage, weights, widths.counts),
+        "coverage_optimum": weighted_coverage(coverage, weights, optimum),
+    }
+
+
+def expert_record(
+    statistics: "ChannelStatistics",
+    attributed: np.ndarray,  # [L, E]
+    widths: Widths,
+    indices: tuple[int, ...],
+) -> dict[str, Any]:
+    """How many experts are emptied, harmful (negative attribution), or starved of tokens.
+
+    Statistics of weights alone saw no text, so that no expert counts as starved.
+    """
+    starved = (np.asarray(statistics.tokens) < STARVED_TOKENS) & (statistics.total_tokens > 0)
+    return {
+        "emptied_experts": int((widths.counts == 0).sum()),
+        "harmful_experts": int((attributed < 0.0).sum()),
+        "starved_experts": [[indices[layer], int(e)] for layer, e in np.argwhere(starved)],
+        "starved_share": float(starved.mean()),
+    }
+
+
+def outlier_record(
+    outliers: np.ndarray,  # [L, E, F]
+    keep: np.ndarray,  # [L, E, F]
+    indices: tuple[int, ...],
+) -> dict[str, Any]:
+    """Super-channels as [layer, expert, channel], and how many a width policy could not keep."""
+    return {
+        "super_channels": [[indices[a], int(b), int(c)] for a, b, c in np.argwhere(outliers)],
+        "super_channels_removed": int((outliers & ~keep).sum()),
+    }
+
+
+def tool_version() -> str:
+    """Version of the installed package; a source tree that was never installed has none."""
+    installed = importlib.metadata.distributions(name="moe-jax")
+    return next((package.version for package in installed), "source tree")

@@ -1,0 +1,87 @@
+"""Values of recipe fields as YAML, flags and Python give them, brought to the field's type."""
+
+import numbers
+import os
+import re
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
+AMOUNTS = ("target_bytes", "target_parameters")
+SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def parse_amount(name: str, text: str) -> int:
+    """A whole number with an optional decimal suffix: 6GB, 500MB, 1.5G, 3B (parameters).
+
+    Raises:
+      ValueError: it is none.
+    """
+    unit = name == "target_bytes"
+    pattern = r"([\d_.]+)\s*([KMGT]?)B?" if unit else r"([\d_.]+)\s*([KMGTB]?)"
+    found = re.fullmatch(pattern, text.strip().upper())
+    try:
+        number = float(found[1] if found else "none")
+        return round(number * SUFFIXES[found[2] if found else ""])
+    except ValueError:
+        raise ValueError(
+            f"{name}={text!r} must be a number with or without a suffix, such as 6GB, 500MB or 3B"
+        ) from None
+
+
+def layer_rates(entries: Sequence[str]) -> dict[int, float]:
+    """Prune rates of single layers from entries LAYER=RATE.
+
+    Raises:
+      ValueError: an entry has another form, a rate lies outside [0, 1), or a layer comes twice.
+    """
+    rates: dict[int, float] = {}
+    for entry in entries:
+        layer, separator, rate = entry.partition("=")
+        try:
+            index, value = int(layer), float(rate)
+        except ValueError:
+            separator, index, value = "", 0, 0.0
+        if not separator or index < 0 or not 0.0 <= value < 1.0:
+            raise ValueError(
+                f"layer_rate={entry!r} must be LAYER=RATE with a rate in [0, 1), such as 3=0.5; a "
+                "rate of 0 leaves the layer alone"
+            )
+        if index in rates:
+            raise ValueError(f"layer_rate={list(entries)} names layer {index} twice")
+        rates[index] = value
+    return rates
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """The value as its field's type: a list becomes a tuple, a whole number a float.
+
+    Raises:
+      ValueError: naming value and expectation.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in inner:
+        if value is None:
+            return None
+        value = parse_amount(name, value) if name in AMOUNTS and isinstance(value, str) else value
+        return typed(name, value, inner[0])
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}={value!r} must be a list; write [{value}]")
+        return tuple(typed(name, one, inner[0]) for one in value)
+    if origin is Literal:
+        if type(value) is not type(inner[0]) or value not in inner:
+            raise ValueError(
+                f"{name}={value!r} is unknown; choose among {', '.join(map(repr, inner))}"
+            )
+        return value
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    number, words = NUMBERS.get(kind, (kind, "true or false" if kind is bool else "text"))
+    if isinstance(value, number) and (kind is bool or not isinstance(value, bool)):
+        return kind(value)
+    hint = ""
+    if name == "prune_rate" and isinstance(value, list | tuple):
+        hint = "; `moe-compress plan` and `eval` take several rates"
+    raise ValueError(f"{name}={value!r} must be {words}{hint}")
