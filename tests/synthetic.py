@@ -9,11 +9,12 @@ SIGNED = ("shapley", "taylor", "output_sum")
 
 def statistics(
     L: int, E: int, F: int, *, D: int = 3, seed: int = 0, gradients: bool = True,
-    expert_details: bool = True, **changes,
+    expert_details: bool = True, end_to_end: bool = False, **changes,
 ):  # fmt: skip
     """Random sums over 100 tokens; `changes` replace single fields."""
     rng = np.random.default_rng(seed)
     groups = ["gradients", "weight-gradients"] * gradients + ["expert-details"] * expert_details
+    groups += ["nll-ig", "nll-ablate", "nll-grad2"] * end_to_end
     fields = {}
     for name, shape in field_shapes(L, E, F, D, groups).items():
         draw = rng.normal if name in SIGNED else rng.lognormal

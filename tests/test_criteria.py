@@ -100,7 +100,7 @@ def test_a_channel_without_weights_scores_exactly_zero(criterion, norm):
 
 @pytest.mark.parametrize("name", EXPERT_CRITERIA)
 def test_a_never_routed_expert_has_finite_attribution(name):
-    stats = unrouted(statistics(2, 3, 4), 0, 1)
+    stats = unrouted(statistics(2, 3, 4, end_to_end=True), 0, 1)
     expert = channel_scores(stats, attribution=name).expert
     assert (expert[0, 1] > 0.0) == (name in DATA_FREE_EXPERTS | {"router"})
 

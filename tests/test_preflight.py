@@ -85,6 +85,9 @@ def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, 
             gradients=True,
             expert_details=True,
             weight_gradients=True,
+            nll_ig=4,
+            nll_ablate=True,
+            nll_grad2=True,
         )
     )
     rules = [("act", name) for name in EXPERT_CRITERIA]
