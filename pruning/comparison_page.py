@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from pruning.comparison import Comparison
-from pruning.page import document, figure_html, section
+from pruning.page import document, figure_html, section_html
 from pruning.rules import RULES
 from pruning.tables import TextTable
 
@@ -35,8 +35,8 @@ def comparison_page(found: Comparison) -> str:
             for rate in found.rates
             if any(line.rate == rate for line in found.lines())
         ),
-        section(found.table()),
-        *([section(_refused(found))] if found.refused else []),
+        section_html(found.table()),
+        *([section_html(_refused(found))] if found.refused else []),
     ]
     return document("Comparison of pruning rules", parts)
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,27 +26,27 @@ def page(report: "CompressionReport") -> str:
     parts = [
         f"<h1>Compression report</h1>\n{_summary(report)}",
         _headlines(report),
-        *map(section, (sizes, quality)),
+        *map(section_html, (sizes, quality)),
         _sample(report),
         "<h2>What is kept</h2>",
         *(figure_html(figure, caption) for figure, caption in figures(report)),
         _long_section(layer_table(report)),
-        *map(section, (verification, stages)),
+        *map(section_html, (verification, stages)),
         _provenance(report),
     ]
     return document("Compression report", parts)
 
 
-def document(title: str, parts: list[str]) -> str:
-    """A page of these parts in our style."""
-    return _PAGE.replace("@TITLE@", _text(title)).replace("@BODY@", "\n".join(parts))
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of its own from pieces of HTML."""
+    return _PAGE.replace("@TITLE@", html.escape(title)).replace("@BODY@", "\n".join(parts))
 
 
 def fragment(report: "CompressionReport") -> str:
     """Headline and tables without style, for a notebook's output."""
     lines = (f"<b>{line.number} {line.unit}</b>: {_text(line.detail)}"
              for line in headlines(report))  # fmt: skip
-    return f"<p>{'<br>'.join(lines)}</p>" + "\n".join(map(section, tables(report)))
+    return f"<p>{'<br>'.join(lines)}</p>" + "\n".join(map(section_html, tables(report)))
 
 
 def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
@@ -100,8 +101,8 @@ def _headlines(report: "CompressionReport") -> str:
     return f'<section class="cards">{"".join(cards)}</section>'
 
 
-def section(table: TextTable) -> str:
-    """A heading, a table and its note."""
+def section_html(table: TextTable) -> str:
+    """A table under its title."""
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
     return f"<h2>{table.title}</h2>{_table(table)}{note}"
 
@@ -123,7 +124,7 @@ def _table(table: TextTable) -> str:
 
 
 def figure_html(figure: Figure, caption: str) -> str:
-    """A figure as a picture inside the page, with its caption."""
+    """A figure inside the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -157,7 +158,7 @@ def _provenance(report: "CompressionReport") -> str:
     )  # fmt: skip
     recipe = _text(json.dumps(report.recipe, indent=2))
     return (
-        f"{section(sources)}<h2>How to repeat it</h2><p>{_text(environment)}. The file "
+        f"{section_html(sources)}<h2>How to repeat it</h2><p>{_text(environment)}. The file "
         "recipe.yaml beside this page repeats the run.</p>"
         f"<details><summary>Recipe</summary><pre>{recipe}</pre></details>"
     )

@@ -29,7 +29,8 @@ from pruning.statistics import ChannelStatistics, field_shapes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
 # finished, so what a killed removal leaves is never taken for an interrupted run.
-OURS = ("exports", "plans", "plan.*", "compare.*", "statistics.*", "report.html", "report.json")
+OURS = ("exports", "plans", "plan.*", "statistics.*", "report.html", "report.json")
+OURS += ("audit.*", "ablations.jsonl", "compare.*")
 RECIPE = "recipe.yaml"
 
 

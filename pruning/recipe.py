@@ -15,7 +15,7 @@ import yaml
 Export = Literal["ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4"]
 EXPORTS: tuple[Export, ...] = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4")
 GROUP_SIZES = (128, 64, 32)
-LEAST = {"max_tokens": 1, "window": 2, "block": 1, "minimum": 1, "batch": 1, "seed": 0}
+LEAST = {"max_tokens": 1, "window": 2, "block": 1, "minimum": 1, "batch": 1, "seed": 0, "nll_ig": 1}
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
 
 
@@ -48,6 +48,12 @@ class CompressionRecipe:
       gradients: also collect end-to-end gradient scores (about three times the time).
       weight_gradients: also collect criterion wg, in a sweep of its own (about five times).
       expert_details: also collect what wanda, MoNE, NAEE and GRAPE need (about twice the time).
+      nll_ig: also collect attribution nll_ig with this many steps, e.g. 4: an expert's worth to
+        the end-to-end loss, at several times the time.
+      nll_ablate: also collect attribution nll_ablate, the exact loss without each expert: as many
+        partial forward passes as there are experts.
+      nll_grad2: also collect attribution nll_grad2 from second derivatives; the model must fit in
+        memory twice.
       export: formats to write.
       batch: windows per step.
       dtype: of the activations.
@@ -75,6 +81,9 @@ class CompressionRecipe:
     gradients: bool = False
     expert_details: bool = False
     weight_gradients: bool = False
+    nll_ig: int | None = None
+    nll_ablate: bool = False
+    nll_grad2: bool = False
     export: tuple[Export, ...] = ()
     batch: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -150,6 +159,9 @@ class CompressionRecipe:
             "gradients": self.gradients,
             "expert-details": self.expert_details,
             "weight-gradients": self.weight_gradients,
+            "nll-ig": self.nll_ig is not None,
+            "nll-ablate": self.nll_ablate,
+            "nll-grad2": self.nll_grad2,
         }
         return frozenset(name for name, on in asked.items() if on)
 

@@ -8,10 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint, load_model, open_checkpoint
 from convert.export import ExportFormat, export_checkpoint, packed_inputs
 from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
+from pruning import extra_scores
 from pruning.alignment import check_block
 from pruning.calibration import TextSource, TokenBatch, calibration_batch, hold_out
 from pruning.channel_criteria import CHANNEL_CRITERIA
@@ -153,6 +154,7 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     found = find_statistics(job)
     if found is not None:
         return found
+    extra_scores.announce(job.base, job.recipe, steps)
     texts = job.calibration.tokens, job.calibration.valid
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     with steps.bar("score") as on_step:
@@ -168,6 +170,8 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
         with steps.bar("weight gradients") as on_step:
             found = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
         statistics = dataclasses.replace(statistics, weight_gradient=found)
+    load = lambda: load_model(job.base.folder, jnp.bfloat16)  # noqa: E731
+    statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
     job.output.mkdir(parents=True, exist_ok=True)
     save_statistics(job.output / STATISTICS, statistics, _provenance(job))
     return statistics, _provenance(job)
@@ -191,6 +195,7 @@ def _provenance(job: Job) -> dict:
         "dtype": job.recipe.dtype,
         "tokens": job.calibration.total,
         "sources": list(job.calibration.sources),
+        **({"nll_ig_steps": job.recipe.nll_ig} if job.recipe.nll_ig else {}),
     }
 
 
