@@ -18,7 +18,8 @@ from pruning.masked import Variant, masked_hidden
 from pruning.plan import PruningPlan
 from pruning.progress import OnStep, Steps
 from pruning.recipe import CompressionRecipe
-from pruning.rules import GROUPS, RULES, check_needs, common_budget, make_plan, select_rules
+from pruning.rule import common_budget, make_plan
+from pruning.rules import GROUPS, RULES, check_needs, select_rules
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
 

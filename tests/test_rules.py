@@ -1,15 +1,8 @@
 import numpy as np
 import pytest
 
-from pruning.rules import (
-    GROUPS,
-    RULES,
-    STANDARD,
-    check_needs,
-    common_budget,
-    make_plan,
-    select_rules,
-)
+from pruning.rule import common_budget, make_plan
+from pruning.rules import GROUPS, RULES, STANDARD, check_needs, select_rules
 from tests.synthetic import statistics
 
 L, E, F, BLOCK = 3, 4, 8, 2
