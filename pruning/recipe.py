@@ -78,6 +78,8 @@ class CompressionRecipe:
       weight_gradients: also collect criterion wg, in a sweep of its own (about five times).
       expert_details: also collect what wanda, MoNE, NAEE and GRAPE need (about twice the time).
       export: formats to write.
+      until_stable: stop scoring once the kept sets before and after a part of the calibration
+        text overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all.
       batch: windows per step.
       dtype: of the activations.
       seed: of whatever is random.
@@ -117,6 +119,7 @@ class CompressionRecipe:
     expert_details: bool = False
     weight_gradients: bool = False
     export: tuple[Export, ...] = ()
+    until_stable: float | None = None
     batch: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
@@ -156,6 +159,8 @@ class CompressionRecipe:
                 )
         if self.width == "capped" and self.cap is None:
             raise ValueError("width='capped' needs a cap; give e.g. half the expert width")
+        if self.until_stable is not None and not 0 < self.until_stable <= 1:
+            raise ValueError(f"until_stable={self.until_stable} must lie in (0, 1]; choose 0.98")
         _ = self.layer_rates
 
     @property
