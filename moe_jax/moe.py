@@ -156,13 +156,18 @@ class MoETrace:
 
 @module
 class MoE(nnx.Module):
-    """Mixture-of-Experts feed-forward layer."""
+    """Mixture-of-Experts feed-forward layer.
+
+    Where `alive` is False, the router's logit is -inf before anything is made of it: the layer
+    computes what it would had that expert and its row of the router been cut out.
+    """
 
     router: Array = nnx.data()  # [E, D]
     experts: Experts = nnx.data()
     config: MoEConfig = nnx.static()
     router_bias: Array | None = nnx.data(default=None)  # float32 [E], for the selection alone
     shared: SharedExpert | None = nnx.data(default=None)
+    alive: Array | None = nnx.data(default=None)  # bool [E]; None for all
 
     def __call__(
         self, x: Array, valid: Array, run: RunExperts = run_experts
@@ -180,6 +185,8 @@ class MoE(nnx.Module):
         c = self.config
         precise = x.astype(jnp.float32) if c.float32_router else x
         logits = linear(precise, self.router).astype(jnp.float32)
+        if self.alive is not None:
+            logits = jnp.where(self.alive[None], logits, -jnp.inf)
         weight, expert = route(logits, c, self.router_bias)
         owner = jnp.where(valid[:, None], expert, c.num_experts).reshape(-1)
         tile = tile_height(expert.size, c.num_experts)

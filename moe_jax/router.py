@@ -11,8 +11,11 @@ TINY = 1e-20
 
 
 def router_scores(logits: Array, score: Score) -> Array:  # [T, E] -> [T, E]
-    """Scores in (0, 1); they sum to one over experts for "softmax" only."""
-    return jax.nn.softmax(logits, axis=-1) if score == "softmax" else jax.nn.sigmoid(logits)
+    """Scores in (0, 1), 0 at a logit of -inf; they sum to one over experts for "softmax" only."""
+    if score == "sigmoid":
+        return jax.nn.sigmoid(logits)
+    # The softmax of a row without any expert would be 0 / 0.
+    return jnp.where(logits == -jnp.inf, 0.0, jax.nn.softmax(logits, axis=-1))
 
 
 def router_probability(logits: Array, score: Score) -> Array:  # [T, E] -> [T, E]
@@ -25,7 +28,7 @@ def limit_to_groups(choice: Array, config: MoEConfig) -> Array:
     """Rule out the experts of all but a token's best groups.
 
     Args:
-      choice: float32 [T, E], what experts are selected by.
+      choice: float32 [T, E], what experts are selected by; -inf for those that are not there.
       config: its groups.
 
     Returns:
@@ -36,7 +39,9 @@ def limit_to_groups(choice: Array, config: MoEConfig) -> Array:
     """
     grouped = choice.reshape(len(choice), config.num_groups, -1)
     best = 1 if config.group_score == "max" else 2
-    rating = jax.lax.top_k(grouped, best)[0].sum(axis=-1)  # [T, groups]
+    leaders = jax.lax.top_k(grouped, best)[0]  # [T, groups, best]
+    rating = jnp.where(leaders == -jnp.inf, 0.0, leaders).sum(axis=-1)  # [T, groups]
+    rating = jnp.where(leaders[..., 0] == -jnp.inf, -jnp.inf, rating)
     chosen = jax.lax.top_k(rating, config.groups_per_token)[1]
     allowed = jax.nn.one_hot(chosen, config.num_groups, dtype=bool).any(axis=1)
     return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice.shape)
@@ -46,7 +51,7 @@ def route(logits: Array, config: MoEConfig, bias: Array | None = None) -> tuple[
     """Choose experts by score.
 
     Args:
-      logits: float32 [T, E].
+      logits: float32 [T, E]; experts at -inf are chosen last, with weight 0.
       config: how scores, groups and weights are made.
       bias: float32 [E], added to the scores for the selection alone.
 
@@ -55,6 +60,7 @@ def route(logits: Array, config: MoEConfig, bias: Array | None = None) -> tuple[
     """
     scores = router_scores(logits, config.score)
     choice = scores if bias is None else scores + bias[None]
+    choice = jnp.where(logits == -jnp.inf, -jnp.inf, choice)  # a bias must not bring it back
     if config.num_groups > 1:
         choice = limit_to_groups(choice, config)
     expert = jax.lax.top_k(choice, config.experts_per_token)[1]

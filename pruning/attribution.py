@@ -123,7 +123,8 @@ def layer_backward(
     return jax.vjp(lambda x: layer.attend(x, context)[0], x)[1](d_middle)[0], scores
 
 
-def _row_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:  # [T, D], [T], [T]
+def row_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:  # [T, D], [T], [T]
+    """Summed next-token loss of one sequence, nats."""
     logits = head(x[:-1])
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
     return jnp.sum(jnp.where(valid[:-1] & valid[1:], nll, 0.0))
@@ -139,7 +140,7 @@ def loss_and_gradient(
     """
 
     def one(row):
-        return jax.value_and_grad(lambda x: _row_loss(head, x, row[1], row[2]))(row[0])
+        return jax.value_and_grad(lambda x: row_loss(head, x, row[1], row[2]))(row[0])
 
     losses, gradient = jax.lax.map(one, (x, tokens, valid))
     return losses.sum(), gradient

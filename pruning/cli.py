@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import sys
+import textwrap
 from pathlib import Path
 
 from pruning.errors import VerificationError
@@ -24,7 +25,28 @@ EXAMPLES = {
     "eval": "moe-compress eval out/exports/ragged-int4 --text test.txt --json quality.json\n"
     "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json",
     "report": "moe-compress report out",
+    "audit": "moe-compress audit demo --experts 64 --channels 64 --output audit-out\n"
+    "  moe-compress audit ./Qwen3-30B-A3B --calibration c4.txt --gradients --nll-ig 4 "
+    "--experts 96 --output out\n"
+    "  moe-compress audit out --experts 32\n\n"
+    "A score is a guess at what an expert or channel is worth. The audit takes a random sample of\n"
+    "them out of the model, one at a time, and measures how much the loss on calibration text\n"
+    "rises: once with the expert's output set to zero, once with its tokens sent to others.\n"
+    "It then says how well each score ranks the sample (Spearman correlation: 1 is perfect, 0 no\n"
+    "better than chance), so that you can choose --attribution and --criterion for your model.\n"
+    "Only scores whose statistics were collected are judged: --gradients, --expert-details,\n"
+    "--weight-gradients and --nll-ig add more. An interrupted audit goes on where it stopped.\n"
+    "Read audit.html first; audit.csv has a row for each expert and channel.",
+    "compare": "moe-compress compare demo --prune-rate 0.25 0.5 --output rules\n"
+    "  moe-compress compare ./OLMoE-1B-7B --calibration c4.txt --evaluation test.txt "
+    "--rules 'fair*' 'uniform*' random --gradients --expert-details --weight-gradients "
+    "--output rules",
 }
+AUDIT_FLAGS = (
+    "output", "calibration", "calibration_field", "max_tokens", "window", "gradients",
+    "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2", "batch", "dtype",
+    "seed", "overwrite",
+)  # fmt: skip
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -74,9 +96,50 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--max-tokens", type=int, default=1 << 20, help="tokens of each text")
     command.add_argument("--batch", type=int, default=8, help="windows per step")
     _sweep_flag(command)
+    command = add("audit", "Measure how well each score ranks the true worth of experts.")
+    command.add_argument("model", metavar="MODEL_OR_OUT", help=f"{model_help}; or output of score")
+    numbers = (
+        ("experts", 32, "experts to take out, spread over the layers"),
+        ("channels", 64, "channels to take out, spread over the layers"),
+        ("tokens", 8192, "calibration tokens the loss is measured on"),
+    )
+    for name, default, words in numbers:
+        command.add_argument(
+            f"--{name}", dest=f"sample_{name}", type=int, default=default, metavar="N",
+            help=f"{words} (default {default})",
+        )  # fmt: skip
+    add_recipe_flags(command, *AUDIT_FLAGS)
     command = add("report", "Print the table of a finished run and write its page again.")
     command.add_argument("folder", type=Path, help="output folder of compress")
+    _compare_flags(add("compare", "Rank pruning rules at equal size on held-out text."), model_help)
     return parser
+
+
+def _compare_flags(command: argparse.ArgumentParser, model_help: str) -> None:
+    command.description = textwrap.fill(
+        "Which pruning rule loses least on this model? Scores the model once, plans every rule at "
+        "the same number of kept channels, and measures all plans on text that was not used for "
+        "scoring, by masking: no pruned model is written. Prints a ranked table and writes "
+        "compare.html, compare.csv and compare.json to the output folder. The same command goes on "
+        "after an interruption. A rule's name says allocation and channel score, e.g. fair-energy; "
+        "experts-NAME removes whole experts. Differences below the spread of random mean nothing."
+    )
+    command.add_argument("model", help=model_help)
+    command.add_argument(
+        "--rules", nargs="+", action="extend", metavar="RULE",
+        help="standard (default; some 20 rules, forward statistics only), all, or names and "
+        "patterns such as 'fair*'; all also collects gradients, which takes several times as long",
+    )  # fmt: skip
+    command.add_argument(
+        "--evaluation-tokens", type=int, default=4096, metavar="N",
+        help="tokens scored of each evaluation text (default 4096)",
+    )  # fmt: skip
+    _sweep_flag(command)
+    add_recipe_flags(
+        command, "output", "calibration", "calibration_field", "evaluation", "max_tokens",
+        "window", "block", "gradients", "weight_gradients", "expert_details", "batch", "dtype",
+        "seed", "overwrite",
+    )  # fmt: skip
 
 
 def _sweep_flag(command: argparse.ArgumentParser) -> None:
@@ -92,6 +155,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         if options.command in ("compress", "score"):
+            options.recipe = recipe_from(options)
+        if options.command == "compare":
+            # A recipe has one rate only.
+            options.rates, options.prune_rate = options.prune_rate or [0.25, 0.5], None
             options.recipe = recipe_from(options)
         # Only now: jax takes seconds to import, and a typing error should not.
         from pruning import commands

@@ -11,16 +11,19 @@ from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import packed_inputs
-from pruning import gptq_stage, pipeline, planning, preflight, scoring, stages
+from pruning import audit_stage, gptq_stage, pipeline, planning, preflight, scoring, stages
+from pruning import compare as comparing
+from pruning.audit_page import audit_tables
 from pruning.errors import VerificationError
 from pruning.evaluate import make_windows
 from pruning.files import replace_text
+from pruning.options import recipe_from
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
 from pruning.recipe import BUDGETS, EXPORTS, PLANNING, CompressionRecipe, load_recipe
 from pruning.report import CompressionReport
 from pruning.sizes import folder_bytes, form_of, parameter_count
-from pruning.tables import terminal_table
+from pruning.tables import as_rich, terminal_table
 from pruning.tokenizer import open_codec
 
 Options = argparse.Namespace
@@ -202,8 +205,46 @@ def _check_evaluation(options: Options) -> None:
         raise ValueError(f"json={options.json} lies in no existing folder; make it first")
 
 
+def audit(options: Options) -> None:
+    """Rank correlation of every score with the true ablation; prints the best of them."""
+    sample = {name: getattr(options, f"sample_{name}") for name in ("experts", "channels")}
+    audit_stage.check_sample(**sample, tokens=options.sample_tokens)
+    steps, folder = Steps(quiet=options.quiet), Path(options.model)
+    if (folder / scoring.STATISTICS).is_file():
+        recipe = _recipe(folder, options, "batch", "seed")
+        job = stages.open_job(recipe)
+        statistics, _ = scoring.stored_statistics(folder, job.base)
+        target = Path(getattr(options, "output", folder))
+    else:
+        job = stages.open_job(recipe_from(options))
+        preflight.prepare(job, steps, exports=False)
+        statistics, _ = scoring.score(job, steps)
+        target = job.output
+    found = audit_stage.audit(
+        job, statistics, target, steps, **sample, tokens=options.sample_tokens
+    )
+    for table in audit_tables(found):
+        Console().print(as_rich(table))
+    print(f"{target}/audit.html")
+
+
 def report(options: Options) -> None:
     """Print a finished run's table and write report.html again."""
     found = CompressionReport.load(options.folder / "report.json")
     found.save(options.folder)
     Console().print(terminal_table(found))
+
+
+def compare(options: Options) -> None:
+    """Rules ranked at equal size; prints the table."""
+    recipe = options.recipe
+    found = comparing.compare(
+        recipe,
+        options.rates,
+        options.rules or ["standard"],
+        evaluation_tokens=options.evaluation_tokens,
+        steps=Steps(quiet=options.quiet),
+    )
+    console = Console()
+    console.print(found.terminal_table(console.width))
+    print(f"\n{recipe.output}/compare.html")

@@ -20,12 +20,14 @@ class ChannelScores:
     """What a planner reads; non-negative float64 throughout.
 
     `channel` ranks channels, inside an expert and pooled; `expert` is the attribution clamped at
-    zero; `layer` is the raw layer loss, before any smoothing.
+    zero; `layer` is the raw layer loss, before any smoothing; `layer_nll`, which needs `nll_ig`,
+    the end-to-end loss of the layer's experts together, clamped at zero.
     """
 
     channel: np.ndarray  # [L, E, F]
     expert: np.ndarray  # [L, E]
     layer: np.ndarray  # [L]
+    layer_nll: np.ndarray | None = None  # [L]
 
 
 def channel_scores(
@@ -76,9 +78,16 @@ def channel_scores(
         channel=channel,
         expert=np.maximum(attribute(statistics), 0.0),
         layer=layer,
+        layer_nll=_layer_nll(statistics),
     )
     _check_finite(scores)
     return scores
+
+
+def _layer_nll(statistics: ChannelStatistics) -> np.ndarray | None:  # [L]
+    if statistics.nll_ig is None:
+        return None
+    return np.maximum(statistics.nll_ig.sum(axis=1), 0.0) / statistics.total_tokens
 
 
 def _dead(statistics: ChannelStatistics) -> np.ndarray:  # [L, E, F]

@@ -145,7 +145,22 @@ def evaluate(
     hidden = forward_hidden(
         source, windows.tokens, windows.valid, batch=batch, dtype=dtype, on_layer=on_layer
     )
-    head, scored = source.head, windows.scored
+    own = Reference(source.head, hidden)
+    return quality_of(own, windows, reference), own
+
+
+def quality_of(model: Reference, windows: Windows, reference: Reference | None = None) -> Quality:
+    """Score last hidden states.
+
+    Args:
+      model: the states and the head they go through.
+      windows: the text they come from.
+      reference: the dense model's.
+
+    Raises:
+      ValueError: if the model's output is not finite.
+    """
+    head, hidden, scored = model.head, model.hidden, windows.scored
     states, targets = hidden[:, :-1][scored], windows.tokens[:, 1:][scored]  # [P, D], [P]
     expected = None if reference is None else reference.hidden[:, :-1][scored]
     nll = kl = agree = 0.0
@@ -169,7 +184,7 @@ def evaluate(
     if reference is not None:
         quality = Quality(quality.nll, quality.perplexity, count, max(0.0, kl / count),
                           agree / count)  # fmt: skip
-    return quality, Reference(head, hidden)
+    return quality
 
 
 def _total(values: Array, count: int) -> float:

@@ -91,6 +91,12 @@ def mone(statistics: ChannelStatistics) -> np.ndarray:  # [L, E]
     return np.sqrt(variance.sum(axis=2)) * statistics.probability_mass / statistics.total_tokens
 
 
+def _end_to_end(field: str) -> Criterion:
+    """Loss increase per token without the expert, as measured by the sweep of that name."""
+    flag = field.replace("_", "-")
+    return lambda statistics: collected(statistics, field, flag) / statistics.total_tokens
+
+
 def _per_token(field: str) -> Criterion:
     return lambda statistics: getattr(statistics, field) / statistics.total_tokens
 
@@ -107,6 +113,9 @@ EXPERT_CRITERIA: dict[str, Criterion] = {
     "ala2": second_order,
     "self": _per_token("kappa"),
     "nll_grad": gate_gradient,
+    "nll_grad2": _end_to_end("nll_grad2"),
+    "nll_ig": _end_to_end("nll_ig"),
+    "nll_ablate": _end_to_end("nll_ablate"),
     "usage": _per_token("tokens"),
     "router": _per_token("probability_mass"),
     "seer": _per_token("gate_mass"),

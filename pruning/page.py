@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,23 +26,28 @@ def page(report: "CompressionReport") -> str:
     parts = [
         f"<h1>Compression report</h1>\n{_summary(report)}",
         _headlines(report),
-        *map(_section, (sizes, quality)),
+        *map(section_html, (sizes, quality)),
         _sample(report),
         "<h2>What is kept</h2>",
-        *(_figure(figure, caption) for figure, caption in figures(report)),
-        _section(allocation),
+        *(figure_html(figure, caption) for figure, caption in figures(report)),
+        section_html(allocation),
         _long_section(layer_table(report)),
-        *map(_section, (verification, stages)),
+        *map(section_html, (verification, stages)),
         _provenance(report),
     ]
-    return _PAGE.replace("@BODY@", "\n".join(parts))
+    return document("Compression report", parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of its own from pieces of HTML."""
+    return _PAGE.replace("@TITLE@", html.escape(title)).replace("@BODY@", "\n".join(parts))
 
 
 def fragment(report: "CompressionReport") -> str:
     """Headline and tables without style, for a notebook's output."""
     lines = (f"<b>{line.number} {line.unit}</b>: {_text(line.detail)}"
              for line in headlines(report))  # fmt: skip
-    return f"<p>{'<br>'.join(lines)}</p>" + "\n".join(map(_section, tables(report)))
+    return f"<p>{'<br>'.join(lines)}</p>" + "\n".join(map(section_html, tables(report)))
 
 
 def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
@@ -96,7 +102,8 @@ def _headlines(report: "CompressionReport") -> str:
     return f'<section class="cards">{"".join(cards)}</section>'
 
 
-def _section(table: TextTable) -> str:
+def section_html(table: TextTable) -> str:
+    """A table under its title."""
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
     return f"<h2>{table.title}</h2>{_table(table)}{note}"
 
@@ -117,7 +124,8 @@ def _table(table: TextTable) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _figure(figure: Figure, caption: str) -> str:
+def figure_html(figure: Figure, caption: str) -> str:
+    """A figure as a picture inside the page, with its caption."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -151,7 +159,7 @@ def _provenance(report: "CompressionReport") -> str:
     )  # fmt: skip
     recipe = _text(json.dumps(report.recipe, indent=2))
     return (
-        f"{_section(sources)}<h2>How to repeat it</h2><p>{_text(environment)}. The file "
+        f"{section_html(sources)}<h2>How to repeat it</h2><p>{_text(environment)}. The file "
         "recipe.yaml beside this page repeats the run.</p>"
         f"<details><summary>Recipe</summary><pre>{recipe}</pre></details>"
     )
@@ -162,7 +170,7 @@ def _text(value: Any) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Compression report</title>
+<html lang="en"><head><meta charset="utf-8"><title>@TITLE@</title>
 <meta name="viewport" content="width=device-width"><style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
   margin: 2.5rem auto; padding: 0 1rem; }

@@ -13,7 +13,8 @@ from pruning.statistics import ChannelStatistics, load_statistics, save_statisti
 
 PARTS, PARTS_UNTIL_STABLE = 4, 16
 PART_WINDOWS = 64  # at most, so that a part is one reading of the model
-NEEDS_WHOLE_TEXT = ("wanda", "wg")  # criteria that parts cannot be ranked by
+# Criteria and attributions that parts cannot be ranked by.
+NEEDS_WHOLE_TEXT = {"wanda", "wg", "nll_ig", "nll_ablate", "nll_grad2"}
 
 
 def rows_of_parts(windows: int, until_stable: bool) -> list[np.ndarray]:
@@ -89,7 +90,7 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
     if path.is_file() and path.with_suffix(".json").is_file():
         found, notes = load_statistics(path)
         same = all(notes.get(key) == value for key, value in identity.items())
-        if same and found.groups >= job.recipe.groups - {"weight-gradients"}:
+        if same and found.groups >= job.recipe.groups & {"gradients", "expert-details"}:
             return found
     with steps.bar(f"score {identity['part'] + 1}/{identity['parts']}") as on_step:
         found = collect_statistics(
@@ -110,7 +111,7 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
 
 
 def _kept_set(job: Job) -> Callable[[ChannelStatistics], np.ndarray | None]:
-    if job.recipe.criterion in NEEDS_WHOLE_TEXT:
+    if NEEDS_WHOLE_TEXT & {job.recipe.criterion, job.recipe.attribution}:
         return lambda statistics: None
     notes = {"model_hash": job.base.fingerprint}
     return lambda statistics: planning.plan(job.recipe, statistics, notes, job.base).keep

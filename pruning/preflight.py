@@ -31,7 +31,9 @@ from pruning.statistics import ChannelStatistics, field_shapes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
 # finished, so what a killed removal leaves is never taken for an interrupted run.
-OURS = ("exports", "plans", "parts", "plan.*", "statistics.*", "report.html", "report.json")
+OURS = ("exports", "plans", "parts", "plan.*", "compare.*", "statistics.*", "report.html")
+OURS += ("report.json",)
+OURS += ("audit.*", "ablations.jsonl")
 RECIPE = "recipe.yaml"
 
 

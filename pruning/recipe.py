@@ -23,7 +23,7 @@ PLANNING = (
 )  # fmt: skip
 LEAST = {
     "max_tokens": 1, "window": 2, "block": 1, "minimum": 1, "batch": 1, "seed": 0, "passes": 0,
-    "cap": 1, "target_parameters": 1, "target_bytes": 1,
+    "cap": 1, "target_parameters": 1, "target_bytes": 1, "nll_ig": 1,
 }  # fmt: skip
 BUDGETS = ("prune_rate", "target_parameters", "target_bytes")  # one of them at most
 
@@ -77,6 +77,12 @@ class CompressionRecipe:
       gradients: also collect end-to-end gradient scores (about three times the time).
       weight_gradients: also collect criterion wg, in a sweep of its own (about five times).
       expert_details: also collect what wanda, MoNE, NAEE and GRAPE need (about twice the time).
+      nll_ig: also collect attribution nll_ig with this many steps, e.g. 4: an expert's worth to
+        the end-to-end loss, at several times the time.
+      nll_ablate: also collect attribution nll_ablate, the exact loss without each expert: as many
+        partial forward passes as there are experts.
+      nll_grad2: also collect attribution nll_grad2 from second derivatives; the model must fit in
+        memory twice.
       export: formats to write.
       until_stable: stop scoring once the kept sets before and after a part of the calibration
         text overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all.
@@ -118,6 +124,9 @@ class CompressionRecipe:
     gradients: bool = False
     expert_details: bool = False
     weight_gradients: bool = False
+    nll_ig: int | None = None
+    nll_ablate: bool = False
+    nll_grad2: bool = False
     export: tuple[Export, ...] = ()
     until_stable: float | None = None
     batch: int = 8
@@ -225,6 +234,9 @@ class CompressionRecipe:
             "gradients": self.gradients,
             "expert-details": self.expert_details,
             "weight-gradients": self.weight_gradients,
+            "nll-ig": self.nll_ig is not None,
+            "nll-ablate": self.nll_ablate,
+            "nll-grad2": self.nll_grad2,
         }
         return frozenset(name for name, on in asked.items() if on)
 

@@ -4,7 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint
+import jax.numpy as jnp
+
+from convert.checkpoint import Checkpoint, load_model
+from pruning import extra_scores
 from pruning.collect import with_wanda
 from pruning.parts import collect_parts
 from pruning.progress import Steps
@@ -20,6 +23,7 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     found = find_statistics(job)
     if found is not None:
         return found
+    extra_scores.announce(job.base, job.recipe, steps)
     job.output.mkdir(parents=True, exist_ok=True)
     statistics, used, stability = collect_parts(job, identity(job), steps)
     texts = job.calibration.tokens[used], job.calibration.valid[used]
@@ -34,6 +38,8 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
         with steps.bar("weight gradients") as on_step:
             gradient = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
         statistics = dataclasses.replace(statistics, weight_gradient=gradient)
+    load = lambda: load_model(job.base.folder, jnp.bfloat16)  # noqa: E731
+    statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
     provenance = {**identity(job), "stability": stability}
     save_statistics(job.output / STATISTICS, statistics, provenance)
     return statistics, provenance
@@ -58,6 +64,7 @@ def identity(job: Job) -> dict:
         "dtype": job.recipe.dtype,
         "tokens": job.calibration.total,
         "sources": list(job.calibration.sources),
+        **({"nll_ig_steps": job.recipe.nll_ig} if job.recipe.nll_ig else {}),
         "until_stable": job.recipe.until_stable,
     }
 

@@ -34,6 +34,9 @@ SUMS: dict[str, dict[str, str]] = {
         "output_gram": "LEG",
         "clipped_phi": "LE",
     },
+    "nll-ig": {"nll_ig": "LE"},
+    "nll-ablate": {"nll_ablate": "LE"},
+    "nll-grad2": {"nll_grad2": "LE"},
 }
 # Facts about the weights, equal for every text: not sums.
 WEIGHTS: dict[str, str] = dict.fromkeys(
@@ -79,6 +82,9 @@ class ChannelStatistics:
     None unless weight gradients were asked for: `weight_gradient` [L, E, F], the sum over a
     channel's weights in the three matrices of |W dloss/dW| with the gradient of the whole text.
 
+    None unless asked for by name: `nll_ig`, `nll_ablate`, `nll_grad2` [L, E], estimates of the
+    increase of the summed next-token loss (nats) without the expert, see pruning.nll_attribution.
+
     Source: design method 2(a), 2(b); phi and S are Propositions 1 and 2.
     """
 
@@ -121,6 +127,9 @@ class ChannelStatistics:
     wanda_up: np.ndarray | None = None
     wanda_gate: np.ndarray | None = None
     weight_gradient: np.ndarray | None = None
+    nll_ig: np.ndarray | None = None
+    nll_ablate: np.ndarray | None = None
+    nll_grad2: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,6 +144,9 @@ class ChannelStatistics:
             "gradients": self.taylor,
             "expert-details": self.output_sum,
             "weight-gradients": self.weight_gradient,
+            "nll-ig": self.nll_ig,
+            "nll-ablate": self.nll_ablate,
+            "nll-grad2": self.nll_grad2,
         }
         return frozenset(name for name, value in present.items() if value is not None)
 

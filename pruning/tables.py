@@ -162,15 +162,18 @@ def terminal_table(report: "CompressionReport") -> Group:
     parts: list = []
     for line in headlines(report):
         parts.append(Text.assemble((f"{line.number} {line.unit}", "bold"), f"  {line.detail}"))
-    for table in tables(report):
-        shown = Table(
-            title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-            pad_edge=False, padding=(0, 1, 0, 0),
-        )  # fmt: skip
-        for column, name in enumerate(table.header):
-            numbers = table.is_number(column)
-            shown.add_column(name, justify="right" if numbers else "left", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*map(escape, row))
-        parts.append(shown)
-    return Group(*parts)
+    return Group(*parts, *map(as_rich, tables(report)))
+
+
+def as_rich(table: TextTable) -> Table:
+    """A table for a terminal."""
+    shown = Table(
+        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for column, name in enumerate(table.header):
+        numbers = table.is_number(column)
+        shown.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    return shown

@@ -26,7 +26,8 @@ class PlannerOptions:
       passes: how often the smoothing is applied; 1 is the paper's figure, 4 its release.
       layer_loss: "energy" is the share of the residual stream that the layer's experts write, the
         paper's local loss; "attribution" adds up the experts' attribution, which is end to end
-        where the attribution is.
+        where the attribution is; "nll_ig" is the end-to-end loss of the layer's experts together,
+        which needs statistics with `nll_ig`.
       loss_scale: factor on the layer loss; only the logarithmic smoothings see it. 0.01 times the
         tokens per sequence gives the unit of the paper's figures.
       layer_weights: one positive weight per layer instead of the smoothed loss, for example a
@@ -37,7 +38,7 @@ class PlannerOptions:
     weights: str | None = None
     smoothing: str = "sqrt"
     passes: int = 1
-    layer_loss: Literal["energy", "attribution"] = "energy"
+    layer_loss: Literal["energy", "attribution", "nll_ig"] = "energy"
     loss_scale: float = 1.0
     layer_weights: tuple[float, ...] | None = None
 
@@ -47,7 +48,7 @@ class PlannerOptions:
         if self.weights is not None:
             choose(WEIGHTS, self.weights, "weights")
         choose(SMOOTHINGS, self.smoothing, "smoothing")
-        choose({"energy": 0, "attribution": 1}, self.layer_loss, "layer_loss")
+        choose(LAYER_LOSSES, self.layer_loss, "layer_loss")
         if not self.passes >= 0:
             raise ValueError(f"passes={self.passes} must be 0 or more; the paper uses 1")
         if not 0.0 < self.loss_scale < np.inf:
@@ -60,11 +61,28 @@ class PlannerOptions:
 Weights = Callable[[ChannelScores, PlannerOptions], np.ndarray]
 
 
+def _end_to_end_loss(scores: ChannelScores) -> np.ndarray:  # [L]
+    if scores.layer_nll is None:
+        raise ValueError(
+            "layer_loss='nll_ig' needs statistics with nll_ig; score the model again with "
+            "--nll-ig 4, or use 'energy'"
+        )
+    return scores.layer_nll
+
+
+LAYER_LOSSES: dict[str, Callable[[ChannelScores], np.ndarray]] = {
+    "energy": lambda scores: scores.layer,
+    "attribution": lambda scores: scores.expert.sum(axis=1),
+    "nll_ig": _end_to_end_loss,
+}
+
+
 def layer_weights(scores: ChannelScores, options: PlannerOptions) -> np.ndarray:  # [L]
     """Weight of each layer: the smoothed layer loss, or what the options say instead.
 
     Raises:
-      ValueError: the options hold weights for another number of layers.
+      ValueError: the options hold weights for another number of layers, or ask for a loss that was
+        not measured.
     """
     if options.layer_weights is not None:
         given = np.asarray(options.layer_weights, np.float64)
@@ -74,7 +92,7 @@ def layer_weights(scores: ChannelScores, options: PlannerOptions) -> np.ndarray:
                 "with experts; give one weight for each of them"
             )
         return given
-    loss = scores.layer if options.layer_loss == "energy" else scores.expert.sum(axis=1)
+    loss = LAYER_LOSSES[options.layer_loss](scores)
     return smooth_layer_loss(options.loss_scale * loss, options.smoothing, options.passes)
 
 

@@ -15,7 +15,7 @@ FILES = {
 # The command and its stages join method and files. `commands` are the bodies of `cli`, `verify`
 # the stage that reads an export back.
 GLUE = {"pipeline", "cli", "commands", "__main__", "evaluate", "stages", "verify", "demo"}
-GLUE |= {"preflight", "sizes", "gptq_stage"}
+GLUE |= {"preflight", "sizes", "gptq_stage", "audit_stage", "compare"}
 
 
 def imports(name: str) -> set[str]:

@@ -78,7 +78,7 @@ def test_scores_are_finite_non_negative_and_double_precision(criterion, attribut
         assert np.isfinite(array).all() and (array >= 0.0).all()
 
 
-@pytest.mark.parametrize("criterion", set(CHANNEL_CRITERIA) - {"weight", "random"})
+@pytest.mark.parametrize("criterion", sorted(set(CHANNEL_CRITERIA) - {"weight", "random"}))
 def test_a_never_routed_expert_is_ranked_by_weight_below_every_routed_channel(criterion):
     stats = unrouted(statistics(2, 3, 6), 1, 2)
     # Positive, so that "shapley" clamps nothing to zero.

@@ -97,6 +97,7 @@ def test_missing_and_unexpected_arrays_are_named(path):
 
 def test_the_announced_shapes_are_fields_of_the_statistics():
     groups = ("gradients", "expert-details", "weight-gradients")
+    groups += ("nll-ig", "nll-ablate", "nll-grad2")
     shapes = field_shapes(2, 3, 4, 5, groups)
     assert shapes.keys() == {field.name for field in dataclasses.fields(ChannelStatistics)}
     sums = field_shapes(2, 3, 4, 5, groups, finished=False)

@@ -1,0 +1,224 @@
+"""The results of a comparison: its file, its ranking, its tables."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from pruning.files import replace_text
+from pruning.rules import RULES
+from pruning.tables import TextTable
+
+WIDE = 120  # columns of a terminal that holds explanations, too
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one rule gave at one prune rate with one seed, or why it could not.
+
+    Attributes:
+      rule, rate, seed: what was run; `rate` is the one really kept.
+      kept: channels, equal for all rules at a rate.
+      emptied: experts without channels.
+      quality: text -> nll, perplexity, tokens, kl, top1.
+      reason: why there is no plan; empty if there is one.
+    """
+
+    rule: str
+    rate: float
+    seed: int = 0
+    kept: int = 0
+    emptied: int = 0
+    quality: dict[str, dict] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One rule at one rate, texts and seeds averaged with equal weight.
+
+    Attributes:
+      added: nats per token above the dense model.
+      spread: half the distance between the best and the worst seed.
+      kl: nats per token.
+      top1: share of positions whose most likely token is the dense model's.
+      emptied: experts without channels.
+    """
+
+    rule: str
+    rate: float
+    added: float
+    spread: float
+    kl: float
+    top1: float
+    emptied: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results on one model with one set of texts.
+
+    Attributes:
+      key: what results depend on: model, texts, sizes.
+      dense: quality of the dense model by text.
+      results: of rules that could keep the budget.
+      refused: the others, each with a reason.
+    """
+
+    key: dict[str, Any]
+    dense: dict[str, dict]
+    results: tuple[Result, ...]
+    refused: tuple[Result, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> "Comparison":
+        """Read compare.json.
+
+        Raises:
+          ValueError: it is damaged.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            parts = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}
+            return cls(key=found["key"], dense=found["dense"], **parts)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it and compare again") from None
+
+    def save(self, folder: Path) -> None:
+        """Write compare.json and compare.csv, each whole or not at all."""
+        replace_text(folder / "compare.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        replace_text(folder / "compare.csv", self.csv())
+
+    def save_page(self, folder: Path) -> None:
+        """Write compare.html, one page that loads nothing."""
+        from pruning.comparison_page import comparison_page  # draws: slow to import
+
+        replace_text(folder / "compare.html", comparison_page(self))
+
+    def with_results(self, results: Iterable[Result], refused: Iterable[Result]) -> "Comparison":
+        """With more results.
+
+        Raises:
+          ValueError: the rules at a rate do not all keep the same number of channels.
+        """
+        every = (*self.results, *results)
+        for rate in {result.rate for result in every}:
+            kept = {result.kept for result in every if result.rate == rate}
+            if len(kept) > 1:
+                raise ValueError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
+        return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))
+
+    def only(self, rules: Sequence[str], rates: Sequence[float]) -> "Comparison":
+        """The part that was asked for."""
+        parts = {
+            name: tuple(r for r in getattr(self, name) if r.rule in rules and r.rate in rates)
+            for name in ("results", "refused")
+        }
+        return dataclasses.replace(self, **parts)
+
+    @property
+    def rates(self) -> list[float]:
+        """Prune rates, rising."""
+        return sorted({result.rate for result in (*self.results, *self.refused)})
+
+    def lines(self) -> list[Line]:
+        """Every rule and rate with a result, the least loss at each rate first."""
+        groups: dict[tuple[str, float], list[Result]] = {}
+        for result in self.results:
+            groups.setdefault((result.rule, result.rate), []).append(result)
+        found = [self._line(rule, rate, group) for (rule, rate), group in groups.items()]
+        return sorted(found, key=lambda line: (line.rate, line.added))
+
+    def _line(self, rule: str, rate: float, group: Sequence[Result]) -> Line:
+        added = [
+            np.mean([q["nll"] - self.dense[text]["nll"] for text, q in result.quality.items()])
+            for result in group
+        ]
+        mean = {
+            name: float(np.mean([[q[name] for q in r.quality.values()] for r in group]))
+            for name in ("kl", "top1")
+        }
+        return Line(
+            rule,
+            rate,
+            added=float(np.mean(added)),
+            spread=float(np.ptp(added)) / 2,
+            kl=mean["kl"],
+            top1=mean["top1"],
+            emptied=float(np.mean([result.emptied for result in group])),
+        )
+
+    def ranked(self) -> list[str]:
+        """Rules by their loss at the first rate, those without one by the next."""
+        order: dict[str, None] = {}
+        for line in self.lines():
+            order.setdefault(line.rule)
+        return list(order)
+
+    def table(self) -> TextTable:
+        """Added nats, KL divergence and agreement of every rule at every rate."""
+        lines = {(line.rule, line.rate): line for line in self.lines()}
+        header = ["", "rule"]
+        for rate in self.rates:
+            header += [f"+nats {rate:.4g}", "KL", "top-1"]
+        rows = []
+        for place, rule in enumerate(self.ranked(), 1):
+            row = [str(place), rule]
+            for rate in self.rates:
+                row += _cells(lines.get((rule, rate)))
+            rows.append([*row, RULES[rule].about if rule in RULES else ""])
+        tokens = sum(text["tokens"] for text in self.dense.values())
+        note = (
+            f"Mean over {len(self.dense)} texts, {tokens:,} tokens in all. +nats: loss per token "
+            "above the dense model; KL: nats per token from it; top-1: how often both prefer the "
+            "same token. All rules keep the same number of channels; -: the rule cannot."
+        )
+        return TextTable("Rules, best first", [*header, "what it is"], rows, note)
+
+    def csv(self) -> str:
+        """One row per rule, rate, seed and text, for spreadsheets."""
+        buffer = io.StringIO()
+        out = csv.writer(buffer, lineterminator="\n")
+        out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
+                      "added", "kl", "top1"])  # fmt: skip
+        for r in self.results:
+            family = RULES[r.rule].family if r.rule in RULES else ""
+            for text, q in r.quality.items():
+                added = q["nll"] - self.dense[text]["nll"]
+                out.writerow([r.rule, family, r.rate, r.seed, r.kept, r.emptied, text, q["tokens"],
+                              q["nll"], added, q["kl"], q["top1"]])  # fmt: skip
+        return buffer.getvalue()
+
+    def terminal_table(self, width: int = 80) -> Table:
+        """The table for a terminal so many columns wide; a narrow one leaves explanations out."""
+        table = self.table()
+        shown_columns = len(table.header) - (width < WIDE)
+        shown = Table(
+            title=table.title, caption=table.note, title_justify="left", title_style="bold",
+            caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        last = len(table.header) - 1
+        for column, name in enumerate(table.header[:shown_columns]):
+            number = column not in (1, last)
+            shown.add_column(
+                name, justify="right" if number else "left", overflow="fold", no_wrap=column == 1
+            )
+        for row in table.rows:
+            shown.add_row(*map(escape, row[:shown_columns]))
+        return shown
+
+
+def _cells(line: Line | None) -> list[str]:
+    if line is None:
+        return ["-", "-", "-"]
+    spread = f" ±{line.spread:.3f}" if line.spread else ""
+    return [f"{line.added:.4f}{spread}", f"{line.kl:.4f}", f"{line.top1:.1%}"]

@@ -1,0 +1,353 @@
+"""Every rule that a comparison runs: a criterion, an allocation and what may be removed.
+
+A rule is data: options of `plan_pruning`, the statistics it needs, and where it comes from. What a
+rule has to compute beforehand (clusters, subsets of experts) is one function of the statistics.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pruning.expert_criteria import expert_criterion
+from pruning.expert_drop import naee
+from pruning.grape import (
+    GrapeRules,
+    default_fewest,
+    layer_prior,
+    merge_experts,
+    representatives,
+)
+from pruning.plan import PruningPlan, plan_pruning
+from pruning.registry import choose
+from pruning.statistics import ChannelStatistics
+from pruning.weights import PlannerOptions
+
+GROUPS = ("gradients", "expert-details", "weight-gradients")
+# Criteria and attributions by the statistics they need; the others need the forward sums alone.
+CRITERION_NEEDS = {
+    **dict.fromkeys(("taylor", "abs_taylor", "fisher", "heapr", "saliency"), "gradients"),
+    **dict.fromkeys(("wanda", "mone", "ala_clipped"), "expert-details"),
+    "wg": "weight-gradients",
+}
+RANDOM_SEEDS = (0, 1, 2)
+
+# (statistics, whole experts the budget pays for, experts per token) -> options of `plan_pruning`.
+Prepare = Callable[[ChannelStatistics, int, int], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One way to decide what stays.
+
+    Attributes:
+      about: what it is and where it comes from, one line.
+      family: what it is compared with, a word for tables and colours.
+      options: arguments of `plan_pruning`.
+      needs: names of `GROUPS` that must have been collected.
+      prepare: further arguments, computed from the statistics.
+      constants: an emptied expert is replaced by its mean output.
+      seeds: how often it is run, once unless it is random.
+    """
+
+    about: str
+    family: str
+    options: Mapping[str, Any]
+    needs: frozenset[str] = frozenset()
+    prepare: Prepare | None = None
+    constants: bool = False
+    seeds: tuple[int, ...] = (0,)
+
+
+def common_budget(shape: tuple[int, int, int], rate: float, block: int) -> int:
+    """Channels that every rule can keep exactly, nearest to a prune rate.
+
+    A multiple of a block in every expert (one width for all) and of a whole expert.
+
+    Args:
+      shape: L, E, F.
+      rate: fraction to remove, in [0, 1).
+      block: widths are multiples of it.
+
+    Raises:
+      ValueError: nothing or everything would stay.
+    """
+    layers, experts, width = shape
+    step = math.lcm(layers * experts * block, width)
+    total = layers * experts * width
+    budget = step * round((1.0 - rate) * total / step)
+    if not 0 < budget < total:
+        fits = ", ".join(f"{1 - n * step / total:.4g}" for n in range(1, total // step)[:8])
+        raise ValueError(
+            f"prune_rate={rate} keeps {budget} of {total} channels when one width must suit all "
+            f"experts; possible are {fits or 'none'}; choose one of these, or a smaller --block"
+        )
+    return budget
+
+
+def make_plan(
+    rule: Rule,
+    statistics: ChannelStatistics,
+    *,
+    budget: int,
+    block: int,
+    experts_per_token: int,
+    layer_indices: Sequence[int],
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+) -> PruningPlan:
+    """The plan of a rule, which keeps the budget to the channel.
+
+    Args:
+      rule: an entry of `RULES`.
+      statistics: with the groups that the rule needs.
+      budget: channels to keep, from `common_budget`.
+      block, experts_per_token, layer_indices, seed, provenance: see `plan_pruning`.
+
+    Raises:
+      ValueError: the rule cannot keep this budget, or statistics are missing.
+    """
+    kept = budget // statistics.shape[2]
+    more = rule.prepare(statistics, kept, experts_per_token) if rule.prepare else {}
+    plan = plan_pruning(
+        statistics,
+        channels=budget,
+        **{
+            **rule.options,
+            **more,
+            "block": block,
+            "experts_per_token": experts_per_token,
+            "layer_indices": layer_indices,
+            "seed": seed,
+            "provenance": provenance,
+        },
+    )
+    if plan.keep.sum() != budget:
+        raise ValueError(f"the rule keeps {plan.keep.sum()} channels instead of {budget}")
+    return plan
+
+
+def select_rules(names: Sequence[str], seen: Mapping[str, Rule]) -> list[str]:
+    """Names of rules for "all", "standard", names and patterns like "fair*", without repeats.
+
+    Raises:
+      ValueError: a name or pattern that fits no rule.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name == "all":
+            found |= dict.fromkeys(seen)
+        elif name == "standard":
+            found |= dict.fromkeys(STANDARD)
+        elif name in seen:
+            found[name] = None
+        else:
+            matches = fnmatch.filter(seen, name)
+            if not matches:
+                choose({**seen, "all": None, "standard": None}, name, "rules")
+            found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def check_needs(names: Sequence[str], collected: frozenset[str]) -> None:
+    """Raise ValueError unless all that these rules need is collected."""
+    for group in GROUPS:
+        lacking = [name for name in names if group in RULES[name].needs - collected]
+        if lacking:
+            raise ValueError(
+                f"rules {', '.join(lacking)} need statistics that are not collected; add --{group} "
+                "or leave them out"
+            )
+
+
+def _needs(*names: str) -> frozenset[str]:
+    return frozenset(CRITERION_NEEDS[name] for name in names if name in CRITERION_NEEDS)
+
+
+def _channels(
+    about: str, family: str, criterion: str, attribution: str = "ala", **options: Any
+) -> Rule:
+    return Rule(
+        about=about,
+        family=family,
+        options={"criterion": criterion, "attribution": attribution, **options},
+        needs=_needs(criterion, attribution),
+    )
+
+
+def _drop(
+    about: str, attribution: str, *, per_layer: bool = False, constants: bool = False
+) -> Rule:
+    options = {"attribution": attribution, "width": "experts", "per_layer": per_layer}
+    details = frozenset({"expert-details"}) if constants else frozenset()
+    return Rule(
+        about=about,
+        family="whole experts",
+        options=options,
+        needs=_needs(attribution) | details,
+        constants=constants,
+    )
+
+
+def _quota(kept: int, layers: int) -> np.ndarray:  # [L]
+    return kept // layers + (np.arange(layers) < kept % layers)
+
+
+def _naee(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict[str, Any]:
+    del experts_per_token
+    assert statistics.output_gram is not None
+    return {"experts": naee(statistics.output_gram, _quota(kept, statistics.shape[0]))}
+
+
+def _clusters(statistics: ChannelStatistics, kept: int, experts_per_token: int):
+    assert statistics.similarity is not None
+    fewest = default_fewest(statistics.shape[1], experts_per_token)
+    return merge_experts(statistics.similarity, kept, GrapeRules(fewest=fewest))
+
+
+def _grape(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict[str, Any]:
+    clusters = _clusters(statistics, kept, experts_per_token)
+    return {"experts": representatives(clusters, expert_criterion("ala")(statistics))}
+
+
+def _grape_prior(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict:
+    return {"layer_shares": layer_prior(_clusters(statistics, kept, experts_per_token))}
+
+
+UNIFORM = {
+    "act": "mean of three activation norms, arXiv 2606.18304",
+    "weight": "norms of the weights, no data",
+    "energy": "squared gated output of the channel, ours",
+    "amp": "gated output norm, ours",
+    "shapley": "the channel's share of the attribution, ours",
+    "wanda": "weights times input norm, arXiv 2306.11695",
+    "saliency": "activation times gradient, arXiv 2606.18304",
+    "abs_taylor": "sum of |h dL/dh|, after arXiv 1906.10771",
+    "fisher": "sum of (h dL/dh)^2, after arXiv 1906.10771",
+    "heapr": "activation times output gradient, repository LLIKKE/HEAPr",
+    "wg": "weight times weight gradient",
+}
+PAIRED = ("act", "energy", "shapley", "fisher", "abs_taylor")
+DEGREES = {"fair0.5": "k = 0.5", "fair": "k = 1", "fair2": "k = 2", "linear": "k = 0"}
+DROPS = {
+    "ala": "attribution, arXiv 2606.18304",
+    "self": "squared output share, no interaction",
+    "usage": "routed tokens",
+    "router": "mean router probability",
+    "seer": "summed routing weight, arXiv 2606.15716",
+    "ean": "summed output norm, arXiv 2606.15716",
+    "reap": "mean weighted output norm, arXiv 2510.13999",
+    "man": "mean output norm, arXiv 2606.15716",
+    "msan": "mean squared output norm, arXiv 2606.15716",
+    "mone": "spread of the output times routing score, arXiv 2507.00390",
+    "aimer": "rms over mean weight, no data, arXiv 2603.18492",
+    "ala_clipped": "attribution with 1 % clipped, as released",
+}
+
+
+def _allocations() -> dict[str, Rule]:
+    rules = {}
+    for score in PAIRED:
+        about = f"layers, then experts, by max-min coverage of {score}, arXiv 2606.18304"
+        rules[f"paper-{score}"] = _channels(about, "paper's rule", score)
+    rules["maxmin-act"] = _channels(
+        "max-min coverage of act in one level, ours", "one level", "act", planner="maxmin"
+    )
+    for planner, degree in DEGREES.items():
+        for score in PAIRED:
+            about = f"coverage of {score}, fairness {degree}, weighted by"
+            rules[f"{planner}-{score}"] = _channels(
+                f"{about} attribution, ours", "one level", score, planner=planner
+            )
+            if planner != "linear":  # there it is global top-k
+                rules[f"{planner}-{score}-mass"] = _channels(
+                    f"{about} the score's own mass, ours", "one level", score, planner=planner,
+                    options=PlannerOptions(weights="mass"),
+                )  # fmt: skip
+    for score in PAIRED:
+        planner = "normalized_topk" if score == "act" else "global_topk"
+        rules[f"topk-{score}"] = _channels(
+            f"best channels of the model by {score}", "top-k", score, planner=planner
+        )
+    return rules
+
+
+RULES: dict[str, Rule] = {
+    "random": Rule(
+        about="random channels: what every rule must beat",
+        family="random",
+        options={"criterion": "random", "planner": "random"},
+        seeds=RANDOM_SEEDS,
+    ),
+    **{
+        f"uniform-{score}": _channels(f"one width, {about}", "uniform", score, width="uniform")
+        for score, about in UNIFORM.items()
+    },
+    **_allocations(),
+    "topk-heapr": _channels(
+        "best channels of the model, repository LLIKKE/HEAPr", "top-k", "heapr",
+        planner="global_topk",
+    ),
+    "layer-topk-energy": _channels(
+        "best channels of each layer by energy", "top-k", "energy", planner="layer_topk"
+    ),
+    "hull-energy": _channels(
+        "aligned optimum of linear coverage, ours", "one level", "energy", planner="linear",
+        align="hull",
+    ),
+    "hull-fair-energy": _channels(
+        "aligned optimum of fair coverage, ours", "one level", "energy", planner="fair",
+        align="hull",
+    ),
+    **{f"experts-{name}": _drop(f"whole experts by {about}", name)
+       for name, about in DROPS.items()},
+    **{f"experts-{name}-layer": _drop(f"same number in each layer by {about}", name, per_layer=True)
+       for name, about in DROPS.items()},
+    "experts-ala-constant": _drop(
+        "experts-ala, removed experts become their mean output, ours", "ala", constants=True
+    ),
+    "mone": _drop(
+        "experts-mone-layer, removed experts become their mean output, arXiv 2507.00390", "mone",
+        per_layer=True, constants=True,
+    ),
+    "naee": Rule(
+        about="subset of experts with least output error per layer, arXiv 2402.14800",
+        family="whole experts",
+        options={"width": "experts"},
+        needs=frozenset({"expert-details"}),
+        prepare=_naee,
+    ),
+    "grape": Rule(
+        about="one expert per cluster of similar ones, arXiv 2604.06542",
+        family="whole experts",
+        options={"width": "experts"},
+        needs=frozenset({"expert-details"}),
+        prepare=_grape,
+    ),
+    "grape-prior": Rule(
+        about="paper-act, layer budgets by the clusters of arXiv 2604.06542",
+        family="paper's rule",
+        options={"criterion": "act"},
+        needs=frozenset({"expert-details"}),
+        prepare=_grape_prior,
+    ),
+    "cd-moe": _channels(
+        "whole layers condensed to always-on experts, after arXiv 2412.00069", "whole experts",
+        "act", planner="cd_moe",
+    ),
+    "moe-i2": _channels(
+        "widths in proportion to attribution, after arXiv 2411.01016", "one level", "act",
+        planner="moe_i2",
+    ),
+}  # fmt: skip
+
+# One of each kind, forward sums alone: minutes where `all` takes an hour.
+STANDARD = (
+    "random", "uniform-act", "uniform-weight", "uniform-energy", "uniform-shapley", "paper-act",
+    "paper-energy", "paper-shapley", "maxmin-act", "fair-act", "fair-energy", "fair-energy-mass",
+    "fair-shapley", "fair0.5-energy", "topk-act", "topk-energy", "layer-topk-energy",
+    "hull-fair-energy", "moe-i2", "experts-ala", "experts-usage", "experts-reap",
+)  # fmt: skip
