@@ -32,6 +32,7 @@ def collect_statistics(
     *,
     gradients: bool = False,
     expert_details: bool = False,
+    finish: bool = True,
     batch: int = 8,
     chunk: int = 64,
     dtype=jnp.float32,
@@ -45,6 +46,7 @@ def collect_statistics(
       valid: bool [B, T]; other positions contribute exactly nothing.
       gradients: also run the backward sweep of the end-to-end next-token loss.
       expert_details: also collect vectors per expert and pairs of experts.
+      finish: also compute what needs the sums of the whole text; False for a part of one.
       batch: sequences per step.
       chunk: sequences that go through all layers together; for each chunk the model is read once,
         and once more for gradients.
@@ -62,7 +64,8 @@ def collect_statistics(
     sums = _empty_sums(source, groups)
     detail = DetailSums(source.config, sums) if expert_details else None
     starts = range(0, len(tokens), chunk)
-    visits = len(starts) * len(source) * (2 if gradients else 1) + expert_details * len(source)
+    wanda = expert_details and finish
+    visits = len(starts) * len(source) * (2 if gradients else 1) + wanda * len(source)
     visit = _counter(visits, on_step)
     for start in starts:
         part = pad_rows(tokens[start : start + chunk], batch)
@@ -73,7 +76,7 @@ def collect_statistics(
             _backward_sweep(source, part, mask, sums, batch, last, states, visit)
         sums["total_tokens"] += mask.sum()
     statistics = ChannelStatistics(**sums, similarity=detail.similarity if detail else None)
-    return with_wanda(source, statistics, visit) if expert_details else statistics
+    return with_wanda(source, statistics, visit) if wanda else statistics
 
 
 def with_wanda(

@@ -67,6 +67,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     quality = _measure(job, plan, steps)
     sample = _sample(job, steps)
     report = _report(job, statistics, plan, sizes, quality, sample, checks, steps)
+    report.calibration["stability"] = provenance.get("stability")
     report.save(job.output)
     failed = [check for check in checks if not check.ok]
     if failed:
@@ -169,7 +170,10 @@ def _report(
         recipe={k: list(v) if isinstance(v, tuple) else v
                 for k, v in dataclasses.asdict(recipe).items()},
         environment=_environment(),
-        calibration={"tokens": job.calibration.total, "sources": list(job.calibration.sources)},
+        calibration={
+            "tokens": int(statistics.total_tokens),
+            "sources": list(job.calibration.sources),
+        },
         plan=dict(plan.provenance),
         layer_indices=list(plan.layer_indices),
         d_expert=int(plan.keep.shape[2]),

@@ -12,6 +12,7 @@ from convert.writer import LEFTOVER, SPARE_BYTES, remove_leftovers
 from pruning import planning, scoring
 from pruning.calibration import TextSource
 from pruning.files import replace_text
+from pruning.parts import rows_of_parts
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe, load_recipe
@@ -30,7 +31,8 @@ from pruning.statistics import ChannelStatistics, field_shapes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
 # finished, so what a killed removal leaves is never taken for an interrupted run.
-OURS = ("exports", "plans", "plan.*", "compare.*", "statistics.*", "report.html", "report.json")
+OURS = ("exports", "plans", "parts", "plan.*", "compare.*", "statistics.*", "report.html")
+OURS += ("report.json",)
 OURS += ("audit.*", "ablations.jsonl")
 RECIPE = "recipe.yaml"
 
@@ -112,7 +114,12 @@ def _make_output(recipe: CompressionRecipe, *, resumed: bool) -> None:
 
 
 def _remove_leftovers(output: Path) -> None:
-    for folder in (output, output / "exports", *sorted((output / "plans").glob("*"))):
+    for folder in (
+        output,
+        output / "exports",
+        output / "parts",
+        *sorted((output / "plans").glob("*")),
+    ):
         remove_leftovers(folder)
 
 
@@ -136,7 +143,10 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     base, output = job.base, job.output
     parts = {}
     if not (resumed and (output / STATISTICS).exists()):
-        parts["statistics"] = statistics_bytes(base, job.recipe)
+        number = len(
+            rows_of_parts(len(job.calibration.tokens), job.recipe.until_stable is not None)
+        )
+        parts["statistics"] = (1 + number) * statistics_bytes(base, job.recipe)
     for name in job.recipe.export if exports else ():
         if not (resumed and (output / "exports" / name).exists()):
             parts[name] = most_bytes(base, job.recipe, name)

@@ -84,6 +84,8 @@ class CompressionRecipe:
       nll_grad2: also collect attribution nll_grad2 from second derivatives; the model must fit in
         memory twice.
       export: formats to write.
+      until_stable: stop scoring once the kept sets before and after a part of the calibration
+        text overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all.
       batch: windows per step.
       dtype: of the activations.
       seed: of whatever is random.
@@ -126,6 +128,7 @@ class CompressionRecipe:
     nll_ablate: bool = False
     nll_grad2: bool = False
     export: tuple[Export, ...] = ()
+    until_stable: float | None = None
     batch: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
@@ -165,6 +168,8 @@ class CompressionRecipe:
                 )
         if self.width == "capped" and self.cap is None:
             raise ValueError("width='capped' needs a cap; give e.g. half the expert width")
+        if self.until_stable is not None and not 0 < self.until_stable <= 1:
+            raise ValueError(f"until_stable={self.until_stable} must lie in (0, 1]; choose 0.98")
         _ = self.layer_rates
 
     @property

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, load_model
 from pruning import extra_scores
-from pruning.collect import collect_statistics
+from pruning.collect import with_wanda
+from pruning.parts import collect_parts
 from pruning.progress import Steps
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
@@ -23,26 +24,25 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     if found is not None:
         return found
     extra_scores.announce(job.base, job.recipe, steps)
-    texts = job.calibration.tokens, job.calibration.valid
+    job.output.mkdir(parents=True, exist_ok=True)
+    statistics, used, stability = collect_parts(job, identity(job), steps)
+    texts = job.calibration.tokens[used], job.calibration.valid[used]
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
-    with steps.bar("score") as on_step:
-        statistics = collect_statistics(
-            job.base,
-            *texts,
-            gradients=job.recipe.gradients,
-            expert_details=job.recipe.expert_details,
-            on_step=on_step,
-            **how,
-        )
+    if job.recipe.expert_details:
+        with steps.bar("norms of inputs") as on_step:
+            visits = iter(range(1, len(job.base) + 1))
+            statistics = with_wanda(
+                job.base, statistics, lambda: on_step(next(visits), len(job.base))
+            )
     if job.recipe.weight_gradients:
         with steps.bar("weight gradients") as on_step:
-            found = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
-        statistics = dataclasses.replace(statistics, weight_gradient=found)
+            gradient = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
+        statistics = dataclasses.replace(statistics, weight_gradient=gradient)
     load = lambda: load_model(job.base.folder, jnp.bfloat16)  # noqa: E731
     statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
-    job.output.mkdir(parents=True, exist_ok=True)
-    save_statistics(job.output / STATISTICS, statistics, _provenance(job))
-    return statistics, _provenance(job)
+    provenance = {**identity(job), "stability": stability}
+    save_statistics(job.output / STATISTICS, statistics, provenance)
+    return statistics, provenance
 
 
 def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
@@ -51,11 +51,12 @@ def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
     if not path.is_file() or not path.with_suffix(".json").is_file():
         return None
     statistics, found = load_statistics(path)
-    same = all(found.get(key) == value for key, value in _provenance(job).items())
+    same = all(found.get(key) == value for key, value in identity(job).items())
     return (statistics, found) if same and statistics.groups >= job.recipe.groups else None
 
 
-def _provenance(job: Job) -> dict:
+def identity(job: Job) -> dict:
+    """What statistics must agree in to be those of a job."""
     return {
         "model_hash": job.base.fingerprint,
         "model": str(job.base.folder),
@@ -64,6 +65,7 @@ def _provenance(job: Job) -> dict:
         "tokens": job.calibration.total,
         "sources": list(job.calibration.sources),
         **({"nll_ig_steps": job.recipe.nll_ig} if job.recipe.nll_ig else {}),
+        "until_stable": job.recipe.until_stable,
     }
 
 
