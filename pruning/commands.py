@@ -91,8 +91,9 @@ def _plans(
     folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: list[float]
 ) -> list[tuple[CompressionRecipe, PruningPlan]]:
     """A plan for every prune rate, or for the recipe's own budget, with its resolved recipe."""
-    if any(not 0 <= rate < 1 for rate in rates):
-        raise ValueError(f"prune_rate={rates} must lie in [0, 1); choose e.g. 0.25")
+    for rate in rates:
+        if not 0 <= rate < 1:
+            raise ValueError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
     c = base.config
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
     one = one.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))

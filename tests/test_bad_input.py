@@ -117,8 +117,8 @@ def test_no_calibration_text_is_refused(models, tmp_path, capsys):
         (["--criterion", "acts"], r"criterion='acts' is unknown; did you mean 'act'"),
         (["--attribution", "al"], r"attribution='al' is unknown; did you mean 'ala'"),
         (["--planner", "papers"], r"planner='papers' is unknown; did you mean 'paper'"),
-        (["--criterion", "taylor"], r"'taylor' needs gradients.*--gradients"),
-        (["--attribution", "fisher"], r"'fisher' needs gradients.*--gradients"),
+        (["--criterion", "taylor"], r"'taylor' was not collected.*--gradients"),
+        (["--attribution", "fisher"], r"'fisher' was not collected.*--gradients"),
         (["--evaluation", "absent.txt"], r"evaluation text absent\.txt does not exist; check the"),
         (["--batch", "0"], r"batch=0 must be at least 1"),
         (["--recipe", "absent.yaml"], r"recipe absent\.yaml cannot be read"),
@@ -147,7 +147,9 @@ def test_a_group_size_that_does_not_divide_the_shared_expert_is_refused(texts, t
     sizes = SIZES | {"shared_expert_intermediate_size": 24}
     folder = tiny.add_tokenizer(tiny.tiny_qwen2_moe(tmp_path / "model", **sizes))
     shown = refused(capsys, tmp_path, "compress", folder, *given(texts, tmp_path / "out"))
-    assert "group_size=32 does not divide width 24; export 16 bits" in shown
+    assert (
+        "group_size=32 does not divide the input width of a linear layer 24; export with" in shown
+    )
 
 
 def test_an_already_pruned_model_is_refused(scored, texts, tmp_path, capsys):
