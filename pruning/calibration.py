@@ -71,7 +71,7 @@ def read_documents(source: TextSource) -> list[str]:
       ValueError: missing or empty file, text that is not UTF-8, a line without the named field.
     """
     if not source.path.is_file():
-        raise ValueError(f"calibration text {source.path} does not exist; check the path")
+        raise ValueError(f"text file {source.path} does not exist; check the path")
     raw = source.path.read_bytes()
     try:
         if source.path.suffix == ".gz":
@@ -113,6 +113,39 @@ def _document(line: str, source: TextSource, number: int) -> str:
     return value[source.field]
 
 
+def token_stream(
+    source: TextSource, encode: Encode, limit: int, separator: int | None
+) -> tuple[np.ndarray, int]:
+    """First tokens of a file's documents in a fixed random order, joined by `separator`.
+
+    Args:
+      source: the file.
+      encode: text -> token ids, without special tokens.
+      limit: most tokens to read.
+      separator: token between documents; None for none.
+
+    Returns:
+      (token ids int32, number of documents that were read).
+
+    Raises:
+      ValueError: as `read_documents`.
+    """
+    tokens: list[int] = []
+    documents = 0
+    texts = read_documents(source)
+    # Files are often sorted by subject: the first tokens of one would be a sample of one subject.
+    order = np.random.default_rng(0).permutation(len(texts))
+    for document in (texts[i] for i in order):
+        if documents and separator is not None:
+            tokens.append(separator)
+        # A token covers at least one character often enough: this bounds the work on huge files.
+        tokens.extend(encode(document[: 16 * limit]))
+        documents += 1
+        if len(tokens) >= limit:
+            break
+    return np.asarray(tokens[:limit], np.int32), documents
+
+
 def calibration_batch(
     sources: Sequence[TextSource],
     encode: Encode,
@@ -144,7 +177,7 @@ def calibration_batch(
         raise ValueError("no calibration text given; name at least one file with --calibration")
     if length < 2 or max_tokens < 1:
         raise ValueError(f"length={length} must be at least 2 and max_tokens={max_tokens} positive")
-    streams = [_stream(source, encode, max_tokens, separator) for source in sources]
+    streams = [token_stream(source, encode, max_tokens, separator) for source in sources]
     shares = _shares([len(s) for s, _ in streams], [s.weight for s in sources], max_tokens)
     rows, masks, notes = [], [], []
     for source, (stream, documents), share in zip(sources, streams, shares, strict=True):
@@ -182,23 +215,6 @@ def hold_out(batch: TokenBatch, share: float = 1 / 16) -> tuple[TokenBatch, Toke
         TokenBatch(batch.tokens[rows], batch.valid[rows], batch.sources) for rows in (~aside, aside)
     )
     return left, held
-
-
-def _stream(source: TextSource, encode: Encode, limit: int, separator: int | None):
-    tokens: list[int] = []
-    documents = 0
-    texts = read_documents(source)
-    # Files are often sorted by subject: the first tokens of one would be a sample of one subject.
-    order = np.random.default_rng(0).permutation(len(texts))
-    for document in (texts[i] for i in order):
-        # A token covers at least one character often enough: this bounds the work on huge files.
-        tokens.extend(encode(document[: 16 * limit]))
-        documents += 1
-        if separator is not None:
-            tokens.append(separator)
-        if len(tokens) >= limit:
-            break
-    return np.asarray(tokens[:limit], np.int32), documents
 
 
 def _shares(available: list[int], weights: list[float], total: int) -> list[int]:

@@ -89,7 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, help="folder with plan.json and exports/")
     command = add("eval", "Measure likelihood on text; with --prune-rate, a sweep over plans.")
     command.add_argument("folder", type=Path, help="checkpoint folder, or output folder of score")
-    command.add_argument("--text", type=Path, nargs="+", action="extend", required=True)
+    command.add_argument(
+        "--text", type=Path, nargs="+", action="extend", required=True,
+        help="text files; of .jsonl and .jsonl.gz the field text of each line",
+    )  # fmt: skip
     command.add_argument("--json", type=Path, help="where to write the numbers (default stdout)")
     command.add_argument("--window", type=int, help="tokens per window (default: the context)")
     command.add_argument("--stride", type=int, help="tokens between windows (default: half)")

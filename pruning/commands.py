@@ -14,6 +14,7 @@ from convert.export import packed_inputs
 from pruning import audit_stage, gptq_stage, pipeline, planning, preflight, scoring, stages
 from pruning import compare as comparing
 from pruning.audit_page import audit_tables
+from pruning.calibration import TextSource
 from pruning.errors import VerificationError
 from pruning.evaluate import make_windows
 from pruning.files import replace_text
@@ -175,7 +176,7 @@ def evaluate(options: Options) -> dict | None:
     window = min(options.window or 2048, base.config.max_position)
     texts = {}
     for path in options.text:
-        tokens = stages.read_tokens(path, codec, options.max_tokens)
+        tokens = stages.read_tokens(TextSource(path), codec, options.max_tokens)
         texts[str(path)] = make_windows(tokens, window=window, stride=options.stride)
     stride = next(iter(texts.values())).stride
     references: dict = {}

@@ -11,7 +11,7 @@ from convert.export import ExportFormat, export_checkpoint, packed_inputs
 from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
-from pruning.calibration import TextSource, TokenBatch, calibration_batch, hold_out
+from pruning.calibration import TextSource, TokenBatch, calibration_batch, hold_out, token_stream
 from pruning.channel_criteria import CHANNEL_CRITERIA
 from pruning.evaluate import Quality, Reference, Windows, evaluate, make_windows
 from pruning.expert_criteria import expert_criterion
@@ -103,7 +103,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     evaluation = recipe.evaluation
     if not evaluation and recipe.model == "demo":
         evaluation = demo_texts("evaluation")
-    texts = open_texts(evaluation, codec, recipe.window)
+    texts = open_texts(evaluation, codec, recipe.window, field=recipe.calibration_field)
     if not texts:
         calibration, held = hold_out(calibration)
         scored = held.valid[:, :-1] & held.valid[:, 1:]
@@ -115,34 +115,34 @@ def open_job(recipe: CompressionRecipe) -> Job:
 
 
 def open_texts(
-    files: tuple[str, ...], codec: TextCodec, window: int, max_tokens: int = 16384
+    files: tuple[str, ...],
+    codec: TextCodec,
+    window: int,
+    max_tokens: int = 16384,
+    field: str = "text",
 ) -> dict[str, Windows]:
-    """Evaluation windows by file name, at most `max_tokens` of each file."""
+    """Evaluation windows by file name, at most `max_tokens` of each file; `field` holds the text
+    of a JSON line."""
     texts = {}
     for file in files:
         path = Path(file)
         name = path.stem if path.stem not in texts else str(path)
-        texts[name] = make_windows(read_tokens(path, codec, max_tokens), window=window)
+        tokens = read_tokens(TextSource(path, field=field), codec, max_tokens)
+        texts[name] = make_windows(tokens, window=window)
     return texts
 
 
-def read_tokens(path: Path, codec: TextCodec, max_tokens: int) -> list[int]:
+def read_tokens(source: TextSource, codec: TextCodec, max_tokens: int) -> np.ndarray:  # [T]
     """First tokens of an evaluation text.
 
     Raises:
-      ValueError: the file is missing, not UTF-8, or holds fewer than two tokens.
+      ValueError: the file cannot be read as text or holds fewer than two tokens.
     """
-    if not path.is_file():
-        raise ValueError(f"evaluation text {path} does not exist; check the path")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from None
-    tokens = codec.encode(text[: 16 * max_tokens])[:max_tokens]
+    tokens, _ = token_stream(source, codec.encode, max_tokens, codec.end)
     if len(tokens) < 2:
         raise ValueError(
-            f"evaluation text {path} has {len(tokens)} tokens, at least 2 are needed to score one; "
-            "give more text"
+            f"evaluation text {source.path} has {len(tokens)} tokens, at least 2 are needed to "
+            "score one; give more text"
         )
     return tokens
 

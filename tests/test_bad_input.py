@@ -119,7 +119,7 @@ def test_no_calibration_text_is_refused(models, tmp_path, capsys):
         (["--planner", "papers"], r"planner='papers' is unknown; did you mean 'paper'"),
         (["--criterion", "taylor"], r"'taylor' was not collected.*--gradients"),
         (["--attribution", "fisher"], r"'fisher' was not collected.*--gradients"),
-        (["--evaluation", "absent.txt"], r"evaluation text absent\.txt does not exist; check the"),
+        (["--evaluation", "absent.txt"], r"text file absent\.txt does not exist; check the"),
         (["--batch", "0"], r"batch=0 must be at least 1"),
         (["--recipe", "absent.yaml"], r"recipe absent\.yaml cannot be read"),
     ],

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pruning import stages
 from pruning.calibration import (
     TextSource,
     TokenBatch,
@@ -16,6 +17,7 @@ from pruning.calibration import (
     hold_out,
     read_documents,
 )
+from pruning.tokenizer import open_codec
 
 
 def encode(text: str) -> list[int]:
@@ -105,3 +107,18 @@ def test_held_out_windows_are_not_calibrated_on_and_none_is_lost(windows, expect
     assert len(held.tokens) == expected
     together = np.concatenate([left.tokens, held.tokens])
     np.testing.assert_array_equal(np.sort(together.reshape(-1)), np.arange(windows * 8))
+
+
+def test_evaluation_reads_json_lines_like_calibration_and_plain_text_whole(tmp_path):
+    demo = stages.model_folder("demo")
+    codec = open_codec(demo, 4096)
+    (tmp_path / "a.jsonl").write_text('{"answer": "one two"}\n"three"\n')
+    (tmp_path / "a.txt").write_text("one two")
+    lines = stages.read_tokens(TextSource(tmp_path / "a.jsonl", field="answer"), codec, 64).tolist()
+    assert stages.read_tokens(TextSource(tmp_path / "a.txt"), codec, 64).tolist() == codec.encode(
+        "one two"
+    )
+    assert codec.end is not None
+    joined = [[*codec.encode(a), codec.end, *codec.encode(b)]
+              for a, b in (("one two", "three"), ("three", "one two"))]  # fmt: skip
+    assert lines in joined
