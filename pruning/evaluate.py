@@ -58,7 +58,9 @@ class Windows:
     stride: int
 
 
-def make_windows(tokens: Sequence[int], *, window: int, stride: int | None = None) -> Windows:
+def make_windows(
+    tokens: Sequence[int] | np.ndarray, *, window: int, stride: int | None = None
+) -> Windows:
     """Cut a token stream into windows.
 
     Args:
