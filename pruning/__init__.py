@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pruning import plots
+    from pruning.apply_stage import apply_plan
     from pruning.calibration import TextSource, TokenBatch, calibration_batch
     from pruning.collect import collect_statistics, collect_weights
     from pruning.criteria import ChannelScores, channel_scores
@@ -35,6 +36,7 @@ __all__ = [
     "Steps",
     "TextSource",
     "TokenBatch",
+    "apply_plan",
     "calibration_batch",
     "channel_scores",
     "collect_statistics",
@@ -57,6 +59,7 @@ __all__ = [
 
 # Names are imported when they are used: `--help` and the checks of options need no jax.
 _HOMES = {
+    "apply_stage": ("apply_plan",),
     "collect": ("collect_statistics", "collect_weights"),
     "calibration": ("TextSource", "TokenBatch", "calibration_batch"),
     "criteria": ("ChannelScores", "channel_scores"),

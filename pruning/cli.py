@@ -21,6 +21,11 @@ EXAMPLES = {
     "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out",
     "plan": "moe-compress plan out --prune-rate 0.25 0.5",
     "export": "moe-compress export out --export ragged-int4 padded-bf16",
+    "apply": "moe-compress apply plans/0.25 ./Qwen3-30B-A3B --export ragged-int4 --output out\n\n"
+    "A plan is two small files, plan.json and plan.safetensors, so that one machine can choose\n"
+    "the channels and another one, which has the weights, can cut them. Nothing is scored: 4-bit\n"
+    "weights are rounded to nearest. Sizes and free space are checked first, every export is read\n"
+    "back and verified; `verify out` and `eval out/exports/ragged-int4` take the result.",
     "verify": "moe-compress verify out",
     "eval": "moe-compress eval out/exports/ragged-int4 --text test.txt --json quality.json\n"
     "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json",
@@ -85,6 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("export", "Write checkpoints from the plan in a folder.", "prune")
     command.add_argument("folder", type=Path, help="folder with plan.json")
     add_recipe_flags(command, "export", "overwrite")
+    command = add("apply", "Export base weights under a plan made before or elsewhere.")
+    command.add_argument("plan", type=Path, help="folder with plan.json, or plan.json itself")
+    command.add_argument("model", help=model_help)
+    add_recipe_flags(command, "output", "export", "bits", "group_size", "overwrite")
     command = add("verify", "Check every export in a folder against the plan.")
     command.add_argument("folder", type=Path, help="folder with plan.json and exports/")
     command = add("eval", "Measure likelihood on text; with --prune-rate, a sweep over plans.")
@@ -157,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        if options.command in ("compress", "score"):
+        if options.command in ("compress", "score", "apply"):
             options.recipe = recipe_from(options)
         if options.command == "compare":
             # A recipe has one rate only.

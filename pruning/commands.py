@@ -6,16 +6,23 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import packed_inputs
-from pruning import audit_stage, gptq_stage, pipeline, planning, preflight, scoring, stages
+from pruning import (
+    apply_stage,
+    audit_stage,
+    gptq_stage,
+    pipeline,
+    planning,
+    preflight,
+    scoring,
+    stages,
+)
 from pruning import compare as comparing
 from pruning.audit_page import audit_tables
 from pruning.calibration import TextSource
-from pruning.errors import VerificationError
 from pruning.evaluate import make_windows
 from pruning.files import replace_text
 from pruning.options import recipe_from
@@ -26,6 +33,7 @@ from pruning.report import CompressionReport
 from pruning.sizes import folder_bytes, form_of, parameter_count
 from pruning.tables import as_rich, terminal_table
 from pruning.tokenizer import open_codec
+from pruning.verify import random_probe, require_verified
 
 Options = argparse.Namespace
 
@@ -138,6 +146,27 @@ def export(options: Options) -> list[str]:
     return [str(exports / name) for name in recipe.export]
 
 
+def apply(options: Options) -> dict:
+    """Exports of a plan made elsewhere, each verified."""
+    recipe = options.recipe
+    checks = apply_stage.apply_plan(
+        options.plan,
+        recipe.model,
+        recipe.output,
+        export=recipe.export,
+        bits=recipe.bits,
+        group_size=recipe.group_size,
+        overwrite=recipe.overwrite,
+        steps=Steps(quiet=options.quiet),
+    )
+    exports = Path(recipe.output) / "exports"
+    names = dict.fromkeys(check.export for check in checks)
+    return {
+        "exports": {str(exports / name): folder_bytes(exports / name) for name in names},
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
+
+
 def verify(options: Options) -> list[dict]:
     """Check every export of a folder."""
     recipe = _recipe(options.folder, options)
@@ -145,17 +174,12 @@ def verify(options: Options) -> list[dict]:
     folders = [path for name in EXPORTS if (path := options.folder / "exports" / name).is_dir()]
     if not folders:
         raise ValueError(f"{options.folder}/exports holds nothing; run `moe-compress export` first")
-    probe = np.random.default_rng(0).integers(
-        0, base.config.vocab_size, (2, min(pipeline.PROBE_TOKENS, base.config.max_position))
-    )
     checks = []
     for target in folders:
         form = form_of(recipe, target.name)
-        probes, codes = probe.astype(np.int32), stages.codes_folder(recipe)
-        checks += stages.verify(base, result, form, target, probes, codes)
-    failed = [f"{c.export}: {c.check}: {c.detail}" for c in checks if not c.ok]
-    if failed:
-        raise VerificationError("; ".join(failed))
+        codes = stages.codes_folder(recipe)
+        checks += stages.verify(base, result, form, target, random_probe(base), codes)
+    require_verified(checks)
     return [dataclasses.asdict(check) for check in checks]
 
 

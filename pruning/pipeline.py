@@ -13,7 +13,6 @@ from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.generate import generate
 from pruning import gptq_stage, planning, preflight, scoring, stages
 from pruning.criteria import channel_scores
-from pruning.errors import VerificationError
 from pruning.plan import PruningPlan
 from pruning.plots import concentration
 from pruning.progress import Steps
@@ -23,8 +22,8 @@ from pruning.sizes import export_sizes, folder_bytes, form_of, parameter_count
 from pruning.smoothing import smooth_layer_loss
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
+from pruning.verify import PROBE_TOKENS, require_verified
 
-PROBE_TOKENS = 64
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
 SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
 
@@ -69,11 +68,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     report = _report(job, statistics, plan, sizes, quality, sample, checks, steps)
     report.calibration["stability"] = provenance.get("stability")
     report.save(job.output)
-    failed = [check for check in checks if not check.ok]
-    if failed:
-        raise VerificationError(
-            "; ".join(f"{check.export}: {check.check}: {check.detail}" for check in failed)
-        )
+    require_verified(checks)
     return report
 
 

@@ -54,6 +54,12 @@ class PruningPlan:
         """Share of each layer's channel score, all experts pooled, that the plan keeps."""
         return _share(channel, self.keep, axis=(1, 2))
 
+    def is_same(self, other: "PruningPlan") -> bool:
+        """Whether both keep the same channels and say the same about it."""
+        return np.array_equal(self.keep, other.keep) and (
+            (self.layer_indices, self.provenance) == (other.layer_indices, other.provenance)
+        )
+
     def require_model(self, model_hash: str) -> None:
         """Refuse to prune a model that the plan was not made for.
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from pruning.statistics import ChannelStatistics, field_shapes
 # finished, so what a killed removal leaves is never taken for an interrupted run.
 OURS = ("exports", "plans", "parts", "plan.*", "compare.*", "statistics.*", "report.html")
 OURS += ("report.json",)
-OURS += ("audit.*", "ablations.jsonl")
+OURS += ("audit.*", "ablations.jsonl", "sweep.*")
 RECIPE = "recipe.yaml"
 
 
@@ -63,7 +64,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
     if not resumed or scoring.find_statistics(job) is None:
         with steps.bar("check weights") as on_step:
             job.base.check_finite(on_step)
-    _make_output(job.recipe, resumed=resumed)
+    make_output(job.recipe, resumed=resumed)
 
 
 def is_interrupted(job: Job) -> bool:
@@ -72,9 +73,26 @@ def is_interrupted(job: Job) -> bool:
     Raises:
       ValueError: it holds something else that may not be replaced.
     """
-    output, recipe = job.output, job.recipe
-    texts = [TextSource.parse(text).path for text in recipe.calibration]
-    for path in (job.base.folder, *texts, *map(Path, recipe.evaluation)):
+    texts = [TextSource.parse(text).path for text in job.recipe.calibration]
+    read = (job.base.folder, *texts, *map(Path, job.recipe.evaluation))
+    return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
+
+
+def may_resume(
+    recipe: CompressionRecipe, read: Iterable[Path], unfinished: Callable[[], bool]
+) -> bool:
+    """Whether the output folder is to be gone on with, rather than made or replaced.
+
+    Args:
+      recipe: resolved; names the output folder.
+      read: files and folders that the run reads.
+      unfinished: whether a folder of the same recipe lacks something.
+
+    Raises:
+      ValueError: the folder holds something else that may not be replaced, or what is read.
+    """
+    output = Path(recipe.output)
+    for path in read:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"output={output} holds {path}, which is read; name another folder")
     if output.exists() and not output.is_dir():
@@ -86,7 +104,7 @@ def is_interrupted(job: Job) -> bool:
             f"output={output} already exists and is no output folder of ours (it has no {RECIPE}), "
             "so --overwrite leaves it alone too; name another folder"
         )
-    if _same_recipe(output / RECIPE, recipe) and not (output / "report.json").exists():
+    if _same_recipe(output / RECIPE, recipe) and unfinished():
         return True
     if not recipe.overwrite:
         raise ValueError(
@@ -103,7 +121,8 @@ def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
         return False
 
 
-def _make_output(recipe: CompressionRecipe, *, resumed: bool) -> None:
+def make_output(recipe: CompressionRecipe, *, resumed: bool) -> None:
+    """Make the output folder, without what an older run left unless that is gone on with."""
     output = Path(recipe.output)
     if not resumed:
         for path in (path for pattern in OURS for path in output.glob(pattern)):
@@ -150,14 +169,18 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     for name in job.recipe.export if exports else ():
         if not (resumed and (output / "exports" / name).exists()):
             parts[name] = most_bytes(base, job.recipe, name)
-    replaced = 0 if resumed else sum(
+    require_space(output, parts, 0 if resumed else replaced_bytes(output))
+
+
+def replaced_bytes(output: Path) -> int:
+    """Bytes of an older run in the output folder, which overwriting frees."""
+    return sum(
         file.stat().st_size
         for pattern in OURS
         for path in output.glob(pattern)
         for file in (path, *path.rglob("*"))
         if file.is_file()
-    )  # fmt: skip
-    require_space(output, parts, replaced)
+    )
 
 
 def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> None:
@@ -206,9 +229,7 @@ def drop_stale_exports(output: Path, plan: PruningPlan) -> None:
         stored = PruningPlan.load(output)
     except (ValueError, OSError):
         stored = None
-    if stored is None or not (
-        np.array_equal(stored.keep, plan.keep) and stored.provenance == plan.provenance
-    ):
+    if stored is None or not stored.is_same(plan):
         shutil.rmtree(output / "exports", ignore_errors=True)
 
 

@@ -4,7 +4,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from convert.export import ExportFormat, export_specs
 from convert.reader import SafetensorsFolder
 from convert.rules import Widths
 from moe_jax.stream import LayerSource
+from pruning.errors import VerificationError
 from pruning.evaluate import logits
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 # float32 logits of two programs differ by rounding; a near-tie in a router may then send a token
 # elsewhere, so a hundredth of the positions may differ by more.
 TOLERANCE, SHARE = 2e-3, 0.01
+PROBE_TOKENS = 64  # per window that logits are compared on
 CLIENT_BYTES = 4 << 30  # larger folders are not loaded a second time through torch
 
 
@@ -36,6 +38,20 @@ class Check:
     check: str
     ok: bool
     detail: str
+
+
+def random_probe(base: Checkpoint) -> np.ndarray:
+    """Two windows of random tokens, int32 [2, T], for comparing logits without a text."""
+    length = min(PROBE_TOKENS, base.config.max_position)
+    tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, (2, length))
+    return tokens.astype(np.int32)
+
+
+def require_verified(checks: Sequence[Check]) -> None:
+    """Raise VerificationError naming every check that failed."""
+    failed = [f"{c.export}: {c.check}: {c.detail}" for c in checks if not c.ok]
+    if failed:
+        raise VerificationError("; ".join(failed))
 
 
 def verify_folder(

@@ -174,7 +174,9 @@ def test_bad_options_are_refused_before_any_work(tmp_path, capsys, arguments, me
 
 
 def test_help_of_every_command_teaches_with_an_example():
-    for command in ("compress", "inspect", "score", "plan", "export", "verify", "eval", "report"):
+    for command in (
+        "compress", "inspect", "score", "plan", "export", "apply", "verify", "eval", "report",
+    ):  # fmt: skip
         found = subprocess.run(
             [sys.executable, "-m", "pruning", command, "--help"],
             capture_output=True, text=True, check=True,

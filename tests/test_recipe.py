@@ -208,7 +208,8 @@ def test_help_and_wrong_options_import_no_jax(tmp_path):
     script = """
 import contextlib, io, sys
 from pruning.cli import main
-commands = ["compress", "inspect", "score", "plan", "export", "verify", "eval", "report"]
+commands = ["compress", "inspect", "score", "plan", "export", "apply", "verify", "eval"]
+commands += ["report"]
 for arguments in ([], *([command] for command in commands)):
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         try:
