@@ -19,7 +19,9 @@ EXAMPLES = {
     "--prune-rate 0.25 --bits 4 --output out",
     "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
     "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out",
-    "plan": "moe-compress plan out --prune-rate 0.25 0.5",
+    "plan": "moe-compress plan out --prune-rate 0.25 0.5\n\n"
+    "Several rates also write out/sweep.csv and out/sweep.html: the size of every export format\n"
+    "against the share of the channel score that goes. `eval` with them measures the loss.",
     "export": "moe-compress export out --export ragged-int4 padded-bf16",
     "apply": "moe-compress apply plans/0.25 ./Qwen3-30B-A3B --export ragged-int4 --output out\n\n"
     "A plan is two small files, plan.json and plan.safetensors, so that one machine can choose\n"
@@ -28,7 +30,8 @@ EXAMPLES = {
     "back and verified; `verify out` and `eval out/exports/ragged-int4` take the result.",
     "verify": "moe-compress verify out",
     "eval": "moe-compress eval out/exports/ragged-int4 --text test.txt --json quality.json\n"
-    "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json",
+    "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json\n\n"
+    "Several rates also write out/sweep.csv and out/sweep.html: size against added loss.",
     "report": "moe-compress report out",
     "audit": "moe-compress audit demo --experts 64 --channels 64 --output audit-out\n"
     "  moe-compress audit ./Qwen3-30B-A3B --calibration c4.txt --gradients --nll-ig 4 "

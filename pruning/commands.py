@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from pruning import (
     preflight,
     scoring,
     stages,
+    sweep_stage,
 )
 from pruning import compare as comparing
 from pruning.audit_page import audit_tables
@@ -31,6 +33,7 @@ from pruning.progress import Steps
 from pruning.recipe import BUDGETS, EXPORTS, PLANNING, CompressionRecipe, load_recipe
 from pruning.report import CompressionReport
 from pruning.sizes import folder_bytes, form_of, parameter_count
+from pruning.statistics import ChannelStatistics
 from pruning.tables import as_rich, terminal_table
 from pruning.tokenizer import open_codec
 from pruning.verify import random_probe, require_verified
@@ -98,8 +101,9 @@ def _base(recipe: CompressionRecipe) -> Checkpoint:
 
 def _plans(
     folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: list[float]
-) -> list[tuple[CompressionRecipe, PruningPlan]]:
-    """A plan for every prune rate, or for the recipe's own budget, with its resolved recipe."""
+) -> tuple[list[tuple[CompressionRecipe, PruningPlan]], ChannelStatistics]:
+    """A plan for every prune rate, or for the recipe's own budget, with its resolved recipe; and
+    the statistics they were made from."""
     for rate in rates:
         if not 0 <= rate < 1:
             raise ValueError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
@@ -108,18 +112,33 @@ def _plans(
     one = one.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))
     statistics, provenance = scoring.stored_statistics(folder, base)
     if not rates:
-        return [(one, planning.plan(one, statistics, provenance, base))]
+        return [(one, planning.plan(one, statistics, provenance, base))], statistics
     plans = planning.plans_of_rates(one, rates, statistics, provenance, base)
     recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates]
-    return list(zip(recipes, plans, strict=True))
+    return list(zip(recipes, plans, strict=True)), statistics
+
+
+def _save_sweep(
+    folder: Path,
+    base: Checkpoint,
+    plans: list[tuple[CompressionRecipe, PruningPlan]],
+    statistics: ChannelStatistics,
+    steps: Steps,
+    quality: dict[float | None, dict] | None = None,
+) -> None:
+    rates = [one.prune_rate for one, _ in plans if one.prune_rate is not None]
+    made = [result for _, result in plans]
+    sweep_stage.sweep_of(plans[0][0], rates, made, statistics, base, quality).save(folder)
+    steps.say(f"{folder}/sweep.html")
 
 
 def plan(options: Options) -> list[dict]:
     """One plan in the folder, or one per rate below plans/."""
-    recipe = _recipe(options.folder, options, *PLANNING)
-    made = []
-    for one, result in _plans(options.folder, recipe, _base(recipe), options.prune_rate or []):
-        single = len(options.prune_rate or []) <= 1
+    recipe, rates = _recipe(options.folder, options, *PLANNING), options.prune_rate or []
+    base = _base(recipe)
+    plans, statistics = _plans(options.folder, recipe, base, rates)
+    made, single = [], len(rates) <= 1
+    for one, result in plans:
         target = options.folder if single else options.folder / f"plans/{one.prune_rate}"
         made.append((dataclasses.replace(one, output=str(target)), result))
     for one, result in made:
@@ -128,6 +147,8 @@ def plan(options: Options) -> list[dict]:
         if target != options.folder:
             # `export` and `verify` take the plans of a sweep like any other folder.
             replace_text(target / "recipe.yaml", one.to_yaml())
+    if not single:
+        _save_sweep(options.folder, base, plans, statistics, Steps(quiet=options.quiet))
     return [{"plan": f"{one.output}/plan.json", **result.provenance} for one, result in made]
 
 
@@ -186,12 +207,13 @@ def verify(options: Options) -> list[dict]:
 def evaluate(options: Options) -> dict | None:
     """Likelihood of texts under a folder, or under the plans of a sweep."""
     _check_evaluation(options)
-    steps = Steps(quiet=options.quiet)
+    steps, plans, statistics = Steps(quiet=options.quiet), [], None
     if options.prune_rate:
         recipe = _recipe(options.folder, options)
         base = _base(recipe)
         sources: dict = {"dense": base}
-        for one, result in _plans(options.folder, recipe, base, options.prune_rate):
+        plans, statistics = _plans(options.folder, recipe, base, options.prune_rate)
+        for one, result in plans:
             sources[f"prune-rate {one.prune_rate}"] = stages.pruned_source(base, result, None)
     else:
         base = open_checkpoint(stages.model_folder(str(options.folder)))
@@ -213,6 +235,10 @@ def evaluate(options: Options) -> dict | None:
         }
         for name, source in sources.items()
     }
+    if statistics is not None and len(plans) > 1:
+        quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
+        quality[None] = found["dense"]
+        _save_sweep(options.folder, base, plans, statistics, steps, quality)
     shown = found["model"] if "model" in found else found
     result = {"folder": str(options.folder), "window": window, "stride": stride, "texts": shown}
     if options.json is None:
@@ -227,6 +253,8 @@ def _check_evaluation(options: Options) -> None:
         if value is not None and value < least:
             flag = name.replace("_", "-")
             raise ValueError(f"{name}={value} must be at least {least}; change --{flag}")
+    if len(options.prune_rate or []) > 1 and not os.access(options.folder, os.W_OK):
+        raise ValueError(f"{options.folder} gets sweep.csv and sweep.html; make it writable first")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ValueError(f"json={options.json} lies in no existing folder; make it first")
 

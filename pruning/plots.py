@@ -12,7 +12,7 @@ WIDTH = 8.0  # inches, a page
 GREY, BLUE, RED, GOLD = "#777777", "#2f6fb0", "#c0392b", "#d9a400"
 
 
-def _plain(axes: Axes, percent: str = "") -> None:
+def plain(axes: Axes, percent: str = "") -> None:
     """Only the two axes that carry numbers, a quiet grid; the named axes count in percent."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -83,7 +83,7 @@ def plot_layers(
     keep.set(ylabel="channels\nkept", xlabel="layer", ylim=(0, 1.05))
     keep.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes, percent in ((loss, ""), (cover, "y"), (keep, "y")):
-        _plain(axes, percent)
+        plain(axes, percent)
     return figure
 
 
@@ -108,7 +108,7 @@ def plot_concentration(
     )
     axes.set_title("Concentration of the channel scores", loc="left")
     axes.legend(frameon=False, loc="lower right")
-    _plain(axes, "xy")
+    plain(axes, "xy")
     return figure
 
 
@@ -142,5 +142,5 @@ def plot_expert_bars(
     )
     axes.set_title(f"Experts of layer {layer}", loc="left")
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
-    _plain(axes, "y")
+    plain(axes, "y")
     return figure

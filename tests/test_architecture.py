@@ -16,7 +16,7 @@ FILES = {
 # the stage that reads an export back.
 GLUE = {"pipeline", "cli", "commands", "__main__", "evaluate", "stages", "verify", "demo"}
 GLUE |= {"preflight", "sizes", "gptq_stage", "audit_stage", "compare"}
-GLUE |= {"scoring", "planning", "parts", "apply_stage"}
+GLUE |= {"scoring", "planning", "parts", "apply_stage", "sweep_stage"}
 
 
 def imports(name: str) -> set[str]:
