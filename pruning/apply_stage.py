@@ -125,7 +125,7 @@ def _recipe(
 
 def _prepare(
     recipe: CompressionRecipe, plan: PruningPlan, source: Path, base: Checkpoint, steps: Steps
-) -> list[Export]:
+) -> list[str]:
     """Check all that can be checked, make the output folder; returns the exports to write."""
     output = Path(recipe.output)
     resumed = preflight.may_resume(
@@ -134,7 +134,7 @@ def _prepare(
     missing = [n for n in recipe.export if not (resumed and (output / "exports" / n).exists())]
     for name in missing:
         check_widths(base, kept_widths(plan, base), form_of(recipe, name))
-    sizes = export_sizes(base, plan, dataclasses.replace(recipe, export=tuple(missing)))
+    sizes = export_sizes(base, plan, dataclasses.replace(recipe, export=missing))
     replaced = 0 if resumed else preflight.replaced_bytes(output)
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
     preflight.say_sizes(sizes, steps)

@@ -16,7 +16,8 @@ DESCRIPTION = "Make Mixture-of-Experts language models several times smaller."
 EXAMPLES = {
     "compress": "moe-compress compress demo --output demo-out\n"
     "  moe-compress compress ./Qwen3-30B-A3B --calibration c4.txt code.jsonl=0.5 "
-    "--prune-rate 0.25 --bits 4 --output out",
+    "--prune-rate 0.25 --bits 4 --output out\n"
+    "  moe-compress compress ./Qwen3-30B-A3B --weights-only --output preview",
     "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
     "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out",
     "plan": "moe-compress plan out --prune-rate 0.25 0.5\n\n"

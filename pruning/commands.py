@@ -46,7 +46,8 @@ def compress(options: Options) -> None:
     report = pipeline.compress(options.recipe, Steps(quiet=options.quiet))
     Console().print(terminal_table(report))
     sample = report.sample
-    for label, key in (("prompt", "prompt"), ("dense", "dense"), (sample["export"], "compressed")):
+    shown = (("prompt", "prompt"), ("dense", "dense"), (sample["export"], "compressed"))
+    for label, key in shown if sample["prompt"] else ():
         # Console would break the line anew in a narrow terminal.
         print(f"{label}: {sample[key]!r}")
     print(f"\n{options.recipe.output}/report.html")
@@ -266,6 +267,11 @@ def audit(options: Options) -> None:
     steps, folder = Steps(quiet=options.quiet), Path(options.model)
     if (folder / scoring.STATISTICS).is_file():
         recipe = _recipe(folder, options, "batch", "seed")
+        if recipe.weights_only:
+            raise ValueError(
+                f"{folder} was scored without text (weights_only), and the audit measures losses "
+                "on text; score the model with --calibration"
+            )
         job = stages.open_job(recipe)
         statistics, _ = scoring.stored_statistics(folder, job.base)
         target = Path(getattr(options, "output", folder))

@@ -84,6 +84,18 @@ def channel_scores(
     return scores
 
 
+def require_data_free(criterion: str, attribution: str) -> None:
+    """Raise ValueError unless weights alone give both scores; names those that do."""
+    for name, value, known in (
+        ("criterion", criterion, DATA_FREE), ("attribution", attribution, DATA_FREE_EXPERTS)
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(
+                f"{name}={value!r} needs calibration text, weights_only reads none; choose among "
+                f"{', '.join(sorted(known))}, or give --calibration instead of --weights-only"
+            )
+
+
 def _layer_nll(statistics: ChannelStatistics) -> np.ndarray | None:  # [L]
     if statistics.nll_ig is None:
         return None

@@ -61,6 +61,7 @@ def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
         curves[middle], counts[middle], np.asarray(report.attribution)[middle],
         report.layer_indices[middle], report.d_expert,
     )  # fmt: skip
+    unread = "" if report.calibration["tokens"] else "No text was read: all layers count alike. "
     layers = plots.plot_layers(
         report.layer_loss["raw"], report.layer_loss["smoothed"], report.layer_coverage, kept,
         report.layer_indices,
@@ -70,9 +71,9 @@ def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
          "One row per layer, one cell per expert, widest first. Bright experts keep all their "
          "channels, the darkest keep none."),
         (layers,
-         "Top: how much of the layer's output the experts make, per token; planners that weigh "
-         "layers use the smoothed line. Middle: share of the channel score that is kept. Bottom: "
-         "share of the channels that is kept."),
+         f"{unread}Top: how much of the layer's output the experts make, per token; planners that "
+         "weigh layers use the smoothed line. Middle: share of the channel score that is kept. "
+         "Bottom: share of the channels that is kept."),
         (plots.plot_concentration(fractions, curves, report.layer_indices),
          "One line per expert. The more a line bends, the fewer channels hold the expert's score, "
          "and the cheaper it is to prune."),
@@ -80,7 +81,30 @@ def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
          "The experts of one layer. A bar is an expert's channel score in ten steps: the darkest "
          "step is its best tenth of channels. Red: how many channels it keeps. Gold: how much the "
          "expert matters to the layer."),
+        *_stability(report),
     ]  # fmt: skip
+
+
+def _stability(report: "CompressionReport") -> list[tuple[Figure, str]]:
+    """How the kept set settled, if the text was scored in parts that can be compared."""
+    found = report.calibration.get("stability") or {}
+    known = [overlap for overlap in found.get("jaccard", ()) if overlap is not None]
+    if not known:
+        return []
+    halves = found["halves"]
+    figure = plots.plot_stability(
+        found["tokens"][-len(known):], known, halves,
+        share=report.sizes["channels_kept"] / report.sizes["channels"],
+        wanted=report.recipe.get("until_stable"),
+    )  # fmt: skip
+    apart = "" if halves is None else f" (here {halves:.1%})"
+    caption = (
+        "Overlap of two sets of kept channels: those in both over those in either. Blue: the set "
+        "before and after each further part of the text; near 100% more text changes little. Red: "
+        f"the sets of the even and of the odd parts, half the text each{apart}: how well the "
+        "choice repeats on other text. Grey: two random sets."
+    )
+    return [(figure, caption)]
 
 
 def _summary(report: "CompressionReport") -> str:
@@ -89,7 +113,17 @@ def _summary(report: "CompressionReport") -> str:
     return (
         f"<p>{_text(model['path'])} ({_text(model['family'])}, {model['parameters'] / 1e6:,.1f} "
         f"million parameters). {sizes['channels_kept']:,} of {sizes['channels']:,} expert channels "
-        f"kept ({share:.1%}).</p>"
+        f"kept ({share:.1%}).{_no_text(report)}</p>"
+    )
+
+
+def _no_text(report: "CompressionReport") -> str:
+    if report.calibration["tokens"]:
+        return ""
+    criterion, attribution = (report.recipe[name] for name in ("criterion", "attribution"))
+    return (
+        " No calibration text was read: the weights alone decided (criterion "
+        f"{_text(criterion)}, attribution {_text(attribution)}), which is a preview."
     )
 
 
@@ -157,9 +191,10 @@ def _provenance(report: "CompressionReport") -> str:
         [[s["path"], f"{s['documents']:,}", f"{s['tokens']:,}"]
          for s in report.calibration["sources"]],
     )  # fmt: skip
+    text = section_html(sources) if sources.rows else "<h2>Calibration text</h2><p>No text.</p>"
     recipe = _text(json.dumps(report.recipe, indent=2))
     return (
-        f"{section_html(sources)}<h2>How to repeat it</h2><p>{_text(environment)}. The file "
+        f"{text}<h2>How to repeat it</h2><p>{_text(environment)}. The file "
         "recipe.yaml beside this page repeats the run.</p>"
         f"<details><summary>Recipe</summary><pre>{recipe}</pre></details>"
     )

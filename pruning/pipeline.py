@@ -22,7 +22,7 @@ from pruning.sizes import export_sizes, folder_bytes, form_of, parameter_count
 from pruning.smoothing import smooth_layer_loss
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
-from pruning.verify import PROBE_TOKENS, require_verified
+from pruning.verify import PROBE_TOKENS, random_probe, require_verified
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
 SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
@@ -73,7 +73,10 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
 
 
 def probe_tokens(job: Job) -> np.ndarray:
-    """Two short windows of calibration text, int32 [2, T], on which logits are compared."""
+    """Two short windows of calibration text, int32 [2, T], on which logits are compared; random
+    tokens where there is no text."""
+    if not job.calibration.total:
+        return random_probe(job.base)
     length = min(PROBE_TOKENS, int(job.calibration.valid.sum(axis=1).max()))
     whole = np.flatnonzero(job.calibration.valid[:, :length].all(axis=1))
     rows = whole[np.linspace(0, len(whole) - 1, 2).astype(int)]
@@ -100,10 +103,10 @@ def _sample(job: Job, steps: Steps) -> dict:
     """The same prompt continued by the dense model and by the smallest export."""
     folders = [job.output / "exports" / name for name in job.recipe.export]
     folder = min(folders, key=folder_bytes)
-    if folder_bytes(job.base.folder) > SAMPLE_BYTES:
-        return {"prompt": "", "dense": "", "compressed": "", "export": folder.name}
     windows = next(iter(job.evaluation.values()), None)
     shown = job.calibration if windows is None else windows
+    if folder_bytes(job.base.folder) > SAMPLE_BYTES or not len(shown.tokens):
+        return {"prompt": "", "dense": "", "compressed": "", "export": folder.name}
     prompt = shown.tokens[0, shown.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
     room = job.base.config.max_position - len(prompt)
     stop = () if job.codec.end is None else (job.codec.end,)
@@ -142,11 +145,11 @@ def _report(
     steps,
 ) -> CompressionReport:
     recipe = job.recipe
+    assert recipe.criterion is not None and recipe.attribution is not None
     scores = channel_scores(
         statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
     )
     fractions, curves = concentration(scores.channel)
-    raw = np.asarray(statistics.layer_energy) / float(statistics.total_tokens)
     exports = {}
     for name, size in sizes.items():
         written = folder_bytes(job.output / "exports" / name)
@@ -176,7 +179,8 @@ def _report(
         attribution=scores.expert.tolist(),
         expert_coverage=plan.expert_coverage(scores.channel).tolist(),
         layer_coverage=plan.layer_coverage(scores.channel).tolist(),
-        layer_loss={"raw": raw.tolist(), "smoothed": smooth_layer_loss(raw).tolist()},
+        layer_loss={"raw": scores.layer.tolist(),
+                    "smoothed": smooth_layer_loss(scores.layer).tolist()},
         concentration={"fractions": fractions.tolist(), "curves": curves.tolist()},
         sizes={
             "source_bytes": folder_bytes(job.base.folder),

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 WIDTH = 8.0  # inches, a page
 GREY, BLUE, RED, GOLD = "#777777", "#2f6fb0", "#c0392b", "#d9a400"
@@ -109,6 +109,42 @@ def plot_concentration(
     axes.set_title("Concentration of the channel scores", loc="left")
     axes.legend(frameon=False, loc="lower right")
     plain(axes, "xy")
+    return figure
+
+
+def plot_stability(
+    tokens: Sequence[int],
+    jaccard: Sequence[float],
+    halves: float | None,
+    *,
+    share: float,
+    wanted: float | None = None,
+) -> Figure:
+    """Overlap of the kept set with the one before each part of the text, and of two halves.
+
+    Args:
+      tokens: scored up to and with each part but the first.
+      jaccard: overlap at each of them, in [0, 1].
+      halves: overlap of the sets that the two halves of the text choose.
+      share: of the channels that is kept, for the overlap that chance gives.
+      wanted: overlap at which scoring was to stop.
+    """
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(tokens, jaccard, "o-", color=BLUE, label="before and after each part")
+    # Random sets of a share p have p * p in both, 2 p - p * p in either.
+    lines = [(share / (2.0 - share), GREY, "random sets"), (halves, RED, "halves of the text"),
+             (wanted, GOLD, "enough to stop")]  # fmt: skip
+    for value, colour, label in lines:
+        if value is not None:
+            axes.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=label)
+    axes.set_ylim(top=1.02)
+    axes.set_xlim(0, 1.05 * max(tokens))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set(xlabel="calibration tokens scored", ylabel="overlap of the kept sets\n(Jaccard index)")
+    axes.set_title("Stability of the kept channels", loc="left")
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    plain(axes, "y")
     return figure
 
 

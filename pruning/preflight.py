@@ -28,7 +28,7 @@ from pruning.sizes import (
     statistics_bytes,
 )
 from pruning.stages import Job
-from pruning.statistics import ChannelStatistics, field_shapes
+from pruning.statistics import WEIGHTS, ChannelStatistics, field_shapes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
 # finished, so what a killed removal leaves is never taken for an interrupted run.
@@ -152,8 +152,11 @@ def rehearse_plan(job: Job) -> None:
     sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
     shapes = field_shapes(*sizes, job.recipe.groups)
     # Every sum is one, without memory: nothing is degenerate, and no layer differs from another.
-    ones = {name: np.broadcast_to(1.0, shape) for name, shape in shapes.items()}
-    statistics = ChannelStatistics(**ones)
+    # Without a text there are no sums, only weights.
+    values = {name: float(name in WEIGHTS or not job.recipe.weights_only) for name in shapes}
+    statistics = ChannelStatistics(
+        **{name: np.broadcast_to(values[name], shape) for name, shape in shapes.items()}
+    )
     planning.plan(job.recipe, statistics, {"model_hash": None, "tokens": 0}, job.base)
 
 

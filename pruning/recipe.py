@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pruning.recipe_values import layer_rates, typed
+from pruning.recipe_values import check_weights_only, layer_rates, typed
 
 Export = Literal["ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4"]
 EXPORTS: tuple[Export, ...] = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4")
@@ -51,8 +51,10 @@ class CompressionRecipe:
         expert at least eight groups, else 32.
       quantizer: how 4-bit codes are chosen: "rtn" rounds to nearest, "gptq" keeps the outputs on
         calibration text close, at the cost of two more passes over it.
-      criterion: channel score.
-      attribution: expert score.
+      weights_only: read no calibration text: the weights alone decide what is kept, which is a
+        preview; only criterion weight or random and attribution aimer, weight or uniform work.
+      criterion: channel score; default act, or weight with weights_only.
+      attribution: expert score; default ala, or aimer with weights_only.
       planner: how the budget is allocated: paper, maxmin, fair, fair0.5, fair2, linear, uniform,
         random, fair_two_level, linear_two_level, global_topk, normalized_topk, layer_topk, moe_i2,
         cd_moe.
@@ -105,8 +107,9 @@ class CompressionRecipe:
     bits: Literal[4, 16] = 4
     group_size: int | None = None
     quantizer: Literal["rtn", "gptq"] = "rtn"
-    criterion: str = "act"
-    attribution: str = "ala"
+    weights_only: bool = False
+    criterion: str | None = None
+    attribution: str | None = None
     planner: str = "paper"
     weights: str | None = None
     rho_max: float = 1.0
@@ -171,6 +174,7 @@ class CompressionRecipe:
         if self.until_stable is not None and not 0 < self.until_stable <= 1:
             raise ValueError(f"until_stable={self.until_stable} must lie in (0, 1]; choose 0.98")
         _ = self.layer_rates
+        check_weights_only(self)
 
     @property
     def layer_rates(self) -> dict[int, float]:
@@ -216,6 +220,8 @@ class CompressionRecipe:
             self,
             export=tuple(exports),
             group_size=group,
+            criterion=self.criterion or ("weight" if self.weights_only else "act"),
+            attribution=self.attribution or ("aimer" if self.weights_only else "ala"),
             block=block,
             minimum=self.minimum or block,
             prune_rate=0.25 if self._has_no_budget else self.prune_rate,

@@ -9,6 +9,12 @@ from typing import Any, Literal
 
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
 AMOUNTS = ("target_bytes", "target_parameters")
+# What asks for calibration text, with the value that asks for none.
+NEEDS_TEXT: dict[str, Any] = {
+    "calibration": (), "gradients": False, "expert_details": False, "weight_gradients": False,
+    "nll_ig": None, "nll_ablate": False, "nll_grad2": False, "until_stable": None,
+    "quantizer": "rtn",
+}  # fmt: skip
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
@@ -52,6 +58,17 @@ def layer_rates(entries: Sequence[str]) -> dict[int, float]:
             raise ValueError(f"layer_rate={list(entries)} names layer {index} twice")
         rates[index] = value
     return rates
+
+
+def check_weights_only(recipe: Any) -> None:
+    """Raise ValueError if a recipe without calibration text asks for what needs some."""
+    values = {name: getattr(recipe, name) for name in NEEDS_TEXT}
+    asked = [f"{n}={value!r}" for n, value in values.items() if value != NEEDS_TEXT[n]]
+    if recipe.weights_only and asked:
+        raise ValueError(
+            f"weights_only reads no calibration text, which {', '.join(asked)} needs; leave out "
+            "one or the other"
+        )
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:

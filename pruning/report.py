@@ -25,7 +25,8 @@ class CompressionReport:
       recipe: every option of the resolved recipe by name.
       environment: moe-jax (version), date (UTC), device, cores, python, jax.
       calibration: tokens (scored), sources: per file path, sha256, weight, documents, tokens
-        (those set aside for measuring included).
+        (those set aside for measuring included); stability of the kept set over the parts of the
+        text (see pruning.parts), null for weights_only. 0 tokens: the weights alone decided.
       plan: provenance of the plan: choices, budget, channels kept, experts emptied.
       layer_indices: [L] index of each expert layer in the model.
       d_expert: channels per expert before pruning.
@@ -33,7 +34,7 @@ class CompressionReport:
       attribution: [L][E] expert scores.
       expert_coverage: [L][E] share of the expert's channel score that is kept, in [0, 1].
       layer_coverage: [L] the same for a layer's experts together.
-      layer_loss: raw [L] and smoothed [L].
+      layer_loss: raw [L] and smoothed [L]; all 1 if no text was read.
       concentration: fractions [K] of an expert's channels, curves [L][E][K] of their score share.
       sizes: source_bytes, channels, channels_kept, exports: per name bytes (written), parameters,
         bits_per_parameter, padded_bytes (null for a padded export).
@@ -41,7 +42,8 @@ class CompressionReport:
         tokens, and against the dense model kl and top1 (null for the dense model).
       evaluation: window and stride in tokens; stride is null without a text.
       stages: per stage name, seconds, peak_memory_bytes (of the process until its end).
-      sample: prompt, dense, compressed, export (which one wrote it); "" for huge models.
+      sample: prompt, dense, compressed, export (which one wrote it); "" for huge models or
+        without a text.
       verification: per check export, check, ok, detail.
     """
 

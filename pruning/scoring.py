@@ -1,6 +1,7 @@
 """The scoring stage: statistics of a model on calibration text, collected or found again."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, load_model
 from pruning import extra_scores
-from pruning.collect import with_wanda
+from pruning.collect import collect_weights, with_wanda
 from pruning.parts import collect_parts
 from pruning.progress import Steps
 from pruning.stages import Job
@@ -23,6 +24,8 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     found = find_statistics(job)
     if found is not None:
         return found
+    if job.recipe.weights_only:
+        return _score_weights(job, steps)
     extra_scores.announce(job.base, job.recipe, steps)
     job.output.mkdir(parents=True, exist_ok=True)
     statistics, used, stability = collect_parts(job, identity(job), steps)
@@ -41,6 +44,19 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     load = lambda: load_model(job.base.folder, jnp.bfloat16)  # noqa: E731
     statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
     provenance = {**identity(job), "stability": stability}
+    save_statistics(job.output / STATISTICS, statistics, provenance)
+    return statistics, provenance
+
+
+def _score_weights(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
+    steps.say(
+        "no text is read: the weights alone decide "
+        f"(criterion {job.recipe.criterion}, attribution {job.recipe.attribution})"
+    )
+    with steps.bar("score weights") as on_step:
+        visits, total = itertools.count(1), len(job.base.config.moe_layers)
+        statistics = collect_weights(job.base, lambda: on_step(next(visits), total))
+    provenance = {**identity(job), "stability": None}
     save_statistics(job.output / STATISTICS, statistics, provenance)
     return statistics, provenance
 

@@ -13,6 +13,7 @@ from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
 from pruning.calibration import TextSource, TokenBatch, calibration_batch, hold_out, token_stream
 from pruning.channel_criteria import CHANNEL_CRITERIA
+from pruning.criteria import require_data_free
 from pruning.evaluate import Quality, Reference, Windows, evaluate, make_windows
 from pruning.expert_criteria import expert_criterion
 from pruning.gptq_source import CodedSource
@@ -80,31 +81,24 @@ def open_job(recipe: CompressionRecipe) -> Job:
         raise ValueError(f"{folder} has no layer with experts; there is nothing to prune")
     if base.widths != uniform_widths(c):
         raise ValueError(f"{folder} is already pruned; give the dense model that it came from")
+    assert recipe.criterion is not None and recipe.attribution is not None
     choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
     expert_criterion(recipe.attribution)
+    if recipe.weights_only:
+        require_data_free(recipe.criterion, recipe.attribution)
     choose(PLANNERS, recipe.planner, "planner")
     if recipe.weights is not None:
         choose(WEIGHTS, recipe.weights, "weights")
     choose(SMOOTHINGS, recipe.smoothing, "smoothing")
     check_block(recipe.block or 1, c.moe.d_expert)
     codec = open_codec(folder, c.vocab_size)
-    files = recipe.calibration
-    if not files and recipe.model == "demo":
-        files = demo_texts("calibration")
-    sources = [TextSource.parse(file, recipe.calibration_field) for file in files]
     assert recipe.window is not None
-    calibration = calibration_batch(
-        sources,
-        codec.encode,
-        length=recipe.window,
-        max_tokens=recipe.max_tokens,
-        separator=codec.end,
-    )
+    calibration = _calibration(recipe, codec, recipe.window)
     evaluation = recipe.evaluation
     if not evaluation and recipe.model == "demo":
         evaluation = demo_texts("evaluation")
     texts = open_texts(evaluation, codec, recipe.window, field=recipe.calibration_field)
-    if not texts:
+    if not texts and not recipe.weights_only:
         calibration, held = hold_out(calibration)
         scored = held.valid[:, :-1] & held.valid[:, 1:]
         if scored.any():
@@ -112,6 +106,21 @@ def open_job(recipe: CompressionRecipe) -> Job:
                 held.tokens, held.valid, scored, recipe.window, recipe.window
             )
     return Job(recipe, base, codec, calibration, texts)
+
+
+def _calibration(recipe: CompressionRecipe, codec: TextCodec, window: int) -> TokenBatch:
+    if recipe.weights_only:
+        return TokenBatch(np.zeros((0, window), np.int32), np.zeros((0, window), bool))
+    files = recipe.calibration
+    if not files and recipe.model == "demo":
+        files = demo_texts("calibration")
+    return calibration_batch(
+        [TextSource.parse(file, recipe.calibration_field) for file in files],
+        codec.encode,
+        length=window,
+        max_tokens=recipe.max_tokens,
+        separator=codec.end,
+    )
 
 
 def open_texts(

@@ -39,18 +39,21 @@ def plot_sizes(found: Sweep) -> Figure:
     """Megabytes of each format against what is lost; the lower left is the Pareto front."""
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
+    smallest = min(found.dense.sizes, key=lambda name: found.points[-1].sizes[name])
     for name, colour in zip(found.dense.sizes, COLOURS, strict=False):
+        # On the outer side, where no other format's line passes.
+        side = -1 if name == smallest else 1
         points = [(point.sizes[name] / 1e6, _lost(found, point)) for point in found.points]
         dense = (found.dense.sizes[name] / 1e6, 0.0)
         axes.plot(*zip(dense, *points, strict=True), "o-", color=colour, label=name, markersize=5)
         for point, place in zip(found.points, points, strict=True):
             axes.annotate(
-                f"{100 * point.rate:.4g}%", place, xytext=(5, 5), textcoords="offset points",
-                fontsize=8, color=colour,
+                f"{100 * point.rate:.4g}%", place, xytext=(6 * side, 4), textcoords="offset points",
+                fontsize=8, color=colour, ha="right" if side < 0 else "left",
             )  # fmt: skip
     _from_zero(axes)
     axes.set(xlabel="size of the export, MB", ylabel=_lost_label(found))
-    axes.set_title("Size against loss", loc="left")
+    axes.set_title("Size against loss" if found.texts else "Size against score", loc="left")
     axes.legend(frameon=False, loc="upper right")
     plain(axes, "" if found.texts else "y")
     return figure

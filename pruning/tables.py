@@ -36,11 +36,14 @@ def headlines(report: "CompressionReport") -> list[Headline]:
     )
     pairs = [(v["dense"], v[name]) for v in report.quality.values() if {"dense", name} <= set(v)]
     evaluated = sum(dense["tokens"] for dense, _ in pairs)
+    measured = f"{evaluated:,} other tokens evaluated" if evaluated else "none evaluated"
     tokens = Headline(
         f"{report.calibration['tokens']:,}",
         "tokens scored",
-        f"{evaluated:,} other tokens evaluated" if evaluated else "none evaluated",
+        measured,
     )
+    if not report.calibration["tokens"]:
+        tokens = Headline("no text", "scored", f"the weights alone decided; {measured}")
     if not pairs:
         lost = Headline("?", "quality lost", "not measured; name a text with --evaluation")
         return [smaller, lost, tokens]

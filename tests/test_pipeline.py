@@ -80,6 +80,8 @@ def test_the_report_says_what_is_on_disk_and_every_check_holds(output):
         assert report["sizes"]["exports"][name]["bytes"] == size
         assert size < report["sizes"]["source_bytes"]
     assert all(check["ok"] for check in report["verification"])
+    # four figures of the plan, and how the kept set settled over the parts of the text
+    assert (output / "report.html").read_text().count("data:image/png") == 5
     checks = {(check["export"], check["check"]) for check in report["verification"]}
     assert ("ragged-int4", "logits in transformers") in checks
     (quality,) = report["quality"].values()

@@ -95,10 +95,12 @@ def test_every_field_has_a_flag_that_sets_it():
         "overwrite": True,
     }  # fmt: skip
     alone = [("expert_rate", 0.5, ["--width", "combined"]), ("target_bytes", 6 * 10**9, []),
-             ("target_parameters", 7, [])]  # fmt: skip
+             ("target_parameters", 7, []), ("weights_only", True, [])]  # fmt: skip
     for name, value, needed in alone:
         flag = "--" + name.replace("_", "-")
-        given = parsed("compress", "m", "--output", "o", flag, value, *needed)
+        given = parsed(
+            "compress", "m", "--output", "o", flag, *(() if value is True else (value,)), *needed
+        )
         assert getattr(given, name) == value
         values[name] = getattr(CompressionRecipe(model="m", output="o"), name)
     arguments: list = ["compress", values["model"]]
@@ -150,6 +152,11 @@ def test_every_field_has_a_flag_that_sets_it():
         ({"cap": 8}, r"cap=8 needs width='capped', not None"),
         ({"expert_rate": 0.5}, r"expert_rate=0.5 needs width='combined'"),
         ({"rho_max": 0}, r"rho_max=0.0 must lie in \(0, 1\]"),
+        (
+            {"weights_only": True, "calibration": ["a"], "nll_ig": 2},
+            r"weights_only reads no calibration text, which calibration=\('a',\), nll_ig=2 needs",
+        ),
+        ({"weights_only": True, "quantizer": "gptq"}, r"which quantizer='gptq' needs; leave out"),
         ({"model": ""}, r"model='' must name a folder"),
     ],
 )
@@ -201,6 +208,7 @@ def test_resolving_fills_every_default_and_is_idempotent(export, bits):
         assert recipe.width == ("uniform" if padded else "free")
         assert recipe.export == (exports or (f"ragged-{'int4' if recipe.bits == 4 else 'bf16'}",))
         assert recipe.resolved(96, 64, 1000) == recipe
+        assert (recipe.criterion, recipe.attribution) == ("act", "ala")
 
 
 def test_help_and_wrong_options_import_no_jax(tmp_path):

@@ -75,8 +75,47 @@ def test_the_page_loads_nothing_shows_every_plot_and_escapes_text():
     assert "&lt;script&gt;" in text and "&lt;b&gt;m&lt;/b&gt;" in text
 
 
+def settled(**changes) -> CompressionReport:
+    stability = {"tokens": [10, 20, 40], "jaccard": [None, 0.9, 0.95], "halves": 0.8, **changes}
+    return report(calibration={"tokens": 40, "sources": [], "stability": stability},
+                  recipe={"prune_rate": 0.5, "until_stable": 0.98})  # fmt: skip
+
+
+def test_the_page_shows_how_the_kept_set_settled_if_that_is_known():
+    assert page(settled()).count("data:image/png") == 5
+    assert "here 80.0%" in page(settled())
+    unknown = settled(jaccard=[None] * 3, halves=None)  # a criterion that needs the whole text
+    assert page(unknown).count("data:image/png") == 4
+    figure, _ = figures(settled())[-1]
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    curve = lines["before and after each part"]
+    np.testing.assert_array_equal(curve.get_xdata(), [20, 40])
+    np.testing.assert_array_equal(curve.get_ydata(), [0.9, 0.95])
+    assert set(lines["halves of the text"].get_ydata()) == {0.8}
+    assert set(lines["enough to stop"].get_ydata()) == {0.98}
+    # 48 of 96 channels: two random halves share a quarter of all and cover three quarters.
+    np.testing.assert_allclose(lines["random sets"].get_ydata(), 1 / 3)
+
+
+def test_two_halves_that_were_not_compared_are_left_out_of_the_plot():
+    figure, caption = figures(settled(halves=None))[-1]
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert "halves of the text" not in labels and "here" not in caption
+
+
+def test_a_report_without_text_says_so_everywhere():
+    recipe = {"prune_rate": 0.5, "criterion": "weight", "attribution": "aimer"}
+    found = report(calibration={"tokens": 0, "sources": [], "stability": None}, recipe=recipe)
+    text = page(found)
+    assert "No calibration text was read: the weights alone decided (criterion weight" in text
+    assert "<p>No text.</p>" in text and "all layers count alike" in text
+    assert text.count("data:image/png") == 4
+    assert headlines(found)[2].number == "no text"
+    assert "No calibration text" not in page(report())
+
+
 def test_every_plot_says_what_its_axes_are():
-    for figure, caption in figures(report()):
+    for figure, caption in figures(settled()):
         panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
         assert caption and all(axes.get_ylabel() for axes in panels)
         assert panels[-1].get_xlabel()
