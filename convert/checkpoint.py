@@ -10,6 +10,7 @@ import numpy as np
 
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.families import find_family
+from convert.interleaved import fuse_experts
 from convert.layer_tensors import layer_to_hf
 from convert.reader import CheckpointError, SafetensorsFolder, read_json
 from convert.rules import (
@@ -23,6 +24,7 @@ from convert.rules import (
 )
 from convert.views import View, open_views
 from moe_jax.config import ModelConfig
+from moe_jax.moe import MoE
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
@@ -239,7 +241,7 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
     tensors = SafetensorsFolder(folder)
-    views, problems = open_views(tensors, hf)
+    views, problems = open_views(tensors, hf, alternating=family.interleaved)
     unread = _extra_layers(family, hf, config, views)
     for name in unread:
         del views[name]
@@ -284,10 +286,16 @@ def layer_tensors(
       index: its position in the model.
 
     Yields:
-      (name, array as on disk); nothing for an expert without channels.
+      (name, array as on disk); nothing for an expert without channels. Experts of unequal width
+      are never fused.
     """
     family = source.family if isinstance(source, Checkpoint) else source
-    return layer_to_hf(family.rules, layer, index)
+    found = layer_to_hf(family.rules, layer, index)
+    if family.interleaved and isinstance(layer.mlp, MoE):
+        counts = np.asarray(layer.mlp.experts.count)
+        if (counts == counts[0]).all() and counts[0]:
+            return fuse_experts(found, len(counts))
+    return found
 
 
 def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:

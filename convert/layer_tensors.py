@@ -61,6 +61,10 @@ def _named_parts(
     if rule.layout == "identity":
         yield name, array
         return
+    if rule.layout == "expert_vector":
+        for expert, part in enumerate(array):
+            yield name.replace("{expert}", str(expert)), part
+        return
     experts = _lookup(layer, rule.ours.rpartition(".")[0])
     assert isinstance(experts, Experts)
     ends = np.concatenate([[0], np.cumsum(np.asarray(experts.count))]) // channels_per_row
