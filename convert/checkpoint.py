@@ -10,8 +10,7 @@ import numpy as np
 
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.families import find_family
-from convert.interleaved import fuse_experts
-from convert.layer_tensors import layer_to_hf
+from convert.layer_tensors import layer_on_disk
 from convert.reader import CheckpointError, SafetensorsFolder, read_json
 from convert.rules import (
     EMBEDDING,
@@ -24,7 +23,6 @@ from convert.rules import (
 )
 from convert.views import View, open_views
 from moe_jax.config import ModelConfig
-from moe_jax.moe import MoE
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
@@ -290,12 +288,7 @@ def layer_tensors(
       are never fused.
     """
     family = source.family if isinstance(source, Checkpoint) else source
-    found = layer_to_hf(family.rules, layer, index)
-    if family.interleaved and isinstance(layer.mlp, MoE):
-        counts = np.asarray(layer.mlp.experts.count)
-        if (counts == counts[0]).all() and counts[0]:
-            return fuse_experts(found, len(counts))
-    return found
+    return layer_on_disk(family, layer, index)
 
 
 def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:

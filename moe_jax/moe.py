@@ -10,11 +10,12 @@ from jax import Array
 
 from moe_jax.attention import linear
 from moe_jax.config import SWIGLU, Activation, MoEConfig, Score
+from moe_jax.expert_weights import Weights
 from moe_jax.grouped_matmul import Dispatch, Pool, gather_rows, make_dispatch, tile_height
 from moe_jax.module import module
 from moe_jax.quant import Weight, dequantize
 from moe_jax.router import route, router_probability
-from moe_jax.swiglu import Weights, combine, expert_rows, no_score, routed_experts
+from moe_jax.swiglu import combine, expert_rows, no_score, routed_experts
 
 # Hidden rows [P, width] of the experts and their layout -> the rows that w_down sees.
 ChannelGate = Callable[[Array, Dispatch], Array]

@@ -14,7 +14,16 @@ from flax import struct
 from jax import Array
 
 from moe_jax.activation import gated, gated_gradient
-from moe_jax.config import SWIGLU, Activation
+from moe_jax.expert_weights import (
+    COLUMNS,
+    ROWS,
+    Weights,
+    project,
+    real_rows,
+    routing_matrix,
+    row_expert,
+    tile_tokens,
+)
 from moe_jax.grouped_matmul import (
     Dispatch,
     Pool,
@@ -29,29 +38,6 @@ from moe_jax.grouped_matmul import (
     walk_tiles,
     weight_bits,
 )
-
-ROWS, COLUMNS = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # x @ w.T and x @ w
-
-
-@struct.dataclass
-class Weights:
-    """Parameters of a layer's experts.
-
-    Attributes:
-      gate, up, down: pools [C, D], one row per channel.
-      gate_bias, up_bias: [C, 1], both or neither.
-      down_bias: [E, D]; it is no channel's, so that cutting channels leaves it in place.
-      activation: what a channel makes of its gate and up projection.
-    """
-
-    gate: Array
-    up: Array
-    down: Array
-    gate_bias: Array | None = None
-    up_bias: Array | None = None
-    down_bias: Array | None = None
-    activation: Activation = struct.field(pytree_node=False, default=SWIGLU)
-
 
 # (hidden, d hidden, gate, d gate), each [rows, channels] -> scores per row and channel, summed over
 # the rows of each expert; d is the gradient of the loss.
@@ -98,19 +84,6 @@ def routed_experts(
     return out + added.astype(out.dtype)
 
 
-def routing_matrix(row_weight: Array, dispatch: Dispatch, tokens: int) -> Array:
-    """Routing weights of the rows [P] as float32 [tokens, E]."""
-    # Rows of padding have a token beyond the last one, and are dropped.
-    weight = jnp.zeros((tokens, dispatch.tokens.shape[0]), jnp.float32)
-    at = weight.at[dispatch.token, row_expert(dispatch)]
-    return at.add(row_weight.astype(jnp.float32), mode="drop")
-
-
-def row_expert(dispatch: Dispatch) -> Array:
-    """Expert of each row, int32 [P]; a padding row has that of its tile."""
-    return jnp.repeat(dispatch.tile_expert, dispatch.tile)
-
-
 def _forward(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
     if on_cpu():
         return _forward_tiles(x, row_weight, weights, dispatch, pool)
@@ -135,39 +108,6 @@ _routed_experts.defvjp(lambda score, *args: (_forward(score, *args), args), _bac
 
 
 # --- CPU: loops over tiles ---
-
-
-def tile_tokens(x: Array, dispatch: Dispatch, row: Array) -> tuple[Array, Array]:
-    """Token index [tile] of the rows of a tile, and those tokens' rows of `x` [N, ...]."""
-    index = jax.lax.dynamic_slice_in_dim(dispatch.token, row, dispatch.tile)
-    return index, x.at[index].get(mode="fill", fill_value=0)
-
-
-def project(
-    bits: Weights, first: Array, block: int, tokens: Array, real: Array
-) -> tuple[Array, Array]:
-    """Gate and up rows of a tile before the activation.
-
-    Args:
-      bits: the weights, of `weight_bits`.
-      first: first channel of the block in the pool.
-      block: channels.
-      tokens: [tile, D].
-      real: [tile, 1], 1 for a token and 0 for padding, which has no bias: its rows stay zero.
-
-    Returns:
-      float32 [tile, block] twice.
-    """
-    take = lambda pool_bits: channel_block(pool_bits, first, block, tokens.dtype)  # noqa: E731
-    gate, up = dot(tokens, take(bits.gate), ROWS), dot(tokens, take(bits.up), ROWS)
-    if bits.gate_bias is None:
-        return gate, up
-    return gate + dot(real, take(bits.gate_bias), ROWS), up + dot(real, take(bits.up_bias), ROWS)
-
-
-def real_rows(index: Array, x: Array) -> Array:
-    """1 where a row's token [rows] is one of `x` [N, D], 0 for padding; [rows, 1], its dtype."""
-    return (index < x.shape[0]).astype(x.dtype)[:, None]
 
 
 def _forward_tiles(x, row_weight, weights, dispatch, pool):

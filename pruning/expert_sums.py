@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array
 
 from moe_jax.activation import gated
+from moe_jax.expert_weights import COLUMNS, ROWS, project, real_rows, tile_tokens
 from moe_jax.grouped_matmul import (
     Dispatch,
     channel_block,
@@ -22,15 +23,7 @@ from moe_jax.grouped_matmul import (
     weight_bits,
 )
 from moe_jax.moe import Experts
-from moe_jax.swiglu import (
-    COLUMNS,
-    ROWS,
-    combine,
-    expert_rows,
-    project,
-    real_rows,
-    tile_tokens,
-)
+from moe_jax.swiglu import combine, expert_rows
 
 
 @struct.dataclass

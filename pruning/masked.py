@@ -13,11 +13,11 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention import Context
+from moe_jax.expert_weights import routing_matrix
 from moe_jax.grouped_matmul import Dispatch
 from moe_jax.moe import Experts, MoE, run_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
-from moe_jax.swiglu import routing_matrix
 from moe_jax.transformer import DecoderLayer
 from pruning.plan import PruningPlan
 from pruning.states import row_slices
