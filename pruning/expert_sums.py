@@ -89,7 +89,7 @@ def _observe_tiles(experts, x, row_weight, dispatch):
         down = channel_block(bits.down, first, pool.block, x.dtype)
         part = dot(hidden.astype(x.dtype), down, COLUMNS)
         if experts.b_down is not None:
-            part += real * experts.b_down[expert].astype(jnp.float32)
+            part += real * experts.b_down[expert][None].astype(jnp.float32)
         column = weight[:, None]
         squares = (hidden**2, up**2, gate**2, (column * hidden) ** 2)
         rows = jnp.stack([jnp.sum(square, axis=0) for square in squares])[:, None]

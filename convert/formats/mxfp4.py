@@ -24,8 +24,8 @@ def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
       bfloat16 [rows, 32 groups], which holds every such value; not finite where a scale is 255,
       the format's NaN.
     """
-    power = np.ldexp(np.float32(1), scales.astype(np.int32) - BIAS)
     with np.errstate(invalid="ignore", over="ignore"):
+        power = np.ldexp(np.float32(1), scales.astype(np.int32) - BIAS)
         values = _PAIRS[blocks].reshape(*scales.shape, BLOCK) * power[..., None]
         return values.astype(ml_dtypes.bfloat16).reshape(len(blocks), -1)
 
