@@ -45,8 +45,9 @@ def block_codes(weight: Array, axis: int) -> tuple[Array, Array]:
     exponent = jnp.where(largest > 0, (bits >> 23) - 127 - 2, 0)
     small, large = (jnp.clip(exponent + step, LEAST, MOST) for step in (0, 1))
     first, second = _codes(blocks, small), _codes(blocks, large)
+    scaled = blocks * _power(-small)  # squares of large weights would overflow
     errors = [
-        jnp.sum(jnp.square(_values(codes, e) - blocks), axis=axis + 1, keepdims=True)
+        jnp.sum(jnp.square(_values(codes, e - small) - scaled), axis=axis + 1, keepdims=True)
         for codes, e in ((first, small), (second, large))
     ]
     grow = errors[1] < errors[0]

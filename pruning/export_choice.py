@@ -46,8 +46,10 @@ def choose_exports(
         raise ValueError(
             f"bits=16 contradicts export={list(asked)}; give one of the two, or --bits 4"
         )
-    fitting = (name for name in EXPORTS if name in formats and is_packed(name) == (bits == 4))
-    exports = tuple(asked) or (next(fitting),)
+    fitting: list[Export] = [
+        name for name in EXPORTS if name in formats and is_packed(name) == (bits == 4)
+    ]
+    exports = tuple(asked or fitting[:1])
     if FLOAT4 in exports and group_size not in (None, FLOAT4_GROUP):
         raise ValueError(
             f"group_size={group_size} contradicts export={FLOAT4!r}, whose groups are "

@@ -139,7 +139,7 @@ def _client_logits(folder: Path, form: ExportFormat, probe: np.ndarray) -> tuple
 
     options: dict[str, Any] = {}
     if form.is_float4:  # its kernels would need a GPU; this way the values are exact
-        from transformers import Mxfp4Config
+        from transformers.utils.quantization_config import Mxfp4Config
 
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
