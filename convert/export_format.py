@@ -63,6 +63,6 @@ def check_format(family: Family, form: ExportFormat) -> None:
     """Raise ValueError unless a family can be exported in a format."""
     if form.name not in family.formats:
         raise ValueError(
-            f"export={form.name!r} does not exist for {family.model_type}, because no stock "
+            f"export={form.name!r} does not exist for {family.model_type}, because no "
             f"program would read it; choose from {', '.join(family.formats)}"
         )

@@ -39,7 +39,7 @@ def choose_exports(
     """
     if lacking := [name for name in asked if name not in formats]:
         raise ValueError(
-            f"export={lacking[0]!r} does not exist for this model's family, because no stock "
+            f"export={lacking[0]!r} does not exist for this model's family, because no "
             f"program would read it; choose from {', '.join(formats)}"
         )
     if bits == 16 and any(is_packed(name) for name in asked):
