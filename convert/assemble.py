@@ -65,17 +65,22 @@ def read_arrays(
         if rule.layout == "identity":
             arrays[rule.ours] = read(name)
             continue
+        if rule.layout == "expert_vector":
+            names = [name.replace("{expert}", str(expert)) for expert in range(len(counts))]
+            arrays[rule.ours] = np.stack([read(own) for own in names])
+            continue
         pool, start = None, 0
+        width = () if rule.shape == "F" else (config.d_model,)
         for expert, count in enumerate(counts):
             if not count:
                 continue
             part = read(name.replace("{expert}", str(expert)))
             if pool is None:
-                pool = aligned_empty((rows, config.d_model), part.dtype)
+                pool = aligned_empty((rows, *width), part.dtype)
             pool[start : start + count] = part.T if rule.layout == "expert_columns" else part
             start += count
         if pool is None:  # a layer that lost all its experts
-            pool = aligned_empty((rows, config.d_model), arrays["mlp.router"].dtype)
+            pool = aligned_empty((rows, *width), arrays["mlp.router"].dtype)
         pool[start:] = 0
         arrays[rule.ours] = pool
     return arrays
@@ -103,10 +108,12 @@ def build_layer(
             count=jnp.asarray(counts, jnp.int32),
             width=pool.width,
             block=pool.block,
+            activation=config.moe.activation,
         )
         mlp = MoE(
             router=values["mlp.router"],
             router_bias=values.get("mlp.router_bias"),
+            logit_bias=values.get("mlp.logit_bias"),
             experts=experts,
             shared=shared,
             config=config.moe,

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.families import find_family
-from convert.layer_tensors import layer_to_hf
+from convert.layer_tensors import layer_on_disk
 from convert.reader import CheckpointError, SafetensorsFolder, read_json
 from convert.rules import (
     EMBEDDING,
@@ -239,7 +239,7 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
     tensors = SafetensorsFolder(folder)
-    views, problems = open_views(tensors, hf)
+    views, problems = open_views(tensors, hf, alternating=family.interleaved)
     unread = _extra_layers(family, hf, config, views)
     for name in unread:
         del views[name]
@@ -284,10 +284,11 @@ def layer_tensors(
       index: its position in the model.
 
     Yields:
-      (name, array as on disk); nothing for an expert without channels.
+      (name, array as on disk); nothing for an expert without channels. Experts of unequal width
+      are never fused.
     """
     family = source.family if isinstance(source, Checkpoint) else source
-    return layer_to_hf(family.rules, layer, index)
+    return layer_on_disk(family, layer, index)
 
 
 def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,5 +1,6 @@
 """Writing a pruned model in one of the formats that other programs load."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from convert.checkpoint import Checkpoint, outer_tensors
+from convert.export_format import ExportFormat, check_format, packed_format
 from convert.families import find_family
-from convert.formats import compressed_tensors, padded, ragged
+from convert.formats import compressed_tensors, mxfp4, padded, ragged
+from convert.interleaved import fuse_experts, fuse_specs
 from convert.layer_tensors import Codes, layer_codes, layer_to_hf
 from convert.rules import EMBEDDING, Family, Widths, expected_tensors
 from convert.writer import Spec, portable_config, write_folder
@@ -25,44 +28,6 @@ FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
-class ExportFormat:
-    """A folder layout: padded to one width or ragged, 16 or 4 bits.
-
-    Attributes:
-      name: "padded-bf16", "padded-int4", "ragged-bf16" or "ragged-int4".
-      group_size: weights per 4-bit scale.
-    """
-
-    name: str
-    group_size: int = 32
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether every expert keeps its own width."""
-        return self.name.startswith("ragged")
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether linear layers are stored in 4 bits."""
-        return self.name.endswith("int4")
-
-    def stored_widths(self, widths: Widths) -> Widths:
-        """Channels that the folder stores per layer and expert."""
-        if self.is_ragged:
-            return widths
-        widest = self.padded_width(widths)
-        return tuple(tuple(widest for _ in counts) for counts in widths)
-
-    def padded_width(self, widths: Widths) -> int:
-        """The one width of a padded folder: that of the widest expert, whole groups."""
-        widest = max(1, *(count for counts in widths for count in counts))
-        return -(-widest // self.group_size) * self.group_size if self.is_packed else widest
-
-
-PACKED = ExportFormat("ragged-int4")
-
-
-@dataclass(frozen=True)
 class _Stored:
     """A tensor of the model as an export holds it."""
 
@@ -70,13 +35,17 @@ class _Stored:
     dtype: np.dtype
     packed: bool
 
-    def specs(self, name: str, group_size: int) -> dict[str, Spec]:
+    def specs(self, name: str, form: ExportFormat) -> dict[str, Spec]:
         """Names, dtypes and shapes of the tensors that stand for it."""
         if not self.packed:
             return {name: (self.dtype, self.shape)}
         rows, columns = self.shape
-        packed = compressed_tensors.packed_specs(rows, columns, group_size)
-        return {name.removesuffix("weight") + suffix: packed[suffix] for suffix in SUFFIXES}
+        stem = name.removesuffix("weight")
+        if form.is_float4:
+            found = mxfp4.packed_specs(rows, columns)
+            return {stem + suffix: spec for suffix, spec in found.items()}
+        packed = compressed_tensors.packed_specs(rows, columns, form.group_size)
+        return {stem + suffix: packed[suffix] for suffix in SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -106,10 +75,18 @@ def _stored_tensors(base: Checkpoint, widths: Widths, form: ExportFormat) -> dic
         name: _Stored(
             shape,
             FLOAT32 if family.is_precise(name) else BFLOAT16,
-            form.is_packed and family.is_linear(name),
+            form.is_packed and family.is_linear(name) and (_of_expert(name) or not form.is_float4),
         )
         for name, shape in expected_tensors(family, config, form.stored_widths(widths)).items()
     }
+
+
+def _of_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def _is_fused(family: Family, form: ExportFormat) -> bool:
+    return family.interleaved and not form.is_ragged
 
 
 def export_specs(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[str, Spec]:
@@ -125,7 +102,9 @@ def export_specs(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[s
     """
     specs: dict[str, Spec] = {}
     for name, stored in _stored_tensors(base, widths, form).items():
-        specs |= stored.specs(name, form.group_size)
+        specs |= stored.specs(name, form)
+    if _is_fused(_source(base).family, form):
+        return fuse_specs(specs, base.config.moe.num_experts)
     return specs
 
 
@@ -147,7 +126,9 @@ def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[
     else:
         width = form.padded_width(widths)
         config = padded.padded_config(config, source.config, source.family, width)
-    if form.is_packed:
+    if form.is_float4:
+        config["quantization_config"] = mxfp4.quantization_config()
+    elif form.is_packed:
         dense = [
             name.removesuffix(".weight")
             for name, stored in _stored_tensors(base, widths, form).items()
@@ -163,23 +144,27 @@ def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[
 
 
 def packed_inputs(
-    base: Checkpoint, widths: Widths | None = None, form: ExportFormat = PACKED
+    base: Checkpoint, widths: Widths | None = None, form: ExportFormat | None = None
 ) -> list[int]:
     """Input widths of the linear layers that a 4-bit export packs, each once, ascending.
 
     Args:
       base: the dense model.
       widths: channels kept per layer and expert, default all.
-      form: the format.
+      form: the format, default the family's own.
     """
+    form = form or packed_format(base.family)
     stored = _stored_tensors(base, widths or base.widths, form)
     return sorted({tensor.shape[1] for tensor in stored.values() if tensor.packed})
 
 
 def check_widths(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
-    """Raise ValueError unless every group of 4-bit weights of an export is whole."""
-    if form.is_packed:
-        kept = {count for counts in widths for count in counts}
+    """Raise ValueError unless the family has the format and every group of 4 bits is whole."""
+    check_format(base.family, form)
+    kept = {count for counts in widths for count in counts}
+    if form.is_float4:
+        mxfp4.check_widths(sorted(kept), base.config.d_model)
+    elif form.is_packed:
         columns = [*packed_inputs(base, widths, form), *kept]
         compressed_tensors.check_group_size(form.group_size, columns)
 
@@ -198,7 +183,8 @@ def export_checkpoint(
 
     Args:
       source: the pruned model in the order of `base`'s layers; in a 4-bit format weights that are
-        `QTensor` keep their codes and scales, others are rounded to nearest.
+        `QTensor` keep their codes and scales, others are rounded to nearest; MXFP4 always rounds,
+        which leaves rounded weights as they are.
       base: the dense checkpoint, for names, config and tokenizer files.
       widths: channels per layer and expert of `source`, () for dense layers.
       target: folder to make.
@@ -210,7 +196,8 @@ def export_checkpoint(
       The folder.
 
     Raises:
-      ValueError: if widths do not fit the group size, or the target exists.
+      ValueError: if the family lacks the format, widths do not fit the group size, or the target
+        exists.
       OSError: if the disk is too small.
     """
     check_widths(base, widths, form)
@@ -234,18 +221,37 @@ def _tensors(model: LayerSource, base: Checkpoint, widths: Widths, form: ExportF
         by_layer.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
     for index in range(len(model)):
         layer = source.layer(model.layer(index))
-        codes: dict[str, Codes] = {}
-        if form.is_packed:
-            layer = quantize_layer(layer, form.group_size)
-            codes = dict(layer_codes(source.family.rules, layer, index))
-        here = {n: v for n, v in layer_to_hf(source.family.rules, layer, index) if n not in codes}
-        for name, stored in by_layer[f"model.layers.{index}"].items():
-            if stored.packed:
-                yield from _as_coded(name, codes.get(name), stored.shape, form.group_size)
-            else:
-                yield name, _padded(here.get(name), stored)
+        parts = _layer_parts(source.family, layer, index, by_layer[f"model.layers.{index}"], form)
+        if _is_fused(source.family, form):
+            parts = fuse_experts(parts, base.config.moe.num_experts)
+        yield from parts
         if on_layer:
             on_layer(index)
+
+
+def _layer_parts(
+    family: Family,
+    layer: DecoderLayer,
+    index: int,
+    tensors: dict[str, _Stored],
+    form: ExportFormat,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of one layer as they go to disk, experts one by one."""
+    codes: dict[str, Codes] = {}
+    if form.is_packed and not form.is_float4:
+        layer = quantize_layer(layer, form.group_size)
+        codes = dict(layer_codes(family.rules, layer, index))
+    here = {n: v for n, v in layer_to_hf(family.rules, layer, index) if n not in codes}
+    for name, stored in tensors.items():
+        if not stored.packed:
+            yield name, _padded(here.get(name), stored)
+        elif form.is_float4:
+            # Padded first: experts of one shape share a compilation.
+            weight = _padded(here.get(name), dataclasses.replace(stored, dtype=FLOAT32))
+            stem = name.removesuffix("weight")
+            yield from ((stem + key, part) for key, part in mxfp4.pack(weight).items())
+        else:
+            yield from _as_coded(name, codes.get(name), stored.shape, form.group_size)
 
 
 def _padded(value: np.ndarray | None, stored: _Stored) -> np.ndarray:

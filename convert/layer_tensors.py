@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.rules import Rule
-from moe_jax.moe import Experts
+from convert.interleaved import fuse_experts
+from convert.rules import Family, Rule
+from moe_jax.moe import Experts, MoE
 from moe_jax.quant import QTensor, Weight, dequantize, unpack_nibbles
 from moe_jax.transformer import DecoderLayer
 
@@ -25,6 +26,18 @@ def layer_to_hf(
             assert isinstance(value, Weight)
             array = np.asarray(dequantize(value))
             yield from _named_parts(rule, layer, index, array, channels_per_row=1)
+
+
+def layer_on_disk(
+    family: Family, layer: DecoderLayer, index: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The same, with experts of equal width fused if the family's folders have them so."""
+    found = layer_to_hf(family.rules, layer, index)
+    if not (family.interleaved and isinstance(layer.mlp, MoE)):
+        return found
+    counts = np.asarray(layer.mlp.experts.count)
+    equal = counts[0] and (counts == counts[0]).all()
+    return fuse_experts(found, len(counts)) if equal else found
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,10 @@ def _named_parts(
     name = rule.hf.replace("{layer}", str(index))
     if rule.layout == "identity":
         yield name, array
+        return
+    if rule.layout == "expert_vector":
+        for expert, part in enumerate(array):
+            yield name.replace("{expert}", str(expert)), part
         return
     experts = _lookup(layer, rule.ours.rpartition(".")[0])
     assert isinstance(experts, Experts)

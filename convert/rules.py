@@ -10,12 +10,15 @@ from moe_jax.config import LatentAttentionConfig, ModelConfig
 from moe_jax.quant import is_linear
 from moe_jax.transformer import DecoderLayer
 
-# How one tensor lies in ours: as it is, or as an expert's part of a channel pool, whose rows are
-# the tensor's rows (gate, up: [F, D]) or its columns (down: [D, F]).
-Layout = Literal["identity", "expert_rows", "expert_columns"]
+# How one tensor lies in ours: as it is, as an expert's part of a channel pool, whose rows are the
+# tensor's rows (gate, up: [F, D] or a bias [F]) or its columns (down: [D, F]), or as the row of an
+# expert, whatever its width (the bias of down: [D]).
+Layout = Literal["identity", "expert_rows", "expert_columns", "expert_vector"]
 
 Widths = tuple[tuple[int, ...], ...]  # [layer][expert], () for a dense layer
 
+# Export formats: one width or many, and how the weights of linear layers are stored.
+FORMATS = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4", "padded-mxfp4")
 RAGGED = "ragged_"  # prefix of the model types of our custom export
 _LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+")
@@ -75,6 +78,9 @@ class Family:
         are neither read nor written.
       ragged: whether every expert has its own width (our custom export).
       twin: the family it is exported as, if not as itself; such a one is never ragged.
+      interleaved: whether a folder holds the experts of a layer together, gate and up channels
+        alternating; `rules` then name what `convert.interleaved` makes of that.
+      formats: what it can be exported as, of `FORMATS`: only what stock programs read.
     """
 
     model_type: str
@@ -88,6 +94,8 @@ class Family:
     extra_layers: str | None = None
     ragged: bool = False
     twin: Twin | None = None
+    interleaved: bool = False
+    formats: tuple[str, ...] = tuple(name for name in FORMATS if not name.endswith("mxfp4"))
 
     @property
     def public_type(self) -> str:
@@ -122,8 +130,9 @@ LM_HEAD = "lm_head.weight"
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Sizes of the axis letters of `Rule.shape`, but for F, which an expert may own.
 
-    A and B are all query and all key/value heads' coordinates, O those of all heads' values, I the
-    width of a dense layer, S that of the shared expert, 1 is one. Of latent attention: Q is the
+    A and B are all query and all key/value heads' coordinates, O those of all heads' values, N the
+    query heads, I the width of a dense layer, S that of the shared expert, 1 is one. Of latent
+    attention: Q is the
     query rank, C the latent width, J that and the rotated part of the key, U what latents expand
     to.
     """
@@ -135,6 +144,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "A": a.num_heads * a.key_dim,
         "B": a.num_kv_heads * a.key_dim,
         "O": a.num_heads * a.value_dim,
+        "N": a.num_heads,
         "H": a.key_dim,
         "E": m.num_experts,
         "I": config.d_dense,
@@ -161,6 +171,8 @@ def parts(config: ModelConfig, layer: int) -> set[str]:
         "correction_bias": routed and m.correction_bias,
         "shared": routed and m.d_shared > 0,
         "shared_gate": routed and m.d_shared > 0 and m.shared_gate,
+        "logit_bias": routed and m.logit_bias,
+        "expert_bias": routed and m.expert_bias,
     }
     if isinstance(a, LatentAttentionConfig):
         present |= {
@@ -171,6 +183,7 @@ def parts(config: ModelConfig, layer: int) -> set[str]:
         }
     else:
         present |= {"qkv_bias": a.qkv_bias, "out_bias": a.out_bias, "qk_norm": a.qk_norm}
+        present |= {"sinks": a.sinks}
     return {name for name, here in present.items() if here}
 
 
@@ -212,7 +225,7 @@ def expected_tensors(
                 shapes[name] = tuple(sizes[axis] for axis in rule.shape)
                 continue
             for expert, count in enumerate(counts):
-                if count:
+                if count or rule.layout == "expert_vector":
                     own = sizes | {"F": count}
                     full = name.replace("{expert}", str(expert))
                     shapes[full] = tuple(own[axis] for axis in rule.shape)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convert import interleaved
 from convert.reader import SafetensorsFolder
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
@@ -21,16 +22,19 @@ class View:
     read: Callable[[], np.ndarray]
 
 
-def open_views(folder: SafetensorsFolder, config: dict) -> tuple[dict[str, View], list[str]]:
+def open_views(
+    folder: SafetensorsFolder, config: dict, *, alternating: bool = False
+) -> tuple[dict[str, View], list[str]]:
     """Give every tensor of a folder its public per-expert, unpacked name.
 
-    Four layouts are understood: plain tensors; experts fused into `gate_up_proj [E, 2F, D]`
+    Five layouts are understood: plain tensors; experts fused into `gate_up_proj [E, 2F, D]`
     and `down_proj [E, D, F]`; 4-bit `weight_packed`, `weight_scale`, `weight_shape`; 8-bit floats
-    `weight` with a `weight_scale_inv` per block.
+    `weight` with a `weight_scale_inv` per block; experts as in `convert.interleaved`.
 
     Args:
       folder: the checkpoint.
       config: its config.json.
+      alternating: whether fused experts, if any, are those of `convert.interleaved`.
 
     Returns:
       (name -> view, problems).
@@ -38,7 +42,8 @@ def open_views(folder: SafetensorsFolder, config: dict) -> tuple[dict[str, View]
     problems: list[str] = []
     quantization = config.get("quantization_config")
     block = _block_size(quantization, problems)
-    groups = None if block else _group_sizes(quantization, problems)
+    four_bit_floats = alternating and (quantization or {}).get("quant_method") == "mxfp4"
+    groups = None if block or four_bit_floats else _group_sizes(quantization, problems)
     names = set(folder.names)
     packed = {name.removesuffix("_packed") for name in names if name.endswith(".weight_packed")}
     views: dict[str, View] = {}
@@ -57,6 +62,10 @@ def open_views(folder: SafetensorsFolder, config: dict) -> tuple[dict[str, View]
             continue
         if weight.removesuffix("_zero") in packed and name.endswith("_zero_point"):
             problems.append(f"{name}: asymmetric 4-bit weights are not read; use symmetric ones")
+            continue
+        if alternating and interleaved.is_whole(name):
+            for part, shape, read in interleaved.split_experts(folder, name, problems):
+                add(part, View(shape, read))
             continue
         fused = _FUSED.fullmatch(name)
         if fused and len(folder.spec(name)[1]) == 3:

@@ -123,6 +123,7 @@ class Attention(nnx.Module):
     b_out: Array | None = nnx.data(default=None)  # [D]
     q_norm: Array | None = nnx.data(default=None)  # [H], or [N*H] if joint
     k_norm: Array | None = nnx.data(default=None)  # [H], or [K*H] if joint
+    sinks: Array | None = nnx.data(default=None)  # [N]
     window: int | None = nnx.static(default=None)
 
     def __call__(self, x: Array, context: Context, cache: KVCache | None = None):
@@ -150,7 +151,7 @@ class Attention(nnx.Module):
             q, k = self._normed(q, k)
         q, k = apply_rope(q, context), apply_rope(k, context)
         out, cache = attend_with_cache(
-            q, k, v, context, cache, scale=c.head_dim**-0.5, window=self.window
+            q, k, v, context, cache, scale=c.head_dim**-0.5, window=self.window, sinks=self.sinks
         )
         return linear(out.reshape(*lead, -1), self.w_out, self.b_out), cache
 
@@ -170,6 +171,7 @@ def attend_with_cache(
     *,
     scale: float,
     window: int | None = None,
+    sinks: Array | None = None,
 ) -> tuple[Array, KVCache | None]:
     """Attend to these tokens and those in the cache, which they join.
 
@@ -177,7 +179,7 @@ def attend_with_cache(
       q, k, v: [B, T, heads, width], see `softmax_attention.attend`.
       context: positions of the T tokens.
       cache: earlier keys and values, or None.
-      scale, window: see `softmax_attention.attend`.
+      scale, window, sinks: see `softmax_attention.attend`.
 
     Returns:
       ([B, T, N, width of v], the updated cache or None).
@@ -195,6 +197,7 @@ def attend_with_cache(
         key_valid=valid,
         scale=scale,
         window=window,
+        sinks=sinks,
     )
     return out, cache
 
@@ -250,6 +253,7 @@ def init_attention(
         b_out=vector(a.out_bias, d_model),
         q_norm=vector(a.qk_norm, n if a.joint_qk_norm else a.head_dim, 1.0),
         k_norm=vector(a.qk_norm, k if a.joint_qk_norm else a.head_dim, 1.0),
+        sinks=vector(a.sinks, a.num_heads),
         config=a,
         window=window,
     )

@@ -44,7 +44,8 @@ class AttentionConfig:
     """Grouped-query attention: `num_heads` query heads share `num_kv_heads` key/value heads.
 
     `qk_norm` normalises queries and keys, each head by itself or, if `joint_qk_norm`, all heads
-    together. `clip_qkv` bounds the magnitude of queries, keys and values.
+    together. `clip_qkv` bounds the magnitude of queries, keys and values. With `sinks` every head
+    has one more score, which takes its share of the softmax and adds no value.
     """
 
     num_heads: int
@@ -57,6 +58,7 @@ class AttentionConfig:
     norm_eps: float = 1e-6
     joint_qk_norm: bool = False
     clip_qkv: float | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         _require(
@@ -126,6 +128,21 @@ class LatentAttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What a channel makes of its gate g and up projection u: g sigmoid(slope g) (u + shift).
+
+    With `limit`, g is first bounded from above by it and u on both sides. The default is SwiGLU.
+    """
+
+    slope: float = 1.0
+    shift: float = 0.0
+    limit: float | None = None
+
+
+SWIGLU = Activation()
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Routed experts and what stands beside them.
 
@@ -135,7 +152,8 @@ class MoEConfig:
     adds a constant to its score for the selection alone. Experts lie in `num_groups` equal groups
     of which a token may use the best `groups_per_token`, rated by `group_score`: their best expert
     or the sum of their two best. `float32_router` computes logits in float32 whatever the
-    activations' dtype.
+    activations' dtype. `logit_bias` adds a constant per expert to the logits; `expert_bias` gives
+    every expert biases of its three matrices.
     """
 
     num_experts: int
@@ -151,6 +169,9 @@ class MoEConfig:
     group_score: GroupScore = "max"
     routed_scale: float = 1.0
     float32_router: bool = False
+    logit_bias: bool = False
+    expert_bias: bool = False
+    activation: Activation = SWIGLU
 
     def __post_init__(self) -> None:
         _require(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moe_jax.config import SWIGLU, Activation
 from moe_jax.moe import Experts
 
 
@@ -17,6 +18,10 @@ def pooled_experts(
     width: int,
     rows: int,
     block: int,
+    gate_bias: Sequence[Array | np.ndarray] | None = None,
+    up_bias: Sequence[Array | np.ndarray] | None = None,
+    down_bias: Array | None = None,
+    activation: Activation = SWIGLU,
 ) -> Experts:
     """Lay experts of different widths one after the other.
 
@@ -26,6 +31,9 @@ def pooled_experts(
       rows: rows of the pool, at least the channels plus one block; give all layers of a model the
         same `width`, `rows` and `block` and they share one compilation.
       block: channels per step of the matmul loop.
+      gate_bias, up_bias: per expert [n_e]; None for none.
+      down_bias: [E, D]; an expert has it whatever its width.
+      activation: of the channels.
 
     Returns:
       The experts.
@@ -43,13 +51,17 @@ def pooled_experts(
 
     def pool(weights: Sequence[Array | np.ndarray]) -> Array:
         parts = [np.asarray(weight) for weight in weights]
-        fill = np.zeros((rows - sum(counts), parts[0].shape[1]), parts[0].dtype)
+        fill = np.zeros((rows - sum(counts), *parts[0].shape[1:]), parts[0].dtype)
         return jnp.asarray(np.concatenate([*parts, fill]))
 
     return Experts(
         w_gate=pool(gate),
         w_up=pool(up),
         w_down=pool(down),
+        b_gate=None if gate_bias is None else pool(gate_bias),
+        b_up=None if up_bias is None else pool(up_bias),
+        b_down=down_bias,
+        activation=activation,
         count=jnp.asarray(counts, jnp.int32),
         width=width,
         block=block,

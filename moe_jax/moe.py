@@ -9,12 +9,13 @@ from flax import nnx, struct
 from jax import Array
 
 from moe_jax.attention import linear
-from moe_jax.config import MoEConfig, Score
+from moe_jax.config import SWIGLU, Activation, MoEConfig, Score
+from moe_jax.expert_weights import Weights
 from moe_jax.grouped_matmul import Dispatch, Pool, gather_rows, make_dispatch, tile_height
 from moe_jax.module import module
 from moe_jax.quant import Weight, dequantize
 from moe_jax.router import route, router_probability
-from moe_jax.swiglu import Weights, combine, expert_rows, no_score, routed_experts
+from moe_jax.swiglu import combine, expert_rows, no_score, routed_experts
 
 # Hidden rows [P, width] of the experts and their layout -> the rows that w_down sees.
 ChannelGate = Callable[[Array, Dispatch], Array]
@@ -48,10 +49,11 @@ class SharedExpert(nnx.Module):
 
 @module
 class Experts(nnx.Module):
-    """Routed SwiGLU experts of one layer as a pool of channels, one row per channel.
+    """Routed gated experts of one layer as a pool of channels, one row per channel.
 
     Expert e owns `count[e]` consecutive rows; rows after the last expert's are zero. In the dense
-    model every count is F; pruning selects rows; an emptied expert owns none and adds zero.
+    model every count is F; pruning selects rows; an emptied expert owns none and adds zero, or
+    `b_down[e]` if there are biases.
     """
 
     w_gate: Weight = nnx.data()  # [C, D]
@@ -60,12 +62,22 @@ class Experts(nnx.Module):
     count: Array = nnx.data()  # int32 [E]
     width: int = nnx.static()  # columns of the intermediate rows, at least every count
     block: int = nnx.static()  # channels per step of the matmul loop
+    b_gate: Array | None = nnx.data(default=None)  # [C]
+    b_up: Array | None = nnx.data(default=None)  # [C]
+    b_down: Array | None = nnx.data(default=None)  # [E, D]
+    activation: Activation = nnx.static(default=SWIGLU)
 
     @property
     def weights(self) -> Weights:
-        """The three pools as plain arrays."""
+        """The pools as plain arrays."""
         pools = (self.w_gate, self.w_up, self.w_down)
-        return Weights(*(dequantize(pool) for pool in pools))
+        return Weights(
+            *(dequantize(pool) for pool in pools),
+            gate_bias=None if self.b_gate is None else self.b_gate[:, None],
+            up_bias=None if self.b_up is None else self.b_up[:, None],
+            down_bias=self.b_down,
+            activation=self.activation,
+        )
 
     @property
     def pool(self) -> Pool:
@@ -166,6 +178,7 @@ class MoE(nnx.Module):
     experts: Experts = nnx.data()
     config: MoEConfig = nnx.static()
     router_bias: Array | None = nnx.data(default=None)  # float32 [E], for the selection alone
+    logit_bias: Array | None = nnx.data(default=None)  # [E]
     shared: SharedExpert | None = nnx.data(default=None)
     alive: Array | None = nnx.data(default=None)  # bool [E]; None for all
 
@@ -184,7 +197,7 @@ class MoE(nnx.Module):
         """
         c = self.config
         precise = x.astype(jnp.float32) if c.float32_router else x
-        logits = linear(precise, self.router).astype(jnp.float32)
+        logits = linear(precise, self.router, self.logit_bias).astype(jnp.float32)
         if self.alive is not None:
             logits = jnp.where(self.alive[None], logits, -jnp.inf)
         weight, expert = route(logits, c, self.router_bias)

@@ -18,6 +18,7 @@ def attend(
     key_valid: Array,  # [B, S]
     scale: float,
     window: int | None = None,
+    sinks: Array | None = None,  # [N]
 ) -> Array:  # [B, T, N, G]
     """Let every query see the valid keys at or before its position.
 
@@ -31,6 +32,7 @@ def attend(
       key_valid: bool; other keys are seen by nobody.
       scale: factor of the scores.
       window: positions a query looks back at most, itself included; None for all.
+      sinks: per head, the score of a key that every query sees and whose value is zero.
 
     Returns:
       Weighted values in the dtype of `v`.
@@ -47,6 +49,9 @@ def attend(
         batch, -1, shared, size * heads // shared, q.shape[-1]
     )
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    if sinks is not None:  # one per row of a block: float32 [K, R, 1]
+        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(shared, 1, -1), (1, size, 1))
+        sinks = sinks.reshape(shared, -1, 1)
 
     def block(q, at, k, v, keys, valid):  # [K, R, H], [size], [K, S, H], [K, S, G], [S], [S]
         score = jnp.einsum("krh,ksh->krs", q, k, preferred_element_type=jnp.float32) * scale
@@ -57,8 +62,12 @@ def attend(
         seen = jnp.repeat(seen, heads // shared, axis=0)[None]
         score = jnp.where(seen, score, -1e30)
         # Dividing by the mass afterwards touches fewer elements than a softmax does.
-        weight = jnp.exp(score - jax.lax.stop_gradient(score.max(axis=-1, keepdims=True)))
+        highest = score.max(axis=-1, keepdims=True)
+        highest = highest if sinks is None else jnp.maximum(highest, sinks)
+        highest = jax.lax.stop_gradient(highest)
+        weight = jnp.exp(score - highest)
         mass = weight.sum(axis=-1, keepdims=True)
+        mass = mass if sinks is None else mass + jnp.exp(sinks - highest)
         weight = weight.astype(v.dtype)
         out = jnp.einsum("krs,ksg->krg", weight, v, preferred_element_type=jnp.float32)
         return (out / mass).astype(v.dtype)

@@ -1,4 +1,4 @@
-"""All SwiGLU experts of a layer as one function of its tokens, with a gradient of its own.
+"""All gated experts of a layer as one function of its tokens, with a gradient of its own.
 
 On a CPU the function and its gradient are one loop over tiles each: a tile's intermediate rows
 live in the cache and never in memory. Elsewhere they are compositions of grouped products; that
@@ -13,6 +13,17 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from moe_jax.activation import gated, gated_gradient
+from moe_jax.expert_weights import (
+    COLUMNS,
+    ROWS,
+    Weights,
+    project,
+    real_rows,
+    routing_matrix,
+    row_expert,
+    tile_tokens,
+)
 from moe_jax.grouped_matmul import (
     Dispatch,
     Pool,
@@ -28,18 +39,6 @@ from moe_jax.grouped_matmul import (
     weight_bits,
 )
 
-ROWS, COLUMNS = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # x @ w.T and x @ w
-
-
-@struct.dataclass
-class Weights:
-    """Channel pools of a layer: gate, up and down, each [C, D], one row per channel."""
-
-    gate: Array
-    up: Array
-    down: Array
-
-
 # (hidden, d hidden, gate, d gate), each [rows, channels] -> scores per row and channel, summed over
 # the rows of each expert; d is the gradient of the loss.
 ChannelScore = Callable[[Array, Array, Array, Array], tuple[Array, ...]]
@@ -48,18 +47,6 @@ ChannelScore = Callable[[Array, Array, Array, Array], tuple[Array, ...]]
 def no_score(hidden, d_hidden, gate, d_gate) -> tuple[Array, ...]:
     """Score nothing."""
     return ()
-
-
-def swiglu(gate: Array, up: Array) -> tuple[Array, Array]:
-    """Hidden rows silu(gate) * up, and silu(gate)."""
-    active = gate * jax.nn.sigmoid(gate)
-    return active * up, active
-
-
-def swiglu_gradient(gate: Array, up: Array, d_hidden: Array) -> tuple[Array, Array]:
-    """Gradients at gate and up from the gradient at the hidden rows."""
-    sigmoid = jax.nn.sigmoid(gate)
-    return d_hidden * up * (sigmoid * (1 + gate * (1 - sigmoid))), d_hidden * gate * sigmoid
 
 
 def routed_experts(
@@ -87,7 +74,14 @@ def routed_experts(
 
     Source: SwiGLU, arXiv:2002.05202.
     """
-    return _routed_experts(score, x, row_weight, weights, probe, dispatch, pool)
+    bias, weights = weights.down_bias, weights.replace(down_bias=None)  # type: ignore[attr-defined]
+    out = _routed_experts(score, x, row_weight, weights, probe, dispatch, pool)
+    if bias is None:
+        return out
+    # Outside the loop over channels, since an expert without any still has it.
+    routing = routing_matrix(row_weight, dispatch, x.shape[0])
+    added = jnp.dot(routing, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return out + added.astype(out.dtype)
 
 
 def _forward(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
@@ -116,23 +110,18 @@ _routed_experts.defvjp(lambda score, *args: (_forward(score, *args), args), _bac
 # --- CPU: loops over tiles ---
 
 
-def tile_tokens(x: Array, dispatch: Dispatch, row: Array) -> tuple[Array, Array]:
-    """Token index [tile] of the rows of a tile, and those tokens' rows of `x` [N, ...]."""
-    index = jax.lax.dynamic_slice_in_dim(dispatch.token, row, dispatch.tile)
-    return index, x.at[index].get(mode="fill", fill_value=0)
-
-
 def _forward_tiles(x, row_weight, weights, dispatch, pool):
     bits = jax.tree.map(weight_bits, weights)
 
     def step(out, row, expert, start):
         first = pool.offset[expert] + start
-        block = lambda pool_bits: channel_block(pool_bits, first, pool.block, x.dtype)  # noqa: E731
         index, tokens = tile_tokens(x, dispatch, row)
         weight = jax.lax.dynamic_slice_in_dim(row_weight, row, dispatch.tile)[:, None]
-        gate, up = dot(tokens, block(bits.gate), ROWS), dot(tokens, block(bits.up), ROWS)
-        hidden = jnp.where(live_channels(pool, expert, start), swiglu(gate, up)[0] * weight, 0)
-        part = dot(hidden.astype(x.dtype), block(bits.down), COLUMNS)
+        gate, up = project(bits, first, pool.block, tokens, real_rows(index, x))
+        hidden = gated(weights.activation, gate, up) * weight
+        hidden = jnp.where(live_channels(pool, expert, start), hidden, 0)
+        down = channel_block(bits.down, first, pool.block, x.dtype)
+        part = dot(hidden.astype(x.dtype), down, COLUMNS)
         return out.at[index].add(part, mode="drop")
 
     return walk_tiles(dispatch, pool, step, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
@@ -155,20 +144,25 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool)
         index, tokens = tile_tokens(x, dispatch, row)
         _, d_tokens = tile_tokens(d_out, dispatch, row)
         weight = jax.lax.dynamic_slice_in_dim(row_weight, row, tile)[:, None]
-        gate, up = dot(tokens, block(bits.gate), ROWS), dot(tokens, block(bits.up), ROWS)
+        real = real_rows(index, x)
+        gate, up = project(bits, first, pool.block, tokens, real)
         live = live_channels(pool, expert, start)
-        hidden = jnp.where(live, swiglu(gate, up)[0], 0)
+        hidden = jnp.where(live, gated(weights.activation, gate, up), 0)
         pulled = dot(d_tokens, block(bits.down), ROWS)
         d_hidden = jnp.where(live, pulled * weight, 0)
-        d_gate, d_up = swiglu_gradient(gate, up, d_hidden)
+        d_gate, d_up = gated_gradient(weights.activation, gate, up, d_hidden)
         d_row = jnp.sum(hidden * pulled, axis=1)
         narrow = [part.astype(x.dtype) for part in (d_gate, d_up)]
         d_x = dot(narrow[0], block(bits.gate), COLUMNS) + dot(narrow[1], block(bits.up), COLUMNS)
         outer = lambda rows, columns: dot(rows.astype(x.dtype).T, columns, COLUMNS)  # noqa: E731
+        biased = weights.gate_bias is not None
         d_weights = Weights(
             gate=outer(d_gate, tokens),
             up=outer(d_up, tokens),
             down=outer(hidden * weight, d_tokens),
+            gate_bias=outer(d_gate, real) if biased else None,
+            up_bias=outer(d_up, real) if biased else None,
+            activation=weights.activation,
         )
         scores = [jnp.sum(part, axis=0) for part in score(hidden, d_hidden, gate, d_gate)]
         d_probe = jnp.stack(scores)[:, None] if scores else sums.probe[:, :1, : pool.block]
@@ -204,7 +198,7 @@ class ExpertRows:
       x: [P, D], the token of each row.
       gate: [P, width], before the nonlinearity.
       up: [P, width].
-      hidden: [P, width], silu(gate) * up.
+      hidden: [P, width], what the activation makes of the two.
       out: [P, D], before the routing weight.
     """
 
@@ -235,9 +229,18 @@ def expert_rows(
       The rows; under `jit`, stages that nobody uses cost nothing.
     """
     rows = gather_rows(x, dispatch, dispatch.copies)
-    gate, up = expand(rows, weights.gate, dispatch, pool), expand(rows, weights.up, dispatch, pool)
-    hidden = jax.nn.silu(gate) * up
+    real = real_rows(dispatch.token, x)
+
+    def projected(weight: Array, bias: Array | None) -> Array:
+        out = expand(rows, weight, dispatch, pool)
+        # Padding has no bias: its rows stay zero.
+        return out if bias is None else out + expand(real, bias, dispatch, pool)
+
+    gate, up = projected(weights.gate, weights.gate_bias), projected(weights.up, weights.up_bias)
+    hidden = gated(weights.activation, gate, up)
     out = contract(channel_gate(hidden, gate, up), weights.down, dispatch, pool)
+    if weights.down_bias is not None:
+        out += real * weights.down_bias.astype(out.dtype)[row_expert(dispatch)]
     return ExpertRows(x=rows, gate=gate, up=up, hidden=hidden, out=out)
 
 
@@ -251,23 +254,26 @@ def combine(out: Array, row_weight: Array, tokens: int, dispatch: Dispatch) -> A
 
 def routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
     """`routed_experts` as grouped products; same arguments and result."""
-    tap = lambda hidden, gate, up: _tap(score, hidden, gate, up, probe, dispatch)  # noqa: E731
+
+    def tap(hidden: Array, gate: Array, up: Array) -> Array:
+        return _tap(score, weights.activation, hidden, gate, up, probe, dispatch)
+
     rows = expert_rows(x, weights, dispatch, pool, tap)
     return combine(rows.out, row_weight, x.shape[0], dispatch)
 
 
-def _pass_hidden(score, hidden, gate, up, probe, dispatch):
+def _pass_hidden(score, activation, hidden, gate, up, probe, dispatch):
     return hidden
 
 
-def _tap_backward(score, saved, d_hidden):
+def _tap_backward(score, activation, saved, d_hidden):
     hidden, gate, up, probe, dispatch = saved
     wide = [value.astype(jnp.float32) for value in (hidden, d_hidden, gate, up)]
-    d_gate, _ = swiglu_gradient(wide[2], wide[3], wide[1])
+    d_gate, _ = gated_gradient(activation, wide[2], wide[3], wide[1])
     sums = [sum_by_expert(part, dispatch) for part in score(*wide[:3], d_gate)]
     d_probe = jnp.stack(sums) if sums else jnp.zeros_like(probe)
     return d_hidden, jnp.zeros_like(gate), jnp.zeros_like(up), d_probe, None
 
 
-_tap: Any = jax.custom_vjp(_pass_hidden, nondiff_argnums=(0,))
-_tap.defvjp(lambda score, *args: (args[0], args), _tap_backward)
+_tap: Any = jax.custom_vjp(_pass_hidden, nondiff_argnums=(0, 1))
+_tap.defvjp(lambda score, activation, *args: (args[0], args), _tap_backward)

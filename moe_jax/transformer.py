@@ -16,7 +16,7 @@ from moe_jax.attention import (
     linear,
     make_context,
 )
-from moe_jax.config import LatentAttentionConfig, ModelConfig
+from moe_jax.config import SWIGLU, Activation, LatentAttentionConfig, ModelConfig
 from moe_jax.latent_attention import LatentAttention, init_latent_attention
 from moe_jax.module import module
 from moe_jax.moe import (
@@ -159,8 +159,20 @@ class Transformer(nnx.Module):
         return x, traces
 
 
-def dense_experts(w_gate: Weight, w_up: Weight, w_down: Weight, num_experts: int) -> Experts:
-    """Experts of equal width from pools [E*F, D], w_down transposed to a row per channel."""
+def dense_experts(
+    w_gate: Weight,
+    w_up: Weight,
+    w_down: Weight,
+    num_experts: int,
+    *,
+    biased: bool = False,
+    activation: Activation = SWIGLU,
+) -> Experts:
+    """Experts of equal width from pools [E*F, D], w_down transposed to a row per channel.
+
+    `biased` ones have biases, all zero.
+    """
+    zeros = lambda *shape: jnp.zeros(shape, w_gate.dtype) if biased else None  # noqa: E731
     width = w_gate.shape[0] // num_experts
     return Experts(
         w_gate=w_gate,
@@ -169,6 +181,10 @@ def dense_experts(w_gate: Weight, w_up: Weight, w_down: Weight, num_experts: int
         count=jnp.full(num_experts, width, jnp.int32),
         width=width,
         block=width,
+        b_gate=zeros(w_gate.shape[0]),
+        b_up=zeros(w_gate.shape[0]),
+        b_down=zeros(num_experts, w_gate.shape[1]),
+        activation=activation,
     )
 
 
@@ -208,8 +224,14 @@ def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
         return MoE(
             router=normal(m.num_experts, d),
             experts=dense_experts(
-                normal(rows, d), normal(rows, d), normal(rows, d, scale=out_scale), m.num_experts
+                normal(rows, d),
+                normal(rows, d),
+                normal(rows, d, scale=out_scale),
+                m.num_experts,
+                biased=m.expert_bias,
+                activation=m.activation,
             ),
+            logit_bias=jnp.zeros(m.num_experts, dtype) if m.logit_bias else None,
             shared=shared,
             router_bias=jnp.zeros(m.num_experts) if m.correction_bias else None,
             config=m,

@@ -198,20 +198,27 @@ def _ablated(
         keep = np.ones(experts.w_down.shape[0], bool)
         start = first[one.expert] + (one.channel or 0)
         keep[start : start + (count[one.expert] if one.channel is None else 1)] = False
-        yield number, masked(layer, middle, place, jnp.asarray(keep))
+        speaks = np.ones(len(count), bool)  # a whole expert goes with the bias of its output
+        speaks[one.expert] = one.channel is not None
+        yield number, masked(layer, middle, place, jnp.asarray(keep), jnp.asarray(speaks))
 
 
 attend = jax.jit(lambda layer, x, context: layer.attend(x, context)[0])
 
 
 @jax.jit
-def masked(layer: DecoderLayer, middle: Array, context: Context, keep: Array) -> Array:
-    """The second half of a layer with the channels of its pool that `keep` [C] leaves."""
+def masked(
+    layer: DecoderLayer, middle: Array, context: Context, keep: Array, speaks: Array
+) -> Array:
+    """The second half of a layer with the channels of its pool that `keep` [C] leaves, and the
+    output biases of the experts that `speaks` [E] leaves."""
 
     def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
         weights = experts.weights
         down = jnp.where(keep[:, None], weights.down, 0)
-        weights = dataclasses.replace(weights, down=down)
+        bias = weights.down_bias
+        bias = None if bias is None else jnp.where(speaks[:, None], bias, 0)
+        weights = dataclasses.replace(weights, down=down, down_bias=bias)
         probe = jnp.zeros((0, experts.count.shape[0], experts.width))
         args = (x, row_weight, weights, probe, dispatch, experts.pool)
         return routed_experts(no_score, *args), None

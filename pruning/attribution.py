@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from moe_jax.attention import Context
+from moe_jax.expert_weights import routing_matrix
 from moe_jax.grouped_matmul import Dispatch, gather_rows, sum_by_expert
 from moe_jax.moe import Experts, MoE, MoETrace, RunExperts
 from moe_jax.swiglu import routed_experts
@@ -24,7 +25,8 @@ def taylor_scores(hidden: Array, d_hidden: Array, gate: Array, d_gate: Array) ->
     """Scores per token and channel, in the order of `GRADIENT_SCORES`.
 
     With s = h dloss/dh, the loss that the channel carries: s, |s|, s^2, |g dloss/dg|,
-    (dloss/dh)^2. For the up projection p, p dloss/dp is s again.
+    (dloss/dh)^2. For the up projection p of a SwiGLU, p dloss/dp is s again. Biases need no score
+    of their own: those of gate and up have acted on h, that of the output is no channel's.
 
     Source: first-order Taylor pruning, arXiv:1906.10771.
     """
@@ -56,6 +58,9 @@ def _layer_sums(moe: MoE, out: Array, trace: MoETrace) -> dict[str, Array]:
     q = valid / (jnp.sum(jnp.square(out.astype(jnp.float32)), axis=-1) + EPS)  # [N]
     energy, shapley = output_sums(moe.experts, seen.hidden, w, d, q, y)
     names = ("hidden_square", "up_square", "gate_square", "weighted_square")
+    phi = shapley.sum(axis=1)  # <z, y> is the sum of h <v, y> over the channels
+    if moe.experts.b_down is not None:  # and <b, y>: the bias is the expert's, not a channel's
+        phi += _bias_attribution(moe.experts.b_down, trace, q, y)
     probability = trace.probability
     entropy = jnp.sum(jax.scipy.special.entr(probability), axis=-1)
     norm = jnp.sqrt(seen.out_square)
@@ -73,11 +78,18 @@ def _layer_sums(moe: MoE, out: Array, trace: MoETrace) -> dict[str, Array]:
         **{name: sum_by_expert(value, d) for name, value in by_expert.items()},
         "unit_energy": energy,  # of channels whose vector has norm 1
         "shapley": shapley,
-        "phi": shapley.sum(axis=1),  # <z, y> is the sum of h <v, y> over the channels
+        "phi": phi,
         "probability_mass": jnp.sum(valid[:, None] * probability, axis=0),
         "layer_energy": jnp.sum(q * jnp.sum(jnp.square(y), axis=-1)),
         "router_entropy": jnp.sum(valid * entropy),
     }
+
+
+def _bias_attribution(bias: Array, trace: MoETrace, q: Array, y: Array) -> Array:
+    """Sum over tokens of q w <b, y> for the bias b of each expert's output, float32 [E]."""
+    routing = routing_matrix(trace.row_weight, trace.dispatch, len(y))  # [N, E]
+    pulled = jnp.dot(y, bias.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(q[:, None] * routing * pulled, axis=0)
 
 
 @jax.jit

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.export import packed_inputs
 from pruning import (
     apply_stage,
     audit_stage,
@@ -108,9 +107,8 @@ def _plans(
     for rate in rates:
         if not 0 <= rate < 1:
             raise ValueError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
-    c = base.config
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
-    one = one.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))
+    one = stages.resolved(one, base)
     statistics, provenance = scoring.stored_statistics(folder, base)
     if not rates:
         return [(one, planning.plan(one, statistics, provenance, base))], statistics

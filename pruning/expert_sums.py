@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from moe_jax.activation import gated
+from moe_jax.expert_weights import COLUMNS, ROWS, project, real_rows, tile_tokens
 from moe_jax.grouped_matmul import (
     Dispatch,
     channel_block,
@@ -21,7 +23,7 @@ from moe_jax.grouped_matmul import (
     weight_bits,
 )
 from moe_jax.moe import Experts
-from moe_jax.swiglu import COLUMNS, ROWS, combine, expert_rows, swiglu, tile_tokens
+from moe_jax.swiglu import combine, expert_rows
 
 
 @struct.dataclass
@@ -78,12 +80,16 @@ def _observe_tiles(experts, x, row_weight, dispatch):
 
     def step(carry, row, expert, start):
         out, seen = carry
-        block = lambda part: channel_block(part, pool.offset[expert], pool.block, x.dtype)  # noqa: E731
+        first = pool.offset[expert]
         index, tokens = tile_tokens(x, dispatch, row)
         weight = jax.lax.dynamic_slice_in_dim(row_weight, row, tile)
-        gate, up = dot(tokens, block(bits.gate), ROWS), dot(tokens, block(bits.up), ROWS)
-        hidden, _ = swiglu(gate, up)
-        part = dot(hidden.astype(x.dtype), block(bits.down), COLUMNS)
+        real = real_rows(index, x)
+        gate, up = project(bits, first, pool.block, tokens, real)
+        hidden = gated(experts.activation, gate, up)
+        down = channel_block(bits.down, first, pool.block, x.dtype)
+        part = dot(hidden.astype(x.dtype), down, COLUMNS)
+        if experts.b_down is not None:
+            part += real * experts.b_down[expert][None].astype(jnp.float32)
         column = weight[:, None]
         squares = (hidden**2, up**2, gate**2, (column * hidden) ** 2)
         rows = jnp.stack([jnp.sum(square, axis=0) for square in squares])[:, None]

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention import Context
+from moe_jax.expert_weights import routing_matrix
 from moe_jax.grouped_matmul import Dispatch
 from moe_jax.moe import Experts, MoE, run_experts
 from moe_jax.quant import dequantize
@@ -50,20 +51,16 @@ def masked_forward(
         down = dequantize(experts.w_down)
         down = jnp.where(keep.reshape(-1, 1), down, jnp.zeros((), down.dtype))
         masked = dataclasses.replace(experts, w_down=down)
+        if constants is not None and experts.b_down is not None:  # constants include the bias
+            bias = jnp.where(keep.any(axis=1, keepdims=True), experts.b_down, 0)
+            masked = dataclasses.replace(masked, b_down=bias)
         out, kept = run_experts(masked, tokens, row_weight, dispatch)
         if constants is not None:
-            weight = _routing_weight(row_weight, dispatch, len(tokens))
+            weight = routing_matrix(row_weight, dispatch, len(tokens))
             out = out + (weight @ constants.astype(jnp.float32)).astype(out.dtype)
         return out, kept
 
     return layer.feed_forward(layer.attend(x, context)[0], context, run)[0]
-
-
-def _routing_weight(row_weight: Array, dispatch: Dispatch, tokens: int) -> Array:  # [N, E]
-    # Rows of padding have a token beyond the last one, and are dropped.
-    expert = jnp.repeat(dispatch.tile_expert, dispatch.tile)
-    weight = jnp.zeros((tokens, dispatch.tokens.shape[0]), jnp.float32)
-    return weight.at[dispatch.token, expert].add(row_weight.astype(jnp.float32), mode="drop")
 
 
 def masked_hidden(

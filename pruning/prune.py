@@ -18,26 +18,39 @@ def prune_layer(
 ) -> DecoderLayer:
     """Keep the chosen channels: rows of w_gate, w_up and w_down under one index set.
 
+    The biases of gate and up go with their channels. That of the output stays, even in an emptied
+    expert: it is added once whatever the channels do, so a mask of channels cannot reach it.
+
     Args:
       layer: a layer with dense experts of F channels.
       keep: bool [E, F].
       width, rows, block: pool sizes shared by all layers of the model (see `pooled_experts`).
 
     Returns:
-      The layer with narrower experts; an emptied expert adds zero, the router is untouched.
+      The layer with narrower experts; an emptied expert adds zero or its output bias, the router
+      is untouched.
     """
     moe = _dense_moe(layer, keep)
+    dense = moe.experts
     ids = [np.flatnonzero(row) + e * keep.shape[1] for e, row in enumerate(keep)]
-    gate, up, down = (
-        [jnp.asarray(np.asarray(dequantize(weight))[index]) for index in ids]
-        for weight in (moe.experts.w_gate, moe.experts.w_up, moe.experts.w_down)
+    gate, up, down, gate_bias, up_bias = (
+        None if pool is None else [np.asarray(dequantize(pool))[index] for index in ids]
+        for pool in (dense.w_gate, dense.w_up, dense.w_down, dense.b_gate, dense.b_up)
     )
-    experts = pooled_experts(gate, up, down, width=width, rows=rows, block=block)
+    assert gate is not None and up is not None and down is not None
+    experts = pooled_experts(
+        gate, up, down, width=width, rows=rows, block=block, gate_bias=gate_bias, up_bias=up_bias,
+        down_bias=dense.b_down, activation=dense.activation,
+    )  # fmt: skip
     return dataclasses.replace(layer, mlp=dataclasses.replace(moe, experts=experts))
 
 
 def mask_layer(layer: DecoderLayer, keep: np.ndarray) -> DecoderLayer:
-    """Zero the removed channels of a dense layer: the specification of `prune_layer`."""
+    """Zero the removed channels of a dense layer: the specification of `prune_layer`.
+
+    A zero row of w_down is enough: whatever the gate, up and their biases make of the channel is
+    multiplied by it.
+    """
     moe = _dense_moe(layer, keep)
     experts = moe.experts
     mask = jnp.asarray(keep.reshape(-1, 1))

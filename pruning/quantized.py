@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from moe_jax.mxfp4 import round_experts
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head
@@ -9,10 +10,17 @@ from moe_jax.transformer import DecoderLayer, Embedding, Head
 
 @dataclass(frozen=True)
 class QuantizedSource:
-    """A `LayerSource` that rounds the layers of another one to 4 bits."""
+    """A `LayerSource` that rounds the layers of another one to 4 bits.
+
+    Attributes:
+      base: the other one.
+      group_size: weights per scale.
+      float4: round the experts to MXFP4, as float values, instead of all linear layers to integers.
+    """
 
     base: LayerSource
     group_size: int
+    float4: bool = False
 
     @property
     def config(self):
@@ -34,4 +42,5 @@ class QuantizedSource:
 
     def layer(self, index: int) -> DecoderLayer:
         """Layer `index` with 4-bit weights."""
-        return quantize_layer(self.base.layer(index), self.group_size)
+        layer = self.base.layer(index)
+        return round_experts(layer) if self.float4 else quantize_layer(layer, self.group_size)

@@ -3,17 +3,16 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from pruning.export_choice import EXPORTS, FLOAT4, Export, choose_exports, is_packed
 from pruning.recipe_values import check_weights_only, layer_rates, typed
 
-Export = Literal["ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4"]
-EXPORTS: tuple[Export, ...] = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4")
 GROUP_SIZES = (128, 64, 32)
 # What `moe-compress plan` can decide anew from the same statistics.
 PLANNING = (
@@ -182,26 +181,29 @@ class CompressionRecipe:
         return layer_rates([*self.layer_rate, *(f"{layer}=0" for layer in self.skip_layers)])
 
     def resolved(
-        self, d_expert: int, d_model: int, max_position: int, inputs: Iterable[int] = ()
+        self,
+        d_expert: int,
+        d_model: int,
+        max_position: int,
+        inputs: Iterable[int] = (),
+        formats: Sequence[str] = EXPORTS,
     ) -> "CompressionRecipe":
         """The recipe with every default that depends on the model filled in.
 
-        `inputs` are the input widths of further linear layers that go to 4 bits.
+        `inputs` are the input widths of further linear layers that go to 4 bits, `formats` the
+        exports that the model's family has.
 
         Raises:
           ValueError: a group size or block that the model's widths do not allow, or 4-bit exports
             of a 16-bit recipe.
         """
-        if self.bits == 16 and any(name.endswith("int4") for name in self.export):
-            raise ValueError(
-                f"bits=16 contradicts export={list(self.export)}; give one of the two, or --bits 4"
-            )
-        exports = self.export or (("ragged-int4",) if self.bits == 4 else ("ragged-bf16",))
+        exports = choose_exports(self.export, formats, self.bits, self.group_size, self.quantizer)
         widths = [("expert width", d_expert), ("model width", d_model)]
         widths += [("input width of a linear layer", size) for size in inputs]
         sizes = [size for _, size in widths]
         group = self.group_size or _default_group(d_expert, sizes)
-        packed = any(name.endswith("int4") for name in exports)
+        group = GROUP_SIZES[-1] if FLOAT4 in exports and not self.group_size else group
+        packed = any(is_packed(name) for name in exports)
         for label, size in widths:
             if packed and size % group:
                 fits = [g for g in GROUP_SIZES if not any(n % g for n in sizes)]

@@ -76,7 +76,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     # 16-bit weights: the exports store these, so they are what is measured.
     base = open_checkpoint(folder, dtype=jnp.bfloat16)
     c = base.config
-    recipe = recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))
+    recipe = resolved(recipe, base)
     if not c.moe_layers:
         raise ValueError(f"{folder} has no layer with experts; there is nothing to prune")
     if base.widths != uniform_widths(c):
@@ -123,6 +123,14 @@ def _calibration(recipe: CompressionRecipe, codec: TextCodec, window: int) -> To
     )
 
 
+def resolved(recipe: CompressionRecipe, base: Checkpoint) -> CompressionRecipe:
+    """The recipe with every default that depends on the model filled in; ValueError as there."""
+    c = base.config
+    formats = base.family.formats
+    inputs = packed_inputs(base)
+    return recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, inputs, formats)
+
+
 def open_texts(
     files: tuple[str, ...],
     codec: TextCodec,
@@ -165,9 +173,9 @@ def pruned_source(
     pruned = PrunedSource(base, plan)
     if form is None or not form.is_packed:
         return pruned
-    if codes is not None:
+    if codes is not None and not form.is_float4:
         return CodedSource(pruned, codes, form.group_size)
-    return QuantizedSource(pruned, form.group_size)
+    return QuantizedSource(pruned, form.group_size, float4=form.is_float4)
 
 
 def codes_folder(recipe: CompressionRecipe) -> Path | None:

@@ -143,7 +143,7 @@ def _client_checks(
     detail = str(problems) if problems else "none missing, unexpected or mismatched"
     checks = [Check(form.name, "transformers loads every tensor", not problems, detail)]
     # transformers 5 rounds dequantised fused experts to bfloat16; everything else is exact.
-    rounding = 10 if form.is_packed and not form.is_ragged else 1
+    rounding = 10 if form.is_packed and not (form.is_ragged or form.is_float4) else 1
     name = "logits in transformers"
     return [*checks, _logit_check(form.name, name, found, wanted, rounding * TOLERANCE)]
 
@@ -153,11 +153,17 @@ def _client_logits(folder: Path, form: ExportFormat, probe: np.ndarray) -> tuple
     import torch
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {}
+    if form.is_float4:  # its kernels would need a GPU; this way the values are exact
+        from transformers.utils.quantization_config import Mxfp4Config
+
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
         trust_remote_code=form.is_ragged,
         output_loading_info=True,
+        **options,
     )
     model, info = loaded
     model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float

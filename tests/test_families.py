@@ -21,13 +21,17 @@ from pruning.quantized import QuantizedSource
 from tests import tiny
 from tests.variants import EXPORTED, VARIANTS
 
-FORMATS = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4")
 TOKENS = np.random.default_rng(1).integers(0, 96, (2, 12)).astype(np.int32)
 COUNTS = np.array([[0, 32, 64, 32, 32, 64, 0, 32], [32, 32, 32, 32, 0, 32, 64, 32]])
 
 each_variant = pytest.mark.parametrize(
     ("family", "variant"),
     [(family, variant) for family, variants in VARIANTS.items() for variant in variants],
+)
+each_export = pytest.mark.parametrize(
+    ("pruned", "name"),
+    [(family, name) for family in EXPORTED for name in find_family(family).formats],
+    indirect=["pruned"],
 )
 forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
 
@@ -88,14 +92,16 @@ def test_routing_weights_equal_those_of_transformers(family, variant, ties):
     """Twins among the experts tie exactly: either may be chosen, at the same weight."""
     model = tiny.tiny_model(family, **VARIANTS[family][variant])
     config = find_family(family).config_from_hf(model.config.to_dict())
-    gate = model.model.layers[config.moe_layers[0]].mlp.gate
+    block = model.model.layers[config.moe_layers[0]].mlp
+    gate = getattr(block, "gate", None) or block.router
     bias = getattr(gate, "e_score_correction_bias", None)
     half = config.moe.num_experts // 2
     with torch.no_grad():
         if ties:  # the second half of the experts, and of their groups, repeats the first
             gate.weight[half:] = gate.weight[:half]
-            if bias is not None:
-                bias[half:] = bias[:half]
+            for constants in (bias, getattr(gate, "bias", None)):
+                if constants is not None:
+                    constants[half:] = constants[:half]
         scores, weight, expert = gate(torch.randn(64, config.d_model))
     ours = route(
         jnp.asarray(scores.numpy()),
@@ -118,7 +124,7 @@ def test_routing_weights_equal_those_of_transformers(family, variant, ties):
     assert all(len(set(row)) == len(row) for row in found.tolist())
 
 
-@pytest.fixture(scope="module", params=EXPORTED)
+@pytest.fixture(scope="module")
 def pruned(request, tmp_path_factory):
     return plan_for(request.param, tmp_path_factory.mktemp("base") / request.param)
 
@@ -152,7 +158,9 @@ def masked_logits(reference, plan) -> np.ndarray:
         for slot, layer in enumerate(plan.layer_indices):
             experts = reference.model.layers[layer].mlp.experts
             for e in range(8):
-                experts.down_proj[e][:, ~torch.from_numpy(plan.keep[slot, e])] = 0
+                channels = experts.down_proj[e]  # a channel is a column, but a row in gpt-oss
+                channels = channels if channels.shape[0] == plan.keep.shape[2] else channels.T
+                channels[~torch.from_numpy(plan.keep[slot, e])] = 0
         found = tiny.torch_logits(reference, TOKENS, np.ones(TOKENS.shape, bool))
         reference.load_state_dict(state)
     return found
@@ -179,6 +187,32 @@ def fill_in_exact_experts(model, base, plain: dict[str, np.ndarray]) -> None:
             fused.data = exact
 
 
+def unpack_float4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """An independent reader of MXFP4: sign, two bits of exponent, one of mantissa."""
+    nibbles = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32).astype(int)
+    exponent, mantissa = (nibbles >> 1) & 3, nibbles & 1
+    magnitude = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    value = (1 - 2 * (nibbles >> 3)) * magnitude * 2.0 ** (scales.astype(float) - 127)[..., None]
+    return value.reshape(*scales.shape[:-1], -1).astype(np.float32)
+
+
+def check_float4(source, folder, layer: int, counts: list[int]) -> None:
+    """What the folder stands for is the experts of the rounded model, and zero beyond."""
+    stored = load_file(folder / "model.safetensors")
+    experts, start = source.layer(layer).mlp.experts, 0
+    stem = f"model.layers.{layer}.mlp.experts."
+    both, down = (
+        unpack_float4(stored[f"{stem}{part}_blocks"], stored[f"{stem}{part}_scales"])
+        for part in ("gate_up_proj", "down_proj")
+    )
+    for e, count in enumerate(counts):
+        rows = slice(start, start := start + count)
+        found = {"w_gate": both[e, 0::2], "w_up": both[e, 1::2], "w_down": down[e].T}
+        for part, value in found.items():
+            np.testing.assert_array_equal(value[:count], np.asarray(getattr(experts, part)[rows]))
+            assert not value[count:].any()
+
+
 def unpack(folder) -> dict[str, np.ndarray]:
     """An independent reader of pack-quantized tensors: one nibble after the other."""
     plain = {}
@@ -196,7 +230,7 @@ def unpack(folder) -> dict[str, np.ndarray]:
     return plain
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_export
 def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, tmp_path, name):
     base, plan, reference = pruned
     form = ExportFormat(name, 32)
@@ -211,7 +245,11 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
     config = json.loads((folder / "config.json").read_text())
     assert ("auto_map" in config) == form.is_ragged
     ours = logits(open_checkpoint(folder, dtype=jnp.float32), TOKENS)
-    if form.is_packed:
+    if form.is_float4:
+        source = QuantizedSource(PrunedSource(base, plan), 32, float4=True)
+        check_float4(source, folder, plan.layer_indices[0], counts[plan.layer_indices[0]])
+        wanted = logits(source, TOKENS)
+    elif form.is_packed:
         source = QuantizedSource(PrunedSource(base, plan), 32)
         first = plan.layer_indices[0]
         w_down = np.asarray(dequantize(source.layer(first).mlp.experts.w_down))
@@ -228,12 +266,14 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
         np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)
 
+    exact = {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
         trust_remote_code=form.is_ragged,
         output_loading_info=True,
         attn_implementation="eager",
+        **(exact if form.is_float4 else {}),
     )
     assert not any(info.values()), info
     if name == "padded-int4":

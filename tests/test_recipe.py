@@ -197,7 +197,7 @@ def test_a_sixteen_bit_recipe_with_a_four_bit_export_contradicts_itself():
 @pytest.mark.parametrize("export", EXPORTS)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_resolving_fills_every_default_and_is_idempotent(export, bits):
-    packed = export.endswith("int4")
+    packed = not export.endswith("bf16")
     for exports in ((), (export,)):
         recipe = CompressionRecipe(
             model="m", output="o", bits=4 if packed else bits, export=exports

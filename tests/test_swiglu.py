@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import Activation
 from moe_jax.experts_pool import pooled_experts
 from moe_jax.grouped_matmul import gather_rows, make_dispatch
 from moe_jax.swiglu import no_score, routed_experts, routed_experts_by_rows
@@ -17,15 +18,20 @@ from pruning.expert_sums import (
 
 N, D, E, F, K = 19, 8, 4, 12, 2
 WIDTHS = {"dense": (12, 12, 12, 12), "ragged, one emptied": (12, 0, 5, 3)}
+BOUNDED = Activation(slope=1.7, shift=1.0, limit=1.2)
+PROBLEMS = [(name, biased) for name in WIDTHS for biased in (False, True)]
 
 
 def magnitudes(hidden, d_hidden, gate, d_gate):
     return hidden * d_hidden, jnp.abs(gate * d_gate)
 
 
-@pytest.fixture(scope="module", params=WIDTHS, ids=list(WIDTHS))
+@pytest.fixture(
+    scope="module", params=PROBLEMS, ids=[n + (", biased" if b else "") for n, b in PROBLEMS]
+)
 def problem(request):
-    counts = WIDTHS[request.param]
+    name, biased = request.param
+    counts = WIDTHS[name]
     rng = np.random.default_rng(0)
     gate, up, down = (
         [rng.normal(size=(n, D)).astype(np.float32) for n in counts] for _ in range(3)
@@ -33,7 +39,13 @@ def problem(request):
     block = F if min(counts) == F else 3
     rows = sum(counts) + (0 if block == F else block)
     rows = max(rows, sum(counts) + block)
-    experts = pooled_experts(gate, up, down, width=F, rows=rows, block=block)
+    extra, biases = {}, None
+    if biased:
+        own = [[rng.normal(size=n).astype(np.float32) for n in counts] for _ in range(2)]
+        added = jnp.asarray(rng.normal(size=(E, D)), jnp.float32)
+        extra = {"gate_bias": own[0], "up_bias": own[1], "down_bias": added, "activation": BOUNDED}
+        biases = [*(np.stack([np.pad(b, (0, F - len(b))) for b in kind]) for kind in own), added]
+    experts = pooled_experts(gate, up, down, width=F, rows=rows, block=block, **extra)
     x = rng.normal(size=(N, D)).astype(np.float32)
     chosen = np.stack([rng.choice(E, K, replace=False) for _ in range(N)]).astype(np.int32)
     weight = rng.uniform(0.1, 1, (N, K)).astype(np.float32)
@@ -42,7 +54,10 @@ def problem(request):
     return {
         "experts": experts,
         "counts": counts,
-        "dense": [np.concatenate([pad(w) for w in kind]) for kind in (gate, up, down)],
+        "dense": [
+            *(np.concatenate([pad(w) for w in kind]) for kind in (gate, up, down)),
+            *(biases or []),
+        ],
         "x": jnp.asarray(x),
         "weight": jnp.asarray(weight),
         "chosen": chosen,
@@ -55,11 +70,25 @@ def pad(weight):
     return np.pad(weight, ((0, F - len(weight)), (0, 0)))[None]
 
 
+def activated(gate, up, bounded: bool):
+    """The activation as it is written down in torch's gpt-oss, and SwiGLU."""
+    if not bounded:
+        return jax.nn.silu(gate) * up
+    gate, up = (
+        jnp.where(gate > 1.2, 1.2, gate),
+        jnp.where(jnp.abs(up) > 1.2, jnp.sign(up) * 1.2, up),
+    )
+    return (up + 1) * (gate / (1 + jnp.exp(-1.7 * gate)))
+
+
 def dense_output(x, weight, gates, dense, chosen, valid):
     """Every expert on every token, then the routed ones picked: [N, D]."""
-    gate, up, down = (jnp.asarray(w) for w in dense)  # [E, F, D]
-    hidden = jax.nn.silu(jnp.einsum("nd,efd->nef", x, gate)) * jnp.einsum("nd,efd->nef", x, up)
-    out = jnp.einsum("nef,efd->ned", hidden * gates[None], down)
+    gate, up, down, *biases = (jnp.asarray(w) for w in dense)  # [E, F, D], [E, F], [E, D]
+    g, u = jnp.einsum("nd,efd->nef", x, gate), jnp.einsum("nd,efd->nef", x, up)
+    if biases:
+        g, u = g + biases[0][None], u + biases[1][None]
+    out = jnp.einsum("nef,efd->ned", activated(g, u, bool(biases)) * gates[None], down)
+    out += biases[2][None] if biases else 0
     share = jax.nn.one_hot(chosen, E) * weight[:, :, None] * valid.astype(np.float32)[:, None, None]
     return jnp.einsum("nke,ned->nd", share, out)
 
@@ -87,11 +116,16 @@ def test_output_and_every_gradient_equal_a_dense_einsum(problem, form):
     np.testing.assert_allclose(found[0], wanted[0], **close)
     np.testing.assert_allclose(found[1], wanted[1], **close)
     stops = np.cumsum(p["counts"])
-    for name, dense_gradient in zip(("gate", "up", "down"), wanted[2], strict=True):
+    names = ("gate", "up", "down", "gate_bias", "up_bias")
+    if len(dense) == 6:
+        np.testing.assert_allclose(found[2].down_bias, wanted[2][5], **close)
+    for name, dense_gradient in zip(names, wanted[2][:5], strict=False):
         pooled = np.asarray(getattr(found[2], name))
         for e, (stop, count) in enumerate(zip(stops, p["counts"], strict=True)):
             np.testing.assert_allclose(
-                pooled[stop - count : stop], dense_gradient[e, :count], **close
+                pooled[stop - count : stop].reshape(dense_gradient[e, :count].shape),
+                dense_gradient[e, :count],
+                **close,
             )
     # the first score is the true gradient of a multiplier on the channel
     np.testing.assert_allclose(found[3][0], wanted[3], **close)
@@ -101,13 +135,15 @@ def test_output_and_every_gradient_equal_a_dense_einsum(problem, form):
 
 def gate_magnitudes(p, pull):
     """Sum over each expert's tokens of |g dL/dg|, one token and expert at a time by autograd."""
-    gate, up, down = (jnp.asarray(w) for w in p["dense"])
+    gate, up, down, *biases = (jnp.asarray(w) for w in p["dense"])
+    gate_bias, up_bias, _ = biases or (jnp.zeros((E, F)), jnp.zeros((E, F)), None)
 
     @jax.jit
     def score(n, slot):
         e = jnp.asarray(p["chosen"])[n, slot]
-        g, u = gate[e] @ p["x"][n], up[e] @ p["x"][n]
-        loss = lambda g: pull[n] @ (p["weight"][n, slot] * ((jax.nn.silu(g) * u) @ down[e]))  # noqa: E731
+        g, u = gate[e] @ p["x"][n] + gate_bias[e], up[e] @ p["x"][n] + up_bias[e]
+        hidden = lambda g: activated(g, u, bool(biases))  # noqa: E731
+        loss = lambda g: pull[n] @ (p["weight"][n, slot] * (hidden(g) @ down[e]))  # noqa: E731
         return jnp.abs(g * jax.grad(loss)(g))
 
     sums = np.zeros((E, F))

@@ -46,6 +46,13 @@ OWN_SIZES = {
     "deepseek_v2": {**LATENT, "first_k_dense_replace": 0},
     "deepseek_v3": {**LATENT, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
     "glm4_moe": {"n_routed_experts": 8, "first_k_dense_replace": 0, "head_dim": 16},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "intermediate_size": 16,
+        "head_dim": 16,
+        "sliding_window": 4,
+        "swiglu_limit": 1.5,  # of the published 7, so that tiny activations reach it
+    },
 }
 
 

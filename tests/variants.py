@@ -92,6 +92,17 @@ VARIANTS: dict[str, dict[str, dict]] = {
             },
         },
     },
+    "gpt_oss": {
+        "a window shorter than the text in even layers, yarn": {},
+        "tied, without attention bias, windows in odd layers, plain rope, another activation": {
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
 }
 
 # Family -> the configuration that is pruned and exported: two layers of experts, dense ones if the
@@ -127,4 +138,5 @@ EXPORTED: dict[str, dict] = {
         "attention_bias": True,
         "use_qk_norm": True,
     },
+    "gpt_oss": {"intermediate_size": 96, "rms_norm_eps": 1e-5},
 }

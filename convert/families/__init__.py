@@ -8,6 +8,7 @@ from convert.families import (
     deepseek_v2,
     deepseek_v3,
     glm4_moe,
+    gpt_oss,
     mixtral,
     olmoe,
     qwen2_moe,
@@ -24,15 +25,19 @@ _STOCK = (
     deepseek_v2.FAMILY,
     deepseek_v3.FAMILY,
     glm4_moe.FAMILY,
+    gpt_oss.FAMILY,
 )
 
 
 def _ragged(family: Family) -> Family:
-    return dataclasses.replace(family, model_type=RAGGED + family.model_type, ragged=True)
+    model_type = RAGGED + family.model_type
+    return dataclasses.replace(family, model_type=model_type, ragged=True, interleaved=False)
 
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _STOCK} | {
-    RAGGED + family.model_type: _ragged(family) for family in _STOCK if family.twin is None
+    RAGGED + family.model_type: _ragged(family)
+    for family in _STOCK
+    if family.twin is None and "ragged-bf16" in family.formats
 }
 
 

@@ -53,13 +53,17 @@ def mlp_rules(prefix: str, ours: str, width: str, needs: str) -> tuple[Rule, ...
 
 
 def expert_rules(
-    block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    block: str = "mlp",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    router: str = "gate",
 ) -> tuple[Rule, ...]:
-    """Router and routed experts under the names of a block and of its projections."""
+    """Router and routed experts under the names of a block, its router and its projections."""
     block = _LAYER + block + "."
     expert = block + "experts.{expert}."
     return (
-        Rule(block + "gate.weight", "mlp.router", "ED", "moe"),
+        Rule(f"{block}{router}.weight", "mlp.router", "ED", "moe"),
         Rule(f"{expert}{gate}.weight", "mlp.experts.w_gate", "FD", "moe", "expert_rows"),
         Rule(f"{expert}{up}.weight", "mlp.experts.w_up", "FD", "moe", "expert_rows"),
         Rule(f"{expert}{down}.weight", "mlp.experts.w_down", "DF", "moe", "expert_columns"),

@@ -1,0 +1,68 @@
+"""The formats of an export, and which family has which."""
+
+from dataclasses import dataclass
+
+from convert.rules import FORMATS, Family, Widths
+from moe_jax.mxfp4 import BLOCK
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A folder layout: padded to one width or ragged, 16 or 4 bits.
+
+    Attributes:
+      name: one of `convert.rules.FORMATS`.
+      group_size: weights per 4-bit scale; MXFP4 knows 32 only.
+    """
+
+    name: str
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.is_float4 and self.group_size != BLOCK:
+            raise ValueError(
+                f"group_size={self.group_size} must be {BLOCK} for {self.name}, whose blocks the "
+                "format fixes"
+            )
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether every expert keeps its own width."""
+        return self.name.startswith("ragged")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether linear layers are stored in 4 bits: all as integers, or experts as floats."""
+        return self.is_float4 or self.name.endswith("int4")
+
+    @property
+    def is_float4(self) -> bool:
+        """Whether experts are stored in MXFP4."""
+        return self.name.endswith("mxfp4")
+
+    def stored_widths(self, widths: Widths) -> Widths:
+        """Channels that the folder stores per layer and expert."""
+        if self.is_ragged:
+            return widths
+        widest = self.padded_width(widths)
+        return tuple(tuple(widest for _ in counts) for counts in widths)
+
+    def padded_width(self, widths: Widths) -> int:
+        """The one width of a padded folder: that of the widest expert, whole groups."""
+        widest = max(1, *(count for counts in widths for count in counts))
+        return -(-widest // self.group_size) * self.group_size if self.is_packed else widest
+
+
+def packed_format(family: Family) -> ExportFormat:
+    """The first 4-bit format that a family can be exported in."""
+    forms = (ExportFormat(name) for name in FORMATS if name in family.formats)
+    return next(form for form in forms if form.is_packed)
+
+
+def check_format(family: Family, form: ExportFormat) -> None:
+    """Raise ValueError unless a family can be exported in a format."""
+    if form.name not in family.formats:
+        raise ValueError(
+            f"export={form.name!r} does not exist for {family.model_type}, because no "
+            f"program would read it; choose from {', '.join(family.formats)}"
+        )
