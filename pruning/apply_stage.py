@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.export import check_widths, packed_inputs
+from convert.export import check_widths
 from pruning import preflight, stages
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
@@ -113,8 +113,7 @@ def _recipe(
     beside = (source if source.is_dir() else source.parent) / preflight.RECIPE
     fields = {**told, **given}
     recipe = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
-    c = base.config
-    recipe = recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))
+    recipe = stages.resolved(recipe, base)
     assert all(getattr(recipe, name) is None for name in BUDGETS if name != "prune_rate")
     packed = any(form_of(recipe, name).is_packed for name in recipe.export)
     block = said.get("block")
