@@ -33,7 +33,7 @@ class ChannelScores:
 def channel_scores(
     statistics: ChannelStatistics,
     *,
-    criterion: str = "act",
+    criterion: str = "shapley",
     attribution: str = "ala",
     seed: int = 0,
 ) -> ChannelScores:

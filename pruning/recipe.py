@@ -52,7 +52,7 @@ class CompressionRecipe:
         calibration text close, at the cost of two more passes over it.
       weights_only: read no calibration text: the weights alone decide what is kept, which is a
         preview; only criterion weight or random and attribution aimer, weight or uniform work.
-      criterion: channel score; default act, or weight with weights_only.
+      criterion: channel score; default shapley, or weight with weights_only.
       attribution: expert score; default ala, or aimer with weights_only.
       planner: how the budget is allocated: paper, maxmin, fair, fair0.5, fair2, linear, uniform,
         random, fair_two_level, linear_two_level, global_topk, normalized_topk, layer_topk, moe_i2,
@@ -109,7 +109,7 @@ class CompressionRecipe:
     weights_only: bool = False
     criterion: str | None = None
     attribution: str | None = None
-    planner: str = "paper"
+    planner: str = "fair"
     weights: str | None = None
     rho_max: float = 1.0
     smoothing: str = "sqrt"
@@ -222,7 +222,7 @@ class CompressionRecipe:
             self,
             export=tuple(exports),
             group_size=group,
-            criterion=self.criterion or ("weight" if self.weights_only else "act"),
+            criterion=self.criterion or ("weight" if self.weights_only else "shapley"),
             attribution=self.attribution or ("aimer" if self.weights_only else "ala"),
             block=block,
             minimum=self.minimum or block,

@@ -32,6 +32,8 @@ CRITERION_NEEDS = {
     "wg": "weight-gradients",
 }
 RANDOM_SEEDS = (0, 1, 2)
+# Rules state all they choose: the tool's own default must not change what a name means.
+PAPER: dict[str, Any] = {"criterion": "act", "attribution": "ala", "planner": "paper"}
 
 
 def select_rules(names: Sequence[str], seen: Mapping[str, Rule]) -> list[str]:
@@ -77,7 +79,7 @@ def _channels(
     return Rule(
         about=about,
         family=family,
-        options={"criterion": criterion, "attribution": attribution, **options},
+        options={**PAPER, "criterion": criterion, "attribution": attribution, **options},
         needs=_needs(criterion, attribution),
     )
 
@@ -85,7 +87,7 @@ def _channels(
 def _drop(
     about: str, attribution: str, *, per_layer: bool = False, constants: bool = False
 ) -> Rule:
-    options = {"attribution": attribution, "width": "experts", "per_layer": per_layer}
+    options = {**PAPER, "attribution": attribution, "width": "experts", "per_layer": per_layer}
     details = frozenset({"expert-details"}) if constants else frozenset()
     return Rule(
         about=about,
@@ -183,7 +185,7 @@ RULES: dict[str, Rule] = {
     "random": Rule(
         about="random channels: what every rule must beat",
         family="random",
-        options={"criterion": "random", "planner": "random"},
+        options={**PAPER, "criterion": "random", "planner": "random"},
         seeds=RANDOM_SEEDS,
     ),
     **{
@@ -220,21 +222,21 @@ RULES: dict[str, Rule] = {
     "naee": Rule(
         about="subset of experts with least output error per layer, arXiv 2402.14800",
         family="whole experts",
-        options={"width": "experts"},
+        options={**PAPER, "width": "experts"},
         needs=frozenset({"expert-details"}),
         prepare=_naee,
     ),
     "grape": Rule(
         about="one expert per cluster of similar ones, arXiv 2604.06542",
         family="whole experts",
-        options={"width": "experts"},
+        options={**PAPER, "width": "experts"},
         needs=frozenset({"expert-details"}),
         prepare=_grape,
     ),
     "grape-prior": Rule(
         about="paper-act, layer budgets by the clusters of arXiv 2604.06542",
         family="paper's rule",
-        options={"criterion": "act"},
+        options=PAPER,
         needs=frozenset({"expert-details"}),
         prepare=_grape_prior,
     ),

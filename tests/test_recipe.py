@@ -208,7 +208,7 @@ def test_resolving_fills_every_default_and_is_idempotent(export, bits):
         assert recipe.width == ("uniform" if padded else "free")
         assert recipe.export == (exports or (f"ragged-{'int4' if recipe.bits == 4 else 'bf16'}",))
         assert recipe.resolved(96, 64, 1000) == recipe
-        assert (recipe.criterion, recipe.attribution) == ("act", "ala")
+        assert (recipe.criterion, recipe.attribution) == ("shapley", "ala")
 
 
 def test_help_and_wrong_options_import_no_jax(tmp_path):
