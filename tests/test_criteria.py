@@ -179,7 +179,7 @@ def test_non_finite_sums_are_refused_with_their_place():
     stats = statistics(2, 3, 4)
     stats.hidden_square[1, 2, 3] = np.nan
     with pytest.raises(ValueError, match=r"channel score at \(1, 2, 3\).*not finite"):
-        channel_scores(stats)
+        channel_scores(stats, criterion="act")
 
 
 def test_statistics_without_tokens_are_refused():

@@ -95,13 +95,13 @@ def test_the_same_inputs_give_the_same_plan_and_the_seed_only_matters_at_random(
 
 
 def test_uniform_width_is_one_width_and_reports_what_it_leaves():
-    result = plan(prune_rate=0.45, width="uniform", block=4)
+    result = plan(criterion="act", prune_rate=0.45, width="uniform", block=4)
     assert (result.counts == 4).all()
     assert result.provenance["budget"] == round(0.55 * 96) == 53
     assert result.provenance["kept"] == 32
     assert result.provenance["unspent"] == 21
     stats = statistics(L, E, F)
-    order = np.argsort(-channel_scores(stats).channel, axis=2)
+    order = np.argsort(-channel_scores(stats, criterion="act").channel, axis=2)
     for place in np.ndindex(L, E):
         assert set(np.flatnonzero(result.keep[place])) == set(order[place][:4])
 
@@ -109,7 +109,7 @@ def test_uniform_width_is_one_width_and_reports_what_it_leaves():
 def test_a_dead_channel_is_the_first_to_go():
     stats = statistics(L, E, F)
     stats.down_norm[:, :, 5] = 0.0
-    assert not plan(stats, prune_rate=1 / F).keep[:, :, 5].any()
+    assert not plan(stats, criterion="act", prune_rate=1 / F).keep[:, :, 5].any()
 
 
 def test_coverage_is_the_kept_share_of_the_score():
@@ -193,7 +193,7 @@ def test_provenance_says_how_the_plan_came_about():
     stats = statistics(L, E, F)
     stats.phi[0, 0] = -1.0
     record = plan(stats, criterion="energy", block=4, minimum=5, seed=9).provenance
-    expected = {"criterion": "energy", "attribution": "ala", "planner": "paper", "width": "free"}
+    expected = {"criterion": "energy", "attribution": "ala", "planner": "fair", "width": "free"}
     expected |= {"prune_rate": 0.5, "block": 4, "minimum": 8, "seed": 9, "harmful_experts": 1}
     assert expected.items() <= record.items()
     assert json.loads(json.dumps(record)) == record

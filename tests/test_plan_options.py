@@ -106,7 +106,9 @@ def test_a_planted_super_channel_is_found_kept_and_named():
     expert[1] = [5.0, 4.0, 0.0, 3.0]
     stats = stats.replace(hidden_square=hidden, phi=expert)
     for block in (1, 3):
-        plan = plan_pruning(stats, prune_rate=0.8, experts_per_token=1, block=block)
+        plan = plan_pruning(
+            stats, criterion="act", prune_rate=0.8, experts_per_token=1, block=block
+        )
         assert plan.provenance["super_channels"] == [[1, 2, 5]]
         assert plan.provenance["super_channels_removed"] == 0 and plan.keep[1, 2, 5]
 

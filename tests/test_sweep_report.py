@@ -33,7 +33,7 @@ def test_a_sweep_of_plans_says_what_each_keeps(planned):
         ("dense", 0), ("pruned", 0), ("pruned", 0.25), ("pruned", 0.5),
     ]  # fmt: skip
     sums = load_file(planned / "statistics.safetensors")
-    score = sum(np.sqrt(sums[f"{name}_square"]) for name in ("hidden", "up", "gate"))
+    score = np.maximum(sums["shapley"], 0.0)
     for row in found[1:]:
         keep = load_file(planned / "plans" / str(float(row["rate"])) / "plan.safetensors")
         masks = np.stack([keep["keep.0"], keep["keep.1"]])

@@ -104,7 +104,8 @@ def test_one_width_per_layer_serves_the_better_layer_first():
     stats.hidden_square[1] *= 100.0
     stats.up_square[1] *= 100.0
     stats.gate_square[1] *= 100.0
-    counts = plan(stats, planner="global_topk", width="layer", prune_rate=0.5).counts[:, 0]
+    result = plan(stats, criterion="act", planner="global_topk", width="layer", prune_rate=0.5)
+    counts = result.counts[:, 0]
     assert counts[1] > max(counts[0], counts[2])
 
 
