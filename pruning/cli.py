@@ -104,8 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, help="checkpoint folder, or output folder of score")
     command.add_argument(
         "--text", type=Path, nargs="+", action="extend", required=True,
-        help="text files; of .jsonl and .jsonl.gz the field text of each line",
+        help="text files; .jsonl and .jsonl.gz hold a document a line",
     )  # fmt: skip
+    command.add_argument("--text-field", default="text", help="JSON field with the text")
     command.add_argument("--json", type=Path, help="where to write the numbers (default stdout)")
     command.add_argument("--window", type=int, help="tokens per window (default: the context)")
     command.add_argument("--stride", type=int, help="tokens between windows (default: half)")
