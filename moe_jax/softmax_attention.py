@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Scores held at a time, elements: 4 MiB in float32, about what a CPU's caches hold.
-BLOCK_SCORES = 1 << 20
+# Scores held at a time, elements: 1 MiB in float32, which a core's own cache holds.
+BLOCK_SCORES = 1 << 18
 # A sequence's blocks fall into at most so many groups; a group meets only the keys up to its end.
 # Four save 3/8 of the products of causal attention, and more would lengthen the compilation.
 CAUSAL_GROUPS = 4

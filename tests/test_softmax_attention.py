@@ -18,9 +18,9 @@ def whole(q, k, v, valid, window):  # torch [B, T, N, H], ... -> [B, T, N, H]
     seen = (distance >= 0) & (distance < window) & valid[:, None]
     seen &= np.tril(np.ones((LENGTH, LENGTH), bool))
     k, v = (part.repeat_interleave(HEADS // SHARED, dim=2) for part in (k, v))
-    heads = [part.transpose(1, 2) for part in (q, k, v)]
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     mask = torch.from_numpy(seen)[:, None]
-    out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2)
 
 
@@ -49,7 +49,8 @@ def test_values_and_gradients_equal_torchs_for_any_size_of_block(monkeypatch, qu
 
     out, pull = jax.vjp(jax.jit(ours), *map(jnp.asarray, inputs))
     tensors = [torch.tensor(value, requires_grad=True) for value in inputs]
-    want = whole(*tensors, valid, window)
+    q, k, v = tensors
+    want = whole(q, k, v, valid, window)
     rows = torch.from_numpy(valid)
     want[rows].backward(torch.from_numpy(d_out)[rows])
     np.testing.assert_allclose(out[valid], want[rows].detach().numpy(), atol=2e-6)
