@@ -18,6 +18,8 @@ EXAMPLES = {
     "  moe-compress compress ./Qwen3-30B-A3B --calibration c4.txt code.jsonl=0.5 "
     "--prune-rate 0.25 --bits 4 --output out",
     "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
+    "estimate": "moe-compress estimate demo --prune-rate 0.25 0.5\n"
+    "  moe-compress estimate ./Qwen3-30B-A3B --export padded-int4 --tensor-parallel 2",
     "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out",
     "plan": "moe-compress plan out --prune-rate 0.25 0.5",
     "export": "moe-compress export out --export ragged-int4 padded-bf16",
@@ -78,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
         add_recipe_flags(command)
     command = add("inspect", "Say what a checkpoint is, from its headers alone.")
     command.add_argument("model", help=model_help)
+    _estimate_flags(
+        add("estimate", "Say what a compression gives and costs, before any of it."), model_help
+    )
     command = add("plan", "Choose the channels to keep from the statistics in a folder.")
     command.add_argument("folder", type=Path, help="output folder of score or compress")
     _sweep_flag(command)
@@ -116,6 +121,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, help="output folder of compress")
     _compare_flags(add("compare", "Rank pruning rules at equal size on held-out text."), model_help)
     return parser
+
+
+def _estimate_flags(command: argparse.ArgumentParser, model_help: str) -> None:
+    command.add_argument("model", help=f"{model_help}; config.json alone suffices")
+    _sweep_flag(command)
+    add_recipe_flags(
+        command, "output", "bits", "group_size", "export", "width", "cap", "block", "minimum",
+        "target_parameters", "target_bytes", "max_tokens", "window", "batch", "dtype", "gradients",
+        "expert_details", "weight_gradients",
+    )  # fmt: skip
+    command.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share a layer"
+    )
+    command.add_argument(
+        "--probe", action=argparse.BooleanOptionalAction,
+        help="time one layer to foretell the time of scoring (default: if weights are there)",
+    )  # fmt: skip
+    command.add_argument("--json", type=Path, help="where to write the numbers, too")
 
 
 def _compare_flags(command: argparse.ArgumentParser, model_help: str) -> None:

@@ -16,6 +16,7 @@ FILES = {
 # the stage that reads an export back.
 GLUE = {"pipeline", "cli", "commands", "__main__", "evaluate", "stages", "verify", "demo"}
 GLUE |= {"preflight", "sizes", "gptq_stage", "audit_stage", "compare"}
+GLUE |= {"clients", "estimate", "card"}
 GLUE |= {"scoring", "planning", "parts"}
 
 
