@@ -114,7 +114,8 @@ def parameters(base: Description, widths: Widths) -> dict[str, int]:
     A token meets as many experts per layer as the router picks, of average width, and the
     embedding only in one row, which is not counted.
     """
-    found = dict.fromkeys(("routed", "shared", "attention", "embeddings", "other"), 0)
+    places = ("routed", "shared", "attention", "embeddings", "other")
+    found: dict[str, int] = dict.fromkeys(places, 0)
     for name, shape in expected_tensors(base.family, base.config, widths).items():
         rule = base.family.rule(name)
         found[_place(name, rule.ours if rule else "")] += math.prod(shape)
@@ -164,28 +165,28 @@ def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
 def estimate_tables(found: dict[str, Any]) -> list[TextTable]:
     """An estimate for people: what it gives, who loads it, what it costs."""
     total = found["parameters"]
-    header = ("", "total", "routed", "shared", "attention", "embeddings", "other", "active")
-    rows = [("dense", *(f"{total[key] / 1e6:,.1f} M" for key in header[1:]))]
+    header = ["", "total", "routed", "shared", "attention", "embeddings", "other", "active"]
+    rows = [["dense", *(f"{total[key] / 1e6:,.1f} M" for key in header[1:])]]
     sizes, clients = [], []
     for name, one in found["exports"].items():
-        rows.append((name, *(f"{one['parameters'][key] / 1e6:,.1f} M" for key in header[1:])))
-        sizes.append((name, _megabytes(one["bytes"]), _megabytes(one["most_bytes"])))
+        rows.append([name, *(f"{one['parameters'][key] / 1e6:,.1f} M" for key in header[1:])])
+        sizes.append([name, _megabytes(one["bytes"]), _megabytes(one["most_bytes"])])
         for client, verdict in one["clients"].items():
-            clients.append((name, client, verdict["verdict"], verdict["rule"]))
+            clients.append([name, client, verdict["verdict"], verdict["rule"]])
     disk, seconds = found["disk"], found["scoring_seconds"]
     time = "not probed" if seconds is None else f"about {seconds:,.0f} s"
     costs = [
-        ("memory to score (estimate)", _megabytes(found["memory"]["scoring"])),
-        ("memory to export (estimate)", _megabytes(found["memory"]["export"])),
-        (f"time to score {found['tokens']:,} tokens (estimate)", time),
-        ("disk needed at most", _megabytes(disk["needed_bytes"])),
-        ("disk free", _megabytes(disk["free_bytes"])),
+        ["memory to score (estimate)", _megabytes(found["memory"]["scoring"])],
+        ["memory to export (estimate)", _megabytes(found["memory"]["export"])],
+        [f"time to score {found['tokens']:,} tokens (estimate)", time],
+        ["disk needed at most", _megabytes(disk["needed_bytes"])],
+        ["disk free", _megabytes(disk["free_bytes"])],
     ]
     return [
         TextTable(f"Parameters at prune rate {found['prune_rate']}", header, rows),
-        TextTable("On disk", ("format", "bytes", "at most"), sizes),
-        TextTable("Who loads it", ("format", "client", "loads", "rule"), clients),
-        TextTable("Costs", ("", ""), costs),
+        TextTable("On disk", ["format", "bytes", "at most"], sizes),
+        TextTable("Who loads it", ["format", "client", "loads", "rule"], clients),
+        TextTable("Costs", ["what", "how much"], costs),
     ]
 
 

@@ -48,6 +48,7 @@ def estimated(folder, tmp_path, *arguments) -> list[dict]:
 
 @pytest.mark.parametrize("family", EXPORTED)
 def test_sizes_are_within_one_percent_of_what_a_random_plan_writes(family, tmp_path):
+    """No expert is emptied: at this size the header entries of one alone are half a percent."""
     folder = saved(family, tmp_path / "model")
     (found,) = estimated(folder, tmp_path, "--prune-rate", 0.4, "--group-size", 32)
     assert list(found["exports"]) == list(EXPORTS)
@@ -56,7 +57,7 @@ def test_sizes_are_within_one_percent_of_what_a_random_plan_writes(family, tmp_p
     for name, one in found["exports"].items():
         recipe = CompressionRecipe(
             model=str(folder), output="o", export=(name,), prune_rate=0.4, group_size=32,
-            bits=4 if name.endswith("int4") else 16,
+            bits=4 if name.endswith("int4") else 16, planner="uniform",
         ).resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))  # fmt: skip
         sums = statistics(2, 8, 96, D=64, gradients=False, expert_details=False)
         plan = planning.plan(recipe, sums, {"model_hash": base.fingerprint}, base)
@@ -94,7 +95,9 @@ def test_a_config_alone_gives_the_same_sizes_as_the_checkpoint(models, tmp_path)
         estimated(folder, tmp_path, "--prune-rate", 0.25, 0.5)
         for folder in (models / "single", bare)
     )
-    assert whole == alone or [w | {"disk": a["disk"]} for w, a in zip(whole, alone)] == alone
+    for one in (*whole, *alone):
+        del one["disk"]["free_bytes"]  # others write, too
+    assert whole == alone
     assert [one["prune_rate"] for one in alone] == [0.25, 0.5]
     for name in EXPORTS:
         assert alone[1]["exports"][name]["bytes"] < alone[0]["exports"][name]["bytes"]
