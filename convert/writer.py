@@ -23,6 +23,7 @@ SIDE_FILES = (
     "preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 SPARE_BYTES = 64 << 20  # left free on the disk, for side files and the file system itself
+SHARD_BYTES = 5e9
 LEFTOVER = re.compile(r"(.+)\.(tmp|old)-\d+")  # named after the process that wrote it
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -77,7 +78,7 @@ def write_folder(
     config: dict,
     side_files: Path | str | None,
     *,
-    shard_bytes: float = 5e9,
+    shard_bytes: float = SHARD_BYTES,
     extra_files: Mapping[str, bytes | str | Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -172,6 +173,29 @@ def _header(names: list[str], specs: Mapping[str, Spec]) -> tuple[bytes, dict[st
     return len(text).to_bytes(8, "little") + text, offsets, first + end
 
 
+def _shard_files(shards: list[list[str]]) -> dict[str, list[str]]:
+    """File name -> names of its tensors."""
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    count = len(shards)
+    return {f"model-{n:05d}-of-{count:05d}.safetensors": s for n, s in enumerate(shards, 1)}
+
+
+def _index(specs: Mapping[str, Spec], shards: list[list[str]]) -> bytes:
+    """The index of several shards; empty for a single file, which needs none."""
+    if len(shards) == 1:
+        return b""
+    total = sum(_nbytes(spec) for spec in specs.values())
+    files = {name: file for file, names in _shard_files(shards).items() for name in names}
+    return _json({"metadata": {"total_size": total}, "weight_map": files})
+
+
+def weight_bytes(specs: Mapping[str, Spec], *, shard_bytes: float = SHARD_BYTES) -> int:
+    """Bytes of the weight files and the index that `write_folder` makes, before it is called."""
+    shards = _plan_shards(specs, shard_bytes)
+    return len(_index(specs, shards)) + sum(_header(names, specs)[2] for names in shards)
+
+
 def _write_tensors(
     folder: Path,
     specs: Mapping[str, Spec],
@@ -179,12 +203,10 @@ def _write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> None:
     """Write headers, then stream each array to its place."""
-    single = len(shards) == 1
     places: dict[str, _Place] = {}
     with ExitStack() as stack:
         files = {}
-        for number, names in enumerate(shards, 1):
-            name = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for name, names in _shard_files(shards).items():
             header, offsets, size = _header(names, specs)
             file = files[name] = stack.enter_context(open(folder / name, "wb"))
             file.write(header)
@@ -195,11 +217,9 @@ def _write_tensors(
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    if not single:
-        total = sum(_nbytes(spec) for spec in specs.values())
-        weight_map = {name: places[name].file for name in specs}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_file(folder / INDEX, _json(index))
+    index = _index(specs, shards)
+    if index:
+        _write_file(folder / INDEX, index)
 
 
 def _stream(files, places: dict[str, _Place], tensors: Iterable[tuple[str, np.ndarray]]) -> None:

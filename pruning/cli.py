@@ -19,6 +19,8 @@ EXAMPLES = {
     "--prune-rate 0.25 --bits 4 --output out\n"
     "  moe-compress compress ./Qwen3-30B-A3B --weights-only --output preview",
     "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
+    "estimate": "moe-compress estimate demo --prune-rate 0.25 0.5\n"
+    "  moe-compress estimate ./Qwen3-30B-A3B --export padded-int4 --tensor-parallel 2",
     "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out",
     "plan": "moe-compress plan out --prune-rate 0.25 0.5\n\n"
     "Several rates also write out/sweep.csv and out/sweep.html: the size of every export format\n"
@@ -87,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
         add_recipe_flags(command)
     command = add("inspect", "Say what a checkpoint is, from its headers alone.")
     command.add_argument("model", help=model_help)
+    _estimate_flags(
+        add("estimate", "Say what a compression gives and costs, before any of it."), model_help
+    )
     command = add("plan", "Choose the channels to keep from the statistics in a folder.")
     command.add_argument("folder", type=Path, help="output folder of score or compress")
     _sweep_flag(command)
@@ -129,6 +134,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, help="output folder of compress")
     _compare_flags(add("compare", "Rank pruning rules at equal size on held-out text."), model_help)
     return parser
+
+
+def _estimate_flags(command: argparse.ArgumentParser, model_help: str) -> None:
+    command.add_argument("model", help=f"{model_help}; config.json alone suffices")
+    _sweep_flag(command)
+    add_recipe_flags(
+        command, "output", "bits", "group_size", "export", "width", "cap", "block", "minimum",
+        "target_parameters", "target_bytes", "max_tokens", "window", "batch", "dtype", "gradients",
+        "expert_details", "weight_gradients",
+    )  # fmt: skip
+    command.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share a layer"
+    )
+    command.add_argument(
+        "--probe", action=argparse.BooleanOptionalAction,
+        help="time one layer to foretell the time of scoring (default: if weights are there)",
+    )  # fmt: skip
+    command.add_argument("--json", type=Path, help="where to write the numbers, too")
 
 
 def _compare_flags(command: argparse.ArgumentParser, model_help: str) -> None:

@@ -22,6 +22,7 @@ from pruning import (
     sweep_stage,
 )
 from pruning import compare as comparing
+from pruning import estimate as estimating
 from pruning.audit_page import audit_tables
 from pruning.calibration import TextSource
 from pruning.evaluate import make_windows
@@ -84,6 +85,36 @@ def inspect(options: Options) -> dict:
         "context": c.max_position,
         "fingerprint": base.fingerprint,
     }
+
+
+def estimate(options: Options) -> None:
+    """What a compression gives and costs; prints tables, one set per prune rate."""
+    base = estimating.open_description(stages.model_folder(options.model))
+    _check_json(options.json)
+    if options.tensor_parallel < 1:
+        raise ValueError(f"tensor_parallel={options.tensor_parallel} must be at least 1")
+    rates, options.prune_rate = options.prune_rate or [None], None
+    options.output = getattr(options, "output", "out")
+    formats = getattr(options, "export", None) or [
+        name for name in EXPORTS if name.endswith("bf16") or getattr(options, "bits", 4) == 4
+    ]
+    options.export = formats
+    probe = isinstance(base, Checkpoint) if options.probe is None else options.probe
+    recipe, found = recipe_from(options), []
+    recipes = [recipe if r is None else dataclasses.replace(recipe, prune_rate=r) for r in rates]
+    for number, one in enumerate(recipes):
+        # The time is the same at every rate.
+        found.append(
+            estimating.estimate(
+                base, one, tensor_parallel=options.tensor_parallel, probe=probe and number == 0
+            )
+        )
+        found[-1]["scoring_seconds"] = found[0]["scoring_seconds"]
+    if options.json is not None:
+        replace_text(options.json, json.dumps(found, indent=2) + "\n")
+    for one in found:
+        for table in estimating.estimate_tables(one):
+            Console().print(as_rich(table))
 
 
 def _recipe(folder: Path, options: Options, *names: str) -> CompressionRecipe:
@@ -254,8 +285,12 @@ def _check_evaluation(options: Options) -> None:
             raise ValueError(f"{name}={value} must be at least {least}; change --{flag}")
     if len(options.prune_rate or []) > 1 and not os.access(options.folder, os.W_OK):
         raise ValueError(f"{options.folder} gets sweep.csv and sweep.html; make it writable first")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ValueError(f"json={options.json} lies in no existing folder; make it first")
+    _check_json(options.json)
+
+
+def _check_json(path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"json={path} lies in no existing folder; make it first")
 
 
 def audit(options: Options) -> None:

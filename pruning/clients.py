@@ -1,0 +1,134 @@
+"""Which program loads which export, and the rule that decides."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from convert.description import Description
+from convert.export import ExportFormat, export_config
+from convert.rules import Widths
+from moe_jax.config import LatentAttentionConfig, ModelConfig
+
+T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
+RUNTIMES = (T5, T4, VLLM, SGLANG, LLAMA)
+TORCH, SERVERS = (T5, T4), (VLLM, SGLANG)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One export as a client meets it.
+
+    Attributes:
+      form: the format.
+      config: the architecture before pruning.
+      hf: config.json of the export.
+      width: the padded folder's one expert width.
+      tensor_parallel: GPUs that share each layer.
+    """
+
+    form: ExportFormat
+    config: ModelConfig
+    hf: dict[str, Any]
+    width: int
+    tensor_parallel: int = 1
+
+    @property
+    def part(self) -> float:
+        """Channels of an expert on one GPU."""
+        return self.width / self.tensor_parallel
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a client loads an export: "yes", "no" or "slower", and the rule that says so."""
+
+    verdict: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`when` it holds, these clients answer `verdict` because of `words`."""
+
+    runtimes: tuple[str, ...]
+    verdict: str
+    when: Callable[[Case], bool]
+    words: str
+
+
+def _ragged(case: Case) -> bool:
+    return case.form.is_ragged
+
+
+def _packed(case: Case) -> bool:
+    return case.form.is_packed and not case.form.is_ragged
+
+
+def _is(case: Case, *types: str) -> bool:
+    return case.hf["model_type"].removeprefix("ragged_") in types
+
+
+def _yarn_mscale(case: Case) -> bool:
+    rope = case.config.attention.rope
+    return _is(case, "deepseek_v2") and rope.kind == "yarn" and bool(rope.mscale_all_dim)
+
+
+# The first rule that holds decides. Facts: tested clients of 2026-11, but SGLang only as read.
+RULES: tuple[Rule, ...] = (
+    Rule((LLAMA,), "no", _ragged, "it has one expert width per model; export a padded format"),
+    Rule((SGLANG,), "no", _ragged, "the modelling file was never run there; export a padded one"),
+    Rule((LLAMA,), "no", lambda c: _is(c, "qwen2_moe") and bool(c.config.dense_layers),
+         "its qwen2moe cannot have a dense layer"),
+    Rule((T4,), "no", _yarn_mscale, "it leaves out mscale_all_dim of YaRN: other logits"),
+    Rule((VLLM, SGLANG), "no", lambda c: _is(c, "deepseek_v3") and c.hf.get("topk_method") is None,
+         "config.json lacks topk_method='noaux_tc', without which vLLM has no router bias"),
+    Rule(SERVERS, "no", lambda c: not c.form.is_ragged and c.part % 1 != 0,
+         "tensor parallelism does not divide the expert width"),
+    Rule(SERVERS, "no", lambda c: _packed(c) and c.config.d_model % c.form.group_size != 0,
+         "the group size does not divide the model width"),
+    Rule(SERVERS, "no", lambda c: _packed(c) and c.part % c.form.group_size != 0,
+         "the group size does not divide the expert width per GPU; use expert parallelism"),
+    Rule((VLLM,), "slower", _ragged,
+         "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
+    Rule(TORCH, "slower", _ragged, "trust_remote_code; a loop over experts, no fused kernel"),
+    Rule(SERVERS, "slower", lambda c: _packed(c) and c.config.d_model % 128 != 0,
+         "Marlin kernels need a model width that is a multiple of 128"),
+    Rule(SERVERS, "slower", lambda c: _packed(c) and c.part % 64 != 0,
+         "expert width per GPU is no multiple of 64: padded at every step"),
+    Rule(TORCH, "yes", _packed, "needs compressed-tensors; dequantised at load, no memory saved"),
+    Rule((LLAMA,), "yes", lambda c: _packed(c) and c.form.group_size == 32,
+         "its converter dequantises; Q4_0 then has the very same weights"),
+    Rule((LLAMA,), "yes", lambda c: c.width % 256 != 0 or c.config.d_model % 256 != 0,
+         "through its converter; K-quants need widths that are multiples of 256, else they are "
+         "replaced per tensor"),
+    Rule((LLAMA,), "yes", lambda c: True, "through its own converter"),
+    Rule((VLLM,), "yes", lambda c: isinstance(c.config.attention, LatentAttentionConfig),
+         "stock class; latent attention was not run there, only read"),
+    Rule((SGLANG,), "yes", lambda c: True, "stock class; read in its source, not run"),
+    Rule(RUNTIMES, "yes", lambda c: True, "stock class, no custom code"),
+)  # fmt: skip
+
+
+def decide(runtime: str, case: Case) -> Verdict:
+    """The first rule of the table that holds."""
+    rule = next(rule for rule in RULES if runtime in rule.runtimes and rule.when(case))
+    return Verdict(rule.verdict, rule.words)
+
+
+def client_table(
+    base: Description, widths: Widths, form: ExportFormat, tensor_parallel: int = 1
+) -> dict[str, Verdict]:
+    """What every client says to an export.
+
+    Args:
+      base: the dense model.
+      widths: channels kept per layer and expert, () for dense layers.
+      form: the format.
+      tensor_parallel: GPUs that share each layer.
+
+    Returns:
+      Client -> verdict.
+    """
+    hf = export_config(base, widths, form)
+    case = Case(form, base.config, hf, form.padded_width(widths), tensor_parallel)
+    return {runtime: decide(runtime, case) for runtime in RUNTIMES}
