@@ -53,24 +53,13 @@ def attend(
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(shared, 1, -1), (1, size, 1))
         sinks = sinks.reshape(shared, -1, 1)
 
-    def block(q, at, k, v, keys, valid):  # [K, R, H], [size], [K, S, H], [K, S, G], [S], [S]
-        score = jnp.einsum("krh,ksh->krs", q, k, preferred_element_type=jnp.float32) * scale
+    def block(q, at, k, v, keys, valid):
         distance = at[:, None] - keys[None]
         seen = (distance >= 0) & valid[None]
         if window is not None:
             seen &= distance < window
-        seen = jnp.repeat(seen, heads // shared, axis=0)[None]
-        score = jnp.where(seen, score, -1e30)
-        # Dividing by the mass afterwards touches fewer elements than a softmax does.
-        highest = score.max(axis=-1, keepdims=True)
-        highest = highest if sinks is None else jnp.maximum(highest, sinks)
-        highest = jax.lax.stop_gradient(highest)
-        weight = jnp.exp(score - highest)
-        mass = weight.sum(axis=-1, keepdims=True)
-        mass = mass if sinks is None else mass + jnp.exp(sinks - highest)
-        weight = weight.astype(v.dtype)
-        out = jnp.einsum("krs,ksg->krg", weight, v, preferred_element_type=jnp.float32)
-        return (out / mass).astype(v.dtype)
+        seen = jnp.repeat(seen, heads // shared, axis=0)
+        return _weighted_values(q, k, v, seen, scale, sinks)
 
     def sequence(row):
         q, at, *keys = row
@@ -84,3 +73,25 @@ def attend(
     out = out.reshape(batch, -1, shared, size, heads // shared, v.shape[-1])
     out = out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, length + spare, heads, -1)
     return out[:, :length]
+
+
+def _weighted_values(
+    q: Array,  # [K, R, H]
+    k: Array,  # [K, S, H]
+    v: Array,  # [K, S, G]
+    seen: Array,  # [R, S]
+    scale: float,
+    sinks: Array | None,  # [K, R, 1]
+) -> Array:  # [K, R, G]
+    score = jnp.einsum("krh,ksh->krs", q, k, preferred_element_type=jnp.float32) * scale
+    score = jnp.where(seen[None], score, -1e30)
+    # Dividing by the mass afterwards touches fewer elements than a softmax does.
+    highest = score.max(axis=-1, keepdims=True)
+    highest = highest if sinks is None else jnp.maximum(highest, sinks)
+    highest = jax.lax.stop_gradient(highest)
+    weight = jnp.exp(score - highest)
+    mass = weight.sum(axis=-1, keepdims=True)
+    mass = mass if sinks is None else mass + jnp.exp(sinks - highest)
+    weight = weight.astype(v.dtype)
+    out = jnp.einsum("krs,ksg->krg", weight, v, preferred_element_type=jnp.float32)
+    return (out / mass).astype(v.dtype)

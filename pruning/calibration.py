@@ -82,13 +82,15 @@ def read_documents(source: TextSource) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{source.path} is not UTF-8 text ({error}); convert it first") from None
     if ".jsonl" in source.path.suffixes:
+        # Not splitlines, which also cuts at characters that a JSON string may hold.
         documents = [
             _document(line, source, number)
-            for number, line in enumerate(text.splitlines(), 1)
+            for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
     else:
-        documents = [text]
+        # A text is the same whatever system wrote it.
+        documents = [text.replace("\r\n", "\n").replace("\r", "\n")]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise ValueError(f"{source.path} holds no text; give a file with at least a few pages")
@@ -108,7 +110,7 @@ def _document(line: str, source: TextSource, number: int) -> str:
         known = ", ".join(value) if isinstance(value, dict) else type(value).__name__
         raise ValueError(
             f"{source.path}:{number} has no text in field {source.field!r} (found: {known}); name "
-            "the right field with --calibration-field"
+            "the right field with --calibration-field (--text-field of eval)"
         )
     return value[source.field]
 

@@ -106,19 +106,32 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("verify", "Check every export in a folder against the plan.")
     command.add_argument("folder", type=Path, help="folder with plan.json and exports/")
     command = add("eval", "Measure likelihood on text; with --prune-rate, a sweep over plans.")
+    _evaluation_flags(command)
+    command = add("audit", "Measure how well each score ranks the true worth of experts.")
+    command.add_argument("model", metavar="MODEL_OR_OUT", help=f"{model_help}; or output of score")
+    _audit_flags(command)
+    command = add("report", "Print the table of a finished run and write its page again.")
+    command.add_argument("folder", type=Path, help="output folder of compress")
+    _compare_flags(add("compare", "Rank pruning rules at equal size on held-out text."), model_help)
+    return parser
+
+
+def _evaluation_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, help="checkpoint folder, or output folder of score")
     command.add_argument(
         "--text", type=Path, nargs="+", action="extend", required=True,
-        help="text files; of .jsonl and .jsonl.gz the field text of each line",
+        help="text files; .jsonl and .jsonl.gz hold a document a line",
     )  # fmt: skip
+    command.add_argument("--text-field", default="text", help="JSON field with the text")
     command.add_argument("--json", type=Path, help="where to write the numbers (default stdout)")
     command.add_argument("--window", type=int, help="tokens per window (default: the context)")
     command.add_argument("--stride", type=int, help="tokens between windows (default: half)")
     command.add_argument("--max-tokens", type=int, default=1 << 20, help="tokens of each text")
     command.add_argument("--batch", type=int, default=8, help="windows per step")
     _sweep_flag(command)
-    command = add("audit", "Measure how well each score ranks the true worth of experts.")
-    command.add_argument("model", metavar="MODEL_OR_OUT", help=f"{model_help}; or output of score")
+
+
+def _audit_flags(command: argparse.ArgumentParser) -> None:
     numbers = (
         ("experts", 32, "experts to take out, spread over the layers"),
         ("channels", 64, "channels to take out, spread over the layers"),
@@ -130,10 +143,6 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"{words} (default {default})",
         )  # fmt: skip
     add_recipe_flags(command, *AUDIT_FLAGS)
-    command = add("report", "Print the table of a finished run and write its page again.")
-    command.add_argument("folder", type=Path, help="output folder of compress")
-    _compare_flags(add("compare", "Rank pruning rules at equal size on held-out text."), model_help)
-    return parser
 
 
 def _estimate_flags(command: argparse.ArgumentParser, model_help: str) -> None:

@@ -252,7 +252,7 @@ def evaluate(options: Options) -> dict | None:
     window = min(options.window or 2048, base.config.max_position)
     texts = {}
     for path in options.text:
-        tokens = stages.read_tokens(TextSource(path), codec, options.max_tokens)
+        tokens = stages.read_tokens(TextSource(path, options.text_field), codec, options.max_tokens)
         texts[str(path)] = make_windows(tokens, window=window, stride=options.stride)
     stride = next(iter(texts.values())).stride
     references: dict = {}

@@ -35,9 +35,9 @@ class CompressionRecipe:
       model: checkpoint folder, or "demo" for the embedded model.
       output: folder to write.
       calibration: text files, FILE or FILE=WEIGHT; .jsonl and .jsonl.gz hold a document a line.
-      calibration_field: JSON field with the text.
-      evaluation: text files to measure quality on, 16384 tokens of each; default a sixteenth of
-        the calibration windows, which are then not scored.
+      calibration_field: JSON field with the text, of calibration and evaluation files.
+      evaluation: text files to measure quality on, plain or JSON lines, 16384 tokens of each;
+        default a sixteenth of the calibration windows, which are then not scored.
       max_tokens: bound on the calibration tokens.
       window: tokens per calibration and evaluation window; default the model's context, at most
         2048.

@@ -2,15 +2,15 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.transformer import Transformer, dense_experts, init
+from moe_jax.transformer import Transformer, dense_experts
 from pruning.ablation import Ablation, ablate, layer_visits
+from tests.loud import loud_model, unequal_text
 
 E, F = 6, 12
 CONFIG = ModelConfig(
@@ -28,16 +28,12 @@ ABLATIONS = [
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    # Weights of order one, so that no part is close to doing nothing.
-    model = init(CONFIG, jax.random.key(0))
-    return jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim == 2 else leaf, model)
+    return loud_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def text() -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 64, (5, 10)).astype(np.int32)
-    return tokens, np.arange(10)[None] < rng.integers(3, 11, (5, 1))
+    return unequal_text()
 
 
 def whole_loss(model: Transformer, tokens, valid) -> float:

@@ -122,3 +122,13 @@ def test_evaluation_reads_json_lines_like_calibration_and_plain_text_whole(tmp_p
     joined = [[*codec.encode(a), codec.end, *codec.encode(b)]
               for a, b in (("one two", "three"), ("three", "one two"))]  # fmt: skip
     assert lines in joined
+
+
+def test_lines_end_at_newlines_alone_and_windows_files_read_like_others(tmp_path):
+    odd = "one\u2028two\x0bthree\x85four"
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\r\n".join(json.dumps(text, ensure_ascii=False).encode() for text in (odd, "last"))
+    )
+    assert read_documents(TextSource(tmp_path / "a.jsonl")) == [odd, "last"]
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    assert read_documents(TextSource(tmp_path / "a.txt")) == ["one\ntwo\nthree\n"]

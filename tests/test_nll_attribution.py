@@ -2,16 +2,16 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.transformer import Transformer, init
+from moe_jax.transformer import Transformer
 from pruning.nll_attribution import ig_visits, nll_ablate, nll_ig
 from pruning.nll_curvature import nll_grad2
+from tests.loud import loud_model, unequal_text
 
 E, F = 4, 8
 CONFIG = ModelConfig(
@@ -24,16 +24,12 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    # Weights large enough that no part is close to doing nothing.
-    model = init(CONFIG, jax.random.key(0))
-    return jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim == 2 else leaf, model)
+    return loud_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def text() -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 64, (5, 10)).astype(np.int32)
-    return tokens, np.arange(10)[None] < rng.integers(3, 11, (5, 1))
+    return unequal_text()
 
 
 def scaled_loss(model: Transformer, text, gates: np.ndarray) -> float:
