@@ -16,8 +16,9 @@ from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.interleaved import fuse_experts, fuse_specs
 from convert.layer_tensors import Codes, layer_codes, layer_to_hf
+from convert.layout import Spec, weight_bytes
 from convert.rules import EMBEDDING, Family, Widths, expected_tensors
-from convert.writer import Spec, portable_config, weight_bytes, write_folder
+from convert.writer import portable_config, write_folder
 from moe_jax.config import ModelConfig
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource

@@ -1,6 +1,5 @@
 """Atomic writing of sharded safetensors folders."""
 
-import json
 import os
 import re
 import shutil
@@ -13,9 +12,17 @@ import numpy as np
 
 from convert.families import find_family
 from convert.families.hf_config import num_experts, rope_parameters
-from convert.reader import DTYPES, INDEX, SINGLE
-
-Spec = tuple[np.dtype, tuple[int, ...]]
+from convert.layout import (
+    SHARD_BYTES,
+    Spec,
+    index_text,
+    json_text,
+    lay_out,
+    nbytes,
+    plan_shards,
+    shard_files,
+)
+from convert.reader import INDEX
 
 SIDE_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json",
@@ -23,9 +30,7 @@ SIDE_FILES = (
     "preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 SPARE_BYTES = 64 << 20  # left free on the disk, for side files and the file system itself
-SHARD_BYTES = 5e9
 LEFTOVER = re.compile(r"(.+)\.(tmp|old)-\d+")  # named after the process that wrote it
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -106,26 +111,22 @@ def write_folder(
     target = Path(target)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; choose another folder or allow overwriting")
-    shards = _plan_shards(specs, shard_bytes)
+    shards = plan_shards(specs, shard_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk(target.parent, sum(_nbytes(spec) for spec in specs.values()))
+    _check_disk(target.parent, sum(nbytes(spec) for spec in specs.values()))
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         _write_tensors(temporary, specs, shards, tensors)
         _write_side_files(temporary, side_files, extra_files or {})
-        _write_file(temporary / "config.json", _json(config))
+        _write_file(temporary / "config.json", json_text(config))
         _sync(temporary)
         _move_into_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
-
-
-def _nbytes(spec: Spec) -> int:
-    return int(np.prod(spec[1], dtype=np.int64)) * np.dtype(spec[0]).itemsize
 
 
 def _check_disk(folder: Path, needed: int) -> None:
@@ -135,65 +136,6 @@ def _check_disk(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.2f} GB free but the export needs "
             f"{(needed + SPARE_BYTES) / 1e9:.2f} GB; free some space or choose another disk"
         )
-
-
-def _plan_shards(specs: Mapping[str, Spec], shard_bytes: float) -> list[list[str]]:
-    """Names per shard, filled in order."""
-    unknown = sorted({str(d) for d, _ in specs.values() if np.dtype(d) not in _CODES})
-    if unknown or not specs:
-        raise ValueError(f"dtypes {unknown} cannot be written; use {', '.join(DTYPES)}")
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, spec in specs.items():
-        size = _nbytes(spec)
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
-
-
-def _header(names: list[str], specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
-    """Header bytes, file offset of each tensor and file size.
-
-    Larger items come first and the header is padded, so every tensor is aligned to its items.
-    """
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(names, key=lambda name: -np.dtype(specs[name][0]).itemsize):
-        dtype, shape = specs[name]
-        start, end = end, end + _nbytes(specs[name])
-        code = _CODES[np.dtype(dtype)]
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    first = 8 + len(text)
-    offsets = {name: first + entries[name]["data_offsets"][0] for name in names}
-    return len(text).to_bytes(8, "little") + text, offsets, first + end
-
-
-def _shard_files(shards: list[list[str]]) -> dict[str, list[str]]:
-    """File name -> names of its tensors."""
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    count = len(shards)
-    return {f"model-{n:05d}-of-{count:05d}.safetensors": s for n, s in enumerate(shards, 1)}
-
-
-def _index(specs: Mapping[str, Spec], shards: list[list[str]]) -> bytes:
-    """The index of several shards; empty for a single file, which needs none."""
-    if len(shards) == 1:
-        return b""
-    total = sum(_nbytes(spec) for spec in specs.values())
-    files = {name: file for file, names in _shard_files(shards).items() for name in names}
-    return _json({"metadata": {"total_size": total}, "weight_map": files})
-
-
-def weight_bytes(specs: Mapping[str, Spec], *, shard_bytes: float = SHARD_BYTES) -> int:
-    """Bytes of the weight files and the index that `write_folder` makes, before it is called."""
-    shards = _plan_shards(specs, shard_bytes)
-    return len(_index(specs, shards)) + sum(_header(names, specs)[2] for names in shards)
 
 
 def _write_tensors(
@@ -206,8 +148,8 @@ def _write_tensors(
     places: dict[str, _Place] = {}
     with ExitStack() as stack:
         files = {}
-        for name, names in _shard_files(shards).items():
-            header, offsets, size = _header(names, specs)
+        for name, names in shard_files(shards).items():
+            header, offsets, size = lay_out(names, specs)
             file = files[name] = stack.enter_context(open(folder / name, "wb"))
             file.write(header)
             file.truncate(size)
@@ -217,7 +159,7 @@ def _write_tensors(
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    index = _index(specs, shards)
+    index = index_text(specs, shards)
     if index:
         _write_file(folder / INDEX, index)
 
@@ -257,10 +199,6 @@ def _write_side_files(
         if isinstance(content, Path):
             content = content.read_bytes()
         _write_file(folder / name, content.encode() if isinstance(content, str) else content)
-
-
-def _json(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _write_file(path: Path, content: bytes) -> None:
