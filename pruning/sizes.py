@@ -73,6 +73,9 @@ def mean_width(base: Description, recipe: CompressionRecipe, rounding=math.ceil)
     d_expert, block = base.config.moe.d_expert, recipe.block or 1
     # Under a target the plan may keep anything up to the whole model.
     mean = (1 - (recipe.prune_rate or 0.0)) * d_expert
+    if recipe.width == "experts":  # as many whole ones as come nearest
+        experts = len(base.config.moe_layers) * base.config.moe.num_experts
+        mean = round(mean * experts / d_expert) * d_expert / experts
     return max(block, block * rounding(round(mean / block, 9)))
 
 
@@ -92,31 +95,84 @@ def most_bytes(base: Description, recipe: CompressionRecipe, name: str) -> int:
     export is bounded by equal experts; a padded one of free widths by one expert that keeps
     everything. Headers are longest in the dense model, whose numbers have most digits.
     """
-    free = name.startswith("padded") and recipe.width != "uniform"
-    width = base.config.moe.d_expert if free else mean_width(base, recipe)
-    if name.startswith("padded"):
-        width = _costliest_width(base, recipe.block or 1, width)
-    return _tensor_bytes(base, recipe, name, width) + _longest_headers(base, recipe, name)
+    form, widest = form_of(recipe, name), base.config.moe.d_expert
+    free = not form.is_ragged and recipe.width != "uniform"
+    width = widest if free else mean_width(base, recipe)
+    if not form.is_ragged:
+        block = recipe.block or 1
+        width = max(range(block, width + 1, block), key=lambda w: (_stored_channels(base, w), w))
+    headers = _header_bytes(base, _equal_widths(base, widest), form)
+    most = _tensor_bytes(base, _equal_widths(base, width), form) + headers
+    if recipe.target_bytes is not None and name == recipe.export[0]:
+        return min(most, recipe.target_bytes)
+    return most
 
 
-def _costliest_width(base: Description, block: int, most: int) -> int:
-    """The padded width up to `most` that stores most channels, those of shared experts included.
+def byte_range(
+    base: Description, recipe: CompressionRecipe, name: str, channels: int
+) -> tuple[int, int]:
+    """Fewest and most bytes of an export over all plans that keep so many channels.
+
+    The tensors of a ragged folder take the same space wherever the channels are, but an emptied
+    expert has no tensors and so no header entries: what varies is in how many experts they sit.
+    In a padded folder it is how wide the widest expert is.
+
+    Args:
+      base: the dense model.
+      recipe: a resolved one.
+      name: the format.
+      channels: routed-expert channels kept, of all layers.
+    """
+    form, c, block = form_of(recipe, name), base.config, recipe.block or 1
+    layers, experts, widest = len(c.moe_layers), c.moe.num_experts, c.moe.d_expert
+    if not form.is_ragged:
+        narrowest = -(-channels // (layers * experts * block)) * block
+        highest = narrowest if recipe.width == "uniform" else widest
+        stored = sorted(
+            range(narrowest, highest + 1, block), key=lambda w: (_stored_channels(base, w), w)
+        )
+        fewest, most = (equal_bytes(base, recipe, name, width) for width in (stored[0], stored[-1]))
+        return fewest, most
+    equal = recipe.width in ("uniform", "layer")
+    needed = max(-(-channels // widest), layers * c.moe.experts_per_token)
+    opened = min(layers * experts, channels // block)
+    shared = (base, form, channels)
+    return (
+        _ragged_bytes(*shared, opened if equal else needed, block=block, digits=block),
+        _ragged_bytes(*shared, opened, block=block, digits=widest),
+    )
+
+
+def _ragged_bytes(
+    base: Description, form: ExportFormat, channels: int, opened: int, *, block: int, digits: int
+) -> int:
+    """Bytes of so many channels in so many experts, with header entries as long as at a width."""
+    c = base.config
+    shape = (len(c.moe_layers), c.moe.num_experts)
+    place, room = np.arange(math.prod(shape)), c.moe.d_expert - block
+    more = np.clip(channels - opened * block - place * room, 0, room)
+    crowded, entries = (
+        expert_widths(np.where(place < opened, counts, 0).reshape(shape), c.moe_layers, base)
+        for counts in (block + more, digits)
+    )
+    return _tensor_bytes(base, crowded, form) + _header_bytes(base, entries, form)
+
+
+def _stored_channels(base: Description, width: int) -> int:
+    """Channels of a layer in a padded folder of this width, those of shared experts included.
 
     Shared experts that are padded to a whole number of widths can be larger at a smaller width.
     """
-    if base.family.twin is not None or base.family.shared_count_key is None:
-        return most
     moe = base.config.moe
-    channels = {w: (moe.num_experts - (-moe.d_shared // w)) * w for w in range(block, most, block)}
-    channels[most] = (moe.num_experts - (-moe.d_shared // most)) * most
-    return max(channels, key=channels.__getitem__)
+    if base.family.twin is not None or base.family.shared_count_key is None:
+        return moe.num_experts * width
+    return (moe.num_experts - (-moe.d_shared // width)) * width
 
 
-def _tensor_bytes(base: Description, recipe: CompressionRecipe, name: str, width: int) -> int:
-    specs = export_specs(base, _equal_widths(base, width), form_of(recipe, name)).values()
+def _tensor_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
+    specs = export_specs(base, widths, form).values()
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in specs)
 
 
-def _longest_headers(base: Description, recipe: CompressionRecipe, name: str) -> int:
-    width = base.config.moe.d_expert
-    return equal_bytes(base, recipe, name, width) - _tensor_bytes(base, recipe, name, width)
+def _header_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
+    return export_bytes(base, widths, form) - _tensor_bytes(base, widths, form)

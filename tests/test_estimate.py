@@ -37,7 +37,7 @@ def saved(family: str, folder):
 
 
 SHARED = ("deepseek_v2", "deepseek_v3", "glm4_moe")
-WIDE = {name: {"intermediate_size": 96} for name in ("mixtral", "olmoe")}
+WIDE = {name: {"intermediate_size": 96} for name in ("mixtral", "olmoe", "gpt_oss")}
 
 
 def estimated(folder, tmp_path, *arguments) -> list[dict]:
