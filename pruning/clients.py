@@ -64,6 +64,18 @@ def _packed(case: Case) -> bool:
     return case.form.is_packed and not case.form.is_ragged
 
 
+def _integer4(case: Case) -> bool:
+    return _packed(case) and not case.form.is_float4
+
+
+def _float4(case: Case) -> bool:
+    return case.form.is_float4
+
+
+def _splits_heads(case: Case) -> bool:
+    return case.config.attention.num_heads % case.tensor_parallel == 0
+
+
 def _is(case: Case, *types: str) -> bool:
     return case.hf["model_type"].removeprefix("ragged_") in types
 
@@ -73,17 +85,22 @@ def _yarn_mscale(case: Case) -> bool:
     return _is(case, "deepseek_v2") and rope.kind == "yarn" and bool(rope.mscale_all_dim)
 
 
-# The first rule that holds decides. Facts: tested clients of 2026-11, but SGLang only as read.
+# The first rule that holds decides. Facts: programs run in 2026-11 on a CPU, but SGLang only as
+# read in its source, and so for vLLM what its CPU build cannot run.
 RULES: tuple[Rule, ...] = (
     Rule((LLAMA,), "no", _ragged, "it has one expert width per model; export a padded format"),
     Rule((SGLANG,), "no", _ragged, "the modelling file was never run there; export a padded one"),
+    Rule((VLLM,), "no", lambda c: _ragged(c) and c.tensor_parallel > 1,
+         "the modelling file was never split over GPUs; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen2_moe") and bool(c.config.dense_layers),
          "its qwen2moe cannot have a dense layer"),
     Rule((T4,), "no", _yarn_mscale, "it leaves out mscale_all_dim of YaRN: other logits"),
     Rule((VLLM, SGLANG), "no", lambda c: _is(c, "deepseek_v3") and c.hf.get("topk_method") is None,
          "config.json lacks topk_method='noaux_tc', without which vLLM has no router bias"),
+    Rule(SERVERS, "no", lambda c: not _splits_heads(c),
+         "the GPUs do not divide the number of attention heads"),
     Rule(SERVERS, "no", lambda c: not c.form.is_ragged and c.part % 1 != 0,
-         "tensor parallelism does not divide the expert width"),
+         "the GPUs do not divide the expert width"),
     Rule(SERVERS, "no", lambda c: _packed(c) and c.config.d_model % c.form.group_size != 0,
          "the group size does not divide the model width"),
     Rule(SERVERS, "no", lambda c: _packed(c) and c.part % c.form.group_size != 0,
@@ -91,12 +108,17 @@ RULES: tuple[Rule, ...] = (
     Rule((VLLM,), "slower", _ragged,
          "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
     Rule(TORCH, "slower", _ragged, "trust_remote_code; a loop over experts, no fused kernel"),
-    Rule(SERVERS, "slower", lambda c: _packed(c) and c.config.d_model % 128 != 0,
+    Rule(SERVERS, "slower", lambda c: _integer4(c) and c.config.d_model % 128 != 0,
          "Marlin kernels need a model width that is a multiple of 128"),
-    Rule(SERVERS, "slower", lambda c: _packed(c) and c.part % 64 != 0,
+    Rule(SERVERS, "slower", lambda c: _integer4(c) and c.part % 64 != 0,
          "expert width per GPU is no multiple of 64: padded at every step"),
+    Rule((T5,), "yes", _float4, "stock class; blocks are dequantised where no kernel reads them"),
+    Rule((T4,), "yes", _float4, "stock class; equal in bfloat16"),
+    Rule(SERVERS, "yes", _float4, "stock class; blocks of 32 stay whole; read, not run"),
     Rule(TORCH, "yes", _packed, "needs compressed-tensors; dequantised at load, no memory saved"),
-    Rule((LLAMA,), "yes", lambda c: _packed(c) and c.form.group_size == 32,
+    Rule((LLAMA,), "yes", lambda c: not _is(c, "qwen3_moe"),
+         "through its own converter, which was run with qwen3_moe only"),
+    Rule((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
          "its converter dequantises; Q4_0 then has the very same weights"),
     Rule((LLAMA,), "yes", lambda c: c.width % 256 != 0 or c.config.d_model % 256 != 0,
          "through its converter; K-quants need widths that are multiples of 256, else they are "

@@ -2,20 +2,22 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.description import Description, describe
-from convert.export import check_widths, export_bytes, packed_inputs
-from convert.rules import EMBEDDING, LM_HEAD, Widths, expected_tensors, uniform_widths
+from convert.export import check_widths, export_bytes
+from convert.rules import EMBEDDING, LM_HEAD, Widths, expected_tensors
 from convert.writer import SPARE_BYTES
+from pruning import stages
 from pruning.clients import client_table
+from pruning.export_choice import is_packed
 from pruning.preflight import free_space, rehearsed_plan, written_bytes
 from pruning.probe import scoring_seconds
-from pruning.recipe import CompressionRecipe
-from pruning.sizes import form_of, kept_widths, most_bytes, statistics_bytes
-from pruning.text_table import TextTable
+from pruning.recipe import BUDGETS, CompressionRecipe
+from pruning.sizes import byte_range, form_of, kept_widths, statistics_bytes
 
 PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
@@ -26,81 +28,92 @@ def open_description(folder: Path) -> Description:
     """A checkpoint with its headers checked; where no weights lie, what config.json says.
 
     Raises:
-      ValueError: the config or a header is wrong, the model has no experts or is pruned already.
+      ValueError: the config or a header is wrong.
     """
     has_weights = any(folder.glob("*.safetensors*"))
-    base = open_checkpoint(folder) if has_weights else describe(folder)
-    if not base.config.moe_layers:
-        raise ValueError(f"{folder} has no layer with experts; there is nothing to prune")
-    if base.widths != uniform_widths(base.config):
-        raise ValueError(f"{folder} is already pruned; give the dense model that it came from")
-    return base
+    return open_checkpoint(folder) if has_weights else describe(folder)
 
 
-def estimate(
-    base: Description, recipe: CompressionRecipe, *, tensor_parallel: int = 1, probe: bool = False
-) -> dict[str, Any]:
-    """Sizes, costs and clients of a recipe's exports.
+def estimates(
+    base: Description,
+    recipe: CompressionRecipe,
+    rates: Sequence[float] = (),
+    *,
+    tensor_parallel: int = 1,
+    probe: bool = False,
+) -> list[dict[str, Any]]:
+    """Sizes, costs and clients of a recipe at each prune rate, or at its own budget.
 
     Args:
       base: the dense model.
-      recipe: what would be done; every format of its `export` is planned as if it were the only
-        one, as `compress --export NAME` would.
+      recipe: what would be done, not resolved.
+      rates: prune rates instead of the recipe's budget.
       tensor_parallel: GPUs that will share each layer.
       probe: time a layer to foretell the seconds of scoring; needs weights.
 
     Returns:
-      JSON-compatible values; sizes are bytes.
+      One entry per rate, of JSON-compatible values; sizes are bytes.
 
     Raises:
       ValueError: the recipe is impossible, in the words of `compress`.
     """
-    exports = {}
-    for name in recipe.export:
-        bits = 4 if name.endswith("int4") else 16
-        one = _resolved(base, dataclasses.replace(recipe, export=(name,), bits=bits))
-        exports[name] = _export(base, one, name, tensor_parallel)
-    bits = 4 if any(name.endswith("int4") for name in recipe.export) else 16
-    whole = _resolved(base, dataclasses.replace(recipe, bits=bits))
-    assert whole.window is not None
-    parts = written_bytes(base, whole, math.ceil(whole.max_tokens / whole.window))
-    disk = {
-        "needed_bytes": sum(parts.values()) + SPARE_BYTES,
-        "free_bytes": free_space(Path(recipe.output)),
-        "parts": parts,
-    }
+    recipes = [
+        dataclasses.replace(recipe, **dict.fromkeys(BUDGETS), prune_rate=rate) for rate in rates
+    ]
+    found = [estimate(base, one, tensor_parallel) for one in recipes or [recipe]]
     seconds = None
     if probe:
         if not isinstance(base, Checkpoint):
             raise ValueError(f"{base.folder} has no weights to probe; leave out --probe")
-        seconds = round(scoring_seconds(base, whole), 1)
+        # The time is the same at every rate.
+        seconds = round(scoring_seconds(base, stages.resolved(recipe, base)), 1)
+    return [{**one, "scoring_seconds": seconds} for one in found]
+
+
+def estimate(
+    base: Description, recipe: CompressionRecipe, tensor_parallel: int = 1
+) -> dict[str, Any]:
+    """One entry of `estimates`, all but the time.
+
+    Every format is planned as if it were the only one, as `compress --export NAME` would: those
+    the recipe names, or all that the family and the bits allow.
+    """
+    whole = stages.resolved(recipe, base)
+    stages.require_possible(whole, base)
+    names = recipe.export or [
+        name for name in base.family.formats if recipe.bits == 4 or not is_packed(name)
+    ]
+    assert whole.window is not None
+    windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
+    parts = written_bytes(base, whole, windows)
     return {
         "prune_rate": whole.prune_rate,
         "parameters": parameters(base, base.widths),
-        "exports": exports,
+        "exports": {name: _export(base, recipe, name, tensor_parallel) for name in names},
         "memory": memory(base, whole),
-        "disk": disk,
-        "scoring_seconds": seconds,
-        "tokens": whole.max_tokens,
+        "disk": {
+            "needed_bytes": sum(parts.values()) + SPARE_BYTES,
+            "free_bytes": free_space(Path(whole.output)),
+            "parts": parts,
+        },
+        "tokens": 0 if whole.weights_only else whole.max_tokens,
         "tensor_parallel": tensor_parallel,
     }
-
-
-def _resolved(base: Description, recipe: CompressionRecipe) -> CompressionRecipe:
-    c = base.config
-    return recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, packed_inputs(base))
 
 
 def _export(
     base: Description, recipe: CompressionRecipe, name: str, tensor_parallel: int
 ) -> dict[str, Any]:
-    plan, form = rehearsed_plan(recipe, base), form_of(recipe, name)
+    one = stages.resolved(dataclasses.replace(recipe, export=(name,)), base)
+    plan, form = rehearsed_plan(one, base), form_of(one, name)
     widths = kept_widths(plan, base)
     check_widths(base, widths, form)
+    fewest, most = byte_range(base, one, name, int(plan.counts.sum()))
     table = client_table(base, widths, form, tensor_parallel)
     return {
         "bytes": export_bytes(base, widths, form),
-        "most_bytes": most_bytes(base, recipe, name),
+        "fewest_bytes": fewest,
+        "most_bytes": most,
         "group_size": form.group_size if form.is_packed else None,
         "width": None if form.is_ragged else form.padded_width(widths),
         "parameters": parameters(base, widths),
@@ -160,35 +173,3 @@ def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
         ),
         "export": int(fixed + LAYERS_HELD * 2 * layer + 4 * layer),
     }
-
-
-def estimate_tables(found: dict[str, Any]) -> list[TextTable]:
-    """An estimate for people: what it gives, who loads it, what it costs."""
-    total = found["parameters"]
-    header = ["", "total", "routed", "shared", "attention", "embeddings", "other", "active"]
-    rows = [["dense", *(f"{total[key] / 1e6:,.1f} M" for key in header[1:])]]
-    sizes, clients = [], []
-    for name, one in found["exports"].items():
-        rows.append([name, *(f"{one['parameters'][key] / 1e6:,.1f} M" for key in header[1:])])
-        sizes.append([name, _megabytes(one["bytes"]), _megabytes(one["most_bytes"])])
-        for client, verdict in one["clients"].items():
-            clients.append([name, client, verdict["verdict"], verdict["rule"]])
-    disk, seconds = found["disk"], found["scoring_seconds"]
-    time = "not probed" if seconds is None else f"about {seconds:,.0f} s"
-    costs = [
-        ["memory to score (estimate)", _megabytes(found["memory"]["scoring"])],
-        ["memory to export (estimate)", _megabytes(found["memory"]["export"])],
-        [f"time to score {found['tokens']:,} tokens (estimate)", time],
-        ["disk needed at most", _megabytes(disk["needed_bytes"])],
-        ["disk free", _megabytes(disk["free_bytes"])],
-    ]
-    return [
-        TextTable(f"Parameters at prune rate {found['prune_rate']}", header, rows),
-        TextTable("On disk", ["format", "bytes", "at most"], sizes),
-        TextTable("Who loads it", ["format", "client", "loads", "rule"], clients),
-        TextTable("Costs", ["what", "how much"], costs),
-    ]
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"

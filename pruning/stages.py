@@ -106,9 +106,7 @@ def require_possible(recipe: CompressionRecipe, base: Description) -> None:
     if not c.moe_layers:
         raise ValueError(f"{base.folder} has no layer with experts; there is nothing to prune")
     if base.widths != uniform_widths(c):
-        raise ValueError(
-            f"{base.folder} is already pruned; give the dense model that it came from"
-        )
+        raise ValueError(f"{base.folder} is already pruned; give the dense model that it came from")
     assert recipe.criterion is not None and recipe.attribution is not None
     choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
     expert_criterion(recipe.attribution)
