@@ -60,16 +60,18 @@ def _ragged(case: Case) -> bool:
     return case.form.is_ragged
 
 
-def _packed(case: Case) -> bool:
-    return case.form.is_packed and not case.form.is_ragged
-
-
 def _integer4(case: Case) -> bool:
-    return _packed(case) and not case.form.is_float4
+    return case.form.name == "padded-int4"
 
 
 def _float4(case: Case) -> bool:
     return case.form.is_float4
+
+
+def _idle_gpu(case: Case) -> bool:
+    """Whether servers, which deal out whole blocks of 4-bit floats, leave a GPU without any."""
+    gpus, blocks = case.tensor_parallel, case.width // case.form.group_size
+    return _float4(case) and gpus > 1 and -(-blocks // gpus) * (gpus - 1) >= blocks
 
 
 def _splits_heads(case: Case) -> bool:
@@ -99,11 +101,12 @@ RULES: tuple[Rule, ...] = (
          "config.json lacks topk_method='noaux_tc', without which vLLM has no router bias"),
     Rule(SERVERS, "no", lambda c: not _splits_heads(c),
          "the GPUs do not divide the number of attention heads"),
-    Rule(SERVERS, "no", lambda c: not c.form.is_ragged and c.part % 1 != 0,
+    Rule(SERVERS, "no", _idle_gpu, "there are too few blocks of 32 in an expert for the GPUs"),
+    Rule(SERVERS, "no", lambda c: not (c.form.is_ragged or _float4(c)) and c.part % 1 != 0,
          "the GPUs do not divide the expert width"),
-    Rule(SERVERS, "no", lambda c: _packed(c) and c.config.d_model % c.form.group_size != 0,
+    Rule(SERVERS, "no", lambda c: _integer4(c) and c.config.d_model % c.form.group_size != 0,
          "the group size does not divide the model width"),
-    Rule(SERVERS, "no", lambda c: _packed(c) and c.part % c.form.group_size != 0,
+    Rule(SERVERS, "no", lambda c: _integer4(c) and c.part % c.form.group_size != 0,
          "the group size does not divide the expert width per GPU; use expert parallelism"),
     Rule((VLLM,), "slower", _ragged,
          "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
@@ -114,8 +117,10 @@ RULES: tuple[Rule, ...] = (
          "expert width per GPU is no multiple of 64: padded at every step"),
     Rule((T5,), "yes", _float4, "stock class; blocks are dequantised where no kernel reads them"),
     Rule((T4,), "yes", _float4, "stock class; equal in bfloat16"),
-    Rule(SERVERS, "yes", _float4, "stock class; blocks of 32 stay whole; read, not run"),
-    Rule(TORCH, "yes", _packed, "needs compressed-tensors; dequantised at load, no memory saved"),
+    Rule(SERVERS, "slower", lambda c: _float4(c) and c.part % c.form.group_size != 0,
+         "blocks of 32 are dealt out unevenly over the GPUs and padded; read, not run"),
+    Rule(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
+    Rule(TORCH, "yes", _integer4, "needs compressed-tensors; dequantised at load, no memory saved"),
     Rule((LLAMA,), "yes", lambda c: not _is(c, "qwen3_moe"),
          "through its own converter, which was run with qwen3_moe only"),
     Rule((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,

@@ -57,9 +57,8 @@ def estimates(
     Raises:
       ValueError: the recipe is impossible, in the words of `compress`.
     """
-    recipes = [
-        dataclasses.replace(recipe, **dict.fromkeys(BUDGETS), prune_rate=rate) for rate in rates
-    ]
+    budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
+    recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
     found = [estimate(base, one, tensor_parallel) for one in recipes or [recipe]]
     seconds = None
     if probe:
