@@ -198,6 +198,7 @@ def attend_with_cache(
         scale=scale,
         window=window,
         sinks=sinks,
+        own_keys=cache is None,
     )
     return out, cache
 
