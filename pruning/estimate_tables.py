@@ -89,7 +89,11 @@ def _costs(found: dict[str, Any]) -> TextTable:
         ["disk needed", f"at most {_megabytes(disk['needed_bytes'])} MB: {written} + spare"],
         ["disk free", f"{_megabytes(disk['free_bytes'])} MB"],
     ]
-    note = "Reading weights, compiling and measuring quality come on top of the time."
+    note = (
+        "Memory of `score` and of `export`; `compress` also loads small exports whole in "
+        "transformers, if that is installed, which takes more. Reading weights, compiling and "
+        "measuring quality come on top of the time."
+    )
     return TextTable("Costs", ["what", "how much"], rows, note)
 
 
