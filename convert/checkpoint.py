@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
-from convert.families import find_family
+from convert.description import Description, describe
 from convert.layer_tensors import layer_on_disk
-from convert.reader import CheckpointError, SafetensorsFolder, read_json
+from convert.reader import CheckpointError, SafetensorsFolder
 from convert.rules import (
     EMBEDDING,
     FINAL_NORM,
@@ -19,7 +19,6 @@ from convert.rules import (
     Family,
     Widths,
     expected_tensors,
-    uniform_widths,
 )
 from convert.views import View, open_views
 from moe_jax.config import ModelConfig
@@ -28,17 +27,12 @@ from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
 
 
-class Checkpoint:
+class Checkpoint(Description):
     """A checked folder that hands out layers, each read when asked for; a `LayerSource`.
 
     While layers are taken in order, upwards or downwards, one thread reads the next.
 
     Attributes:
-      folder: where it lies.
-      hf_config: its config.json.
-      config: the architecture.
-      family: its rules.
-      widths: channels per layer and expert; () for a dense layer.
       unread: names of the tensors of extra prediction layers, which are no part of the model.
     """
 
@@ -47,11 +41,7 @@ class Checkpoint:
         config: ModelConfig, family: Family, widths: Widths, dtype=None,
         unread: tuple[str, ...] = (),
     ):  # fmt: skip
-        self.folder = tensors.folder
-        self.hf_config = hf_config
-        self.config = config
-        self.family = family
-        self.widths = widths
+        super().__init__(tensors.folder, hf_config, config, family, widths)
         self.unread = unread
         self._tensors = tensors
         self._views = views
@@ -61,9 +51,6 @@ class Checkpoint:
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._last: int | None = None
         self._checked = False
-
-    def __len__(self) -> int:
-        return self.config.num_layers
 
     @property
     def embedding(self) -> Embedding:
@@ -170,27 +157,6 @@ def _finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def _widths(family: Family, hf: dict, config: ModelConfig) -> Widths:
-    """Channels per layer and expert.
-
-    Raises:
-      ValueError: if `expert_intermediate_sizes` does not fit the architecture.
-    """
-    uniform = uniform_widths(config)
-    if not family.ragged:
-        return uniform
-    sizes = hf.get("expert_intermediate_sizes")
-    if not isinstance(sizes, list) or [len(row) for row in sizes] != [len(row) for row in uniform]:
-        raise ValueError(
-            "expert_intermediate_sizes must have one list per layer with one width per expert, "
-            f"empty for dense layers; the architecture has {[len(row) for row in uniform]}"
-        )
-    bad = [n for row in sizes for n in row if type(n) is not int or n < 0]
-    if bad:
-        raise ValueError(f"expert_intermediate_sizes holds {bad[:5]}; widths must be natural")
-    return tuple(tuple(row) for row in sizes)
-
-
 def _extra_layers(family: Family, hf: dict, config: ModelConfig, names: Iterable[str]) -> list[str]:
     """Tensors of the layers after the last that predict further tokens."""
     if family.extra_layers is None:
@@ -231,13 +197,8 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(folder, ["is not a folder; pass a downloaded checkpoint"])
-    hf = read_json(folder / "config.json")
-    try:
-        family = find_family(hf.get("model_type"))
-        config = family.config_from_hf(hf)
-        widths = _widths(family, hf, config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(folder, [f"config.json: {error}"]) from error
+    about = describe(folder)
+    hf, config, family, widths = about.hf_config, about.config, about.family, about.widths
     tensors = SafetensorsFolder(folder)
     views, problems = open_views(tensors, hf, alternating=family.interleaved)
     unread = _extra_layers(family, hf, config, views)

@@ -10,13 +10,15 @@ import ml_dtypes
 import numpy as np
 
 from convert.checkpoint import Checkpoint, outer_tensors
+from convert.description import Description
 from convert.export_format import ExportFormat, check_format, packed_format
 from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.interleaved import fuse_experts, fuse_specs
 from convert.layer_tensors import Codes, layer_codes, layer_to_hf
+from convert.layout import Spec, weight_bytes
 from convert.rules import EMBEDDING, Family, Widths, expected_tensors
-from convert.writer import Spec, portable_config, write_folder
+from convert.writer import portable_config, write_folder
 from moe_jax.config import ModelConfig
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource
@@ -58,7 +60,7 @@ class _Source:
     layer: Callable[[DecoderLayer], DecoderLayer]
 
 
-def _source(base: Checkpoint) -> _Source:
+def _source(base: Description) -> _Source:
     twin = base.family.twin
     if twin is None:
         return _Source(base.family, base.hf_config, base.config, lambda layer: layer)
@@ -66,7 +68,7 @@ def _source(base: Checkpoint) -> _Source:
     return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
 
 
-def _stored_tensors(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[str, _Stored]:
+def _stored_tensors(base: Description, widths: Widths, form: ExportFormat) -> dict[str, _Stored]:
     source = _source(base)
     family, config = source.family, source.config
     if not form.is_ragged:
@@ -89,7 +91,7 @@ def _is_fused(family: Family, form: ExportFormat) -> bool:
     return family.interleaved and not form.is_ragged
 
 
-def export_specs(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[str, Spec]:
+def export_specs(base: Description, widths: Widths, form: ExportFormat) -> dict[str, Spec]:
     """Names, dtypes and shapes of every tensor of an export, before any work.
 
     Args:
@@ -108,15 +110,12 @@ def export_specs(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[s
     return specs
 
 
-def export_bytes(base: Checkpoint, widths: Widths, form: ExportFormat) -> int:
-    """Bytes of the tensors that an export will hold, known from shapes alone."""
-    return sum(
-        int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        for dtype, shape in export_specs(base, widths, form).values()
-    )
+def export_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
+    """Bytes of the weight files and index of an export, headers included, from shapes alone."""
+    return weight_bytes(export_specs(base, widths, form))
 
 
-def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[str, Any]:
+def export_config(base: Description, widths: Widths, form: ExportFormat) -> dict[str, Any]:
     """config.json of an export: the source's, edited, in both spellings of transformers."""
     source = _source(base)
     config = portable_config(source.hf_config)
@@ -144,7 +143,7 @@ def export_config(base: Checkpoint, widths: Widths, form: ExportFormat) -> dict[
 
 
 def packed_inputs(
-    base: Checkpoint, widths: Widths | None = None, form: ExportFormat | None = None
+    base: Description, widths: Widths | None = None, form: ExportFormat | None = None
 ) -> list[int]:
     """Input widths of the linear layers that a 4-bit export packs, each once, ascending.
 
@@ -158,7 +157,7 @@ def packed_inputs(
     return sorted({tensor.shape[1] for tensor in stored.values() if tensor.packed})
 
 
-def check_widths(base: Checkpoint, widths: Widths, form: ExportFormat) -> None:
+def check_widths(base: Description, widths: Widths, form: ExportFormat) -> None:
     """Raise ValueError unless the family has the format and every group of 4 bits is whole."""
     check_format(base.family, form)
     kept = {count for counts in widths for count in counts}

@@ -1,6 +1,5 @@
 """Atomic writing of sharded safetensors folders."""
 
-import json
 import os
 import re
 import shutil
@@ -13,9 +12,17 @@ import numpy as np
 
 from convert.families import find_family
 from convert.families.hf_config import num_experts, rope_parameters
-from convert.reader import DTYPES, INDEX, SINGLE
-
-Spec = tuple[np.dtype, tuple[int, ...]]
+from convert.layout import (
+    SHARD_BYTES,
+    Spec,
+    index_text,
+    json_text,
+    lay_out,
+    nbytes,
+    plan_shards,
+    shard_files,
+)
+from convert.reader import INDEX
 
 SIDE_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json",
@@ -24,7 +31,6 @@ SIDE_FILES = (
 )  # fmt: skip
 SPARE_BYTES = 64 << 20  # left free on the disk, for side files and the file system itself
 LEFTOVER = re.compile(r"(.+)\.(tmp|old)-\d+")  # named after the process that wrote it
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def write_folder(
     config: dict,
     side_files: Path | str | None,
     *,
-    shard_bytes: float = 5e9,
+    shard_bytes: float = SHARD_BYTES,
     extra_files: Mapping[str, bytes | str | Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -105,26 +111,22 @@ def write_folder(
     target = Path(target)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; choose another folder or allow overwriting")
-    shards = _plan_shards(specs, shard_bytes)
+    shards = plan_shards(specs, shard_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk(target.parent, sum(_nbytes(spec) for spec in specs.values()))
+    _check_disk(target.parent, sum(nbytes(spec) for spec in specs.values()))
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         _write_tensors(temporary, specs, shards, tensors)
         _write_side_files(temporary, side_files, extra_files or {})
-        _write_file(temporary / "config.json", _json(config))
+        _write_file(temporary / "config.json", json_text(config))
         _sync(temporary)
         _move_into_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
-
-
-def _nbytes(spec: Spec) -> int:
-    return int(np.prod(spec[1], dtype=np.int64)) * np.dtype(spec[0]).itemsize
 
 
 def _check_disk(folder: Path, needed: int) -> None:
@@ -136,42 +138,6 @@ def _check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _plan_shards(specs: Mapping[str, Spec], shard_bytes: float) -> list[list[str]]:
-    """Names per shard, filled in order."""
-    unknown = sorted({str(d) for d, _ in specs.values() if np.dtype(d) not in _CODES})
-    if unknown or not specs:
-        raise ValueError(f"dtypes {unknown} cannot be written; use {', '.join(DTYPES)}")
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, spec in specs.items():
-        size = _nbytes(spec)
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
-
-
-def _header(names: list[str], specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
-    """Header bytes, file offset of each tensor and file size.
-
-    Larger items come first and the header is padded, so every tensor is aligned to its items.
-    """
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(names, key=lambda name: -np.dtype(specs[name][0]).itemsize):
-        dtype, shape = specs[name]
-        start, end = end, end + _nbytes(specs[name])
-        code = _CODES[np.dtype(dtype)]
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    first = 8 + len(text)
-    offsets = {name: first + entries[name]["data_offsets"][0] for name in names}
-    return len(text).to_bytes(8, "little") + text, offsets, first + end
-
-
 def _write_tensors(
     folder: Path,
     specs: Mapping[str, Spec],
@@ -179,13 +145,11 @@ def _write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> None:
     """Write headers, then stream each array to its place."""
-    single = len(shards) == 1
     places: dict[str, _Place] = {}
     with ExitStack() as stack:
         files = {}
-        for number, names in enumerate(shards, 1):
-            name = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            header, offsets, size = _header(names, specs)
+        for name, names in shard_files(shards).items():
+            header, offsets, size = lay_out(names, specs)
             file = files[name] = stack.enter_context(open(folder / name, "wb"))
             file.write(header)
             file.truncate(size)
@@ -195,11 +159,9 @@ def _write_tensors(
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    if not single:
-        total = sum(_nbytes(spec) for spec in specs.values())
-        weight_map = {name: places[name].file for name in specs}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_file(folder / INDEX, _json(index))
+    index = index_text(specs, shards)
+    if index:
+        _write_file(folder / INDEX, index)
 
 
 def _stream(files, places: dict[str, _Place], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -237,10 +199,6 @@ def _write_side_files(
         if isinstance(content, Path):
             content = content.read_bytes()
         _write_file(folder / name, content.encode() if isinstance(content, str) else content)
-
-
-def _json(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _write_file(path: Path, content: bytes) -> None:

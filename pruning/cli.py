@@ -1,6 +1,7 @@
 """The command `moe-compress`: one sub-command per stage, and `compress` for all of them."""
 
 import argparse
+import dataclasses
 import errno
 import json
 import logging
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from pruning.errors import VerificationError
 from pruning.options import add_recipe_flags, recipe_from
-from pruning.recipe import PLANNING
+from pruning.recipe import PLANNING, CompressionRecipe
 
 DESCRIPTION = "Make Mixture-of-Experts language models several times smaller."
 EXAMPLES = {
@@ -19,6 +20,12 @@ EXAMPLES = {
     "--prune-rate 0.25 --bits 4 --output out\n"
     "  moe-compress compress ./Qwen3-30B-A3B --weights-only --output preview",
     "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
+    "estimate": "moe-compress estimate demo --prune-rate 0.25 0.5\n"
+    "  moe-compress estimate ./Qwen3-30B-A3B --export padded-int4 --tensor-parallel 2\n\n"
+    "Takes the flags of `compress`: write `estimate` instead and see, before work: parameters,\n"
+    "bytes per format, memory, disk and time, and which program loads which format and why.\n"
+    "Nothing is written and no text is read; of the weights, headers are checked and one layer is\n"
+    "timed. What `compress` would refuse about the model or the options is refused here.",
     "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out",
     "plan": "moe-compress plan out --prune-rate 0.25 0.5\n\n"
     "Several rates also write out/sweep.csv and out/sweep.html: the size of every export format\n"
@@ -56,6 +63,7 @@ AUDIT_FLAGS = (
     "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2", "batch", "dtype",
     "seed", "overwrite",
 )  # fmt: skip
+FIELDS = tuple(field.name for field in dataclasses.fields(CompressionRecipe))
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -87,6 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_recipe_flags(command)
     command = add("inspect", "Say what a checkpoint is, from its headers alone.")
     command.add_argument("model", help=model_help)
+    command = add("estimate", "Say what a compression gives and costs, before any work.")
+    _estimate_flags(command, model_help)
     command = add("plan", "Choose the channels to keep from the statistics in a folder.")
     command.add_argument("folder", type=Path, help="output folder of score or compress")
     _sweep_flag(command)
@@ -140,6 +150,23 @@ def _audit_flags(command: argparse.ArgumentParser) -> None:
     add_recipe_flags(command, *AUDIT_FLAGS)
 
 
+def _estimate_flags(command: argparse.ArgumentParser, model_help: str) -> None:
+    command.add_argument("model", nargs="?", help=f"{model_help}; config.json alone suffices")
+    command.add_argument("--recipe", type=Path, help="YAML file of options; flags win")
+    command.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N",
+        help="GPUs that will share each layer in a server (default 1)",
+    )  # fmt: skip
+    command.add_argument(
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        help="time one layer to foretell the time of scoring (default: if weights are there)",
+    )
+    command.add_argument("--json", type=Path, help="where to write the numbers, too")
+    _sweep_flag(command)
+    add_recipe_flags(command, *(name for name in FIELDS if name not in ("model", "prune_rate")))
+
+
 def _compare_flags(command: argparse.ArgumentParser, model_help: str) -> None:
     command.description = textwrap.fill(
         "Which pruning rule loses least on this model? Scores the model once, plans every rule at "
@@ -184,6 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "compare":
             # A recipe has one rate only.
             options.rates, options.prune_rate = options.prune_rate or [0.25, 0.5], None
+            options.recipe = recipe_from(options)
+        if options.command == "estimate":
+            options.rates, first = options.prune_rate or [], options.prune_rate
+            options.prune_rate = first[0] if first else None
+            if options.recipe is None:  # nothing is written; its disk is looked at
+                options.output = getattr(options, "output", "out")
             options.recipe = recipe_from(options)
         # Only now: jax takes seconds to import, and a typing error should not.
         from pruning import commands

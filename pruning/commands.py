@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,24 +14,27 @@ from pruning import (
     audit_stage,
     gptq_stage,
     pipeline,
-    planning,
     preflight,
     scoring,
     stages,
     sweep_stage,
 )
 from pruning import compare as comparing
+from pruning import estimate as estimating
 from pruning.audit_page import audit_tables
 from pruning.calibration import TextSource
+from pruning.estimate_tables import estimate_tables
 from pruning.evaluate import make_windows
 from pruning.files import replace_text
+from pruning.option_checks import check_estimate, check_evaluation
 from pruning.options import recipe_from
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
-from pruning.recipe import BUDGETS, EXPORTS, PLANNING, CompressionRecipe, load_recipe
+from pruning.recipe import EXPORTS, PLANNING, CompressionRecipe
 from pruning.report import CompressionReport
 from pruning.sizes import folder_bytes, form_of, parameter_count
 from pruning.statistics import ChannelStatistics
+from pruning.stored import stored_base, stored_plans, stored_recipe
 from pruning.tables import as_rich, terminal_table
 from pruning.tokenizer import open_codec
 from pruning.verify import random_probe, require_verified
@@ -86,35 +88,21 @@ def inspect(options: Options) -> dict:
     }
 
 
-def _recipe(folder: Path, options: Options, *names: str) -> CompressionRecipe:
-    """The recipe stored in an output folder, with the given flags on top."""
-    if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder}/recipe.yaml does not exist; run `moe-compress score` first")
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    # The folder may have moved since the recipe was written.
-    return load_recipe(folder / "recipe.yaml", **{"output": str(folder), **given})
-
-
-def _base(recipe: CompressionRecipe) -> Checkpoint:
-    return open_checkpoint(stages.model_folder(recipe.model), dtype=jnp.bfloat16)
-
-
-def _plans(
-    folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: list[float]
-) -> tuple[list[tuple[CompressionRecipe, PruningPlan]], ChannelStatistics]:
-    """A plan for every prune rate, or for the recipe's own budget, with its resolved recipe; and
-    the statistics they were made from."""
-    for rate in rates:
-        if not 0 <= rate < 1:
-            raise ValueError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
-    one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
-    one = stages.resolved(one, base)
-    statistics, provenance = scoring.stored_statistics(folder, base)
-    if not rates:
-        return [(one, planning.plan(one, statistics, provenance, base))], statistics
-    plans = planning.plans_of_rates(one, rates, statistics, provenance, base)
-    recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates]
-    return list(zip(recipes, plans, strict=True)), statistics
+def estimate(options: Options) -> None:
+    """What a compression gives and costs; prints tables, one set per prune rate."""
+    check_estimate(options)
+    base = estimating.open_description(stages.model_folder(options.recipe.model))
+    found = estimating.estimates(
+        base, options.recipe, options.rates,
+        tensor_parallel=options.tensor_parallel,
+        probe=isinstance(base, Checkpoint) if options.probe is None else options.probe,
+    )  # fmt: skip
+    if options.json is not None:
+        replace_text(options.json, json.dumps(found, indent=2) + "\n")
+    console = Console()
+    for table in (table for one in found for table in estimate_tables(one)):
+        console.print(as_rich(table))
+        console.print(table.note, style="dim", highlight=False)
 
 
 def _save_sweep(
@@ -133,9 +121,9 @@ def _save_sweep(
 
 def plan(options: Options) -> list[dict]:
     """One plan in the folder, or one per rate below plans/."""
-    recipe, rates = _recipe(options.folder, options, *PLANNING), options.prune_rate or []
-    base = _base(recipe)
-    plans, statistics = _plans(options.folder, recipe, base, rates)
+    recipe, rates = stored_recipe(options.folder, options, *PLANNING), options.prune_rate or []
+    base = stored_base(recipe)
+    plans, statistics = stored_plans(options.folder, recipe, base, rates)
     made, single = [], len(rates) <= 1
     for one, result in plans:
         target = options.folder if single else options.folder / f"plans/{one.prune_rate}"
@@ -153,8 +141,8 @@ def plan(options: Options) -> list[dict]:
 
 def export(options: Options) -> list[str]:
     """The exports of the plan in a folder."""
-    recipe, steps = _recipe(options.folder, options, "export"), Steps(quiet=options.quiet)
-    result, base = PruningPlan.load(options.folder), _base(recipe)
+    recipe, steps = stored_recipe(options.folder, options, "export"), Steps(quiet=options.quiet)
+    result, base = PruningPlan.load(options.folder), stored_base(recipe)
     overwrite, exports = getattr(options, "overwrite", False), options.folder / "exports"
     preflight.check_exports(base, result, recipe, exports, steps, overwrite=overwrite)
     codes = None
@@ -189,8 +177,8 @@ def apply(options: Options) -> dict:
 
 def verify(options: Options) -> list[dict]:
     """Check every export of a folder."""
-    recipe = _recipe(options.folder, options)
-    base, result = _base(recipe), PruningPlan.load(options.folder)
+    recipe = stored_recipe(options.folder, options)
+    base, result = stored_base(recipe), PruningPlan.load(options.folder)
     folders = [path for name in EXPORTS if (path := options.folder / "exports" / name).is_dir()]
     if not folders:
         raise ValueError(f"{options.folder}/exports holds nothing; run `moe-compress export` first")
@@ -205,13 +193,13 @@ def verify(options: Options) -> list[dict]:
 
 def evaluate(options: Options) -> dict | None:
     """Likelihood of texts under a folder, or under the plans of a sweep."""
-    _check_evaluation(options)
+    check_evaluation(options)
     steps, plans, statistics = Steps(quiet=options.quiet), [], None
     if options.prune_rate:
-        recipe = _recipe(options.folder, options)
-        base = _base(recipe)
+        recipe = stored_recipe(options.folder, options)
+        base = stored_base(recipe)
         sources: dict = {"dense": base}
-        plans, statistics = _plans(options.folder, recipe, base, options.prune_rate)
+        plans, statistics = stored_plans(options.folder, recipe, base, options.prune_rate)
         for one, result in plans:
             sources[f"prune-rate {one.prune_rate}"] = stages.pruned_source(base, result, None)
     else:
@@ -246,25 +234,13 @@ def evaluate(options: Options) -> dict | None:
     return None
 
 
-def _check_evaluation(options: Options) -> None:
-    for name, least in (("window", 2), ("stride", 1), ("max_tokens", 2), ("batch", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"{name}={value} must be at least {least}; change --{flag}")
-    if len(options.prune_rate or []) > 1 and not os.access(options.folder, os.W_OK):
-        raise ValueError(f"{options.folder} gets sweep.csv and sweep.html; make it writable first")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ValueError(f"json={options.json} lies in no existing folder; make it first")
-
-
 def audit(options: Options) -> None:
     """Rank correlation of every score with the true ablation; prints the best of them."""
     sample = {name: getattr(options, f"sample_{name}") for name in ("experts", "channels")}
     audit_stage.check_sample(**sample, tokens=options.sample_tokens)
     steps, folder = Steps(quiet=options.quiet), Path(options.model)
     if (folder / scoring.STATISTICS).is_file():
-        recipe = _recipe(folder, options, "batch", "seed")
+        recipe = stored_recipe(folder, options, "batch", "seed")
         if recipe.weights_only:
             raise ValueError(
                 f"{folder} was scored without text (weights_only), and the audit measures losses "

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from convert.checkpoint import Checkpoint
+from convert.description import Description
 from convert.export import export_bytes
 from pruning.plan import PruningPlan, plan_pruning
 from pruning.recipe import CompressionRecipe
@@ -14,7 +14,7 @@ from pruning.targets import plan_for_target
 from pruning.weights import PlannerOptions
 
 
-def planner_arguments(recipe: CompressionRecipe, base: Checkpoint) -> dict[str, Any]:
+def planner_arguments(recipe: CompressionRecipe, base: Description) -> dict[str, Any]:
     """Keyword arguments of `plan_pruning` that a resolved recipe decides, all but the budget."""
     return {
         "criterion": recipe.criterion,
@@ -44,7 +44,7 @@ def plan(
     recipe: CompressionRecipe,
     statistics: ChannelStatistics,
     provenance: dict,
-    base: Checkpoint,
+    base: Description,
 ) -> PruningPlan:
     """Allocate the budget of a resolved recipe: a prune rate, or a target of bytes or parameters.
 
@@ -77,7 +77,7 @@ def plans_of_rates(
     rates: list[float],
     statistics: ChannelStatistics,
     provenance: dict,
-    base: Checkpoint,
+    base: Description,
 ) -> list[PruningPlan]:
     """One plan per prune rate, each within the next larger one; the recipe's own rate is unused."""
     notes = {"model_hash": provenance["model_hash"], "tokens": int(statistics.total_tokens)}
@@ -85,19 +85,19 @@ def plans_of_rates(
     return nested_plans(statistics, rates, **arguments, provenance=notes)
 
 
-def _bytes(recipe: CompressionRecipe, base: Checkpoint):
+def _bytes(recipe: CompressionRecipe, base: Description):
     form = form_of(recipe, recipe.export[0])
     return lambda counts: export_bytes(
         base, expert_widths(counts, base.config.moe_layers, base), form
     )
 
 
-def _parameters(base: Checkpoint):
+def _parameters(base: Description):
     dense, width = parameter_count(base), base.config.moe.d_expert
     return lambda counts: dense - (counts.size * width - counts.sum()) * 3 * base.config.d_model
 
 
-def _budget_range(recipe: CompressionRecipe, base: Checkpoint) -> tuple[int, int, int]:
+def _budget_range(recipe: CompressionRecipe, base: Description) -> tuple[int, int, int]:
     """(fewest, most, step) channels that a recipe's width policy and layer rates allow."""
     moe, layers = base.config.moe, base.config.moe_layers
     assert recipe.minimum is not None and recipe.block is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.checkpoint import Checkpoint
+from convert.description import Description
 from convert.export import check_widths
 from convert.writer import LEFTOVER, SPARE_BYTES, remove_leftovers
 from pruning import planning, scoring
@@ -16,7 +17,7 @@ from pruning.files import replace_text
 from pruning.parts import rows_of_parts
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
-from pruning.recipe import CompressionRecipe, load_recipe
+from pruning.recipe import EXPORTS, CompressionRecipe, load_recipe
 from pruning.scoring import STATISTICS
 from pruning.sizes import (
     equal_bytes,
@@ -148,30 +149,30 @@ def rehearse_plan(job: Job) -> None:
     Raises:
       ValueError: no plan satisfies the recipe, whatever the statistics.
     """
-    c = job.base.config
+    rehearsed_plan(job.recipe, job.base)
+
+
+def rehearsed_plan(recipe: CompressionRecipe, base: Description) -> PruningPlan:
+    """The plan of a resolved recipe on made-up statistics, which need no weights."""
+    c = base.config
     sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
-    shapes = field_shapes(*sizes, job.recipe.groups)
+    shapes = field_shapes(*sizes, recipe.groups)
     # Every sum is one, without memory: nothing is degenerate, and no layer differs from another.
     # Without a text there are no sums, only weights.
-    values = {name: float(name in WEIGHTS or not job.recipe.weights_only) for name in shapes}
+    values = {name: float(name in WEIGHTS or not recipe.weights_only) for name in shapes}
     statistics = ChannelStatistics(
         **{name: np.broadcast_to(values[name], shape) for name, shape in shapes.items()}
     )
-    planning.plan(job.recipe, statistics, {"model_hash": None, "tokens": 0}, job.base)
+    return planning.plan(recipe, statistics, {"model_hash": None, "tokens": 0}, base)
 
 
 def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     """Raise OSError unless everything the run will write fits beside what is there."""
     base, output = job.base, job.output
-    parts = {}
-    if not (resumed and (output / STATISTICS).exists()):
-        number = len(
-            rows_of_parts(len(job.calibration.tokens), job.recipe.until_stable is not None)
-        )
-        parts["statistics"] = (1 + number) * statistics_bytes(base, job.recipe)
-    for name in job.recipe.export if exports else ():
-        if not (resumed and (output / "exports" / name).exists()):
-            parts[name] = most_bytes(base, job.recipe, name)
+    parts = written_bytes(base, job.recipe, len(job.calibration.tokens))
+    for name, path in [("statistics", STATISTICS), *((n, f"exports/{n}") for n in EXPORTS)]:
+        if (resumed and (output / path).exists()) or not (exports or name == "statistics"):
+            parts.pop(name, None)
     require_space(output, parts, 0 if resumed else replaced_bytes(output))
 
 
@@ -186,17 +187,28 @@ def replaced_bytes(output: Path) -> int:
     )
 
 
+def written_bytes(base: Description, recipe: CompressionRecipe, windows: int) -> dict[str, int]:
+    """Most bytes that a run of a resolved recipe on so many windows writes, by what it writes."""
+    number = len(rows_of_parts(windows, recipe.until_stable is not None))
+    parts = {"statistics": (1 + number) * statistics_bytes(base, recipe)}
+    return parts | {name: most_bytes(base, recipe, name) for name in recipe.export}
+
+
 def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> None:
     """Raise OSError unless `parts`, bytes by name, fit once `replaced` bytes are gone."""
-    folders = (folder.absolute(), *folder.absolute().parents)
-    existing = next(path for path in folders if path.exists())
-    needed, free = sum(parts.values()) + SPARE_BYTES, shutil.disk_usage(existing).free + replaced
+    needed, free = sum(parts.values()) + SPARE_BYTES, free_space(folder) + replaced
     if free < needed:
         listed = ", ".join(f"{name} {_amount(size)}" for name, size in parts.items())
         raise OSError(
             f"{folder} has {_amount(free)} free but up to {_amount(needed)} are needed "
             f"({listed}, spare {_amount(SPARE_BYTES)}); free some space or choose another disk"
         )
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes where a folder lies or will lie."""
+    folders = (folder.absolute(), *folder.absolute().parents)
+    return shutil.disk_usage(next(path for path in folders if path.exists())).free
 
 
 def check_exports(

@@ -44,7 +44,7 @@ class CompressionRecipe:
       prune_rate: fraction of routed-expert channels to remove, in [0, 1); default 0.25 where no
         target is given.
       target_parameters: most parameters of the pruned model instead of a rate, such as 3B.
-      target_bytes: most bytes of the first export's tensors instead of a rate, such as 6GB.
+      target_bytes: most bytes of the first export's weights instead of a rate, such as 6GB.
       bits: 4 or 16.
       group_size: weights per 4-bit scale; default the largest of 128, 64, 32 that leaves an
         expert at least eight groups, else 32.

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint
-from convert.export import ExportFormat, export_bytes
+from convert.description import Description
+from convert.export import ExportFormat, export_bytes, export_specs
 from convert.rules import Widths, expected_tensors
 from pruning.plan import PruningPlan
 from pruning.recipe import CompressionRecipe
 from pruning.statistics import field_shapes
 
 
-def kept_widths(plan: PruningPlan, base: Checkpoint) -> Widths:
+def kept_widths(plan: PruningPlan, base: Description) -> Widths:
     """Channels kept per layer and expert of the whole model, () for dense layers."""
     return expert_widths(plan.counts, plan.layer_indices, base)
 
 
-def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Checkpoint) -> Widths:
+def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Description) -> Widths:
     """Widths of the whole model from counts [L, E] of the layers with experts."""
     rows = dict(zip(indices, counts.tolist(), strict=True))
     return tuple(tuple(rows.get(index, ())) for index in range(len(base)))
@@ -30,7 +30,9 @@ def form_of(recipe: CompressionRecipe, name: str) -> ExportFormat:
     return ExportFormat(name, recipe.group_size or 32)
 
 
-def export_sizes(base: Checkpoint, plan: PruningPlan, recipe: CompressionRecipe) -> dict[str, dict]:
+def export_sizes(
+    base: Description, plan: PruningPlan, recipe: CompressionRecipe
+) -> dict[str, dict]:
     """Bytes and parameters of each requested export, and of its padded twin, before it is made."""
     widths = kept_widths(plan, base)
     dense = sum(row.size for row in plan.keep)
@@ -49,43 +51,128 @@ def export_sizes(base: Checkpoint, plan: PruningPlan, recipe: CompressionRecipe)
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's weight files."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    """Bytes of a checkpoint's weight files and their index."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors*"))
 
 
-def parameter_count(base: Checkpoint) -> int:
+def parameter_count(base: Description) -> int:
     """Weights of a checkpoint, from shapes alone."""
     shapes = expected_tensors(base.family, base.config, base.widths).values()
     return sum(map(math.prod, shapes))
 
 
-def statistics_bytes(base: Checkpoint, recipe: CompressionRecipe) -> int:
+def statistics_bytes(base: Description, recipe: CompressionRecipe) -> int:
     """Bytes of the statistics that a recipe collects of a model."""
     c = base.config
     sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
     return 8 * sum(map(math.prod, field_shapes(*sizes, recipe.groups).values()))
 
 
-def mean_width(base: Checkpoint, recipe: CompressionRecipe, rounding=math.ceil) -> int:
+def mean_width(base: Description, recipe: CompressionRecipe, rounding=math.ceil) -> int:
     """Channels per expert if all keep the same share of the budget, in whole blocks."""
     d_expert, block = base.config.moe.d_expert, recipe.block or 1
     # Under a target the plan may keep anything up to the whole model.
     mean = (1 - (recipe.prune_rate or 0.0)) * d_expert
+    if recipe.width == "experts":  # as many whole ones as come nearest
+        experts = len(base.config.moe_layers) * base.config.moe.num_experts
+        mean = round(mean * experts / d_expert) * d_expert / experts
     return max(block, block * rounding(round(mean / block, 9)))
 
 
-def equal_bytes(base: Checkpoint, recipe: CompressionRecipe, name: str, width: int) -> int:
+def equal_bytes(base: Description, recipe: CompressionRecipe, name: str, width: int) -> int:
     """Bytes of an export whose experts all have this width."""
-    widths = tuple(tuple(width for _ in counts) for counts in base.widths)
-    return export_bytes(base, widths, form_of(recipe, name))
+    return export_bytes(base, _equal_widths(base, width), form_of(recipe, name))
 
 
-def most_bytes(base: Checkpoint, recipe: CompressionRecipe, name: str) -> int:
+def _equal_widths(base: Description, width: int) -> Widths:
+    return tuple(tuple(width for _ in counts) for counts in base.widths)
+
+
+def most_bytes(base: Description, recipe: CompressionRecipe, name: str) -> int:
     """Upper bound of an export over all plans of a resolved recipe.
 
-    Bytes grow in proportion to whole blocks of channels, wherever they are, so a ragged export is
-    bounded by equal experts; a padded one of free widths by one expert that keeps everything.
+    Bytes of tensors grow in proportion to whole blocks of channels, wherever they are, so a ragged
+    export is bounded by equal experts; a padded one of free widths by one expert that keeps
+    everything. Headers are longest in the dense model, whose numbers have most digits.
     """
-    free = name.startswith("padded") and recipe.width != "uniform"
-    width = base.config.moe.d_expert if free else mean_width(base, recipe)
-    return equal_bytes(base, recipe, name, width)
+    form, widest = form_of(recipe, name), base.config.moe.d_expert
+    free = not form.is_ragged and recipe.width != "uniform"
+    width = widest if free else mean_width(base, recipe)
+    if not form.is_ragged:
+        block = recipe.block or 1
+        width = max(range(block, width + 1, block), key=lambda w: (_stored_channels(base, w), w))
+    headers = _header_bytes(base, _equal_widths(base, widest), form)
+    most = _tensor_bytes(base, _equal_widths(base, width), form) + headers
+    if recipe.target_bytes is not None and name == recipe.export[0]:
+        return min(most, recipe.target_bytes)
+    return most
+
+
+def byte_range(
+    base: Description, recipe: CompressionRecipe, name: str, channels: int
+) -> tuple[int, int]:
+    """Fewest and most bytes of an export over all plans that keep so many channels.
+
+    The tensors of a ragged folder take the same space wherever the channels are, but an emptied
+    expert has no tensors and so no header entries: what varies is in how many experts they sit.
+    In a padded folder it is how wide the widest expert is.
+
+    Args:
+      base: the dense model.
+      recipe: a resolved one.
+      name: the format.
+      channels: routed-expert channels kept, of all layers.
+    """
+    form, c, block = form_of(recipe, name), base.config, recipe.block or 1
+    layers, experts, widest = len(c.moe_layers), c.moe.num_experts, c.moe.d_expert
+    if not form.is_ragged:
+        narrowest = -(-channels // (layers * experts * block)) * block
+        highest = narrowest if recipe.width == "uniform" else widest
+        stored = sorted(
+            range(narrowest, highest + 1, block), key=lambda w: (_stored_channels(base, w), w)
+        )
+        fewest, most = (equal_bytes(base, recipe, name, width) for width in (stored[0], stored[-1]))
+        return fewest, most
+    equal = recipe.width in ("uniform", "layer")
+    needed = max(-(-channels // widest), layers * c.moe.experts_per_token)
+    opened = min(layers * experts, channels // block)
+    shared = (base, form, channels)
+    return (
+        _ragged_bytes(*shared, opened if equal else needed, block=block, digits=block),
+        _ragged_bytes(*shared, opened, block=block, digits=widest),
+    )
+
+
+def _ragged_bytes(
+    base: Description, form: ExportFormat, channels: int, opened: int, *, block: int, digits: int
+) -> int:
+    """Bytes of so many channels in so many experts, with header entries as long as at a width."""
+    c = base.config
+    shape = (len(c.moe_layers), c.moe.num_experts)
+    place, room = np.arange(math.prod(shape)), c.moe.d_expert - block
+    more = np.clip(channels - opened * block - place * room, 0, room)
+    crowded, entries = (
+        expert_widths(np.where(place < opened, counts, 0).reshape(shape), c.moe_layers, base)
+        for counts in (block + more, digits)
+    )
+    return _tensor_bytes(base, crowded, form) + _header_bytes(base, entries, form)
+
+
+def _stored_channels(base: Description, width: int) -> int:
+    """Channels of a layer in a padded folder of this width, those of shared experts included.
+
+    Shared experts that are padded to a whole number of widths can be larger at a smaller width.
+    """
+    moe = base.config.moe
+    if base.family.twin is not None or base.family.shared_count_key is None:
+        return moe.num_experts * width
+    return (moe.num_experts - (-moe.d_shared // width)) * width
+
+
+def _tensor_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
+    specs = export_specs(base, widths, form).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in specs)
+
+
+def _header_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
+    return export_bytes(base, widths, form) - _tensor_bytes(base, widths, form)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.description import Description
 from convert.export import ExportFormat, export_checkpoint, packed_inputs
 from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
@@ -77,20 +78,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     base = open_checkpoint(folder, dtype=jnp.bfloat16)
     c = base.config
     recipe = resolved(recipe, base)
-    if not c.moe_layers:
-        raise ValueError(f"{folder} has no layer with experts; there is nothing to prune")
-    if base.widths != uniform_widths(c):
-        raise ValueError(f"{folder} is already pruned; give the dense model that it came from")
-    assert recipe.criterion is not None and recipe.attribution is not None
-    choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
-    expert_criterion(recipe.attribution)
-    if recipe.weights_only:
-        require_data_free(recipe.criterion, recipe.attribution)
-    choose(PLANNERS, recipe.planner, "planner")
-    if recipe.weights is not None:
-        choose(WEIGHTS, recipe.weights, "weights")
-    choose(SMOOTHINGS, recipe.smoothing, "smoothing")
-    check_block(recipe.block or 1, c.moe.d_expert)
+    require_possible(recipe, base)
     codec = open_codec(folder, c.vocab_size)
     assert recipe.window is not None
     calibration = _calibration(recipe, codec, recipe.window)
@@ -108,6 +96,29 @@ def open_job(recipe: CompressionRecipe) -> Job:
     return Job(recipe, base, codec, calibration, texts)
 
 
+def require_possible(recipe: CompressionRecipe, base: Description) -> None:
+    """Refuse a resolved recipe that no statistics can satisfy; texts are checked elsewhere.
+
+    Raises:
+      ValueError: the model has no experts or is pruned already, or a name is unknown.
+    """
+    c = base.config
+    if not c.moe_layers:
+        raise ValueError(f"{base.folder} has no layer with experts; there is nothing to prune")
+    if base.widths != uniform_widths(c):
+        raise ValueError(f"{base.folder} is already pruned; give the dense model that it came from")
+    assert recipe.criterion is not None and recipe.attribution is not None
+    choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
+    expert_criterion(recipe.attribution)
+    if recipe.weights_only:
+        require_data_free(recipe.criterion, recipe.attribution)
+    choose(PLANNERS, recipe.planner, "planner")
+    if recipe.weights is not None:
+        choose(WEIGHTS, recipe.weights, "weights")
+    choose(SMOOTHINGS, recipe.smoothing, "smoothing")
+    check_block(recipe.block or 1, c.moe.d_expert)
+
+
 def _calibration(recipe: CompressionRecipe, codec: TextCodec, window: int) -> TokenBatch:
     if recipe.weights_only:
         return TokenBatch(np.zeros((0, window), np.int32), np.zeros((0, window), bool))
@@ -123,7 +134,7 @@ def _calibration(recipe: CompressionRecipe, codec: TextCodec, window: int) -> To
     )
 
 
-def resolved(recipe: CompressionRecipe, base: Checkpoint) -> CompressionRecipe:
+def resolved(recipe: CompressionRecipe, base: Description) -> CompressionRecipe:
     """The recipe with every default that depends on the model filled in; ValueError as there."""
     c = base.config
     formats = base.family.formats

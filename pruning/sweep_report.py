@@ -19,7 +19,7 @@ class SweepPoint:
       rate: fraction of the expert channels asked to be removed; 0 for the dense model.
       kept: channels kept in the whole model.
       coverage: share of the channel score that is kept, mean over layers, in [0, 1].
-      sizes: bytes of the tensors by export format, as predicted from shapes.
+      sizes: bytes of weight files and index by export format, as predicted from shapes.
       quality: text -> nll, perplexity, tokens, kl, top1; empty where nothing was measured.
     """
 

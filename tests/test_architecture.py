@@ -17,6 +17,7 @@ FILES = {
 GLUE = {"pipeline", "cli", "commands", "__main__", "evaluate", "stages", "verify", "demo"}
 GLUE |= {"preflight", "sizes", "gptq_stage", "audit_stage", "compare"}
 GLUE |= {"scoring", "planning", "parts", "apply_stage", "sweep_stage"}
+GLUE |= {"clients", "estimate", "stored"}
 
 
 def imports(name: str) -> set[str]:

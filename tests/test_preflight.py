@@ -66,7 +66,8 @@ def test_the_bound_is_reached_by_some_plan(models, name):
     uneven = ((WIDTH,) + (0,) * (EXPERTS - 1),) * LAYERS
     widths = equal if name.startswith("ragged") else uneven
     exact = export_bytes(base, widths, ExportFormat(name, 32))
-    assert most_bytes(base, options, name) == exact
+    # headers are bounded apart: a few digits per tensor are allowed for
+    assert exact <= most_bytes(base, options, name) < 1.01 * exact
 
 
 def test_statistics_are_as_large_as_foretold(models, scored):
@@ -135,7 +136,7 @@ def test_exact_sizes_are_said_before_exporting(scored, tmp_path, capsys):
     assert run("export", out, "--export", "padded-bf16") == 0
     found = re.search(r"padded-bf16: (\S+) kB", capsys.readouterr().err)
     (file,) = (out / "exports" / "padded-bf16").glob("*.safetensors")
-    assert found and 0 <= file.stat().st_size / 1e3 - float(found[1]) < 32
+    assert found and abs(file.stat().st_size / 1e3 - float(found[1])) < 0.06
 
 
 @pytest.mark.parametrize("width", [[], ["--width", "free"], ["--width", "uniform"]])

@@ -1,0 +1,72 @@
+"""What config.json alone says about a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.families import find_family
+from convert.reader import CheckpointError, read_json
+from convert.rules import Family, Widths, uniform_widths
+from moe_jax.config import ModelConfig
+
+
+@dataclass(eq=False)
+class Description:
+    """A checkpoint as far as shapes and names go; its weights need not be there.
+
+    Attributes:
+      folder: where it lies.
+      hf_config: its config.json.
+      config: the architecture.
+      family: its rules.
+      widths: channels per layer and expert; () for a dense layer.
+    """
+
+    folder: Path
+    hf_config: dict[str, Any]
+    config: ModelConfig
+    family: Family
+    widths: Widths
+
+    def __len__(self) -> int:
+        return self.config.num_layers
+
+
+def describe(folder: Path | str) -> Description:
+    """Read config.json.
+
+    Raises:
+      CheckpointError: it is missing, or has an unsupported setting.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(folder, ["is not a folder; pass a downloaded checkpoint"])
+    hf = read_json(folder / "config.json")
+    try:
+        family = find_family(hf.get("model_type"))
+        config = family.config_from_hf(hf)
+        widths = _widths(family, hf, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(folder, [f"config.json: {error}"]) from error
+    return Description(folder, hf, config, family, widths)
+
+
+def _widths(family: Family, hf: dict, config: ModelConfig) -> Widths:
+    """Channels per layer and expert.
+
+    Raises:
+      ValueError: if `expert_intermediate_sizes` does not fit the architecture.
+    """
+    uniform = uniform_widths(config)
+    if not family.ragged:
+        return uniform
+    sizes = hf.get("expert_intermediate_sizes")
+    if not isinstance(sizes, list) or [len(row) for row in sizes] != [len(row) for row in uniform]:
+        raise ValueError(
+            "expert_intermediate_sizes must have one list per layer with one width per expert, "
+            f"empty for dense layers; the architecture has {[len(row) for row in uniform]}"
+        )
+    bad = [n for row in sizes for n in row if type(n) is not int or n < 0]
+    if bad:
+        raise ValueError(f"expert_intermediate_sizes holds {bad[:5]}; widths must be natural")
+    return tuple(tuple(row) for row in sizes)

@@ -1,0 +1,161 @@
+"""Which program loads which export, and the rule that decides."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from convert.description import Description
+from convert.export import ExportFormat, export_config
+from convert.rules import Widths
+from moe_jax.config import LatentAttentionConfig, ModelConfig
+
+T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
+RUNTIMES = (T5, T4, VLLM, SGLANG, LLAMA)
+TORCH, SERVERS = (T5, T4), (VLLM, SGLANG)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One export as a client meets it.
+
+    Attributes:
+      form: the format.
+      config: the architecture before pruning.
+      hf: config.json of the export.
+      width: the padded folder's one expert width.
+      tensor_parallel: GPUs that share each layer.
+    """
+
+    form: ExportFormat
+    config: ModelConfig
+    hf: dict[str, Any]
+    width: int
+    tensor_parallel: int = 1
+
+    @property
+    def part(self) -> float:
+        """Channels of an expert on one GPU."""
+        return self.width / self.tensor_parallel
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a client loads an export: "yes", "no" or "slower", and the rule that says so."""
+
+    verdict: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`when` it holds, these clients answer `verdict` because of `words`."""
+
+    runtimes: tuple[str, ...]
+    verdict: str
+    when: Callable[[Case], bool]
+    words: str
+
+
+def _ragged(case: Case) -> bool:
+    return case.form.is_ragged
+
+
+def _integer4(case: Case) -> bool:
+    return case.form.name == "padded-int4"
+
+
+def _float4(case: Case) -> bool:
+    return case.form.is_float4
+
+
+def _idle_gpu(case: Case) -> bool:
+    """Whether servers, which deal out whole blocks of 4-bit floats, leave a GPU without any."""
+    gpus, blocks = case.tensor_parallel, case.width // case.form.group_size
+    return _float4(case) and gpus > 1 and -(-blocks // gpus) * (gpus - 1) >= blocks
+
+
+def _splits_heads(case: Case) -> bool:
+    return case.config.attention.num_heads % case.tensor_parallel == 0
+
+
+def _is(case: Case, *types: str) -> bool:
+    return case.hf["model_type"].removeprefix("ragged_") in types
+
+
+def _yarn_mscale(case: Case) -> bool:
+    rope = case.config.attention.rope
+    return _is(case, "deepseek_v2") and rope.kind == "yarn" and bool(rope.mscale_all_dim)
+
+
+# The first rule that holds decides. Facts: programs run in 2026-11 on a CPU, but SGLang only as
+# read in its source, and so for vLLM what its CPU build cannot run.
+RULES: tuple[Rule, ...] = (
+    Rule((LLAMA,), "no", _ragged, "it has one expert width per model; export a padded format"),
+    Rule((SGLANG,), "no", _ragged, "the modelling file was never run there; export a padded one"),
+    Rule((VLLM,), "no", lambda c: _ragged(c) and c.tensor_parallel > 1,
+         "the modelling file was never split over GPUs; export a padded format"),
+    Rule((LLAMA,), "no", lambda c: _is(c, "qwen2_moe") and bool(c.config.dense_layers),
+         "its qwen2moe cannot have a dense layer"),
+    Rule((T4,), "no", _yarn_mscale, "it leaves out mscale_all_dim of YaRN: other logits"),
+    Rule((VLLM, SGLANG), "no", lambda c: _is(c, "deepseek_v3") and c.hf.get("topk_method") is None,
+         "config.json lacks topk_method='noaux_tc', without which vLLM has no router bias"),
+    Rule(SERVERS, "no", lambda c: not _splits_heads(c),
+         "the GPUs do not divide the number of attention heads"),
+    Rule(SERVERS, "no", _idle_gpu, "there are too few blocks of 32 in an expert for the GPUs"),
+    Rule(SERVERS, "no", lambda c: not (c.form.is_ragged or _float4(c)) and c.part % 1 != 0,
+         "the GPUs do not divide the expert width"),
+    Rule(SERVERS, "no", lambda c: _integer4(c) and c.config.d_model % c.form.group_size != 0,
+         "the group size does not divide the model width"),
+    Rule(SERVERS, "no", lambda c: _integer4(c) and c.part % c.form.group_size != 0,
+         "the group size does not divide the expert width per GPU; use expert parallelism"),
+    Rule((VLLM,), "slower", _ragged,
+         "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
+    Rule(TORCH, "slower", _ragged, "trust_remote_code; a loop over experts, no fused kernel"),
+    Rule(SERVERS, "slower", lambda c: _integer4(c) and c.config.d_model % 128 != 0,
+         "Marlin kernels need a model width that is a multiple of 128"),
+    Rule(SERVERS, "slower", lambda c: _integer4(c) and c.part % 64 != 0,
+         "expert width per GPU is no multiple of 64: padded at every step"),
+    Rule((T5,), "yes", _float4, "stock class; blocks are dequantised where no kernel reads them"),
+    Rule((T4,), "yes", _float4, "stock class; equal in bfloat16"),
+    Rule(SERVERS, "slower", lambda c: _float4(c) and c.part % c.form.group_size != 0,
+         "blocks of 32 are dealt out unevenly over the GPUs and padded; read, not run"),
+    Rule(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
+    Rule(TORCH, "yes", _integer4, "needs compressed-tensors; dequantised at load, no memory saved"),
+    Rule((LLAMA,), "yes", lambda c: not _is(c, "qwen3_moe"),
+         "through its own converter, which was run with qwen3_moe only"),
+    Rule((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
+         "its converter dequantises; Q4_0 then has the very same weights"),
+    Rule((LLAMA,), "yes", lambda c: c.width % 256 != 0 or c.config.d_model % 256 != 0,
+         "through its converter; K-quants need widths that are multiples of 256, else they are "
+         "replaced per tensor"),
+    Rule((LLAMA,), "yes", lambda c: True, "through its own converter"),
+    Rule((VLLM,), "yes", lambda c: isinstance(c.config.attention, LatentAttentionConfig),
+         "stock class; latent attention was not run there, only read"),
+    Rule((SGLANG,), "yes", lambda c: True, "stock class; read in its source, not run"),
+    Rule(RUNTIMES, "yes", lambda c: True, "stock class, no custom code"),
+)  # fmt: skip
+
+
+def decide(runtime: str, case: Case) -> Verdict:
+    """The first rule of the table that holds."""
+    rule = next(rule for rule in RULES if runtime in rule.runtimes and rule.when(case))
+    return Verdict(rule.verdict, rule.words)
+
+
+def client_table(
+    base: Description, widths: Widths, form: ExportFormat, tensor_parallel: int = 1
+) -> dict[str, Verdict]:
+    """What every client says to an export.
+
+    Args:
+      base: the dense model.
+      widths: channels kept per layer and expert, () for dense layers.
+      form: the format.
+      tensor_parallel: GPUs that share each layer.
+
+    Returns:
+      Client -> verdict.
+    """
+    hf = export_config(base, widths, form)
+    case = Case(form, base.config, hf, form.padded_width(widths), tensor_parallel)
+    return {runtime: decide(runtime, case) for runtime in RUNTIMES}
