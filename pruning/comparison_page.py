@@ -1,11 +1,12 @@
 """A comparison as one self-contained page: loss against prune rate, and the ranking."""
 
 import math
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pruning.comparison import Comparison
+from pruning.comparison import Comparison, Line
 from pruning.page import document, figure_html, section_html
 from pruning.rules import RULES
 from pruning.tables import TextTable
@@ -34,6 +35,14 @@ def comparison_page(found: Comparison) -> str:
             )
             for rate in found.rates
             if any(line.rate == rate for line in found.lines())
+        ),
+        *(
+            [figure_html(
+                plot_pareto(found),
+                "The rule of each family that loses least at the smallest size. Further left is "
+                "smaller, lower is better: a family whose line lies below all others is on the "
+                "Pareto front. The point at the right end is the dense model.",
+            )] if found.sizes else []
         ),
         section_html(found.table()),
         *([section_html(_refused(found))] if found.refused else []),
@@ -69,6 +78,44 @@ def plot_rates(found: Comparison) -> Figure:
     axes.set_title("Loss against prune rate", loc="left")
     axes.legend(frameon=False, loc="upper left")
     return figure
+
+
+def plot_pareto(found: Comparison) -> Figure:
+    """Size of the 16-bit model against added nats for the best rule of each family (figure 9).
+
+    Raises:
+      ValueError: the comparison has no sizes.
+    """
+    if not found.sizes:
+        raise ValueError("the comparison is of an earlier version without sizes; compare again")
+    lines = found.lines()
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axes = figure.subplots()
+    dense = found.sizes["dense"] / 1e6
+    shown = []
+    for rule in _best_of_families(lines):
+        points = [
+            ((found.sizes["dense"] - line.rate * found.sizes["experts"]) / 1e6, line.added)
+            for line in lines if line.rule == rule
+        ]  # fmt: skip
+        shown += [added for _, added in points]
+        axes.plot(*zip((dense, 0.0), *points, strict=True), "o-", color=COLOURS[_family(rule)],
+                  markersize=5, label=f"{_family(rule)}: {rule}")  # fmt: skip
+    _plain(figure)
+    axes.axhline(0, color="#777777", linewidth=0.8)
+    _limit(axes, shown)
+    axes.set(xlabel="size of the model in 16 bit, MB", ylabel="nats per token added")
+    axes.set_title("Size against loss, best rule of each family", loc="left")
+    axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def _best_of_families(lines: Sequence[Line]) -> list[str]:
+    """The rule of each family with the least loss at the highest rate it is measured at."""
+    best: dict[str, Line] = {}
+    for line in sorted(lines, key=lambda line: (-line.rate, line.added)):
+        best.setdefault(_family(line.rule), line)
+    return [line.rule for line in sorted(best.values(), key=lambda line: line.added)]
 
 
 def plot_ranking(found: Comparison, rate: float) -> Figure:
