@@ -72,8 +72,8 @@ class Comparison:
       dense: quality of the dense model by text.
       results: of rules that could keep the budget.
       refused: the others, each with a reason.
-      sizes: bytes of 16-bit weights, "dense" of the whole model and "experts" of its routed experts;
-        empty in a file of an earlier version.
+      sizes: bytes of 16-bit weights, "dense" of the whole model and "experts" of its routed
+        experts; empty in a file of an earlier version.
     """
 
     key: dict[str, Any]

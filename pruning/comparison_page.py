@@ -37,12 +37,16 @@ def comparison_page(found: Comparison) -> str:
             if any(line.rate == rate for line in found.lines())
         ),
         *(
-            [figure_html(
-                plot_pareto(found),
-                "The rule of each family that loses least at the smallest size. Further left is "
-                "smaller, lower is better: a family whose line lies below all others is on the "
-                "Pareto front. The point at the right end is the dense model.",
-            )] if found.sizes else []
+            [
+                figure_html(
+                    plot_pareto(found),
+                    "The rule of each family that loses least at the smallest size. Further left is "
+                    "smaller, lower is better: a family whose line lies below all others is on the "
+                    "Pareto front. The point at the right end is the dense model.",
+                )
+            ]
+            if found.sizes
+            else []
         ),
         section_html(found.table()),
         *([section_html(_refused(found))] if found.refused else []),
@@ -115,7 +119,7 @@ def _best_of_families(lines: Sequence[Line]) -> list[str]:
     best: dict[str, Line] = {}
     for line in sorted(lines, key=lambda line: (-line.rate, line.added)):
         best.setdefault(_family(line.rule), line)
-    return [line.rule for line in sorted(best.values(), key=lambda line: line.added)]
+    return [line.rule for line in best.values()]
 
 
 def plot_ranking(found: Comparison, rate: float) -> Figure:
@@ -127,8 +131,8 @@ def plot_ranking(found: Comparison, rate: float) -> Figure:
     added = [line.added for line in lines]
     places = range(len(lines))
     axes.hlines(places, 0, added, color=colours, linewidth=0.8, alpha=0.4)
-    axes.errorbar(added, places, xerr=[line.spread for line in lines], fmt="none",
-                  ecolor="#222222", capsize=3, linewidth=1)  # fmt: skip
+    spreads = [line.spread or math.nan for line in lines]  # one seed has no bar
+    axes.errorbar(added, places, xerr=spreads, fmt="none", ecolor="#222222", capsize=3, linewidth=1)
     axes.scatter(added, places, color=colours, s=24, zorder=3)
     axes.set_yticks(places, [line.rule for line in lines], fontsize=8)
     axes.set_ylim(len(lines) - 0.4, -0.6)

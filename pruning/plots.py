@@ -15,7 +15,7 @@ GREY, BLUE, RED, GOLD = "#777777", "#2f6fb0", "#c0392b", "#d9a400"
 COLOURS = (BLUE, RED, GOLD, "#2e8b57", "#7d3c98")
 # The paper's; other powers lie between these.
 SHOWN_SMOOTHINGS = {
-    "sqrt": "root", "log5": "log(1 + 5x)", "log20": "log(1 + 20x)", "clip": "clip 0.5 σ",
+    "sqrt": "root", "log5": "log(1 + 5x)", "log20": "log(1 + 20x)", "clip": "clip 0.5 sd",
     "huber": "Huber tail",
 }  # fmt: skip
 

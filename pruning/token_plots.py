@@ -35,7 +35,8 @@ def plot_loss_curves(
     )
     axes.set_title("What pruning a single expert costs its layer", loc="left")
     axes.legend(frameon=False, loc="lower right")
-    plain(axes, "xy")
+    plain(axes, "x")
+    axes.yaxis.set_major_formatter(lambda loss, _: f"{100 * loss:.4g}%")
     return figure
 
 
