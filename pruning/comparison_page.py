@@ -16,6 +16,11 @@ COLOURS = {
     "whole experts": "#2e8b57", "random": "#777777",
 }  # fmt: skip
 WIDTH = 8.0  # inches
+PARETO = (
+    "The rule of each family that loses least at the smallest size. Further left is smaller, lower "
+    "is better: a family whose line lies below all others is on the Pareto front. The point at the "
+    "right end is the dense model."
+)
 
 
 def comparison_page(found: Comparison) -> str:
@@ -36,18 +41,7 @@ def comparison_page(found: Comparison) -> str:
             for rate in found.rates
             if any(line.rate == rate for line in found.lines())
         ),
-        *(
-            [
-                figure_html(
-                    plot_pareto(found),
-                    "The rule of each family that loses least at the smallest size. Further left is "
-                    "smaller, lower is better: a family whose line lies below all others is on the "
-                    "Pareto front. The point at the right end is the dense model.",
-                )
-            ]
-            if found.sizes
-            else []
-        ),
+        *([figure_html(plot_pareto(found), PARETO)] if found.sizes else []),
         section_html(found.table()),
         *([section_html(_refused(found))] if found.refused else []),
     ]

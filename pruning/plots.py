@@ -118,7 +118,7 @@ def plot_smoothing(
     for (name, label), colour in zip(SHOWN_SMOOTHINGS.items(), COLOURS, strict=True):
         axes.plot(
             layer_indices, smooth_layer_loss(raw, name), "o-", color=colour, markersize=4,
-            label=label, linewidth=2.6 if name == used else 1.2,
+            label=label, linewidth=2.6 if name == used else 1.2, zorder=3 if name == used else 2,
         )  # fmt: skip
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.set(xlabel="layer", ylabel="layer loss (mean = 1)", ylim=(0, None))

@@ -1,6 +1,7 @@
 """Figures of single tokens: what pruning an expert costs, what routers and experts do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,6 +10,7 @@ from matplotlib.patches import Patch
 
 from pruning.plots import COLOURS, GREY, WIDTH, layer_colours, plain
 
+Side = Literal["both", "low", "high"]  # half of a violin
 DEPTHS = 12  # layers in a figure of distributions, as in the paper
 
 
@@ -59,11 +61,9 @@ def plot_router_entropy(
     places = np.arange(len(shown))
     figure = Figure(figsize=(WIDTH, 4), layout="constrained")
     axes = figure.subplots()
+    sides: tuple[Side, ...] = ("both",) if len(entropies) == 1 else ("low", "high")
     handles = []
-    for colour, side, (text, values) in zip(
-        COLOURS, ("both",) if len(entropies) == 1 else ("low", "high"), entropies.items(),
-        strict=False,
-    ):  # fmt: skip
+    for colour, side, (text, values) in zip(COLOURS, sides, entropies.items(), strict=False):
         _violins(axes, [np.asarray(values)[slot] for slot in shown], places, colour, 0.85, side)
         handles.append(Patch(color=colour, label=text))
     ceiling = axes.axhline(np.log(experts), color=GREY, linestyle="--", linewidth=1.2)
@@ -106,7 +106,8 @@ def plot_expert_norms(
     handles = [Patch(color=c, label=text) for c, text in zip(COLOURS, norms, strict=False)]
     panels[-1].set_xlabel("most, middling and least used expert of the layer")
     figure.suptitle("Sizes of the experts' outputs", x=0.01, ha="left")
-    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=len(norms))
+    columns = len(norms) if sum(map(len, norms)) < 70 else 2
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -120,7 +121,7 @@ def typical_experts(tokens: np.ndarray, layers: int = 3) -> dict[int, list[int]]
 
 
 def _violins(
-    axes: Axes, values: Sequence[np.ndarray], places, colour: str, width: float, side="both"
+    axes: Axes, values: Sequence[np.ndarray], places, colour: str, width: float, side: Side = "both"
 ) -> None:
     # A density needs two different values; fewer are drawn as what they are.
     for place, one in zip(places, values, strict=True):
@@ -128,7 +129,7 @@ def _violins(
             parts = axes.violinplot(
                 one, [place], widths=width, showextrema=False, side=side, points=100
             )
-            for body in parts["bodies"]:
+            for body in cast(Iterable, parts["bodies"]):
                 body.set(facecolor=colour, edgecolor=colour, alpha=0.75, linewidth=0.5)
         if len(one):
             shift = {"low": -0.12, "high": 0.12}.get(side, 0.0) * width
