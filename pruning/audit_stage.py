@@ -13,6 +13,7 @@ from pruning.audit import audit_report, sample_ablations, to_csv
 from pruning.audit_page import audit_page, token_figures
 from pruning.calibration import TokenBatch
 from pruning.criteria import channel_scores
+from pruning.evaluate import Windows
 from pruning.files import replace_text
 from pruning.loss_curves import expert_loss_curves
 from pruning.progress import Steps
@@ -82,21 +83,23 @@ def audit(
     }
     replace_text(target / "audit.json", json.dumps(found, indent=2) + "\n")
     replace_text(target / "audit.csv", to_csv(found))
-    replace_text(target / "audit.html", audit_page(found, _figures(job, statistics, text, valid)))
+    replace_text(target / "audit.html", audit_page(found, _figures(job, statistics)))
     return found
 
 
-def _figures(job: Job, statistics: ChannelStatistics, text, valid) -> list[tuple[Figure, str]]:
+def _figures(job: Job, statistics: ChannelStatistics) -> list[tuple[Figure, str]]:
     """What single tokens show on some of the calibration text and of the evaluation texts."""
-    recipe, rows = job.recipe, max(1, SEEN_TOKENS // text.shape[1])
+    recipe = job.recipe
     assert recipe.criterion is not None and recipe.attribution is not None
     scores = channel_scores(
         statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
     )
-    texts = {"calibration": (text[:rows], valid[:rows])}
-    for name, windows in list(job.evaluation.items())[:EVALUATION_TEXTS]:
-        texts[name] = windows.tokens[:rows], windows.valid[:rows]
-    how: dict[str, Any] = {"batch": min(recipe.batch, rows), "dtype": job.dtype}
+    evaluation = list(job.evaluation.items())[:EVALUATION_TEXTS]
+    texts = {
+        name: some_windows(one, SEEN_TOKENS)
+        for name, one in (("calibration", job.calibration), *evaluation)
+    }
+    how: dict[str, Any] = {"batch": recipe.batch, "dtype": job.dtype}
     return token_figures(
         curves=expert_loss_curves(job.base, *texts["calibration"], scores.channel, **how),
         seen={name: view_tokens(job.base, *part, **how) for name, part in texts.items()},
@@ -106,7 +109,7 @@ def _figures(job: Job, statistics: ChannelStatistics, text, valid) -> list[tuple
     )
 
 
-def some_windows(batch: TokenBatch, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def some_windows(batch: TokenBatch | Windows, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """At most `tokens` tokens of a text in whole windows, one at least, evenly spread over it.
 
     Returns:

@@ -108,6 +108,11 @@ class Comparison:
 
         replace_text(folder / "compare.html", comparison_page(self))
 
+    def _repr_html_(self) -> str:
+        from pruning.page import section_html  # draws: slow to import
+
+        return section_html(self.table())
+
     def with_results(self, results: Iterable[Result], refused: Iterable[Result]) -> "Comparison":
         """With more results.
 
