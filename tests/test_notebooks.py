@@ -10,8 +10,17 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Instead of a notebook's own parameters: what it draws does not depend on how much text it reads.
-FEW = {"CALIBRATION_TOKENS": 512, "SAMPLE_TOKENS": 256, "ABLATION_TOKENS": 256,
-       "EVALUATION_TOKENS": 64, "COMPARED": ["random", "fair-act"], "LEAST_WIDTHS": [32, 128]}  # fmt: skip
+FEW = {
+    "CALIBRATION_TOKENS": 512,
+    "SAMPLE_TOKENS": 256,
+    "ABLATION_TOKENS": 64,
+    "ABLATED_EXPERTS": 12,
+    "EVALUATION_TOKENS": 64,
+    "COMPARED": ["random", "fair-act"],
+    "BLOCKS": [32],
+    "LEAST_WIDTHS": [32, 128],
+    "WINDOW": 32,
+}
 DRAWS = re.compile(r"^(\w+\.)?plot_\w+\(|plt\.|display\(", re.MULTILINE)
 
 
