@@ -131,6 +131,8 @@ def test_an_audit_writes_numbers_rows_and_a_page(audited):
     assert stored == pytest.approx(by_hand)
     page = (audited / "audit.html").read_text()
     assert "data:image/png;base64" in page and "Scores of channels" in page
+    # Misalignment, loss curves, router entropy and the sizes of outputs.
+    assert page.count("data:image/png;base64") == 4 and "What routers and experts do" in page
     assert "@TITLE@" not in page and not re.search(r'(src|href)="(?!data:)', page)
 
 

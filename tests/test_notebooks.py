@@ -18,7 +18,7 @@ FEW = {
     "EVALUATION_TOKENS": 64,
     "COMPARED": ["random", "fair-act"],
     "BLOCKS": [32],
-    "LEAST_WIDTHS": [32, 128],
+    "LEAST_WIDTHS": [128],
     "WINDOW": 32,
 }
 DRAWS = re.compile(r"^(\w+\.)?plot_\w+\(|plt\.|display\(", re.MULTILINE)
