@@ -1,10 +1,20 @@
 """An audit as a page and as tables."""
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import numpy as np
+from matplotlib.figure import Figure
 
 from pruning.audit_plots import plot_misalign
 from pruning.page import document, figure_html, section_html
 from pruning.tables import TextTable
+from pruning.token_plots import (
+    plot_expert_norms,
+    plot_loss_curves,
+    plot_router_entropy,
+    typical_experts,
+)
+from pruning.token_view import TokenView
 
 # The paper's figure 2: what people rank experts by, and the attribution.
 SHOWN = {"router": "router weight", "usage": "token usage", "ala": "attribution (ala)"}
@@ -15,8 +25,13 @@ NOTE = (
 )
 
 
-def audit_page(report: dict) -> str:
-    """The whole page, which loads nothing from anywhere."""
+def audit_page(report: dict, figures: Iterable[tuple[Figure, str]] = ()) -> str:
+    """The whole page, which loads nothing from anywhere.
+
+    Args:
+      report: what `audit_report` found, with its provenance.
+      figures: more of them with captions, shown after the tables.
+    """
     experts, channels = report["experts"], report["channels"]
     parts = [
         "<h1>Audit of the scores</h1>",
@@ -34,12 +49,48 @@ def audit_page(report: dict) -> str:
         increase = np.array([row["masked"] for row in rows])
         caption = (
             "Each bar is an expert; its height is the loss increase when the expert's output is "
-            "zeroed. A good score makes the bars fall from left to right. Orange: the loss is "
-            "lower without the expert."
+            "zeroed. A good score makes the bars fall from left to right, as its line does "
+            "(largest score = 100%). Orange: the loss is lower without the expert."
         )
         parts += [figure_html(plot_misalign(panels, increase), caption), _harm(experts)]
     parts += map(section_html, audit_tables(report))
+    shown = [figure_html(*figure) for figure in figures]
+    if shown:
+        parts += ["<h2>What routers and experts do</h2>", *shown]
     return document("Audit of the scores", parts)
+
+
+def token_figures(
+    curves: tuple[np.ndarray, np.ndarray],
+    seen: Mapping[str, TokenView],
+    usage: np.ndarray,
+    layer_indices: Sequence[int],
+    criterion: str,
+) -> list[tuple[Figure, str]]:
+    """Figures with captions of what single tokens show.
+
+    Args:
+      curves: prune rates [K] and losses [L, E, K].
+      seen: text -> values of its tokens.
+      usage: [L, E] tokens routed to each expert, which decides the experts shown.
+      layer_indices: the model's layer number of each of the L.
+      criterion: by which channels went.
+    """
+    two = {name: view.entropy for name, view in list(seen.items())[:2]}
+    norms = {name: view.norms for name, view in seen.items()}
+    return [
+        (plot_loss_curves(*curves, layer_indices),
+         "One line per expert: the error of its layer's output when that expert alone loses "
+         f"channels, the least by {criterion} first; nothing else changes. Note the logarithm. A "
+         "line that stays low for long is an expert with many channels to spare."),
+        (plot_router_entropy(two, layer_indices, usage.shape[1]),
+         "How a router spreads its probability over the experts for single tokens. Near the dashed "
+         "line it has no preference; near 0 one expert gets all. Dots are medians."),
+        (plot_expert_norms(norms, layer_indices, typical_experts(usage)),
+         "How large an expert's outputs are on different texts, before routing weights, for the "
+         "tokens routed to it. An expert whose violins differ between texts is judged by the "
+         "calibration text it gets. Dots are medians."),
+    ]  # fmt: skip
 
 
 def audit_tables(report: dict) -> list[TextTable]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 BLUE, ORANGE = "#2f6fb0", "#e67e22"
 WIDTH = 8.0  # inches, a page
@@ -20,8 +21,8 @@ def plot_misalign(
       top: experts shown, best first.
 
     Returns:
-      One panel of bars for each proxy: falling bars mean a good proxy, orange ones are experts
-      without which the loss is lower.
+      One panel for each proxy: its scores as a falling line, the increases as bars. Bars that fall
+      with the line mean a good proxy, orange ones are experts without which the loss is lower.
     """
     shown = min(top, len(increase))
     figure = Figure(figsize=(WIDTH, 0.6 + 2.1 * len(panels)), layout="constrained")
@@ -30,7 +31,8 @@ def plot_misalign(
         order = np.argsort(-np.asarray(score), kind="stable")[:shown]
         bars = np.asarray(increase)[order]
         colours = [ORANGE if bar < 0 else BLUE for bar in bars]
-        axis.bar(np.arange(1, shown + 1), bars, color=colours, width=0.85)
+        places = np.arange(1, shown + 1)
+        axis.bar(places, bars, color=colours, width=0.85)
         rank = "undefined" if correlation is None else f"{correlation:.2f}"
         axis.set_title(f"ranked by {name}: Spearman {rank}", loc="left", fontsize=11)
         axis.axhline(0, color="#777777", linewidth=0.8)
@@ -38,6 +40,12 @@ def plot_misalign(
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.set(xlim=(0.3, shown + 0.7))
+        line = axis.twinx()
+        scaled = np.asarray(score, float)[order] / max(np.max(np.abs(score)), 1e-300)
+        line.plot(places, scaled, color="#444444", linewidth=1.2, marker=".", markersize=3)
+        line.spines[["top", "left"]].set_visible(False)
+        line.set(ylim=(min(0.0, 1.05 * scaled.min()), 1.05), ylabel="score\n(line)")
+        line.yaxis.set_major_formatter(PercentFormatter(1))
     axes[-1].set_xlabel(f"expert, best first (the top {shown} of {len(increase)})")
     figure.supylabel("loss increase without the expert, nats per token", fontsize=10)
     return figure

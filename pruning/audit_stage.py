@@ -3,19 +3,27 @@
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from pruning.ablation import Ablation, ablate, layer_visits
 from pruning.audit import audit_report, sample_ablations, to_csv
-from pruning.audit_page import audit_page
+from pruning.audit_page import audit_page, token_figures
 from pruning.calibration import TokenBatch
+from pruning.criteria import channel_scores
+from pruning.evaluate import Windows
 from pruning.files import replace_text
+from pruning.loss_curves import expert_loss_curves
 from pruning.progress import Steps
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
+from pruning.token_view import view_tokens
 
 RECORD = "ablations.jsonl"
+SEEN_TOKENS = 2048  # of each text, for the figures of distributions
+EVALUATION_TEXTS = 3  # beside the calibration text
 TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
 
 
@@ -75,11 +83,33 @@ def audit(
     }
     replace_text(target / "audit.json", json.dumps(found, indent=2) + "\n")
     replace_text(target / "audit.csv", to_csv(found))
-    replace_text(target / "audit.html", audit_page(found))
+    replace_text(target / "audit.html", audit_page(found, _figures(job, statistics)))
     return found
 
 
-def some_windows(batch: TokenBatch, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _figures(job: Job, statistics: ChannelStatistics) -> list[tuple[Figure, str]]:
+    """What single tokens show on some of the calibration text and of the evaluation texts."""
+    recipe = job.recipe
+    assert recipe.criterion is not None and recipe.attribution is not None
+    scores = channel_scores(
+        statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
+    )
+    evaluation = list(job.evaluation.items())[:EVALUATION_TEXTS]
+    texts = {
+        name: some_windows(one, SEEN_TOKENS)
+        for name, one in (("calibration", job.calibration), *evaluation)
+    }
+    how: dict[str, Any] = {"batch": recipe.batch, "dtype": job.dtype}
+    return token_figures(
+        curves=expert_loss_curves(job.base, *texts["calibration"], scores.channel, **how),
+        seen={name: view_tokens(job.base, *part, **how) for name, part in texts.items()},
+        usage=statistics.tokens,
+        layer_indices=job.base.config.moe_layers,
+        criterion=recipe.criterion,
+    )
+
+
+def some_windows(batch: TokenBatch | Windows, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """At most `tokens` tokens of a text in whole windows, one at least, evenly spread over it.
 
     Returns:

@@ -20,6 +20,7 @@ from pruning.progress import OnStep, Steps
 from pruning.recipe import CompressionRecipe
 from pruning.rule import common_budget, make_plan
 from pruning.rules import GROUPS, RULES, check_needs, select_rules
+from pruning.sizes import parameter_count
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
 
@@ -84,6 +85,7 @@ def compare(
     tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
     done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}
     tasks = [task for task in tasks if (task.rule, task.rate, task.seed) not in done]
+    found = dataclasses.replace(found, sizes=_sizes(job))
     if tasks:
         found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
     shown = found.only(names, list(budgets))
@@ -111,6 +113,13 @@ def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
         budget = common_budget(shape, rate, job.recipe.block)
         found[round(1.0 - budget / math.prod(shape), 6)] = budget
     return found
+
+
+def _sizes(job: Job) -> dict[str, int]:
+    # Of 16-bit weights; a channel is a row in each of three matrices.
+    c = job.base.config
+    experts = 6 * c.d_model * math.prod((len(c.moe_layers), c.moe.num_experts, c.moe.d_expert))
+    return {"dense": 2 * parameter_count(job.base), "experts": experts}
 
 
 def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:

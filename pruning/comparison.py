@@ -72,12 +72,15 @@ class Comparison:
       dense: quality of the dense model by text.
       results: of rules that could keep the budget.
       refused: the others, each with a reason.
+      sizes: bytes of 16-bit weights, "dense" of the whole model and "experts" of its routed
+        experts; empty in a file of an earlier version.
     """
 
     key: dict[str, Any]
     dense: dict[str, dict]
     results: tuple[Result, ...]
     refused: tuple[Result, ...]
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> "Comparison":
@@ -89,7 +92,8 @@ class Comparison:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             parts = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}
-            return cls(key=found["key"], dense=found["dense"], **parts)
+            sizes = found.get("sizes", {})
+            return cls(key=found["key"], dense=found["dense"], sizes=sizes, **parts)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it and compare again") from None
 
@@ -103,6 +107,11 @@ class Comparison:
         from pruning.comparison_page import comparison_page  # draws: slow to import
 
         replace_text(folder / "compare.html", comparison_page(self))
+
+    def _repr_html_(self) -> str:
+        from pruning.page import section_html  # draws: slow to import
+
+        return section_html(self.table())
 
     def with_results(self, results: Iterable[Result], refused: Iterable[Result]) -> "Comparison":
         """With more results.

@@ -1,11 +1,12 @@
 """A comparison as one self-contained page: loss against prune rate, and the ranking."""
 
 import math
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pruning.comparison import Comparison
+from pruning.comparison import Comparison, Line
 from pruning.page import document, figure_html, section_html
 from pruning.rules import RULES
 from pruning.tables import TextTable
@@ -15,6 +16,11 @@ COLOURS = {
     "whole experts": "#2e8b57", "random": "#777777",
 }  # fmt: skip
 WIDTH = 8.0  # inches
+PARETO = (
+    "The rule of each family that loses least at the smallest size. Further left is smaller, lower "
+    "is better: a family whose line lies below all others is on the Pareto front. The point at the "
+    "right end is the dense model."
+)
 
 
 def comparison_page(found: Comparison) -> str:
@@ -35,6 +41,7 @@ def comparison_page(found: Comparison) -> str:
             for rate in found.rates
             if any(line.rate == rate for line in found.lines())
         ),
+        *([figure_html(plot_pareto(found), PARETO)] if found.sizes else []),
         section_html(found.table()),
         *([section_html(_refused(found))] if found.refused else []),
     ]
@@ -71,6 +78,44 @@ def plot_rates(found: Comparison) -> Figure:
     return figure
 
 
+def plot_pareto(found: Comparison) -> Figure:
+    """Size of the 16-bit model against added nats for the best rule of each family (figure 9).
+
+    Raises:
+      ValueError: the comparison has no sizes.
+    """
+    if not found.sizes:
+        raise ValueError("the comparison is of an earlier version without sizes; compare again")
+    lines = found.lines()
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axes = figure.subplots()
+    dense = found.sizes["dense"] / 1e6
+    shown = []
+    for rule in _best_of_families(lines):
+        points = [
+            ((found.sizes["dense"] - line.rate * found.sizes["experts"]) / 1e6, line.added)
+            for line in lines if line.rule == rule
+        ]  # fmt: skip
+        shown += [added for _, added in points]
+        axes.plot(*zip((dense, 0.0), *points, strict=True), "o-", color=COLOURS[_family(rule)],
+                  markersize=5, label=f"{_family(rule)}: {rule}")  # fmt: skip
+    _plain(figure)
+    axes.axhline(0, color="#777777", linewidth=0.8)
+    _limit(axes, shown)
+    axes.set(xlabel="size of the model in 16 bit, MB", ylabel="nats per token added")
+    axes.set_title("Size against loss, best rule of each family", loc="left")
+    axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def _best_of_families(lines: Sequence[Line]) -> list[str]:
+    """The rule of each family with the least loss at the highest rate it is measured at."""
+    best: dict[str, Line] = {}
+    for line in sorted(lines, key=lambda line: (-line.rate, line.added)):
+        best.setdefault(_family(line.rule), line)
+    return [line.rule for line in best.values()]
+
+
 def plot_ranking(found: Comparison, rate: float) -> Figure:
     """One dot per rule at one rate, best on top, with the spread over seeds."""
     lines = [line for line in found.lines() if line.rate == rate]
@@ -80,8 +125,8 @@ def plot_ranking(found: Comparison, rate: float) -> Figure:
     added = [line.added for line in lines]
     places = range(len(lines))
     axes.hlines(places, 0, added, color=colours, linewidth=0.8, alpha=0.4)
-    axes.errorbar(added, places, xerr=[line.spread for line in lines], fmt="none",
-                  ecolor="#222222", capsize=3, linewidth=1)  # fmt: skip
+    spreads = [line.spread or math.nan for line in lines]  # one seed has no bar
+    axes.errorbar(added, places, xerr=spreads, fmt="none", ecolor="#222222", capsize=3, linewidth=1)
     axes.scatter(added, places, color=colours, s=24, zorder=3)
     axes.set_yticks(places, [line.rule for line in lines], fontsize=8)
     axes.set_ylim(len(lines) - 0.4, -0.6)

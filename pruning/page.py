@@ -81,8 +81,38 @@ def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
          "The experts of one layer. A bar is an expert's channel score in ten steps: the darkest "
          "step is its best tenth of channels. Red: how many channels it keeps. Gold: how much the "
          "expert matters to the layer."),
+        *_routers(report),
+        *_smoothing(report),
         *_stability(report),
     ]  # fmt: skip
+
+
+def _routers(report: "CompressionReport") -> list[tuple[Figure, str]]:
+    """How decided and how even the routers are, if a text was read."""
+    found = report.calibration
+    if "router_entropy" not in found:
+        return []
+    figure = plots.plot_routers(
+        np.asarray(found["router_entropy"]), np.asarray(found["usage"]), report.layer_indices
+    )
+    caption = (
+        "Top: entropy of the router's probabilities, mean over tokens; at the dashed line it does "
+        "not care, at 0 it is always certain. Bottom: one mark per expert, its share of the "
+        "layer's tokens; at the dashed line all are used alike."
+    )
+    return [(figure, caption)]
+
+
+def _smoothing(report: "CompressionReport") -> list[tuple[Figure, str]]:
+    """What the layers' weights would be under each smoothing, if the layers differ."""
+    raw, used = np.asarray(report.layer_loss["raw"]), report.recipe.get("smoothing")
+    if len(raw) < 2 or np.ptp(raw) == 0:
+        return []
+    caption = (
+        "The layer losses above, and what a planner that weighs layers makes of them under each "
+        "smoothing: the flatter, the more evenly the layers are pruned."
+    )
+    return [(plots.plot_smoothing(raw, report.layer_indices, used), caption)]
 
 
 def _stability(report: "CompressionReport") -> list[tuple[Figure, str]]:

@@ -134,6 +134,17 @@ def _environment() -> dict:
     }
 
 
+def _routers(statistics: ChannelStatistics) -> dict[str, list]:
+    """Mean entropy and usage of the routers, nothing where no token was seen."""
+    routed = statistics.tokens.sum(axis=1, keepdims=True)
+    if not routed.all():
+        return {}
+    return {
+        "router_entropy": (statistics.router_entropy / statistics.total_tokens).tolist(),
+        "usage": (statistics.tokens / routed).tolist(),
+    }
+
+
 def _report(
     job: Job,
     statistics: ChannelStatistics,
@@ -171,6 +182,7 @@ def _report(
         calibration={
             "tokens": int(statistics.total_tokens),
             "sources": list(job.calibration.sources),
+            **_routers(statistics),
         },
         plan=dict(plan.provenance),
         layer_indices=list(plan.layer_indices),

@@ -8,8 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from pruning.smoothing import smooth_layer_loss
+
 WIDTH = 8.0  # inches, a page
 GREY, BLUE, RED, GOLD = "#777777", "#2f6fb0", "#c0392b", "#d9a400"
+COLOURS = (BLUE, RED, GOLD, "#2e8b57", "#7d3c98")
+# The paper's; other powers lie between these.
+SHOWN_SMOOTHINGS = {
+    "sqrt": "root", "log5": "log(1 + 5x)", "log20": "log(1 + 20x)", "clip": "clip 0.5 sd",
+    "huber": "Huber tail",
+}  # fmt: skip
 
 
 def plain(axes: Axes, percent: str = "") -> None:
@@ -19,6 +27,12 @@ def plain(axes: Axes, percent: str = "") -> None:
     axes.set_axisbelow(True)
     for name in percent:
         getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1))
+
+
+def layer_colours(layers: int) -> tuple[np.ndarray, list[int]]:
+    """A colour for every layer, and the layers that a legend names: first, middle, last."""
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))
+    return colours, sorted({0, layers // 2, layers - 1})
 
 
 def concentration(channel: np.ndarray, points: int = 33) -> tuple[np.ndarray, np.ndarray]:
@@ -87,18 +101,75 @@ def plot_layers(
     return figure
 
 
+def plot_smoothing(
+    raw: np.ndarray, layer_indices: Sequence[int], used: str | None = None
+) -> Figure:  # [L]
+    """Layer losses and what each smoothing makes of them (figure 12).
+
+    Args:
+      raw: loss of each layer, of any unit.
+      layer_indices: the model's layer number of each.
+      used: a name of `SMOOTHINGS` to draw thicker.
+    """
+    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    axes = figure.subplots()
+    measured = smooth_layer_loss(raw, "identity", passes=0)
+    axes.plot(layer_indices, measured, "o--", color=GREY, markersize=4, label="measured")
+    for (name, label), colour in zip(SHOWN_SMOOTHINGS.items(), COLOURS, strict=True):
+        axes.plot(
+            layer_indices, smooth_layer_loss(raw, name), "o-", color=colour, markersize=4,
+            label=label, linewidth=2.6 if name == used else 1.2, zorder=3 if name == used else 2,
+        )  # fmt: skip
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set(xlabel="layer", ylabel="layer loss (mean = 1)", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Smoothings of the layer loss", loc="left")
+    figure.legend(frameon=False, loc="outside lower center", ncols=6)
+    plain(axes)
+    return figure
+
+
+def plot_routers(
+    entropy: np.ndarray, usage: np.ndarray, layer_indices: Sequence[int]
+) -> Figure:  # [L], [L, E]
+    """Per layer: mean entropy of the router, and how evenly it uses its experts.
+
+    Args:
+      entropy: mean over tokens, nats.
+      usage: share of the layer's routed tokens that each expert gets; rows sum to 1.
+      layer_indices: the model's layer number of each row.
+    """
+    experts = np.shape(usage)[1]
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.plot(layer_indices, entropy, "o-", color=BLUE)
+    top.axhline(np.log(experts), color=GREY, linestyle="--", linewidth=1.2,
+                label=f"no preference: ln {experts} = {np.log(experts):.2f}")  # fmt: skip
+    top.set(ylabel="router entropy,\nnats", ylim=(0, 1.1 * np.log(max(experts, 2))))
+    top.set_title("Routers", loc="left")
+    marks = {"color": BLUE, "markersize": min(12, 400 / len(layer_indices)), "alpha": 0.6}
+    for layer, row in zip(layer_indices, np.asarray(usage), strict=True):
+        bottom.plot([layer] * experts, row, "_", **marks)
+    bottom.axhline(1 / experts, color=GREY, linestyle="--", linewidth=1.2)
+    bottom.set(xlabel="layer", ylabel="share of the\nrouted tokens", ylim=(0, None))
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    top.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    plain(top)
+    plain(bottom, "y")
+    return figure
+
+
 def plot_concentration(
     fractions: np.ndarray, curves: np.ndarray, layer_indices: Sequence[int]
 ) -> Figure:  # [K], [L, E, K]
     """Cumulative score against the share of channels, one line per expert (figure 4a)."""
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axes = figure.subplots()
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
+    colours, labelled = layer_colours(len(curves))
     for colour, layer in zip(colours, curves, strict=True):
         axes.plot(fractions, np.asarray(layer).T, color=colour, linewidth=0.7, alpha=0.6)
     axes.plot([0, 1], [0, 1], ":", color=GREY, label="all channels alike")
-    labelled = {0, len(curves) // 2, len(curves) - 1}
-    for slot in sorted(labelled):
+    for slot in labelled:
         axes.plot([], [], color=colours[slot], label=f"layer {layer_indices[slot]}")
     axes.set(
         xlabel="share of an expert's channels, best first",

@@ -26,7 +26,9 @@ class CompressionReport:
       environment: moe-jax (version), date (UTC), device, cores, python, jax.
       calibration: tokens (scored), sources: per file path, sha256, weight, documents, tokens
         (those set aside for measuring included); stability of the kept set over the parts of the
-        text (see pruning.parts), null for weights_only. 0 tokens: the weights alone decided.
+        text (see pruning.parts), null for weights_only; router_entropy [L] mean over tokens in nats
+        and usage [L][E] share of a layer's routed tokens, if any text was read. 0 tokens: the
+        weights alone decided.
       plan: provenance of the plan: choices, budget, channels kept, experts emptied.
       layer_indices: [L] index of each expert layer in the model.
       d_expert: channels per expert before pruning.

@@ -86,11 +86,13 @@ def test_the_figure_shows_bars_in_the_order_of_the_score_and_harm_in_orange():
     increase = np.array([0.5, -0.2, 1.5, 0.1])
     panels = [("usage", np.array([1.0, 4.0, 2.0, 3.0]), 0.25), ("ala", np.ones(4), None)]
     figure = plot_misalign(panels, increase, top=3)
-    first, second = figure.axes
+    first, second, line, _ = figure.axes
     assert [bar.get_height() for bar in first.patches] == [-0.2, 0.1, 1.5]
     assert [matplotlib_hex(bar) for bar in first.patches] == [ORANGE, BLUE, BLUE]
     assert first.get_title("left") == "ranked by usage: Spearman 0.25"
     assert second.get_title("left") == "ranked by ala: Spearman undefined"
+    # Experts 1, 3, 2 by usage, as shares of the highest score.
+    np.testing.assert_allclose(line.get_lines()[0].get_ydata(), [1.0, 0.75, 0.5])
 
 
 def matplotlib_hex(bar) -> str:
@@ -129,6 +131,8 @@ def test_an_audit_writes_numbers_rows_and_a_page(audited):
     assert stored == pytest.approx(by_hand)
     page = (audited / "audit.html").read_text()
     assert "data:image/png;base64" in page and "Scores of channels" in page
+    # Misalignment, loss curves, router entropy and the sizes of outputs.
+    assert page.count("data:image/png;base64") == 4 and "What routers and experts do" in page
     assert "@TITLE@" not in page and not re.search(r'(src|href)="(?!data:)', page)
 
 

@@ -81,7 +81,11 @@ def test_the_report_says_what_is_on_disk_and_every_check_holds(output):
         assert size < report["sizes"]["source_bytes"]
     assert all(check["ok"] for check in report["verification"])
     # four figures of the plan, and how the kept set settled over the parts of the text
-    assert (output / "report.html").read_text().count("data:image/png") == 5
+    assert (output / "report.html").read_text().count("data:image/png") == 7
+    assert (output / "report.html").stat().st_size < 2e6
+    routers = report["calibration"]
+    np.testing.assert_allclose(np.sum(routers["usage"], axis=1), np.ones(4))
+    assert all(0 < entropy < np.log(16) for entropy in routers["router_entropy"])
     checks = {(check["export"], check["check"]) for check in report["verification"]}
     assert ("ragged-int4", "logits in transformers") in checks
     (quality,) = report["quality"].values()

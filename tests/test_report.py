@@ -71,7 +71,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(broken):
 def test_the_page_loads_nothing_shows_every_plot_and_escapes_text():
     text = page(report())
     assert not re.search(r"https?://|<script|<link|<b>m", text)
-    assert text.count('src="data:image/png;base64,') == len(re.findall("src=", text)) == 4
+    assert text.count('src="data:image/png;base64,') == len(re.findall("src=", text)) == 5
     assert "&lt;script&gt;" in text and "&lt;b&gt;m&lt;/b&gt;" in text
 
 
@@ -82,10 +82,10 @@ def settled(**changes) -> CompressionReport:
 
 
 def test_the_page_shows_how_the_kept_set_settled_if_that_is_known():
-    assert page(settled()).count("data:image/png") == 5
-    assert "here 80.0%" in page(settled())
+    text = page(settled())
+    assert text.count("data:image/png") == 6 and "here 80.0%" in text
     unknown = settled(jaccard=[None] * 3, halves=None)  # a criterion that needs the whole text
-    assert page(unknown).count("data:image/png") == 4
+    assert len(figures(unknown)) == 5
     figure, _ = figures(settled())[-1]
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     curve = lines["before and after each part"]
@@ -105,13 +105,31 @@ def test_two_halves_that_were_not_compared_are_left_out_of_the_plot():
 
 def test_a_report_without_text_says_so_everywhere():
     recipe = {"prune_rate": 0.5, "criterion": "weight", "attribution": "aimer"}
-    found = report(calibration={"tokens": 0, "sources": [], "stability": None}, recipe=recipe)
+    found = report(
+        calibration={"tokens": 0, "sources": [], "stability": None}, recipe=recipe,
+        layer_loss={"raw": [1.0] * L, "smoothed": [1.0] * L},
+    )  # fmt: skip
     text = page(found)
     assert "No calibration text was read: the weights alone decided (criterion weight" in text
     assert "<p>No text.</p>" in text and "all layers count alike" in text
     assert text.count("data:image/png") == 4
     assert headlines(found)[2].number == "no text"
     assert "No calibration text" not in page(report())
+
+
+def test_the_page_shows_the_routers_of_a_text():
+    routers = {"router_entropy": [1.0, 0.5, 0.7], "usage": np.full((L, E), 1 / E).tolist()}
+    found = report(calibration={"tokens": 64, "sources": [], **routers})
+    assert len(figures(found)) == len(figures(report())) + 1
+    figure = next(f for f, caption in figures(found) if "entropy of the router" in caption)
+    assert figure.axes[0].get_lines()[0].get_ydata().tolist() == routers["router_entropy"]
+
+
+def test_the_page_draws_the_smoothing_of_the_recipe_thickest():
+    found = report(recipe={"prune_rate": 0.5, "smoothing": "huber"})
+    figure = next(f for f, caption in figures(found) if "under each smoothing" in caption)
+    widths = {line.get_label(): line.get_linewidth() for line in figure.axes[0].get_lines()}
+    assert max(widths, key=lambda label: widths[label]) == "Huber tail"
 
 
 def test_every_plot_says_what_its_axes_are():
