@@ -100,6 +100,12 @@ def read_summary(folder: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def layer_errors(folder: Path | None) -> list[dict]:
+    """`LayerErrors` of every layer as dicts, from a finished folder; none without one."""
+    summary = None if folder is None else read_summary(folder)
+    return [] if summary is None else summary["layers"]
+
+
 def _windows(number: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the windows to learn from and of those held out."""
     if number < 2:

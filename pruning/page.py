@@ -84,6 +84,7 @@ def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
         *_routers(report),
         *_smoothing(report),
         *_stability(report),
+        *_rounding(report),
     ]  # fmt: skip
 
 
@@ -133,6 +134,21 @@ def _stability(report: "CompressionReport") -> list[tuple[Figure, str]]:
         "before and after each further part of the text; near 100% more text changes little. Red: "
         f"the sets of the even and of the odd parts, half the text each{apart}: how well the "
         "choice repeats on other text. Grey: two random sets."
+    )
+    return [(figure, caption)]
+
+
+def _rounding(report: "CompressionReport") -> list[tuple[Figure, str]]:
+    """What GPTQ did in every layer, if it ran."""
+    layers = report.quantization
+    if not layers:
+        return []
+    figure = plots.plot_rounding(*([one[way] for one in layers] for way in ("nearest", "gptq")))
+    failed, matrices = (sum(one[name] for one in layers) for name in ("fallbacks", "matrices"))
+    caption = (
+        "Squared error of each layer's output on held-out text, relative to what the layer adds to "
+        f"its input. {failed:,} of {matrices:,} matrices saw too little text for GPTQ and were "
+        "rounded to nearest."
     )
     return [(figure, caption)]
 

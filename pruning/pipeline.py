@@ -13,6 +13,7 @@ from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.generate import generate
 from pruning import gptq_stage, planning, preflight, scoring, stages
 from pruning.criteria import channel_scores
+from pruning.gptq_source import layer_errors
 from pruning.plan import PruningPlan
 from pruning.plots import concentration
 from pruning.progress import Steps
@@ -67,6 +68,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     sample = _sample(job, steps)
     report = _report(job, statistics, plan, sizes, quality, sample, checks, steps)
     report.calibration["stability"] = provenance.get("stability")
+    report.quantization.extend(layer_errors(codes))
     report.save(job.output)
     require_verified(checks)
     return report
@@ -194,6 +196,7 @@ def _report(
         layer_loss={"raw": scores.layer.tolist(),
                     "smoothed": smooth_layer_loss(scores.layer).tolist()},
         concentration={"fractions": fractions.tolist(), "curves": curves.tolist()},
+        quantization=[],
         sizes={
             "source_bytes": folder_bytes(job.base.folder),
             "channels": int(plan.keep.size),

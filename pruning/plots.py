@@ -159,6 +159,25 @@ def plot_routers(
     return figure
 
 
+def plot_rounding(nearest: Sequence[float], gptq: Sequence[float]) -> Figure:
+    """Output error of every layer in 4 bits, by rounding to nearest and by GPTQ.
+
+    Args:
+      nearest, gptq: squared error relative to what the layer adds to its input.
+    """
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    layer = np.arange(len(nearest))
+    axes.plot(layer, nearest, "o-", color=GREY, markersize=4, label="rounded to nearest")
+    axes.plot(layer, gptq, "o-", color=BLUE, markersize=4, label="GPTQ")
+    axes.set(xlabel="layer", ylabel="squared output error,\nrelative", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Rounding to 4 bits", loc="left")
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    plain(axes, "y")
+    return figure
+
+
 def plot_concentration(
     fractions: np.ndarray, curves: np.ndarray, layer_indices: Sequence[int]
 ) -> Figure:  # [K], [L, E, K]

@@ -10,7 +10,7 @@ from typing import Any
 from pruning.files import replace_text
 from pruning.page import fragment, page
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class CompressionReport:
       layer_coverage: [L] the same for a layer's experts together.
       layer_loss: raw [L] and smoothed [L]; all 1 if no text was read.
       concentration: fractions [K] of an expert's channels, curves [L][E][K] of their score share.
+      quantization: per layer of the model what GPTQ did: nearest and gptq, squared output errors on
+        held-out text relative to what the layer adds, matrices and fallbacks; [] without GPTQ.
       sizes: source_bytes, channels, channels_kept, exports: per name bytes (written), parameters,
         bits_per_parameter, padded_bytes (null for a padded export).
       quality: per text and model (dense, pruned, each export as read from disk): nll, perplexity,
@@ -62,6 +64,7 @@ class CompressionReport:
     layer_coverage: list[float]
     layer_loss: dict[str, list[float]]
     concentration: dict[str, Any]
+    quantization: list[dict[str, Any]]
     sizes: dict[str, Any]
     quality: dict[str, dict[str, dict[str, Any]]]
     evaluation: dict[str, Any]

@@ -36,6 +36,7 @@ def report(**changes) -> CompressionReport:
         "layer_coverage": rng.random(L).tolist(),
         "layer_loss": {"raw": [1.0, 2.0, 3.0], "smoothed": [0.8, 1.0, 1.2]},
         "concentration": {"fractions": fractions.tolist(), "curves": curves.tolist()},
+        "quantization": [],
         "sizes": {"source_bytes": 1000, "channels": 96, "channels_kept": 48,
                   "exports": {"ragged-int4": size}},
         "quality": {"held-out": {"dense": quality}},
@@ -58,7 +59,7 @@ def test_a_report_of_another_version_is_refused(tmp_path):
     report().save(tmp_path)
     file = tmp_path / "report.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
-    with pytest.raises(ValueError, match="version 2"):
+    with pytest.raises(ValueError, match="version 3"):
         CompressionReport.load(file)
 
 
@@ -73,6 +74,17 @@ def test_the_page_loads_nothing_shows_every_plot_and_escapes_text():
     assert not re.search(r"https?://|<script|<link|<b>m", text)
     assert text.count('src="data:image/png;base64,') == len(re.findall("src=", text)) == 5
     assert "&lt;script&gt;" in text and "&lt;b&gt;m&lt;/b&gt;" in text
+
+
+def test_what_gptq_did_in_every_layer_is_drawn_and_its_fallbacks_are_told():
+    layers = [{"nearest": 0.02, "gptq": 0.01, "matrices": 30, "fallbacks": 2},
+              {"nearest": 0.03, "gptq": 0.02, "matrices": 30, "fallbacks": 1}]  # fmt: skip
+    (figure, caption), = [pair for pair in figures(report(quantization=layers))
+                          if "rounded to nearest" in pair[1]]  # fmt: skip
+    lines = {line.get_label(): np.asarray(line.get_ydata()) for line in figure.axes[0].lines}
+    np.testing.assert_array_equal(lines["GPTQ"], [0.01, 0.02])
+    np.testing.assert_array_equal(lines["rounded to nearest"], [0.02, 0.03])
+    assert "3 of 60 matrices" in caption
 
 
 def settled(**changes) -> CompressionReport:
