@@ -9,6 +9,7 @@ from convert.families import (
     deepseek_v3,
     glm4_moe,
     gpt_oss,
+    kimi_k2,
     mixtral,
     olmoe,
     qwen2_moe,
@@ -24,6 +25,7 @@ _STOCK = (
     deepseek.FAMILY,
     deepseek_v2.FAMILY,
     deepseek_v3.FAMILY,
+    kimi_k2.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
 )
