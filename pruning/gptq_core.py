@@ -26,7 +26,7 @@ class Coded:
 
     Attributes:
       codes: int8 [out, in], -8..7.
-      scale: float32 [out, in / g], at least 2^-14 and representable in bfloat16.
+      scale: float32 [out, in / g], see `best_scale`.
       solved: bool, False if the second moments could not be factored; the codes are then void.
     """
 
