@@ -17,6 +17,7 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import ExportFormat, export_specs
 from convert.reader import SafetensorsFolder
 from convert.rules import Widths
+from moe_jax.quant import MIN_SCALE
 from moe_jax.stream import LayerSource
 from pruning.errors import VerificationError
 from pruning.evaluate import logits
@@ -97,7 +98,7 @@ def _tensor_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFo
         dtype, shape = stored.spec(name)
         if (np.dtype(dtype), tuple(shape)) != (expected[name][0], tuple(expected[name][1])):
             wrong.append(name)
-        elif name.endswith("_scale") and not np.all(stored.read(name).astype(np.float32) > 0):
+        elif name.endswith("_scale") and not np.all(abs(stored.read(name)) >= MIN_SCALE):
             wrong.append(name)
     detail = f"{len(expected)} tensors as planned" if not wrong else f"wrong: {wrong[:5]}"
     return Check(form.name, "names, shapes, dtypes, scales", not wrong, detail)
