@@ -155,8 +155,8 @@ def test_the_lines_for_transformers_run_in_a_padded_and_in_a_ragged_folder(
         for folder, (code,) in zip(folders, snippets, strict=True)
     )
     found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True,
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}, check=False,
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("Once upon a time") == 2
