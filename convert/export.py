@@ -1,7 +1,7 @@
 """Writing a pruned model in one of the formats that other programs load."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,7 @@ def export_checkpoint(
     target: Path | str,
     form: ExportFormat,
     *,
+    extra_files: Mapping[str, str | Path] | None = None,
     overwrite: bool = False,
     on_layer: Callable[[int], None] | None = None,
 ) -> Path:
@@ -188,6 +189,7 @@ def export_checkpoint(
       widths: channels per layer and expert of `source`, () for dense layers.
       target: folder to make.
       form: the format.
+      extra_files: file name -> content, or path of a file to copy, such as a model card.
       overwrite: replace an existing folder.
       on_layer: called with the index of each finished layer.
 
@@ -200,14 +202,15 @@ def export_checkpoint(
       OSError: if the disk is too small.
     """
     check_widths(base, widths, form)
-    modelling = ragged.MODELLING_FILE
+    file = ragged.MODELLING_FILE
+    modelling = {file.name: file} if form.is_ragged else {}
     return write_folder(
         target,
         export_specs(base, widths, form),
         _tensors(source, base, widths, form, on_layer),
         export_config(base, widths, form),
         base.folder,
-        extra_files={modelling.name: modelling} if form.is_ragged else {},
+        extra_files={**(extra_files or {}), **modelling},
         overwrite=overwrite,
     )
 

@@ -12,17 +12,11 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import check_widths
 from pruning import preflight, stages
 from pruning.plan import PruningPlan
+from pruning.plan_record import recorded_options
 from pruning.progress import Steps
 from pruning.recipe import BUDGETS, CompressionRecipe, Export, load_recipe
 from pruning.sizes import export_sizes, form_of, kept_widths
 from pruning.verify import Check, random_probe, require_verified
-
-# What a plan says about itself under the names that a recipe has for it.
-RECORDED = (
-    "criterion", "attribution", "planner", "width", "cap", "expert_rate", "align", "per_layer",
-    "seed",
-)  # fmt: skip
-RECORDED_OPTIONS = ("weights", "rho_max", "smoothing", "passes")
 
 
 def apply_plan(
@@ -102,11 +96,7 @@ def _recipe(
 ) -> CompressionRecipe:
     """The recipe beside the plan, with what the plan says of itself and what is given on top."""
     said = plan.provenance
-    told = {name: said[name] for name in RECORDED if said.get(name) is not None}
-    options = said.get("planner_options") or {}
-    told |= {name: options[name] for name in RECORDED_OPTIONS if options.get(name) is not None}
-    rates = said.get("layer_rates") or {}
-    told |= {"layer_rate": tuple(f"{layer}={rate}" for layer, rate in rates.items())}
+    told = recorded_options(said)
     told |= {"skip_layers": (), "prune_rate": said.get("prune_rate", 1.0 - plan.keep.mean().item())}
     # Codes chosen on text do not travel with a plan, and blocks follow the group size given now.
     told |= {"quantizer": "rtn", "block": None, "minimum": None}

@@ -12,6 +12,7 @@ import numpy as np
 from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.generate import generate
 from pruning import gptq_stage, planning, preflight, scoring, stages
+from pruning.card_stage import write_card
 from pruning.criteria import channel_scores
 from pruning.gptq_source import layer_errors
 from pruning.plan import PruningPlan
@@ -69,6 +70,8 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     report = _report(job, statistics, plan, sizes, quality, sample, checks, steps)
     report.calibration["stability"] = provenance.get("stability")
     report.quantization.extend(layer_errors(codes))
+    # Before the report, whose presence says that all else is there.
+    _write_cards(job, plan, report)
     report.save(job.output)
     require_verified(checks)
     return report
@@ -99,6 +102,15 @@ def _measure(job: Job, plan: PruningPlan, steps: Steps) -> dict[str, dict[str, d
         for text, value in found.items():
             quality[text][name] = value.to_dict()
     return quality
+
+
+def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None:
+    """Say on the model card of every export what was measured."""
+    for name in job.recipe.export:
+        write_card(
+            job.output / "exports" / name, job.base, plan, form_of(job.recipe, name),
+            quantizer=job.recipe.quantizer, quality=report.quality, evaluation=report.evaluation,
+        )  # fmt: skip
 
 
 def _sample(job: Job, steps: Steps) -> dict:

@@ -1,6 +1,7 @@
 """The pruning plan as a value and as two small files."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from pruning.files import replace_file, replace_text
 
@@ -54,6 +55,17 @@ class PruningPlan:
         """Share of each layer's channel score, all experts pooled, that the plan keeps."""
         return _share(channel, self.keep, axis=(1, 2))
 
+    @property
+    def tensors_hash(self) -> str:
+        """SHA-256 of plan.safetensors, 64 hexadecimal digits."""
+        return hashlib.sha256(save(self._named())).hexdigest()
+
+    def _named(self) -> dict[str, np.ndarray]:
+        return {
+            f"keep.{index}": np.ascontiguousarray(keep)
+            for index, keep in zip(self.layer_indices, self.keep, strict=True)
+        }
+
     def is_same(self, other: "PruningPlan") -> bool:
         """Whether both keep the same channels and say the same about it."""
         return np.array_equal(self.keep, other.keep) and (
@@ -84,10 +96,6 @@ class PruningPlan:
         """
         description, tensors = _files(path)
         description.parent.mkdir(parents=True, exist_ok=True)
-        named = {
-            f"keep.{index}": np.ascontiguousarray(keep)
-            for index, keep in zip(self.layer_indices, self.keep, strict=True)
-        }
         content = {
             "format_version": FORMAT_VERSION,
             "layer_indices": list(self.layer_indices),
@@ -96,7 +104,7 @@ class PruningPlan:
             "provenance": dict(self.provenance),
         }
         text = json.dumps(content, indent=1, default=_plain) + "\n"
-        replace_file(tensors, lambda partial: save_file(named, partial))
+        replace_file(tensors, lambda partial: save_file(self._named(), partial))
         replace_text(description, text)
 
     @classmethod

@@ -1,6 +1,7 @@
 """What a plan says about itself beside the channels it keeps."""
 
 import importlib.metadata
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,12 @@ from pruning.weights import WEIGHTS
 if TYPE_CHECKING:
     from pruning.statistics import ChannelStatistics
 
+# What a plan says about itself under the names that a recipe has for it.
+RECORDED = (
+    "criterion", "attribution", "planner", "width", "cap", "expert_rate", "align", "per_layer",
+    "seed",
+)  # fmt: skip
+RECORDED_OPTIONS = ("weights", "rho_max", "smoothing", "passes")
 # An expert with fewer routed tokens has sums too noisy to be ranked by.
 STARVED_TOKENS = 32
 
@@ -80,3 +87,12 @@ def tool_version() -> str:
     """Version of the installed package; a source tree that was never installed has none."""
     installed = importlib.metadata.distributions(name="moe-jax")
     return next((package.version for package in installed), "source tree")
+
+
+def recorded_options(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a recipe that a plan's provenance states, all but budget, block and minimum."""
+    told = {name: said[name] for name in RECORDED if said.get(name) is not None}
+    options = said.get("planner_options") or {}
+    told |= {name: options[name] for name in RECORDED_OPTIONS if options.get(name) is not None}
+    rates = said.get("layer_rates") or {}
+    return told | {"layer_rate": [f"{layer}={rate}" for layer, rate in rates.items()]}

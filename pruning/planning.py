@@ -1,6 +1,7 @@
 """The plan stage: what a recipe says, as arguments of the planner, and sizes as budgets."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from convert.description import Description
@@ -12,6 +13,13 @@ from pruning.statistics import ChannelStatistics
 from pruning.sweep import nested_plans
 from pruning.targets import plan_for_target
 from pruning.weights import PlannerOptions
+
+# Options of a recipe that decide what is scored, and how.
+SCORING = (
+    "calibration_field", "max_tokens", "window", "dtype", "until_stable", "weights_only",
+    "gradients", "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2",
+)  # fmt: skip
+TEXT_FACTS = ("sha256", "weight", "documents", "tokens")
 
 
 def planner_arguments(recipe: CompressionRecipe, base: Description) -> dict[str, Any]:
@@ -51,7 +59,7 @@ def plan(
     Raises:
       ValueError: an option is infeasible; for a target the message has the nearest feasible size.
     """
-    notes = {"model_hash": provenance["model_hash"], "tokens": int(statistics.total_tokens)}
+    notes = _notes(recipe, statistics, provenance)
     made = functools.partial(
         plan_pruning, statistics, **planner_arguments(recipe, base), provenance=notes
     )
@@ -80,9 +88,26 @@ def plans_of_rates(
     base: Description,
 ) -> list[PruningPlan]:
     """One plan per prune rate, each within the next larger one; the recipe's own rate is unused."""
-    notes = {"model_hash": provenance["model_hash"], "tokens": int(statistics.total_tokens)}
+    notes = _notes(recipe, statistics, provenance)
     arguments = planner_arguments(recipe, base)
     return nested_plans(statistics, rates, **arguments, provenance=notes)
+
+
+def _notes(recipe: CompressionRecipe, statistics: ChannelStatistics, provenance: dict) -> dict:
+    """What a plan records about the model and the text behind it.
+
+    Texts go by their file names and hashes: a plan travels, and their folders mean nothing there.
+    """
+    texts = [
+        {"text": Path(s["path"]).name, **{key: s[key] for key in TEXT_FACTS}}
+        for s in provenance.get("sources", ())
+    ]
+    return {
+        "model_hash": provenance["model_hash"],
+        "tokens": int(statistics.total_tokens),
+        "sources": texts,
+        "scoring": {name: getattr(recipe, name) for name in SCORING},
+    }
 
 
 def _bytes(recipe: CompressionRecipe, base: Description):

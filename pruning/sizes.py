@@ -35,9 +35,7 @@ def export_sizes(
 ) -> dict[str, dict]:
     """Bytes and parameters of each requested export, and of its padded twin, before it is made."""
     widths = kept_widths(plan, base)
-    dense = sum(row.size for row in plan.keep)
-    kept = int(plan.counts.sum())
-    parameters = parameter_count(base) - (dense - kept) * 3 * base.config.d_model
+    parameters = parameters_left(base, plan)
     found = {}
     for name in recipe.export:
         form = form_of(recipe, name)
@@ -57,8 +55,16 @@ def folder_bytes(folder: Path) -> int:
 
 def parameter_count(base: Description) -> int:
     """Weights of a checkpoint, from shapes alone."""
-    shapes = expected_tensors(base.family, base.config, base.widths).values()
-    return sum(map(math.prod, shapes))
+    return _weights(base, base.widths)
+
+
+def parameters_left(base: Description, plan: PruningPlan) -> int:
+    """Weights of a model once a plan has cut channels out, padding not counted."""
+    return _weights(base, kept_widths(plan, base))
+
+
+def _weights(base: Description, widths: Widths) -> int:
+    return sum(map(math.prod, expected_tensors(base.family, base.config, widths).values()))
 
 
 def statistics_bytes(base: Description, recipe: CompressionRecipe) -> int:

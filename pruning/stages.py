@@ -13,8 +13,10 @@ from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
 from pruning.calibration import TextSource, TokenBatch, calibration_batch, hold_out, token_stream
+from pruning.card_stage import card_files
 from pruning.channel_criteria import CHANNEL_CRITERIA
 from pruning.criteria import require_data_free
+from pruning.demo import DEMO
 from pruning.evaluate import Quality, Reference, Windows, evaluate, make_windows
 from pruning.expert_criteria import expert_criterion
 from pruning.gptq_source import CodedSource
@@ -31,7 +33,6 @@ from pruning.tokenizer import TextCodec, open_codec
 from pruning.verify import Check, verify_folder
 from pruning.weights import WEIGHTS
 
-DEMO = Path(__file__).parent / "demo"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -204,7 +205,7 @@ def export(
     codes: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write one export of a plan; `codes` as for `pruned_source`."""
+    """Write one export of a plan with its model card; `codes` as for `pruned_source`."""
     plan.require_model(base.fingerprint)
     source = pruned_source(base, plan, form, codes)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -215,6 +216,7 @@ def export(
             kept_widths(plan, base),
             target,
             form,
+            extra_files=card_files(base, plan, form, quantizer="gptq" if codes else "rtn"),
             overwrite=overwrite,
             on_layer=lambda index: on_step(index + 1, len(base)),
         )

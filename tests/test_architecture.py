@@ -17,7 +17,7 @@ FILES = {
 GLUE = {"pipeline", "cli", "commands", "__main__", "evaluate", "stages", "verify", "demo"}
 GLUE |= {"preflight", "sizes", "gptq_stage", "audit_stage", "compare"}
 GLUE |= {"scoring", "planning", "parts", "apply_stage", "sweep_stage"}
-GLUE |= {"clients", "estimate", "stored"}
+GLUE |= {"clients", "estimate", "stored", "card_stage"}
 
 
 def imports(name: str) -> set[str]:

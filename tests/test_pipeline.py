@@ -95,6 +95,30 @@ def test_the_report_says_what_is_on_disk_and_every_check_holds(output):
     assert quality["ragged-bf16"]["nll"] == pytest.approx(quality["pruned"]["nll"], abs=1e-4)
 
 
+def test_the_model_card_of_an_export_says_what_was_measured_of_it(output):
+    report = json.loads((output / "report.json").read_text())
+    ((text, quality),) = report["quality"].items()
+    for name in ("ragged-int4", "ragged-bf16"):
+        folder = output / "exports" / name
+        _, front, card = (folder / "README.md").read_text().split("---\n", 2)
+        front = yaml.safe_load(front)
+        assert front["license"] == "apache-2.0" and name.partition("-")[2] in front["tags"]
+        base = (DEMO / "model" / "README.md").read_bytes()
+        assert (folder / "BASE_README.md").read_bytes() == base
+        rows = [line.strip("| ").split(" | ") for line in card.splitlines()
+                if line.startswith(f"| {text} | ")]  # fmt: skip
+        assert [cells[1] for cells in rows] == ["dense", "pruned", name]
+        for cells in rows:
+            found = quality[cells[1]]
+            assert cells[2:4] == [f"{found['perplexity']:.3f}", f"{found['nll']:.4f}"]
+            if found["kl"] is not None:
+                assert cells[4:6] == [f"{found['kl']:.4f}", f"{100 * found['top1']:.1f}%"]
+            assert cells[6] == f"{found['tokens']:,}"
+        size = report["sizes"]["exports"][name]
+        assert f" | {size['bytes']:,} |" in card and f" | {size['parameters']:,} |" in card
+        assert "Nothing was measured" not in card
+
+
 def test_a_second_run_into_the_same_folder_is_refused(output, text, capsys):
     assert run("compress", "demo", "--output", output, "--evaluation", text) == 2
     assert "already exists" in capsys.readouterr().err
