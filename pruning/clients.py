@@ -123,6 +123,9 @@ RULES: tuple[Rule, ...] = (
     Rule(TORCH, "yes", _integer4, "needs compressed-tensors; dequantised at load, no memory saved"),
     Rule((LLAMA,), "yes", lambda c: not _is(c, "qwen3_moe"),
          "through its own converter, which was run with qwen3_moe only"),
+    Rule((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
+         "its converter dequantises; Q4_0 of its f16 file has the very same weights, if these were "
+         "rounded to nearest"),
     Rule((LLAMA,), "yes", _integer4,
          "its converter dequantises; its own 4 bits round a second time"),
     Rule((LLAMA,), "yes", lambda c: c.width % 256 != 0 or c.config.d_model % 256 != 0,
