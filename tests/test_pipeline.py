@@ -131,6 +131,7 @@ def test_stages_read_what_the_stage_before_wrote(output, text, tmp_path, capsys)
     assert "ragged-int4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pruning_what_matters_least_costs_clearly_less_than_pruning_at_random(
     output, text, tmp_path
 ):
