@@ -1,6 +1,7 @@
 """Positions of a batch, and grouped-query attention with an optional key/value cache."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ class KVCache:
     length: Array
 
 
+@partial(jax.jit, static_argnames=("attention", "max_position", "length"))
 def make_context(
     attention: AttentionConfig | LatentAttentionConfig,
     max_position: int,

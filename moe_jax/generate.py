@@ -9,7 +9,7 @@ from jax import Array
 
 from moe_jax.attention import KVCache, init_cache, make_context
 from moe_jax.stream import LayerSource
-from moe_jax.transformer import DecoderLayer
+from moe_jax.transformer import DecoderLayer, Head
 
 
 @jax.jit
@@ -70,7 +70,7 @@ def generate(
         x = model.embedding(current, dtype)
         for index in range(len(model)):
             x, caches[index] = _step(model.layer(index), x, context, caches[index])
-        logits = model.head(x[:, -1])
+        logits = _next_logits(model.head, x)
         key, now = jax.random.split(key)
         chosen = _choose(logits, now, temperature, top_k)
         for row, token in zip(written, np.asarray(chosen).tolist(), strict=True):
@@ -81,6 +81,11 @@ def generate(
         position = context.position[:, -1] + 1
         current, mask = chosen[:, None], jnp.ones((len(prompts), 1), bool)
     return written
+
+
+@jax.jit
+def _next_logits(head: Head, x: Array) -> Array:  # [B, T, D] -> [B, V]
+    return head(x[:, -1])
 
 
 def _choose(logits: Array, key: Array, temperature: float, top_k: int) -> Array:  # [B, V] -> [B]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -36,10 +37,12 @@ def text() -> tuple[np.ndarray, np.ndarray]:
     return unequal_text()
 
 
-def whole_loss(model: Transformer, tokens, valid) -> float:
-    logits = model(jnp.asarray(tokens), jnp.asarray(valid))[:, :-1]
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(tokens[:, 1:]))
-    return float(jnp.where(valid[:, 1:], nll, 0).sum())
+@jax.jit
+def whole_loss(model: Transformer, tokens, valid) -> jax.Array:
+    nll = optax.softmax_cross_entropy_with_integer_labels(
+        model(tokens, valid)[:, :-1], tokens[:, 1:]
+    )
+    return jnp.where(valid[:, 1:], nll, 0).sum()
 
 
 def without(model: Transformer, one: Ablation) -> Transformer:
@@ -70,7 +73,8 @@ def without(model: Transformer, one: Ablation) -> Transformer:
 
 @pytest.fixture(scope="module")
 def expected(model, text) -> tuple[float, list[float]]:
-    return whole_loss(model, *text), [whole_loss(without(model, a), *text) for a in ABLATIONS]
+    losses = [float(whole_loss(without(model, a), *text)) for a in ABLATIONS]
+    return float(whole_loss(model, *text)), losses
 
 
 def test_every_ablated_loss_is_that_of_a_model_changed_by_hand(model, text, expected):

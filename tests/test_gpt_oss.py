@@ -15,7 +15,7 @@ from convert import CheckpointError, find_family, layer_tensors, load_model, ope
 from convert.export import ExportFormat, export_checkpoint
 from moe_jax.attention import make_context
 from moe_jax.norm import rms_norm
-from moe_jax.stream import forward_hidden
+from moe_jax.stream import forward_hidden, layer_forward
 from pruning.ablation import Ablation, ablate
 from pruning.collect import collect_statistics
 from pruning.evaluate import logits
@@ -167,10 +167,14 @@ def expert_inputs(model, tokens, valid):
     """Each layer, the normalised input of its experts, the block output: float64 [B, T, D]."""
     context = make_context(model.config.attention, model.config.max_position, jnp.asarray(valid))
     x = model.embedding(jnp.asarray(tokens), jnp.float32)
-    for layer in model.layers:
+
+    @jax.jit
+    def run(layer, x):
         middle = layer.attend(x, context)[0]
-        x = layer(x, context)
-        normed = rms_norm(middle, layer.mlp_norm, layer.norm_eps)
+        return rms_norm(middle, layer.mlp_norm, layer.norm_eps), layer(x, context)
+
+    for layer in model.layers:
+        normed, x = run(layer, x)
         yield layer, np.asarray(normed, np.float64), np.asarray(x, np.float64)
 
 
@@ -313,7 +317,7 @@ def test_a_constant_in_place_of_an_expert_is_its_whole_mean_output(model, plan, 
     context = make_context(model.config.attention, 64, jnp.asarray(valid))
     x = model.embedding(jnp.asarray(tokens), jnp.float32)
     for layer in layers:
-        x = layer(x, context)
+        x = layer_forward(layer, x, context)
     np.testing.assert_allclose(found[valid], np.asarray(x)[valid], rtol=1e-4, atol=1e-5)
 
 

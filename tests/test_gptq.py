@@ -16,7 +16,6 @@ from moe_jax.quant import dequantize
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import layer_forward
 from moe_jax.transformer import init
-from pruning.cli import main
 from pruning.evaluate import logits
 from pruning.gptq import gptq_layer
 from pruning.gptq_source import CodedSource, batches, quantize_model, read_summary
@@ -24,8 +23,9 @@ from pruning.moments import attention_moments, expert_moments
 from pruning.plan import PruningPlan
 from pruning.prune import PrunedSource
 from pruning.recipe import CompressionRecipe
-from pruning.stages import DEMO, open_job
+from pruning.stages import open_job
 from tests import tiny
+from tests.command import given, run
 from tests.test_attribution import CONFIG
 from tests.test_families import unpack
 
@@ -201,14 +201,12 @@ def test_one_window_is_too_little_text(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.slow
-def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text(next(DEMO.glob("text/evaluation-*.txt")).read_text()[:3000])
+def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
+    models, texts, tmp_path
+):
     out = tmp_path / "out"
-    code = main(["--quiet", "compress", "demo", "--output", str(out), "--evaluation", str(text),
-                 "--quantizer", "gptq", "--max-tokens", "4096", "--batch", "4"])  # fmt: skip
-    assert code == 0
+    arguments = (*given(texts, out), "--evaluation", texts / "good.txt", "--quantizer", "gptq")
+    assert run("--quiet", "compress", models / "single", *arguments) == 0
     report = json.loads((out / "report.json").read_text())
     assert all(check["ok"] for check in report["verification"])
     summary = json.loads((out / "gptq" / "gptq.json").read_text())
@@ -216,8 +214,8 @@ def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(t
     first = load_file(out / "exports" / "ragged-int4" / "model.safetensors")
     stamp = (out / "gptq" / "gptq.json").stat().st_mtime_ns
     moved = out.rename(tmp_path / "moved")
-    assert main(["--quiet", "export", str(moved), "--overwrite"]) == 0
-    assert main(["--quiet", "verify", str(moved)]) == 0
+    assert run("--quiet", "export", moved, "--overwrite") == 0
+    assert run("--quiet", "verify", moved) == 0
     assert (moved / "gptq" / "gptq.json").stat().st_mtime_ns == stamp
     again = load_file(moved / "exports" / "ragged-int4" / "model.safetensors")
     assert first.keys() == again.keys()

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -32,24 +33,25 @@ def text() -> tuple[np.ndarray, np.ndarray]:
     return unequal_text()
 
 
-def scaled_loss(model: Transformer, text, gates: np.ndarray) -> float:
-    """Loss of the model whose w_down rows are multiplied by the gates [L, E] of their experts."""
+@jax.jit
+def token_losses(model: Transformer, tokens, valid, gates) -> jax.Array:
+    """Losses [B, T - 1] of the model with each expert's w_down rows times its gate [L, E]."""
     layers, slot = list(model.layers), 0
     for index in CONFIG.moe_layers:
         layer = layers[index]
         experts = layer.mlp.experts
-        down = experts.w_down * jnp.repeat(jnp.asarray(gates[slot], jnp.float32), F)[:, None]
+        down = experts.w_down * jnp.repeat(gates[slot], F)[:, None]
         mlp = dataclasses.replace(layer.mlp, experts=dataclasses.replace(experts, w_down=down))
         layers[index] = dataclasses.replace(layer, mlp=mlp)
         slot += 1
-    tokens, valid = text
-    logits = dataclasses.replace(model, layers=tuple(layers))(
-        jnp.asarray(tokens), jnp.asarray(valid)
-    )
-    nll = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1], jnp.asarray(tokens[:, 1:])
-    )
-    return float(np.where(valid[:, 1:], np.asarray(nll, np.float64), 0).sum())
+    logits = dataclasses.replace(model, layers=tuple(layers))(tokens, valid)
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+
+
+def scaled_loss(model: Transformer, text, gates: np.ndarray) -> float:
+    """Loss of the model whose w_down rows are multiplied by the gates [L, E] of their experts."""
+    nll = token_losses(model, *text, gates.astype(np.float32))
+    return float(np.where(text[1][:, 1:], np.asarray(nll, np.float64), 0).sum())
 
 
 def bumped(gates: np.ndarray, slot: int, expert: int, by: float) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from convert import find_family, load_model
 from convert.families.hf_config import rope_config
 from moe_jax.attention import make_context
 from moe_jax.generate import generate
+from moe_jax.stream import layer_forward
 from tests import tiny
 
 LENGTH = 40
@@ -47,6 +49,9 @@ def one_layer(family: str, **config):
     return tiny.tiny_model(family, num_hidden_layers=1, head_dim=16, **config)
 
 
+forward = jax.jit(lambda model, tokens: model(tokens))
+
+
 def some_tokens(length: int) -> np.ndarray:
     return np.random.default_rng(2).integers(0, 96, (1, length)).astype(np.int32)
 
@@ -62,7 +67,7 @@ def test_logits_equal_transformers(family, kind, tmp_path):
     model = one_layer(family, rope_parameters=dict(rope))
     tokens = some_tokens(LENGTH)
     theirs = their_logits(model, tokens)
-    ours = load_model(tiny.save(model, tmp_path / "model"))(tokens)
+    ours = forward(load_model(tiny.save(model, tmp_path / "model")), tokens)
     # float32 sums of some hundred terms in another order
     np.testing.assert_allclose(ours, theirs, atol=5e-5, rtol=1e-5)
     plain = their_logits(one_layer(family, rope_parameters={"rope_type": "default"}), tokens)
@@ -72,7 +77,7 @@ def test_logits_equal_transformers(family, kind, tmp_path):
 def test_partial_rotation_of_the_default_kind_is_ignored_as_transformers_ignores_it(tmp_path):
     rope = {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5}
     model, tokens = one_layer("qwen3_moe", rope_parameters=rope), some_tokens(LENGTH)
-    ours = load_model(tiny.save(model, tmp_path / "model"))(tokens)
+    ours = forward(load_model(tiny.save(model, tmp_path / "model")), tokens)
     np.testing.assert_allclose(ours, their_logits(model, tokens), atol=5e-5, rtol=1e-5)
 
 
@@ -86,7 +91,7 @@ def test_each_call_is_rotated_for_its_own_length(kind, tmp_path):
     for length in (12, 37, 12):
         tokens = some_tokens(37)[:, :length]
         found[length] = their_logits(model, tokens)
-        np.testing.assert_allclose(ours(tokens), found[length], atol=5e-5, rtol=1e-5)
+        np.testing.assert_allclose(forward(ours, tokens), found[length], atol=5e-5, rtol=1e-5)
     assert np.abs(found[37][:, :12] - found[12]).max() > 1e-2
 
 
@@ -98,7 +103,7 @@ def test_a_context_made_for_a_longer_text_is_the_prefix_of_that_text(kind, tmp_p
     ours, tokens = load_model(tiny.save(model, tmp_path / "model")), some_tokens(37)
     c = ours.config
     context = make_context(c.attention, c.max_position, jnp.ones((1, 12), bool), length=37)
-    x = ours.layers[0](ours.embedding(tokens[:, :12], jnp.float32), context)
+    x = layer_forward(ours.layers[0], ours.embedding(tokens[:, :12], jnp.float32), context)
     theirs = their_logits(model, tokens)[:, :12]  # causal: what follows changes only the rope
     np.testing.assert_allclose(ours.head(x), theirs, atol=5e-5, rtol=1e-5)
 

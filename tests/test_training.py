@@ -1,5 +1,6 @@
 """The training loop: it learns, it resumes bit for bit, and its losses follow by hand."""
 
+import functools
 import time
 
 import jax
@@ -175,17 +176,17 @@ def test_balance_loss_follows_by_hand_and_ignores_padding():
 
 def test_the_language_model_loss_predicts_each_token_from_those_before(model):
     big = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim == 2 else leaf, model)
-    logits = np.asarray(big(jnp.asarray(TOKENS)), np.float64)
+    logits = np.asarray(jax.jit(lambda model: model(TOKENS))(big), np.float64)
     nll = []
     for row, line in zip(TOKENS, logits, strict=True):
         for t in range(len(row) - 1):
             nll.append(np.log(np.exp(line[t]).sum()) - line[t, row[t + 1]])
-    loss, metrics = language_model_loss(big, jnp.asarray(TOKENS), balance_weight=0.5)
+    loss, metrics = jax.jit(functools.partial(language_model_loss, balance_weight=0.5))(big, TOKENS)
     np.testing.assert_allclose(metrics["nll"], np.mean(nll), rtol=1e-4)
     assert abs(np.mean(nll) - np.log(16)) > 0.1  # the model is not indifferent
     np.testing.assert_allclose(loss, metrics["nll"] + 0.5 * metrics["balance"], rtol=1e-6)
-    _, (trace,) = big.hidden(jnp.asarray(TOKENS))
-    load = np.bincount(np.asarray(trace.expert).ravel(), minlength=4)
+    expert = jax.jit(lambda model: model.hidden(TOKENS)[1][0].expert)(big)
+    load = np.bincount(np.asarray(expert).ravel(), minlength=4)
     np.testing.assert_allclose(metrics["idlest"], load.min() / load.mean(), rtol=1e-6)
 
 
