@@ -1,13 +1,15 @@
 """Small pruned models in every export format, as every client can load them, and our logits."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from convert import find_family, open_checkpoint
+from convert import open_checkpoint
 from convert.export import ExportFormat, export_checkpoint
 from pruning.evaluate import logits
 from pruning.plan import PruningPlan
@@ -18,9 +20,9 @@ from tests import tiny
 TOKENS = np.random.default_rng(1).integers(0, 256, (2, 10)).astype(np.int32)
 # Channels of the eight experts of two layers: whole groups, experts without any, one width of 64.
 COUNTS = np.array([[0, 32, 64, 32, 32, 64, 0, 32], [32, 32, 32, 32, 0, 32, 64, 32]])
-# 256 byte tokens. vLLM's attention on a CPU needs heads of 32 or more.
+# More rows than tokens, as in published models; vLLM on a CPU needs heads of 32 or more.
 SIZES = {
-    "vocab_size": 256,
+    "vocab_size": 288,
     "hidden_size": 128,
     "intermediate_size": 128,
     "moe_intermediate_size": 96,
@@ -41,13 +43,14 @@ LATENT = {
 }
 FAMILIES: dict[str, dict] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 64},
-    "qwen3_moe": {},
+    "qwen3_moe": {"norm_topk_prob": True},  # as published; llama.cpp renormalises regardless
     "mixtral": {"intermediate_size": 96},
     "olmoe": {"intermediate_size": 96},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "q_lora_rank": 64},
     "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 1},
-    "gpt_oss": {"intermediate_size": 96, "head_dim": 64},
+    # Only transformers 5 reads the limit from the config.
+    "gpt_oss": {"intermediate_size": 96, "head_dim": 64, "swiglu_limit": 7.0},
 }
 
 
@@ -98,6 +101,16 @@ def _published(family: str, folder: Path) -> Path:
             parameter.data.mul_(0.35)  # a gain of about one per matrix
     if family == "deepseek_v3":
         model.config.topk_method, model.config.scoring_func = "noaux_tc", "sigmoid"
-    tiny.add_tokenizer(tiny.save(tiny.half(model), folder))
-    assert find_family(family).formats
+    _add_tokenizer(tiny.save(tiny.half(model), folder))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}  # another adds tokens of its own
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
     return folder
+
+
+def _add_tokenizer(folder: Path) -> None:
+    """Bytes and, since llama.cpp refuses a tokenizer that merges nothing, one pair of them."""
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary | {"ab": len(vocabulary)}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))

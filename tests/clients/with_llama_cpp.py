@@ -4,10 +4,13 @@ llama.cpp's own converter writes the GGUF file, in float32; of it only the recog
 tokenizers is replaced, since a tokenizer made for a test is none of them.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+
+LETTER = 68  # "e"
 
 
 def convert(folder: Path, target: Path, converter: Path) -> None:
@@ -31,10 +34,13 @@ def next_token(server, prompt: list[int], vocabulary: int) -> np.ndarray:
             "temperature": 0.0,
             "cache_prompt": False,
             "post_sampling_probs": False,
+            # The server reports nothing for a token that ends amid a character, so let it take a
+            # letter; what it reports is before any bias.
+            "logit_bias": [[LETTER, 100.0]],
         }
     )
     found = np.full(vocabulary, np.nan, np.float32)
-    for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+    for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         found[entry["id"]] = entry["logprob"]
     return found
 
@@ -52,8 +58,11 @@ def main(folder: str, tokens: str, out: str) -> None:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
-    rows = np.load(tokens).tolist()
-    found = [[next_token(server, row[: t + 1], 256) for t in range(len(row))] for row in rows]
+    vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+    found = [
+        [next_token(server, row[: t + 1], vocabulary) for t in range(len(row))]
+        for row in np.load(tokens).tolist()
+    ]
     np.savez(out, logprobs=np.array(found))
 
 

@@ -1,6 +1,8 @@
 """Run in the environment of transformers: FOLDER TOKENS.npy OUT.npz -> its logits in float32."""
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,9 +11,12 @@ from transformers import AutoModelForCausalLM
 
 def main(folder: str, tokens: str, out: str) -> None:
     """Load as a user would, run once, write the logits."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    # MXFP4 is dequantised to bfloat16 whatever is asked for, which holds its numbers exactly.
+    is_float4 = config.get("quantization_config", {}).get("quant_method") == "mxfp4"
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=torch.bfloat16 if is_float4 else torch.float32,
         trust_remote_code=True,
         attn_implementation="eager",
         output_loading_info=True,
@@ -20,7 +25,7 @@ def main(folder: str, tokens: str, out: str) -> None:
     if wrong:
         raise SystemExit(f"not loaded cleanly: {wrong}")
     with torch.no_grad():
-        found = model.eval()(torch.from_numpy(np.load(tokens)).long()).logits
+        found = model.float().eval()(torch.from_numpy(np.load(tokens)).long()).logits
     np.savez(out, logits=found.float().numpy())
 
 

@@ -1,7 +1,9 @@
 """Run in the environment of vLLM's CPU build: FOLDER TOKENS.npy OUT.npz -> log-probabilities."""
 
+import json
 import os
 import sys
+from pathlib import Path
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
@@ -11,6 +13,7 @@ from vllm import LLM, SamplingParams
 
 def main(folder: str, tokens: str, out: str) -> None:
     """Load, score the prompts and the token after each; what follows the last is one generated."""
+    vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     model = LLM(
         folder,
         dtype="float32",
@@ -18,13 +21,17 @@ def main(folder: str, tokens: str, out: str) -> None:
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=64,
-        max_logprobs=256,
+        max_logprobs=vocabulary,
     )
     rows = np.load(tokens).tolist()
     settings = SamplingParams(
-        temperature=0.0, max_tokens=1, logprobs=256, prompt_logprobs=256, detokenize=False
+        temperature=0.0,
+        max_tokens=1,
+        logprobs=vocabulary,
+        prompt_logprobs=vocabulary,
+        detokenize=False,
     )
-    found = np.full((len(rows), len(rows[0]), 256), np.nan, np.float32)
+    found = np.full((len(rows), len(rows[0]), vocabulary), np.nan, np.float32)
     for row, answer in enumerate(model.generate([{"prompt_token_ids": r} for r in rows], settings)):
         # entry t of the prompt is what its tokens before t say, and the first has none
         for place, entries in enumerate(
