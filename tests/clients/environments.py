@@ -1,6 +1,7 @@
 """One virtual environment per client, made once and kept in a cache folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,5 +125,5 @@ def run_client(client: Client, environment: Path, folder: Path, tokens: Path, ou
         )
     if done.returncode == 0 and out.exists():
         return ""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else f"ended with code {done.returncode}"
+    raised = re.findall(r"\b\w+(?:Error|Exception): .+", log.read_text(errors="replace"))
+    return raised[-1].strip() if raised else f"ended with code {done.returncode}"
