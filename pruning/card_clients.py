@@ -50,7 +50,7 @@ def loading(form: str, clients: Mapping[str, tuple[str, str]], *, has_tokenizer:
 def _transformers(form: str, loads: set[str], has_tokenizer: bool) -> str:
     packages = '"transformers>=4.57"' if T4 in loads else '"transformers>=5.20"'
     if form.endswith("int4"):
-        packages += ' "compressed-tensors>=0.17"'
+        packages += ' "compressed-tensors>=0.17" accelerate'
     trust = ", trust_remote_code=True" if form.startswith("ragged") else ""
     load = f'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto"{trust})'
     if has_tokenizer:
