@@ -45,12 +45,25 @@ FAMILIES: dict[str, dict] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 64},
     "qwen3_moe": {"norm_topk_prob": True},  # as published; llama.cpp renormalises regardless
     "mixtral": {"intermediate_size": 96},
-    "olmoe": {"intermediate_size": 96},
-    "deepseek_v2": LATENT,
+    "olmoe": {"intermediate_size": 96, "num_key_value_heads": 4},  # llama.cpp has no groups here
+    "deepseek_v2": LATENT | {"q_lora_rank": 64},  # which llama.cpp expects unless layers are 27
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "q_lora_rank": 64},
     "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 1},
-    # Only transformers 5 reads the limit from the config.
-    "gpt_oss": {"intermediate_size": 96, "head_dim": 64, "swiglu_limit": 7.0},
+    # Only transformers 5 reads the limit from the config; llama.cpp always truncates YaRN's bounds.
+    "gpt_oss": {
+        "intermediate_size": 96,
+        "head_dim": 64,
+        "swiglu_limit": 7.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": True,
+            "original_max_position_embeddings": 4096,
+        },
+    },
 }
 
 
@@ -113,4 +126,6 @@ def _add_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary | {"ab": len(vocabulary)}, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # llama.cpp's converter looks these up for GLM-4.
+    tokenizer.add_special_tokens(["[gMASK]", "<|endoftext|>", "<|user|>", "<|observation|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
