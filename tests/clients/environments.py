@@ -128,5 +128,7 @@ def run_client(client: Client, environment: Path, folder: Path, tokens: Path, ou
         )
     if done.returncode == 0 and out.exists():
         return ""
-    raised = re.findall(r"\b\w+(?:Error|Exception): .+", log.read_text(errors="replace"))
+    # Loggers name exceptions that were dealt with, too, but not at the start of a line.
+    pattern = r"^(?:\[rank0\]: )?(\w*(?:Error|ERROR|Exception)\b.*)"
+    raised = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
     return raised[-1].strip() if raised else f"ended with code {done.returncode}"

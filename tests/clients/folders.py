@@ -46,7 +46,8 @@ FAMILIES: dict[str, dict] = {
     "qwen3_moe": {"norm_topk_prob": True},  # as published; llama.cpp renormalises regardless
     "mixtral": {"intermediate_size": 96},
     "olmoe": {"intermediate_size": 96, "num_key_value_heads": 4},  # llama.cpp has no groups here
-    "deepseek_v2": LATENT | {"q_lora_rank": 64},  # which llama.cpp expects unless layers are 27
+    # llama.cpp expects narrow queries unless there are 27 layers, vLLM groups even if one.
+    "deepseek_v2": LATENT | {"q_lora_rank": 64, "n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "q_lora_rank": 64},
     "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 1},
     # Only transformers 5 reads the limit from the config; llama.cpp always truncates YaRN's bounds.

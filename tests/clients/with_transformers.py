@@ -24,8 +24,9 @@ def main(folder: str, tokens: str, out: str) -> None:
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
         raise SystemExit(f"not loaded cleanly: {wrong}")
+    model = model.float() if is_float4 else model
     with torch.no_grad():
-        found = model.float().eval()(torch.from_numpy(np.load(tokens)).long()).logits
+        found = model.eval()(torch.from_numpy(np.load(tokens)).long()).logits
     np.savez(out, logits=found.float().numpy())
 
 
