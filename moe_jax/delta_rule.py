@@ -1,0 +1,76 @@
+"""The gated delta rule: a matrix that tokens read, forget and correct, computed chunk by chunk."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+CHUNK = 64  # tokens: products of [CHUNK, CHUNK] against that many reads of the state
+
+_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def gated_delta_rule(
+    query: Array, key: Array, value: Array, log_decay: Array, strength: Array, state: Array
+) -> tuple[Array, Array]:
+    """Read a state after each token has corrected what it holds under the token's key.
+
+    Token t turns the state S into S' = exp(g) S, then S' + k (b (v - k S')), and reads q S of that.
+    A token with k = 0 or b = 0, and g = 0, leaves the state alone. Axes: K key heads, each shared
+    by R value heads; H width of a key, U of a value.
+
+    Args:
+      query, key: float32 [B, T, K, H].
+      value: float32 [B, T, K, R, U].
+      log_decay: g, float32 [B, T, K, R], at most 0.
+      strength: b, float32 [B, T, K, R], in [0, 1].
+      state: float32 [B, K, R, H, U].
+
+    Returns:
+      (float32 [B, T, K, R, U], the state after the last token).
+
+    Source: Gated Delta Networks, arXiv:2412.06464, section 3.
+    """
+    length = query.shape[1]
+    chunk = min(CHUNK, length)
+    missing = -length % chunk
+
+    def in_chunks(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    tokens = tuple(map(in_chunks, (query, key, value, log_decay, strength)))
+    # Without the checkpoint a backward pass would hold the [chunk, chunk] matrices of all chunks.
+    state, out = jax.lax.scan(jax.checkpoint(_advance), state, tokens)
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], state
+
+
+def _advance(state: Array, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
+    """One chunk: (state before, tokens) -> (state after, what they read).
+
+    With c the summed log decays of the chunk, what token i writes under its key is
+    u_i = b_i (v_i - exp(c_i) k_i S - sum over j < i of exp(c_i - c_j) (k_i . k_j) u_j): a triangular
+    system in u, after which states and reads are sums over u.
+    """
+    q, k, v, log_decay, strength = tokens  # [B, C, K, H], same, [B, C, K, R, U], [B, C, K, R], same
+    total = jnp.moveaxis(jnp.cumsum(log_decay, axis=1), 1, -1)  # [B, K, R, C]
+    b = jnp.moveaxis(strength, 1, -1)
+    past = jnp.tril(jnp.ones((1, 1, 1, q.shape[1], q.shape[1]), bool))
+    # Masked before the exponential: of a pair in the wrong order it could overflow.
+    between = jnp.exp(jnp.where(past, total[..., :, None] - total[..., None, :], -math.inf))
+    since_start = jnp.exp(total)
+    predicted = _einsum("bikh,bkrhu->bkriu", k, state) * since_start[..., None]
+    wanted = (jnp.moveaxis(v, 1, 3) - predicted) * b[..., None]
+    overlap = _einsum("bikh,bjkh->bkij", k, k)[:, :, None] * between * b[..., None]
+    # Of the matrix only what lies below the diagonal is read; the diagonal counts as one.
+    written = jax.scipy.linalg.solve_triangular(overlap, wanted, lower=True, unit_diagonal=True)
+    seen = _einsum("bikh,bjkh->bkij", q, k)[:, :, None] * between
+    out = _einsum("bikh,bkrhu->bkriu", q, state) * since_start[..., None]
+    out = out + _einsum("bkrij,bkrju->bkriu", seen, written)
+    kept = jnp.exp(total[..., -1:] - total)  # of each token's write, to the end of the chunk
+    state = state * since_start[..., -1, None, None]
+    state = state + _einsum("bjkh,bkrju->bkrhu", k, written * kept[..., None])
+    return state, jnp.moveaxis(out, 3, 1)
