@@ -163,10 +163,10 @@ def _extra_layers(family: Family, hf: dict, config: ModelConfig, names: Iterable
     """Tensors of the layers after the last that predict further tokens."""
     if family.extra_layers is None:
         return []
-    prefixes = (family.extra_prefix,)
-    if family.extra_prefix is None:
-        stop = config.num_layers + (hf.get(family.extra_layers) or 0)
-        prefixes = tuple(f"model.layers.{index}." for index in range(config.num_layers, stop))
+    stop = config.num_layers + (hf.get(family.extra_layers) or 0)
+    prefixes = tuple(f"model.layers.{index}." for index in range(config.num_layers, stop))
+    if family.extra_prefix is not None:
+        prefixes = (family.extra_prefix,)
     return [name for name in names if name.startswith(prefixes)] if prefixes else []
 
 

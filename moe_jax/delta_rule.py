@@ -51,17 +51,19 @@ def gated_delta_rule(
 def _advance(state: Array, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
     """One chunk: (state before, tokens) -> (state after, what they read).
 
-    With c the summed log decays of the chunk, what token i writes under its key is
-    u_i = b_i (v_i - exp(c_i) k_i S - sum over j < i of exp(c_i - c_j) (k_i . k_j) u_j): a triangular
-    system in u, after which states and reads are sums over u.
+    With c the sums of the chunk's log decays g, what token i writes under its key is
+    u_i = b_i (v_i - exp(c_i) k_i S - sum over j < i of exp(c_i - c_j) (k_i . k_j) u_j), a
+    triangular system in u; states and reads are sums over u.
     """
     q, k, v, log_decay, strength = tokens  # [B, C, K, H], same, [B, C, K, R, U], [B, C, K, R], same
-    total = jnp.moveaxis(jnp.cumsum(log_decay, axis=1), 1, -1)  # [B, K, R, C]
-    b = jnp.moveaxis(strength, 1, -1)
+    g, b = jnp.moveaxis(log_decay, 1, -1), jnp.moveaxis(strength, 1, -1)  # [B, K, R, C]
     past = jnp.tril(jnp.ones((1, 1, 1, q.shape[1], q.shape[1]), bool))
-    # Masked before the exponential: of a pair in the wrong order it could overflow.
-    between = jnp.exp(jnp.where(past, total[..., :, None] - total[..., None, :], -math.inf))
-    since_start = jnp.exp(total)
+    # Each sum c_i - c_j by itself: the difference of two sums would lose what one token that
+    # forgets all leaves of the digits. Masked before the exponential, whose gradient stays finite.
+    later = jnp.tril(past, -1)
+    sums = jnp.cumsum(jnp.where(later, g[..., :, None], 0), axis=-2)
+    between = jnp.exp(jnp.where(past, sums, -math.inf))  # [B, K, R, C, C]
+    since_start = jnp.exp(jnp.cumsum(g, axis=-1))
     predicted = _einsum("bikh,bkrhu->bkriu", k, state) * since_start[..., None]
     wanted = (jnp.moveaxis(v, 1, 3) - predicted) * b[..., None]
     overlap = _einsum("bikh,bjkh->bkij", k, k)[:, :, None] * between * b[..., None]
@@ -70,7 +72,7 @@ def _advance(state: Array, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
     seen = _einsum("bikh,bjkh->bkij", q, k)[:, :, None] * between
     out = _einsum("bikh,bkrhu->bkriu", q, state) * since_start[..., None]
     out = out + _einsum("bkrij,bkrju->bkriu", seen, written)
-    kept = jnp.exp(total[..., -1:] - total)  # of each token's write, to the end of the chunk
+    kept = written * between[..., -1, :, None]  # until the end of the chunk
     state = state * since_start[..., -1, None, None]
-    state = state + _einsum("bjkh,bkrju->bkrhu", k, written * kept[..., None])
+    state = state + _einsum("bjkh,bkrju->bkrhu", k, kept)
     return state, jnp.moveaxis(out, 3, 1)
