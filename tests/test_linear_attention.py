@@ -62,6 +62,15 @@ def test_chunks_are_the_loop_over_tokens(length, seed, decay):
         np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=3e-5 * np.abs(exact).max())
 
 
+def test_one_key_repeated_and_never_forgotten_stays_exact():
+    """The system of a chunk is then all ones, of whose powers the entries are binomials."""
+    given = inputs(2 * CHUNK, seed=1)
+    given["key"][:] = given["key"][:1, :1, :1]
+    given["log_decay"][:], given["strength"][:] = 0, 1
+    for ours, exact in zip(rule(**given), loop_over_tokens(**given), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-5)
+
+
 def torch_rule(function, tensors):
     """A rule of transformers on our layout of heads: [value, then state]."""
     query, key, value, log_decay, strength, state = tensors
