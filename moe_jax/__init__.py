@@ -1,5 +1,6 @@
 """Mixture-of-Experts transformers as pytrees with a pure call."""
 
+from moe_jax.checkpointing import restore_model, save_model
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.quant import QTensor
 from moe_jax.transformer import DecoderLayer, Transformer, init
@@ -13,4 +14,6 @@ __all__ = [
     "RopeConfig",
     "Transformer",
     "init",
+    "restore_model",
+    "save_model",
 ]

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from moe_jax.moe import MoETrace
+from moe_jax.structure import named_leaves
 from moe_jax.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -61,17 +62,13 @@ def split_parameters(model: Transformer) -> tuple[dict[str, Array], Callable[...
     Returns:
       (float leaves by dotted path, function that puts such leaves back into the model).
     """
-    paths, structure = jax.tree.flatten_with_path(model)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    leaves = [leaf for _, leaf in paths]
+    leaves, structure = named_leaves(model), jax.tree.structure(model)
     floating = {
-        name: leaf
-        for name, leaf in zip(names, leaves, strict=True)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
 
     def rebuild(parameters: dict[str, Array]) -> Transformer:
-        merged = [parameters.get(n, leaf) for n, leaf in zip(names, leaves, strict=True)]
+        merged = [parameters.get(name, leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(structure, merged)
 
     return floating, rebuild

@@ -7,10 +7,11 @@ from typing import Any
 from convert.description import Description
 from convert.export import ExportFormat, export_config
 from convert.rules import Widths
-from moe_jax.config import LatentAttentionConfig, ModelConfig
+from moe_jax.config import Activation, LatentAttentionConfig, ModelConfig
 
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
 RUNTIMES = (T5, T4, VLLM, SGLANG, LLAMA)
+GPT_OSS = Activation(slope=1.702, shift=1.0, limit=7.0)  # as published
 TORCH, SERVERS = (T5, T4), (VLLM, SGLANG)
 
 
@@ -124,6 +125,10 @@ RULES: tuple[Rule, ...] = (
     Rule((VLLM, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
     Rule((VLLM,), "no", lambda c: _ragged(c) and _linear(c),
          "the modelling file was never run there with linear attention; export a padded format"),
+    Rule((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,
+         "its qwen3moe renormalises routing weights whatever norm_topk_prob says: other logits"),
+    Rule((T4,), "no", lambda c: _is(c, "gpt_oss") and c.config.moe.activation != GPT_OSS,
+         "its activation is the published one whatever config.json says: other logits"),
     Rule((T4,), "no", _yarn_mscale, "it leaves out mscale_all_dim of YaRN: other logits"),
     Rule((VLLM, SGLANG), "no", lambda c: _is(c, "deepseek_v3") and c.hf.get("topk_method") is None,
          "config.json lacks topk_method='noaux_tc', without which vLLM has no router bias"),
@@ -148,7 +153,8 @@ RULES: tuple[Rule, ...] = (
     Rule(SERVERS, "slower", lambda c: _float4(c) and c.part % c.form.group_size != 0,
          "blocks of 32 are dealt out unevenly over the GPUs and padded; read, not run"),
     Rule(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
-    Rule(TORCH, "yes", _integer4, "needs compressed-tensors; dequantised at load, no memory saved"),
+    Rule(TORCH, "yes", _integer4,
+         "needs compressed-tensors and accelerate; dequantised at load, no memory saved"),
     Rule((LLAMA,), "yes", lambda c: not _is(c, "qwen3_moe"),
          "through its own converter, which was run with qwen3_moe only"),
     Rule((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,

@@ -213,7 +213,7 @@ QWEN = {
     "model_type": "qwen3_moe", "vocab_size": 512, "hidden_size": 2048, "num_hidden_layers": 2,
     "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "head_dim": 128,
     "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts_per_tok": 8,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 4096, "norm_topk_prob": True,
 }  # fmt: skip
 
 
@@ -266,6 +266,17 @@ def test_blocks_of_four_bit_floats_are_dealt_out_whole(tmp_path, parallel, float
     assert found["padded-mxfp4", "vLLM"] == found["padded-mxfp4", "SGLang"] == float4
     assert found["padded-bf16", "vLLM"] == half
     assert found["padded-mxfp4", "transformers 4.57"] == "yes"
+
+
+def test_what_a_client_does_not_read_from_the_config_must_be_as_it_is_built(tmp_path):
+    """Found by `tests/clients`: these loaded, with other logits."""
+    export = ("--export", "padded-bf16")
+    found = verdicts(tmp_path, QWEN | {"norm_topk_prob": False}, *export)
+    assert found["padded-bf16", "llama.cpp"] == "no"
+    assert found["padded-bf16", "transformers 4.57"] == "yes"
+    found = verdicts(tmp_path, GPT_OSS | {"swiglu_limit": 6.0}, *export)
+    assert found["padded-bf16", "transformers 4.57"] == "no"
+    assert found["padded-bf16", "transformers 5"] == "yes"
 
 
 def test_attention_heads_must_be_divided_and_ragged_folders_are_not(tmp_path):

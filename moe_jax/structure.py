@@ -1,0 +1,106 @@
+"""What a model is besides its numbers, as plain JSON: classes, static fields, shapes and dtypes.
+
+Pruned models differ from what their config alone says: layer by layer in the width of their pools,
+weight by weight in whether it is an array or a `QTensor`. So the whole tree is written down, and
+the tree can be rebuilt without the program that made it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.attention import Attention
+from moe_jax.config import (
+    Activation,
+    AttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
+from moe_jax.latent_attention import LatentAttention
+from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.quant import QTensor
+from moe_jax.transformer import DecoderLayer, Embedding, Transformer
+
+VERSION = 1
+CLASSES: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (
+        *(Transformer, Embedding, DecoderLayer, Attention, LatentAttention),
+        *(MoE, Experts, SharedExpert, DenseMLP, QTensor),
+        *(ModelConfig, AttentionConfig, LatentAttentionConfig, RopeConfig, MoEConfig, Activation),
+    )
+}
+
+
+def describe(value: Any) -> Any:
+    """Write a model down as JSON.
+
+    Args:
+      value: a model, or any part of one.
+
+    Returns:
+      Dicts, lists, strings, numbers, booleans and None.
+
+    Raises:
+      ValueError: at a part that is of no known class.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return [describe(part) for part in value]
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, QTensor):
+        return {"shape": list(value.shape), "dtype": jnp.dtype(value.dtype).name}
+    name = type(value).__name__
+    if CLASSES.get(name) is not type(value):
+        raise ValueError(f"a {type(value)} cannot be written down; add it to structure.CLASSES")
+    fields = dataclasses.fields(value)
+    return {"class": name} | {field.name: describe(getattr(value, field.name)) for field in fields}
+
+
+def rebuild(description: Any) -> Any:
+    """Undo `describe`, with a `jax.ShapeDtypeStruct` where an array was.
+
+    Args:
+      description: what `describe` returned, JSON round trip or not.
+
+    Returns:
+      The model without its numbers.
+
+    Raises:
+      ValueError: if a class or field is unknown or missing, or a config contradicts itself.
+    """
+    if isinstance(description, list):
+        return tuple(rebuild(part) for part in description)
+    if not isinstance(description, dict):
+        return description
+    if "class" not in description:
+        return _leaf(description)
+    fields = {name: rebuild(part) for name, part in description.items() if name != "class"}
+    cls = CLASSES.get(description["class"])
+    if cls is None:
+        raise ValueError(f"unknown class {description['class']!r}; known are {', '.join(CLASSES)}")
+    expected = {field.name for field in dataclasses.fields(cls)}
+    if fields.keys() != expected:
+        raise ValueError(
+            f"{description['class']} has the fields {', '.join(sorted(fields))} but must have "
+            f"{', '.join(sorted(expected))}; it was written by another version of moe_jax"
+        )
+    return cls(**fields)
+
+
+def _leaf(description: dict) -> jax.ShapeDtypeStruct:
+    try:
+        shape = tuple(int(size) for size in description["shape"])
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(description["dtype"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{description} describes no array: it needs shape and dtype") from error
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves of a pytree by their dotted paths, such as `layers.0.mlp.experts.w_down`."""
+    paths = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}

@@ -1,0 +1,116 @@
+"""Small pruned models in every export format, as every client can load them, and our logits."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from convert import open_checkpoint
+from convert.export import ExportFormat, export_checkpoint
+from pruning.evaluate import logits
+from pruning.plan import PruningPlan
+from pruning.prune import PrunedSource
+from pruning.quantized import QuantizedSource
+from tests import tiny
+
+TOKENS = np.random.default_rng(1).integers(0, 256, (2, 10)).astype(np.int32)
+# Channels of the eight experts of two layers: whole groups, experts without any, one width of 64.
+COUNTS = np.array([[0, 32, 64, 32, 32, 64, 0, 32], [32, 32, 32, 32, 0, 32, 64, 32]])
+# More rows than tokens, as in published models; vLLM on a CPU needs heads of 32 or more.
+SIZES = {
+    "vocab_size": 288,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 96,
+    "head_dim": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+# Latent attention has kernels for the published sizes only.
+LATENT = {
+    "head_dim": 64,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+FAMILIES: dict[str, dict] = {
+    "qwen2_moe": {"shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"norm_topk_prob": True},  # as published; llama.cpp renormalises regardless
+    "mixtral": {"intermediate_size": 96},
+    "olmoe": {"intermediate_size": 96},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "q_lora_rank": 64},
+    "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    # Only transformers 5 reads the limit from the config.
+    "gpt_oss": {"intermediate_size": 96, "head_dim": 64, "swiglu_limit": 7.0},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One exported folder and the logits float32 [B, T, V] that it stands for."""
+
+    family: str
+    form: str
+    folder: Path
+    logits: np.ndarray
+
+
+def cases(families: list[str], forms: list[str], work: Path) -> Iterator[Case]:
+    """Build, prune and export.
+
+    Args:
+      families: of `FAMILIES`.
+      forms: names of formats; those that a family lacks are left out.
+      work: empty folder.
+
+    Yields:
+      The cases; a four-bit one has the logits of the rounded model.
+    """
+    for family in families:
+        base = open_checkpoint(_published(family, work / family), dtype=jnp.bfloat16)
+        rng = np.random.default_rng(0)
+        keep = np.zeros((2, 8, 96), bool)
+        for place in np.ndindex(2, 8):
+            keep[place][rng.permutation(96)[: COUNTS[place]]] = True
+        plan = PruningPlan(keep, base.config.moe_layers, {"model_hash": base.fingerprint})
+        counts = dict(zip(plan.layer_indices, plan.counts.tolist(), strict=True))
+        widths = tuple(tuple(counts.get(index, ())) for index in range(len(base)))
+        pruned = PrunedSource(base, plan)
+        for name in (name for name in base.family.formats if name in forms):
+            form = ExportFormat(name, 32)
+            folder = work / f"{family}-{name}"
+            export_checkpoint(pruned, base, widths, folder, form)
+            source = QuantizedSource(pruned, 32, form.is_float4) if form.is_packed else pruned
+            yield Case(family, name, folder, logits(source, TOKENS))
+
+
+def _published(family: str, folder: Path) -> Path:
+    """A random checkpoint in bfloat16, as hubs have it: with what only config.json files know."""
+    model = tiny.tiny_model(family, **(SIZES | FAMILIES[family]))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(0.35)  # a gain of about one per matrix
+    if family == "deepseek_v3":
+        model.config.topk_method, model.config.scoring_func = "noaux_tc", "sigmoid"
+    _add_tokenizer(tiny.save(tiny.half(model), folder))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}  # another adds tokens of its own
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    return folder
+
+
+def _add_tokenizer(folder: Path) -> None:
+    """Bytes and, since llama.cpp refuses a tokenizer that merges nothing, one pair of them."""
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary | {"ab": len(vocabulary)}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,0 +1,89 @@
+"""Load every exported format in the programs users have, and compare with our logits.
+
+Run by hand from the repository root; it installs each client into an environment of its own, some
+gigabytes, once:
+
+    python tests/clients/run.py [--clients ...] [--families ...] [--formats ...] [--cache FOLDER]
+
+Prints a table of maximal differences and ends with 1 if one is beyond rounding.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from convert.rules import FORMATS
+from tests.clients.environments import CLIENTS, environment, run_client
+from tests.clients.folders import FAMILIES, TOKENS, Case, cases
+
+
+def difference(ours: np.ndarray, found: Path) -> float:
+    """Largest difference of logits, or of their log-probabilities if the client gives only those.
+
+    Args:
+      ours: logits [B, T, V].
+      found: what a client wrote.
+
+    Returns:
+      The difference; infinite where the client gave no number.
+    """
+    with np.load(found) as arrays:
+        if "logits" in arrays:
+            theirs = arrays["logits"]
+        else:
+            theirs = arrays["logprobs"]
+            ours = ours - np.logaddexp.reduce(ours, axis=-1, keepdims=True)
+    return float(np.nan_to_num(np.abs(theirs - ours), nan=np.inf).max())
+
+
+def table(cells: dict[tuple[str, str], dict[str, str]], clients: list[str]) -> str:
+    """Markdown: a row per family and format, a column per client."""
+    lines = [["family", "format", *clients], ["---"] * (2 + len(clients))]
+    lines += [[*key, *(row[client] for client in clients)] for key, row in cells.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the module says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", nargs="+", choices=CLIENTS, default=list(CLIENTS))
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    cache = Path.home() / ".cache" / "moe-jax-clients"
+    parser.add_argument("--cache", type=Path, default=cache)
+    given = parser.parse_args(arguments)
+    environments = {name: environment(CLIENTS[name], given.cache) for name in given.clients}
+    cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    beyond, reasons = False, []
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        np.save(work / "tokens.npy", TOKENS)
+        for case in cases(given.families, given.formats, work):
+            for name in given.clients:
+                value, reason = attempt(case, name, environments[name], work)
+                cell = "not loaded" if value is None else f"{value:.1e}"
+                cells[case.family, case.form][name] = cell
+                wrong = value is not None and value > CLIENTS[name].tolerance
+                beyond |= wrong
+                if reason:
+                    reasons.append(f"- {name}, {case.family}, {case.form}: {reason}")
+                print(f"{case.family} {case.form} {name}: {cell} {reason}", flush=True)
+    print("\n" + table(cells, given.clients), *reasons, sep="\n")
+    return int(beyond)
+
+
+def attempt(case: Case, name: str, folder: Path, work: Path) -> tuple[float | None, str]:
+    """(largest difference or None, why the client could not)."""
+    out = work / f"{case.family}-{case.form}-{CLIENTS[name].script}.npz"
+    reason = run_client(CLIENTS[name], folder, case.folder, work / "tokens.npy", out)
+    return (None, reason) if reason else (difference(case.logits, out), "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
