@@ -221,7 +221,7 @@ def coded(plan, tmp_path_factory):
     base = open_checkpoint(path / "base", dtype=jnp.bfloat16)
     own = PruningPlan(plan.keep, (0, 1, 2), {"model_hash": base.fingerprint})
     pruned = PrunedSource(base, own)
-    tokens = np.random.default_rng(0).integers(0, 300, (9, 48)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, 300, (72, 48)).astype(np.int32)
     found = quantize_model(
         pruned, tokens, np.ones(tokens.shape, bool), path / "codes", group_size=32, provenance={}
     )
