@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,12 @@ from convert.rules import Rule, Widths, layer_rules, uniform_widths
 from moe_jax.attention import Attention
 from moe_jax.config import LatentAttentionConfig, ModelConfig
 from moe_jax.latent_attention import LatentAttention
+from moe_jax.linear_attention import LinearAttention
 from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.norm import Centred
 from moe_jax.transformer import DecoderLayer
 
+CENTRED = ".offset"  # ends the path of a norm that a checkpoint keeps as what it exceeds one by
 BLOCK = 128  # channels per step of the matmul loop over experts of unequal width
 
 Arrays = dict[str, np.ndarray]  # attribute path below the layer -> array as it lies there
@@ -90,7 +94,11 @@ def build_layer(
     arrays: Arrays, config: ModelConfig, index: int, counts: tuple[int, ...], pool: PoolShape
 ) -> DecoderLayer:
     """Make a layer, consuming `arrays`: where memory is shared with JAX, no weight is copied."""
-    values = {path: jax.device_put(arrays.pop(path), may_alias=True) for path in list(arrays)}
+    values: dict[str, Any] = {}
+    for path in list(arrays):
+        value = jax.device_put(arrays.pop(path), may_alias=True)
+        whole = path.removesuffix(CENTRED)
+        values[whole] = value if whole == path else Centred(value)
 
     def below(prefix: str) -> dict:
         found = {p.removeprefix(prefix): v for p, v in values.items() if p.startswith(prefix)}
@@ -118,15 +126,19 @@ def build_layer(
             shared=shared,
             config=config.moe,
         )
-    if isinstance(config.attention, LatentAttentionConfig):
-        attention = LatentAttention(**below("attention."), config=config.attention)
-    else:
-        window = config.window(index)
-        attention = Attention(**below("attention."), config=config.attention, window=window)
     return DecoderLayer(
         attention_norm=values["attention_norm"],
-        attention=attention,
+        attention=_attention(below("attention."), config, index),
         mlp_norm=values["mlp_norm"],
         mlp=mlp,
         norm_eps=config.norm_eps,
     )
+
+
+def _attention(weights: dict[str, Any], config: ModelConfig, index: int):
+    linear = config.linear(index)
+    if linear is not None:
+        return LinearAttention(**weights, config=linear)
+    if isinstance(config.attention, LatentAttentionConfig):
+        return LatentAttention(**weights, config=config.attention)
+    return Attention(**weights, config=config.attention, window=config.window(index))

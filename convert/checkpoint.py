@@ -22,6 +22,7 @@ from convert.rules import (
 )
 from convert.views import View, open_views
 from moe_jax.config import ModelConfig
+from moe_jax.norm import Centred
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
@@ -68,6 +69,7 @@ class Checkpoint(Description):
         tied = self.config.tie_embeddings
         weight = embedding.weight if tied else jnp.asarray(self._read(LM_HEAD))
         norm = jnp.asarray(self._read(FINAL_NORM))
+        norm = Centred(norm) if self.config.centred_norms else norm
         return embedding, Head(norm=norm, weight=weight, norm_eps=self.config.norm_eps)
 
     @cached_property
@@ -163,6 +165,8 @@ def _extra_layers(family: Family, hf: dict, config: ModelConfig, names: Iterable
         return []
     stop = config.num_layers + (hf.get(family.extra_layers) or 0)
     prefixes = tuple(f"model.layers.{index}." for index in range(config.num_layers, stop))
+    if family.extra_prefix is not None:
+        prefixes = (family.extra_prefix,)
     return [name for name in names if name.startswith(prefixes)] if prefixes else []
 
 
@@ -255,6 +259,7 @@ def layer_tensors(
 def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
     """Embedding, final norm and, unless it is tied, the output projection, with HF names."""
     yield EMBEDDING, np.asarray(source.embedding.weight)
-    yield FINAL_NORM, np.asarray(source.head.norm)
+    norm = source.head.norm
+    yield FINAL_NORM, np.asarray(norm.offset if isinstance(norm, Centred) else norm)
     if not source.config.tie_embeddings:
         yield LM_HEAD, np.asarray(dequantize(source.head.weight))

@@ -76,6 +76,7 @@ class Family:
       rope: values of `rope_parameters` that config.json may leave out.
       extra_layers: key for the number of layers after the last that predict further tokens; they
         are neither read nor written.
+      extra_prefix: of the names of their tensors, if they are not numbered on from the last layer.
       ragged: whether every expert has its own width (our custom export).
       twin: the family it is exported as, if not as itself; such a one is never ragged.
       interleaved: whether a folder holds the experts of a layer together, gate and up channels
@@ -92,6 +93,7 @@ class Family:
     shared_count_key: str | None = None
     rope: Mapping[str, float] = field(default_factory=dict)
     extra_layers: str | None = None
+    extra_prefix: str | None = None
     ragged: bool = False
     twin: Twin | None = None
     interleaved: bool = False
@@ -131,10 +133,11 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Sizes of the axis letters of `Rule.shape`, but for F, which an expert may own.
 
     A and B are all query and all key/value heads' coordinates, O those of all heads' values, N the
-    query heads, I the width of a dense layer, S that of the shared expert, 1 is one. Of latent
-    attention: Q is the
-    query rank, C the latent width, J that and the rotated part of the key, U what latents expand
-    to.
+    query heads, G all queries' coordinates and gates, I the width of a dense layer, S that of the
+    shared expert, 1 is one. Of latent attention: Q is the query rank, C the latent width, J that
+    and the rotated part of the key, U what latents expand to. Of linear attention: W are queries,
+    keys, values and gates, X the channels of the convolution and T its positions, Z all values, Y
+    the value heads, M twice as many, P the width of one.
     """
     a, m = config.attention, config.moe
     sizes = {
@@ -145,6 +148,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "B": a.num_kv_heads * a.key_dim,
         "O": a.num_heads * a.value_dim,
         "N": a.num_heads,
+        "G": a.num_heads * a.key_dim * 2,
         "H": a.key_dim,
         "E": m.num_experts,
         "I": config.d_dense,
@@ -157,6 +161,11 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
             "J": a.kv_rank + a.rope_dim,
             "U": a.num_heads * (a.plain_dim + a.value_dim),
         }
+    if config.linear_attention is not None:
+        c = config.linear_attention
+        heads = c.num_value_heads
+        sizes |= {"W": c.channels + c.values, "X": c.channels, "T": c.conv_width, "Z": c.values}
+        sizes |= {"Y": heads, "M": 2 * heads, "P": c.value_dim}
     return sizes
 
 
@@ -174,7 +183,9 @@ def parts(config: ModelConfig, layer: int) -> set[str]:
         "logit_bias": routed and m.logit_bias,
         "expert_bias": routed and m.expert_bias,
     }
-    if isinstance(a, LatentAttentionConfig):
+    if config.linear(layer) is not None:
+        present["linear_attention"] = True
+    elif isinstance(a, LatentAttentionConfig):
         present |= {
             "direct_query": a.query_rank is None,
             "query_rank": a.query_rank is not None,
@@ -183,7 +194,7 @@ def parts(config: ModelConfig, layer: int) -> set[str]:
         }
     else:
         present |= {"qkv_bias": a.qkv_bias, "out_bias": a.out_bias, "qk_norm": a.qk_norm}
-        present |= {"sinks": a.sinks}
+        present |= {"sinks": a.sinks, "softmax_attention": True}
     return {name for name, here in present.items() if here}
 
 

@@ -10,7 +10,7 @@ from jax import Array
 
 from moe_jax.config import AttentionConfig, LatentAttentionConfig
 from moe_jax.module import module
-from moe_jax.norm import rms_norm
+from moe_jax.norm import NormWeight, rms_norm
 from moe_jax.quant import Weight, dequantize
 from moe_jax.rope import rope_frequencies
 from moe_jax.softmax_attention import attend
@@ -115,16 +115,16 @@ class Attention(nnx.Module):
     """Grouped-query attention; weights as [out, in]."""
 
     config: AttentionConfig = nnx.static()
-    w_q: Weight = nnx.data()  # [N*H, D]
+    w_q: Weight = nnx.data()  # [N*H, D], or [N*2H, D] with an output gate
     w_k: Weight = nnx.data()  # [K*H, D]
     w_v: Weight = nnx.data()  # [K*H, D]
     w_out: Weight = nnx.data()  # [D, N*H]
-    b_q: Array | None = nnx.data(default=None)  # [N*H]
+    b_q: Array | None = nnx.data(default=None)  # [N*H], or [N*2H]
     b_k: Array | None = nnx.data(default=None)  # [K*H]
     b_v: Array | None = nnx.data(default=None)  # [K*H]
     b_out: Array | None = nnx.data(default=None)  # [D]
-    q_norm: Array | None = nnx.data(default=None)  # [H], or [N*H] if joint
-    k_norm: Array | None = nnx.data(default=None)  # [H], or [K*H] if joint
+    q_norm: NormWeight | None = nnx.data(default=None)  # [H], or [N*H] if joint
+    k_norm: NormWeight | None = nnx.data(default=None)  # [H], or [K*H] if joint
     sinks: Array | None = nnx.data(default=None)  # [N]
     window: int | None = nnx.static(default=None)
 
@@ -143,6 +143,9 @@ class Attention(nnx.Module):
         lead = x.shape[:2]
         q, k = linear(x, self.w_q, self.b_q), linear(x, self.w_k, self.b_k)
         v = linear(x, self.w_v, self.b_v)
+        gate = None
+        if c.output_gate:
+            q, gate = jnp.split(q.reshape(*lead, c.num_heads, 2 * c.head_dim), 2, axis=-1)
         if c.joint_qk_norm:
             q, k = self._normed(q, k)
         if c.clip_qkv is not None:
@@ -155,6 +158,8 @@ class Attention(nnx.Module):
         out, cache = attend_with_cache(
             q, k, v, context, cache, scale=c.head_dim**-0.5, window=self.window, sinks=self.sinks
         )
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
         return linear(out.reshape(*lead, -1), self.w_out, self.b_out), cache
 
     def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
@@ -236,26 +241,28 @@ def init_attention(
     d_model: int,
     window: int | None,
     normal: Callable[..., Array],
+    norm: Callable[[int], NormWeight],
     out_scale: float,
 ) -> Attention:
-    """Random attention: weights from `normal(*shape, scale=...)`, no bias, plain norms."""
-    a, first = config, normal(config.num_heads * config.head_dim, d_model)
-    n, k, dtype = len(first), a.num_kv_heads * a.head_dim, first.dtype
+    """Random attention: weights from `normal(*shape, scale=...)`, `norm(size)`, no bias."""
+    a, n, k = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    first = normal(2 * n if a.output_gate else n, d_model)
+    dtype = first.dtype
 
-    def vector(present: bool, size: int, fill: float = 0.0) -> Array | None:
-        return jnp.full(size, fill, dtype) if present else None
+    def vector(present: bool, size: int) -> Array | None:
+        return jnp.zeros(size, dtype) if present else None
 
     return Attention(
         w_q=first,
         w_k=normal(k, d_model),
         w_v=normal(k, d_model),
         w_out=normal(d_model, n, scale=out_scale),
-        b_q=vector(a.qkv_bias, n),
+        b_q=vector(a.qkv_bias, len(first)),
         b_k=vector(a.qkv_bias, k),
         b_v=vector(a.qkv_bias, k),
         b_out=vector(a.out_bias, d_model),
-        q_norm=vector(a.qk_norm, n if a.joint_qk_norm else a.head_dim, 1.0),
-        k_norm=vector(a.qk_norm, k if a.joint_qk_norm else a.head_dim, 1.0),
+        q_norm=norm(n if a.joint_qk_norm else a.head_dim) if a.qk_norm else None,
+        k_norm=norm(k if a.joint_qk_norm else a.head_dim) if a.qk_norm else None,
         sinks=vector(a.sinks, a.num_heads),
         config=a,
         window=window,

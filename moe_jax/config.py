@@ -45,7 +45,9 @@ class AttentionConfig:
 
     `qk_norm` normalises queries and keys, each head by itself or, if `joint_qk_norm`, all heads
     together. `clip_qkv` bounds the magnitude of queries, keys and values. With `sinks` every head
-    has one more score, which takes its share of the softmax and adds no value.
+    has one more score, which takes its share of the softmax and adds no value. With `output_gate`
+    every head's projection holds as many gates after its queries; their sigmoids multiply its
+    output.
     """
 
     num_heads: int
@@ -59,6 +61,7 @@ class AttentionConfig:
     joint_qk_norm: bool = False
     clip_qkv: float | None = None
     sinks: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         _require(
@@ -125,6 +128,52 @@ class LatentAttentionConfig:
     def key_dim(self) -> int:
         """Width of a query or key head."""
         return self.plain_dim + self.rope_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig:
+    """Gated DeltaNet: attention whose past is one matrix per value head, whatever its length.
+
+    `num_value_heads` value heads share `num_key_heads` query and key heads in runs of equal length;
+    `conv_width` is the number of positions that a short convolution mixes before.
+
+    Source: Gated Delta Networks, arXiv:2412.06464.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int = 4
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_value_heads % self.num_key_heads == 0,
+            f"num_value_heads={self.num_value_heads} must be a multiple of "
+            f"num_key_heads={self.num_key_heads}",
+        )
+        _require(self.conv_width > 0, f"conv_width={self.conv_width} must be positive")
+
+    @property
+    def values_per_key(self) -> int:
+        """Value heads that share a key head."""
+        return self.num_value_heads // self.num_key_heads
+
+    @property
+    def keys(self) -> int:
+        """Coordinates of all key heads."""
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Coordinates of all value heads."""
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: all queries, keys and values."""
+        return 2 * self.keys + self.values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +250,9 @@ class ModelConfig:
     """A decoder-only transformer whose layers are dense or Mixture-of-Experts.
 
     `dense_layers` lists the layers with an ordinary feed-forward network of width `d_dense`;
-    `sliding_layers` those whose attention sees only the last `sliding_window` positions.
+    `sliding_layers` those whose attention sees only the last `sliding_window` positions;
+    `linear_layers` those with `linear_attention` in place of `attention`. With `centred_norms` the
+    norms of layers, queries and keys and the last one hold what they scale by less one.
     """
 
     vocab_size: int
@@ -216,6 +267,9 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = ()
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()
+    linear_attention: LinearAttentionConfig | None = None
+    linear_layers: tuple[int, ...] = ()
+    centred_norms: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_layers", "max_position"):
@@ -234,6 +288,10 @@ class ModelConfig:
             f"sliding_window={self.sliding_window} must be set because layers "
             f"{self.sliding_layers} use it",
         )
+        _require(
+            not self.linear_layers or self.linear_attention is not None,
+            f"linear_attention must be set because layers {self.linear_layers} use it",
+        )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -243,6 +301,10 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """Attention window of a layer in positions, None for full attention."""
         return self.sliding_window if layer in self.sliding_layers else None
+
+    def linear(self, layer: int) -> LinearAttentionConfig | None:
+        """Linear attention of a layer, None where it attends by softmax."""
+        return self.linear_attention if layer in self.linear_layers else None
 
     def replace(self, **changes) -> "ModelConfig":
         """A copy with some fields changed."""

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.attention import KVCache, init_cache, make_context
+from moe_jax.attention import make_context
 from moe_jax.stream import LayerSource
-from moe_jax.transformer import DecoderLayer, Head
+from moe_jax.transformer import Cache, DecoderLayer, Head, init_caches
 
 
 @jax.jit
-def _step(layer: DecoderLayer, x: Array, context, cache: KVCache) -> tuple[Array, KVCache]:
+def _step(layer: DecoderLayer, x: Array, context, cache: Cache) -> tuple[Array, Cache]:
     return layer.step(x, context, cache)
 
 
@@ -61,7 +61,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, longest - len(prompt) :] = prompt
         valid[row, longest - len(prompt) :] = True
-    caches = [init_cache(c.attention, len(prompts), slots, dtype) for _ in range(len(model))]
+    caches = init_caches(c, len(prompts), slots, dtype)
     key, position = jax.random.key(seed), jnp.zeros(len(prompts), jnp.int32)
     current, mask = jnp.asarray(tokens), jnp.asarray(valid)
     written: list[list[int]] = [[] for _ in prompts]

@@ -16,11 +16,13 @@ from moe_jax.config import (
     Activation,
     AttentionConfig,
     LatentAttentionConfig,
+    LinearAttentionConfig,
     ModelConfig,
     MoEConfig,
     RopeConfig,
 )
 from moe_jax.latent_attention import LatentAttention
+from moe_jax.linear_attention import LinearAttention
 from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.quant import QTensor
 from moe_jax.transformer import DecoderLayer, Embedding, Transformer
@@ -29,9 +31,10 @@ VERSION = 1
 CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        *(Transformer, Embedding, DecoderLayer, Attention, LatentAttention),
+        *(Transformer, Embedding, DecoderLayer, Attention, LatentAttention, LinearAttention),
         *(MoE, Experts, SharedExpert, DenseMLP, QTensor),
-        *(ModelConfig, AttentionConfig, LatentAttentionConfig, RopeConfig, MoEConfig, Activation),
+        *(ModelConfig, AttentionConfig, LatentAttentionConfig, LinearAttentionConfig),
+        *(RopeConfig, MoEConfig, Activation),
     )
 }
 

@@ -13,11 +13,18 @@ from moe_jax.attention import (
     Context,
     KVCache,
     init_attention,
+    init_cache,
     linear,
     make_context,
 )
 from moe_jax.config import SWIGLU, Activation, LatentAttentionConfig, ModelConfig
 from moe_jax.latent_attention import LatentAttention, init_latent_attention
+from moe_jax.linear_attention import (
+    LinearAttention,
+    LinearCache,
+    init_linear_attention,
+    init_linear_cache,
+)
 from moe_jax.module import module
 from moe_jax.moe import (
     DenseMLP,
@@ -28,17 +35,19 @@ from moe_jax.moe import (
     SharedExpert,
     run_experts,
 )
-from moe_jax.norm import rms_norm
+from moe_jax.norm import Centred, NormWeight, rms_norm
 from moe_jax.quant import Weight
+
+Cache = KVCache | LinearCache
 
 
 @module
 class DecoderLayer(nnx.Module):
     """Attention and a feed-forward part, each behind its norm and added to the residual."""
 
-    attention_norm: Array = nnx.data()  # [D]
-    attention: Attention | LatentAttention = nnx.data()
-    mlp_norm: Array = nnx.data()  # [D]
+    attention_norm: NormWeight = nnx.data()  # [D]
+    attention: Attention | LatentAttention | LinearAttention = nnx.data()
+    mlp_norm: NormWeight = nnx.data()  # [D]
     mlp: MoE | DenseMLP = nnx.data()
     norm_eps: float = nnx.static()
 
@@ -54,18 +63,18 @@ class DecoderLayer(nnx.Module):
         """Run the layer and show what its experts did (None for a dense layer)."""
         return self.feed_forward(self.attend(x, context)[0], context, run)
 
-    def step(self, x: Array, context: Context, cache: KVCache) -> tuple[Array, KVCache]:
+    def step(self, x: Array, context: Context, cache: Cache) -> tuple[Array, Cache]:
         """Run the layer on the next tokens of sequences whose past is in `cache`."""
         middle, new_cache = self.attend(x, context, cache)
         assert new_cache is not None
         return self.feed_forward(middle, context)[0], new_cache
 
     def attend(
-        self, x: Array, context: Context, cache: KVCache | None = None
-    ) -> tuple[Array, KVCache | None]:
+        self, x: Array, context: Context, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None]:
         """The first half: attention behind its norm, added to the residual."""
         normed = rms_norm(x, self.attention_norm, self.norm_eps)
-        attended, cache = self.attention(normed, context, cache)
+        attended, cache = self.attention(normed, context, cache)  # type: ignore[arg-type]
         return x + attended, cache
 
     def feed_forward(
@@ -95,7 +104,7 @@ class Embedding(nnx.Module):
 class Head(nnx.Module):
     """Final norm and projection to the vocabulary."""
 
-    norm: Array = nnx.data()  # [D]
+    norm: NormWeight = nnx.data()  # [D]
     weight: Weight = nnx.data()  # [V, D]; the embedding's array if the two are tied
     norm_eps: float = nnx.static()
 
@@ -110,7 +119,7 @@ class Transformer(nnx.Module):
 
     embedding: Embedding = nnx.data()
     layers: tuple[DecoderLayer, ...] = nnx.data()
-    final_norm: Array = nnx.data()  # [D]
+    final_norm: NormWeight = nnx.data()  # [D]
     config: ModelConfig = nnx.static()
     lm_head: Weight | None = nnx.data(default=None)  # [V, D], None if tied
 
@@ -159,6 +168,17 @@ class Transformer(nnx.Module):
         return x, traces
 
 
+def init_caches(config: ModelConfig, batch: int, slots: int, dtype) -> list[Cache]:
+    """Empty caches of all layers, for `batch` sequences of up to `slots` positions."""
+    linear_caches = [config.linear(index) for index in range(config.num_layers)]
+    return [
+        init_cache(config.attention, batch, slots, dtype)
+        if own is None
+        else init_linear_cache(own, batch, dtype)
+        for own in linear_caches
+    ]
+
+
 def dense_experts(
     w_gate: Weight,
     w_up: Weight,
@@ -205,8 +225,9 @@ def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
     def normal(*shape: int, scale: float = 0.02) -> Array:
         return (jax.random.normal(next(keys), shape) * scale).astype(dtype)
 
-    def ones(size: int) -> Array:
-        return jnp.ones(size, dtype)
+    def norm(size: int) -> NormWeight:
+        plain = jnp.ones(size, dtype)
+        return Centred(jnp.zeros_like(plain)) if config.centred_norms else plain
 
     d, a, m = config.d_model, config.attention, config.moe
 
@@ -238,14 +259,17 @@ def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
         )
 
     def layer(index: int) -> DecoderLayer:
-        if isinstance(a, LatentAttentionConfig):
+        linear_attention = config.linear(index)
+        if linear_attention is not None:
+            attention = init_linear_attention(linear_attention, d, normal, out_scale)
+        elif isinstance(a, LatentAttentionConfig):
             attention = init_latent_attention(a, d, normal, out_scale)
         else:
-            attention = init_attention(a, d, config.window(index), normal, out_scale)
+            attention = init_attention(a, d, config.window(index), normal, norm, out_scale)
         return DecoderLayer(
-            attention_norm=ones(d),
+            attention_norm=norm(d),
             attention=attention,
-            mlp_norm=ones(d),
+            mlp_norm=norm(d),
             mlp=mlp(config.d_dense) if index in config.dense_layers else moe(),
             norm_eps=config.norm_eps,
         )
@@ -254,7 +278,7 @@ def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
     return Transformer(
         embedding=Embedding(weight=normal(config.vocab_size, d)),
         layers=tuple(layers),
-        final_norm=ones(d),
+        final_norm=norm(d),
         lm_head=None if config.tie_embeddings else normal(config.vocab_size, d),
         config=config,
     )

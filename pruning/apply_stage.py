@@ -64,6 +64,7 @@ def apply_plan(
     given |= {"overwrite": overwrite} | ({"group_size": group_size} if group_size else {})
     recipe = _recipe(source, found, base, given)
     missing = _prepare(recipe, found, source, base, steps)
+    preflight.say_unread(base, steps)
     found.save(recipe.output)
     checks = []
     for name in recipe.export:

@@ -11,6 +11,8 @@ from moe_jax.config import Activation, LatentAttentionConfig, ModelConfig
 
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
 RUNTIMES = (T5, T4, VLLM, SGLANG, LLAMA)
+RUN_BY_LLAMA = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3",
+                "glm4_moe", "gpt_oss")  # fmt: skip
 GPT_OSS = Activation(slope=1.702, shift=1.0, limit=7.0)  # as published
 TORCH, SERVERS = (T5, T4), (VLLM, SGLANG)
 
@@ -76,7 +78,29 @@ def _idle_gpu(case: Case) -> bool:
 
 
 def _splits_heads(case: Case) -> bool:
-    return case.config.attention.num_heads % case.tensor_parallel == 0
+    linear = case.config.linear_attention
+    counts = [case.config.attention.num_heads]
+    counts += [] if linear is None else [linear.num_key_heads, linear.num_value_heads]
+    return not any(count % case.tensor_parallel for count in counts)
+
+
+def _linear(case: Case) -> bool:
+    return case.config.linear_attention is not None
+
+
+def _biased_next(case: Case) -> bool:
+    return _is(case, "qwen3_next") and case.hf.get("attention_bias", False)
+
+
+def _uneven_next(case: Case) -> bool:
+    """Whether a Qwen3-Next is not as all published ones, which is all that llama.cpp knows."""
+    if not _is(case, "qwen3_next"):
+        return False
+    c, linear = case.config, case.config.linear_attention
+    interval = case.hf.get("full_attention_interval", 4)
+    usual = tuple(i for i in range(c.num_layers) if (i + 1) % interval)
+    same_heads = linear is None or linear.key_dim == linear.value_dim
+    return bool(c.dense_layers) or c.linear_layers != usual or not same_heads
 
 
 def _is(case: Case, *types: str) -> bool:
@@ -97,15 +121,21 @@ RULES: tuple[Rule, ...] = (
          "the modelling file was never split over GPUs; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen2_moe") and bool(c.config.dense_layers),
          "its qwen2moe cannot have a dense layer"),
+    Rule((LLAMA,), "no", _uneven_next,
+         "its qwen3next has experts in every layer, softmax attention at one interval and key and "
+         "value heads of one width"),
+    Rule((VLLM, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
+    Rule((VLLM,), "no", lambda c: _ragged(c) and _linear(c),
+         "the modelling file was never run there with linear attention; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,
          "its qwen3moe renormalises routing weights whatever norm_topk_prob says: other logits"),
     Rule((T4,), "no", lambda c: _is(c, "gpt_oss") and c.config.moe.activation != GPT_OSS,
-         "its activation has the published slope and limit whatever config.json says"),
+         "its activation is the published one whatever config.json says: other logits"),
     Rule((T4,), "no", _yarn_mscale, "it leaves out mscale_all_dim of YaRN: other logits"),
     Rule((VLLM, SGLANG), "no", lambda c: _is(c, "deepseek_v3") and c.hf.get("topk_method") is None,
          "config.json lacks topk_method='noaux_tc', without which vLLM has no router bias"),
     Rule(SERVERS, "no", lambda c: not _splits_heads(c),
-         "the GPUs do not divide the number of attention heads"),
+         "the GPUs do not divide the number of attention heads, linear ones included"),
     Rule(SERVERS, "no", _idle_gpu, "there are too few blocks of 32 in an expert for the GPUs"),
     Rule(SERVERS, "no", lambda c: not (c.form.is_ragged or _float4(c)) and c.part % 1 != 0,
          "the GPUs do not divide the expert width"),
@@ -127,8 +157,8 @@ RULES: tuple[Rule, ...] = (
     Rule(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
     Rule(TORCH, "yes", _integer4,
          "needs compressed-tensors and accelerate; dequantised at load, no memory saved"),
-    Rule((LLAMA,), "yes", lambda c: not _is(c, "qwen3_moe"),
-         "through its own converter, which was run with qwen3_moe only"),
+    Rule((LLAMA,), "yes", lambda c: not _is(c, *RUN_BY_LLAMA),
+         "through its own converter, which was not run with this family"),
     Rule((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
          "its converter dequantises; Q4_0 of its f16 file has the very same weights, if these were "
          "rounded to nearest"),
@@ -138,8 +168,10 @@ RULES: tuple[Rule, ...] = (
          "through its converter; K-quants need widths that are multiples of 256, else they are "
          "replaced per tensor"),
     Rule((LLAMA,), "yes", lambda c: True, "through its own converter"),
+    Rule((VLLM,), "yes", _linear,
+         "stock class; its linear attention was not run here, only read: it needs a GPU"),
     Rule((VLLM,), "yes", lambda c: isinstance(c.config.attention, LatentAttentionConfig),
-         "stock class; latent attention was not run there, only read"),
+         "stock class; latent attention was only read: its CPU build is wrong without pruning too"),
     Rule((SGLANG,), "yes", lambda c: True, "stock class; read in its source, not run"),
     Rule(RUNTIMES, "yes", lambda c: True, "stock class, no custom code"),
 )  # fmt: skip

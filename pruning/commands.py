@@ -73,6 +73,7 @@ def inspect(options: Options) -> dict:
         "family": base.family.model_type,
         "bytes": folder_bytes(base.folder),
         "parameters": total,
+        "tensors_left_out": len(base.unread),
         "routed_expert_parameters": routed,
         "routed_share": round(routed / total, 4),
         "layers": c.num_layers,

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.attention import Attention, Context
-from moe_jax.latent_attention import LatentAttention
+from moe_jax.attention import Context
 from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.quant import QTensor, Weight, dequantize, pack_nibbles, unpack_nibbles
 from moe_jax.quantized import quantize_layer
 from moe_jax.transformer import DecoderLayer
 from pruning.gptq_core import Coded, gptq
 from pruning.moments import (
+    AnyAttention,
     Batch,
     Moments,
     attention_groups,
@@ -31,8 +31,6 @@ from pruning.moments import (
     expert_moments,
     total,
 )
-
-AnyAttention = Attention | LatentAttention
 
 MOMENT_BYTES = 1 << 30  # second moments of experts held at a time
 

@@ -12,6 +12,7 @@ from jax import Array
 from moe_jax.attention import Attention, Context, linear
 from moe_jax.grouped_matmul import gather_rows
 from moe_jax.latent_attention import LatentAttention
+from moe_jax.linear_attention import LinearAttention
 from moe_jax.moe import DenseMLP, MoE, gated_experts
 from moe_jax.norm import rms_norm
 from moe_jax.transformer import DecoderLayer
@@ -25,7 +26,10 @@ def _gram(x: Array) -> Array:  # [..., I] -> float32 [I, I]
     return jnp.einsum("ri,rj->ij", x, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def attention_groups(attention: Attention | LatentAttention) -> list[tuple[str, ...]]:
+AnyAttention = Attention | LatentAttention | LinearAttention
+
+
+def attention_groups(attention: AnyAttention) -> list[tuple[str, ...]]:
     """Names of an attention's linear weights, together where they share their input."""
     first = ("w_q", "w_k", "w_v", "w_q_down", "w_kv_down")
     groups = [first, ("w_q_up",), ("w_kv_up",), ("w_out",)]
@@ -37,6 +41,8 @@ def attention_groups(attention: Attention | LatentAttention) -> list[tuple[str, 
 def attention_moments(layer: DecoderLayer, x: Array, context: Context) -> Moments:
     """Second moments of the inputs of each of `attention_groups`, by its first name."""
     attention = layer.attention
+    if isinstance(attention, LinearAttention):  # has none that go to 4 bits
+        return {}
     normed = rms_norm(x, layer.attention_norm, layer.norm_eps)
     inputs = attention.w_out.shape[1]
     identity = jnp.eye(inputs, dtype=x.dtype)  # in place of w_out: shows what w_out would be given

@@ -61,6 +61,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
         for name in job.recipe.export:
             check_widths(job.base, job.base.widths, form_of(job.recipe, name))
         _say_padding(job, steps)
+        say_unread(job.base, steps)
     check_disk(job, resumed=resumed, exports=exports)
     if not resumed or scoring.find_statistics(job) is None:
         with steps.bar("check weights") as on_step:
@@ -269,6 +270,15 @@ def _say_padding(job: Job, steps: Steps) -> None:
             f"{name} with --width free stores every expert as wide as the widest: {mean} if all "
             f"have {width} channels, {most} if one expert keeps all {widest}; "
             "--width uniform ensures the smaller size, ragged exports store no padding"
+        )
+
+
+def say_unread(base: Checkpoint, steps: Steps) -> None:
+    """Say which tensors of the checkpoint no export will have."""
+    if base.unread:
+        steps.say(
+            f"{len(base.unread)} tensors such as {base.unread[0]} predict further tokens; they are "
+            "no part of the model and are left out, so programs cannot draft tokens with them"
         )
 
 

@@ -1,11 +1,13 @@
 """Generation with a cache equals the whole model called again and again."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import LatentAttentionConfig
+from moe_jax.config import LatentAttentionConfig, LinearAttentionConfig
 from moe_jax.generate import generate
 from moe_jax.transformer import init
 from tests.test_attribution import CONFIG
@@ -15,19 +17,31 @@ LATENT = LatentAttentionConfig(
 )
 
 
-def random_model(attention):
-    model = init(CONFIG.replace(attention=attention), jax.random.key(3))
+LINEAR = LinearAttentionConfig(num_key_heads=1, num_value_heads=2, key_dim=4, value_dim=6)
+GATED = dataclasses.replace(CONFIG.attention, output_gate=True)
+CONFIGS = {
+    "grouped": CONFIG,
+    "latent": CONFIG.replace(attention=LATENT),
+    "linear first": CONFIG.replace(
+        attention=GATED, linear_attention=LINEAR, linear_layers=(0,), centred_norms=True
+    ),
+    "linear alone": CONFIG.replace(linear_attention=LINEAR, linear_layers=(0, 1, 2)),
+}
+
+
+def random_model(config):
+    model = init(config, jax.random.key(3))
     return jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim == 2 else leaf, model)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CONFIG.attention)
+    return random_model(CONFIG)
 
 
-@pytest.mark.parametrize("attention", [CONFIG.attention, LATENT], ids=["grouped", "latent"])
-def test_greedy_generation_equals_repeated_full_forwards_for_prompts_of_unequal_length(attention):
-    model = random_model(attention)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_generation_equals_repeated_full_forwards_for_prompts_of_unequal_length(name):
+    model = random_model(CONFIGS[name])
     prompts = [[3, 9, 27, 17], [5]]
     new = generate(model, prompts, max_new_tokens=5)
     forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))

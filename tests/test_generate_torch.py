@@ -17,7 +17,7 @@ NEW = 8
 forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
 
 
-@pytest.fixture(scope="module", params=["qwen2_moe", "qwen3_moe", "gpt_oss"])
+@pytest.fixture(scope="module", params=["qwen2_moe", "qwen3_moe", "qwen3_next", "gpt_oss"])
 def folder(request, tmp_path_factory):
     """A saved model whose weights are representable in bfloat16."""
     model = tiny.tiny_model(request.param).bfloat16()

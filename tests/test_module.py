@@ -12,7 +12,13 @@ import pytest
 from flax import nnx
 
 import moe_jax
-from moe_jax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, MoEConfig
+from moe_jax.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from moe_jax.transformer import Transformer, init
 
 CONFIG = ModelConfig(
@@ -30,6 +36,7 @@ CONFIG = ModelConfig(
     d_dense=8,
     dense_layers=(1,),
 )  # fmt: skip
+LINEAR = LinearAttentionConfig(num_key_heads=1, num_value_heads=2, key_dim=4, value_dim=4)
 LATENT = LatentAttentionConfig(
     num_heads=2, query_rank=4, kv_rank=6, plain_dim=4, rope_dim=2, value_dim=3
 )
@@ -61,7 +68,9 @@ def submodules(module):
 
 def test_the_models_contain_an_instance_of_every_module_class(model):
     latent = init(CONFIG.replace(attention=LATENT), jax.random.key(0))
-    used = {type(part) for part in (*submodules(model), *submodules(latent), model.head)}
+    linear = init(CONFIG.replace(linear_attention=LINEAR, linear_layers=(0,)), jax.random.key(0))
+    models = (model, latent, linear)
+    used = {type(part) for one in models for part in (*submodules(one), one.head)}
     assert used == set(module_classes())
 
 

@@ -53,6 +53,15 @@ OWN_SIZES = {
         "sliding_window": 4,
         "swiglu_limit": 1.5,  # of the published 7, so that tiny activations reach it
     },
+    "qwen3_next": {
+        "shared_expert_intermediate_size": 24,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
 }
 
 
@@ -67,7 +76,8 @@ def tiny_model(model_type: str, *, seed: int = 0, **config) -> transformers.PreT
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.7, 1.3)
+                centred = not parameter.any()  # then one is added when it is used
+                parameter.uniform_(0.7, 1.3).sub_(1.0 if centred else 0.0)
             else:
                 parameter.normal_(std=0.25)
         for name, buffer in model.named_buffers():

@@ -36,6 +36,29 @@ VARIANTS: dict[str, dict[str, dict]] = {
             "mlp_only_layers": [1],
         },
     },
+    "qwen3_next": {
+        "plain, every fourth layer attends by softmax": {
+            "num_hidden_layers": 4,
+            "layer_types": None,
+        },
+        "tied, biased, not renormalised, half of each head turns, as many keys as values": {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "layer_types": ["full_attention", "linear_attention"],
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 3,
+            "rope_parameters": YARN | {"rope_theta": 5e3, "partial_rotary_factor": 0.5},
+        },
+        "two linear layers in a row, the first dense, three value heads to one key head": {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "mlp_only_layers": [0],
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 3,
+        },
+    },
     "mixtral": {
         "with a sliding window": {"sliding_window": 4},
         "tied, wide heads": {"tie_word_embeddings": True, "head_dim": 16},
@@ -114,6 +137,12 @@ EXPORTED: dict[str, dict] = {
         "shared_expert_intermediate_size": 64,
     },
     "qwen3_moe": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "qwen3_next": {
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+        "shared_expert_intermediate_size": 64,
+    },
     "mixtral": {"intermediate_size": 96},
     "olmoe": {"intermediate_size": 96},
     "deepseek_v2": {

@@ -14,12 +14,14 @@ from convert.families import (
     olmoe,
     qwen2_moe,
     qwen3_moe,
+    qwen3_next,
 )
 from convert.rules import RAGGED, Family
 
 _STOCK = (
     qwen2_moe.FAMILY,
     qwen3_moe.FAMILY,
+    qwen3_next.FAMILY,
     mixtral.FAMILY,
     olmoe.FAMILY,
     deepseek.FAMILY,

@@ -18,6 +18,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FAMILIES = {  # model type: stem of the class names, names of an expert's gate, up and down
     "qwen2_moe": ("Qwen2Moe", PROJECTIONS),
     "qwen3_moe": ("Qwen3Moe", PROJECTIONS),
+    "qwen3_next": ("Qwen3Next", PROJECTIONS),
     "mixtral": ("Mixtral", ("w1", "w3", "w2")),
     "olmoe": ("Olmoe", PROJECTIONS),
     "deepseek_v2": ("DeepseekV2", PROJECTIONS),

@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict] = {
     "qwen3_moe": {"norm_topk_prob": True},  # as published; llama.cpp renormalises regardless
     "mixtral": {"intermediate_size": 96},
     "olmoe": {"intermediate_size": 96, "num_key_value_heads": 4},  # llama.cpp has no groups here
-    # llama.cpp expects narrow queries unless there are 27 layers, vLLM groups even if one.
+    # llama.cpp asks so small a model for a query rank, vLLM for groups even if there is one.
     "deepseek_v2": LATENT | {"q_lora_rank": 64, "n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "q_lora_rank": 64},
     "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 1},

@@ -1,0 +1,122 @@
+"""Qwen3-Next: Gated DeltaNet in most layers, gated attention in the others, centred norms.
+
+The matrices of Gated DeltaNet are no linear layers to 4-bit formats: the recipes made for vLLM
+leave them in 16 bits.
+"""
+
+from convert.families import hf_config
+from convert.families.tables import DENSE, EXPERTS, GATED_SHARED
+from convert.rules import Family, Rule
+from moe_jax.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
+
+ROPE = {"partial_rotary_factor": 0.25}
+LINEAR, FULL = "linear_attention", "full_attention"
+
+_LAYER = "model.layers.{layer}."
+_SELF = _LAYER + "self_attn."
+_LINEAR = _LAYER + "linear_attn."
+
+CENTRED_NORMS = (
+    Rule(_LAYER + "input_layernorm.weight", "attention_norm.offset", "D"),
+    Rule(_LAYER + "post_attention_layernorm.weight", "mlp_norm.offset", "D"),
+)
+GATED_ATTENTION = (
+    Rule(_SELF + "q_proj.weight", "attention.w_q", "GD", "softmax_attention"),
+    Rule(_SELF + "k_proj.weight", "attention.w_k", "BD", "softmax_attention"),
+    Rule(_SELF + "v_proj.weight", "attention.w_v", "BD", "softmax_attention"),
+    Rule(_SELF + "o_proj.weight", "attention.w_out", "DA", "softmax_attention"),
+    Rule(_SELF + "q_proj.bias", "attention.b_q", "G", "qkv_bias"),
+    Rule(_SELF + "k_proj.bias", "attention.b_k", "B", "qkv_bias"),
+    Rule(_SELF + "v_proj.bias", "attention.b_v", "B", "qkv_bias"),
+    Rule(_SELF + "o_proj.bias", "attention.b_out", "D", "out_bias"),
+    Rule(_SELF + "q_norm.weight", "attention.q_norm.offset", "H", "qk_norm"),
+    Rule(_SELF + "k_norm.weight", "attention.k_norm.offset", "H", "qk_norm"),
+)
+GATED_DELTA_NET = (
+    Rule(_LINEAR + "in_proj_qkvz.weight", "attention.in_qkvz", "WD", "linear_attention"),
+    Rule(_LINEAR + "in_proj_ba.weight", "attention.in_ba", "MD", "linear_attention"),
+    Rule(_LINEAR + "conv1d.weight", "attention.convolution", "X1T", "linear_attention"),
+    Rule(_LINEAR + "A_log", "attention.log_rate", "Y", "linear_attention"),
+    Rule(_LINEAR + "dt_bias", "attention.time_bias", "Y", "linear_attention"),
+    Rule(_LINEAR + "norm.weight", "attention.out_norm", "P", "linear_attention"),
+    Rule(_LINEAR + "out_proj.weight", "attention.out", "DZ", "linear_attention"),
+)
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    """config.json -> ModelConfig.
+
+    Raises:
+      ValueError: if a key is missing or has an unsupported value.
+    """
+    hf_config.require(
+        hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "moe_intermediate_size", "shared_expert_intermediate_size",
+        "num_experts_per_tok",
+    )  # fmt: skip
+    bias, eps = hf.get("attention_bias", False), hf.get("rms_norm_eps", 1e-6)
+    attention = AttentionConfig(
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"],
+        head_dim=hf.get("head_dim", 256),
+        rope=hf_config.rope_config(hf, ROPE, partial=True),
+        qk_norm=True,
+        qkv_bias=bias,
+        out_bias=bias,
+        norm_eps=eps,
+        output_gate=True,
+    )
+    moe = MoEConfig(
+        num_experts=hf_config.num_experts(hf),
+        experts_per_token=hf["num_experts_per_tok"],
+        d_expert=hf["moe_intermediate_size"],
+        renormalize=hf.get("norm_topk_prob", True),
+        d_shared=hf["shared_expert_intermediate_size"],
+        shared_gate=True,
+    )
+    found = hf_config.model_config(
+        hf,
+        attention=attention,
+        moe=moe,
+        dense_layers=hf_config.sparse_step_dense_layers(hf),
+    )
+    linear_layers = _linear_layers(hf)
+    return found.replace(
+        linear_attention=_linear_attention(hf, eps) if linear_layers else None,
+        linear_layers=linear_layers,
+        centred_norms=True,
+    )
+
+
+def _linear_attention(hf: dict, eps: float) -> LinearAttentionConfig:
+    return LinearAttentionConfig(
+        num_key_heads=hf.get("linear_num_key_heads", 16),
+        num_value_heads=hf.get("linear_num_value_heads", 32),
+        key_dim=hf.get("linear_key_head_dim", 128),
+        value_dim=hf.get("linear_value_head_dim", 128),
+        conv_width=hf.get("linear_conv_kernel_dim", 4),
+        norm_eps=eps,
+    )
+
+
+def _linear_layers(hf: dict) -> tuple[int, ...]:
+    count, types = hf["num_hidden_layers"], hf.get("layer_types")
+    if types is None:
+        interval = hf.get("full_attention_interval", 4)
+        return tuple(i for i in range(count) if (i + 1) % interval)
+    if len(types) != count or not set(types) <= {LINEAR, FULL}:
+        raise ValueError(
+            f"layer_types={types} must name {LINEAR!r} or {FULL!r} for each of the {count} layers"
+        )
+    return tuple(i for i in range(count) if types[i] == LINEAR)
+
+
+FAMILY = Family(
+    model_type="qwen3_next",
+    stem="Qwen3Next",
+    config_from_hf=config_from_hf,
+    rules=(CENTRED_NORMS + GATED_ATTENTION + GATED_DELTA_NET + DENSE + EXPERTS + GATED_SHARED),
+    rope=ROPE,
+    extra_layers="num_nextn_predict_layers",
+    extra_prefix="mtp.",
+)
