@@ -10,7 +10,7 @@ Placement = Callable[[str, Any], Sharding]  # (dotted path, array or its shape) 
 
 # Matrices whose second axis is split first: it is the one that the heads or channels of the matrix
 # before them lie along. The pool of the routed experts has a row per channel, whatever the matrix.
-BY_COLUMN = ("attention.w_out", "mlp.w_down")
+BY_COLUMN = ("attention.w_out", "attention.out", "mlp.w_down")
 
 
 def split_over(mesh: Mesh, axis: str = "model") -> Placement:

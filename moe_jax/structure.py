@@ -24,6 +24,7 @@ from moe_jax.config import (
 from moe_jax.latent_attention import LatentAttention
 from moe_jax.linear_attention import LinearAttention
 from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.norm import Centred
 from moe_jax.quant import QTensor
 from moe_jax.transformer import DecoderLayer, Embedding, Transformer
 
@@ -31,8 +32,8 @@ VERSION = 1
 CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        *(Transformer, Embedding, DecoderLayer, Attention, LatentAttention, LinearAttention),
-        *(MoE, Experts, SharedExpert, DenseMLP, QTensor),
+        *(Transformer, Embedding, DecoderLayer, Attention, LatentAttention),
+        *(LinearAttention, MoE, Experts, SharedExpert, DenseMLP, QTensor, Centred),
         *(ModelConfig, AttentionConfig, LatentAttentionConfig, LinearAttentionConfig),
         *(RopeConfig, MoEConfig, Activation),
     )

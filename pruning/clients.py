@@ -93,14 +93,15 @@ def _biased_next(case: Case) -> bool:
 
 
 def _uneven_next(case: Case) -> bool:
-    """Whether a Qwen3-Next is not as all published ones, which is all that llama.cpp knows."""
-    if not _is(case, "qwen3_next"):
-        return False
-    c, linear = case.config, case.config.linear_attention
-    interval = case.hf.get("full_attention_interval", 4)
+    """Whether a Qwen3-Next has dense layers, or softmax attention at no one interval."""
+    interval, c = case.hf.get("full_attention_interval", 4), case.config
     usual = tuple(i for i in range(c.num_layers) if (i + 1) % interval)
-    same_heads = linear is None or linear.key_dim == linear.value_dim
-    return bool(c.dense_layers) or c.linear_layers != usual or not same_heads
+    return _is(case, "qwen3_next") and (bool(c.dense_layers) or c.linear_layers != usual)
+
+
+def _two_head_widths(case: Case) -> bool:
+    linear = case.config.linear_attention
+    return linear is not None and linear.key_dim != linear.value_dim
 
 
 def _is(case: Case, *types: str) -> bool:
@@ -121,10 +122,13 @@ RULES: tuple[Rule, ...] = (
          "the modelling file was never split over GPUs; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen2_moe") and bool(c.config.dense_layers),
          "its qwen2moe cannot have a dense layer"),
-    Rule((LLAMA,), "no", _uneven_next,
-         "its qwen3next has experts in every layer, softmax attention at one interval and key and "
-         "value heads of one width"),
-    Rule((VLLM, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
+    Rule((SGLANG, LLAMA), "no", _uneven_next,
+         "its Qwen3-Next has experts in every layer and softmax attention at one interval"),
+    Rule((SGLANG,), "no", lambda c: _linear(c) and "full_attention_interval" not in c.hf,
+         "config.json lacks full_attention_interval, by which alone it tells layers apart"),
+    Rule((LLAMA,), "no", _two_head_widths,
+         "its qwen3next has keys and values of linear attention of one width"),
+    Rule((*SERVERS, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
     Rule((VLLM,), "no", lambda c: _ragged(c) and _linear(c),
          "the modelling file was never run there with linear attention; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,

@@ -292,28 +292,35 @@ def test_the_command_says_what_it_leaves_out_and_its_folders_load_in_transformer
 
 NEXT = QWEN | {
     "model_type": "qwen3_next", "num_hidden_layers": 4, "shared_expert_intermediate_size": 512,
-    "num_attention_heads": 16, "num_key_value_heads": 2,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "full_attention_interval": 4,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("change", "parallel", "vllm", "llama"),
+    ("change", "parallel", "vllm", "sglang", "llama"),
     [
-        ({}, 1, "yes", "yes"),
-        ({"linear_num_key_heads": 4}, 8, "no", "yes"),
-        ({"full_attention_interval": 2}, 1, "yes", "yes"),
-        ({"layer_types": ["full_attention"] + ["linear_attention"] * 3}, 1, "yes", "no"),
-        ({"mlp_only_layers": [0]}, 1, "yes", "no"),
-        ({"linear_value_head_dim": 64}, 1, "yes", "no"),
-        ({"attention_bias": True}, 1, "no", "no"),
+        ({}, 1, "yes", "yes", "yes"),
+        ({"linear_num_key_heads": 4}, 8, "no", "no", "yes"),
+        ({"full_attention_interval": 2}, 1, "yes", "yes", "yes"),
+        ({"layer_types": ["full_attention"] + ["linear_attention"] * 3}, 1, "yes", "no", "no"),
+        ({"mlp_only_layers": [0]}, 1, "yes", "no", "no"),
+        ({"linear_value_head_dim": 64}, 1, "yes", "yes", "no"),
+        ({"attention_bias": True}, 1, "no", "no", "no"),
     ],
 )
-def test_clients_load_what_their_source_says(tmp_path, change, parallel, vllm, llama):
+def test_clients_load_what_their_source_says(tmp_path, change, parallel, vllm, sglang, llama):
     found = verdicts(tmp_path, NEXT | change, "--tensor-parallel", parallel)
-    assert found["padded-bf16", "vLLM"] == vllm and found["padded-bf16", "llama.cpp"] == llama
+    said = {"vLLM": vllm, "SGLang": sglang, "llama.cpp": llama}
+    assert said == {client: found["padded-bf16", client] for client in said}
     assert found["ragged-int4", "vLLM"] == "no"
     for client in ("transformers 5", "transformers 4.57"):
         assert found["padded-int4", client] == "yes" and found["ragged-int4", client] == "slower"
+
+
+def test_sglang_needs_the_interval_that_transformers_5_does_not_write(tmp_path):
+    config = {key: value for key, value in NEXT.items() if key != "full_attention_interval"}
+    found = verdicts(tmp_path, config)
+    assert (found["padded-bf16", "SGLang"], found["padded-bf16", "vLLM"]) == ("no", "yes")
 
 
 def test_a_config_with_the_defaults_left_out_is_that_of_transformers():
