@@ -4,11 +4,13 @@ A checkpoint is a folder that orbax makes appear at once: `arrays/` holds the nu
 path, `structure/` the JSON of `structure.describe`.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
@@ -45,17 +47,18 @@ def save_model(path: Path | str, model: Transformer, *, overwrite: bool = False)
             "overwrite=True"
         )
     # Orbax itself would delete the old checkpoint before it writes the new one.
-    fresh = target.with_name(f"{target.name}.new") if replaces else target
+    writer = _writer()
+    fresh = target.with_name(f"{target.name}.tmp-{writer}") if replaces else target
     structure = {"version": VERSION, "model": describe(model)}
     with _checkpointer() as checkpointer:
         items = {
             ARRAYS: ocp.args.StandardSave(named_leaves(model)),
             STRUCTURE: ocp.args.JsonSave(structure),
         }
-        checkpointer.save(fresh, args=ocp.args.Composite(**items), force=replaces)
+        checkpointer.save(fresh, args=ocp.args.Composite(**items))
     if replaces:
         if jax.process_index() == 0:
-            _replace(fresh, target)
+            _replace(fresh, target, target.with_name(f"{target.name}.old-{writer}"))
         multihost_utils.sync_global_devices(f"moe_jax.save_model {target}")
     return target
 
@@ -81,7 +84,11 @@ def restore_model(
     """
     folder = Path(path).absolute()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give one that save_model wrote")
+        aside = sorted(str(path) for path in folder.parent.glob(f"{folder.name}.old-*"))
+        cure = f"rename {aside[0]}, which a killed save set aside" if aside else (
+            "give one that save_model wrote"
+        )  # fmt: skip
+        raise FileNotFoundError(f"{folder} is no folder; {cure}")
     with _checkpointer() as checkpointer:
         model = _structure(folder, checkpointer)
         place = placement(sharding)
@@ -154,9 +161,16 @@ def _check_arrays(folder: Path, checkpointer: ocp.Checkpointer, shapes: dict[str
         )
 
 
-def _replace(fresh: Path, target: Path) -> None:
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+def _writer() -> int:
+    """A number that no other writer's files carry, the same in all processes of this one."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
+
+
+def _replace(fresh: Path, target: Path, old: Path) -> None:
     target.rename(old)
-    fresh.rename(target)
+    try:
+        fresh.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     shutil.rmtree(old)

@@ -148,12 +148,14 @@ class LinearAttentionConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "conv_width"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name}={value} must be positive")
         _require(
             self.num_value_heads % self.num_key_heads == 0,
             f"num_value_heads={self.num_value_heads} must be a multiple of "
             f"num_key_heads={self.num_key_heads}",
         )
-        _require(self.conv_width > 0, f"conv_width={self.conv_width} must be positive")
 
     @property
     def values_per_key(self) -> int:
@@ -275,10 +277,12 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "num_layers", "max_position"):
             value = getattr(self, name)
             _require(value > 0, f"{name}={value} must be positive")
-        _require(
-            set(self.dense_layers) <= set(range(self.num_layers)),
-            f"dense_layers={self.dense_layers} must be layer indices below {self.num_layers}",
-        )
+        for name in ("dense_layers", "sliding_layers", "linear_layers"):
+            value = getattr(self, name)
+            _require(
+                set(value) <= set(range(self.num_layers)),
+                f"{name}={value} must be layer indices below {self.num_layers}",
+            )
         _require(
             not self.dense_layers or self.d_dense > 0,
             f"d_dense={self.d_dense} must be positive because layers {self.dense_layers} are dense",

@@ -62,8 +62,16 @@ def placement(where: Mesh | Sharding | Placement | None) -> Placement:
     if isinstance(where, Mesh):
         return split_over(where, where.axis_names[0])
     if where is None:
-        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        where = jax.sharding.SingleDeviceSharding(_default_device())
     if isinstance(where, Sharding):
         everywhere = where
         return lambda path, leaf: everywhere
     return where
+
+
+def _default_device():
+    """That of `jax.default_device`, a device or a platform's name, else this process's first."""
+    chosen = getattr(jax.config, "jax_default_device", None)
+    if chosen is None or isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return chosen

@@ -48,13 +48,8 @@ def attend(
     shared = k.shape[2]
     size = min(length, max(1, BLOCK_SCORES // (heads * k.shape[1])))
     spare = -length % size  # queries that fill the last block and are cut off again
-    q = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0)))
     at = jnp.pad(query_position, ((0, 0), (0, spare)))
-    # One product per key head: its rows are the block's queries of all heads that share it.
-    q = q.reshape(batch, -1, size, shared, heads // shared, q.shape[-1])
-    q = q.transpose(0, 1, 3, 2, 4, 5).reshape(
-        batch, -1, shared, size * heads // shared, q.shape[-1]
-    )
+    q = _blocks(jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0))), size, shared)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     if sinks is not None:  # one per row of a block: float32 [K, R, 1]
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(shared, 1, -1), (1, size, 1))
@@ -85,9 +80,24 @@ def attend(
         out = jax.vmap(lambda q, at, *keys: block(q[0], at[0], *keys)[None])(*rows)
     else:
         out = jax.lax.map(sequence, rows)
-    out = out.reshape(batch, -1, shared, size, heads // shared, v.shape[-1])
-    out = out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, length + spare, heads, -1)
-    return out[:, :length]
+    return _sequences(out, size, heads)[:, :length]
+
+
+def _blocks(q: Array, size: int, shared: int) -> Array:
+    """Queries [B, T, N, H] as blocks [B, T / size, K, R, H] for one product per key head.
+
+    Its rows R are the block's queries of all heads that share the key head.
+    """
+    batch, _, heads, width = q.shape
+    q = q.reshape(batch, -1, size, shared, heads // shared, width).transpose(0, 1, 3, 2, 4, 5)
+    return q.reshape(batch, -1, shared, size * heads // shared, width)
+
+
+def _sequences(out: Array, size: int, heads: int) -> Array:
+    """Undo `_blocks`."""
+    batch, _, shared, _, width = out.shape
+    out = out.reshape(batch, -1, shared, size, heads // shared, width).transpose(0, 1, 3, 2, 4, 5)
+    return out.reshape(batch, -1, heads, width)
 
 
 def _weighted_values(

@@ -87,13 +87,20 @@ def rebuild(description: Any) -> Any:
     cls = CLASSES.get(description["class"])
     if cls is None:
         raise ValueError(f"unknown class {description['class']!r}; known are {', '.join(CLASSES)}")
-    expected = {field.name for field in dataclasses.fields(cls)}
-    if fields.keys() != expected:
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    # A field that came later has a default, which is what the model then was.
+    missing = [name for name in known.keys() - fields.keys() if _is_required(known[name])]
+    if missing or not fields.keys() <= known.keys():
         raise ValueError(
             f"{description['class']} has the fields {', '.join(sorted(fields))} but must have "
-            f"{', '.join(sorted(expected))}; it was written by another version of moe_jax"
+            f"{', '.join(sorted(known))}; it was written by another version of moe_jax"
         )
     return cls(**fields)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    nothing = dataclasses.MISSING
+    return field.default is nothing and field.default_factory is nothing
 
 
 def _leaf(description: dict) -> jax.ShapeDtypeStruct:
