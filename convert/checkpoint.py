@@ -160,14 +160,14 @@ def _finite(array: np.ndarray) -> bool:
 
 
 def _extra_layers(family: Family, hf: dict, config: ModelConfig, names: Iterable[str]) -> list[str]:
-    """Tensors of the layers after the last that predict further tokens."""
-    if family.extra_layers is None:
-        return []
-    stop = config.num_layers + (hf.get(family.extra_layers) or 0)
-    prefixes = tuple(f"model.layers.{index}." for index in range(config.num_layers, stop))
+    """Tensors that predict further tokens: below a prefix, or in layers after the last."""
     if family.extra_prefix is not None:
-        prefixes = (family.extra_prefix,)
-    return [name for name in names if name.startswith(prefixes)] if prefixes else []
+        prefixes: tuple[str, ...] = (family.extra_prefix,)
+    else:
+        more = hf.get(family.extra_layers) or 0 if family.extra_layers is not None else 0
+        layers = range(config.num_layers, config.num_layers + more)
+        prefixes = tuple(f"model.layers.{index}." for index in layers)
+    return [name for name in names if name.startswith(prefixes)]
 
 
 def _mismatches(
@@ -199,8 +199,6 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
         missing, duplicate or misshaped tensor.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(folder, ["is not a folder; pass a downloaded checkpoint"])
     about = describe(folder)
     hf, config, family, widths = about.hf_config, about.config, about.family, about.widths
     tensors = SafetensorsFolder(folder)

@@ -20,6 +20,7 @@ from convert.layout import Spec, weight_bytes
 from convert.rules import EMBEDDING, Family, Widths, expected_tensors
 from convert.writer import portable_config, write_folder
 from moe_jax.config import ModelConfig
+from moe_jax.quant import MIN_SCALE
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
@@ -197,8 +198,8 @@ def export_checkpoint(
       The folder.
 
     Raises:
-      ValueError: if the family lacks the format, widths do not fit the group size, or the target
-        exists.
+      ValueError: if the family lacks the format or widths do not fit the group size.
+      FileExistsError: if the target exists.
       OSError: if the disk is too small.
     """
     check_widths(base, widths, form)
@@ -269,7 +270,7 @@ def _as_coded(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """A weight in 4 bits, bit for bit; padding is code 0 at the least scale."""
     codes = np.zeros(shape, np.int8)
-    scale = np.full((shape[0], shape[1] // group_size), compressed_tensors.MIN_SCALE)
+    scale = np.full((shape[0], shape[1] // group_size), MIN_SCALE, np.float32)
     if weight is not None:
         own = weight.codes.shape[1] // weight.scale.shape[1]
         if own != group_size:

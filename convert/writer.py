@@ -25,9 +25,9 @@ from convert.layout import (
 from convert.reader import INDEX
 
 SIDE_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json", "chat_template*", "additional_chat_templates",
-    "preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "tokenizer*", "tokenization_*.py", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template*",
+    "additional_chat_templates", "preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 SPARE_BYTES = 64 << 20  # left free on the disk, for side files and the file system itself
 LEFTOVER = re.compile(r"(.+)\.(tmp|old)-\d+")  # named after the process that wrote it

@@ -39,6 +39,9 @@ def folders(tmp_path_factory):
               "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}  # fmt: skip
     own = config | {"model_type": "kimi_k2", "auto_map": remote}
     (kimi / "config.json").write_text(json.dumps(own))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}}
+    (kimi / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (kimi / "tokenization_kimi.py").write_text("# the tokenizer's own code\n")
     return kimi, stock
 
 
@@ -77,6 +80,8 @@ def test_an_export_is_a_deepseek_v3_that_computes_the_pruned_model(folders, tmp_
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == ("ragged_" if form.is_ragged else "") + "deepseek_v3"
     assert "kimi" not in json.dumps(config) and "configuration_deepseek" not in json.dumps(config)
+    for file in ("tokenizer_config.json", "tokenization_kimi.py"):  # one is useless without both
+        assert (folder / file).read_bytes() == (folders[0] / file).read_bytes()
     wanted = logits(open_checkpoint(folder, dtype=jnp.float32), TOKENS)
     found = torch_logits(folder, trust_remote_code=form.is_ragged)
     np.testing.assert_allclose(found, wanted, atol=1e-5)

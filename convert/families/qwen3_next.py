@@ -103,6 +103,8 @@ def _linear_layers(hf: dict) -> tuple[int, ...]:
     count, types = hf["num_hidden_layers"], hf.get("layer_types")
     if types is None:
         interval = hf.get("full_attention_interval", 4)
+        if interval < 1:
+            raise ValueError(f"full_attention_interval={interval} must be at least 1")
         return tuple(i for i in range(count) if (i + 1) % interval)
     if len(types) != count or not set(types) <= {LINEAR, FULL}:
         raise ValueError(

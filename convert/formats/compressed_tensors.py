@@ -8,7 +8,6 @@ import numpy as np
 
 # transformers 5 gives dequantised fused experts the dtype of their scales, so it is the model's.
 SCALE = np.dtype(ml_dtypes.bfloat16)
-MIN_SCALE = np.float32(2.0**-14)  # smallest normal float16: no client flushes it to zero
 GROUP_SIZES = (128, 64, 32)
 
 
