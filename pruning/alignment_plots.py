@@ -1,5 +1,6 @@
 """What block and least width do to a plan, as a figure of measured values."""
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,7 +27,9 @@ def plot_alignment(panels: Mapping[str, Grid]) -> Figure:
     grid = np.asarray(figure.subplots(rows, 2, squeeze=False)).ravel()
     for axes, (name, values) in zip(grid, panels.items(), strict=False):
         minima = sorted({minimum for _, minimum in values})
-        for colour, block in zip(COLOURS, sorted({b for b, _ in values}), strict=False):
+        for colour, block in zip(
+            itertools.cycle(COLOURS), sorted({b for b, _ in values}), strict=False
+        ):
             own = [(minima.index(m), values[b, m]) for b, m in sorted(values) if b == block]
             axes.plot(*zip(*own, strict=True), "o-", color=colour, label=f"blocks of {block}")
         axes.set_xticks(range(len(minima)), [str(minimum) for minimum in minima])

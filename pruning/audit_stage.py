@@ -1,6 +1,7 @@
 """The stage behind `moe-compress audit`: measure, remember, compare, write."""
 
 import json
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,15 @@ def audit(
     }
     replace_text(target / "audit.json", json.dumps(found, indent=2) + "\n")
     replace_text(target / "audit.csv", to_csv(found))
-    replace_text(target / "audit.html", audit_page(found, _figures(job, statistics)))
+    with steps.bar("figures") as on_step:
+        figures = _figures(job, statistics, on_step)
+    replace_text(target / "audit.html", audit_page(found, figures))
     return found
 
 
-def _figures(job: Job, statistics: ChannelStatistics) -> list[tuple[Figure, str]]:
+def _figures(
+    job: Job, statistics: ChannelStatistics, on_step: Callable[[int, int], None]
+) -> list[tuple[Figure, str]]:
     """What single tokens show on some of the calibration text and of the evaluation texts."""
     recipe = job.recipe
     assert recipe.criterion is not None and recipe.attribution is not None
@@ -100,9 +105,14 @@ def _figures(job: Job, statistics: ChannelStatistics) -> list[tuple[Figure, str]
         for name, one in (("calibration", job.calibration), *evaluation)
     }
     how: dict[str, Any] = {"batch": recipe.batch, "dtype": job.dtype}
+    # The model is read once for the curves and once for each text.
+    curves, seen = expert_loss_curves(job.base, *texts["calibration"], scores.channel, **how), {}
+    for done, (name, part) in enumerate(texts.items(), 1):
+        on_step(done, 1 + len(texts))
+        seen[name] = view_tokens(job.base, *part, **how)
     return token_figures(
-        curves=expert_loss_curves(job.base, *texts["calibration"], scores.channel, **how),
-        seen={name: view_tokens(job.base, *part, **how) for name, part in texts.items()},
+        curves=curves,
+        seen=seen,
         usage=statistics.tokens,
         layer_indices=job.base.config.moe_layers,
         criterion=recipe.criterion,

@@ -99,6 +99,7 @@ def card_facts(
         source_bytes=folder_bytes(base.folder),
         written_bytes=export_bytes(base, widths, form),
         clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
+        has_linear_attention=bool(base.config.linear_layers),
         has_tokenizer=any(base.folder.glob("tokenizer*")),
         quality=quality,
         evaluation=evaluation or {},

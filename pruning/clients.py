@@ -7,7 +7,7 @@ from typing import Any
 from convert.description import Description
 from convert.export import ExportFormat, export_config
 from convert.rules import Widths
-from moe_jax.config import Activation, LatentAttentionConfig, ModelConfig
+from moe_jax.config import Activation, LatentAttentionConfig, ModelConfig, RopeConfig
 
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
 RUNTIMES = (T5, T4, VLLM, SGLANG, LLAMA)
@@ -84,6 +84,19 @@ def _splits_heads(case: Case) -> bool:
     return not any(count % case.tensor_parallel for count in counts)
 
 
+def _latent(case: Case) -> bool:
+    return isinstance(case.config.attention, LatentAttentionConfig)
+
+
+def _shares_keys(case: Case) -> bool:
+    attention = case.config.attention
+    return attention.num_kv_heads != attention.num_heads
+
+
+def _rope(case: Case) -> RopeConfig:
+    return case.config.attention.rope
+
+
 def _linear(case: Case) -> bool:
     return case.config.linear_attention is not None
 
@@ -129,6 +142,12 @@ RULES: tuple[Rule, ...] = (
     Rule((LLAMA,), "no", _two_head_widths,
          "its qwen3next has keys and values of linear attention of one width"),
     Rule((*SERVERS, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
+    Rule((VLLM,), "no", lambda c: _ragged(c) and _latent(c),
+         "its multi-head latent attention refuses the modelling file; export a padded format"),
+    Rule((LLAMA,), "no", lambda c: _is(c, "olmoe") and _shares_keys(c),
+         "its olmoe has as many key as query heads"),
+    Rule((LLAMA,), "no", lambda c: _is(c, "gpt_oss") and not _rope(c).truncate,
+         "it truncates the bounds of YaRN whatever config.json says: other logits"),
     Rule((VLLM,), "no", lambda c: _ragged(c) and _linear(c),
          "the modelling file was never run there with linear attention; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,
@@ -174,7 +193,7 @@ RULES: tuple[Rule, ...] = (
     Rule((LLAMA,), "yes", lambda c: True, "through its own converter"),
     Rule((VLLM,), "yes", _linear,
          "stock class; its linear attention was not run here, only read: it needs a GPU"),
-    Rule((VLLM,), "yes", lambda c: isinstance(c.config.attention, LatentAttentionConfig),
+    Rule((VLLM,), "yes", _latent,
          "stock class; latent attention was only read: its CPU build is wrong without pruning too"),
     Rule((SGLANG,), "yes", lambda c: True, "stock class; read in its source, not run"),
     Rule(RUNTIMES, "yes", lambda c: True, "stock class, no custom code"),

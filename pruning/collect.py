@@ -21,6 +21,7 @@ from pruning.expert_detail import DetailSums, wanda_sums
 from pruning.states import States, row_slices
 from pruning.statistics import ChannelStatistics, field_shapes
 
+CHUNK = 64  # sequences that go through all layers together
 Sums = dict[str, np.ndarray]
 Visit = Callable[[], None]
 
@@ -34,7 +35,7 @@ def collect_statistics(
     expert_details: bool = False,
     finish: bool = True,
     batch: int = 8,
-    chunk: int = 64,
+    chunk: int = CHUNK,
     dtype=jnp.float32,
     on_step: Callable[[int, int], None] | None = None,
 ) -> ChannelStatistics:

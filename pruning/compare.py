@@ -20,7 +20,7 @@ from pruning.progress import OnStep, Steps
 from pruning.recipe import CompressionRecipe
 from pruning.rule import common_budget, make_plan
 from pruning.rules import GROUPS, RULES, check_needs, select_rules
-from pruning.sizes import parameter_count
+from pruning.sizes import parameter_count, weight_count
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
 
@@ -116,10 +116,10 @@ def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
 
 
 def _sizes(job: Job) -> dict[str, int]:
-    # Of 16-bit weights; a channel is a row in each of three matrices.
-    c = job.base.config
-    experts = 6 * c.d_model * math.prod((len(c.moe_layers), c.moe.num_experts, c.moe.d_expert))
-    return {"dense": 2 * parameter_count(job.base), "experts": experts}
+    # Of 16-bit weights; the experts' are what is gone if they keep no channel.
+    base, dense = job.base, parameter_count(job.base)
+    empty = tuple(tuple(0 for _ in counts) for counts in base.widths)
+    return {"dense": 2 * dense, "experts": 2 * (dense - weight_count(base, empty))}
 
 
 def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from convert.rules import EMBEDDING, LM_HEAD, Widths, expected_tensors
 from convert.writer import SPARE_BYTES
 from pruning import stages
 from pruning.clients import client_table
+from pruning.collect import CHUNK
 from pruning.export_choice import is_packed
 from pruning.preflight import free_space, rehearsed_plan, written_bytes
 from pruning.probe import scoring_seconds
@@ -21,7 +22,6 @@ from pruning.sizes import byte_range, form_of, kept_widths, statistics_bytes
 
 PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
-CHUNK = 64  # windows that a sweep holds at once
 
 
 def open_description(folder: Path) -> Description:
@@ -74,21 +74,27 @@ def estimate(
 ) -> dict[str, Any]:
     """One entry of `estimates`, all but the time.
 
-    Every format is planned as if it were the only one, as `compress --export NAME` would: those
-    the recipe names, or all that the family and the bits allow.
+    The formats are those the recipe names, of one plan, as `compress` would write them; else all
+    that the family and the bits allow, each planned as if it were the only one. A target in bytes
+    is one of a single format, so it leaves the one that `compress` would choose.
     """
     whole = stages.resolved(recipe, base)
     stages.require_possible(whole, base)
-    names = recipe.export or [
-        name for name in base.family.formats if recipe.bits == 4 or not is_packed(name)
-    ]
+    if recipe.export or recipe.target_bytes is not None:
+        jobs = dict.fromkeys(whole.export, whole)
+    else:
+        jobs = {
+            name: stages.resolved(dataclasses.replace(recipe, export=(name,)), base)
+            for name in base.family.formats
+            if recipe.bits == 4 or not is_packed(name)
+        }
     assert whole.window is not None
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
     parts = written_bytes(base, whole, windows)
     return {
         "prune_rate": whole.prune_rate,
         "parameters": parameters(base, base.widths),
-        "exports": {name: _export(base, recipe, name, tensor_parallel) for name in names},
+        "exports": {name: _export(base, one, name, tensor_parallel) for name, one in jobs.items()},
         "memory": memory(base, whole),
         "disk": {
             "needed_bytes": sum(parts.values()) + SPARE_BYTES,
@@ -103,11 +109,10 @@ def estimate(
 def _export(
     base: Description, recipe: CompressionRecipe, name: str, tensor_parallel: int
 ) -> dict[str, Any]:
-    one = stages.resolved(dataclasses.replace(recipe, export=(name,)), base)
-    plan, form = rehearsed_plan(one, base), form_of(one, name)
+    plan, form = rehearsed_plan(recipe, base), form_of(recipe, name)
     widths = kept_widths(plan, base)
     check_widths(base, widths, form)
-    fewest, most = byte_range(base, one, name, int(plan.counts.sum()))
+    fewest, most = byte_range(base, recipe, name, int(plan.counts.sum()))
     table = client_table(base, widths, form, tensor_parallel)
     return {
         "bytes": export_bytes(base, widths, form),
@@ -148,8 +153,8 @@ def _place(name: str, ours: str) -> str:
 def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
     """Peak bytes of the host in the two stages that hold most; estimates.
 
-    Scoring holds two layers, one more in the dtype of the activations at work, the hidden states of
-    a chunk of windows and the sums three times; exporting two layers and their float32 copies.
+    Scoring holds two layers, the hidden states of a chunk of windows, the rows at work and the sums
+    three times; exporting two layers and a float32 copy of one.
     """
     c = base.config
     assert recipe.window is not None
@@ -160,7 +165,8 @@ def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
         if name.startswith("model.layers."):
             layers[int(name.split(".")[2])] += math.prod(shape)
     layer, item = max(layers), 2 if recipe.dtype == "bfloat16" else 4
-    windows = min(CHUNK, math.ceil(recipe.max_tokens / recipe.window))
+    tokens = 0 if recipe.weights_only else recipe.max_tokens
+    windows = min(CHUNK, math.ceil(tokens / recipe.window))
     states = windows * recipe.window * c.d_model * item
     states *= 1 + 2 * c.num_layers * recipe.gradients
     rows = recipe.batch * recipe.window * c.moe.experts_per_token

@@ -39,6 +39,7 @@ class CardFacts:
         folder, where padding counts.
       source_bytes, written_bytes: of weight files and index.
       clients: client -> (verdict, rule), of `pruning.clients`.
+      has_linear_attention: whether some layers attend linearly, which stay in 16 bits.
       has_tokenizer: whether the folder holds one.
       quality: per text the dense model, the pruned one and this folder, None before measuring.
       evaluation: window and stride in tokens.
@@ -69,6 +70,7 @@ class CardFacts:
     source_bytes: int
     written_bytes: int
     clients: Mapping[str, tuple[str, str]]
+    has_linear_attention: bool
     has_tokenizer: bool
     quality: Quality | None
     evaluation: Mapping[str, int | None]
@@ -181,8 +183,8 @@ def _precision(facts: CardFacts) -> str:
     )  # fmt: skip
     return (
         f"Linear layers are 4-bit integers, symmetric, one scale per {facts.group_size} weights, "
-        f"{how} (compressed-tensors `pack-quantized`); embeddings, norms, routers and the output "
-        "head are not."
+        f"{how} (compressed-tensors `pack-quantized`); embeddings, norms, routers, "
+        f"{'linear attention ' if facts.has_linear_attention else ''}and the output head are not."
     )
 
 
@@ -261,6 +263,9 @@ def _recipe(facts: CardFacts) -> str:
         values["calibration"] = [
             s["text"] if s["weight"] == 1 else f"{s['text']}={s['weight']:g}" for s in sources
         ]
+    # Without a text of its own, measuring takes windows that are then not scored.
+    if said.get("evaluation"):
+        values["evaluation"] = said["evaluation"]
     options = {**(said.get("scoring") or {}), **recorded_options(said)}
     values |= {k: v for k, v in options.items() if v is not None and v is not False and v != []}
     values["prune_rate"] = said.get("prune_rate", facts.removed)

@@ -8,7 +8,7 @@ from convert.description import Description
 from convert.export import export_bytes
 from pruning.plan import PruningPlan, plan_pruning
 from pruning.recipe import CompressionRecipe
-from pruning.sizes import expert_widths, form_of, parameter_count
+from pruning.sizes import expert_widths, form_of, weight_count
 from pruning.statistics import ChannelStatistics
 from pruning.sweep import nested_plans
 from pruning.targets import plan_for_target
@@ -106,6 +106,7 @@ def _notes(recipe: CompressionRecipe, statistics: ChannelStatistics, provenance:
         "model_hash": provenance["model_hash"],
         "tokens": int(statistics.total_tokens),
         "sources": texts,
+        "evaluation": [Path(file).name for file in recipe.evaluation],
         "scoring": {name: getattr(recipe, name) for name in SCORING},
     }
 
@@ -118,8 +119,7 @@ def _bytes(recipe: CompressionRecipe, base: Description):
 
 
 def _parameters(base: Description):
-    dense, width = parameter_count(base), base.config.moe.d_expert
-    return lambda counts: dense - (counts.size * width - counts.sum()) * 3 * base.config.d_model
+    return lambda counts: weight_count(base, expert_widths(counts, base.config.moe_layers, base))
 
 
 def _budget_range(recipe: CompressionRecipe, base: Description) -> tuple[int, int, int]:

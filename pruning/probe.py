@@ -12,7 +12,7 @@ from pruning.extra_scores import costs
 from pruning.recipe import CompressionRecipe
 
 PROBE_TOKENS = 512
-# Times the plain sweep, measured in tests/bench/bench_statistics.py; with recipe.py's words.
+# Times the plain sweep: gradients by tests/bench/bench_statistics.py, the others as recipe.py says.
 TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0}
 
 
@@ -26,6 +26,8 @@ def scoring_seconds(source: LayerSource, recipe: CompressionRecipe) -> float:
     Returns:
       An estimate: reading weights, compilation and other programs come on top.
     """
+    if recipe.weights_only:
+        return 0.0
     assert recipe.window is not None
     length = min(recipe.window, PROBE_TOKENS)
     rows = max(1, min(recipe.batch, PROBE_TOKENS // length))

@@ -8,6 +8,7 @@ import numpy as np
 
 from convert.description import Description
 from convert.export import ExportFormat, export_bytes, export_specs
+from convert.families import find_family
 from convert.rules import Widths, expected_tensors
 from pruning.plan import PruningPlan
 from pruning.recipe import CompressionRecipe
@@ -55,15 +56,16 @@ def folder_bytes(folder: Path) -> int:
 
 def parameter_count(base: Description) -> int:
     """Weights of a checkpoint, from shapes alone."""
-    return _weights(base, base.widths)
+    return weight_count(base, base.widths)
 
 
 def parameters_left(base: Description, plan: PruningPlan) -> int:
     """Weights of a model once a plan has cut channels out, padding not counted."""
-    return _weights(base, kept_widths(plan, base))
+    return weight_count(base, kept_widths(plan, base))
 
 
-def _weights(base: Description, widths: Widths) -> int:
+def weight_count(base: Description, widths: Widths) -> int:
+    """Weights of a model at these expert widths, from shapes alone."""
     return sum(map(math.prod, expected_tensors(base.family, base.config, widths).values()))
 
 
@@ -170,7 +172,9 @@ def _stored_channels(base: Description, width: int) -> int:
     Shared experts that are padded to a whole number of widths can be larger at a smaller width.
     """
     moe = base.config.moe
-    if base.family.twin is not None or base.family.shared_count_key is None:
+    twin = base.family.twin
+    written = base.family if twin is None else find_family(twin.model_type)
+    if written.shared_count_key is None:
         return moe.num_experts * width
     return (moe.num_experts - (-moe.d_shared // width)) * width
 

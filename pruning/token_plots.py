@@ -1,5 +1,6 @@
 """Figures of single tokens: what pruning an expert costs, what routers and experts do."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, cast
 
@@ -95,7 +96,9 @@ def plot_expert_norms(
     panels = np.atleast_1d(np.asarray(figure.subplots(len(chosen), 1)))
     step = 0.84 / len(norms)
     for axes, (slot, experts) in zip(panels, chosen.items(), strict=True):
-        for number, (colour, values) in enumerate(zip(COLOURS, norms.values(), strict=False)):
+        for number, (colour, values) in enumerate(
+            zip(itertools.cycle(COLOURS), norms.values(), strict=False)
+        ):
             places = np.arange(len(experts)) + step * (number - (len(norms) - 1) / 2)
             drawn = [np.asarray(values[slot][expert]) for expert in experts]
             _violins(axes, drawn, places, colour, 0.9 * step)
@@ -103,7 +106,9 @@ def plot_expert_norms(
         axes.set(ylabel="L2 norm of\nthe output", ylim=(0, None), xlim=(-0.6, len(experts) - 0.4))
         axes.set_title(f"Layer {layer_indices[slot]}", loc="left", fontsize=11)
         plain(axes)
-    handles = [Patch(color=c, label=text) for c, text in zip(COLOURS, norms, strict=False)]
+    handles = [
+        Patch(color=c, label=text) for c, text in zip(itertools.cycle(COLOURS), norms, strict=False)
+    ]
     panels[-1].set_xlabel("most, middling and least used expert of the layer")
     figure.suptitle("Sizes of the experts' outputs", x=0.01, ha="left")
     columns = len(norms) if sum(map(len, norms)) < 70 else 2

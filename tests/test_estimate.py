@@ -177,6 +177,32 @@ def test_scoring_time_is_probed_where_weights_are_and_grows_with_the_tokens(mode
     assert 0 < 10 * seconds[0] < seconds[1]
 
 
+def test_without_text_nothing_is_scored(models, tmp_path):
+    path = tmp_path / "e.json"
+    assert run("estimate", models / "single", "--weights-only", "--probe", "--json", path) == 0
+    (found,) = json.loads(path.read_text())
+    assert found["tokens"] == 0 and found["scoring_seconds"] == 0
+
+
+def test_a_target_that_only_4_bits_reach_is_estimated_as_compress_would_meet_it(tmp_path):
+    folder = saved("qwen3_moe", tmp_path / "model")
+    least = {}
+    for name in ("ragged-int4", "ragged-bf16"):
+        arguments = ("--prune-rate", 0.75, "--export", name, "--group-size", 32)
+        (found,) = estimated(folder, tmp_path, *arguments)
+        least[name] = found["exports"][name]["bytes"]
+    target = int(1.05 * least["ragged-int4"])
+    assert target < least["ragged-bf16"]
+    size = ("--target-bytes", target, "--group-size", 32)
+    (found,) = estimated(folder, tmp_path, *size)
+    assert list(found["exports"]) == ["ragged-int4"]
+    assert 0.9 * target < found["exports"]["ragged-int4"]["bytes"] <= target
+    both = ("--export", "ragged-int4", "padded-bf16")
+    (found,) = estimated(folder, tmp_path, *size, *both)
+    assert found["exports"]["ragged-int4"]["bytes"] <= target  # the first is what must fit
+    assert found["exports"]["padded-bf16"]["bytes"] > 2 * target
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -277,6 +303,27 @@ def test_what_a_client_does_not_read_from_the_config_must_be_as_it_is_built(tmp_
     found = verdicts(tmp_path, GPT_OSS | {"swiglu_limit": 6.0}, *export)
     assert found["padded-bf16", "transformers 4.57"] == "no"
     assert found["padded-bf16", "transformers 5"] == "yes"
+    yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096}  # fmt: skip
+    for truncate, verdict in ((True, "yes"), (False, "no")):
+        config = GPT_OSS | {"rope_scaling": yarn | {"truncate": truncate}}
+        assert verdicts(tmp_path, config, *export)["padded-bf16", "llama.cpp"] == verdict
+
+
+@pytest.mark.parametrize("heads", [16, 4])
+def test_olmoe_with_shared_keys_is_not_for_llama_cpp(tmp_path, heads):
+    sizes = EXPORTED["olmoe"] | {"num_attention_heads": 16, "num_key_value_heads": heads}
+    config = tiny.tiny_model("olmoe", **(sizes | {"hidden_size": 64})).config.to_dict()
+    found = verdicts(tmp_path, config, "--export", "padded-bf16")
+    assert found["padded-bf16", "llama.cpp"] == ("yes" if heads == 16 else "no")
+
+
+def test_ragged_latent_attention_is_not_for_vllm(tmp_path):
+    model = tiny.tiny_model("deepseek_v3", **(EXPORTED["deepseek_v3"] | {"hidden_size": 64}))
+    config = model.config.to_dict() | {"topk_method": "noaux_tc"}
+    found = verdicts(tmp_path, config, "--export", "ragged-bf16")
+    assert found["ragged-bf16", "vLLM"] == "no"
+    assert found["ragged-bf16", "transformers 4.57"] == "slower"
 
 
 def test_attention_heads_must_be_divided_and_ragged_folders_are_not(tmp_path):

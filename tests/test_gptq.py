@@ -211,6 +211,8 @@ def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
     assert all(check["ok"] for check in report["verification"])
     summary = json.loads((out / "gptq" / "gptq.json").read_text())
     assert report["quantization"] == summary["layers"] and len(summary["layers"]) == 2
+    for layer in summary["layers"]:
+        assert layer["fallbacks"] < layer["matrices"] and layer["gptq"] != layer["nearest"]
     first = load_file(out / "exports" / "ragged-int4" / "model.safetensors")
     stamp = (out / "gptq" / "gptq.json").stat().st_mtime_ns
     moved = out.rename(tmp_path / "moved")
