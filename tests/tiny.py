@@ -78,8 +78,8 @@ def tiny_model(model_type: str, *, seed: int = 0, **config) -> transformers.PreT
             if "norm" in name:
                 centred = not parameter.any()  # then one is added when it is used
                 parameter.uniform_(0.7, 1.3).sub_(1.0 if centred else 0.0)
-            else:
-                parameter.normal_(std=0.25)
+            else:  # small values would be divided by their size, rounding errors included
+                parameter.normal_(std=1.0 if "conv1d" in name else 0.25)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.normal_(std=0.1)
