@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.families import find_family
+from convert.formats.ragged import stock_config, widths_from_hf
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, Widths, uniform_widths
 from moe_jax.config import ModelConfig
@@ -44,29 +45,8 @@ def describe(folder: Path | str) -> Description:
     hf = read_json(folder / "config.json")
     try:
         family = find_family(hf.get("model_type"))
-        config = family.config_from_hf(hf)
-        widths = _widths(family, hf, config)
+        config = family.config_from_hf(stock_config(hf, family))
+        widths = widths_from_hf(hf, config) if family.ragged else uniform_widths(config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
     return Description(folder, hf, config, family, widths)
-
-
-def _widths(family: Family, hf: dict, config: ModelConfig) -> Widths:
-    """Channels per layer and expert.
-
-    Raises:
-      ValueError: if `expert_intermediate_sizes` does not fit the architecture.
-    """
-    uniform = uniform_widths(config)
-    if not family.ragged:
-        return uniform
-    sizes = hf.get("expert_intermediate_sizes")
-    if not isinstance(sizes, list) or [len(row) for row in sizes] != [len(row) for row in uniform]:
-        raise ValueError(
-            "expert_intermediate_sizes must have one list per layer with one width per expert, "
-            f"empty for dense layers; the architecture has {[len(row) for row in uniform]}"
-        )
-    bad = [n for row in sizes for n in row if type(n) is not int or n < 0]
-    if bad:
-        raise ValueError(f"expert_intermediate_sizes holds {bad[:5]}; widths must be natural")
-    return tuple(tuple(row) for row in sizes)

@@ -64,7 +64,8 @@ class _Source:
 def _source(base: Description) -> _Source:
     twin = base.family.twin
     if twin is None:
-        return _Source(base.family, base.hf_config, base.config, lambda layer: layer)
+        hf_config = ragged.stock_config(base.hf_config, base.family)
+        return _Source(base.family, hf_config, base.config, lambda layer: layer)
     family, hf_config = find_family(twin.model_type), twin.config(base.hf_config)
     return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
 
@@ -72,7 +73,7 @@ def _source(base: Description) -> _Source:
 def _stored_tensors(base: Description, widths: Widths, form: ExportFormat) -> dict[str, _Stored]:
     source = _source(base)
     family, config = source.family, source.config
-    if not form.is_ragged:
+    if form.is_padded:
         config = padded.padded_model(config, family, form.padded_width(widths))
     return {
         name: _Stored(
@@ -89,7 +90,7 @@ def _of_expert(name: str) -> bool:
 
 
 def _is_fused(family: Family, form: ExportFormat) -> bool:
-    return family.interleaved and not form.is_ragged
+    return family.interleaved and form.is_padded
 
 
 def export_specs(base: Description, widths: Widths, form: ExportFormat) -> dict[str, Spec]:
@@ -123,6 +124,8 @@ def export_config(base: Description, widths: Widths, form: ExportFormat) -> dict
     config["dtype"] = config["torch_dtype"] = "bfloat16"
     if form.is_ragged:
         config = ragged.ragged_config(config, source.family, [list(counts) for counts in widths])
+    elif form.is_layered:
+        config = ragged.layered_config(config, source.family, form.layer_widths(widths))
     else:
         width = form.padded_width(widths)
         config = padded.padded_config(config, source.config, source.family, width)
@@ -204,7 +207,7 @@ def export_checkpoint(
     """
     check_widths(base, widths, form)
     file = ragged.MODELLING_FILE
-    modelling = {file.name: file} if form.is_ragged else {}
+    modelling = {} if form.is_padded else {file.name: file}
     return write_folder(
         target,
         export_specs(base, widths, form),
@@ -258,7 +261,7 @@ def _layer_parts(
 
 
 def _padded(value: np.ndarray | None, stored: _Stored) -> np.ndarray:
-    """A tensor as it goes to disk; an emptied expert of a padded folder is all zeros."""
+    """A tensor as it goes to disk; an emptied expert that is filled up is all zeros."""
     full = np.zeros(stored.shape, stored.dtype)
     if value is not None:
         full[tuple(slice(size) for size in value.shape)] = value.astype(stored.dtype)

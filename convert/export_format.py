@@ -1,5 +1,6 @@
 """The formats of an export, and which family has which."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convert.rules import FORMATS, Family, Widths
@@ -8,7 +9,7 @@ from moe_jax.mxfp4 import BLOCK
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A folder layout: padded to one width or ragged, 16 or 4 bits.
+    """A folder layout: a width per expert, per layer or per model, 16 or 4 bits.
 
     Attributes:
       name: one of `convert.rules.FORMATS`.
@@ -31,6 +32,16 @@ class ExportFormat:
         return self.name.startswith("ragged")
 
     @property
+    def is_layered(self) -> bool:
+        """Whether all experts of a layer have one width, and layers differ."""
+        return self.name.startswith("layered")
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether all experts have one width, so that stock classes load the folder."""
+        return self.name.startswith("padded")
+
+    @property
     def is_packed(self) -> bool:
         """Whether linear layers are stored in 4 bits: all as integers, or experts as floats."""
         return self.is_float4 or self.name.endswith("int4")
@@ -44,12 +55,22 @@ class ExportFormat:
         """Channels that the folder stores per layer and expert."""
         if self.is_ragged:
             return widths
-        widest = self.padded_width(widths)
-        return tuple(tuple(widest for _ in counts) for counts in widths)
+        columns = zip(self.layer_widths(widths), widths, strict=True)
+        return tuple(tuple(width for _ in counts) for width, counts in columns)
+
+    def layer_widths(self, widths: Widths) -> list[int]:
+        """The one width of each layer unless the folder is ragged; 0 for layers without experts."""
+        if self.is_padded:
+            width = self.padded_width(widths)
+            return [width if counts else 0 for counts in widths]
+        return [self._filled(counts) if counts else 0 for counts in widths]
 
     def padded_width(self, widths: Widths) -> int:
         """The one width of a padded folder: that of the widest expert, whole groups."""
-        widest = max(1, *(count for counts in widths for count in counts))
+        return self._filled([count for counts in widths for count in counts])
+
+    def _filled(self, counts: Sequence[int]) -> int:
+        widest = max(1, *counts)  # clients know no expert without channels
         return -(-widest // self.group_size) * self.group_size if self.is_packed else widest
 
 

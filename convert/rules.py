@@ -17,8 +17,12 @@ Layout = Literal["identity", "expert_rows", "expert_columns", "expert_vector"]
 
 Widths = tuple[tuple[int, ...], ...]  # [layer][expert], () for a dense layer
 
-# Export formats: one width or many, and how the weights of linear layers are stored.
-FORMATS = ("ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4", "padded-mxfp4")
+# Export formats: a width per expert, per layer or per model, and how the weights of linear layers
+# are stored.
+FORMATS = (
+    "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
+    "padded-mxfp4",
+)  # fmt: skip
 RAGGED = "ragged_"  # prefix of the model types of our custom export
 _LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+")
@@ -77,7 +81,7 @@ class Family:
       extra_layers: key for the number of layers after the last that predict further tokens; they
         are neither read nor written.
       extra_prefix: of the names of their tensors, if they are not numbered on from the last layer.
-      ragged: whether every expert has its own width (our custom export).
+      ragged: whether experts or layers have widths of their own (our custom exports).
       twin: the family it is exported as, if not as itself; such a one is never ragged.
       interleaved: whether a folder holds the experts of a layer together, gate and up channels
         alternating; `rules` then name what `convert.interleaved` makes of that.

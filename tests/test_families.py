@@ -244,7 +244,7 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
     biases = [value.dtype for key, value in stored.items() if key.endswith("correction_bias")]
     assert biases == [np.float32] * (2 if base.config.moe.correction_bias else 0)
     config = json.loads((folder / "config.json").read_text())
-    assert ("auto_map" in config) == form.is_ragged
+    assert ("auto_map" in config) != form.is_padded
     ours = logits(open_checkpoint(folder, dtype=jnp.float32), TOKENS)
     if form.is_float4:
         source = QuantizedSource(PrunedSource(base, plan), 32, float4=True)
@@ -271,7 +271,7 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        trust_remote_code=form.is_ragged,
+        trust_remote_code=not form.is_padded,
         output_loading_info=True,
         attn_implementation="eager",
         **(exact if form.is_float4 else {}),
@@ -281,7 +281,7 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
         fill_in_exact_experts(model, base, plain)
     theirs = tiny.torch_logits(model.eval(), TOKENS, np.ones(TOKENS.shape, bool))
     np.testing.assert_allclose(theirs, wanted, atol=1e-5, rtol=1e-5)
-    if name == "ragged-int4":  # vLLM builds on the bare model
+    if name in ("ragged-int4", "layered-int4"):  # vLLM builds on the bare model
         bare = transformers.AutoModel.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=True, attn_implementation="eager"
         )
@@ -289,7 +289,7 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
             hidden = bare.eval()(torch.from_numpy(TOKENS).long()).last_hidden_state
             found = model.lm_head(hidden).numpy()
         np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
-    if form.is_ragged:
+    if not form.is_padded:
         prompt = torch.from_numpy(TOKENS[:1, :4]).long()
         new = model.generate(prompt, max_new_tokens=3, do_sample=False)
         assert new.shape == (1, 7)

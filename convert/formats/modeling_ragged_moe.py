@@ -1,12 +1,21 @@
 """Mixture-of-Experts models whose experts have different widths, for `transformers`.
 
-This file travels inside every ragged checkpoint that moe-jax writes and is loaded by
+This file travels inside every ragged and layered checkpoint that moe-jax writes and is loaded by
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` under transformers 4.57 and
 5.x. It changes one thing of the stock model: the experts of a layer are separate SwiGLU networks
-whose widths `config.expert_intermediate_sizes[layer][expert]` lists. An expert of width 0 has no
-tensors and adds nothing; the router is the stock one.
+whose widths the config lists.
+
+- Ragged: `config.expert_intermediate_sizes[layer][expert]`. An expert of width 0 has no tensors and
+  adds nothing.
+- Layered: `config.moe_intermediate_size[layer]` is the width of all experts of a layer, 0 where a
+  layer has none, and `config.unpruned_intermediate_size` what it was before pruning, of which the
+  width of shared experts is a multiple. vLLM fuses the experts of such layers.
+
+Routers, shared experts and all else are the stock ones.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -46,11 +55,29 @@ class RaggedExpert(nn.Module):
         return down(F.silu(gate(x)) * up(x))
 
 
-class RaggedExperts(nn.Module):
+class _Loop:
+    """Experts as the blocks of transformers 5 call them; those of 4.57 index the experts."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.zeros_like(hidden_states)
+        for number in top_k_index.unique().tolist():
+            token, slot = torch.where(top_k_index == number)
+            weight = top_k_weights[token, slot, None]
+            part = self[number](hidden_states[token]) * weight
+            out.index_add_(0, token, part.to(out.dtype))
+        return out
+
+
+class LayeredExperts(_Loop, nn.ModuleList):
+    """The experts of a layer, all of one width: a list, which vLLM replaces by a fused layer."""
+
+
+class RaggedExperts(_Loop, nn.Module):
     """The experts of a layer, children "0", "1", ... so that tensors keep their public names.
 
-    Not an `nn.ModuleList`: vLLM would replace that by a fused layer of one width. The blocks of
-    transformers 5 call `forward`, those of 4.57 index the experts.
+    Not an `nn.ModuleList`: vLLM would replace that by a fused layer of one width.
     """
 
     def __init__(self, hidden_size: int, widths: list[int], names: tuple[str, str, str]):
@@ -65,28 +92,43 @@ class RaggedExperts(nn.Module):
     def __getitem__(self, number: int) -> RaggedExpert:
         return getattr(self, str(int(number)))
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        out = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
-            token, slot = torch.where(top_k_index == number)
-            weight = top_k_weights[token, slot, None]
-            part = self[number](hidden_states[token]) * weight
-            out.index_add_(0, token, part.to(out.dtype))
-        return out
+
+def _is_layered(config: Any) -> bool:
+    return isinstance(getattr(config, "moe_intermediate_size", None), list)
 
 
-def _ragged(stock: Any, config_class: type, names: tuple[str, str, str]) -> type:
-    """A subclass of a stock model whose sparse layers have experts of their own widths."""
+@contextmanager
+def _stock_width(config: Any) -> Iterator[None]:
+    """Show a stock constructor one width for all layers, that of the unpruned model."""
+    if not _is_layered(config):
+        yield
+        return
+    widths = config.moe_intermediate_size
+    config.moe_intermediate_size = config.unpruned_intermediate_size
+    try:
+        yield
+    finally:
+        config.moe_intermediate_size = widths
+
+
+def _experts(config: Any, layer: int, count: int, names: tuple[str, str, str]) -> nn.Module:
+    size = config.hidden_size
+    if not _is_layered(config):
+        return RaggedExperts(size, config.expert_intermediate_sizes[layer], names)
+    width = config.moe_intermediate_size[layer]
+    return LayeredExperts(RaggedExpert(size, width, names) for _ in range(count))
+
+
+def _model_class(stock: Any, config_class: type, names: tuple[str, str, str]) -> type:
+    """A subclass of a stock model whose sparse layers have experts of the config's widths."""
 
     def __init__(self, config):
-        stock.__init__(self, config)
-        layers = getattr(self, "model", self).layers
-        for layer, widths in zip(layers, config.expert_intermediate_sizes, strict=True):
+        with _stock_width(config):
+            stock.__init__(self, config)
+        for number, layer in enumerate(getattr(self, "model", self).layers):
             block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
-            if widths:
-                block.experts = RaggedExperts(config.hidden_size, widths, names)
+            if hasattr(block, "experts"):
+                block.experts = _experts(config, number, len(block.gate.weight), names)
 
     members = {
         "__module__": __name__,
@@ -97,6 +139,17 @@ def _ragged(stock: Any, config_class: type, names: tuple[str, str, str]) -> type
     return type(f"Ragged{stock.__name__}", (stock,), members)
 
 
+def _config_class(stock: Any, name: str, family: str) -> type:
+    """A subclass of a stock config, which may be one that checks types and knows one width only."""
+    members = {"__module__": __name__, "model_type": f"ragged_{family}"}
+    if "moe_intermediate_size" not in getattr(stock, "__dataclass_fields__", ()):
+        return type(name, (stock,), members)
+    from huggingface_hub.dataclasses import strict
+
+    members["__annotations__"] = {"moe_intermediate_size": int | list[int]}
+    return strict(type(name, (stock,), members))
+
+
 def _classes(family: str, stem: str, names: tuple[str, str, str]) -> dict[str, type]:
     """Config, bare model and causal language model of a family; none if transformers lacks it."""
     package = f"transformers.models.{family}"
@@ -105,10 +158,10 @@ def _classes(family: str, stem: str, names: tuple[str, str, str]) -> dict[str, t
         models = import_module(f"{package}.modeling_{family}")
     except ImportError:
         return {}
-    members = {"__module__": __name__, "model_type": f"ragged_{family}"}
-    config = type(f"Ragged{stem}Config", (getattr(configs, f"{stem}Config"),), members)
+    config = _config_class(getattr(configs, f"{stem}Config"), f"Ragged{stem}Config", family)
     made = [
-        _ragged(getattr(models, stem + kind), config, names) for kind in ("Model", "ForCausalLM")
+        _model_class(getattr(models, stem + kind), config, names)
+        for kind in ("Model", "ForCausalLM")
     ]
     return {made_class.__name__: made_class for made_class in (config, *made)}
 

@@ -29,7 +29,7 @@ def padded_config(
     """config.json of a padded folder: the stock family at expert width `width`.
 
     Args:
-      hf_config: the source's config.json (a ragged one loses what made it ragged), not changed.
+      hf_config: the source's config.json, of the stock family; not changed.
       config: the source's architecture.
       family: of the source.
       width: channels of every expert.
@@ -37,11 +37,7 @@ def padded_config(
     Returns:
       A new dict.
     """
-    padded = {
-        key: value
-        for key, value in hf_config.items()
-        if key not in ("auto_map", "expert_intermediate_sizes")
-    }
+    padded = dict(hf_config)
     if family.shared_count_key is not None:
         padded[family.shared_count_key] = _shared_count(config, width)
     return padded | {

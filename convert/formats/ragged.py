@@ -1,11 +1,16 @@
-"""Ragged folders: every expert at its own width, loaded with one modelling file."""
+"""Folders of several widths, per expert or per layer, loaded with one modelling file."""
 
 from pathlib import Path
 from typing import Any
 
-from convert.rules import RAGGED, Family
+from convert.rules import RAGGED, Family, Widths
+from moe_jax.config import ModelConfig
 
 MODELLING_FILE = Path(__file__).with_name("modeling_ragged_moe.py")
+# Keys of config.json: widths per layer and expert; widths per layer, under the name by which vLLM
+# looks for them; and the width before pruning, of which a shared expert may be a multiple.
+PER_EXPERT, PER_LAYER = "expert_intermediate_sizes", "moe_intermediate_size"
+UNPRUNED = "unpruned_intermediate_size"
 
 
 def ragged_config(
@@ -13,17 +18,35 @@ def ragged_config(
 ) -> dict[str, Any]:
     """config.json of a ragged folder.
 
-    The model type is one of our own: under the stock one, transformers would ignore the modelling
-    file and vLLM would copy narrow experts into uninitialised memory.
-
     Args:
-      hf_config: the source's config.json, not changed.
+      hf_config: the source's config.json, of the stock family; not changed.
       family: of the source.
       counts: channels per layer and expert, [] for dense layers.
 
     Returns:
       A new dict.
     """
+    return _with_code(hf_config, family) | {PER_EXPERT: counts}
+
+
+def layered_config(hf_config: dict[str, Any], family: Family, widths: list[int]) -> dict[str, Any]:
+    """config.json of a layered folder.
+
+    Args:
+      hf_config: the source's config.json, of the stock family; not changed.
+      family: of the source.
+      widths: channels of every expert of a layer, 0 for dense layers.
+
+    Returns:
+      A new dict.
+    """
+    unpruned = hf_config[family.width_key]
+    return _with_code(hf_config, family) | {UNPRUNED: unpruned, PER_LAYER: widths}
+
+
+def _with_code(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The model type is one of our own: under the stock one, transformers would ignore the
+    modelling file and vLLM would copy narrow experts into uninitialised memory."""
     stem, module = f"Ragged{family.stem}", MODELLING_FILE.stem
     return {
         **hf_config,
@@ -34,5 +57,70 @@ def ragged_config(
             "AutoModel": f"{module}.{stem}Model",
             "AutoModelForCausalLM": f"{module}.{stem}ForCausalLM",
         },
-        "expert_intermediate_sizes": counts,
     }
+
+
+def stock_config(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """config.json of the stock family with the widths that experts had before pruning.
+
+    Args:
+      hf_config: config.json of a ragged or layered folder (any other stays as it is), not changed.
+      family: of the folder.
+
+    Returns:
+      A new dict.
+    """
+    if not family.ragged:
+        return dict(hf_config)
+    ours = ("auto_map", PER_EXPERT, UNPRUNED)
+    config = {key: value for key, value in hf_config.items() if key not in ours}
+    if UNPRUNED in hf_config:
+        del config[PER_LAYER]
+        config[family.width_key] = hf_config[UNPRUNED]
+    return config
+
+
+def widths_from_hf(hf_config: dict[str, Any], config: ModelConfig) -> Widths:
+    """Channels per layer and expert of a ragged or layered folder, () for dense layers.
+
+    Args:
+      hf_config: config.json.
+      config: the architecture before pruning.
+
+    Raises:
+      ValueError: if the widths do not fit the architecture.
+    """
+    experts = [
+        0 if layer in config.dense_layers else config.moe.num_experts
+        for layer in range(config.num_layers)
+    ]
+    if UNPRUNED in hf_config:
+        return _layered_widths(hf_config.get(PER_LAYER), experts)
+    return _ragged_widths(hf_config.get(PER_EXPERT), experts)
+
+
+def _layered_widths(widths: Any, experts: list[int]) -> Widths:
+    if not isinstance(widths, list) or len(widths) != len(experts):
+        raise ValueError(
+            f"{PER_LAYER} must be a list of one width per layer beside {UNPRUNED}; the "
+            f"architecture has {len(experts)} layers"
+        )
+    for layer, (width, count) in enumerate(zip(widths, experts, strict=True)):
+        if type(width) is not int or width < 0 or (width > 0) != (count > 0):
+            raise ValueError(
+                f"{PER_LAYER}[{layer}]={width!r} must be "
+                + ("at least 1" if count else "0, since the layer has no experts")
+            )
+    return tuple((width,) * count for width, count in zip(widths, experts, strict=True))
+
+
+def _ragged_widths(sizes: Any, experts: list[int]) -> Widths:
+    if not isinstance(sizes, list) or [len(row) for row in sizes] != experts:
+        raise ValueError(
+            f"{PER_EXPERT} must have one list per layer with one width per expert, empty for dense "
+            f"layers; the architecture has {experts}"
+        )
+    bad = [n for row in sizes for n in row if type(n) is not int or n < 0]
+    if bad:
+        raise ValueError(f"{PER_EXPERT} holds {bad[:5]}; widths must be natural")
+    return tuple(tuple(row) for row in sizes)
