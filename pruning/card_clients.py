@@ -5,6 +5,12 @@ from collections.abc import Mapping
 # Clients by the names of `pruning.clients`, which decides who loads what.
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
 
+VLLM_FLAGS = {
+    "ragged": " --trust-remote-code --enforce-eager",
+    "layered": " --trust-remote-code",
+    "padded": "",
+}
+
 
 def loading(form: str, clients: Mapping[str, tuple[str, str]], *, has_tokenizer: bool) -> str:
     """Which clients load a folder by which rule, and the lines that do it.
@@ -22,7 +28,6 @@ def loading(form: str, clients: Mapping[str, tuple[str, str]], *, has_tokenizer:
     rows = [
         f"| {name} | {words.get(said, said)} | {rule} |" for name, (said, rule) in clients.items()
     ]
-    ragged = form.startswith("ragged")
     parts = [
         "By the rules of each program, not by a trial of this very folder:",
         "\n".join(["| program | loads it | why |", "|---|---|---|", *rows]),
@@ -32,7 +37,7 @@ def loading(form: str, clients: Mapping[str, tuple[str, str]], *, has_tokenizer:
     if loads & {T5, T4}:
         parts.append(_transformers(form, loads, has_tokenizer))
     if VLLM in loads:
-        flags = " --trust-remote-code --enforce-eager" if ragged else ""
+        flags = VLLM_FLAGS[form.partition("-")[0]]
         parts.append(f"### vLLM\n\n{_code('sh', f'vllm serve .{flags}')}")
     if SGLANG in loads:
         line = "python -m sglang.launch_server --model-path ."
@@ -51,7 +56,7 @@ def _transformers(form: str, loads: set[str], has_tokenizer: bool) -> str:
     packages = '"transformers>=4.57"' if T4 in loads else '"transformers>=5.20"'
     if form.endswith("int4"):
         packages += ' "compressed-tensors>=0.17" accelerate'
-    trust = ", trust_remote_code=True" if form.startswith("ragged") else ""
+    trust = "" if form.startswith("padded") else ", trust_remote_code=True"
     load = f'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto"{trust})'
     if has_tokenizer:
         lines = [
@@ -74,7 +79,7 @@ def _transformers(form: str, loads: set[str], has_tokenizer: bool) -> str:
     parts = ["### transformers", _code("sh", f"pip install torch {packages}")]
     if trust:
         parts.append(
-            "The experts' own widths need the modelling file in this folder, which "
+            "The widths of the experts need the modelling file in this folder, which "
             "`trust_remote_code` allows to run; read it first."
         )
     parts.append(_code("python", "\n".join(lines)))

@@ -25,20 +25,19 @@ class Case:
       form: the format.
       config: the architecture before pruning.
       hf: config.json of the export.
-      width: the padded folder's one expert width.
+      widths: those that experts have in the folder, each once: one if it is padded.
       tensor_parallel: GPUs that share each layer.
     """
 
     form: ExportFormat
     config: ModelConfig
     hf: dict[str, Any]
-    width: int
+    widths: tuple[int, ...]
     tensor_parallel: int = 1
 
-    @property
-    def part(self) -> float:
-        """Channels of an expert on one GPU."""
-        return self.width / self.tensor_parallel
+    def cuts(self, size: int) -> bool:
+        """Whether some GPU's share of an expert is no multiple of so many channels."""
+        return any(width / self.tensor_parallel % size for width in self.widths)
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,13 @@ def _ragged(case: Case) -> bool:
     return case.form.is_ragged
 
 
+def _custom(case: Case) -> bool:
+    return not case.form.is_padded
+
+
 def _integer4(case: Case) -> bool:
-    return case.form.name == "padded-int4"
+    """Whether the experts of a layer are fused and in 4-bit integers."""
+    return case.form.is_packed and not (case.form.is_ragged or case.form.is_float4)
 
 
 def _float4(case: Case) -> bool:
@@ -73,7 +77,7 @@ def _float4(case: Case) -> bool:
 
 def _idle_gpu(case: Case) -> bool:
     """Whether servers, which deal out whole blocks of 4-bit floats, leave a GPU without any."""
-    gpus, blocks = case.tensor_parallel, case.width // case.form.group_size
+    gpus, blocks = case.tensor_parallel, case.widths[0] // case.form.group_size
     return _float4(case) and gpus > 1 and -(-blocks // gpus) * (gpus - 1) >= blocks
 
 
@@ -129,9 +133,9 @@ def _yarn_mscale(case: Case) -> bool:
 # The first rule that holds decides. Facts: programs run in 2026-11 on a CPU, but SGLang only as
 # read in its source, and so for vLLM what its CPU build cannot run.
 RULES: tuple[Rule, ...] = (
-    Rule((LLAMA,), "no", _ragged, "it has one expert width per model; export a padded format"),
-    Rule((SGLANG,), "no", _ragged, "the modelling file was never run there; export a padded one"),
-    Rule((VLLM,), "no", lambda c: _ragged(c) and c.tensor_parallel > 1,
+    Rule((LLAMA,), "no", _custom, "it has one expert width per model; export a padded format"),
+    Rule((SGLANG,), "no", _custom, "the modelling file was never run there; export a padded one"),
+    Rule((VLLM,), "no", lambda c: _custom(c) and c.tensor_parallel > 1,
          "the modelling file was never split over GPUs; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen2_moe") and bool(c.config.dense_layers),
          "its qwen2moe cannot have a dense layer"),
@@ -142,13 +146,13 @@ RULES: tuple[Rule, ...] = (
     Rule((LLAMA,), "no", _two_head_widths,
          "its qwen3next has keys and values of linear attention of one width"),
     Rule((*SERVERS, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
-    Rule((VLLM,), "no", lambda c: _ragged(c) and _latent(c),
+    Rule((VLLM,), "no", lambda c: _custom(c) and _latent(c),
          "its multi-head latent attention refuses the modelling file; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "olmoe") and _shares_keys(c),
          "its olmoe has as many key as query heads"),
     Rule((LLAMA,), "no", lambda c: _is(c, "gpt_oss") and not _rope(c).truncate,
          "it truncates the bounds of YaRN whatever config.json says: other logits"),
-    Rule((VLLM,), "no", lambda c: _ragged(c) and _linear(c),
+    Rule((VLLM,), "no", lambda c: _custom(c) and _linear(c),
          "the modelling file was never run there with linear attention; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,
          "its qwen3moe renormalises routing weights whatever norm_topk_prob says: other logits"),
@@ -160,22 +164,22 @@ RULES: tuple[Rule, ...] = (
     Rule(SERVERS, "no", lambda c: not _splits_heads(c),
          "the GPUs do not divide the number of attention heads, linear ones included"),
     Rule(SERVERS, "no", _idle_gpu, "there are too few blocks of 32 in an expert for the GPUs"),
-    Rule(SERVERS, "no", lambda c: not (c.form.is_ragged or _float4(c)) and c.part % 1 != 0,
+    Rule(SERVERS, "no", lambda c: not (_ragged(c) or _float4(c)) and c.cuts(1),
          "the GPUs do not divide the expert width"),
     Rule(SERVERS, "no", lambda c: _integer4(c) and c.config.d_model % c.form.group_size != 0,
          "the group size does not divide the model width"),
-    Rule(SERVERS, "no", lambda c: _integer4(c) and c.part % c.form.group_size != 0,
+    Rule(SERVERS, "no", lambda c: _integer4(c) and c.cuts(c.form.group_size),
          "the group size does not divide the expert width per GPU; use expert parallelism"),
     Rule((VLLM,), "slower", _ragged,
          "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
-    Rule(TORCH, "slower", _ragged, "trust_remote_code; a loop over experts, no fused kernel"),
+    Rule(TORCH, "slower", _custom, "trust_remote_code; a loop over experts, no fused kernel"),
     Rule(SERVERS, "slower", lambda c: _integer4(c) and c.config.d_model % 128 != 0,
          "Marlin kernels need a model width that is a multiple of 128"),
-    Rule(SERVERS, "slower", lambda c: _integer4(c) and c.part % 64 != 0,
+    Rule(SERVERS, "slower", lambda c: _integer4(c) and c.cuts(64),
          "expert width per GPU is no multiple of 64: padded at every step"),
     Rule((T5,), "yes", _float4, "stock class; blocks are dequantised where no kernel reads them"),
     Rule((T4,), "yes", _float4, "stock class; equal in bfloat16"),
-    Rule(SERVERS, "slower", lambda c: _float4(c) and c.part % c.form.group_size != 0,
+    Rule(SERVERS, "slower", lambda c: _float4(c) and c.cuts(c.form.group_size),
          "blocks of 32 are dealt out unevenly over the GPUs and padded; read, not run"),
     Rule(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
     Rule(TORCH, "yes", _integer4,
@@ -187,10 +191,12 @@ RULES: tuple[Rule, ...] = (
          "rounded to nearest"),
     Rule((LLAMA,), "yes", _integer4,
          "its converter dequantises; its own 4 bits round a second time"),
-    Rule((LLAMA,), "yes", lambda c: c.width % 256 != 0 or c.config.d_model % 256 != 0,
+    Rule((LLAMA,), "yes", lambda c: any(size % 256 for size in (*c.widths, c.config.d_model)),
          "through its converter; K-quants need widths that are multiples of 256, else they are "
          "replaced per tensor"),
     Rule((LLAMA,), "yes", lambda c: True, "through its own converter"),
+    Rule((VLLM,), "yes", _custom,
+         "trust_remote_code; its transformers backend fuses the experts of a layer"),
     Rule((VLLM,), "yes", _linear,
          "stock class; its linear attention was not run here, only read: it needs a GPU"),
     Rule((VLLM,), "yes", _latent,
@@ -221,5 +227,6 @@ def client_table(
       Client -> verdict.
     """
     hf = export_config(base, widths, form)
-    case = Case(form, base.config, hf, form.padded_width(widths), tensor_parallel)
+    stored = {count for counts in form.stored_widths(widths) for count in counts}
+    case = Case(form, base.config, hf, tuple(sorted(stored)), tensor_parallel)
     return {runtime: decide(runtime, case) for runtime in RUNTIMES}

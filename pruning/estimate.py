@@ -119,7 +119,7 @@ def _export(
         "fewest_bytes": fewest,
         "most_bytes": most,
         "group_size": form.group_size if form.is_packed else None,
-        "width": None if form.is_ragged else form.padded_width(widths),
+        "width": form.padded_width(widths) if form.is_padded else None,
         "parameters": parameters(base, widths),
         "clients": {client: dataclasses.asdict(found) for client, found in table.items()},
     }

@@ -29,13 +29,15 @@ def _sizes(found: dict[str, Any]) -> TextTable:
     for name, one in found["exports"].items():
         sizes = [_megabytes(one[key]) for key in ("bytes", "fewest_bytes", "most_bytes")]
         group, width = one["group_size"], one["width"]
-        stored = "its own" if width is None else f"{width:,}"
+        own = "its layer's" if name.startswith("layered") else "its own"
+        stored = own if width is None else f"{width:,}"
         rows.append([name, *sizes, stored, "" if group is None else str(group)])
     header = ["format", "MB", "fewest", "most", "width of an expert", "weights per scale"]
     note = (
         "Weight files and index, headers included. Fewest and most: over all plans, since only "
         "scoring says how many experts are emptied, which have no tensors in a ragged folder, and "
-        "how wide the widest is, to which a padded folder pads the others."
+        "how wide the widest is, to which a padded folder pads the others, a layered one those of "
+        "its layer."
     )
     return TextTable("On disk", header, rows, note)
 

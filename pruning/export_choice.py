@@ -4,7 +4,10 @@ import typing
 from collections.abc import Sequence
 from typing import Literal
 
-Export = Literal["ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4", "padded-mxfp4"]
+Export = Literal[
+    "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
+    "padded-mxfp4",
+]  # fmt: skip
 EXPORTS: tuple[Export, ...] = typing.get_args(Export)
 FLOAT4: Export = "padded-mxfp4"
 FLOAT4_GROUP = 32
@@ -13,6 +16,14 @@ FLOAT4_GROUP = 32
 def is_packed(export: str) -> bool:
     """Whether an export has 4 bits."""
     return not export.endswith("bf16")
+
+
+def width_policy(exports: Sequence[str]) -> str:
+    """The width policy whose plans these formats store without padding."""
+    shapes = {name.partition("-")[0] for name in exports}
+    if "padded" in shapes:
+        return "uniform"
+    return "layer" if "layered" in shapes else "free"
 
 
 def choose_exports(

@@ -77,9 +77,9 @@ class CardFacts:
     version: str
 
     @property
-    def is_ragged(self) -> bool:
-        """Whether every expert has a width of its own."""
-        return self.form.startswith("ragged")
+    def shape(self) -> str:
+        """ragged, layered or padded."""
+        return self.form.partition("-")[0]
 
     @property
     def bits(self) -> str:
@@ -166,8 +166,13 @@ def _layout(facts: CardFacts) -> str:
     fewest, most = facts.widths
     if fewest == most:
         return f"All experts are {most:,} channels wide."
-    if facts.is_ragged:
+    if facts.shape == "ragged":
         return f"Every expert has its own width, {fewest:,} to {most:,} channels."
+    if facts.shape == "layered":
+        return (
+            f"Experts keep {fewest:,} to {most:,} channels and are, where those of a layer differ, "
+            "filled up with zeros to one width per layer."
+        )
     return (
         f"Experts keep {fewest:,} to {most:,} channels and are filled up with zeros to one width."
     )

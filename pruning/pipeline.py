@@ -180,7 +180,7 @@ def _report(
         written = folder_bytes(job.output / "exports" / name)
         bits = written * 8 / size["parameters"]
         exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
-        exports[name]["padded_bytes"] = size["padded_bytes"] if name.startswith("ragged") else None
+        exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
     windows = next(iter(job.evaluation.values()), None)
     return CompressionReport(
         model={

@@ -26,6 +26,7 @@ from pruning.sizes import (
     kept_widths,
     mean_width,
     most_bytes,
+    pads,
     statistics_bytes,
 )
 from pruning.stages import Job
@@ -253,7 +254,7 @@ def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
     """One line per export with its exact size."""
     for name, size in sizes.items():
         line = f"{name}: {_amount(size['bytes'])}"
-        if name.startswith("ragged"):
+        if not name.startswith("padded"):
             line += f" (padded to one width for stock clients: {_amount(size['padded_bytes'])})"
         steps.say(line)
 
@@ -261,15 +262,22 @@ def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
 def _say_padding(job: Job, steps: Steps) -> None:
     """Say what padding may cost, while nothing has been spent yet."""
     recipe, base = job.recipe, job.base
-    if recipe.width != "free":
-        return
     width, widest = mean_width(base, recipe, math.floor), base.config.moe.d_expert
-    for name in (name for name in recipe.export if name.startswith("padded")):
+    if recipe.width == "capped":
+        assert recipe.cap is not None and recipe.block is not None
+        widest = recipe.cap - recipe.cap % recipe.block
+    for name in recipe.export:
+        form = form_of(recipe, name)
+        if not pads(recipe, form):
+            continue
         mean, most = (_amount(equal_bytes(base, recipe, name, w)) for w in (width, widest))
+        of, one, cure = ("the widest", "one expert", "uniform")
+        if form.is_layered:
+            of, one, cure = ("the widest of its layer", "one expert of every layer", "layer")
         steps.say(
-            f"{name} with --width free stores every expert as wide as the widest: {mean} if all "
-            f"have {width} channels, {most} if one expert keeps all {widest}; "
-            "--width uniform ensures the smaller size, ragged exports store no padding"
+            f"{name} with --width {recipe.width} stores every expert as wide as {of}: {mean} if "
+            f"all have {width} channels, {most} if {one} keeps {widest}; "
+            f"--width {cure} ensures the smaller size, ragged exports store no padding"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pruning.export_choice import EXPORTS, FLOAT4, Export, choose_exports, is_packed
+from pruning.export_choice import EXPORTS, FLOAT4, Export, choose_exports, is_packed, width_policy
 from pruning.recipe_values import check_weights_only, layer_rates, typed
 
 GROUP_SIZES = (128, 64, 32)
@@ -68,7 +68,8 @@ class CompressionRecipe:
       per_layer: alignment keeps to each layer's budget.
       width: what may differ from what: "free" per expert, "capped" up to --cap, one per "layer",
         "uniform" for the model, whole "experts", or "combined": whole experts go at --expert-rate,
-        channels of the others make up the rest; default follows the exports.
+        channels of the others make up the rest; default follows the exports: free for ragged,
+        layer for layered, uniform for padded.
       cap: widest expert of width "capped".
       expert_rate: fraction of experts that width "combined" removes, in [0, 1).
       layer_rate: prune rates of single layers, LAYER=RATE; the other layers make up the rest.
@@ -84,7 +85,7 @@ class CompressionRecipe:
         partial forward passes as there are experts.
       nll_grad2: also collect attribution nll_grad2 from second derivatives; the model must fit in
         memory twice.
-      export: formats to write.
+      export: formats to write: ragged (a width per expert), layered (per layer) or padded (one).
       until_stable: stop scoring once the kept sets before and after a part of the calibration
         text overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all.
       batch: windows per step.
@@ -217,7 +218,6 @@ class CompressionRecipe:
                 f"block={block} must be a multiple of group_size={group}, so that every group of "
                 f"4-bit weights is whole; choose --block {group}"
             )
-        padded = any(name.startswith("padded") for name in exports)
         return dataclasses.replace(
             self,
             export=tuple(exports),
@@ -227,7 +227,7 @@ class CompressionRecipe:
             block=block,
             minimum=self.minimum or block,
             prune_rate=0.25 if self._has_no_budget else self.prune_rate,
-            width=self.width or ("uniform" if padded else "free"),
+            width=self.width or width_policy(exports),
             window=min(self.window or 2048, max_position),
         )
 

@@ -40,7 +40,7 @@ def export_sizes(
     found = {}
     for name in recipe.export:
         form = form_of(recipe, name)
-        twin = ExportFormat(name.replace("ragged", "padded"), form.group_size)
+        twin = ExportFormat(f"padded-{name.partition('-')[2]}", form.group_size)
         found[name] = {
             "bytes": export_bytes(base, widths, form),
             "parameters": parameters,
@@ -99,14 +99,14 @@ def _equal_widths(base: Description, width: int) -> Widths:
 def most_bytes(base: Description, recipe: CompressionRecipe, name: str) -> int:
     """Upper bound of an export over all plans of a resolved recipe.
 
-    Bytes of tensors grow in proportion to whole blocks of channels, wherever they are, so a ragged
-    export is bounded by equal experts; a padded one of free widths by one expert that keeps
-    everything. Headers are longest in the dense model, whose numbers have most digits.
+    Bytes of tensors grow in proportion to whole blocks of channels, wherever they are, so an export
+    that pads nothing is bounded by equal experts; one that does by experts that keep everything,
+    one for each width of the folder. Headers are longest in the dense model, whose numbers have
+    most digits.
     """
     form, widest = form_of(recipe, name), base.config.moe.d_expert
-    free = not form.is_ragged and recipe.width != "uniform"
-    width = widest if free else mean_width(base, recipe)
-    if not form.is_ragged:
+    width = widest if pads(recipe, form) else mean_width(base, recipe)
+    if form.is_padded:
         block = recipe.block or 1
         width = max(range(block, width + 1, block), key=lambda w: (_stored_channels(base, w), w))
     headers = _header_bytes(base, _equal_widths(base, widest), form)
@@ -116,6 +116,13 @@ def most_bytes(base: Description, recipe: CompressionRecipe, name: str) -> int:
     return most
 
 
+def pads(recipe: CompressionRecipe, form: ExportFormat) -> bool:
+    """Whether some plan of a resolved recipe has widths that a format fills up."""
+    if form.is_ragged:
+        return False
+    return recipe.width not in (("uniform", "layer") if form.is_layered else ("uniform",))
+
+
 def byte_range(
     base: Description, recipe: CompressionRecipe, name: str, channels: int
 ) -> tuple[int, int]:
@@ -123,7 +130,7 @@ def byte_range(
 
     The tensors of a ragged folder take the same space wherever the channels are, but an emptied
     expert has no tensors and so no header entries: what varies is in how many experts they sit.
-    In a padded folder it is how wide the widest expert is.
+    In a padded folder it is how wide the widest expert is, in a layered one that of each layer.
 
     Args:
       base: the dense model.
@@ -133,7 +140,15 @@ def byte_range(
     """
     form, c, block = form_of(recipe, name), base.config, recipe.block or 1
     layers, experts, widest = len(c.moe_layers), c.moe.num_experts, c.moe.d_expert
-    if not form.is_ragged:
+    if form.is_layered:
+        # The sum of the layers' widths: least if all experts of a layer keep as many channels.
+        least = max(-(-channels // (experts * block)), layers) * block
+        greatest = min(layers * widest, channels) if pads(recipe, form) else least
+        return (
+            _uneven_bytes(base, form, least, layers, block=block, digits=block),
+            _uneven_bytes(base, form, max(least, greatest), layers, block=block, digits=widest),
+        )
+    if form.is_padded:
         narrowest = -(-channels // (layers * experts * block)) * block
         highest = narrowest if recipe.width == "uniform" else widest
         stored = sorted(
@@ -146,21 +161,30 @@ def byte_range(
     opened = min(layers * experts, channels // block)
     shared = (base, form, channels)
     return (
-        _ragged_bytes(*shared, opened if equal else needed, block=block, digits=block),
-        _ragged_bytes(*shared, opened, block=block, digits=widest),
+        _uneven_bytes(*shared, opened if equal else needed, block=block, digits=block),
+        _uneven_bytes(*shared, opened, block=block, digits=widest),
     )
 
 
-def _ragged_bytes(
+def _uneven_bytes(
     base: Description, form: ExportFormat, channels: int, opened: int, *, block: int, digits: int
 ) -> int:
-    """Bytes of so many channels in so many experts, with header entries as long as at a width."""
+    """Bytes of so many channels in so many experts, or layers, whose experts then are all as wide.
+
+    Header entries are as long as at a width of `digits`.
+    """
     c = base.config
-    shape = (len(c.moe_layers), c.moe.num_experts)
+    shape = (len(c.moe_layers), 1 if form.is_layered else c.moe.num_experts)
     place, room = np.arange(math.prod(shape)), c.moe.d_expert - block
     more = np.clip(channels - opened * block - place * room, 0, room)
     crowded, entries = (
-        expert_widths(np.where(place < opened, counts, 0).reshape(shape), c.moe_layers, base)
+        expert_widths(
+            np.broadcast_to(
+                np.where(place < opened, counts, 0).reshape(shape), (shape[0], c.moe.num_experts)
+            ),
+            c.moe_layers,
+            base,
+        )
         for counts in (block + more, digits)
     )
     return _tensor_bytes(base, crowded, form) + _header_bytes(base, entries, form)

@@ -144,7 +144,7 @@ def _client_checks(
     detail = str(problems) if problems else "none missing, unexpected or mismatched"
     checks = [Check(form.name, "transformers loads every tensor", not problems, detail)]
     # transformers 5 rounds dequantised fused experts to bfloat16; everything else is exact.
-    rounding = 10 if form.is_packed and not (form.is_ragged or form.is_float4) else 1
+    rounding = 10 if form.is_packed and form.is_padded and not form.is_float4 else 1
     name = "logits in transformers"
     return [*checks, _logit_check(form.name, name, found, wanted, rounding * TOLERANCE)]
 
@@ -162,7 +162,7 @@ def _client_logits(folder: Path, form: ExportFormat, probe: np.ndarray) -> tuple
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        trust_remote_code=form.is_ragged,
+        trust_remote_code=not form.is_padded,
         output_loading_info=True,
         **options,
     )

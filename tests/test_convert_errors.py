@@ -11,6 +11,7 @@ from convert import CheckpointError, SafetensorsFolder, open_checkpoint
 from tests import tiny
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+LAYERED = {"model_type": "ragged_qwen2_moe", "unpruned_intermediate_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,14 @@ def test_a_layer_with_nan_or_infinity_is_refused_by_tensor_name(single, value):
         ({"num_experts_per_tok": 9}, "experts_per_token=9"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type='spiral'"),
         ({"model_type": "ragged_qwen2_moe"}, "expert_intermediate_sizes must have"),
+        ({**LAYERED, "moe_intermediate_size": 16}, "must be a list of one width per layer"),
+        ({**LAYERED, "moe_intermediate_size": [16]}, "the architecture has 2 layers"),
+        ({**LAYERED, "moe_intermediate_size": [16, 0]}, r"size\[1\]=0 must be at least 1"),
+        ({**LAYERED, "moe_intermediate_size": [16, "8"]}, r"size\[1\]='8' must be at least 1"),
+        (
+            {**LAYERED, "mlp_only_layers": [0], "moe_intermediate_size": [16, 16]},
+            r"size\[0\]=16 must be 0, since the layer has no experts",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is fp8"),
     ],
 )

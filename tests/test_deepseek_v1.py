@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from convert import layer_tensors, open_checkpoint, outer_tensors
+from convert import find_family, layer_tensors, open_checkpoint, outer_tensors
 from convert.export import ExportFormat, export_checkpoint
 from pruning.evaluate import logits
 from pruning.plan import PruningPlan
@@ -164,7 +164,7 @@ def test_reading_and_writing_back_returns_every_byte_and_every_name(base):
     assert all(written[name].tobytes() == value.tobytes() for name, value in original.items())
 
 
-@pytest.mark.parametrize("name", ["ragged-bf16", "ragged-int4", "padded-bf16", "padded-int4"])
+@pytest.mark.parametrize("name", find_family("deepseek").formats)
 def test_an_export_is_a_qwen2_moe_that_computes_the_pruned_model(base, plan, tmp_path, name):
     form = ExportFormat(name, 32)
     widths = ((), *(tuple(row) for row in COUNTS.tolist()))
@@ -183,12 +183,12 @@ def test_an_export_is_a_qwen2_moe_that_computes_the_pruned_model(base, plan, tmp
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        trust_remote_code=form.is_ragged,
+        trust_remote_code=not form.is_padded,
         output_loading_info=True,
         attn_implementation="eager",
     )
     assert not any(info.values()), info
-    expected = "RaggedQwen2MoeForCausalLM" if form.is_ragged else "Qwen2MoeForCausalLM"
+    expected = "Qwen2MoeForCausalLM" if form.is_padded else "RaggedQwen2MoeForCausalLM"
     assert type(model).__name__ == expected
     theirs = tiny.torch_logits(model.eval(), TOKENS, np.ones(TOKENS.shape, bool))
     # transformers rounds dequantised fused experts to bfloat16; the rest is exact.

@@ -83,7 +83,9 @@ def test_sizes_are_within_one_percent_of_what_the_default_rule_writes(family, tm
 
 
 @pytest.mark.parametrize("width", ["free", "layer"])
-@pytest.mark.parametrize("name", ["ragged-bf16", "ragged-int4", "padded-bf16"])
+@pytest.mark.parametrize(
+    "name", ["ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16"]
+)
 @for_all(data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_no_plan_is_outside_of_the_range(bare, name, width, data):
@@ -247,9 +249,23 @@ def test_clients_follow_the_rules_of_real_sizes(tmp_path):
     found = verdicts(tmp_path, QWEN)
     for client in ("transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"):
         assert found["padded-int4", client] == found["padded-bf16", client] == "yes"
-    for name in ("ragged-int4", "ragged-bf16"):
-        assert found[name, "vLLM"] == found[name, "transformers 5"] == "slower"
+    for name in ("ragged-int4", "ragged-bf16", "layered-int4", "layered-bf16"):
+        assert found[name, "vLLM"] == ("slower" if name.startswith("ragged") else "yes")
+        assert found[name, "transformers 5"] == found[name, "transformers 4.57"] == "slower"
         assert found[name, "llama.cpp"] == found[name, "SGLang"] == "no"
+
+
+@pytest.mark.parametrize(("width", "verdict"), [(768, "yes"), (96, "slower")])
+def test_the_fused_layers_of_a_layered_folder_follow_the_rules_of_their_kernels(
+    tmp_path, width, verdict
+):
+    """96 channels are no multiple of 64, which 4-bit kernels pad to."""
+    config = QWEN | {"moe_intermediate_size": width}
+    found = verdicts(tmp_path, config, "--group-size", 32)
+    assert found["layered-int4", "vLLM"] == found["padded-int4", "vLLM"] == verdict
+    assert found["layered-bf16", "vLLM"] == "yes"
+    found = verdicts(tmp_path, config, "--group-size", 32, "--tensor-parallel", 2)
+    assert found["layered-bf16", "vLLM"] == "no"
 
 
 @pytest.mark.parametrize(
@@ -318,12 +334,13 @@ def test_olmoe_with_shared_keys_is_not_for_llama_cpp(tmp_path, heads):
     assert found["padded-bf16", "llama.cpp"] == ("yes" if heads == 16 else "no")
 
 
-def test_ragged_latent_attention_is_not_for_vllm(tmp_path):
+@pytest.mark.parametrize("name", ["ragged-bf16", "layered-bf16"])
+def test_latent_attention_with_a_modelling_file_is_not_for_vllm(tmp_path, name):
     model = tiny.tiny_model("deepseek_v3", **(EXPORTED["deepseek_v3"] | {"hidden_size": 64}))
     config = model.config.to_dict() | {"topk_method": "noaux_tc"}
-    found = verdicts(tmp_path, config, "--export", "ragged-bf16")
-    assert found["ragged-bf16", "vLLM"] == "no"
-    assert found["ragged-bf16", "transformers 4.57"] == "slower"
+    found = verdicts(tmp_path, config, "--export", name)
+    assert found[name, "vLLM"] == "no"
+    assert found[name, "transformers 4.57"] == "slower"
 
 
 def test_attention_heads_must_be_divided_and_ragged_folders_are_not(tmp_path):

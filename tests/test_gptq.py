@@ -143,7 +143,7 @@ def coded(request, tmp_path_factory):
     return base, plan, folder / "codes", tokens
 
 
-@pytest.mark.parametrize("name", ["ragged-int4", "padded-int4"])
+@pytest.mark.parametrize("name", ["ragged-int4", "layered-int4", "padded-int4"])
 def test_an_export_holds_the_codes_bit_for_bit(coded, tmp_path, name):
     base, plan, codes, tokens = coded
     source = CodedSource(PrunedSource(base, plan), codes, 32)

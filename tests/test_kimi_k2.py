@@ -66,7 +66,7 @@ def test_logits_equal_those_of_the_stock_model_with_the_same_weights(folders):
     np.testing.assert_allclose(logits(source, TOKENS), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["padded-bf16", "ragged-bf16"])
+@pytest.mark.parametrize("name", ["padded-bf16", "layered-bf16", "ragged-bf16"])
 def test_an_export_is_a_deepseek_v3_that_computes_the_pruned_model(folders, tmp_path, name):
     source = open_checkpoint(folders[0], dtype=jnp.bfloat16)
     moe, layers = source.config.moe, source.config.moe_layers
@@ -78,12 +78,12 @@ def test_an_export_is_a_deepseek_v3_that_computes_the_pruned_model(folders, tmp_
     form = ExportFormat(name, 32)
     folder = export_checkpoint(pruned, source, widths, tmp_path / name, form)
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == ("ragged_" if form.is_ragged else "") + "deepseek_v3"
+    assert config["model_type"] == ("" if form.is_padded else "ragged_") + "deepseek_v3"
     assert "kimi" not in json.dumps(config) and "configuration_deepseek" not in json.dumps(config)
     for file in ("tokenizer_config.json", "tokenization_kimi.py"):  # one is useless without both
         assert (folder / file).read_bytes() == (folders[0] / file).read_bytes()
     wanted = logits(open_checkpoint(folder, dtype=jnp.float32), TOKENS)
-    found = torch_logits(folder, trust_remote_code=form.is_ragged)
+    found = torch_logits(folder, trust_remote_code=not form.is_padded)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     near = logits(pruned, TOKENS)  # bfloat16 weights in either, activations in float32
     np.testing.assert_allclose(near, wanted, atol=1e-5)

@@ -61,7 +61,7 @@ def test_the_bound_is_reached_by_some_plan(models, name):
     bits = 4 if name.endswith("int4") else 16
     options = recipe(models / "single", export=(name,), prune_rate=0.5, width="free", bits=bits)
     base = open_checkpoint(models / "single")
-    # half of every expert for ragged folders; one whole expert suffices for padded ones
+    # half of every expert for ragged folders; one whole expert (per layer) suffices for others
     equal = ((32,) * EXPERTS,) * LAYERS
     uneven = ((WIDTH,) + (0,) * (EXPERTS - 1),) * LAYERS
     widths = equal if name.startswith("ragged") else uneven
@@ -100,35 +100,44 @@ def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, 
         preflight.rehearse_plan(dataclasses.replace(job, recipe=one))
 
 
-def test_padding_free_widths_is_said_to_waste_before_any_work(models, texts, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("width", "cap", "wasteful"),
+    [("free", None, 64), ("capped", 50, 48), ("experts", None, 64), ("layer", None, 64),
+     ("uniform", None, 64)],
+)  # fmt: skip
+def test_padding_uneven_widths_is_said_to_waste_before_any_work(
+    models, texts, tmp_path, capsys, width, cap, wasteful
+):
     job = open_job(
         CompressionRecipe(
             model=str(models / "single"),
             output=str(tmp_path / "out"),
             calibration=[str(texts / "good.txt")],
-            export=["padded-bf16", "ragged-bf16"],
-            width="free",
+            export=["padded-bf16", "layered-bf16", "ragged-bf16"],
+            width=width,
+            cap=cap,
+            block=16,
             bits=16,
             prune_rate=0.5,
         )
     )
     preflight.prepare(job, Steps())
     shown = re.sub(r"\s+", " ", capsys.readouterr().err)
-    found = re.search(
-        r"padded-bf16 with --width free stores every expert as wide as the widest: (\S+) kB if "
-        r"all have 32 channels, (\S+) kB if one expert keeps all 64; --width uniform ensures",
-        shown,
-    )
-    assert found, shown
+    padding = {"padded-bf16": (r"the widest", "one expert", "uniform")}
+    padding["layered-bf16"] = (r"the widest of its layer", "one expert of every layer", "layer")
+    silent = {"layer": ["layered-bf16"], "uniform": list(padding)}.get(width, [])
     base = open_checkpoint(models / "single")
-    for text, width in zip(found.groups(), (32, 64), strict=True):
-        widths = ((width,) * EXPERTS,) * LAYERS
-        exact = export_bytes(base, widths, ExportFormat("padded-bf16"))
-        assert float(text) == pytest.approx(exact / 1e3, abs=0.051)
+    for name, (widest, one, cure) in padding.items():
+        found = re.search(
+            rf"{name} with --width {width} stores every expert as wide as {widest}: (\S+) kB if "
+            rf"all have 32 channels, (\S+) kB if {one} keeps {wasteful}; --width {cure} ensures",
+            shown,
+        )
+        assert (found is None) == (name in silent), shown
+        for text, stored in zip(found.groups() if found else (), (32, wasteful), strict=False):
+            exact = export_bytes(base, ((stored,) * EXPERTS,) * LAYERS, ExportFormat(name))
+            assert float(text) == pytest.approx(exact / 1e3, abs=0.051)
     assert "ragged-bf16 with" not in shown
-    other = dataclasses.replace(job.recipe, width="uniform", output=str(tmp_path / "other"))
-    preflight.prepare(dataclasses.replace(job, recipe=other), Steps())
-    assert "stores every expert" not in capsys.readouterr().err
 
 
 def test_exact_sizes_are_said_before_exporting(scored, tmp_path, capsys):
@@ -151,10 +160,14 @@ def test_plans_and_exports_agree_under_every_mix_of_flags(scored, tmp_path, widt
         assert len(np.unique(plan.counts)) == 1
     assert run("--quiet", "export", out, "--overwrite", "--export", *EXPORTS) == 0
     widths = tuple(map(tuple, plan.counts.tolist()))
-    padded = ((max(map(max, widths)),) * EXPERTS,) * LAYERS
+    shapes = {
+        "ragged": widths,
+        "layered": tuple((max(counts),) * EXPERTS for counts in widths),
+        "padded": ((max(map(max, widths)),) * EXPERTS,) * LAYERS,
+    }
     for name in EXPORTS:
         stored = open_checkpoint(out / "exports" / name).widths
-        assert stored == (widths if name.startswith("ragged") else padded), name
+        assert stored == shapes[name.partition("-")[0]], name
 
 
 def test_several_rates_make_several_plans_and_one_rate_makes_one(scored, tmp_path):

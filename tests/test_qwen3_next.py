@@ -241,7 +241,7 @@ def test_gptq_rounds_all_but_linear_attention(coded, plan):
         assert error.gptq < error.nearest
 
 
-@pytest.mark.parametrize("name", ["padded-bf16", "padded-int4", "ragged-bf16", "ragged-int4"])
+@pytest.mark.parametrize("name", find_family("qwen3_next").formats)
 def test_untouched_tensors_are_exported_byte_for_byte(coded, plan, tmp_path, name):
     base, pruned, source, _ = coded
     form = ExportFormat(name, 32)

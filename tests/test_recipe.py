@@ -204,11 +204,20 @@ def test_resolving_fills_every_default_and_is_idempotent(export, bits):
         ).resolved(96, 64, 1000)
         assert recipe.window == 1000 and recipe.group_size == 32
         assert recipe.block == recipe.minimum == 32
-        padded = any(name.startswith("padded") for name in exports)
-        assert recipe.width == ("uniform" if padded else "free")
+        policies = {"ragged": "free", "layered": "layer", "padded": "uniform"}
+        assert recipe.width == policies[recipe.export[0].partition("-")[0]]
         assert recipe.export == (exports or (f"ragged-{'int4' if recipe.bits == 4 else 'bf16'}",))
         assert recipe.resolved(96, 64, 1000) == recipe
         assert (recipe.criterion, recipe.attribution) == ("shapley", "ala")
+
+
+def test_formats_of_several_shapes_are_planned_for_the_least_free_one():
+    for exports, width in (
+        (("ragged-bf16", "layered-bf16"), "layer"),
+        (("layered-bf16", "padded-bf16", "ragged-bf16"), "uniform"),
+    ):
+        recipe = CompressionRecipe(model="m", output="o", bits=16, export=exports)
+        assert recipe.resolved(96, 64, 1000).width == width
 
 
 def test_help_and_wrong_options_import_no_jax(tmp_path):
