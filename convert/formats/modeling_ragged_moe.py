@@ -55,26 +55,29 @@ class RaggedExpert(nn.Module):
         return down(F.silu(gate(x)) * up(x))
 
 
-class _Loop:
-    """Experts as the blocks of transformers 5 call them; those of 4.57 index the experts."""
+def _loop(
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """`forward` as the blocks of transformers 5 call it; those of 4.57 index the experts."""
+    out = torch.zeros_like(hidden_states)
+    for number in top_k_index.unique().tolist():
+        token, slot = torch.where(top_k_index == number)
+        weight = top_k_weights[token, slot, None]
+        part = experts[number](hidden_states[token]) * weight
+        out.index_add_(0, token, part.to(out.dtype))
+    return out
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        out = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
-            token, slot = torch.where(top_k_index == number)
-            weight = top_k_weights[token, slot, None]
-            part = self[number](hidden_states[token]) * weight
-            out.index_add_(0, token, part.to(out.dtype))
-        return out
 
-
-class LayeredExperts(_Loop, nn.ModuleList):
+class LayeredExperts(nn.ModuleList):
     """The experts of a layer, all of one width: a list, which vLLM replaces by a fused layer."""
 
+    forward = _loop
 
-class RaggedExperts(_Loop, nn.Module):
+
+class RaggedExperts(nn.Module):
     """The experts of a layer, children "0", "1", ... so that tensors keep their public names.
 
     Not an `nn.ModuleList`: vLLM would replace that by a fused layer of one width.
@@ -91,6 +94,8 @@ class RaggedExperts(_Loop, nn.Module):
 
     def __getitem__(self, number: int) -> RaggedExpert:
         return getattr(self, str(int(number)))
+
+    forward = _loop
 
 
 def _is_layered(config: Any) -> bool:
@@ -141,7 +146,7 @@ def _model_class(stock: Any, config_class: type, names: tuple[str, str, str]) ->
 
 def _config_class(stock: Any, name: str, family: str) -> type:
     """A subclass of a stock config, which may be one that checks types and knows one width only."""
-    members = {"__module__": __name__, "model_type": f"ragged_{family}"}
+    members: dict[str, Any] = {"__module__": __name__, "model_type": f"ragged_{family}"}
     if "moe_intermediate_size" not in getattr(stock, "__dataclass_fields__", ()):
         return type(name, (stock,), members)
     from huggingface_hub.dataclasses import strict
