@@ -12,13 +12,22 @@ VLLM_FLAGS = {
 }
 
 
-def loading(form: str, clients: Mapping[str, tuple[str, str]], *, has_tokenizer: bool) -> str:
+def loading(
+    form: str,
+    clients: Mapping[str, tuple[str, str]],
+    *,
+    has_tokenizer: bool,
+    has_latent_attention: bool,
+    has_linear_attention: bool,
+) -> str:
     """Which clients load a folder by which rule, and the lines that do it.
 
     Args:
       form: name of the format.
       clients: client -> (verdict "yes", "slower" or "no", the rule that says so).
       has_tokenizer: whether the folder holds a tokenizer.
+      has_latent_attention: whether attention is multi-head latent.
+      has_linear_attention: whether some layers attend linearly.
 
     Returns:
       Markdown; a client that does not load the folder has no snippet.
@@ -38,13 +47,17 @@ def loading(form: str, clients: Mapping[str, tuple[str, str]], *, has_tokenizer:
         parts.append(_transformers(form, loads, has_tokenizer))
     if VLLM in loads:
         flags = VLLM_FLAGS[form.partition("-")[0]]
-        parts.append(f"### vLLM\n\n{_code('sh', f'vllm serve .{flags}')}")
+        # Its own latent attention knows stock classes only.
+        setting = "VLLM_MLA_DISABLE=1 " if flags and has_latent_attention else ""
+        parts.append(f"### vLLM\n\n{_code('sh', f'{setting}vllm serve .{flags}')}")
     if SGLANG in loads:
         line = "python -m sglang.launch_server --model-path ."
         parts.append(f"### SGLang\n\n{_code('sh', line)}")
     if LLAMA in loads:
+        # Of Qwen3-Next it expects layers that predict further tokens, unless told otherwise.
+        option = " --no-mtp" if has_linear_attention else ""
         lines = (
-            "python LLAMA_CPP/convert_hf_to_gguf.py . --outfile model.gguf\n"
+            f"python LLAMA_CPP/convert_hf_to_gguf.py . --outfile model.gguf{option}\n"
             'LLAMA_CPP/build/bin/llama-cli -m model.gguf -p "Once upon a time"'
         )
         parts.append(f"### llama.cpp\n\n{_code('sh', lines)}")

@@ -9,6 +9,7 @@ import yaml
 
 from convert.checkpoint import Checkpoint
 from convert.export import ExportFormat, export_bytes, export_config, export_specs
+from moe_jax.config import LatentAttentionConfig
 from pruning.clients import client_table
 from pruning.demo import DEMO
 from pruning.files import replace_text
@@ -100,6 +101,7 @@ def card_facts(
         written_bytes=export_bytes(base, widths, form),
         clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
         has_linear_attention=bool(base.config.linear_layers),
+        has_latent_attention=isinstance(base.config.attention, LatentAttentionConfig),
         has_tokenizer=any(base.folder.glob("tokenizer*")),
         quality=quality,
         evaluation=evaluation or {},

@@ -11,8 +11,6 @@ from moe_jax.config import Activation, LatentAttentionConfig, ModelConfig, RopeC
 
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
 RUNTIMES = (T5, T4, VLLM, SGLANG, LLAMA)
-RUN_BY_LLAMA = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3",
-                "glm4_moe", "gpt_oss")  # fmt: skip
 GPT_OSS = Activation(slope=1.702, shift=1.0, limit=7.0)  # as published
 TORCH, SERVERS = (T5, T4), (VLLM, SGLANG)
 
@@ -146,14 +144,12 @@ RULES: tuple[Rule, ...] = (
     Rule((LLAMA,), "no", _two_head_widths,
          "its qwen3next has keys and values of linear attention of one width"),
     Rule((*SERVERS, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
-    Rule((VLLM,), "no", lambda c: _custom(c) and _latent(c),
-         "its multi-head latent attention refuses the modelling file; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "olmoe") and _shares_keys(c),
          "its olmoe has as many key as query heads"),
     Rule((LLAMA,), "no", lambda c: _is(c, "gpt_oss") and not _rope(c).truncate,
          "it truncates the bounds of YaRN whatever config.json says: other logits"),
     Rule((VLLM,), "no", lambda c: _custom(c) and _linear(c),
-         "the modelling file was never run there with linear attention; export a padded format"),
+         "its transformers backend refuses linear attention; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,
          "its qwen3moe renormalises routing weights whatever norm_topk_prob says: other logits"),
     Rule((T4,), "no", lambda c: _is(c, "gpt_oss") and c.config.moe.activation != GPT_OSS,
@@ -170,6 +166,8 @@ RULES: tuple[Rule, ...] = (
          "the group size does not divide the model width"),
     Rule(SERVERS, "no", lambda c: _integer4(c) and c.cuts(c.form.group_size),
          "the group size does not divide the expert width per GPU; use expert parallelism"),
+    Rule((VLLM,), "slower", lambda c: _custom(c) and _latent(c),
+         "trust_remote_code and VLLM_MLA_DISABLE=1: whole keys and values are cached, not latents"),
     Rule((VLLM,), "slower", _ragged,
          "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
     Rule(TORCH, "slower", _custom, "trust_remote_code; a loop over experts, no fused kernel"),
@@ -184,8 +182,7 @@ RULES: tuple[Rule, ...] = (
     Rule(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
     Rule(TORCH, "yes", _integer4,
          "needs compressed-tensors and accelerate; dequantised at load, no memory saved"),
-    Rule((LLAMA,), "yes", lambda c: not _is(c, *RUN_BY_LLAMA),
-         "through its own converter, which was not run with this family"),
+    Rule((LLAMA,), "yes", _linear, "through its own converter, with --no-mtp"),
     Rule((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
          "its converter dequantises; Q4_0 of its f16 file has the very same weights, if these were "
          "rounded to nearest"),
@@ -197,8 +194,7 @@ RULES: tuple[Rule, ...] = (
     Rule((LLAMA,), "yes", lambda c: True, "through its own converter"),
     Rule((VLLM,), "yes", _custom,
          "trust_remote_code; its transformers backend fuses the experts of a layer"),
-    Rule((VLLM,), "yes", _linear,
-         "stock class; its linear attention was not run here, only read: it needs a GPU"),
+    Rule((VLLM,), "yes", _linear, "stock class; in bfloat16, which its linear attention needs"),
     Rule((VLLM,), "yes", _latent,
          "stock class; latent attention was only read: its CPU build is wrong without pruning too"),
     Rule((SGLANG,), "yes", lambda c: True, "stock class; read in its source, not run"),

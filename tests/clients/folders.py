@@ -1,16 +1,18 @@
 """Small pruned models in every export format, as every client can load them, and our logits."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from convert import open_checkpoint
 from convert.export import ExportFormat, export_checkpoint
+from pruning.clients import Verdict, client_table
 from pruning.evaluate import logits
 from pruning.plan import PruningPlan
 from pruning.prune import PrunedSource
@@ -18,8 +20,9 @@ from pruning.quantized import QuantizedSource
 from tests import tiny
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (2, 10)).astype(np.int32)
-# Channels of the eight experts of two layers: whole groups, experts without any, one width of 64.
-COUNTS = np.array([[0, 32, 64, 32, 32, 64, 0, 32], [32, 32, 32, 32, 0, 32, 64, 32]])
+# Channels of the eight experts of two layers, whole groups: some without any, some with all, and
+# layers that differ in their widest.
+COUNTS = np.array([[0, 32, 64, 32, 32, 64, 0, 32], [32, 96, 32, 32, 0, 32, 64, 32]])
 # More rows than tokens, as in published models; vLLM on a CPU needs heads of 32 or more.
 SIZES = {
     "vocab_size": 288,
@@ -44,11 +47,26 @@ LATENT = {
 FAMILIES: dict[str, dict] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 64},
     "qwen3_moe": {"norm_topk_prob": True},  # as published; llama.cpp renormalises regardless
+    # llama.cpp wants keys and values of one width, vLLM on a CPU that of published models.
+    "qwen3_next": {
+        "shared_expert_intermediate_size": 64,
+        "layer_types": ["linear_attention", "full_attention"],
+        "full_attention_interval": 2,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    },
     "mixtral": {"intermediate_size": 96},
     "olmoe": {"intermediate_size": 96, "num_key_value_heads": 4},  # llama.cpp has no groups here
     # llama.cpp asks so small a model for a query rank, vLLM for groups even if there is one.
     "deepseek_v2": LATENT | {"q_lora_rank": 64, "n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "q_lora_rank": 64},
+    "kimi_k2": LATENT | {"n_group": 1, "topk_group": 1, "q_lora_rank": 64},
+    "deepseek": {
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+        "qkv_bias": False,
+        "shared_expert_intermediate_size": 96,
+    },
     "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 1},
     # Only transformers 5 reads the limit from the config; llama.cpp always truncates YaRN's bounds.
     "gpt_oss": {
@@ -68,14 +86,27 @@ FAMILIES: dict[str, dict] = {
 }
 
 
+# Families that transformers lacks, and the one whose tensors and config are renamed to theirs.
+MADE_OF = {"kimi_k2": "deepseek_v3", "deepseek": "qwen2_moe"}
+
+
 @dataclass(frozen=True)
 class Case:
-    """One exported folder and the logits float32 [B, T, V] that it stands for."""
+    """One exported folder.
+
+    Attributes:
+      family: of `FAMILIES`.
+      form: name of the format.
+      folder: where it lies.
+      logits: float32 [B, T, V] that it stands for.
+      verdicts: what `pruning.clients` says of each client.
+    """
 
     family: str
     form: str
     folder: Path
     logits: np.ndarray
+    verdicts: Mapping[str, Verdict]
 
 
 def cases(families: list[str], forms: list[str], work: Path) -> Iterator[Case]:
@@ -104,21 +135,45 @@ def cases(families: list[str], forms: list[str], work: Path) -> Iterator[Case]:
             folder = work / f"{family}-{name}"
             export_checkpoint(pruned, base, widths, folder, form)
             source = QuantizedSource(pruned, 32, form.is_float4) if form.is_packed else pruned
-            yield Case(family, name, folder, logits(source, TOKENS))
+            verdicts = client_table(base, widths, form)
+            yield Case(family, name, folder, logits(source, TOKENS), verdicts)
 
 
 def _published(family: str, folder: Path) -> Path:
     """A random checkpoint in bfloat16, as hubs have it: with what only config.json files know."""
-    model = tiny.tiny_model(family, **(SIZES | FAMILIES[family]))
+    made_of = MADE_OF.get(family, family)
+    model = tiny.tiny_model(made_of, **(SIZES | FAMILIES[family]))
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(0.35)  # a gain of about one per matrix
-    if family == "deepseek_v3":
+    if made_of == "deepseek_v3":
         model.config.topk_method, model.config.scoring_func = "noaux_tc", "sigmoid"
     _add_tokenizer(tiny.save(tiny.half(model), folder))
+    if family == "kimi_k2":
+        _change_config(folder, model_type="kimi_k2")
+    elif family == "deepseek":
+        _make_deepseek(folder)
     kind = {"tokenizer_class": "PreTrainedTokenizerFast"}  # another adds tokens of its own
     (folder / "tokenizer_config.json").write_text(json.dumps(kind))
     return folder
+
+
+def _change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _make_deepseek(folder: Path) -> None:
+    """Turn a Qwen2-MoE without biases into a DeepSeek V1, whose shared expert has no gate."""
+    path = folder / "model.safetensors"
+    tensors = {
+        name.replace(".shared_expert.", ".shared_experts."): value
+        for name, value in load_file(path).items()
+        if "shared_expert_gate" not in name
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    counts = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    _change_config(folder, model_type="deepseek", **counts)
 
 
 def _add_tokenizer(folder: Path) -> None:

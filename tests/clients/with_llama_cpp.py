@@ -21,6 +21,8 @@ def convert(folder: Path, target: Path, converter: Path) -> None:
 
     base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
     sys.argv = ["convert", str(folder), "--outfile", str(target), "--outtype", "f32"]
+    if "linear_key_head_dim" in json.loads((folder / "config.json").read_text()):
+        sys.argv.append("--no-mtp")  # which exports lack, and the converter looks for
     convert_hf_to_gguf.main()
 
 

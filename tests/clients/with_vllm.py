@@ -13,10 +13,15 @@ from vllm import LLM, SamplingParams
 
 def main(folder: str, tokens: str, out: str) -> None:
     """Load, score the prompts and the token after each; what follows the last is one generated."""
-    vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+    config = json.loads((Path(folder) / "config.json").read_text())
+    vocabulary = config["vocab_size"]
+    rounded = bool({"quantization_config", "linear_key_head_dim"} & config.keys())
+    if "auto_map" in config:  # its latent attention knows stock classes only
+        os.environ["VLLM_MLA_DISABLE"] = "1"
     model = LLM(
         folder,
-        dtype="float32",
+        # Some of its kernels for CPUs do not compute in float32.
+        dtype="bfloat16" if rounded else "float32",
         trust_remote_code=True,
         enforce_eager=True,
         skip_tokenizer_init=True,
