@@ -174,6 +174,33 @@ def test_only_programs_that_load_a_folder_get_lines(scored, padded):
     assert "vllm serve . --trust-remote-code --enforce-eager" in lines
 
 
+@pytest.mark.parametrize(
+    ("family", "form", "line"),
+    [
+        ("deepseek_v3", "layered-bf16", "VLLM_MLA_DISABLE=1 vllm serve . --trust-remote-code"),
+        ("deepseek_v3", "padded-bf16", "vllm serve ."),
+        ("olmoe", "layered-bf16", "vllm serve . --trust-remote-code"),
+        ("qwen3_next", "layered-bf16", None),
+        ("qwen3_next", "padded-bf16",
+         "python LLAMA_CPP/convert_hf_to_gguf.py . --outfile model.gguf --no-mtp"),
+    ],
+)  # fmt: skip
+def test_the_lines_for_other_programs_have_the_options_that_these_need(
+    tmp_path, family, form, line
+):
+    """Without which the programs refused such folders in `tests/clients`."""
+    linear = {"linear_value_head_dim": 8, "full_attention_interval": 2}
+    sizes = linear if family == "qwen3_next" else {"hidden_size": 64}
+    file = tiny.save(tiny.tiny_model(family, **sizes), tmp_path / "model") / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"topk_method": "noaux_tc"}))
+    base = open_checkpoint(tmp_path / "model", dtype=jnp.bfloat16)
+    plan = PruningPlan(np.ones((2, 8, 16), bool), (0, 1))
+    folder = stages.export(base, plan, ExportFormat(form), tmp_path / "out", Steps(quiet=True))
+    lines = "".join(blocks(card_of(folder)[1], "sh")).splitlines()
+    assert (line in lines) if line else not any("vllm" in found for found in lines)
+
+
 def test_a_plan_that_says_nothing_of_itself_gets_a_card_that_invents_nothing(tmp_path):
     """Of gpt-oss, whose channels have biases as well; nothing is pruned."""
     model = tiny.half(tiny.tiny_model("gpt_oss", hidden_size=64, intermediate_size=64))
