@@ -88,7 +88,7 @@ def test_every_field_has_a_flag_that_sets_it():
         "group_size": 64, "quantizer": "gptq", "criterion": "x", "attribution": "y",
         "planner": "z", "weights": "mass", "rho_max": 0.5, "smoothing": "huber", "passes": 4,
         "align": "hull", "per_layer": True, "width": "capped", "cap": 9, "block": 7,
-        "minimum": 8, "layer_rate": ("3=0.5", "4=0"), "skip_layers": (1, 2), "gradients": True,
+        "minimum": 8, "emptied": "mean", "layer_rate": ("3=0.5", "4=0"), "skip_layers": (1, 2), "gradients": True,
         "expert_details": True, "weight_gradients": True,
         "export": ("padded-bf16", "ragged-bf16"), "until_stable": 0.5, "batch": 9,
         "nll_ig": 4, "nll_ablate": True, "nll_grad2": True, "dtype": "bfloat16", "seed": 10,
