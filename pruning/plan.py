@@ -113,7 +113,7 @@ def plan_pruning(
     # The experts of largest attribution are reserved, ties to the lower index.
     rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
     most = _most(within, (layers, experts_per_layer), d_expert)
-    outliers = super_channels(scores.channel)
+    outliers = _outliers(scores.channel, statistics, criterion)
     problem = Problem(
         scores=scores,
         # A larger plan may have left a few channels unspent, which the smaller cannot have either.
@@ -139,7 +139,7 @@ def plan_pruning(
     widths = with_layer_budgets(problem, fixed, policy)
     if width in ("free", "capped", "combined"):
         widths = with_super_channels(problem, widths, outliers)
-    keep = best_channels(scores.channel, widths.counts)
+    keep = best_channels(np.where(outliers, np.inf, scores.channel), widths.counts)
     record = {
         "criterion": criterion,
         "attribution": attribution,
@@ -167,6 +167,16 @@ def plan_pruning(
     }
     constants = _constants(statistics, widths.counts, emptied)
     return PruningPlan(keep, indices, {**record, **(provenance or {})}, constants)
+
+
+def _outliers(
+    channel: np.ndarray, statistics: "ChannelStatistics", criterion: str
+) -> np.ndarray:  # [L, E, F] -> bool [L, E, F]
+    # A criterion that does not see what a channel adds, such as the weights' size, must not lose
+    # one that carries a layer. Chance is left alone: a baseline with a guard would be none.
+    if criterion == "random":
+        return np.zeros(channel.shape, bool)
+    return super_channels(channel) | super_channels(statistics.energy)
 
 
 def _constants(
