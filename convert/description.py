@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.families import find_family
-from convert.formats.ragged import stock_config, widths_from_hf
+from convert.formats.ragged import widths_from_hf
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, Widths, uniform_widths
 from moe_jax.config import ModelConfig
@@ -45,7 +45,7 @@ def describe(folder: Path | str) -> Description:
     hf = read_json(folder / "config.json")
     try:
         family = find_family(hf.get("model_type"))
-        config = family.config_from_hf(stock_config(hf, family))
+        config = family.config_from_hf(hf)
         widths = widths_from_hf(hf, config) if family.ragged else uniform_widths(config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error

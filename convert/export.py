@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, outer_tensors
 from convert.description import Description
-from convert.export_format import ExportFormat, check_format, packed_format
+from convert.export_format import ExportFormat, check_constants, check_format, packed_format
 from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.interleaved import fuse_experts, fuse_specs
@@ -73,6 +73,7 @@ def _source(base: Description) -> _Source:
 def _stored_tensors(base: Description, widths: Widths, form: ExportFormat) -> dict[str, _Stored]:
     source = _source(base)
     family, config = source.family, source.config
+    config = ragged.emptied_model(config, form.constants)
     if form.is_padded:
         config = padded.padded_model(config, family, form.padded_width(widths))
     return {
@@ -123,7 +124,8 @@ def export_config(base: Description, widths: Widths, form: ExportFormat) -> dict
     config = portable_config(source.hf_config)
     config["dtype"] = config["torch_dtype"] = "bfloat16"
     if form.is_ragged:
-        config = ragged.ragged_config(config, source.family, [list(counts) for counts in widths])
+        counts = [list(row) for row in widths]
+        config = ragged.ragged_config(config, source.family, counts, form.constants)
     elif form.is_layered:
         config = ragged.layered_config(config, source.family, form.layer_widths(widths))
     else:
@@ -162,8 +164,10 @@ def packed_inputs(
 
 
 def check_widths(base: Description, widths: Widths, form: ExportFormat) -> None:
-    """Raise ValueError unless the family has the format and every group of 4 bits is whole."""
+    """Raise ValueError unless the family has the format, it has a place for everything, and every
+    group of 4 bits is whole."""
     check_format(base.family, form)
+    check_constants(base.config, form)
     kept = {count for counts in widths for count in counts}
     if form.is_float4:
         mxfp4.check_widths(sorted(kept), base.config.d_model)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convert.rules import FORMATS, Family, Widths
+from moe_jax.config import ModelConfig
 from moe_jax.mxfp4 import BLOCK
 
 
@@ -14,10 +15,13 @@ class ExportFormat:
     Attributes:
       name: one of `convert.rules.FORMATS`.
       group_size: weights per 4-bit scale; MXFP4 knows 32 only.
+      constants: whether experts without channels add constants (ragged folders, or in the place of
+        the output's bias), or nothing.
     """
 
     name: str
     group_size: int = 32
+    constants: bool = False
 
     def __post_init__(self) -> None:
         if self.is_float4 and self.group_size != BLOCK:
@@ -86,4 +90,14 @@ def check_format(family: Family, form: ExportFormat) -> None:
         raise ValueError(
             f"export={form.name!r} does not exist for {family.model_type}, because no "
             f"program would read it; choose from {', '.join(family.formats)}"
+        )
+
+
+def check_constants(config: ModelConfig, form: ExportFormat) -> None:
+    """Raise ValueError if a folder has no place for what emptied experts add."""
+    if form.constants and not (form.is_ragged or config.moe.expert_bias):
+        raise ValueError(
+            f"export={form.name!r} has no place for constants of emptied experts, which stock "
+            "programs know nothing of; export ragged-bf16 or ragged-int4, or plan with "
+            "--emptied zero"
         )

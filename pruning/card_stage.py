@@ -1,5 +1,6 @@
 """The model card of an export: its facts gathered, and the one place that writes it."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def card_facts(
     widths, counts = kept_widths(plan, base), plan.counts
     repository, revision = hub_origin(base.folder)
     packed = form.is_packed
-    plain = ExportFormat(f"{form.name.partition('-')[0]}-bf16", form.group_size)
+    plain = dataclasses.replace(form, name=f"{form.name.partition('-')[0]}-bf16")
     stored = (shape for _, shape in export_specs(base, widths, plain).values())
     verdicts = client_table(base, widths, form)
     return CardFacts(
@@ -94,6 +95,7 @@ def card_facts(
         widths=(int(counts.min()), int(counts.max())),
         experts=int(counts.size),
         emptied=int((counts == 0).sum()),
+        has_constants=plan.constants is not None,
         parameters=parameter_count(base),
         parameters_left=parameters_left(base, plan),
         parameters_stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),

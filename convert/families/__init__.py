@@ -16,7 +16,9 @@ from convert.families import (
     qwen3_moe,
     qwen3_next,
 )
+from convert.formats.ragged import emptied_model, has_constants, stock_config
 from convert.rules import RAGGED, Family
+from moe_jax.config import ModelConfig
 
 _STOCK = (
     qwen2_moe.FAMILY,
@@ -34,8 +36,16 @@ _STOCK = (
 
 
 def _ragged(family: Family) -> Family:
-    model_type = RAGGED + family.model_type
-    return dataclasses.replace(family, model_type=model_type, ragged=True, interleaved=False)
+    def config_from_hf(hf: dict) -> ModelConfig:
+        return emptied_model(family.config_from_hf(stock_config(hf, family)), has_constants(hf))
+
+    return dataclasses.replace(
+        family,
+        model_type=RAGGED + family.model_type,
+        config_from_hf=config_from_hf,
+        ragged=True,
+        interleaved=False,
+    )
 
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _STOCK} | {

@@ -5,8 +5,8 @@ This file travels inside every ragged and layered checkpoint that moe-jax writes
 5.x. It changes one thing of the stock model: the experts of a layer are separate SwiGLU networks
 whose widths the config lists.
 
-- Ragged: `config.expert_intermediate_sizes[layer][expert]`. An expert of width 0 has no tensors and
-  adds nothing.
+- Ragged: `config.expert_intermediate_sizes[layer][expert]`. An expert of width 0 adds nothing, or
+  the vector `constant` if `config.emptied_experts` says so.
 - Layered: `config.moe_intermediate_size[layer]` is the width of all experts of a layer, 0 where a
   layer has none, and `config.unpruned_intermediate_size` what it was before pruning, of which the
   width of shared experts is a multiple. vLLM fuses the experts of such layers.
@@ -37,11 +37,12 @@ FAMILIES = {  # model type: stem of the class names, names of an expert's gate, 
 
 
 class RaggedExpert(nn.Module):
-    """One SwiGLU expert of its own width."""
+    """One SwiGLU expert of its own width, or a constant."""
 
-    def __init__(self, hidden_size: int, width: int, names: tuple[str, str, str]):
+    def __init__(self, hidden_size: int, width: int, names: tuple[str, str, str], constant: bool):
         super().__init__()
         self.width, self.names = width, names
+        self.constant = nn.Parameter(torch.zeros(hidden_size)) if constant and not width else None
         if width:
             gate, up, down = names
             self.add_module(gate, nn.Linear(hidden_size, width, bias=False))
@@ -49,6 +50,8 @@ class RaggedExpert(nn.Module):
             self.add_module(down, nn.Linear(width, hidden_size, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.constant is not None:
+            return self.constant.expand_as(x)
         if not self.width:
             return torch.zeros_like(x)
         gate, up, down = (getattr(self, name) for name in self.names)
@@ -83,11 +86,13 @@ class RaggedExperts(nn.Module):
     Not an `nn.ModuleList`: vLLM would replace that by a fused layer of one width.
     """
 
-    def __init__(self, hidden_size: int, widths: list[int], names: tuple[str, str, str]):
+    def __init__(
+        self, hidden_size: int, widths: list[int], names: tuple[str, str, str], constants: bool
+    ):
         super().__init__()
         self.num_experts = len(widths)
         for number, width in enumerate(widths):
-            self.add_module(str(number), RaggedExpert(hidden_size, width, names))
+            self.add_module(str(number), RaggedExpert(hidden_size, width, names, constants))
 
     def __len__(self) -> int:
         return self.num_experts
@@ -119,9 +124,10 @@ def _stock_width(config: Any) -> Iterator[None]:
 def _experts(config: Any, layer: int, count: int, names: tuple[str, str, str]) -> nn.Module:
     size = config.hidden_size
     if not _is_layered(config):
-        return RaggedExperts(size, config.expert_intermediate_sizes[layer], names)
+        constants = getattr(config, "emptied_experts", "zero") == "constant"
+        return RaggedExperts(size, config.expert_intermediate_sizes[layer], names, constants)
     width = config.moe_intermediate_size[layer]
-    return LayeredExperts(RaggedExpert(size, width, names) for _ in range(count))
+    return LayeredExperts(RaggedExpert(size, width, names, False) for _ in range(count))
 
 
 def _model_class(stock: Any, config_class: type, names: tuple[str, str, str]) -> type:

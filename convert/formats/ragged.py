@@ -1,5 +1,6 @@
 """Folders of several widths, per expert or per layer, loaded with one modelling file."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,29 @@ MODELLING_FILE = Path(__file__).with_name("modeling_ragged_moe.py")
 # looks for them; and the width before pruning, of which a shared expert may be a multiple.
 PER_EXPERT, PER_LAYER = "expert_intermediate_sizes", "moe_intermediate_size"
 UNPRUNED = "unpruned_intermediate_size"
+_EMPTIED = "emptied_experts"  # what experts without channels add
+
+
+def has_constants(hf_config: dict[str, Any]) -> bool:
+    """Whether the experts without channels of a ragged folder have tensors `constant`.
+
+    Raises:
+      ValueError: config.json says something else than "zero" or "constant" of them.
+    """
+    said = hf_config.get(_EMPTIED, "zero")
+    if said not in ("zero", "constant"):
+        raise ValueError(f"{_EMPTIED}={said!r} must be 'zero' or 'constant'")
+    return said == "constant"
+
+
+def emptied_model(config: ModelConfig, constants: bool) -> ModelConfig:
+    """The architecture where experts without channels add constants, if no bias of theirs does."""
+    added = constants and not config.moe.expert_bias
+    return config.replace(moe=dataclasses.replace(config.moe, emptied_bias=added))
 
 
 def ragged_config(
-    hf_config: dict[str, Any], family: Family, counts: list[list[int]]
+    hf_config: dict[str, Any], family: Family, counts: list[list[int]], constants: bool
 ) -> dict[str, Any]:
     """config.json of a ragged folder.
 
@@ -22,11 +42,13 @@ def ragged_config(
       hf_config: the source's config.json, of the stock family; not changed.
       family: of the source.
       counts: channels per layer and expert, [] for dense layers.
+      constants: whether experts without channels add constants.
 
     Returns:
       A new dict.
     """
-    return _with_code(hf_config, family) | {PER_EXPERT: counts}
+    config = _with_code(hf_config, family) | {PER_EXPERT: counts}
+    return config | ({_EMPTIED: "constant"} if constants else {})
 
 
 def layered_config(hf_config: dict[str, Any], family: Family, widths: list[int]) -> dict[str, Any]:
@@ -70,9 +92,9 @@ def stock_config(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
     Returns:
       A new dict.
     """
-    if not family.ragged:
+    if not hf_config["model_type"].startswith(RAGGED):
         return dict(hf_config)
-    ours = ("auto_map", PER_EXPERT, UNPRUNED)
+    ours = ("auto_map", PER_EXPERT, UNPRUNED, _EMPTIED)
     config = {key: value for key, value in hf_config.items() if key not in ours}
     if UNPRUNED in hf_config:
         del config[PER_LAYER]
