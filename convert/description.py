@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.families import find_family
+from convert.layout import Spec
+from convert.mtp import mtp_tensors
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, Widths, uniform_widths
 from moe_jax.config import ModelConfig
@@ -20,6 +22,8 @@ class Description:
       config: the architecture.
       family: its rules.
       widths: channels per layer and expert; () for a dense layer.
+      mtp: dtypes and shapes of the tensors of layers that predict further tokens, as an export
+        keeps them; no part of all of the above.
     """
 
     folder: Path
@@ -27,6 +31,7 @@ class Description:
     config: ModelConfig
     family: Family
     widths: Widths
+    mtp: dict[str, Spec]
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -48,7 +53,7 @@ def describe(folder: Path | str) -> Description:
         widths = _widths(family, hf, config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
-    return Description(folder, hf, config, family, widths)
+    return Description(folder, hf, config, family, widths, mtp_tensors(family, hf, config))
 
 
 def _widths(family: Family, hf: dict, config: ModelConfig) -> Widths:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from convert.rules import FORMATS, Family, Widths
 from moe_jax.mxfp4 import BLOCK
 
+MTP = ("drop", "keep", "prune")
+
 
 @dataclass(frozen=True)
 class ExportFormat:
@@ -13,12 +15,16 @@ class ExportFormat:
     Attributes:
       name: one of `convert.rules.FORMATS`.
       group_size: weights per 4-bit scale; MXFP4 knows 32 only.
+      mtp: one of `MTP`: what becomes of layers that predict further tokens.
     """
 
     name: str
     group_size: int = 32
+    mtp: str = "drop"
 
     def __post_init__(self) -> None:
+        if self.mtp not in MTP:
+            raise ValueError(f"mtp={self.mtp!r} is unknown; choose among {', '.join(MTP)}")
         if self.is_float4 and self.group_size != BLOCK:
             raise ValueError(
                 f"group_size={self.group_size} must be {BLOCK} for {self.name}, whose blocks the "

@@ -1,5 +1,6 @@
 """The model card of an export: its facts gathered, and the one place that writes it."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,20 @@ import yaml
 
 from convert.checkpoint import Checkpoint
 from convert.export import ExportFormat, export_bytes, export_config, export_specs
+from convert.mtp import mtp_width
 from pruning.clients import client_table
 from pruning.demo import DEMO
 from pruning.files import replace_text
 from pruning.model_card import CardFacts, Quality, model_card
 from pruning.plan import PruningPlan
 from pruning.plan_record import tool_version
-from pruning.sizes import folder_bytes, kept_widths, parameter_count, parameters_left
+from pruning.sizes import (
+    folder_bytes,
+    kept_widths,
+    mtp_parameters,
+    parameter_count,
+    parameters_left,
+)
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -71,7 +79,7 @@ def card_facts(
     widths, counts = kept_widths(plan, base), plan.counts
     repository, revision = hub_origin(base.folder)
     packed = form.is_packed
-    plain = ExportFormat(f"{form.name.partition('-')[0]}-bf16", form.group_size)
+    plain = dataclasses.replace(form, name=f"{form.name.partition('-')[0]}-bf16")
     stored = (shape for _, shape in export_specs(base, widths, plain).values())
     verdicts = client_table(base, widths, form)
     return CardFacts(
@@ -93,12 +101,14 @@ def card_facts(
         widths=(int(counts.min()), int(counts.max())),
         experts=int(counts.size),
         emptied=int((counts == 0).sum()),
-        parameters=parameter_count(base),
-        parameters_left=parameters_left(base, plan),
+        parameters=parameter_count(base) + mtp_parameters(base),
+        parameters_left=parameters_left(base, plan, form),
         parameters_stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),
         source_bytes=folder_bytes(base.folder),
         written_bytes=export_bytes(base, widths, form),
         clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
+        mtp=form.mtp if base.mtp else None,
+        mtp_width=mtp_width(base, widths, form),
         has_linear_attention=bool(base.config.linear_layers),
         has_tokenizer=any(base.folder.glob("tokenizer*")),
         quality=quality,

@@ -40,7 +40,7 @@ def padded_config(
     padded = {
         key: value
         for key, value in hf_config.items()
-        if key not in ("auto_map", "expert_intermediate_sizes")
+        if key not in ("auto_map", "expert_intermediate_sizes", "mtp_expert_intermediate_size")
     }
     if family.shared_count_key is not None:
         padded[family.shared_count_key] = _shared_count(config, width)

@@ -9,7 +9,7 @@ MODELLING_FILE = Path(__file__).with_name("modeling_ragged_moe.py")
 
 
 def ragged_config(
-    hf_config: dict[str, Any], family: Family, counts: list[list[int]]
+    hf_config: dict[str, Any], family: Family, counts: list[list[int]], mtp_width: int | None
 ) -> dict[str, Any]:
     """config.json of a ragged folder.
 
@@ -20,6 +20,7 @@ def ragged_config(
       hf_config: the source's config.json, not changed.
       family: of the source.
       counts: channels per layer and expert, [] for dense layers.
+      mtp_width: that of the experts that predict further tokens, if they were pruned.
 
     Returns:
       A new dict.
@@ -35,4 +36,5 @@ def ragged_config(
             "AutoModelForCausalLM": f"{module}.{stem}ForCausalLM",
         },
         "expert_intermediate_sizes": counts,
+        **({} if mtp_width is None else {"mtp_expert_intermediate_size": mtp_width}),
     }
