@@ -25,7 +25,7 @@ from pruning.sizes import kept_widths
 from tests import tiny
 from tests.command import change_config, change_tensor, given, refused, run
 from tests.test_deepseek_v3 import BLOCK, to_blocks
-from tests.test_families import COUNTS, TOKENS, plan_for
+from tests.test_families import TOKENS, plan_for
 
 COPIED, FIRST = "model.layers.2.", {"deepseek_v3": "model.layers.3.", "glm4_moe": "model.layers.3."}
 OWN = {
@@ -91,7 +91,7 @@ def pruned_by_hand(extra: dict, width: int, shared: int) -> dict:
             score = [
                 sum(gate[i] ** 2) * sum(up[i] ** 2) * sum(down[:, i] ** 2) for i in range(len(gate))
             ]
-            kept = sorted(sorted(range(len(score)), key=lambda i: -score[i])[:width])  # noqa: B023
+            kept = sorted(sorted(range(len(score)), key=lambda i: -score[i])[:width])
             value = value[:, kept] if parts[2] == "down_proj" else value[kept]
         elif parts[0] in ("shared_experts", "shared_expert"):
             rows, columns = value.shape
@@ -150,11 +150,11 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
     config = json.loads((folder / "config.json").read_text())
     assert config.get(KEEP_KEY, 1) == 1
     own = config.get("mtp_expert_intermediate_size", config["moe_intermediate_size"])
-    assert own == width == stored[next(k for k in wanted if k.endswith("0.up_proj.weight"))].shape[0]
-
-    without = export_checkpoint(
-        source, base, widths, tmp_path / "without", ExportFormat(name, 32)
+    assert (
+        own == width == stored[next(k for k in wanted if k.endswith("0.up_proj.weight"))].shape[0]
     )
+
+    without = export_checkpoint(source, base, widths, tmp_path / "without", ExportFormat(name, 32))
     assert json.loads((without / "config.json").read_text())[KEEP_KEY] == 0
     plain = load_file(without / "model.safetensors")
     assert stored.keys() - plain.keys() == extra.keys() and plain.keys() <= stored.keys()
@@ -189,7 +189,9 @@ def check_ignored(ignore: list[str], extra: dict, stored: dict) -> None:
 def test_layers_kept_at_another_width_than_the_one_of_a_padded_folder_are_refused(checkpoint):
     base, plan, _ = checkpoint
     for name in ("padded-bf16", "padded-int4"):
-        with pytest.raises(ValueError, match=f"96 channels wide .* {name} has one width, 64, .*mtp="):
+        with pytest.raises(
+            ValueError, match=f"96 channels wide .* {name} has one width, 64, .*mtp="
+        ):
             check_widths(base, kept_widths(plan, base), ExportFormat(name, 32, "keep"))
     with pytest.raises(ValueError, match="mtp='kept' is unknown; choose among drop, keep, prune"):
         ExportFormat("padded-bf16", mtp="kept")
@@ -208,17 +210,158 @@ def test_an_estimate_counts_them_with_and_without_weights(checkpoint, tmp_path):
             flags = ("--mtp", mtp, "--prune-rate", 0.5, "--no-probe", "--group-size", 32)
             assert run("estimate", folder, *flags, "--json", tmp_path / "found.json") == 0
             found += json.loads((tmp_path / "found.json").read_text())
-        assert found[0]["exports"] == found[1]["exports"]
         names = FORMATS[:2] if mtp == "keep" else FORMATS
-        assert sorted(found[0]["exports"]) == sorted(names)
+        assert sorted(found[0]["exports"]) == sorted(found[1]["exports"]) == sorted(names)
+        assert found[0]["parameters"] == found[1]["parameters"]
         assert found[0]["parameters"]["mtp"] == sum(value.size for value in extra.values())
-        counts = np.full_like(COUNTS, 64)  # half of 96, up to a whole group of 32 ...
-        counts[:, ::2] = 32  # ... or down to one
         for name in names:
-            kept = np.arange(96) < (counts if name.startswith("ragged") else 64)[..., None] \
-                if name.startswith("ragged") else np.broadcast_to(np.arange(96) < 32, (2, 8, 96))
-            own = PruningPlan(np.ascontiguousarray(kept), plan.layer_indices, plan.provenance)
+            one, other = (estimate["exports"][name] for estimate in found)
+            counts = np.full((2, 8), one["width"] or 32)
+            counts[:, ::2] += 32 if one["width"] is None else 0  # to half of 96 on average
+            keep = np.arange(96) < counts[..., None]
+            own = PruningPlan(keep, plan.layer_indices, plan.provenance)
             form = ExportFormat(name, 32, mtp)
             out = stages.export(base, own, form, tmp_path / mtp / name, Steps(quiet=True))
+            stored = load_file(out / "model.safetensors")
             written = (out / "model.safetensors").stat().st_size
-            assert found[0]["exports"][name]["bytes"] == pytest.approx(written, rel=0.01), name
+            assert one["bytes"] == pytest.approx(written, rel=0.01), name
+            assert other["bytes"] == pytest.approx(written, rel=0.01), name
+            assert one["fewest_bytes"] <= written <= one["most_bytes"]
+            if name.endswith("bf16") and not base.family.shared_count_key:
+                assert one["parameters"]["total"] == sum(value.size for value in stored.values())
+
+
+# --- checkpoints that are not bfloat16, or not whole ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A DeepSeek-V3 of published layout and its tensors of the layer that predicts on."""
+    plan_for("deepseek_v3", tmp_path / "base")
+    return tmp_path / "base", add_mtp(tmp_path / "base", "deepseek_v3")
+
+
+def test_8_bit_blocks_are_dequantised_and_other_dtypes_stay(folder, tmp_path):
+    path, extra = folder
+    tensors, exact = load_torch(path / "model.safetensors"), {}
+    for name in extra:
+        value = exact[name] = tensors[name]
+        if name.endswith("_proj.weight") and "eh_proj" not in name:
+            tensors[name], tensors[name + "_scale_inv"], wide = to_blocks(value.float())
+            exact[name] = wide.bfloat16()
+        elif name.endswith("embed_tokens.weight"):
+            tensors[name] = exact[name] = value.float() + 2.0**-20
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
+    change_config(path, quantization_config=fp8)
+    base = open_checkpoint(path, dtype=jnp.bfloat16)
+    form = ExportFormat("padded-bf16", mtp="keep")
+    out = export_checkpoint(base, base, base.widths, tmp_path / "out", form)
+    stored = load_torch(out / "model.safetensors")
+    assert stored.keys() == {name for name in tensors if not name.endswith("_scale_inv")}
+    for name, value in exact.items():
+        assert stored[name].dtype == value.dtype and torch.equal(stored[name], value), name
+
+
+def test_a_layer_that_is_not_whole_is_refused_unless_it_is_dropped(folder, tmp_path, capsys):
+    path, _ = folder
+    tensors = load_torch(path / "model.safetensors")
+    gone = "model.layers.3.mlp.experts.5.up_proj.weight"
+    wide = "model.layers.3.self_attn.o_proj.weight"
+    tensors[wide] = torch.zeros(64, 32, dtype=torch.bfloat16)
+    for name in (gone, "model.layers.3.embed_tokens.weight"):  # some share the model's embedding
+        del tensors[name]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    for mtp in ("keep", "prune"):
+        shown = refused(capsys, tmp_path, "estimate", path, "--mtp", mtp)
+        assert f"{gone} is missing" in shown and f"{wide} has shape [64, 32]" in shown
+        assert "embed_tokens" not in shown
+    assert run("estimate", path, "--no-probe") == 0
+
+
+def test_nothing_to_keep_is_refused(folder, models, tmp_path, capsys):
+    path, _ = folder
+    without = tmp_path / "without"
+    shutil.copytree(path, without)
+    change_config(without, **{KEEP_KEY: 0})
+    tensors = load_torch(path / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if ".layers.3." not in name}
+    save_file(kept, without / "model.safetensors", metadata={"format": "pt"})
+    for model in (without, models / "single"):
+        shown = refused(capsys, tmp_path, "estimate", model, "--mtp", "prune")
+        assert "mtp='prune' needs layers that predict further tokens" in shown
+        assert f"{model} has none; choose mtp='drop'" in shown
+
+
+def test_nan_in_a_layer_to_keep_is_found(folder, tmp_path):
+    path, _ = folder
+    name = "model.layers.3.enorm.weight"
+    change_tensor(path, name, lambda value: value * ml_dtypes.bfloat16(np.nan))
+    base = open_checkpoint(path)
+    base.check_finite()
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN"):
+        open_checkpoint(path).check_finite(mtp=True)
+
+
+# --- the commands ---
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory):
+    """A checkpoint with a tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("drafting") / "model"
+    sizes = {"vocab_size": 300, "hidden_size": 64, "moe_intermediate_size": 96}
+    sizes |= {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    sizes |= {"kv_lora_rank": 32, "intermediate_size": 64}
+    tiny.save(tiny.half(tiny.tiny_model("deepseek_v3", **sizes)), folder)
+    add_mtp(folder, "deepseek_v3")
+    (folder.parent / "good.txt").write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    return tiny.add_tokenizer(folder)
+
+
+def test_the_commands_write_verify_and_describe_what_was_chosen(drafting, tmp_path, capsys):
+    assert run("inspect", drafting) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["mtp_layers"] == 1 and shown["mtp_tensors"] > 30
+    assert shown["mtp_parameters"] > 8 * 3 * 64 * 96
+
+    out = tmp_path / "out"
+    arguments = (drafting, *given(drafting.parent, out), "--export", "padded-int4", "padded-bf16")
+    shown = refused(capsys, tmp_path, "compress", *arguments, "--mtp", "keep")
+    assert "mtp='keep' leaves experts 96 channels wide" in shown
+    assert run("compress", *arguments, "--prune-rate", 0.5, "--mtp", "prune") == 0
+    assert "predict further tokens; they are pruned" in capsys.readouterr().err
+    checks = json.loads((out / "report.json").read_text())["verification"]
+    assert all(check["ok"] for check in checks)
+    names = [check["check"] for check in checks]
+    assert names.count("layers that predict further tokens") == 2
+    assert names.count("transformers loads every tensor") == 2
+    card = (out / "exports" / "padded-int4" / "README.md").read_text()
+    assert re.search(r"each of their experts has 32 channels, those of the largest product", card)
+    assert "mtp: prune" in card and "mtp: prune" in (out / "recipe.yaml").read_text()
+
+    # told otherwise than the recipe
+    assert run("export", out, "--export", "ragged-bf16", "--mtp", "keep") == 0
+    ragged = out / "exports" / "ragged-bf16"
+    assert "kept as they were, in 16 bits" in (ragged / "README.md").read_text()
+    assert run("verify", out) == 0
+    name = "model.layers.3.mlp.experts.2.down_proj.weight"
+    change_tensor(ragged, name, lambda value: np.ascontiguousarray(value[:, ::-1]))
+    capsys.readouterr()
+    assert run("verify", out) == 1
+    assert f"layers that predict further tokens: wrong: ['{name}']" in capsys.readouterr().err
+
+    applied = tmp_path / "applied"
+    assert run("apply", out, drafting, "--export", "ragged-int4", "--output", applied) == 0
+    assert "left out, so programs cannot draft" in capsys.readouterr().err
+    card = (applied / "exports" / "ragged-int4" / "README.md").read_text()
+    assert "predict further tokens (multi-token prediction) are left out" in card
+    assert run(
+        "apply", out, drafting, "--export", "ragged-int4", "--mtp", "prune", "--output", applied,
+        "--overwrite",
+    ) == 0  # fmt: skip
+    shown = refused(
+        capsys, tmp_path, "apply", out, drafting, "--export", "padded-bf16", "--mtp", "keep",
+        "--output", tmp_path / "other",
+    )  # fmt: skip
+    assert "choose mtp='prune' or 'drop'" in shown
