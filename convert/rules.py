@@ -97,7 +97,7 @@ class Family:
       twin: the family it is exported as, if not as itself; such a one is never ragged.
       interleaved: whether a folder holds the experts of a layer together, gate and up channels
         alternating; `rules` then name what `convert.interleaved` makes of that.
-      formats: what it can be exported as, of `FORMATS`: only what stock programs read.
+      formats: what it can be exported as, of `FORMATS`: only what some program reads.
     """
 
     model_type: str

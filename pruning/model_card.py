@@ -166,7 +166,7 @@ def _mtp(facts: CardFacts) -> str:
         return f"{found} kept as they were, in 16 bits."
     return (
         f"{found} there, in 16 bits; each of their experts has {facts.mtp_width:,} channels, those "
-        "of the largest product of the norms of their weights, since no text was run through them."
+        "that add most to its output on noise, since no text was run through them."
     )
 
 

@@ -277,7 +277,7 @@ def say_mtp(base: Checkpoint, recipe: CompressionRecipe, steps: Steps) -> None:
         "drop": "left out, so programs cannot draft tokens with them; --mtp prune or keep writes "
         "them",
         "keep": "copied as they are",
-        "prune": "pruned by their weights alone, experts as wide as the model's",
+        "prune": "pruned without a text, experts as wide as the model's",
     }
     if base.mtp:
         steps.say(

@@ -87,7 +87,7 @@ class CompressionRecipe:
       export: formats to write.
       mtp: what becomes of layers that predict further tokens, with which servers draft: "drop"
         leaves them out, "keep" copies them (padded formats only if the expert width stays),
-        "prune" cuts their experts to the model's width by weights alone; never 4-bit.
+        "prune" cuts their experts to the model's width, without a text; never 4-bit.
       until_stable: stop scoring once the kept sets before and after a part of the calibration
         text overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all.
       batch: windows per step.

@@ -77,27 +77,39 @@ def whole(plan: PruningPlan) -> PruningPlan:
     return PruningPlan(np.ones_like(plan.keep), plan.layer_indices, plan.provenance)
 
 
-def pruned_by_hand(extra: dict, width: int, shared: int) -> dict:
-    """Experts of `width` channels and a shared one of `shared`, channel after channel."""
+def largest_by_hand(extra: dict, stem: str, expert: str, width: int, centred: bool) -> list[int]:
+    """Channels that add most along the expert's output, on noise that the router sends to it."""
+    weights = {
+        part: extra[f"{stem}.mlp.experts.{expert}.{part}_proj.weight"].astype(float)
+        for part in ("gate", "up", "down")
+    }
+    gain = extra[f"{stem}.post_attention_layernorm.weight"].astype(float) + (1 if centred else 0)
+    router = extra[f"{stem}.mlp.gate.weight"].astype(float)[int(expert)]
+    rows = [
+        row / np.linalg.norm(row) * 8 for row in np.random.default_rng(0).normal(size=(2048, 64))
+    ]
+    rows = sorted((row * gain for row in rows), key=lambda x: -(x @ router))[:256]
+    worth = np.zeros(96)
+    for x in rows:
+        g, u = weights["gate"] @ x, weights["up"] @ x
+        outputs = weights["down"] * (g * u / (1 + np.exp(-g)))  # [D, F]
+        worth += outputs.T @ outputs.sum(axis=1)
+    return sorted(sorted(range(96), key=lambda i: -worth[i])[:width])
+
+
+def pruned_by_hand(extra: dict, width: int, shared: int, *, centred: bool) -> dict:
+    """Experts of `width` channels and a shared one of `shared`."""
     found = {}
     for name, value in extra.items():
         stem, _, part = name.rpartition(".mlp.")
         parts = part.split(".")
         if parts[0] == "experts":
-            gate, up, down = (
-                extra[f"{stem}.mlp.experts.{parts[1]}.{kind}_proj.weight"].astype(float)
-                for kind in ("gate", "up", "down")
-            )
-            score = [
-                sum(gate[i] ** 2) * sum(up[i] ** 2) * sum(down[:, i] ** 2) for i in range(len(gate))
-            ]
-            kept = sorted(sorted(range(len(score)), key=lambda i: -score[i])[:width])
+            kept = largest_by_hand(extra, stem, parts[1], width, centred)
             value = value[:, kept] if parts[2] == "down_proj" else value[kept]
         elif parts[0] in ("shared_experts", "shared_expert"):
             rows, columns = value.shape
-            padding = ((0, 0), (0, shared - columns)) if parts[1] == "down_proj" else (
-                (0, shared - rows), (0, 0)
-            )  # fmt: skip
+            down = parts[1] == "down_proj"
+            padding = ((0, 0), (0, shared - columns)) if down else ((0, shared - rows), (0, 0))
             value = np.pad(value, padding)
         found[name] = value
     return found
@@ -140,7 +152,8 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
         width = MEAN if form.is_ragged else WIDEST
         # 1 x 96 channels of DeepSeek's shared expert become 2 x 64 where 64 is the one width.
         counted = base.family.shared_count_key and not form.is_ragged
-        wanted = pruned_by_hand(extra, width, 128 if counted else base.config.moe.d_shared)
+        shared = 128 if counted else base.config.moe.d_shared
+        wanted = pruned_by_hand(extra, width, shared, centred=base.config.centred_norms)
     for key, value in wanted.items():
         assert (stored[key].dtype, stored[key].shape) == (value.dtype, value.shape), key
         assert stored[key].tobytes() == value.tobytes(), key
@@ -337,7 +350,7 @@ def test_the_commands_write_verify_and_describe_what_was_chosen(drafting, tmp_pa
     assert names.count("layers that predict further tokens") == 2
     assert names.count("transformers loads every tensor") == 2
     card = (out / "exports" / "padded-int4" / "README.md").read_text()
-    assert re.search(r"each of their experts has 32 channels, those of the largest product", card)
+    assert re.search(r"each of their experts has 32 channels, those that add most", card)
     assert "mtp: prune" in card and "mtp: prune" in (out / "recipe.yaml").read_text()
 
     # told otherwise than the recipe

@@ -4,7 +4,7 @@ This file travels inside every ragged checkpoint that moe-jax writes and is load
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` under transformers 4.57 and
 5.x. It changes one thing of the stock model: the experts of a layer are separate SwiGLU networks
 whose widths `config.expert_intermediate_sizes[layer][expert]` lists. An expert of width 0 has no
-tensors and adds nothing; the router is the stock one.
+tensors and adds nothing, but for the bias of gpt-oss's experts; the router is the stock one.
 """
 
 from importlib import import_module
@@ -24,15 +24,16 @@ FAMILIES = {  # model type: stem of the class names, names of an expert's gate, 
     "deepseek_v2": ("DeepseekV2", PROJECTIONS),
     "deepseek_v3": ("DeepseekV3", PROJECTIONS),
     "glm4_moe": ("Glm4Moe", PROJECTIONS),
+    "gpt_oss": ("GptOss", PROJECTIONS),
 }
 
 
 class RaggedExpert(nn.Module):
     """One SwiGLU expert of its own width."""
 
-    def __init__(self, hidden_size: int, width: int, names: tuple[str, str, str]):
+    def __init__(self, config: Any, width: int, names: tuple[str, str, str]):
         super().__init__()
-        self.width, self.names = width, names
+        self.width, self.names, hidden_size = width, names, config.hidden_size
         if width:
             gate, up, down = names
             self.add_module(gate, nn.Linear(hidden_size, width, bias=False))
@@ -46,6 +47,31 @@ class RaggedExpert(nn.Module):
         return down(F.silu(gate(x)) * up(x))
 
 
+class GptOssExpert(nn.Module):
+    """One expert of gpt-oss: biases, a bounded activation; of width 0 the bias of its output."""
+
+    def __init__(self, config: Any, width: int, names: tuple[str, str, str]):
+        super().__init__()
+        self.width = width
+        # transformers 4.57 knows the published values only, the config may say others
+        self.alpha = getattr(config, "swiglu_alpha", 1.702)
+        self.limit = getattr(config, "swiglu_limit", 7.0)
+        if width:
+            self.gate_proj = nn.Linear(config.hidden_size, width)
+            self.up_proj = nn.Linear(config.hidden_size, width)
+            self.down_proj = nn.Linear(width, config.hidden_size)
+        else:
+            self.down_proj = nn.Module()
+            self.down_proj.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.width:
+            return self.down_proj.bias.expand_as(x)
+        gate = self.gate_proj(x).clamp(max=self.limit)
+        up = self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj((up + 1) * gate * torch.sigmoid(gate * self.alpha))
+
+
 class RaggedExperts(nn.Module):
     """The experts of a layer, children "0", "1", ... so that tensors keep their public names.
 
@@ -53,11 +79,13 @@ class RaggedExperts(nn.Module):
     transformers 5 call `forward`, those of 4.57 index the experts.
     """
 
-    def __init__(self, hidden_size: int, widths: list[int], names: tuple[str, str, str]):
+    expert_class: type[nn.Module] = RaggedExpert
+
+    def __init__(self, config: Any, widths: list[int], names: tuple[str, str, str]):
         super().__init__()
         self.num_experts = len(widths)
         for number, width in enumerate(widths):
-            self.add_module(str(number), RaggedExpert(hidden_size, width, names))
+            self.add_module(str(number), self.expert_class(config, width, names))
 
     def __len__(self) -> int:
         return self.num_experts
@@ -77,6 +105,24 @@ class RaggedExperts(nn.Module):
         return out
 
 
+class RaggedGptOssExperts(RaggedExperts):
+    """The same for gpt-oss, whose blocks call them under both versions: 4.57 gives weights for all
+    experts, zero for those that are not chosen."""
+
+    expert_class = GptOssExpert
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_indices: torch.Tensor,
+        routing_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if routing_weights.shape != router_indices.shape:
+            routing_weights = routing_weights.gather(1, router_indices)
+        return super().forward(rows, router_indices, routing_weights).view_as(hidden_states)
+
+
 def _ragged(stock: Any, config_class: type, names: tuple[str, str, str]) -> type:
     """A subclass of a stock model whose sparse layers have experts of their own widths."""
 
@@ -86,7 +132,9 @@ def _ragged(stock: Any, config_class: type, names: tuple[str, str, str]) -> type
         for layer, widths in zip(layers, config.expert_intermediate_sizes, strict=True):
             block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
             if widths:
-                block.experts = RaggedExperts(config.hidden_size, widths, names)
+                gpt_oss = config.model_type == "ragged_gpt_oss"
+                kind = RaggedGptOssExperts if gpt_oss else RaggedExperts
+                block.experts = kind(config, widths, names)
 
     members = {
         "__module__": __name__,
