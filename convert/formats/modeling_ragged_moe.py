@@ -59,10 +59,10 @@ class GptOssExpert(nn.Module):
         if width:
             self.gate_proj = nn.Linear(config.hidden_size, width)
             self.up_proj = nn.Linear(config.hidden_size, width)
-            self.down_proj = nn.Linear(width, config.hidden_size)
-        else:
-            self.down_proj = nn.Module()
-            self.down_proj.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        down: Any = nn.Linear(width, config.hidden_size) if width else nn.Module()
+        if not width:
+            down.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.down_proj = down
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.width:
