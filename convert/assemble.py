@@ -69,9 +69,12 @@ def read_arrays(
         if rule.layout == "identity":
             arrays[rule.ours] = read(name)
             continue
-        if rule.layout == "expert_vector":
-            names = [name.replace("{expert}", str(expert)) for expert in range(len(counts))]
-            arrays[rule.ours] = np.stack([read(own) for own in names])
+        if rule.layout in ("expert_vector", "emptied_vector"):
+            vectors = np.zeros((len(counts), config.d_model), arrays["mlp.router"].dtype)
+            for expert, count in enumerate(counts):
+                if rule.has_expert(count):
+                    vectors[expert] = read(name.replace("{expert}", str(expert)))
+            arrays[rule.ours] = vectors
             continue
         pool, start = None, 0
         width = () if rule.shape == "F" else (config.d_model,)

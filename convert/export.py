@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, outer_tensors
 from convert.description import Description
-from convert.export_format import ExportFormat, check_format, packed_format
+from convert.export_format import ExportFormat, check_constants, check_format, packed_format
 from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.interleaved import fuse_experts, fuse_specs
@@ -74,6 +74,7 @@ def _source(base: Description) -> _Source:
 def _stored_tensors(base: Description, widths: Widths, form: ExportFormat) -> dict[str, _Stored]:
     source = _source(base)
     family, config = source.family, source.config
+    config = ragged.emptied_model(config, form.constants)
     if not form.is_ragged:
         config = padded.padded_model(config, family, form.padded_width(widths))
     return {
@@ -126,7 +127,7 @@ def export_config(base: Description, widths: Widths, form: ExportFormat) -> dict
     if form.is_ragged:
         counts = [list(row) for row in widths]
         pruned = mtp_width(base, widths, form) if form.mtp == "prune" else None
-        config = ragged.ragged_config(config, source.family, counts, pruned)
+        config = ragged.ragged_config(config, source.family, counts, form.constants, pruned)
     else:
         width = form.padded_width(widths)
         config = padded.padded_config(config, source.config, source.family, width)
@@ -167,9 +168,10 @@ def packed_inputs(
 
 
 def check_widths(base: Description, widths: Widths, form: ExportFormat) -> None:
-    """Raise ValueError unless the family has the format, every group of 4 bits is whole, and
-    layers that predict further tokens are there and fit if they are wanted."""
+    """Raise ValueError unless the family has the format, it has a place for everything, every group
+    of 4 bits is whole, and layers that predict further tokens are there and fit if wanted."""
     check_format(base.family, form)
+    check_constants(base.config, form)
     check_mtp_width(base, widths, form)
     kept = {count for counts in widths for count in counts}
     if form.is_float4:

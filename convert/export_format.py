@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from convert.rules import FORMATS, Family, Widths
+from moe_jax.config import ModelConfig
 from moe_jax.mxfp4 import BLOCK
 
 MTP = ("drop", "keep", "prune")
@@ -15,11 +16,14 @@ class ExportFormat:
     Attributes:
       name: one of `convert.rules.FORMATS`.
       group_size: weights per 4-bit scale; MXFP4 knows 32 only.
+      constants: whether experts without channels add constants (ragged folders, or in the place of
+        the output's bias), or nothing.
       mtp: one of `MTP`: what becomes of layers that predict further tokens.
     """
 
     name: str
     group_size: int = 32
+    constants: bool = False
     mtp: str = "drop"
 
     def __post_init__(self) -> None:
@@ -71,4 +75,14 @@ def check_format(family: Family, form: ExportFormat) -> None:
         raise ValueError(
             f"export={form.name!r} does not exist for {family.model_type}, because no "
             f"program would read it; choose from {', '.join(family.formats)}"
+        )
+
+
+def check_constants(config: ModelConfig, form: ExportFormat) -> None:
+    """Raise ValueError if a folder has no place for what emptied experts add."""
+    if form.constants and not (form.is_ragged or config.moe.expert_bias):
+        raise ValueError(
+            f"export={form.name!r} has no place for constants of emptied experts, which stock "
+            "programs know nothing of; export ragged-bf16 or ragged-int4, or plan with "
+            "--emptied zero"
         )

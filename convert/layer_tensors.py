@@ -74,12 +74,13 @@ def _named_parts(
     if rule.layout == "identity":
         yield name, array
         return
-    if rule.layout == "expert_vector":
-        for expert, part in enumerate(array):
-            yield name.replace("{expert}", str(expert)), part
-        return
     experts = _lookup(layer, rule.ours.rpartition(".")[0])
     assert isinstance(experts, Experts)
+    if rule.layout in ("expert_vector", "emptied_vector"):
+        for expert, (part, count) in enumerate(zip(array, np.asarray(experts.count), strict=True)):
+            if rule.has_expert(int(count)):
+                yield name.replace("{expert}", str(expert)), part
+        return
     ends = np.concatenate([[0], np.cumsum(np.asarray(experts.count))]) // channels_per_row
     for expert, (start, stop) in enumerate(itertools.pairwise(ends.astype(int))):
         rows = array[start:stop]

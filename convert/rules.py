@@ -12,8 +12,8 @@ from moe_jax.transformer import DecoderLayer
 
 # How one tensor lies in ours: as it is, as an expert's part of a channel pool, whose rows are the
 # tensor's rows (gate, up: [F, D] or a bias [F]) or its columns (down: [D, F]), or as the row of an
-# expert, whatever its width (the bias of down: [D]).
-Layout = Literal["identity", "expert_rows", "expert_columns", "expert_vector"]
+# expert, whatever its width or only if that is 0 (the bias of down: [D]).
+Layout = Literal["identity", "expert_rows", "expert_columns", "expert_vector", "emptied_vector"]
 
 Widths = tuple[tuple[int, ...], ...]  # [layer][expert], () for a dense layer
 
@@ -43,6 +43,10 @@ class Rule:
     needs: str = ""
     layout: Layout = "identity"
     precise: bool = False
+
+    def has_expert(self, count: int) -> bool:
+        """Whether an expert of `count` channels has this tensor."""
+        return {"expert_vector": True, "emptied_vector": not count}.get(self.layout, count > 0)
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ def parts(config: ModelConfig, layer: int) -> set[str]:
         "shared_gate": routed and m.d_shared > 0 and m.shared_gate,
         "logit_bias": routed and m.logit_bias,
         "expert_bias": routed and m.expert_bias,
+        "emptied_bias": routed and m.emptied_bias,
     }
     if config.linear(layer) is not None:
         present["linear_attention"] = True
@@ -251,7 +256,7 @@ def expected_tensors(
                 shapes[name] = tuple(sizes[axis] for axis in rule.shape)
                 continue
             for expert, count in enumerate(counts):
-                if count or rule.layout == "expert_vector":
+                if rule.has_expert(count):
                     own = sizes | {"F": count}
                     full = name.replace("{expert}", str(expert))
                     shapes[full] = tuple(own[axis] for axis in rule.shape)

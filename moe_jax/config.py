@@ -204,7 +204,8 @@ class MoEConfig:
     of which a token may use the best `groups_per_token`, rated by `group_score`: their best expert
     or the sum of their two best. `float32_router` computes logits in float32 whatever the
     activations' dtype. `logit_bias` adds a constant per expert to the logits; `expert_bias` gives
-    every expert biases of its three matrices.
+    every expert biases of its three matrices, `emptied_bias` one of its output to each expert that
+    pruning left no channel.
     """
 
     num_experts: int
@@ -222,6 +223,7 @@ class MoEConfig:
     float32_router: bool = False
     logit_bias: bool = False
     expert_bias: bool = False
+    emptied_bias: bool = False
     activation: Activation = SWIGLU
 
     def __post_init__(self) -> None:

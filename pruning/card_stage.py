@@ -101,6 +101,7 @@ def card_facts(
         widths=(int(counts.min()), int(counts.max())),
         experts=int(counts.size),
         emptied=int((counts == 0).sum()),
+        has_constants=plan.constants is not None,
         parameters=parameter_count(base) + mtp_parameters(base),
         parameters_left=parameters_left(base, plan, form),
         parameters_stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),

@@ -13,8 +13,7 @@ import numpy as np
 from pruning import preflight, scoring, stages
 from pruning.comparison import Comparison, Result
 from pruning.evaluate import Quality, Reference, Windows, quality_of
-from pruning.expert_drop import replacement_vectors
-from pruning.masked import Variant, masked_hidden
+from pruning.masked import masked_hidden
 from pruning.plan import PruningPlan
 from pruning.progress import OnStep, Steps
 from pruning.recipe import CompressionRecipe
@@ -214,11 +213,11 @@ def _run_group(
     references: Mapping[str, Reference],
     on_layer: Callable[[int], None],
 ) -> tuple[list[Result], list[Result]]:
-    planned: list[tuple[Task, Variant]] = []
+    planned: list[tuple[Task, PruningPlan]] = []
     refused = []
     for task in group:
         try:
-            planned.append((task, _variant(job, statistics, provenance, task, budgets[task.rate])))
+            planned.append((task, _plan(job, statistics, provenance, task, budgets[task.rate])))
         except ValueError as error:
             # A budget may be too small for whole experts: the other rules go on.
             refused.append(Result(task.rule, task.rate, task.seed, reason=str(error)))
@@ -226,28 +225,28 @@ def _run_group(
         return [], refused
     tokens, valid = (np.concatenate([getattr(w, n) for w in texts.values()])
                      for n in ("tokens", "valid"))  # fmt: skip
-    variants = [variant for _, variant in planned]
+    plans = [plan for _, plan in planned]
     batch = min(job.recipe.batch, len(tokens))
     hidden = masked_hidden(
-        job.base, tokens, valid, variants, batch=batch, dtype=job.dtype, on_layer=on_layer
+        job.base, tokens, valid, plans, batch=batch, dtype=job.dtype, on_layer=on_layer
     )
     results = [
-        _result(task, variant.plan, _qualities(states, job, texts, references))
-        for (task, variant), states in zip(planned, hidden, strict=True)
+        _result(task, plan, _qualities(states, job, texts, references))
+        for (task, plan), states in zip(planned, hidden, strict=True)
     ]
     return results, refused
 
 
-def _variant(
+def _plan(
     job: Job,
     statistics: ChannelStatistics,
     provenance: Mapping[str, Any],
     task: Task,
     budget: int,
-) -> Variant:
+) -> PruningPlan:
     rule, c = RULES[task.rule], job.base.config
     assert job.recipe.block is not None
-    plan = make_plan(
+    return make_plan(
         rule,
         statistics,
         budget=budget,
@@ -257,10 +256,6 @@ def _variant(
         seed=job.recipe.seed + task.seed,
         provenance={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
     )
-    if not rule.constants:
-        return Variant(plan)
-    assert statistics.output_sum is not None
-    return Variant(plan, replacement_vectors(statistics.output_sum, statistics.tokens, plan.counts))
 
 
 def _qualities(

@@ -195,12 +195,22 @@ def replacement_vectors(
     output_sum: np.ndarray,  # [L, E, D]
     tokens: np.ndarray,  # [L, E]
     counts: np.ndarray,  # [L, E]
-) -> np.ndarray:  # [L, E, D]
+) -> tuple[np.ndarray, ...]:  # [emptied, D] of each layer
     """Mean output of every emptied expert over its routed tokens: what a constant can stand in for.
 
-    Zero for experts that stay and for those no token ever reached.
+    Zero for those no token ever reached.
+
+    Args:
+      output_sum: sum over the routed tokens of the expert's output.
+      tokens: tokens routed to the expert.
+      counts: channels kept, 0 for an emptied expert.
+
+    Returns:
+      float32, as the `constants` of a plan.
 
     Source: MoNE, arXiv 2507.00390.
     """
-    mean = output_sum / np.maximum(tokens, 1.0)[:, :, None]
-    return np.where((counts == 0)[:, :, None], mean, 0.0)
+    return tuple(
+        (sums[gone] / np.maximum(routed[gone], 1.0)[:, None]).astype(np.float32)
+        for sums, routed, gone in zip(output_sum, tokens, counts == 0, strict=True)
+    )

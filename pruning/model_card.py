@@ -35,6 +35,7 @@ class CardFacts:
       channels, channels_kept: of the routed experts.
       widths: fewest and most channels that an expert keeps.
       experts, emptied: routed experts, and how many of them keep no channel.
+      has_constants: whether those add a constant.
       parameters, parameters_left, parameters_stored: of the base; after pruning; and in the
         folder, where padding counts.
       source_bytes, written_bytes: of weight files and index.
@@ -66,6 +67,7 @@ class CardFacts:
     widths: tuple[int, int]
     experts: int
     emptied: int
+    has_constants: bool
     parameters: int
     parameters_left: int
     parameters_stored: int
@@ -149,9 +151,12 @@ def _summary(facts: CardFacts) -> str:
         f"{_precision(facts)}"
     ]
     if facts.emptied:
+        adds = "a constant, their mean output on the calibration text" if facts.has_constants else (
+            "nothing"
+        )  # fmt: skip
         lines.append(
             f"{facts.emptied:,} of {facts.experts:,} experts keep no channel. The router still "
-            "chooses them as before and they add nothing."
+            f"chooses them as before and they add {adds}."
         )
     if facts.mtp is not None:
         lines.append(_mtp(facts))

@@ -1,4 +1,7 @@
-"""Super-channels: channels whose score is out of proportion in their layer, kept in any case."""
+"""Super-channels: channels whose score, or energy, is out of proportion in their layer.
+
+They are kept in any case.
+"""
 
 import dataclasses
 
@@ -46,7 +49,7 @@ def with_super_channels(problem: Problem, widths: Widths, outliers: np.ndarray) 
     """Widen experts that are too narrow for their super-channels, at the widest experts' cost.
 
     Blocks move inside the layer, so that budgets of layers hold. An expert's super-channels are
-    its best channels, hence kept once it is wide enough.
+    ranked first, hence kept once it is wide enough.
 
     Args:
       problem: what was planned.

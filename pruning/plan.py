@@ -13,6 +13,7 @@ from pruning.alignment import best_channels, check_block, legal_minimum
 from pruning.apportion import apportion
 from pruning.criteria import channel_scores
 from pruning.expert_criteria import expert_criterion
+from pruning.expert_drop import replacement_vectors
 from pruning.outliers import reserve, super_channels, with_super_channels
 from pruning.plan_file import PruningPlan
 from pruning.plan_record import coverage_record, expert_record, outlier_record, tool_version
@@ -48,6 +49,7 @@ def plan_pruning(
     layer_rates: Mapping[int, float] | None = None,
     layer_shares: np.ndarray | None = None,  # [L]
     within: np.ndarray | None = None,  # [L, E]
+    emptied: str = "zero",
     experts_per_token: int,
     layer_indices: Sequence[int] | None = None,
     seed: int = 0,
@@ -81,6 +83,9 @@ def plan_pruning(
         alone. The other layers make up the rest of the model's budget.
       layer_shares: share of the budget of every layer, for example from `pruning.grape`.
       within: most channels of each expert, for example the counts of a larger plan.
+      emptied: what experts without channels add: nothing for "zero" (but the output's bias where
+        there is one), or for "mean" their mean output over the tokens routed to them, which needs
+        the statistics' expert details.
       experts_per_token: experts per layer that keep at least `minimum` channels, so that every
         token finds its experts; those of largest attribution.
       layer_indices: the model's layer number of each MoE layer; default 0, 1, 2, ...
@@ -108,7 +113,7 @@ def plan_pruning(
     # The experts of largest attribution are reserved, ties to the lower index.
     rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
     most = _most(within, (layers, experts_per_layer), d_expert)
-    outliers = super_channels(scores.channel)
+    outliers = _outliers(scores.channel, statistics, criterion)
     problem = Problem(
         scores=scores,
         # A larger plan may have left a few channels unspent, which the smaller cannot have either.
@@ -134,7 +139,7 @@ def plan_pruning(
     widths = with_layer_budgets(problem, fixed, policy)
     if width in ("free", "capped", "combined"):
         widths = with_super_channels(problem, widths, outliers)
-    keep = best_channels(scores.channel, widths.counts)
+    keep = best_channels(np.where(outliers, np.inf, scores.channel), widths.counts)
     record = {
         "criterion": criterion,
         "attribution": attribution,
@@ -150,6 +155,7 @@ def plan_pruning(
         "minimum": least,
         "layer_rates": {str(layer): rate for layer, rate in (layer_rates or {}).items()},
         "experts_per_token": experts_per_token,
+        "emptied": emptied,
         "seed": seed,
         "budget": budget,
         "kept": int(widths.counts.sum()),
@@ -159,7 +165,32 @@ def plan_pruning(
         **coverage_record(problem, widths),
         "tool_version": tool_version(),
     }
-    return PruningPlan(keep, indices, {**record, **(provenance or {})})
+    constants = _constants(statistics, widths.counts, emptied)
+    return PruningPlan(keep, indices, {**record, **(provenance or {})}, constants)
+
+
+def _outliers(
+    channel: np.ndarray, statistics: "ChannelStatistics", criterion: str
+) -> np.ndarray:  # [L, E, F] -> bool [L, E, F]
+    # A criterion that does not see what a channel adds, such as the weights' size, must not lose
+    # one that carries a layer. Chance is left alone: a baseline with a guard would be none.
+    if criterion == "random":
+        return np.zeros(channel.shape, bool)
+    return super_channels(channel) | super_channels(statistics.energy)
+
+
+def _constants(
+    statistics: "ChannelStatistics", counts: np.ndarray, emptied: str
+) -> tuple[np.ndarray, ...] | None:
+    choose({"zero": None, "mean": None}, emptied, "emptied")
+    if emptied == "zero":
+        return None
+    if statistics.output_sum is None:
+        raise ValueError(
+            "emptied='mean' needs the mean outputs of experts, which these statistics lack; score "
+            "with --expert-details"
+        )
+    return replacement_vectors(statistics.output_sum, statistics.tokens, counts)
 
 
 def _planner(name: str, seed: int) -> Planner:

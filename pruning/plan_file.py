@@ -22,12 +22,15 @@ class PruningPlan:
     """Channels to keep in every expert of every MoE layer.
 
     `layer_indices` are the positions of the L MoE layers in the model; `provenance` says which
-    statistics, criterion, planner and budget led here.
+    statistics, criterion, planner and budget led here. `constants` hold, layer by layer, what the
+    experts without channels add instead, in ascending order of experts; without them it is zero,
+    or the output's bias where there is one.
     """
 
     keep: np.ndarray  # [L, E, F], bool
     layer_indices: tuple[int, ...]
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    constants: tuple[np.ndarray, ...] | None = None  # float32 [emptied, D] each
 
     def __post_init__(self) -> None:
         if self.keep.ndim != 3 or self.keep.dtype != np.bool_ or 0 in self.keep.shape:
@@ -41,11 +44,35 @@ class PruningPlan:
                 f"layer_indices={self.layer_indices} must be {len(self.keep)} different model "
                 "layers in ascending order"
             )
+        if self.constants is not None:
+            self._check_constants(self.constants)
+
+    def _check_constants(self, constants: tuple[np.ndarray, ...]) -> None:
+        emptied = (self.counts == 0).sum(axis=1).tolist()
+        found = [vectors.shape for vectors in constants]
+        widths = {shape[-1] for shape in found}
+        if len(widths) != 1 or found != [(number, *widths) for number in emptied]:
+            raise ValueError(
+                f"constants have shapes {found}, expected one row of one width for each of the "
+                f"{emptied} experts without channels"
+            )
 
     @property
     def counts(self) -> np.ndarray:  # [L, E], int64
         """Channels kept per expert."""
         return self.keep.sum(axis=2)
+
+    def added(self, slot: int) -> np.ndarray | None:  # float32 [E, D]
+        """What each expert of the layer `layer_indices[slot]` adds whatever its channels do.
+
+        Zero for experts that stay; None if the plan has no constants.
+        """
+        if self.constants is None:
+            return None
+        vectors = self.constants[slot]
+        added = np.zeros((self.keep.shape[1], vectors.shape[1]), np.float32)
+        added[self.counts[slot] == 0] = vectors
+        return added
 
     def expert_coverage(self, channel: np.ndarray) -> np.ndarray:  # [L, E, F] -> [L, E]
         """Share of each expert's channel score that the plan keeps, in [0, 1]."""
@@ -61,16 +88,16 @@ class PruningPlan:
         return hashlib.sha256(save(self._named())).hexdigest()
 
     def _named(self) -> dict[str, np.ndarray]:
+        parts = {"keep": self.keep, **({"constant": self.constants} if self.constants else {})}
         return {
-            f"keep.{index}": np.ascontiguousarray(keep)
-            for index, keep in zip(self.layer_indices, self.keep, strict=True)
+            f"{name}.{index}": np.ascontiguousarray(value)
+            for name, values in parts.items()
+            for index, value in zip(self.layer_indices, values, strict=True)
         }
 
     def is_same(self, other: "PruningPlan") -> bool:
-        """Whether both keep the same channels and say the same about it."""
-        return np.array_equal(self.keep, other.keep) and (
-            (self.layer_indices, self.provenance) == (other.layer_indices, other.provenance)
-        )
+        """Whether both keep the same, put the same in place of the rest, and say the same of it."""
+        return (self.tensors_hash, self.provenance) == (other.tensors_hash, other.provenance)
 
     def require_model(self, model_hash: str) -> None:
         """Refuse to prune a model that the plan was not made for.
@@ -135,12 +162,16 @@ class PruningPlan:
         if version != FORMAT_VERSION:
             raise ValueError(f"{description} has format {version}, expected {FORMAT_VERSION}")
         expected = {f"keep.{index}" for index in indices}
-        if set(named) != expected or len({keep.shape for keep in named.values()}) != 1:
+        more = {f"constant.{index}" for index in indices}
+        if set(named) not in (expected, expected | more) or (
+            len({named[name].shape for name in expected}) != 1
+        ):
             raise ValueError(
                 f"{tensors} holds {sorted(named)}, expected {sorted(expected)} of one shape"
             )
         keep = np.stack([named[f"keep.{index}"] for index in indices])
-        plan = cls(keep, tuple(indices), provenance)
+        constants = tuple(named[f"constant.{i}"] for i in indices) if more <= set(named) else None
+        plan = cls(keep, tuple(indices), provenance, constants)
         if not np.array_equal(plan.counts, counts):
             raise ValueError(f"{description} and {tensors} are of different plans; plan again")
         return plan

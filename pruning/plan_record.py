@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # What a plan says about itself under the names that a recipe has for it.
 RECORDED = (
     "criterion", "attribution", "planner", "width", "cap", "expert_rate", "align", "per_layer",
-    "seed",
+    "emptied", "seed",
 )  # fmt: skip
 RECORDED_OPTIONS = ("weights", "rho_max", "smoothing", "passes")
 # An expert with fewer routed tokens has sums too noisy to be ranked by.

@@ -4,9 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from moe_jax.experts_pool import pooled_experts
-from moe_jax.moe import MoE
+from moe_jax.moe import Experts, MoE
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head
@@ -14,7 +15,13 @@ from pruning.plan import PruningPlan
 
 
 def prune_layer(
-    layer: DecoderLayer, keep: np.ndarray, *, width: int, rows: int, block: int
+    layer: DecoderLayer,
+    keep: np.ndarray,
+    *,
+    width: int,
+    rows: int,
+    block: int,
+    constants: np.ndarray | None = None,
 ) -> DecoderLayer:
     """Keep the chosen channels: rows of w_gate, w_up and w_down under one index set.
 
@@ -25,10 +32,11 @@ def prune_layer(
       layer: a layer with dense experts of F channels.
       keep: bool [E, F].
       width, rows, block: pool sizes shared by all layers of the model (see `pooled_experts`).
+      constants: float32 [E, D], what emptied experts add, see `PruningPlan.added`.
 
     Returns:
-      The layer with narrower experts; an emptied expert adds zero or its output bias, the router
-      is untouched.
+      The layer with narrower experts; an emptied expert adds its constant, else zero or its output
+      bias; the router is untouched.
     """
     moe = _dense_moe(layer, keep)
     dense = moe.experts
@@ -40,12 +48,14 @@ def prune_layer(
     assert gate is not None and up is not None and down is not None
     experts = pooled_experts(
         gate, up, down, width=width, rows=rows, block=block, gate_bias=gate_bias, up_bias=up_bias,
-        down_bias=dense.b_down, activation=dense.activation,
+        down_bias=output_bias(dense, keep, constants), activation=dense.activation,
     )  # fmt: skip
     return dataclasses.replace(layer, mlp=dataclasses.replace(moe, experts=experts))
 
 
-def mask_layer(layer: DecoderLayer, keep: np.ndarray) -> DecoderLayer:
+def mask_layer(
+    layer: DecoderLayer, keep: np.ndarray, constants: np.ndarray | None = None
+) -> DecoderLayer:
     """Zero the removed channels of a dense layer: the specification of `prune_layer`.
 
     A zero row of w_down is enough: whatever the gate, up and their biases make of the channel is
@@ -58,8 +68,27 @@ def mask_layer(layer: DecoderLayer, keep: np.ndarray) -> DecoderLayer:
         name: jnp.where(mask, dequantize(getattr(experts, name)), 0)
         for name in ("w_gate", "w_up", "w_down")
     }
-    experts = dataclasses.replace(experts, **masked)
+    bias = output_bias(experts, keep, constants)
+    experts = dataclasses.replace(experts, **masked, b_down=bias)
     return dataclasses.replace(layer, mlp=dataclasses.replace(moe, experts=experts))
+
+
+def output_bias(
+    experts: Experts, keep: np.ndarray | Array, constants: np.ndarray | Array | None
+) -> Array | None:  # [E, D]
+    """What each expert adds whatever its channels do.
+
+    Args:
+      experts: of the dense model.
+      keep: bool [E, F].
+      constants: float32 [E, D]; of an emptied expert it stands in the place of the bias.
+    """
+    bias = experts.b_down
+    if constants is None:
+        return bias
+    dtype = experts.w_down.dtype if bias is None else bias.dtype
+    own = jnp.zeros((), dtype) if bias is None else bias
+    return jnp.where(keep.any(axis=1, keepdims=True), own, jnp.asarray(constants).astype(dtype))
 
 
 def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
@@ -105,10 +134,13 @@ class PrunedSource:
         layer = self.base.layer(index)
         if index not in self.plan.layer_indices:
             return layer
-        keep = self.plan.keep[self.plan.layer_indices.index(index)]
+        slot = self.plan.layer_indices.index(index)
+        keep = self.plan.keep[slot]
         counts = self.plan.keep.sum(axis=2)  # [L, E]
         widest = max(1, int(counts.max()))  # a plan may empty every expert
         block = min(self.block, widest)
         width = -(-widest // block) * block
         rows = int(counts.sum(axis=1).max()) + block
-        return prune_layer(layer, keep, width=width, rows=rows, block=block)
+        return prune_layer(
+            layer, keep, width=width, rows=rows, block=block, constants=self.plan.added(slot)
+        )

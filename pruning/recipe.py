@@ -18,7 +18,7 @@ GROUP_SIZES = (128, 64, 32)
 PLANNING = (
     "target_parameters", "target_bytes", "criterion", "attribution", "planner", "weights",
     "rho_max", "smoothing", "passes", "align", "per_layer", "width", "cap", "expert_rate",
-    "layer_rate", "skip_layers", "block", "minimum",
+    "layer_rate", "skip_layers", "block", "minimum", "emptied",
 )  # fmt: skip
 LEAST = {
     "max_tokens": 1, "window": 2, "block": 1, "minimum": 1, "batch": 1, "seed": 0, "passes": 0,
@@ -75,6 +75,8 @@ class CompressionRecipe:
       skip_layers: layers left alone, as by LAYER=0.
       block: widths are multiples of it; default the group size.
       minimum: least width of a kept expert; default one block.
+      emptied: what experts without channels add: zero, or the mean of what they added over the
+        text, which needs --expert-details and a ragged export.
       gradients: also collect end-to-end gradient scores (about three times the time).
       weight_gradients: also collect criterion wg, in a sweep of its own (about five times).
       expert_details: also collect what wanda, MoNE, NAEE and GRAPE need (about twice the time).
@@ -126,6 +128,7 @@ class CompressionRecipe:
     skip_layers: tuple[int, ...] = ()
     block: int | None = None
     minimum: int | None = None
+    emptied: Literal["zero", "mean"] = "zero"
     gradients: bool = False
     expert_details: bool = False
     weight_gradients: bool = False

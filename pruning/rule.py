@@ -22,7 +22,6 @@ class Rule:
       options: arguments of `plan_pruning`.
       needs: names of `pruning.rules.GROUPS` that must have been collected.
       prepare: further arguments, computed from the statistics.
-      constants: an emptied expert is replaced by its mean output.
       seeds: how often it is run, once unless it is random.
     """
 
@@ -31,7 +30,6 @@ class Rule:
     options: Mapping[str, Any]
     needs: frozenset[str] = frozenset()
     prepare: Prepare | None = None
-    constants: bool = False
     seeds: tuple[int, ...] = (0,)
 
 

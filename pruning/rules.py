@@ -84,17 +84,14 @@ def _channels(
     )
 
 
-def _drop(
-    about: str, attribution: str, *, per_layer: bool = False, constants: bool = False
-) -> Rule:
+def _drop(about: str, attribution: str, *, per_layer: bool = False, emptied: str = "zero") -> Rule:
     options = {**PAPER, "attribution": attribution, "width": "experts", "per_layer": per_layer}
-    details = frozenset({"expert-details"}) if constants else frozenset()
+    details = frozenset({"expert-details"}) if emptied == "mean" else frozenset()
     return Rule(
         about=about,
         family="whole experts",
-        options=options,
+        options={**options, "emptied": emptied},
         needs=_needs(attribution) | details,
-        constants=constants,
     )
 
 
@@ -213,11 +210,11 @@ RULES: dict[str, Rule] = {
     **{f"experts-{name}-layer": _drop(f"same number in each layer by {about}", name, per_layer=True)
        for name, about in DROPS.items()},
     "experts-ala-constant": _drop(
-        "experts-ala, removed experts become their mean output, ours", "ala", constants=True
+        "experts-ala, removed experts become their mean output, ours", "ala", emptied="mean"
     ),
     "mone": _drop(
         "experts-mone-layer, removed experts become their mean output, arXiv 2507.00390", "mone",
-        per_layer=True, constants=True,
+        per_layer=True, emptied="mean",
     ),
     "naee": Rule(
         about="subset of experts with least output error per layer, arXiv 2402.14800",

@@ -30,7 +30,8 @@ def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Description)
 
 def form_of(recipe: CompressionRecipe, name: str) -> ExportFormat:
     """The export format of this name under a resolved recipe."""
-    return ExportFormat(name, recipe.group_size or 32, recipe.mtp)
+    constants = recipe.emptied == "mean"
+    return ExportFormat(name, recipe.group_size or 32, constants, recipe.mtp)
 
 
 def export_sizes(
@@ -62,8 +63,8 @@ def parameter_count(base: Description) -> int:
 
 def parameters_left(base: Description, plan: PruningPlan, form: ExportFormat) -> int:
     """Weights of an export once a plan has cut channels out, padding not counted."""
-    widths = kept_widths(plan, base)
-    return weight_count(base, widths) + mtp_parameters(base, widths, form)
+    widths, constants = kept_widths(plan, base), sum(v.size for v in plan.constants or ())
+    return weight_count(base, widths) + constants + mtp_parameters(base, widths, form)
 
 
 def weight_count(base: Description, widths: Widths) -> int:
@@ -121,6 +122,10 @@ def most_bytes(base: Description, recipe: CompressionRecipe, name: str) -> int:
         width = max(range(block, width + 1, block), key=lambda w: (_stored_channels(base, w), w))
     headers = _header_bytes(base, _equal_widths(base, widest), form)
     most = _tensor_bytes(base, _equal_widths(base, width), form) + headers
+    if form.constants:  # of all experts that may be emptied, with their names in header and index
+        moe = base.config.moe
+        emptied = len(base.config.moe_layers) * (moe.num_experts - moe.experts_per_token)
+        most += emptied * (2 * base.config.d_model + 256)
     if recipe.target_bytes is not None and name == recipe.export[0]:
         return min(most, recipe.target_bytes)
     return most
@@ -154,11 +159,12 @@ def byte_range(
     equal = recipe.width in ("uniform", "layer")
     needed = max(-(-channels // widest), layers * c.moe.experts_per_token)
     opened = min(layers * experts, channels // block)
-    shared = (base, form, channels)
-    return (
-        _ragged_bytes(*shared, opened if equal else needed, block=block, digits=block),
-        _ragged_bytes(*shared, opened, block=block, digits=widest),
-    )
+    found = [  # constants of emptied experts may take more space than the entries of others
+        _ragged_bytes(base, form, channels, number, block=block, digits=digits)
+        for number in ((opened,) if equal else (needed, opened))
+        for digits in (block, widest)
+    ]
+    return min(found), max(found)
 
 
 def _ragged_bytes(

@@ -62,7 +62,7 @@ def allocation_table(report: "CompressionReport") -> TextTable:
     ]  # fmt: skip
     note = (
         "Coverage: share of the channel score that is kept, experts weighted as the planner does. "
-        "Super-channels score more than 1000 times their layer's median and at least 1% of its "
+        "Super-channels have a score or energy above 1000 times their layer's median and 1% of its "
         "total; they are kept wherever the width policy allows. Named by layer.expert(.channel)."
     )
     return TextTable("Allocation", ["what", "value", "detail"], rows, note)

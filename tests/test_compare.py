@@ -12,7 +12,7 @@ from moe_jax.stream import contexts, embed, forward_hidden, layer_forward
 from pruning import compare as comparing
 from pruning.comparison import Comparison
 from pruning.expert_drop import replacement_vectors
-from pruning.masked import Variant, masked_hidden
+from pruning.masked import masked_hidden
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
 from pruning.prune import PrunedSource
@@ -39,7 +39,7 @@ def random_plan(source, seed: int) -> PruningPlan:
 def test_masked_plans_give_what_the_pruned_models_give(source):
     tokens, valid = tiny.tokens_and_mask(2, 12)
     plans = [random_plan(source, seed) for seed in range(3)]
-    found = masked_hidden(source, tokens, valid, [Variant(plan) for plan in plans], batch=1)
+    found = masked_hidden(source, tokens, valid, plans, batch=1)
     for plan, states in zip(plans, found, strict=True):
         expected = forward_hidden(PrunedSource(source, plan), tokens, valid, batch=2)
         np.testing.assert_allclose(states[valid], expected[valid], rtol=2e-5, atol=2e-5)
@@ -57,8 +57,10 @@ def test_a_constant_stands_in_with_the_routing_weight_of_its_expert(source):
     sums = rng.normal(size=(len(plan.layer_indices), c.moe.num_experts, c.d_model))
     routed = np.full(sums.shape[:2], 2.0)
     constants = replacement_vectors(sums, routed, plan.counts)
-    plain, added = masked_hidden(
-        source, tokens, valid, [Variant(plan), Variant(plan, constants)], batch=2
+    replaced = dataclasses.replace(plan, constants=constants)
+    plain, added = masked_hidden(source, tokens, valid, [plan, replaced], batch=2)
+    np.testing.assert_array_equal(
+        replaced.added(plan.layer_indices.index(last))[[1, 5]], constants[-1]
     )
     weight = routing_weights(source, tokens, valid)  # [B, T, E]
     expected = sum(weight[:, :, e, None] * sums[-1, e] / 2.0 for e in (1, 5))

@@ -20,7 +20,7 @@ from pruning.ablation import Ablation, ablate
 from pruning.collect import collect_statistics
 from pruning.evaluate import logits
 from pruning.expert_drop import replacement_vectors
-from pruning.masked import Variant, masked_hidden
+from pruning.masked import masked_hidden
 from pruning.plan import PruningPlan
 from pruning.prune import PrunedSource, mask_layer
 from pruning.weight_gradient import weight_gradient_scores
@@ -284,7 +284,7 @@ def test_a_pruned_model_is_the_masked_one_and_emptied_experts_keep_their_bias(
 ):
     tokens, valid = batch
     pruned = forward_hidden(PrunedSource(model, plan, block=8), tokens, valid, batch=3)
-    masked = masked_hidden(model, tokens, valid, [Variant(plan)], batch=3)[0]
+    masked = masked_hidden(model, tokens, valid, [plan], batch=3)[0]
     np.testing.assert_allclose(pruned[valid], masked[valid], rtol=1e-4, atol=1e-5)
     context = make_context(model.config.attention, 64, jnp.asarray(valid))
     x = model.embedding(jnp.asarray(tokens), jnp.float32)
@@ -306,13 +306,16 @@ def test_a_constant_in_place_of_an_expert_is_its_whole_mean_output(model, plan, 
     tokens, valid = batch
     gone = ~plan.keep.any(axis=2)
     keep = np.broadcast_to(~gone[:, :, None], plan.keep.shape).copy()
-    whole = PruningPlan(keep, (0, 1))
     counts = statistics.tokens
-    constants = replacement_vectors(statistics.output_sum, counts, whole.counts)
-    found = masked_hidden(model, tokens, valid, [Variant(whole, constants)], batch=3)[0]
+    constants = replacement_vectors(statistics.output_sum, counts, keep.sum(axis=2))
+    whole = PruningPlan(keep, (0, 1), {}, constants)
+    found = masked_hidden(model, tokens, valid, [whole], batch=3)[0]
+    pruned = forward_hidden(PrunedSource(model, whole, block=8), tokens, valid, batch=3)
+    np.testing.assert_allclose(pruned[valid], found[valid], rtol=1e-4, atol=1e-5)
     layers = []
     for slot, layer in enumerate(model.layers):
-        bias = np.where(gone[slot][:, None], constants[slot], np.asarray(layer.mlp.experts.b_down))
+        bias = np.array(layer.mlp.experts.b_down)
+        bias[gone[slot]] = constants[slot]
         layers.append(mask_layer(_with_bias(layer, bias), keep[slot]))
     context = make_context(model.config.attention, 64, jnp.asarray(valid))
     x = model.embedding(jnp.asarray(tokens), jnp.float32)

@@ -139,7 +139,7 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
     checkpoint, tmp_path, name, mtp
 ):
     base, plan, extra = checkpoint
-    form = ExportFormat(name, 32, mtp)
+    form = ExportFormat(name, 32, mtp=mtp)
     if mtp == "keep" and not form.is_ragged:
         plan = whole(plan)
     widths, source = kept_widths(plan, base), PrunedSource(base, plan)
@@ -205,7 +205,7 @@ def test_layers_kept_at_another_width_than_the_one_of_a_padded_folder_are_refuse
         with pytest.raises(
             ValueError, match=f"96 channels wide .* {name} has one width, 64, .*mtp="
         ):
-            check_widths(base, kept_widths(plan, base), ExportFormat(name, 32, "keep"))
+            check_widths(base, kept_widths(plan, base), ExportFormat(name, 32, mtp="keep"))
     with pytest.raises(ValueError, match="mtp='kept' is unknown; choose among drop, keep, prune"):
         ExportFormat("padded-bf16", mtp="kept")
 
@@ -233,7 +233,7 @@ def test_an_estimate_counts_them_with_and_without_weights(checkpoint, tmp_path):
             counts[:, ::2] += 32 if one["width"] is None else 0  # to half of 96 on average
             keep = np.arange(96) < counts[..., None]
             own = PruningPlan(keep, plan.layer_indices, plan.provenance)
-            form = ExportFormat(name, 32, mtp)
+            form = ExportFormat(name, 32, mtp=mtp)
             out = stages.export(base, own, form, tmp_path / mtp / name, Steps(quiet=True))
             stored = load_file(out / "model.safetensors")
             written = (out / "model.safetensors").stat().st_size

@@ -108,6 +108,23 @@ def test_a_planted_super_channel_is_found_kept_and_named():
         assert plan.provenance["super_channels_removed"] == 0 and plan.keep[1, 2, 5]
 
 
+@pytest.mark.parametrize("width", ["free", "uniform", "layer"])
+def test_a_criterion_blind_to_outputs_still_keeps_the_channel_that_carries_a_layer(width):
+    stats = statistics(3, 4, 12)
+    energy, norm = np.array(stats.energy), np.array(stats.up_norm)
+    energy[1, 2, 5] *= 1e9
+    norm[1, 2, 5] *= 1e-3  # by its weights the least of all
+    stats = stats.replace(energy=energy, up_norm=norm)
+    given = {"prune_rate": 0.5, "experts_per_token": 1, "width": width}
+    plan = plan_pruning(stats, criterion="weight", **given)
+    assert plan.provenance["super_channels"] == [[1, 2, 5]] and plan.keep[1, 2, 5]
+    bare = plan_pruning(stats.replace(energy=np.array(statistics(3, 4, 12).energy)),
+                        criterion="weight", **given)  # fmt: skip
+    assert not bare.keep[1, 2, 5] and bare.counts.sum() == plan.counts.sum()
+    chance = plan_pruning(stats, criterion="random", **given)
+    assert chance.provenance["super_channels"] == []
+
+
 def test_heavy_tails_alone_make_no_super_channel():
     channel = np.random.default_rng(0).lognormal(sigma=1.5, size=(2, 16, 256))
     assert not super_channels(channel).any()

@@ -19,7 +19,7 @@ from moe_jax.quant import QTensor
 from moe_jax.stream import forward_hidden
 from pruning.collect import collect_statistics
 from pruning.gptq_source import CodedSource, quantize_model
-from pruning.masked import Variant, masked_hidden
+from pruning.masked import masked_hidden
 from pruning.plan import PruningPlan
 from pruning.prune import PrunedSource
 from pruning.weight_gradient import weight_gradient_scores
@@ -209,7 +209,7 @@ def test_a_pruned_model_is_the_masked_one(model, plan, batch):
     tokens, valid = batch
     assert {0, 32, 64} == set(plan.counts.flat)
     pruned = forward_hidden(PrunedSource(model, plan, block=32), tokens, valid, batch=3)
-    masked = masked_hidden(model, tokens, valid, [Variant(plan)], batch=3)[0]
+    masked = masked_hidden(model, tokens, valid, [plan], batch=3)[0]
     np.testing.assert_allclose(pruned[valid], masked[valid], rtol=1e-4, atol=1e-4)
 
 

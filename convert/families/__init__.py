@@ -16,6 +16,7 @@ from convert.families import (
     qwen3_moe,
     qwen3_next,
 )
+from convert.formats.ragged import emptied_model, has_constants
 from convert.rules import RAGGED, Family
 
 _STOCK = (
@@ -34,8 +35,13 @@ _STOCK = (
 
 
 def _ragged(family: Family) -> Family:
-    model_type = RAGGED + family.model_type
-    return dataclasses.replace(family, model_type=model_type, ragged=True, interleaved=False)
+    return dataclasses.replace(
+        family,
+        model_type=RAGGED + family.model_type,
+        config_from_hf=lambda hf: emptied_model(family.config_from_hf(hf), has_constants(hf)),
+        ragged=True,
+        interleaved=False,
+    )
 
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _STOCK} | {

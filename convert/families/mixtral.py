@@ -1,7 +1,7 @@
 """Mixtral: every layer has experts, named w1 (gate), w3 (up) and w2 (down)."""
 
 from convert.families import hf_config
-from convert.families.tables import ATTENTION, NORMS, expert_rules
+from convert.families.tables import ATTENTION, NORMS, emptied_rule, expert_rules
 from convert.rules import Family
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 
@@ -41,7 +41,12 @@ FAMILY = Family(
     model_type="mixtral",
     stem="Mixtral",
     config_from_hf=config_from_hf,
-    rules=NORMS + ATTENTION + expert_rules("block_sparse_moe", "w1", "w3", "w2"),
+    rules=NORMS
+    + ATTENTION
+    + (
+        *expert_rules("block_sparse_moe", "w1", "w3", "w2"),
+        emptied_rule("block_sparse_moe"),
+    ),
     width_key="intermediate_size",
     count_keys=("num_local_experts",),
     rope=ROPE,

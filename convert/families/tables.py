@@ -70,8 +70,14 @@ def expert_rules(
     )
 
 
+def emptied_rule(block: str = "mlp") -> Rule:
+    """What an expert without channels adds, of families whose experts have no biases."""
+    name = f"{_LAYER}{block}.experts.{{expert}}.constant"
+    return Rule(name, "mlp.experts.b_down", "D", "emptied_bias", "emptied_vector")
+
+
 DENSE = mlp_rules(_MLP, "mlp", "I", "dense")
-EXPERTS = expert_rules()
+EXPERTS = (*expert_rules(), emptied_rule())
 CORRECTION_BIAS = (
     Rule(_MLP + "gate.e_score_correction_bias", "mlp.router_bias", "E", "correction_bias",
          precise=True),

@@ -3,8 +3,9 @@
 This file travels inside every ragged checkpoint that moe-jax writes and is loaded by
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` under transformers 4.57 and
 5.x. It changes one thing of the stock model: the experts of a layer are separate SwiGLU networks
-whose widths `config.expert_intermediate_sizes[layer][expert]` lists. An expert of width 0 has no
-tensors and adds nothing, but for the bias of gpt-oss's experts; the router is the stock one.
+whose widths `config.expert_intermediate_sizes[layer][expert]` lists. An expert of width 0 adds
+nothing, or the vector `constant` if `config.emptied_experts` says so, or in gpt-oss the bias of its
+output; the router is the stock one.
 """
 
 from importlib import import_module
@@ -29,11 +30,12 @@ FAMILIES = {  # model type: stem of the class names, names of an expert's gate, 
 
 
 class RaggedExpert(nn.Module):
-    """One SwiGLU expert of its own width."""
+    """One SwiGLU expert of its own width, or a constant."""
 
-    def __init__(self, config: Any, width: int, names: tuple[str, str, str]):
+    def __init__(self, config: Any, width: int, names: tuple[str, str, str], constant: bool):
         super().__init__()
         self.width, self.names, hidden_size = width, names, config.hidden_size
+        self.constant = nn.Parameter(torch.zeros(hidden_size)) if constant and not width else None
         if width:
             gate, up, down = names
             self.add_module(gate, nn.Linear(hidden_size, width, bias=False))
@@ -41,6 +43,8 @@ class RaggedExpert(nn.Module):
             self.add_module(down, nn.Linear(width, hidden_size, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.constant is not None:
+            return self.constant.expand_as(x)
         if not self.width:
             return torch.zeros_like(x)
         gate, up, down = (getattr(self, name) for name in self.names)
@@ -48,9 +52,10 @@ class RaggedExpert(nn.Module):
 
 
 class GptOssExpert(nn.Module):
-    """One expert of gpt-oss: biases, a bounded activation; of width 0 the bias of its output."""
+    """One expert of gpt-oss: biases, a bounded activation; of width 0 the bias of its output, which
+    is then its constant, too."""
 
-    def __init__(self, config: Any, width: int, names: tuple[str, str, str]):
+    def __init__(self, config: Any, width: int, names: tuple[str, str, str], constant: bool):
         super().__init__()
         self.width = width
         # transformers 4.57 knows the published values only, the config may say others
@@ -81,11 +86,13 @@ class RaggedExperts(nn.Module):
 
     expert_class: type[nn.Module] = RaggedExpert
 
-    def __init__(self, config: Any, widths: list[int], names: tuple[str, str, str]):
+    def __init__(
+        self, config: Any, widths: list[int], names: tuple[str, str, str], constants: bool
+    ):
         super().__init__()
         self.num_experts = len(widths)
         for number, width in enumerate(widths):
-            self.add_module(str(number), self.expert_class(config, width, names))
+            self.add_module(str(number), self.expert_class(config, width, names, constants))
 
     def __len__(self) -> int:
         return self.num_experts
@@ -129,12 +136,13 @@ def _ragged(stock: Any, config_class: type, names: tuple[str, str, str]) -> type
     def __init__(self, config):
         stock.__init__(self, config)
         layers = getattr(self, "model", self).layers
+        constants = getattr(config, "emptied_experts", "zero") == "constant"
         for layer, widths in zip(layers, config.expert_intermediate_sizes, strict=True):
             block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
             if widths:
                 gpt_oss = config.model_type == "ragged_gpt_oss"
                 kind = RaggedGptOssExperts if gpt_oss else RaggedExperts
-                block.experts = kind(config, widths, names)
+                block.experts = kind(config, widths, names, constants)
 
     members = {
         "__module__": __name__,

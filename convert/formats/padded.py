@@ -6,6 +6,13 @@ from typing import Any
 from convert.rules import Family
 from moe_jax.config import ModelConfig
 
+_RAGGED_KEYS = (
+    "auto_map",
+    "expert_intermediate_sizes",
+    "emptied_experts",
+    "mtp_expert_intermediate_size",
+)
+
 
 def padded_model(config: ModelConfig, family: Family, width: int) -> ModelConfig:
     """The architecture of a padded folder, as far as widths go.
@@ -37,11 +44,7 @@ def padded_config(
     Returns:
       A new dict.
     """
-    padded = {
-        key: value
-        for key, value in hf_config.items()
-        if key not in ("auto_map", "expert_intermediate_sizes", "mtp_expert_intermediate_size")
-    }
+    padded = {key: value for key, value in hf_config.items() if key not in _RAGGED_KEYS}
     if family.shared_count_key is not None:
         padded[family.shared_count_key] = _shared_count(config, width)
     return padded | {
