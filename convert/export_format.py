@@ -41,6 +41,11 @@ class ExportFormat:
         return self.name.startswith("ragged")
 
     @property
+    def is_padded(self) -> bool:
+        """Whether all experts have one width, so that stock classes load the folder."""
+        return self.name.startswith("padded")
+
+    @property
     def is_packed(self) -> bool:
         """Whether linear layers are stored in 4 bits: all as integers, or experts as floats."""
         return self.is_float4 or self.name.endswith("int4")

@@ -102,7 +102,7 @@ def check_mtp_width(base: "Description", widths: Widths, form: ExportFormat) -> 
     """Raise ValueError if layers that are kept would not have the one width of a padded folder."""
     check_mtp(base, form.mtp)
     own = base.config.moe.d_expert
-    if form.mtp == "keep" and not form.is_ragged and form.padded_width(widths) != own:
+    if form.mtp == "keep" and form.is_padded and form.padded_width(widths) != own:
         raise ValueError(
             f"mtp='keep' leaves experts {own} channels wide in the layers that predict further "
             f"tokens, and {form.name} has one width, {form.padded_width(widths)}, for all, so "
@@ -119,7 +119,7 @@ def mtp_width(base: "Description", widths: Widths, form: ExportFormat) -> int:
     own = base.config.moe.d_expert
     if form.mtp != "prune":
         return own
-    if not form.is_ragged:
+    if form.is_padded:
         return form.padded_width(widths)
     counts = [count for row in widths for count in row]
     return min(own, -(-sum(counts) // (len(counts) * MULTIPLE)) * MULTIPLE)
@@ -140,7 +140,7 @@ def mtp_specs(base: "Description", widths: Widths, form: ExportFormat) -> dict[s
         return {}
     width, family = mtp_width(base, widths, form), base.family
     shared = base.config.moe.d_shared
-    if not form.is_ragged:
+    if form.is_padded:
         shared = padded_model(base.config, family, width).moe.d_shared
     sizes, found = {"F": width, "S": shared}, {}
     for name, (dtype, shape) in base.mtp.items():

@@ -117,7 +117,7 @@ def estimate(
 def _holds_kept_mtp(base: Description, recipe: CompressionRecipe, name: str) -> bool:
     widths = kept_widths(rehearsed_plan(recipe, base), base)
     form = form_of(recipe, name)
-    return form.is_ragged or form.padded_width(widths) == base.config.moe.d_expert
+    return not form.is_padded or form.padded_width(widths) == base.config.moe.d_expert
 
 
 def _export(

@@ -130,8 +130,9 @@ def written_mtp(folder: Path, base: Checkpoint) -> str:
     hf, family = read_json(folder / "config.json"), base.family
     if not (base.mtp and mtp_layers(family, hf)):
         return "drop"
-    pruned = hf.get("mtp_expert_intermediate_size", hf[family.width_key])
-    return "keep" if pruned == base.config.moe.d_expert else "prune"
+    own = base.config.moe.d_expert
+    stored = own if "auto_map" in hf else hf[family.width_key]
+    return "keep" if hf.get("mtp_expert_intermediate_size", stored) == own else "prune"
 
 
 def _logit_check(
