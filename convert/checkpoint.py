@@ -1,6 +1,6 @@
 """Hugging Face checkpoints as sources of layers."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.description import Description, describe
 from convert.layer_tensors import layer_on_disk
+from convert.mtp import BFLOAT16, mtp_prefixes
 from convert.reader import CheckpointError, SafetensorsFolder
 from convert.rules import (
     EMBEDDING,
@@ -20,7 +21,7 @@ from convert.rules import (
     Widths,
     expected_tensors,
 )
-from convert.views import View, open_views
+from convert.views import FLOATS, View, open_views
 from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
 from moe_jax.quant import dequantize
@@ -32,18 +33,16 @@ class Checkpoint(Description):
     """A checked folder that hands out layers, each read when asked for; a `LayerSource`.
 
     While layers are taken in order, upwards or downwards, one thread reads the next.
-
-    Attributes:
-      unread: names of the tensors of extra prediction layers, which are no part of the model.
     """
 
     def __init__(
         self, tensors: SafetensorsFolder, views: dict[str, View], hf_config: dict,
         config: ModelConfig, family: Family, widths: Widths, dtype=None,
-        unread: tuple[str, ...] = (),
+        mtp: dict[str, View] | None = None,
     ):  # fmt: skip
-        super().__init__(tensors.folder, hf_config, config, family, widths)
-        self.unread = unread
+        self._mtp = mtp or {}
+        specs = {name: (_stored_dtype(tensors, name), v.shape) for name, v in self._mtp.items()}
+        super().__init__(tensors.folder, hf_config, config, family, widths, specs)
         self._tensors = tensors
         self._views = views
         self._pool = pool_shape(config, widths)
@@ -106,33 +105,49 @@ class Checkpoint(Description):
         self._last = index
         return layer
 
-    def check_finite(self, on_tensor: Callable[[int, int], None] | None = None) -> None:
+    def read_mtp(self, name: str) -> np.ndarray:
+        """Read one tensor of `mtp`, in the dtype said there.
+
+        Raises:
+          CheckpointError: it holds NaN or infinity.
+        """
+        return self._finite(name, self._mtp[name]).astype(self.mtp[name][0], copy=False)
+
+    def check_finite(
+        self, on_tensor: Callable[[int, int], None] | None = None, *, mtp: bool = False
+    ) -> None:
         """Read every tensor once, one in memory at a time; later reads are not checked again.
 
         Args:
           on_tensor: called with the tensors done and the tensors in all.
+          mtp: whether to read those of `mtp`, too.
 
         Raises:
           CheckpointError: naming every tensor that holds NaN or infinity.
         """
         problems: list[str] = []
-        for done, name in enumerate(self._views, 1):
+        views = self._views | (self._mtp if mtp else {})
+        for done, (name, view) in enumerate(views.items(), 1):
             try:
-                self._read(name)
+                self._finite(name, view)
             except CheckpointError as error:
                 problems.extend(error.problems)
             if on_tensor:
-                on_tensor(done, len(self._views))
+                on_tensor(done, len(views))
         if problems:
             raise CheckpointError(self.folder, problems)
         self._checked = True
 
-    def _read(self, name: str) -> np.ndarray:
-        array = self._views[name].read()
+    def _finite(self, name: str, view: View) -> np.ndarray:
+        array = view.read()
         if not self._checked and not _finite(array):
             raise CheckpointError(
                 self.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
             )
+        return array
+
+    def _read(self, name: str) -> np.ndarray:
+        array = self._finite(name, self._views[name])
         dtype = np.dtype(np.float32) if self.family.is_precise(name) else self._dtype
         return array if self._dtype is None else array.astype(dtype, copy=False)
 
@@ -159,15 +174,10 @@ def _finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def _extra_layers(family: Family, hf: dict, config: ModelConfig, names: Iterable[str]) -> list[str]:
-    """Tensors that predict further tokens: below a prefix, or in layers after the last."""
-    if family.extra_prefix is not None:
-        prefixes: tuple[str, ...] = (family.extra_prefix,)
-    else:
-        more = hf.get(family.extra_layers) or 0 if family.extra_layers is not None else 0
-        layers = range(config.num_layers, config.num_layers + more)
-        prefixes = tuple(f"model.layers.{index}." for index in layers)
-    return [name for name in names if name.startswith(prefixes)]
+def _stored_dtype(tensors: SafetensorsFolder, name: str) -> np.dtype:
+    """The dtype of a tensor that is stored as it is; others are dequantised to bfloat16."""
+    dtype = tensors.spec(name)[0] if name in tensors else BFLOAT16
+    return dtype if dtype.name in FLOATS else BFLOAT16
 
 
 def _mismatches(
@@ -203,13 +213,12 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     hf, config, family, widths = about.hf_config, about.config, about.family, about.widths
     tensors = SafetensorsFolder(folder)
     views, problems = open_views(tensors, hf, alternating=family.interleaved)
-    unread = _extra_layers(family, hf, config, views)
-    for name in unread:
-        del views[name]
+    prefixes = mtp_prefixes(family, hf)
+    mtp = {name: views.pop(name) for name in list(views) if name.startswith(prefixes)}
     problems += _mismatches(family, expected_tensors(family, config, widths), views)
     if problems:
         raise CheckpointError(folder, sorted(problems))
-    return Checkpoint(tensors, views, hf, config, family, widths, dtype, tuple(unread))
+    return Checkpoint(tensors, views, hf, config, family, widths, dtype, mtp)
 
 
 def load_model(path: Path | str, dtype=None) -> Transformer:

@@ -6,6 +6,8 @@ from typing import Any
 
 from convert.families import find_family
 from convert.formats.ragged import widths_from_hf
+from convert.layout import Spec
+from convert.mtp import mtp_tensors
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, Widths, uniform_widths
 from moe_jax.config import ModelConfig
@@ -21,6 +23,8 @@ class Description:
       config: the architecture.
       family: its rules.
       widths: channels per layer and expert; () for a dense layer.
+      mtp: dtypes and shapes of the tensors of layers that predict further tokens, as an export
+        keeps them; no part of all of the above.
     """
 
     folder: Path
@@ -28,6 +32,7 @@ class Description:
     config: ModelConfig
     family: Family
     widths: Widths
+    mtp: dict[str, Spec]
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -49,4 +54,4 @@ def describe(folder: Path | str) -> Description:
         widths = widths_from_hf(hf, config) if family.ragged else uniform_widths(config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
-    return Description(folder, hf, config, family, widths)
+    return Description(folder, hf, config, family, widths, mtp_tensors(family, hf, config))

@@ -1,6 +1,7 @@
 """Writing a pruned model in one of the formats that other programs load."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.interleaved import fuse_experts, fuse_specs
 from convert.layer_tensors import Codes, layer_codes, layer_to_hf
 from convert.layout import Spec, weight_bytes
+from convert.mtp import check_mtp_width, mtp_arrays, mtp_prefixes, mtp_specs, mtp_width
 from convert.rules import EMBEDDING, Family, Widths, expected_tensors
 from convert.writer import portable_config, write_folder
 from moe_jax.config import ModelConfig
@@ -109,8 +111,8 @@ def export_specs(base: Description, widths: Widths, form: ExportFormat) -> dict[
     for name, stored in _stored_tensors(base, widths, form).items():
         specs |= stored.specs(name, form)
     if _is_fused(_source(base).family, form):
-        return fuse_specs(specs, base.config.moe.num_experts)
-    return specs
+        specs = fuse_specs(specs, base.config.moe.num_experts)
+    return specs | mtp_specs(base, widths, form)
 
 
 def export_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
@@ -121,13 +123,15 @@ def export_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
 def export_config(base: Description, widths: Widths, form: ExportFormat) -> dict[str, Any]:
     """config.json of an export: the source's, edited, in both spellings of transformers."""
     source = _source(base)
-    config = portable_config(source.hf_config)
+    config = portable_config(source.hf_config, with_mtp=form.mtp != "drop")
     config["dtype"] = config["torch_dtype"] = "bfloat16"
+    pruned = mtp_width(base, widths, form) if form.mtp == "prune" else None
     if form.is_ragged:
         counts = [list(row) for row in widths]
-        config = ragged.ragged_config(config, source.family, counts, form.constants)
+        config = ragged.ragged_config(config, source.family, counts, form.constants, pruned)
     elif form.is_layered:
-        config = ragged.layered_config(config, source.family, form.layer_widths(widths))
+        layers = form.layer_widths(widths)
+        config = ragged.layered_config(config, source.family, layers, pruned)
     else:
         width = form.padded_width(widths)
         config = padded.padded_config(config, source.config, source.family, width)
@@ -142,6 +146,10 @@ def export_config(base: Description, widths: Widths, form: ExportFormat) -> dict
         ]  # fmt: skip
         if source.config.tie_embeddings:
             dense.append("lm_head")
+        if form.mtp != "drop":
+            # Not by exact names: vLLM asks for some of these modules under the name of several.
+            prefixes = mtp_prefixes(base.family, base.hf_config)
+            dense += [f"re:{re.escape(prefix)}" for prefix in prefixes]
         config["quantization_config"] = compressed_tensors.quantization_config(
             dense, form.group_size
         )
@@ -164,10 +172,11 @@ def packed_inputs(
 
 
 def check_widths(base: Description, widths: Widths, form: ExportFormat) -> None:
-    """Raise ValueError unless the family has the format, it has a place for everything, and every
-    group of 4 bits is whole."""
+    """Raise ValueError unless the family has the format, it has a place for everything, every group
+    of 4 bits is whole, and layers that predict further tokens are there and fit if wanted."""
     check_format(base.family, form)
     check_constants(base.config, form)
+    check_mtp_width(base, widths, form)
     kept = {count for counts in widths for count in counts}
     if form.is_float4:
         mxfp4.check_widths(sorted(kept), base.config.d_model)
@@ -205,7 +214,7 @@ def export_checkpoint(
       The folder.
 
     Raises:
-      ValueError: if the family lacks the format or widths do not fit the group size.
+      ValueError: as of `check_widths`.
       FileExistsError: if the target exists.
       OSError: if the disk is too small.
     """
@@ -237,6 +246,7 @@ def _tensors(model: LayerSource, base: Checkpoint, widths: Widths, form: ExportF
         yield from parts
         if on_layer:
             on_layer(index)
+    yield from mtp_arrays(base, widths, form)
 
 
 def _layer_parts(

@@ -7,6 +7,8 @@ from convert.rules import FORMATS, Family, Widths
 from moe_jax.config import ModelConfig
 from moe_jax.mxfp4 import BLOCK
 
+MTP = ("drop", "keep", "prune")
+
 
 @dataclass(frozen=True)
 class ExportFormat:
@@ -17,13 +19,17 @@ class ExportFormat:
       group_size: weights per 4-bit scale; MXFP4 knows 32 only.
       constants: whether experts without channels add constants (ragged folders, or in the place of
         the output's bias), or nothing.
+      mtp: one of `MTP`: what becomes of layers that predict further tokens.
     """
 
     name: str
     group_size: int = 32
     constants: bool = False
+    mtp: str = "drop"
 
     def __post_init__(self) -> None:
+        if self.mtp not in MTP:
+            raise ValueError(f"mtp={self.mtp!r} is unknown; choose among {', '.join(MTP)}")
         if self.is_float4 and self.group_size != BLOCK:
             raise ValueError(
                 f"group_size={self.group_size} must be {BLOCK} for {self.name}, whose blocks the "

@@ -69,6 +69,24 @@ class Twin:
 
 
 @dataclass(frozen=True)
+class Mtp:
+    """Where a family keeps the layers that predict further tokens, see `convert.mtp`.
+
+    Attributes:
+      count_key: key of config.json for their number.
+      default: their number if config.json does not say.
+      prefix: of the names of their tensors, if they are not numbered on from the last layer.
+      tensors: what they have beside the tensors of an ordinary layer: name behind the prefix, or
+        behind that of each layer -> axes as in `Rule.shape`, K being twice the model's width.
+    """
+
+    count_key: str
+    tensors: Mapping[str, str]
+    default: int = 0
+    prefix: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """What reading and writing a model type takes.
 
@@ -82,14 +100,12 @@ class Family:
       shared_count_key: key for the number of shared experts, if it times the experts' width is
         the width of the shared expert.
       rope: values of `rope_parameters` that config.json may leave out.
-      extra_layers: key for the number of layers after the last that predict further tokens; they
-        are neither read nor written.
-      extra_prefix: of the names of their tensors, if they are not numbered on from the last layer.
+      mtp: its layers that predict further tokens, if it may have any.
       ragged: whether experts or layers have widths of their own (our custom exports).
       twin: the family it is exported as, if not as itself; such a one is never ragged.
       interleaved: whether a folder holds the experts of a layer together, gate and up channels
         alternating; `rules` then name what `convert.interleaved` makes of that.
-      formats: what it can be exported as, of `FORMATS`: only what stock programs read.
+      formats: what it can be exported as, of `FORMATS`: only what some program reads.
     """
 
     model_type: str
@@ -100,8 +116,7 @@ class Family:
     count_keys: tuple[str, ...] = ("num_experts",)
     shared_count_key: str | None = None
     rope: Mapping[str, float] = field(default_factory=dict)
-    extra_layers: str | None = None
-    extra_prefix: str | None = None
+    mtp: Mtp | None = None
     ragged: bool = False
     twin: Twin | None = None
     interleaved: bool = False

@@ -10,7 +10,7 @@ from convert import interleaved
 from convert.reader import SafetensorsFolder
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
-_FLOATS = ("bfloat16", "float16", "float32")
+FLOATS = ("bfloat16", "float16", "float32")
 _FLOAT8 = "float8_e4m3fn"
 
 
@@ -77,8 +77,8 @@ def open_views(
             add(name, _block_view(folder, name, block, problems))
         elif name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in names and block:
             continue
-        elif dtype.name not in _FLOATS:
-            problems.append(f"{name} has dtype {dtype}; expected one of {', '.join(_FLOATS)}")
+        elif dtype.name not in FLOATS:
+            problems.append(f"{name} has dtype {dtype}; expected one of {', '.join(FLOATS)}")
         else:
             add(name, View(shape, lambda name=name: folder.read(name)))
     return views, problems
@@ -123,7 +123,7 @@ def _block_view(
         return None
     dtype, scales = folder.spec(scale_name)
     wanted = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-    if dtype.name not in _FLOATS or scales != wanted:
+    if dtype.name not in FLOATS or scales != wanted:
         problems.append(
             f"{scale_name} is {dtype} {list(scales)}; a weight {list(shape)} in blocks of "
             f"{list(block)} needs floats {list(wanted)}"
@@ -180,7 +180,7 @@ def _packed_view(
     if (
         dtype.name != "int32"
         or packed != (rows, -(-columns // 8))
-        or scale_dtype.name not in _FLOATS
+        or scale_dtype.name not in FLOATS
         or not fitting
     ):
         problems.append(

@@ -41,16 +41,16 @@ class _Place:
     shape: tuple[int, ...]
 
 
-def portable_config(hf_config: dict) -> dict:
+def portable_config(hf_config: dict, *, with_mtp: bool = False) -> dict:
     """A source config.json in the spellings of transformers 4.57 and of 5.x at once.
 
     Either version silently falls back to default values where its own spelling is absent.
     `quantization_config` is dropped, since weights are dequantised when read: an exporter that
-    quantises adds its own afterwards. Layers that predict further tokens are not written, so the
-    config has none.
+    quantises adds its own afterwards.
 
     Args:
       hf_config: config.json as a dict; not changed.
+      with_mtp: whether layers that predict further tokens are written; else the config has none.
 
     Returns:
       A new dict.
@@ -68,8 +68,8 @@ def portable_config(hf_config: dict) -> dict:
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope["partial_rotary_factor"]
     config |= dict.fromkeys(family.count_keys, num_experts(config))
-    if family.extra_layers is not None:
-        config[family.extra_layers] = 0
+    if family.mtp is not None and not with_mtp:
+        config[family.mtp.count_key] = 0
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         config["dtype"] = config["torch_dtype"] = dtype

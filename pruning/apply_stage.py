@@ -27,6 +27,7 @@ def apply_plan(
     export: Sequence[Export] = (),
     bits: Literal[4, 16] = 4,
     group_size: int | None = None,
+    mtp: Literal["drop", "keep", "prune"] = "drop",
     overwrite: bool = False,
     steps: Steps | None = None,
 ) -> list[Check]:
@@ -42,6 +43,7 @@ def apply_plan(
       export: formats to write; default ragged-int4, or ragged-bf16 where `bits` is 16.
       bits: 4 or 16; 4-bit weights are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
+      mtp: what becomes of layers that predict further tokens, as in a recipe.
       overwrite: replace an output folder of ours.
       steps: where progress goes; default stderr.
 
@@ -61,10 +63,11 @@ def apply_plan(
         base = open_checkpoint(stages.model_folder(model), dtype=jnp.bfloat16)
         _require_fit(found, base)
     given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
-    given |= {"overwrite": overwrite} | ({"group_size": group_size} if group_size else {})
+    given |= {"mtp": mtp, "overwrite": overwrite}
+    given |= {"group_size": group_size} if group_size else {}
     recipe = _recipe(source, found, base, given)
     missing = _prepare(recipe, found, source, base, steps)
-    preflight.say_unread(base, steps)
+    preflight.say_mtp(base, recipe, steps)
     found.save(recipe.output)
     checks = []
     for name in recipe.export:
@@ -129,7 +132,7 @@ def _prepare(
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
     preflight.say_sizes(sizes, steps)
     with steps.bar("check weights") as on_step:
-        base.check_finite(on_step)
+        base.check_finite(on_step, mtp=recipe.mtp != "drop")
     preflight.make_output(recipe, resumed=resumed)
     return missing
 

@@ -10,6 +10,7 @@ import yaml
 
 from convert.checkpoint import Checkpoint
 from convert.export import ExportFormat, export_bytes, export_config, export_specs
+from convert.mtp import mtp_width
 from moe_jax.config import LatentAttentionConfig
 from pruning.clients import client_table
 from pruning.demo import DEMO
@@ -17,7 +18,13 @@ from pruning.files import replace_text
 from pruning.model_card import CardFacts, Quality, model_card
 from pruning.plan import PruningPlan
 from pruning.plan_record import tool_version
-from pruning.sizes import folder_bytes, kept_widths, parameter_count, parameters_left
+from pruning.sizes import (
+    folder_bytes,
+    kept_widths,
+    mtp_parameters,
+    parameter_count,
+    parameters_left,
+)
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -96,12 +103,14 @@ def card_facts(
         experts=int(counts.size),
         emptied=int((counts == 0).sum()),
         has_constants=plan.constants is not None,
-        parameters=parameter_count(base),
-        parameters_left=parameters_left(base, plan),
+        parameters=parameter_count(base) + mtp_parameters(base),
+        parameters_left=parameters_left(base, plan, form),
         parameters_stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),
         source_bytes=folder_bytes(base.folder),
         written_bytes=export_bytes(base, widths, form),
         clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
+        mtp=form.mtp if base.mtp else None,
+        mtp_width=mtp_width(base, widths, form),
         has_linear_attention=bool(base.config.linear_layers),
         has_latent_attention=isinstance(base.config.attention, LatentAttentionConfig),
         has_tokenizer=any(base.folder.glob("tokenizer*")),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.mtp import mtp_layers
 from pruning import (
     apply_stage,
     audit_stage,
@@ -32,12 +33,12 @@ from pruning.plan import PruningPlan
 from pruning.progress import Steps
 from pruning.recipe import EXPORTS, PLANNING, CompressionRecipe
 from pruning.report import CompressionReport
-from pruning.sizes import folder_bytes, form_of, parameter_count
+from pruning.sizes import folder_bytes, form_of, mtp_parameters, parameter_count
 from pruning.statistics import ChannelStatistics
 from pruning.stored import stored_base, stored_plans, stored_recipe
 from pruning.tables import as_rich, terminal_table
 from pruning.tokenizer import open_codec
-from pruning.verify import random_probe, require_verified
+from pruning.verify import random_probe, require_verified, written_mtp
 
 Options = argparse.Namespace
 
@@ -73,7 +74,9 @@ def inspect(options: Options) -> dict:
         "family": base.family.model_type,
         "bytes": folder_bytes(base.folder),
         "parameters": total,
-        "tensors_left_out": len(base.unread),
+        "mtp_layers": mtp_layers(base.family, base.hf_config) if base.mtp else 0,
+        "mtp_tensors": len(base.mtp),
+        "mtp_parameters": mtp_parameters(base),
         "routed_expert_parameters": routed,
         "routed_share": round(routed / total, 4),
         "layers": c.num_layers,
@@ -142,7 +145,8 @@ def plan(options: Options) -> list[dict]:
 
 def export(options: Options) -> list[str]:
     """The exports of the plan in a folder."""
-    recipe, steps = stored_recipe(options.folder, options, "export"), Steps(quiet=options.quiet)
+    recipe = stored_recipe(options.folder, options, "export", "mtp")
+    steps = Steps(quiet=options.quiet)
     result, base = PruningPlan.load(options.folder), stored_base(recipe)
     overwrite, exports = getattr(options, "overwrite", False), options.folder / "exports"
     preflight.check_exports(base, result, recipe, exports, steps, overwrite=overwrite)
@@ -165,6 +169,7 @@ def apply(options: Options) -> dict:
         export=recipe.export,
         bits=recipe.bits,
         group_size=recipe.group_size,
+        mtp=recipe.mtp,
         overwrite=recipe.overwrite,
         steps=Steps(quiet=options.quiet),
     )
@@ -185,7 +190,8 @@ def verify(options: Options) -> list[dict]:
         raise ValueError(f"{options.folder}/exports holds nothing; run `moe-compress export` first")
     checks = []
     for target in folders:
-        form = form_of(recipe, target.name)
+        # `export` may have been told otherwise than the recipe.
+        form = dataclasses.replace(form_of(recipe, target.name), mtp=written_mtp(target, base))
         codes = stages.codes_folder(recipe)
         checks += stages.verify(base, result, form, target, random_probe(base), codes)
     require_verified(checks)

@@ -18,7 +18,13 @@ from pruning.export_choice import is_packed
 from pruning.preflight import free_space, rehearsed_plan, written_bytes
 from pruning.probe import scoring_seconds
 from pruning.recipe import BUDGETS, CompressionRecipe
-from pruning.sizes import byte_range, form_of, kept_widths, statistics_bytes
+from pruning.sizes import (
+    byte_range,
+    form_of,
+    kept_widths,
+    mtp_parameters,
+    statistics_bytes,
+)
 
 PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
@@ -75,8 +81,8 @@ def estimate(
     """One entry of `estimates`, all but the time.
 
     The formats are those the recipe names, of one plan, as `compress` would write them; else all
-    that the family and the bits allow, each planned as if it were the only one. A target in bytes
-    is one of a single format, so it leaves the one that `compress` would choose.
+    that the family, the bits and `mtp` allow, each planned as if it were the only one. A target in
+    bytes is one of a single format, so it leaves the one that `compress` would choose.
     """
     whole = stages.resolved(recipe, base)
     stages.require_possible(whole, base)
@@ -88,12 +94,14 @@ def estimate(
             for name in base.family.formats
             if recipe.bits == 4 or not is_packed(name)
         }
+        if recipe.mtp == "keep":
+            jobs = {name: one for name, one in jobs.items() if _holds_kept_mtp(base, one, name)}
     assert whole.window is not None
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
     parts = written_bytes(base, whole, windows)
     return {
         "prune_rate": whole.prune_rate,
-        "parameters": parameters(base, base.widths),
+        "parameters": parameters(base, base.widths, mtp_parameters(base)),
         "exports": {name: _export(base, one, name, tensor_parallel) for name, one in jobs.items()},
         "memory": memory(base, whole),
         "disk": {
@@ -104,6 +112,12 @@ def estimate(
         "tokens": 0 if whole.weights_only else whole.max_tokens,
         "tensor_parallel": tensor_parallel,
     }
+
+
+def _holds_kept_mtp(base: Description, recipe: CompressionRecipe, name: str) -> bool:
+    widths = kept_widths(rehearsed_plan(recipe, base), base)
+    form = form_of(recipe, name)
+    return not form.is_padded or form.padded_width(widths) == base.config.moe.d_expert
 
 
 def _export(
@@ -120,27 +134,29 @@ def _export(
         "most_bytes": most,
         "group_size": form.group_size if form.is_packed else None,
         "width": form.padded_width(widths) if form.is_padded else None,
-        "parameters": parameters(base, widths),
+        "parameters": parameters(base, widths, mtp_parameters(base, widths, form)),
         "clients": {client: dataclasses.asdict(found) for client, found in table.items()},
     }
 
 
-def parameters(base: Description, widths: Widths) -> dict[str, int]:
+def parameters(base: Description, widths: Widths, mtp: int) -> dict[str, int]:
     """Weights by where they sit, at these expert widths; `active` is those that a token meets.
 
     A token meets as many experts per layer as the router picks, of average width, and the
-    embedding only in one row, which is not counted.
+    embedding only in one row, which is not counted. The `mtp` weights of layers that predict
+    further tokens are met by drafts alone.
     """
     places = ("routed", "shared", "attention", "embeddings", "other")
     found: dict[str, int] = dict.fromkeys(places, 0)
     for name, shape in expected_tensors(base.family, base.config, widths).items():
         rule = base.family.rule(name)
         found[_place(name, rule.ours if rule else "")] += math.prod(shape)
-    moe, total = base.config.moe, sum(found.values())
+    moe, main = base.config.moe, sum(found.values())
     picked = found["routed"] * moe.experts_per_token // moe.num_experts
     rows = base.config.vocab_size * base.config.d_model
     looked_up = 0 if base.config.tie_embeddings else rows
-    return {"total": total, **found, "active": total - found["routed"] + picked - looked_up}
+    active = main - found["routed"] + picked - looked_up
+    return {"total": main + mtp, **found, "mtp": mtp, "active": active}
 
 
 def _place(name: str, ours: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from pruning.text_table import TextTable
 
-PLACES = ("total", "routed", "shared", "attention", "embeddings", "other", "active")
+PLACES = ("total", "routed", "shared", "attention", "embeddings", "other", "mtp", "active")
 
 
 def estimate_tables(found: dict[str, Any]) -> list[TextTable]:
@@ -19,7 +19,7 @@ def _parameters(found: dict[str, Any]) -> TextTable:
     rows = [[name, *(f"{p[key] / 1e6:,.1f}" for key in PLACES)] for name, p in models.items()]
     note = (
         "Routed: of experts that a router chooses among. Active: what one token meets, if experts "
-        "have average width. Padding is not counted."
+        "have average width. mtp: of layers that predict further tokens. Padding is not counted."
     )
     return TextTable(f"Parameters in millions at {budget}", ["model", *PLACES], rows, note)
 

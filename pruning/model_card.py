@@ -40,6 +40,8 @@ class CardFacts:
         folder, where padding counts.
       source_bytes, written_bytes: of weight files and index.
       clients: client -> (verdict, rule), of `pruning.clients`.
+      mtp: what has become of the layers that predict further tokens, None if the base has none.
+      mtp_width: channels of each of their experts.
       has_linear_attention: whether some layers attend linearly, which stay in 16 bits.
       has_latent_attention: whether attention is multi-head latent.
       has_tokenizer: whether the folder holds one.
@@ -73,6 +75,8 @@ class CardFacts:
     source_bytes: int
     written_bytes: int
     clients: Mapping[str, tuple[str, str]]
+    mtp: str | None
+    mtp_width: int
     has_linear_attention: bool
     has_latent_attention: bool
     has_tokenizer: bool
@@ -162,7 +166,21 @@ def _summary(facts: CardFacts) -> str:
             f"{facts.emptied:,} of {facts.experts:,} experts keep no channel. The router still "
             f"chooses them as before and they add {adds}."
         )
+    if facts.mtp is not None:
+        lines.append(_mtp(facts))
     return "\n\n".join(lines)
+
+
+def _mtp(facts: CardFacts) -> str:
+    found = "The layers of the base that predict further tokens (multi-token prediction) are"
+    if facts.mtp == "drop":
+        return f"{found} left out, so that programs cannot draft tokens with them."
+    if facts.mtp == "keep":
+        return f"{found} kept as they were, in 16 bits."
+    return (
+        f"{found} there, in 16 bits; each of their experts has {facts.mtp_width:,} channels, those "
+        "that add most to its output on noise, since no text was run through them."
+    )
 
 
 def _pruning(facts: CardFacts) -> str:
@@ -288,6 +306,7 @@ def _recipe(facts: CardFacts) -> str:
     values |= {k: v for k, v in options.items() if v is not None and v is not False and v != []}
     values["prune_rate"] = said.get("prune_rate", facts.removed)
     values |= {name: said[name] for name in ("block", "minimum") if said.get(name) is not None}
+    values |= {"mtp": facts.mtp} if facts.mtp else {}
     values |= {"export": [facts.form], "bits": 16 if facts.group_size is None else 4}
     if facts.group_size is not None:
         values |= {"group_size": facts.group_size, "quantizer": facts.quantizer}

@@ -10,6 +10,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.description import Description
 from convert.export import check_widths
+from convert.mtp import check_mtp_width
 from convert.writer import LEFTOVER, SPARE_BYTES, remove_leftovers
 from pruning import planning, scoring
 from pruning.calibration import TextSource
@@ -57,16 +58,18 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
     resumed = is_interrupted(job)
     if resumed:
         _remove_leftovers(job.output)
-    rehearse_plan(job)
+    plan = rehearsed_plan(job.recipe, job.base)
     if exports:
         for name in job.recipe.export:
-            check_widths(job.base, job.base.widths, form_of(job.recipe, name))
+            form = form_of(job.recipe, name)
+            check_widths(job.base, job.base.widths, form)
+            check_mtp_width(job.base, kept_widths(plan, job.base), form)
         _say_padding(job, steps)
-        say_unread(job.base, steps)
+        say_mtp(job.base, job.recipe, steps)
     check_disk(job, resumed=resumed, exports=exports)
     if not resumed or scoring.find_statistics(job) is None:
         with steps.bar("check weights") as on_step:
-            job.base.check_finite(on_step)
+            job.base.check_finite(on_step, mtp=job.recipe.mtp != "drop")
     make_output(job.recipe, resumed=resumed)
 
 
@@ -145,17 +148,12 @@ def _remove_leftovers(output: Path) -> None:
         remove_leftovers(folder)
 
 
-def rehearse_plan(job: Job) -> None:
-    """Plan on made-up statistics of the model's shape: budgets and rules fail now or never.
+def rehearsed_plan(recipe: CompressionRecipe, base: Description) -> PruningPlan:
+    """The plan of a resolved recipe on made-up statistics, which need no weights.
 
     Raises:
       ValueError: no plan satisfies the recipe, whatever the statistics.
     """
-    rehearsed_plan(job.recipe, job.base)
-
-
-def rehearsed_plan(recipe: CompressionRecipe, base: Description) -> PruningPlan:
-    """The plan of a resolved recipe on made-up statistics, which need no weights."""
     c = base.config
     sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
     shapes = field_shapes(*sizes, recipe.groups)
@@ -281,12 +279,18 @@ def _say_padding(job: Job, steps: Steps) -> None:
         )
 
 
-def say_unread(base: Checkpoint, steps: Steps) -> None:
-    """Say which tensors of the checkpoint no export will have."""
-    if base.unread:
+def say_mtp(base: Checkpoint, recipe: CompressionRecipe, steps: Steps) -> None:
+    """Say what becomes of the layers that predict further tokens, if the checkpoint has any."""
+    words = {
+        "drop": "left out, so programs cannot draft tokens with them; --mtp prune or keep writes "
+        "them",
+        "keep": "copied as they are",
+        "prune": "pruned without a text, experts as wide as the model's",
+    }
+    if base.mtp:
         steps.say(
-            f"{len(base.unread)} tensors such as {base.unread[0]} predict further tokens; they are "
-            "no part of the model and are left out, so programs cannot draft tokens with them"
+            f"{len(base.mtp)} tensors such as {next(iter(base.mtp))} predict further tokens; they "
+            f"are {words[recipe.mtp]}"
         )
 
 

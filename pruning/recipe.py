@@ -88,6 +88,9 @@ class CompressionRecipe:
       nll_grad2: also collect attribution nll_grad2 from second derivatives; the model must fit in
         memory twice.
       export: formats to write: ragged (a width per expert), layered (per layer) or padded (one).
+      mtp: what becomes of layers that predict further tokens, with which servers draft: "drop"
+        leaves them out, "keep" copies them (padded formats only if the expert width stays),
+        "prune" cuts their experts to the model's width, without a text; never 4-bit.
       until_stable: stop scoring once the kept sets before and after a part of the calibration
         text overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all.
       batch: windows per step.
@@ -134,6 +137,7 @@ class CompressionRecipe:
     nll_ablate: bool = False
     nll_grad2: bool = False
     export: tuple[Export, ...] = ()
+    mtp: Literal["drop", "keep", "prune"] = "drop"
     until_stable: float | None = None
     batch: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,5 +1,6 @@
 """What takes how much space, known from shapes before anything is written."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from convert.description import Description
 from convert.export import ExportFormat, export_bytes, export_specs
 from convert.families import find_family
+from convert.mtp import mtp_specs
 from convert.rules import Widths, expected_tensors
 from pruning.plan import PruningPlan
 from pruning.recipe import CompressionRecipe
@@ -28,7 +30,8 @@ def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Description)
 
 def form_of(recipe: CompressionRecipe, name: str) -> ExportFormat:
     """The export format of this name under a resolved recipe."""
-    return ExportFormat(name, recipe.group_size or 32, recipe.emptied == "mean")
+    constants = recipe.emptied == "mean"
+    return ExportFormat(name, recipe.group_size or 32, constants, recipe.mtp)
 
 
 def export_sizes(
@@ -36,14 +39,13 @@ def export_sizes(
 ) -> dict[str, dict]:
     """Bytes and parameters of each requested export, and of its padded twin, before it is made."""
     widths = kept_widths(plan, base)
-    parameters = parameters_left(base, plan)
     found = {}
     for name in recipe.export:
         form = form_of(recipe, name)
-        twin = ExportFormat(f"padded-{name.partition('-')[2]}", form.group_size)
+        twin = dataclasses.replace(form, name=f"padded-{name.partition('-')[2]}")
         found[name] = {
             "bytes": export_bytes(base, widths, form),
-            "parameters": parameters,
+            "parameters": parameters_left(base, plan, form),
             "padded_bytes": export_bytes(base, widths, twin),
         }
     return found
@@ -59,15 +61,23 @@ def parameter_count(base: Description) -> int:
     return weight_count(base, base.widths)
 
 
-def parameters_left(base: Description, plan: PruningPlan) -> int:
-    """Weights of a model once a plan has cut channels out, padding not counted."""
-    constants = sum(vectors.size for vectors in plan.constants or ())
-    return weight_count(base, kept_widths(plan, base)) + constants
+def parameters_left(base: Description, plan: PruningPlan, form: ExportFormat) -> int:
+    """Weights of an export once a plan has cut channels out, padding not counted."""
+    widths, constants = kept_widths(plan, base), sum(v.size for v in plan.constants or ())
+    return weight_count(base, widths) + constants + mtp_parameters(base, widths, form)
 
 
 def weight_count(base: Description, widths: Widths) -> int:
     """Weights of a model at these expert widths, from shapes alone."""
     return sum(map(math.prod, expected_tensors(base.family, base.config, widths).values()))
+
+
+def mtp_parameters(
+    base: Description, widths: Widths | None = None, form: ExportFormat | None = None
+) -> int:
+    """Weights of the layers that predict further tokens: of an export, else of the checkpoint."""
+    specs = base.mtp if form is None else mtp_specs(base, widths or base.widths, form)
+    return sum(math.prod(shape) for _, shape in specs.values())
 
 
 def statistics_bytes(base: Description, recipe: CompressionRecipe) -> int:

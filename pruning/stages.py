@@ -9,6 +9,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.description import Description
 from convert.export import ExportFormat, export_checkpoint, packed_inputs
+from convert.mtp import check_mtp
 from convert.rules import uniform_widths
 from moe_jax.stream import LayerSource
 from pruning.alignment import check_block
@@ -101,13 +102,15 @@ def require_possible(recipe: CompressionRecipe, base: Description) -> None:
     """Refuse a resolved recipe that no statistics can satisfy; texts are checked elsewhere.
 
     Raises:
-      ValueError: the model has no experts or is pruned already, or a name is unknown.
+      ValueError: the model has no experts or is pruned already, lacks layers that are to be kept,
+        or a name is unknown.
     """
     c = base.config
     if not c.moe_layers:
         raise ValueError(f"{base.folder} has no layer with experts; there is nothing to prune")
     if base.widths != uniform_widths(c):
         raise ValueError(f"{base.folder} is already pruned; give the dense model that it came from")
+    check_mtp(base, recipe.mtp)
     assert recipe.criterion is not None and recipe.attribution is not None
     choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
     expert_criterion(recipe.attribution)

@@ -15,7 +15,9 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import ExportFormat, export_specs
-from convert.reader import SafetensorsFolder
+from convert.formats.ragged import MTP
+from convert.mtp import mtp_arrays, mtp_layers, mtp_prefixes
+from convert.reader import SafetensorsFolder, read_json
 from convert.rules import Widths
 from moe_jax.quant import MIN_SCALE
 from moe_jax.stream import LayerSource
@@ -78,13 +80,16 @@ def verify_folder(
       The checks, in order; none is skipped after a failure that allows it.
     """
     checks = [_tensor_check(folder, base, widths, form)]
+    if form.mtp != "drop":
+        checks.append(_mtp_check(folder, base, widths, form))
     wanted = logits(expected, probe)
     source = open_checkpoint(folder, dtype=jnp.float32)
     checks.append(_logit_check(form.name, "logits in JAX", logits(source, probe), wanted))
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if size <= CLIENT_BYTES:
-            checks += _client_checks(folder, form, probe, wanted)
+            drafting = mtp_prefixes(base.family, base.hf_config)
+            checks += _client_checks(folder, form, probe, wanted, drafting)
         else:
             logger.info("%s is too large to load again through transformers", folder)
     return checks
@@ -102,6 +107,33 @@ def _tensor_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFo
             wrong.append(name)
     detail = f"{len(expected)} tensors as planned" if not wrong else f"wrong: {wrong[:5]}"
     return Check(form.name, "names, shapes, dtypes, scales", not wrong, detail)
+
+
+def _mtp_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFormat) -> Check:
+    """Whether layers that predict further tokens are what the base's become, bit for bit."""
+    stored = SafetensorsFolder(folder)
+    wrong = [
+        name
+        for name, wanted in mtp_arrays(base, widths, form)
+        if name not in stored or stored.read(name).tobytes() != wanted.tobytes()
+    ]
+    how = "as in the base" if form.mtp == "keep" else "of the base, experts pruned"
+    detail = f"wrong: {wrong[:5]}" if wrong else f"{len(base.mtp)} tensors {how}"
+    return Check(form.name, "layers that predict further tokens", not wrong, detail)
+
+
+def written_mtp(folder: Path, base: Checkpoint) -> str:
+    """What an export says has become of the layers that predict further tokens.
+
+    Raises:
+      CheckpointError: config.json cannot be read.
+    """
+    hf, family = read_json(folder / "config.json"), base.family
+    if not (base.mtp and mtp_layers(family, hf)):
+        return "drop"
+    own = base.config.moe.d_expert
+    stored = own if "auto_map" in hf else hf[family.width_key]
+    return "keep" if hf.get(MTP, stored) == own else "prune"
 
 
 def _logit_check(
@@ -133,14 +165,16 @@ def _silence() -> Iterator[None]:
 
 
 def _client_checks(
-    folder: Path, form: ExportFormat, probe: np.ndarray, wanted: np.ndarray
+    folder: Path, form: ExportFormat, probe: np.ndarray, wanted: np.ndarray, mtp: tuple[str, ...]
 ) -> list[Check]:
     try:
         with _silence():
             info, found = _client_logits(folder, form, probe)
     except ImportError as error:
         return [Check(form.name, "transformers", True, f"not checked: {error}")]
-    problems = {key: list(value)[:3] for key, value in info.items() if value}
+    # It ignores layers that predict further tokens, and reports those of unpublished sizes.
+    known = {key: [v for v in value if not str(v).startswith(mtp)] for key, value in info.items()}
+    problems = {key: value[:3] for key, value in known.items() if value}
     detail = str(problems) if problems else "none missing, unexpected or mismatched"
     checks = [Check(form.name, "transformers loads every tensor", not problems, detail)]
     # transformers 5 rounds dequantised fused experts to bfloat16; everything else is exact.

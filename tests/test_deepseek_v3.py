@@ -83,7 +83,7 @@ def test_a_layer_that_predicts_on_is_left_out_and_its_config_fixed(plain, tmp_pa
     }
     folder = rewrite(plain, tmp_path / "mtp", tensors | extra, num_nextn_predict_layers=1)
     source = open_checkpoint(folder)
-    assert set(source.unread) == set(extra)
+    assert set(source.mtp) == set(extra)
     assert len(source) == 2
     read = {name for i in range(2) for name, _ in layer_tensors(source, source.layer(i), i)}
     assert read == {name for name in tensors if ".layers." in name}

@@ -111,21 +111,26 @@ def test_a_ragged_folder_keeps_the_constants(model, tmp_path, name):
     )
 
 
-def test_gpt_oss_has_a_place_for_constants_in_its_biases(tmp_path):
+@pytest.mark.parametrize("name", ["padded-bf16", "ragged-bf16"])
+def test_gpt_oss_has_a_place_for_constants_in_its_biases(tmp_path, name):
     base, plan, _ = plan_for("gpt_oss", tmp_path / "model")
     rng = np.random.default_rng(0)
     gone = plan.counts == 0
     constants = tuple(rng.normal(size=(int(row.sum()), 64)).astype(np.float32) for row in gone)
     plan = dataclasses.replace(plan, constants=constants)
-    form, source = ExportFormat("padded-bf16", constants=True), PrunedSource(base, plan)
+    form, source = ExportFormat(name, constants=True), PrunedSource(base, plan)
     folder = export_checkpoint(source, base, widths_of(base, plan), tmp_path / "out", form)
     stored = load_file(folder / "model.safetensors")
     for slot, index in enumerate(plan.layer_indices):
-        bias = stored[f"model.layers.{index}.mlp.experts.down_proj_bias"]
-        np.testing.assert_array_equal(bias[gone[slot]], constants[slot].astype(BFLOAT16))
+        stem = f"model.layers.{index}.mlp.experts."
+        if form.is_ragged:
+            found = [stored[f"{stem}{e}.down_proj.bias"] for e in np.flatnonzero(gone[slot])]
+        else:
+            found = stored[stem + "down_proj_bias"][gone[slot]]
+        np.testing.assert_array_equal(found, constants[slot].astype(BFLOAT16))
     ours = logits(source, TOKENS)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=form.is_ragged
     )
     found = tiny.torch_logits(theirs, TOKENS, np.ones(TOKENS.shape, bool))
     np.testing.assert_allclose(found, ours, atol=1e-5, rtol=1e-5)

@@ -304,7 +304,8 @@ GPT_OSS = {
 )
 def test_blocks_of_four_bit_floats_are_dealt_out_whole(tmp_path, parallel, float4, half):
     found = verdicts(tmp_path, GPT_OSS, "--tensor-parallel", parallel)
-    assert {name for name, _ in found} == {"padded-bf16", "padded-mxfp4"}
+    assert {name for name, _ in found} == {"ragged-bf16", "padded-bf16", "padded-mxfp4"}
+    assert found["ragged-bf16", "vLLM"] == "no"
     assert found["padded-mxfp4", "vLLM"] == found["padded-mxfp4", "SGLang"] == float4
     assert found["padded-bf16", "vLLM"] == half
     assert found["padded-mxfp4", "transformers 4.57"] == "yes"
@@ -319,6 +320,8 @@ def test_what_a_client_does_not_read_from_the_config_must_be_as_it_is_built(tmp_
     found = verdicts(tmp_path, GPT_OSS | {"swiglu_limit": 6.0}, *export)
     assert found["padded-bf16", "transformers 4.57"] == "no"
     assert found["padded-bf16", "transformers 5"] == "yes"
+    found = verdicts(tmp_path, GPT_OSS | {"swiglu_limit": 6.0}, "--export", "ragged-bf16")
+    assert found["ragged-bf16", "transformers 4.57"] == "slower"  # its own file reads the limit
     yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
             "original_max_position_embeddings": 4096}  # fmt: skip
     for truncate, verdict in ((True, "yes"), (False, "no")):

@@ -97,7 +97,7 @@ def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, 
     rules += [(name, "ala") for name in CHANNEL_CRITERIA]
     for criterion, attribution in rules:
         one = dataclasses.replace(job.recipe, criterion=criterion, attribution=attribution)
-        preflight.rehearse_plan(dataclasses.replace(job, recipe=one))
+        preflight.rehearsed_plan(one, job.base)
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ def folder(tmp_path_factory):
 def test_tensors_that_draft_tokens_are_left_out_and_named(folder):
     source = open_checkpoint(folder)
     stored = load_file(folder / "model.safetensors")
-    assert set(source.unread) == {name for name in stored if name.startswith("mtp.")}
-    assert len(source.unread) > 2
+    assert set(source.mtp) == {name for name in stored if name.startswith("mtp.")}
+    assert len(source.mtp) > 2
     assert portable_config(source.hf_config)["num_nextn_predict_layers"] == 0
     assert source.config.linear_layers == (0, 1, 2)
 
@@ -276,7 +276,7 @@ def test_the_command_says_what_it_leaves_out_and_its_folders_load_in_transformer
     shown = json.loads(capsys.readouterr().out)
     stored = load_file(folder / "model.safetensors")
     left_out = [name for name in stored if name.startswith("mtp.")]
-    assert shown["family"] == "qwen3_next" and shown["tensors_left_out"] == len(left_out)
+    assert shown["family"] == "qwen3_next" and shown["mtp_tensors"] == len(left_out)
     counted = sum(value.size for name, value in stored.items() if name not in left_out)
     assert shown["parameters"] == counted
     out = tmp_path / "out"

@@ -92,6 +92,7 @@ def test_every_field_has_a_flag_that_sets_it():
         "gradients": True,
         "expert_details": True, "weight_gradients": True,
         "export": ("padded-bf16", "ragged-bf16"), "until_stable": 0.5, "batch": 9,
+        "mtp": "keep",
         "nll_ig": 4, "nll_ablate": True, "nll_grad2": True, "dtype": "bfloat16", "seed": 10,
         "overwrite": True,
     }  # fmt: skip

@@ -10,8 +10,20 @@ from convert.families.tables import (
     NORMS,
     SHARED,
 )
-from convert.rules import Family
+from convert.rules import Family, Mtp
 from moe_jax.config import ModelConfig, MoEConfig
+
+NEXTN = Mtp(
+    "num_nextn_predict_layers",
+    {
+        "embed_tokens.weight": "VD",
+        "enorm.weight": "D",
+        "hnorm.weight": "D",
+        "eh_proj.weight": "DK",
+        "shared_head.norm.weight": "D",
+        "shared_head.head.weight": "VD",
+    },
+)
 
 
 def sigmoid_moe(hf: dict, *, groups: int, groups_per_token: int, scale: float) -> MoEConfig:
@@ -62,5 +74,5 @@ FAMILY = Family(
     rules=NORMS + LATENT_ATTENTION + DENSE + EXPERTS + CORRECTION_BIAS + SHARED,
     count_keys=("n_routed_experts",),
     shared_count_key="n_shared_experts",
-    extra_layers="num_nextn_predict_layers",
+    mtp=NEXTN,
 )

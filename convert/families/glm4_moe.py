@@ -1,7 +1,7 @@
 """GLM-4.5: the router of DeepSeek-V3 and grouped-query attention that turns half of each head."""
 
 from convert.families import hf_config
-from convert.families.deepseek_v3 import sigmoid_moe
+from convert.families.deepseek_v3 import NEXTN, sigmoid_moe
 from convert.families.tables import (
     ATTENTION,
     CORRECTION_BIAS,
@@ -54,5 +54,5 @@ FAMILY = Family(
     count_keys=("n_routed_experts",),
     shared_count_key="n_shared_experts",
     rope=ROPE,
-    extra_layers="num_nextn_predict_layers",
+    mtp=NEXTN,
 )

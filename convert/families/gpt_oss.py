@@ -77,5 +77,5 @@ FAMILY = Family(
     count_keys=("num_local_experts",),
     rope=ROPE,
     interleaved=True,
-    formats=("padded-bf16", "padded-mxfp4"),
+    formats=("ragged-bf16", "padded-bf16", "padded-mxfp4"),
 )

@@ -6,11 +6,22 @@ leave them in 16 bits.
 
 from convert.families import hf_config
 from convert.families.tables import DENSE, EXPERTS, GATED_SHARED
-from convert.rules import Family, Rule
+from convert.rules import Family, Mtp, Rule
 from moe_jax.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
 
 ROPE = {"partial_rotary_factor": 0.25}
 LINEAR, FULL = "linear_attention", "full_attention"
+MTP = Mtp(
+    "num_nextn_predict_layers",
+    {
+        "fc.weight": "DK",
+        "norm.weight": "D",
+        "pre_fc_norm_embedding.weight": "D",
+        "pre_fc_norm_hidden.weight": "D",
+    },
+    default=1,  # published configs do not say
+    prefix="mtp.",
+)
 
 _LAYER = "model.layers.{layer}."
 _SELF = _LAYER + "self_attn."
@@ -119,6 +130,5 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     rules=(CENTRED_NORMS + GATED_ATTENTION + GATED_DELTA_NET + DENSE + EXPERTS + GATED_SHARED),
     rope=ROPE,
-    extra_layers="num_nextn_predict_layers",
-    extra_prefix="mtp.",
+    mtp=MTP,
 )

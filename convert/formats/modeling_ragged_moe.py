@@ -6,7 +6,7 @@ This file travels inside every ragged and layered checkpoint that moe-jax writes
 whose widths the config lists.
 
 - Ragged: `config.expert_intermediate_sizes[layer][expert]`. An expert of width 0 adds nothing, or
-  the vector `constant` if `config.emptied_experts` says so.
+  the vector `constant` if `config.emptied_experts` says so, or in gpt-oss the bias of its output.
 - Layered: `config.moe_intermediate_size[layer]` is the width of all experts of a layer, 0 where a
   layer has none, and `config.unpruned_intermediate_size` what it was before pruning, of which the
   width of shared experts is a multiple. vLLM fuses the experts of such layers.
@@ -33,15 +33,16 @@ FAMILIES = {  # model type: stem of the class names, names of an expert's gate, 
     "deepseek_v2": ("DeepseekV2", PROJECTIONS),
     "deepseek_v3": ("DeepseekV3", PROJECTIONS),
     "glm4_moe": ("Glm4Moe", PROJECTIONS),
+    "gpt_oss": ("GptOss", PROJECTIONS),
 }
 
 
 class RaggedExpert(nn.Module):
     """One SwiGLU expert of its own width, or a constant."""
 
-    def __init__(self, hidden_size: int, width: int, names: tuple[str, str, str], constant: bool):
+    def __init__(self, config: Any, width: int, names: tuple[str, str, str], constant: bool):
         super().__init__()
-        self.width, self.names = width, names
+        self.width, self.names, hidden_size = width, names, config.hidden_size
         self.constant = nn.Parameter(torch.zeros(hidden_size)) if constant and not width else None
         if width:
             gate, up, down = names
@@ -56,6 +57,32 @@ class RaggedExpert(nn.Module):
             return torch.zeros_like(x)
         gate, up, down = (getattr(self, name) for name in self.names)
         return down(F.silu(gate(x)) * up(x))
+
+
+class GptOssExpert(nn.Module):
+    """One expert of gpt-oss: biases, a bounded activation; of width 0 the bias of its output, which
+    is then its constant, too."""
+
+    def __init__(self, config: Any, width: int, names: tuple[str, str, str], constant: bool):
+        super().__init__()
+        self.width = width
+        # transformers 4.57 knows the published values only, the config may say others
+        self.alpha = getattr(config, "swiglu_alpha", 1.702)
+        self.limit = getattr(config, "swiglu_limit", 7.0)
+        if width:
+            self.gate_proj = nn.Linear(config.hidden_size, width)
+            self.up_proj = nn.Linear(config.hidden_size, width)
+        down: Any = nn.Linear(width, config.hidden_size) if width else nn.Module()
+        if not width:
+            down.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.down_proj = down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.width:
+            return self.down_proj.bias.expand_as(x)
+        gate = self.gate_proj(x).clamp(max=self.limit)
+        up = self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj((up + 1) * gate * torch.sigmoid(gate * self.alpha))
 
 
 def _loop(
@@ -86,13 +113,15 @@ class RaggedExperts(nn.Module):
     Not an `nn.ModuleList`: vLLM would replace that by a fused layer of one width.
     """
 
+    expert_class: type[nn.Module] = RaggedExpert
+
     def __init__(
-        self, hidden_size: int, widths: list[int], names: tuple[str, str, str], constants: bool
+        self, config: Any, widths: list[int], names: tuple[str, str, str], constants: bool
     ):
         super().__init__()
         self.num_experts = len(widths)
         for number, width in enumerate(widths):
-            self.add_module(str(number), RaggedExpert(hidden_size, width, names, constants))
+            self.add_module(str(number), self.expert_class(config, width, names, constants))
 
     def __len__(self) -> int:
         return self.num_experts
@@ -101,6 +130,24 @@ class RaggedExperts(nn.Module):
         return getattr(self, str(int(number)))
 
     forward = _loop
+
+
+class RaggedGptOssExperts(RaggedExperts):
+    """The same for gpt-oss, whose blocks call them under both versions: 4.57 gives weights for all
+    experts, zero for those that are not chosen."""
+
+    expert_class = GptOssExpert
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_indices: torch.Tensor,
+        routing_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if routing_weights.shape != router_indices.shape:
+            routing_weights = routing_weights.gather(1, router_indices)
+        return super().forward(rows, router_indices, routing_weights).view_as(hidden_states)
 
 
 def _is_layered(config: Any) -> bool:
@@ -121,13 +168,13 @@ def _stock_width(config: Any) -> Iterator[None]:
         config.moe_intermediate_size = widths
 
 
-def _experts(config: Any, layer: int, count: int, names: tuple[str, str, str]) -> nn.Module:
-    size = config.hidden_size
-    if not _is_layered(config):
-        constants = getattr(config, "emptied_experts", "zero") == "constant"
-        return RaggedExperts(size, config.expert_intermediate_sizes[layer], names, constants)
-    width = config.moe_intermediate_size[layer]
-    return LayeredExperts(RaggedExpert(size, width, names, False) for _ in range(count))
+def _experts(config: Any, layer: int, block: Any, names: tuple[str, str, str]) -> nn.Module:
+    if _is_layered(config):
+        width, count = config.moe_intermediate_size[layer], len(block.gate.weight)
+        return LayeredExperts(RaggedExpert(config, width, names, False) for _ in range(count))
+    constants = getattr(config, "emptied_experts", "zero") == "constant"
+    kind = RaggedGptOssExperts if config.model_type == "ragged_gpt_oss" else RaggedExperts
+    return kind(config, config.expert_intermediate_sizes[layer], names, constants)
 
 
 def _model_class(stock: Any, config_class: type, names: tuple[str, str, str]) -> type:
@@ -139,7 +186,7 @@ def _model_class(stock: Any, config_class: type, names: tuple[str, str, str]) ->
         for number, layer in enumerate(getattr(self, "model", self).layers):
             block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
             if hasattr(block, "experts"):
-                block.experts = _experts(config, number, len(block.gate.weight), names)
+                block.experts = _experts(config, number, block, names)
 
     members = {
         "__module__": __name__,

@@ -12,6 +12,7 @@ MODELLING_FILE = Path(__file__).with_name("modeling_ragged_moe.py")
 # looks for them; and the width before pruning, of which a shared expert may be a multiple.
 PER_EXPERT, PER_LAYER = "expert_intermediate_sizes", "moe_intermediate_size"
 UNPRUNED = "unpruned_intermediate_size"
+MTP = "mtp_expert_intermediate_size"  # width of pruned experts that predict further tokens
 _EMPTIED = "emptied_experts"  # what experts without channels add
 
 
@@ -34,7 +35,11 @@ def emptied_model(config: ModelConfig, constants: bool) -> ModelConfig:
 
 
 def ragged_config(
-    hf_config: dict[str, Any], family: Family, counts: list[list[int]], constants: bool
+    hf_config: dict[str, Any],
+    family: Family,
+    counts: list[list[int]],
+    constants: bool,
+    mtp_width: int | None,
 ) -> dict[str, Any]:
     """config.json of a ragged folder.
 
@@ -43,30 +48,34 @@ def ragged_config(
       family: of the source.
       counts: channels per layer and expert, [] for dense layers.
       constants: whether experts without channels add constants.
+      mtp_width: that of the experts that predict further tokens, if they were pruned.
 
     Returns:
       A new dict.
     """
-    config = _with_code(hf_config, family) | {PER_EXPERT: counts}
+    config = _with_code(hf_config, family, mtp_width) | {PER_EXPERT: counts}
     return config | ({_EMPTIED: "constant"} if constants else {})
 
 
-def layered_config(hf_config: dict[str, Any], family: Family, widths: list[int]) -> dict[str, Any]:
+def layered_config(
+    hf_config: dict[str, Any], family: Family, widths: list[int], mtp_width: int | None
+) -> dict[str, Any]:
     """config.json of a layered folder.
 
     Args:
       hf_config: the source's config.json, of the stock family; not changed.
       family: of the source.
       widths: channels of every expert of a layer, 0 for dense layers.
+      mtp_width: that of the experts that predict further tokens, if they were pruned.
 
     Returns:
       A new dict.
     """
     unpruned = hf_config[family.width_key]
-    return _with_code(hf_config, family) | {UNPRUNED: unpruned, PER_LAYER: widths}
+    return _with_code(hf_config, family, mtp_width) | {UNPRUNED: unpruned, PER_LAYER: widths}
 
 
-def _with_code(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
+def _with_code(hf_config: dict[str, Any], family: Family, mtp_width: int | None) -> dict[str, Any]:
     """The model type is one of our own: under the stock one, transformers would ignore the
     modelling file and vLLM would copy narrow experts into uninitialised memory."""
     stem, module = f"Ragged{family.stem}", MODELLING_FILE.stem
@@ -79,6 +88,7 @@ def _with_code(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
             "AutoModel": f"{module}.{stem}Model",
             "AutoModelForCausalLM": f"{module}.{stem}ForCausalLM",
         },
+        **({} if mtp_width is None else {MTP: mtp_width}),
     }
 
 
@@ -94,7 +104,7 @@ def stock_config(hf_config: dict[str, Any], family: Family) -> dict[str, Any]:
     """
     if not hf_config["model_type"].startswith(RAGGED):
         return dict(hf_config)
-    ours = ("auto_map", PER_EXPERT, UNPRUNED, _EMPTIED)
+    ours = ("auto_map", PER_EXPERT, UNPRUNED, MTP, _EMPTIED)
     config = {key: value for key, value in hf_config.items() if key not in ours}
     if UNPRUNED in hf_config:
         del config[PER_LAYER]
