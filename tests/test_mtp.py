@@ -119,7 +119,7 @@ def load_in_transformers(folder, form: ExportFormat):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        trust_remote_code=form.is_ragged,
+        trust_remote_code=not form.is_padded,
         output_loading_info=True,
         attn_implementation="eager",
     )
@@ -142,7 +142,7 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
 ):
     base, plan, extra = checkpoint
     form = ExportFormat(name, 32, mtp=mtp)
-    if mtp == "keep" and not form.is_ragged:
+    if mtp == "keep" and form.is_padded:
         plan = whole(plan)
     widths, source = kept_widths(plan, base), PrunedSource(base, plan)
     folder = export_checkpoint(source, base, widths, tmp_path / "with", form)
@@ -151,9 +151,9 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
     if mtp == "keep":
         wanted, width = extra, 96
     else:
-        width = MEAN if form.is_ragged else WIDEST
+        width = WIDEST if form.is_padded else MEAN
         # 1 x 96 channels of DeepSeek's shared expert become 2 x 64 where 64 is the one width.
-        counted = base.family.shared_count_key and not form.is_ragged
+        counted = base.family.shared_count_key and form.is_padded
         shared = 128 if counted else base.config.moe.d_shared
         wanted = pruned_by_hand(extra, width, shared, centred=base.config.centred_norms)
     for key, value in wanted.items():
@@ -164,7 +164,8 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
 
     config = json.loads((folder / "config.json").read_text())
     assert config.get(KEEP_KEY, 1) == 1
-    own = config.get("mtp_expert_intermediate_size", config["moe_intermediate_size"])
+    own = config.get("unpruned_intermediate_size", config["moe_intermediate_size"])
+    own = config.get("mtp_expert_intermediate_size", own)
     assert (
         own == width == stored[next(k for k in wanted if k.endswith("0.up_proj.weight"))].shape[0]
     )
