@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,7 @@ def _layer_parts(
         layer = quantize_layer(layer, form.group_size)
         codes = dict(layer_codes(family.rules, layer, index))
     here = {n: v for n, v in layer_to_hf(family.rules, layer, index) if n not in codes}
+    _require_all(here.keys() | codes.keys(), tensors.keys(), form)
     for name, stored in tensors.items():
         if not stored.packed:
             yield name, _padded(here.get(name), stored)
@@ -272,6 +273,17 @@ def _layer_parts(
             yield from ((stem + key, part) for key, part in mxfp4.pack(weight).items())
         else:
             yield from _as_coded(name, codes.get(name), stored.shape, form.group_size)
+
+
+def _require_all(found: Set[str], wanted: Set[str], form: ExportFormat) -> None:
+    # Only what fills an expert up may be made here, not given.
+    missing = {name for name in wanted - found if form.is_ragged or not _of_expert(name)}
+    if missing or found - wanted:
+        raise ValueError(
+            f"the model is another than the one that {form.name} is to hold: it lacks "
+            f"{sorted(missing)[:3]} and has {sorted(found - wanted)[:3]} beside; export it with "
+            "the widths and the constants that it has"
+        )
 
 
 def _padded(value: np.ndarray | None, stored: _Stored) -> np.ndarray:

@@ -71,7 +71,7 @@ def apply_plan(
     found.save(recipe.output)
     checks = []
     for name in recipe.export:
-        form, target = form_of(recipe, name), Path(recipe.output) / "exports" / name
+        form, target = form_of(recipe, name, found), Path(recipe.output) / "exports" / name
         if name in missing:
             stages.export(base, found, form, target, steps)
         with steps.bar(f"verify {name}"):
@@ -126,7 +126,7 @@ def _prepare(
     )
     missing = [n for n in recipe.export if not (resumed and (output / "exports" / n).exists())]
     for name in missing:
-        check_widths(base, kept_widths(plan, base), form_of(recipe, name))
+        check_widths(base, kept_widths(plan, base), form_of(recipe, name, plan))
     sizes = export_sizes(base, plan, dataclasses.replace(recipe, export=missing))
     replaced = 0 if resumed else preflight.replaced_bytes(output)
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)

@@ -154,7 +154,7 @@ def export(options: Options) -> list[str]:
     if stages.codes_folder(recipe) is not None:
         codes = gptq_stage.quantize(stages.open_job(recipe), result, steps)
     for name in recipe.export:
-        form, target = form_of(recipe, name), exports / name
+        form, target = form_of(recipe, name, result), exports / name
         stages.export(base, result, form, target, steps, codes=codes, overwrite=overwrite)
     return [str(exports / name) for name in recipe.export]
 
@@ -191,7 +191,8 @@ def verify(options: Options) -> list[dict]:
     checks = []
     for target in folders:
         # `export` may have been told otherwise than the recipe.
-        form = dataclasses.replace(form_of(recipe, target.name), mtp=written_mtp(target, base))
+        form = form_of(recipe, target.name, result)
+        form = dataclasses.replace(form, mtp=written_mtp(target, base))
         codes = stages.codes_folder(recipe)
         checks += stages.verify(base, result, form, target, random_probe(base), codes)
     require_verified(checks)

@@ -94,8 +94,7 @@ def estimate(
             for name in base.family.formats
             if recipe.bits == 4 or not is_packed(name)
         }
-        if recipe.mtp == "keep":
-            jobs = {name: one for name, one in jobs.items() if _holds_kept_mtp(base, one, name)}
+        jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
     assert whole.window is not None
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
     parts = written_bytes(base, whole, windows)
@@ -114,10 +113,15 @@ def estimate(
     }
 
 
-def _holds_kept_mtp(base: Description, recipe: CompressionRecipe, name: str) -> bool:
+def _holds(base: Description, recipe: CompressionRecipe, name: str) -> bool:
+    """Whether a format has a place for constants, and for layers that are kept as they are."""
+    form, moe = form_of(recipe, name), base.config.moe
+    if form.constants and not (form.is_ragged or moe.expert_bias):
+        return False
+    if form.mtp != "keep" or not form.is_padded:
+        return True
     widths = kept_widths(rehearsed_plan(recipe, base), base)
-    form = form_of(recipe, name)
-    return not form.is_padded or form.padded_width(widths) == base.config.moe.d_expert
+    return form.padded_width(widths) == moe.d_expert
 
 
 def _export(

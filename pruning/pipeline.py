@@ -60,7 +60,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     codes = gptq_stage.quantize(job, plan, steps)
     checks = []
     for name in job.recipe.export:
-        form, target = form_of(job.recipe, name), job.output / "exports" / name
+        form, target = form_of(job.recipe, name, plan), job.output / "exports" / name
         if not target.exists():
             stages.export(job.base, plan, form, target, steps, codes=codes)
         with steps.bar(f"verify {name}"):
@@ -108,7 +108,8 @@ def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None
     """Say on the model card of every export what was measured."""
     for name in job.recipe.export:
         write_card(
-            job.output / "exports" / name, job.base, plan, form_of(job.recipe, name),
+            job.output / "exports" / name, job.base, plan,
+            form_of(job.recipe, name, plan),
             quantizer=job.recipe.quantizer, quality=report.quality, evaluation=report.evaluation,
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.description import Description
-from convert.export import check_widths
+from convert.export import ExportFormat, check_widths
 from convert.mtp import check_mtp_width
 from convert.writer import LEFTOVER, SPARE_BYTES, remove_leftovers
 from pruning import planning, scoring
@@ -63,6 +63,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
         for name in job.recipe.export:
             form = form_of(job.recipe, name)
             check_widths(job.base, job.base.widths, form)
+            _require_known_width(job.recipe, form)
             check_mtp_width(job.base, kept_widths(plan, job.base), form)
         _say_padding(job, steps)
         say_mtp(job.base, job.recipe, steps)
@@ -71,6 +72,17 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
         with steps.bar("check weights") as on_step:
             job.base.check_finite(on_step, mtp=job.recipe.mtp != "drop")
     make_output(job.recipe, resumed=resumed)
+
+
+def _require_known_width(recipe: CompressionRecipe, form: ExportFormat) -> None:
+    # Whole experts that stay are unpruned; of other widths that differ only the plan knows.
+    unknown = form.is_padded and pads(recipe, form) and recipe.width != "experts"
+    if form.mtp == "keep" and unknown:
+        raise ValueError(
+            f"mtp='keep' asks {form.name} to stay as wide as the model, which with --width "
+            f"{recipe.width} only the plan can tell; choose mtp='prune' or 'drop', or a ragged "
+            "format"
+        )
 
 
 def is_interrupted(job: Job) -> bool:
@@ -231,7 +243,7 @@ def check_exports(
     if there and not overwrite:
         raise ValueError(f"{', '.join(there)} already exist; add --overwrite to replace them")
     for name in recipe.export:
-        check_widths(base, kept_widths(plan, base), form_of(recipe, name))
+        check_widths(base, kept_widths(plan, base), form_of(recipe, name, plan))
     remove_leftovers(folder)
     sizes = export_sizes(base, plan, recipe)
     require_space(folder, {name: size["bytes"] for name, size in sizes.items()})

@@ -28,9 +28,9 @@ def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Description)
     return tuple(tuple(rows.get(index, ())) for index in range(len(base)))
 
 
-def form_of(recipe: CompressionRecipe, name: str) -> ExportFormat:
-    """The export format of this name under a resolved recipe."""
-    constants = recipe.emptied == "mean"
+def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = None) -> ExportFormat:
+    """The export format of this name under a resolved recipe and, once there is one, its plan."""
+    constants = recipe.emptied == "mean" if plan is None else plan.constants is not None
     return ExportFormat(name, recipe.group_size or 32, constants, recipe.mtp)
 
 
@@ -41,7 +41,7 @@ def export_sizes(
     widths = kept_widths(plan, base)
     found = {}
     for name in recipe.export:
-        form = form_of(recipe, name)
+        form = form_of(recipe, name, plan)
         twin = dataclasses.replace(form, name=f"padded-{name.partition('-')[2]}")
         found[name] = {
             "bytes": export_bytes(base, widths, form),

@@ -1,5 +1,6 @@
 """Plans for several budgets whose kept channels contain each other."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,6 @@ def nested_plans(
             plan = plan_pruning(statistics, prune_rate=rate, within=larger.counts, **options)
         outer = None if larger is None else larger.provenance["prune_rate"]
         record = {"nested_in": outer, "nested_alike": plan is alone}
-        larger = PruningPlan(plan.keep, plan.layer_indices, {**plan.provenance, **record, **notes})
+        larger = dataclasses.replace(plan, provenance={**plan.provenance, **record, **notes})
         made[rate] = larger
     return [made[rate] for rate in rates]

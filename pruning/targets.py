@@ -1,5 +1,6 @@
 """From a size on disk, or a number of parameters, to a budget of channels."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -77,4 +78,4 @@ def plan_for_target(
 
 def _with_target(plan: PruningPlan, cost: float, target: float, unit: str) -> PruningPlan:
     notes = {"target": target, "target_unit": unit, "cost": cost}
-    return PruningPlan(plan.keep, plan.layer_indices, {**plan.provenance, **notes})
+    return dataclasses.replace(plan, provenance={**plan.provenance, **notes})

@@ -18,7 +18,7 @@ from convert.export import ExportFormat, export_specs
 from convert.formats.ragged import MTP
 from convert.mtp import mtp_arrays, mtp_layers, mtp_prefixes
 from convert.reader import SafetensorsFolder, read_json
-from convert.rules import Widths
+from convert.rules import RAGGED, Widths
 from moe_jax.quant import MIN_SCALE
 from moe_jax.stream import LayerSource
 from pruning.errors import VerificationError
@@ -132,7 +132,7 @@ def written_mtp(folder: Path, base: Checkpoint) -> str:
     if not (base.mtp and mtp_layers(family, hf)):
         return "drop"
     own = base.config.moe.d_expert
-    stored = own if "auto_map" in hf else hf[family.width_key]
+    stored = own if hf["model_type"].startswith(RAGGED) else hf[family.width_key]
     return "keep" if hf.get(MTP, stored) == own else "prune"
 
 

@@ -176,6 +176,7 @@ def test_an_exported_config_states_both_spellings_and_keeps_foreign_keys():
         "model_type": "qwen3_moe", "num_experts": 8, "rope_theta": 1e6, "torch_dtype": "bfloat16",
         "rope_scaling": {"type": "linear", "factor": 2.0}, "house_key": [1],
         "quantization_config": {"quant_method": "fp8"},
+        "auto_map": {"AutoConfig": "configuration_own.OwnConfig"},  # whose file stays behind
     }  # fmt: skip
     before = json.dumps(old)
     new = portable_config(old)
@@ -186,5 +187,5 @@ def test_an_exported_config_states_both_spellings_and_keeps_foreign_keys():
     assert new["rope_scaling"]["rope_type"] == new["rope_parameters"]["rope_type"] == "linear"
     assert new["rope_scaling"]["factor"] == 2.0
     assert new["house_key"] == [1]
-    assert "quantization_config" not in new
+    assert "quantization_config" not in new and "auto_map" not in new
     assert portable_config(new) == new

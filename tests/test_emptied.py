@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -197,6 +198,42 @@ def test_a_stored_plan_takes_its_constants_along(compressed, models, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_plans_of_rates_and_targets_keep_the_constants_and_what_is_exported_is_the_plan(
+    compressed, tmp_path
+):
+    """Planned anew from the statistics of a run whose recipe knew no constants."""
+    out = tmp_path / "out"
+    shutil.copytree(compressed, out, ignore=shutil.ignore_patterns("exports", "plan.*", "report.*"))
+    recipe = (out / "recipe.yaml").read_text()
+    assert "emptied: mean" in recipe
+    (out / "recipe.yaml").write_text(recipe.replace("emptied: mean", "emptied: zero"))
+    whole = ("plan", out, "--width", "experts", "--emptied", "mean")
+    assert run(*whole, "--prune-rate", 0.25, 0.5) == 0
+    for folder in (out / "plans" / "0.25", out / "plans" / "0.5"):
+        plan = PruningPlan.load(folder)
+        assert sum(map(len, plan.constants)) == (plan.counts == 0).sum() > 0
+    assert run(*whole, "--target-parameters", 120_000) == 0
+    plan = PruningPlan.load(out)
+    assert plan.constants is not None and (plan.counts == 0).any()
+    assert run("export", out, "--export", "padded-bf16") == 2
+    assert run("export", out, "--export", "ragged-bf16") == 0
+    assert run("verify", out) == 0
+    stored = load_file(out / "exports" / "ragged-bf16" / "model.safetensors")
+    assert sum(name.endswith(".constant") for name in stored) == (plan.counts == 0).sum()
+
+
+def test_a_model_that_is_not_what_the_folder_is_to_hold_is_refused(model, tmp_path):
+    base, plan, _ = model
+    bare = PruningPlan(plan.keep, plan.layer_indices)
+    for source, constants in ((bare, True), (plan, False)):
+        form = ExportFormat("ragged-bf16", constants=constants)
+        with pytest.raises(ValueError, match="another than the one that ragged-bf16 is to hold"):
+            export_checkpoint(
+                PrunedSource(base, source), base, widths_of(base, plan), tmp_path / "x", form
+            )
+        assert not (tmp_path / "x").exists()
+
+
 def test_sizes_are_told_before(compressed, models, texts, tmp_path):
     path = tmp_path / "e.json"
     arguments = ("--width", "experts", "--prune-rate", 0.5, "--emptied", "mean")
@@ -206,6 +243,9 @@ def test_sizes_are_told_before(compressed, models, texts, tmp_path):
     folder = compressed / "exports" / "ragged-bf16"
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
     assert found["exports"]["ragged-bf16"]["bytes"] == pytest.approx(written, rel=0.01)
+    assert run("estimate", models / "single", *arguments, "--expert-details", "--json", path) == 0
+    (found,) = json.loads(path.read_text())
+    assert found["exports"].keys() == {"ragged-bf16", "ragged-int4"}
 
 
 def test_what_has_no_place_for_constants_or_lacks_them_is_refused(models, texts, tmp_path, capsys):
