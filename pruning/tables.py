@@ -176,7 +176,12 @@ def as_rich(table: TextTable) -> Table:
     )  # fmt: skip
     for column, name in enumerate(table.header):
         numbers = table.is_number(column)
-        shown.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        # Names of formats and variants stay whole; longer ones, such as files', may fold.
+        least = min(13, max(len(row[column]) for row in table.rows)) if table.rows else None
+        shown.add_column(
+            name, justify="right" if numbers else "left", overflow="fold",
+            min_width=None if numbers else least,
+        )  # fmt: skip
     for row in table.rows:
         shown.add_row(*map(escape, row))
     return shown
