@@ -10,6 +10,7 @@ import numpy as np
 from convert.description import Description
 from convert.export import ExportFormat, export_bytes, export_specs
 from convert.families import find_family
+from convert.formats.ragged import emptied_model
 from convert.mtp import mtp_specs
 from convert.rules import Widths, expected_tensors
 from pruning.plan import PruningPlan
@@ -63,13 +64,18 @@ def parameter_count(base: Description) -> int:
 
 def parameters_left(base: Description, plan: PruningPlan, form: ExportFormat) -> int:
     """Weights of an export once a plan has cut channels out, padding not counted."""
-    widths, constants = kept_widths(plan, base), sum(v.size for v in plan.constants or ())
-    return weight_count(base, widths) + constants + mtp_parameters(base, widths, form)
+    widths = kept_widths(plan, base)
+    constants = plan.constants is not None
+    return weight_count(base, widths, constants) + mtp_parameters(base, widths, form)
 
 
-def weight_count(base: Description, widths: Widths) -> int:
-    """Weights of a model at these expert widths, from shapes alone."""
-    return sum(map(math.prod, expected_tensors(base.family, base.config, widths).values()))
+def weight_count(base: Description, widths: Widths, constants: bool = False) -> int:
+    """Weights of a model at these expert widths, from shapes alone.
+
+    With `constants` experts without channels have what they add instead.
+    """
+    config = emptied_model(base.config, constants)
+    return sum(map(math.prod, expected_tensors(base.family, config, widths).values()))
 
 
 def mtp_parameters(

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.numpy import load_file
 
 from convert import load_model, open_checkpoint
-from convert.export import BFLOAT16, ExportFormat, export_bytes, export_checkpoint
+from convert.export import ExportFormat, export_bytes, export_checkpoint
+from convert.layout import BFLOAT16
 from moe_jax.stream import forward_hidden
 from pruning.apply_stage import apply_plan
 from pruning.evaluate import logits
@@ -20,6 +20,7 @@ from pruning.masked import masked_hidden
 from pruning.plan import PruningPlan, plan_pruning
 from pruning.prune import PrunedSource
 from pruning.quantized import QuantizedSource
+from pruning.sizes import kept_widths, parameters_left
 from pruning.statistics import ChannelStatistics, field_shapes, load_statistics
 from tests import tiny
 from tests.command import given, refused, run
@@ -61,11 +62,6 @@ def changed_torch(model, plan) -> np.ndarray:
     return tiny.torch_logits(model, TOKENS, np.ones(TOKENS.shape, bool))
 
 
-def widths_of(base, plan):
-    counts = dict(zip(plan.layer_indices, plan.counts.tolist(), strict=True))
-    return tuple(tuple(counts.get(index, ())) for index in range(len(base)))
-
-
 def test_a_pruned_model_adds_the_constants(model):
     base, plan, wanted = model
     ours = logits(PrunedSource(base, plan), TOKENS)
@@ -85,7 +81,7 @@ def test_a_pruned_model_adds_the_constants(model):
 @pytest.mark.parametrize("name", ["ragged-bf16", "ragged-int4"])
 def test_a_ragged_folder_keeps_the_constants(model, tmp_path, name):
     base, plan, wanted = model
-    form, widths = ExportFormat(name, 32, constants=True), widths_of(base, plan)
+    form, widths = ExportFormat(name, 32, constants=True), kept_widths(plan, base)
     source = PrunedSource(base, plan)
     if form.is_packed:
         source = QuantizedSource(source, 32)
@@ -94,6 +90,8 @@ def test_a_ragged_folder_keeps_the_constants(model, tmp_path, name):
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
     assert written == export_bytes(base, widths, form)
     stored = load_file(folder / "model.safetensors")
+    if not form.is_packed:
+        assert parameters_left(base, plan, form) == sum(v.size for v in stored.values())
     names = {key: value for key, value in stored.items() if key.endswith(".constant")}
     assert len(names) == 3
     for slot, index in enumerate(plan.layer_indices):
@@ -103,9 +101,7 @@ def test_a_ragged_folder_keeps_the_constants(model, tmp_path, name):
             np.testing.assert_array_equal(names[name].astype(np.float32), vector)
     ours = logits(open_checkpoint(folder, dtype=jnp.float32), TOKENS)
     np.testing.assert_allclose(ours, wanted, atol=1e-4, rtol=1e-4)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-    )
+    theirs, info = tiny.load_export(folder, trust=True)
     assert not any(info.values())
     np.testing.assert_allclose(
         tiny.torch_logits(theirs, TOKENS, np.ones(TOKENS.shape, bool)), ours, atol=1e-5, rtol=1e-5
@@ -120,7 +116,7 @@ def test_gpt_oss_has_a_place_for_constants_in_its_biases(tmp_path, name):
     constants = tuple(rng.normal(size=(int(row.sum()), 64)).astype(np.float32) for row in gone)
     plan = dataclasses.replace(plan, constants=constants)
     form, source = ExportFormat(name, constants=True), PrunedSource(base, plan)
-    folder = export_checkpoint(source, base, widths_of(base, plan), tmp_path / "out", form)
+    folder = export_checkpoint(source, base, kept_widths(plan, base), tmp_path / "out", form)
     stored = load_file(folder / "model.safetensors")
     for slot, index in enumerate(plan.layer_indices):
         stem = f"model.layers.{index}.mlp.experts."
@@ -129,10 +125,11 @@ def test_gpt_oss_has_a_place_for_constants_in_its_biases(tmp_path, name):
         else:
             found = stored[stem + "down_proj_bias"][gone[slot]]
         np.testing.assert_array_equal(found, constants[slot].astype(BFLOAT16))
+    bare = dataclasses.replace(plan, constants=None)
+    assert parameters_left(base, plan, form) == parameters_left(base, bare, form)
     ours = logits(source, TOKENS)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=form.is_ragged
-    )
+    theirs, info = tiny.load_export(folder, trust=not form.is_padded)
+    assert not any(info.values()), info
     found = tiny.torch_logits(theirs, TOKENS, np.ones(TOKENS.shape, bool))
     np.testing.assert_allclose(found, ours, atol=1e-5, rtol=1e-5)
 
@@ -229,7 +226,7 @@ def test_a_model_that_is_not_what_the_folder_is_to_hold_is_refused(model, tmp_pa
         form = ExportFormat("ragged-bf16", constants=constants)
         with pytest.raises(ValueError, match="another than the one that ragged-bf16 is to hold"):
             export_checkpoint(
-                PrunedSource(base, source), base, widths_of(base, plan), tmp_path / "x", form
+                PrunedSource(base, source), base, kept_widths(plan, base), tmp_path / "x", form
             )
         assert not (tmp_path / "x").exists()
 
@@ -270,7 +267,7 @@ def test_a_ragged_folder_says_what_emptied_experts_add(model, tmp_path):
     base, plan, _ = model
     form = ExportFormat("ragged-bf16", constants=True)
     folder = export_checkpoint(
-        PrunedSource(base, plan), base, widths_of(base, plan), tmp_path / "x", form
+        PrunedSource(base, plan), base, kept_widths(plan, base), tmp_path / "x", form
     )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"emptied_experts": "mode"}))

@@ -128,6 +128,15 @@ def tokens_and_mask(batch: int = 2, length: int = 12) -> tuple[np.ndarray, np.nd
     return tokens.astype(np.int32), valid
 
 
+def load_export(folder: Path, *, trust: bool, **arguments):
+    """(a float32 model by transformers, what loading says of its tensors)."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=trust, output_loading_info=True,
+        attn_implementation="eager", **arguments,
+    )  # fmt: skip
+    return model.eval(), info
+
+
 def torch_logits(model, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] by transformers."""
     with torch.no_grad():
