@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from convert.checkpoint import Checkpoint, outer_tensors
@@ -17,7 +16,7 @@ from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.interleaved import fuse_experts, fuse_specs
 from convert.layer_tensors import Codes, layer_codes, layer_to_hf
-from convert.layout import Spec, weight_bytes
+from convert.layout import BFLOAT16, FLOAT32, Spec, weight_bytes
 from convert.mtp import check_mtp_width, mtp_arrays, mtp_prefixes, mtp_specs, mtp_width
 from convert.rules import EMBEDDING, Family, Widths, expected_tensors
 from convert.writer import portable_config, write_folder
@@ -28,8 +27,6 @@ from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)

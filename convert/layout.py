@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping
 
+import ml_dtypes
 import numpy as np
 
 from convert.reader import DTYPES, SINGLE
 
 Spec = tuple[np.dtype, tuple[int, ...]]
+BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 SHARD_BYTES = 5e9
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
 from convert.export_format import ExportFormat
 from convert.formats.padded import padded_model
-from convert.layout import Spec
+from convert.layout import BFLOAT16, FLOAT32, Spec
 from convert.rules import Family, Rule, Widths, axis_sizes, layer_rules
 from moe_jax.config import ModelConfig
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from convert.description import Description
 
 MULTIPLE = 32  # of which the widths of pruned experts in ragged folders are multiples
-BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 NOISE = 2048  # rows, of which each expert meets an eighth
 _LAYER = re.compile(r"(.+\.)?layers\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")

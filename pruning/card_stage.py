@@ -12,10 +12,11 @@ from convert.checkpoint import Checkpoint
 from convert.export import ExportFormat, export_bytes, export_config, export_specs
 from convert.mtp import mtp_width
 from moe_jax.config import LatentAttentionConfig
+from pruning.card_facts import CardFacts, Quality
 from pruning.clients import client_table
 from pruning.demo import DEMO
 from pruning.files import replace_text
-from pruning.model_card import CardFacts, Quality, model_card
+from pruning.model_card import model_card
 from pruning.plan import PruningPlan
 from pruning.plan_record import tool_version
 from pruning.sizes import (

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -180,13 +179,7 @@ def test_an_export_is_a_qwen2_moe_that_computes_the_pruned_model(base, plan, tmp
     np.testing.assert_allclose(
         logits(open_checkpoint(folder, dtype=jnp.float32), TOKENS), wanted, atol=1e-5, rtol=1e-5
     )
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        trust_remote_code=not form.is_padded,
-        output_loading_info=True,
-        attn_implementation="eager",
-    )
+    model, info = tiny.load_export(folder, trust=not form.is_padded)
     assert not any(info.values()), info
     expected = "Qwen2MoeForCausalLM" if form.is_padded else "RaggedQwen2MoeForCausalLM"
     assert type(model).__name__ == expected

@@ -18,6 +18,7 @@ from pruning.evaluate import logits
 from pruning.plan import PruningPlan
 from pruning.prune import PrunedSource
 from pruning.quantized import QuantizedSource
+from pruning.sizes import kept_widths
 from tests import tiny
 from tests.variants import EXPORTED, VARIANTS
 
@@ -235,7 +236,7 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
     base, plan, reference = pruned
     form = ExportFormat(name, 32)
     counts = dict(zip(plan.layer_indices, plan.counts.tolist(), strict=True))
-    widths = tuple(tuple(counts.get(index, ())) for index in range(len(base)))
+    widths = kept_widths(plan, base)
     folder = export_checkpoint(PrunedSource(base, plan), base, widths, tmp_path / name, form)
 
     stored = load_file(folder / "model.safetensors")
@@ -268,18 +269,12 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
     np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)
 
     exact = {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        trust_remote_code=not form.is_padded,
-        output_loading_info=True,
-        attn_implementation="eager",
-        **(exact if form.is_float4 else {}),
-    )
+    as_stored = exact if form.is_float4 else {}
+    model, info = tiny.load_export(folder, trust=not form.is_padded, **as_stored)
     assert not any(info.values()), info
     if name == "padded-int4":
         fill_in_exact_experts(model, base, plain)
-    theirs = tiny.torch_logits(model.eval(), TOKENS, np.ones(TOKENS.shape, bool))
+    theirs = tiny.torch_logits(model, TOKENS, np.ones(TOKENS.shape, bool))
     np.testing.assert_allclose(theirs, wanted, atol=1e-5, rtol=1e-5)
     if name in ("ragged-int4", "layered-int4"):  # vLLM builds on the bare model
         bare = transformers.AutoModel.from_pretrained(

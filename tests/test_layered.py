@@ -13,6 +13,7 @@ from convert import open_checkpoint
 from convert.export import ExportFormat, export_checkpoint
 from pruning.plan import PruningPlan
 from pruning.prune import PrunedSource
+from pruning.sizes import kept_widths
 from tests import tiny
 from tests.command import given, run
 from tests.test_families import TOKENS, masked_logits
@@ -52,23 +53,15 @@ def exported(request, tmp_path_factory):
     return base, plan, written(PrunedSource(base, plan), base, plan, folder / "layered")
 
 
-def widths_of(base, plan) -> tuple:
-    counts = dict(zip(plan.layer_indices, plan.counts.tolist(), strict=True))
-    return tuple(tuple(counts.get(index, ())) for index in range(len(base)))
-
-
 def written(source, base, plan, folder, name="layered-bf16"):
     form = ExportFormat(name, 32)
-    return export_checkpoint(source, base, widths_of(base, plan), folder, form)
+    return export_checkpoint(source, base, kept_widths(plan, base), folder, form)
 
 
 def loaded(folder):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=True, attn_implementation="eager",
-        output_loading_info=True,
-    )  # fmt: skip
+    model, info = tiny.load_export(folder, trust=True)
     assert not any(info.values()), info
-    return model.eval()
+    return model
 
 
 def computed(model) -> np.ndarray:

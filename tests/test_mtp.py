@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
@@ -116,14 +115,8 @@ def pruned_by_hand(extra: dict, width: int, shared: int, *, centred: bool) -> di
 
 
 def load_in_transformers(folder, form: ExportFormat):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        trust_remote_code=not form.is_padded,
-        output_loading_info=True,
-        attn_implementation="eager",
-    )
-    return tiny.torch_logits(model.eval(), TOKENS, np.ones(TOKENS.shape, bool)), info
+    model, info = tiny.load_export(folder, trust=not form.is_padded)
+    return tiny.torch_logits(model, TOKENS, np.ones(TOKENS.shape, bool)), info
 
 
 each_family = pytest.mark.parametrize(
