@@ -30,9 +30,10 @@ def plain(axes: Axes, percent: str = "") -> None:
 
 
 def layer_colours(layers: int) -> tuple[np.ndarray, list[int]]:
-    """A colour for every layer, and the layers that a legend names: first, middle, last."""
+    """A colour for every layer, and those in a legend: all if few, else first, middle, last."""
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))
-    return colours, sorted({0, layers // 2, layers - 1})
+    few = layers <= 6
+    return colours, list(range(layers)) if few else [0, layers // 2, layers - 1]
 
 
 def concentration(channel: np.ndarray, points: int = 33) -> tuple[np.ndarray, np.ndarray]:
