@@ -64,6 +64,7 @@ def accumulate(left: Array, right: Array, weight: Array, dispatch: Dispatch, poo
 
 
 def _call(kernel, out, grid, tile: int, *args, into: int | None = None) -> Array:
+    assert tile >= 16, "the matrix units take no fewer rows: fewer would be added twice"
     return pl.pallas_call(
         kernel,
         out_shape=out,

@@ -62,7 +62,7 @@ def problem(request):
         "weight": jnp.asarray(weight),
         "chosen": chosen,
         "valid": valid,
-        "dispatch": make_dispatch(owner, E, 8, K),
+        "dispatch": make_dispatch(owner, E, 16, K),
     }
 
 
