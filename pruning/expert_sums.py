@@ -11,13 +11,12 @@ from flax import struct
 from jax import Array
 
 from moe_jax.activation import gated
+from moe_jax.dispatch import Dispatch, gather_rows
 from moe_jax.expert_weights import COLUMNS, ROWS, project, real_rows, tile_tokens
 from moe_jax.grouped_matmul import (
-    Dispatch,
     channel_block,
     dot,
     expand,
-    gather_rows,
     on_cpu,
     walk_tiles,
     weight_bits,
@@ -46,6 +45,7 @@ def observe_experts(
     experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch
 ) -> tuple[Array, Observed]:
     """Run dense experts and keep what the statistics need; a `RunExperts`."""
+    assert experts.block == experts.width, "statistics are taken of experts of one width"
     run = _observe_tiles if on_cpu() else observe_by_rows
     return run(experts, x, row_weight, dispatch)
 
@@ -75,7 +75,6 @@ def output_sums(
 
 def _observe_tiles(experts, x, row_weight, dispatch):
     pool, tile = experts.pool, dispatch.tile
-    assert pool.block == pool.width, "statistics are taken of experts of one width"
     bits = jax.tree.map(weight_bits, experts.weights)
 
     def step(carry, row, expert, start):
