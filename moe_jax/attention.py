@@ -11,6 +11,7 @@ from jax import Array
 from moe_jax.config import AttentionConfig, LatentAttentionConfig
 from moe_jax.module import module
 from moe_jax.norm import NormWeight, rms_norm
+from moe_jax.precision import exact
 from moe_jax.quant import Weight, dequantize
 from moe_jax.rope import rope_frequencies
 from moe_jax.softmax_attention import attend
@@ -105,7 +106,7 @@ def apply_rope(
 def linear(x: Array, weight: Weight, bias: Array | None = None) -> Array:
     """`x [..., in] @ weight.T + bias` for a weight stored [out, in], in the dtype of `x`."""
     wide = dequantize(weight).astype(x.dtype)
-    out = jnp.einsum("...i,oi->...o", x, wide, precision=jax.lax.Precision.HIGHEST)
+    out = jnp.einsum("...i,oi->...o", x, wide, precision=exact(x))
     if bias is None:
         return out
     return out + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))

@@ -1,17 +1,23 @@
 """The gated delta rule: a matrix that tokens read, forget and correct, computed chunk by chunk."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moe_jax.precision import exact
+
 CHUNK = 64  # tokens: products of [CHUNK, CHUNK] against that many reads of the state
 
-_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+def _einsum(form: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(form, left, right, precision=exact(left))
+
+
+def _matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=exact(left))
 
 
 def gated_delta_rule(

@@ -112,23 +112,31 @@ def _sum(steps, product, rows: int, columns: int) -> Array:
 
 
 def _dot(left: Array, right: Array) -> Array:
-    """Product in float32 of a factor and one of its dtype or bfloat16, neither of them rounded.
+    """Product in float32 of factors that are not rounded.
 
-    True float32 is slow on a GPU, and its fast units keep 10 bits of it. But the leading, middle
-    and last 8 bits of a float32 number are three bfloat16 ones, whose products are exact.
+    True float32 is slow on a GPU, and its fast units keep 10 bits of it. But a float32 number is a
+    sum of three bfloat16 ones, and of their nine products three are below its last bit.
     """
-    dot = partial(
-        jax.lax.dot, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
-    if left.dtype == right.dtype:
-        return dot(left, right)
-    total = jnp.zeros((left.shape[0], right.shape[1]), jnp.float32)
+    products = [
+        jax.lax.dot(one, two, preferred_element_type=jnp.float32)
+        for i, one in enumerate(_parts(left))
+        for j, two in enumerate(_parts(right))
+        if i + j < 3
+    ]
+    return sum(products[1:], products[0])
+
+
+def _parts(x: Array) -> list[Array]:
+    """bfloat16 numbers whose sum is `x`: the leading 8 bits of each, the next 8 and the last."""
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    parts = []
     for _ in range(3):
-        bits = jax.lax.bitcast_convert_type(left, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
         leading = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        total += dot(leading.astype(jnp.bfloat16), right)
-        left = left - leading
-    return total
+        parts.append(leading.astype(jnp.bfloat16))
+        x = x - leading
+    return parts
 
 
 def _fitting(weight: Array, dtype) -> Array:

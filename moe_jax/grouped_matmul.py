@@ -105,9 +105,7 @@ def live_channels(pool: Pool, expert, start) -> Array:  # bool [1, block]
     return start + jnp.arange(pool.block)[None] < pool.count[expert]
 
 
-dot = partial(
-    jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-)
+dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def _expand_tiles(x, weight, dispatch, pool):

@@ -1,11 +1,12 @@
 """Causal softmax attention in blocks of queries, so that no [T, S] array of all heads exists."""
 
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from moe_jax.precision import exact
 
 # Scores held at a time, elements: 1 MiB in float32, which a core's own cache holds.
 BLOCK_SCORES = 1 << 18
@@ -13,9 +14,9 @@ BLOCK_SCORES = 1 << 18
 # Four save 3/8 of the products of causal attention, and more would lengthen the compilation.
 CAUSAL_GROUPS = 4
 
-_einsum = partial(
-    jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-)
+
+def _einsum(form: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(form, left, right, precision=exact(left), preferred_element_type=jnp.float32)
 
 
 def attend(

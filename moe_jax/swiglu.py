@@ -35,6 +35,7 @@ from moe_jax.grouped_matmul import (
     walk_tiles,
     weight_bits,
 )
+from moe_jax.precision import exact
 
 # (hidden, d hidden, gate, d gate), each [rows, channels] -> scores per row and channel, summed over
 # the rows of each expert; d is the gradient of the loss.
@@ -77,7 +78,7 @@ def routed_experts(
         return out
     # Outside the loop over channels, since an expert without any still has it.
     routing = routing_matrix(row_weight, dispatch, x.shape[0])
-    added = jnp.dot(routing, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    added = jnp.dot(routing, bias.astype(jnp.float32), precision=exact(routing))
     return out + added.astype(out.dtype)
 
 

@@ -13,6 +13,7 @@ from moe_jax.attention import Context
 from moe_jax.dispatch import Dispatch, gather_rows, sum_by_expert
 from moe_jax.expert_weights import routing_matrix
 from moe_jax.moe import Experts, MoE, MoETrace, RunExperts
+from moe_jax.precision import exact
 from moe_jax.swiglu import routed_experts
 from moe_jax.transformer import DecoderLayer, Head
 from pruning.expert_sums import observe_experts, output_sums
@@ -88,7 +89,7 @@ def _layer_sums(moe: MoE, out: Array, trace: MoETrace) -> dict[str, Array]:
 def _bias_attribution(bias: Array, trace: MoETrace, q: Array, y: Array) -> Array:
     """Sum over tokens of q w <b, y> for the bias b of each expert's output, float32 [E]."""
     routing = routing_matrix(trace.row_weight, trace.dispatch, len(y))  # [N, E]
-    pulled = jnp.dot(y, bias.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    pulled = jnp.dot(y, bias.astype(jnp.float32).T, precision=exact(y))
     return jnp.sum(q[:, None] * routing * pulled, axis=0)
 
 

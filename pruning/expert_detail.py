@@ -10,6 +10,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.dispatch import gather_rows, make_dispatch, sum_by_expert, tile_height
 from moe_jax.moe import Experts, MoE, gated_experts
 from moe_jax.norm import rms_norm
+from moe_jax.precision import exact
 from moe_jax.quant import dequantize
 from moe_jax.swiglu import expert_rows
 from moe_jax.transformer import DecoderLayer
@@ -68,7 +69,7 @@ def _batch_details(layer: DecoderLayer, middle: Array, out: Array, context: Cont
         jnp.zeros((tokens * copies, z.shape[1])).at[d.row_copy].set(z * w[:, None], mode="drop")
     )
     u = weighted.reshape(tokens, copies, -1)
-    pairs = jnp.einsum("nkd,njd->nkj", u, u, precision=jax.lax.Precision.HIGHEST)
+    pairs = jnp.einsum("nkd,njd->nkj", u, u, precision=exact(u))
     count = d.tokens.shape[0]
     gram = jnp.zeros((count, count)).at[trace.expert[:, :, None], trace.expert[:, None]].add(pairs)
     sums = {
@@ -148,4 +149,4 @@ def wanda_sums(layer: DecoderLayer, input_square: np.ndarray) -> tuple[np.ndarra
 def _weighted_mass(weight, norm: Array) -> Array:  # [C, D], [E, D] -> [E, F]
     wide = jnp.abs(dequantize(weight).astype(jnp.float32))
     wide = wide.reshape(norm.shape[0], -1, wide.shape[1])
-    return jnp.einsum("efd,ed->ef", wide, norm, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("efd,ed->ef", wide, norm, precision=exact(wide))

@@ -22,6 +22,7 @@ from moe_jax.grouped_matmul import (
     weight_bits,
 )
 from moe_jax.moe import Experts
+from moe_jax.precision import exact
 from moe_jax.swiglu import combine, expert_rows
 
 
@@ -181,7 +182,7 @@ def _weighted_sums(weights: list[Array], rows: Array, dispatch: Dispatch) -> Arr
         "mtj,mtf->mjf",
         weight,
         rows.reshape(-1, dispatch.tile, rows.shape[1]),
-        precision=jax.lax.Precision.HIGHEST,  # accelerators would round the statistics
+        precision=exact(weight),
     )
     sums = jax.ops.segment_sum(tiles, dispatch.tile_expert, dispatch.tokens.shape[0])
     return jnp.swapaxes(sums, 0, 1)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from moe_jax.precision import exact
 from moe_jax.quant import best_scale, nearest_codes
 
 DAMPING = 0.01  # of the mean diagonal of H, as in the paper
-HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would round the compensation
 
 
 @struct.dataclass
@@ -86,7 +86,7 @@ def gptq(weight: Array, moments: Array, *, group_size: int, damping: float = DAM
     def group(errors: Array, start: Array) -> tuple[Array, tuple[Array, Array]]:
         rows = jax.lax.dynamic_slice_in_dim(target, start, group_size)  # [g, out]
         columns = jax.lax.dynamic_slice_in_dim(move, start, group_size, axis=1)  # [in, g]
-        moved = rows + jnp.einsum("ig,io->go", columns, errors, precision=HIGHEST)
+        moved = rows + jnp.einsum("ig,io->go", columns, errors, precision=exact(errors))
         inside = jax.lax.dynamic_slice_in_dim(columns, start, group_size)  # [g, g]
         scale = best_scale(_unrounded(moved, inside, rows), 0)[0]  # [out]
         codes = _group_codes(moved, inside, rows, scale)
@@ -112,7 +112,7 @@ def _group_codes(moved: Array, inside: Array, rows: Array, scale: Array) -> Arra
 
     def step(j: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         codes, errors = state
-        aim = moved[j] + jnp.einsum("g,go->o", inside[:, j], errors, precision=HIGHEST)
+        aim = moved[j] + jnp.einsum("g,go->o", inside[:, j], errors, precision=exact(errors))
         code = nearest_codes(aim, scale)
         return codes.at[j].set(code), errors.at[j].set(rows[j] - code * scale)
 

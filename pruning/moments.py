@@ -15,6 +15,7 @@ from moe_jax.latent_attention import LatentAttention
 from moe_jax.linear_attention import LinearAttention
 from moe_jax.moe import DenseMLP, MoE, gated_experts
 from moe_jax.norm import rms_norm
+from moe_jax.precision import exact
 from moe_jax.transformer import DecoderLayer
 
 Batch = tuple[np.ndarray, Context]  # [B, T, D] on the host, and where the tokens stand
@@ -23,7 +24,7 @@ Moments = dict[str, Array]
 
 def _gram(x: Array) -> Array:  # [..., I] -> float32 [I, I]
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return jnp.einsum("ri,rj->ij", x, x, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("ri,rj->ij", x, x, precision=exact(x))
 
 
 AnyAttention = Attention | LatentAttention | LinearAttention
