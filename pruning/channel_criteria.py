@@ -49,6 +49,11 @@ def weight_norm(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     return (statistics.down_norm + statistics.up_norm + statistics.gate_norm) / 3.0
 
 
+def noise(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
+    """The channel's share of its expert's output on noise, clamped at zero; needs no data."""
+    return np.maximum(collected(statistics, "noise", "weights-only"), 0.0)
+
+
 def energy(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     """Squared output the channel contributes, routing weight included, per token."""
     return statistics.energy / statistics.total_tokens
@@ -120,6 +125,7 @@ CHANNEL_CRITERIA: dict[str, Criterion] = {
     "act": mean_norm,
     "hidden": hidden_norm,
     "weight": weight_norm,
+    "noise": noise,
     "energy": energy,
     "amp": amplitude,
     "shapley": shapley,
@@ -133,5 +139,5 @@ CHANNEL_CRITERIA: dict[str, Criterion] = {
     "random": random_channels,
 }
 
-# These score every channel whether or not a token ever reached its expert.
-DATA_FREE = frozenset({"weight", "random"})
+# These need no text: they score every channel whether or not a token ever reached its expert.
+DATA_FREE = frozenset({"noise", "weight", "random"})

@@ -18,6 +18,7 @@ from pruning.attribution import (
     loss_and_gradient,
 )
 from pruning.expert_detail import DetailSums, wanda_sums
+from pruning.noise import noise_rows, noise_worth
 from pruning.states import States, row_slices
 from pruning.statistics import ChannelStatistics, field_shapes
 
@@ -114,13 +115,16 @@ def collect_weights(source: LayerSource, visit: Visit = lambda: None) -> Channel
       visit: called after each layer.
 
     Returns:
-      Statistics whose sums are all zero.
+      Statistics whose sums are all zero, with `noise`.
     """
     sums = _empty_sums(source, ())
+    rows, worth = noise_rows(source.config.d_model), np.zeros(sums["down_norm"].shape)
     for slot, index in enumerate(source.config.moe_layers):
-        _weight_facts(source.layer(index), sums, slot)
+        layer = source.layer(index)
+        _weight_facts(layer, sums, slot)
+        worth[slot] = noise_worth(layer, rows)
         visit()
-    return ChannelStatistics(**sums)
+    return ChannelStatistics(**sums, noise=worth)
 
 
 def _empty_sums(source: LayerSource, groups) -> Sums:

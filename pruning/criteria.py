@@ -72,10 +72,8 @@ def channel_scores(
             )
         layer = np.ones_like(layer)  # weights say nothing about how much a layer adds
     channel = np.where(_dead(statistics), 0.0, score(statistics))
-    if criterion not in DATA_FREE:
-        channel = _rank_unscored_by_weight(channel, statistics)
     scores = ChannelScores(
-        channel=channel,
+        channel=_rank_unscored_by_weight(channel, statistics),
         expert=np.maximum(attribute(statistics), 0.0),
         layer=layer,
         layer_nll=_layer_nll(statistics),

@@ -15,6 +15,7 @@ from pruning import stages
 from pruning.clients import client_table
 from pruning.collect import CHUNK
 from pruning.export_choice import is_packed
+from pruning.noise import ROWS_PER_EXPERT
 from pruning.preflight import free_space, rehearsed_plan, written_bytes
 from pruning.probe import scoring_seconds
 from pruning.recipe import BUDGETS, CompressionRecipe
@@ -190,6 +191,8 @@ def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
     states = windows * recipe.window * c.d_model * item
     states *= 1 + 2 * c.num_layers * recipe.gradients
     rows = recipe.batch * recipe.window * c.moe.experts_per_token
+    if recipe.weights_only:
+        rows = c.moe.num_experts * ROWS_PER_EXPERT
     work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
     fixed = PROCESS_BYTES + 2 * outer
     return {

@@ -83,11 +83,12 @@ def _rules(found: dict[str, Any]) -> TextTable:
 def _costs(found: dict[str, Any]) -> TextTable:
     disk, seconds = found["disk"], found["scoring_seconds"]
     written = " + ".join(f"{name} {_megabytes(size)}" for name, size in disk["parts"].items())
+    scored = f"{found['tokens']:,} tokens" if found["tokens"] else "the weights"
     time = "not probed" if seconds is None else f"about {_duration(seconds)}"
     rows = [
         ["memory to score", f"about {_megabytes(found['memory']['scoring'])} MB"],
         ["memory to export", f"about {_megabytes(found['memory']['export'])} MB"],
-        [f"time to score {found['tokens']:,} tokens", time],
+        [f"time to score {scored}", time],
         ["disk needed", f"at most {_megabytes(disk['needed_bytes'])} MB: {written} + spare"],
         ["disk free", f"{_megabytes(disk['free_bytes'])} MB"],
     ]

@@ -31,7 +31,7 @@ from pruning.sizes import (
     statistics_bytes,
 )
 from pruning.stages import Job
-from pruning.statistics import WEIGHTS, ChannelStatistics, field_shapes
+from pruning.statistics import ALWAYS, SUMS, ChannelStatistics, field_shapes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
 # finished, so what a killed removal leaves is never taken for an interrupted run.
@@ -171,7 +171,7 @@ def rehearsed_plan(recipe: CompressionRecipe, base: Description) -> PruningPlan:
     shapes = field_shapes(*sizes, recipe.groups)
     # Every sum is one, without memory: nothing is degenerate, and no layer differs from another.
     # Without a text there are no sums, only weights.
-    values = {name: float(name in WEIGHTS or not recipe.weights_only) for name in shapes}
+    values = {name: float(name not in SUMS[ALWAYS] or not recipe.weights_only) for name in shapes}
     statistics = ChannelStatistics(
         **{name: np.broadcast_to(values[name], shape) for name, shape in shapes.items()}
     )

@@ -1,6 +1,7 @@
 """A short measurement from which the time of a whole sweep is foretold."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from moe_jax.stream import LayerSource, contexts
 from pruning.attribution import layer_statistics
 from pruning.extra_scores import costs
+from pruning.noise import noise_rows, noise_worth
 from pruning.recipe import CompressionRecipe
 
 PROBE_TOKENS = 512
@@ -26,23 +28,30 @@ def scoring_seconds(source: LayerSource, recipe: CompressionRecipe) -> float:
     Returns:
       An estimate: reading weights, compilation and other programs come on top.
     """
+    layer = source.layer(source.config.moe_layers[0])
     if recipe.weights_only:
-        return 0.0
+        noise = noise_rows(source.config.d_model)
+        return _seconds(noise_worth, layer, noise) * len(source.config.moe_layers)
     assert recipe.window is not None
     length = min(recipe.window, PROBE_TOKENS)
     rows = max(1, min(recipe.batch, PROBE_TOKENS // length))
-    layer = source.layer(source.config.moe_layers[0])
     valid = np.ones((rows, length), bool)
     (context,) = contexts(source, valid, rows)
     x = jax.random.normal(jax.random.key(0), (*valid.shape, source.config.d_model), jnp.float32)
     x = x.astype(recipe.dtype)
-    jax.block_until_ready(layer_statistics(layer, x, context))  # compiles
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        jax.block_until_ready(layer_statistics(layer, x, context))
-        seconds.append(time.perf_counter() - started)
-    sweep = min(seconds) / valid.size * recipe.max_tokens * len(source)
+    seconds = _seconds(layer_statistics, layer, x, context)
+    sweep = seconds / valid.size * recipe.max_tokens * len(source)
     asked = [1.0, *(times - 1 for name, times in TIMES.items() if getattr(recipe, name))]
     extra = sum(costs(source, recipe).values()) / len(source)
     return sweep * (sum(asked) + extra)
+
+
+def _seconds(function: Callable, *arguments) -> float:
+    """The least of three runs after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

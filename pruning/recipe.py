@@ -51,8 +51,9 @@ class CompressionRecipe:
       quantizer: how 4-bit codes are chosen: "rtn" rounds to nearest, "gptq" keeps the outputs on
         calibration text close, at the cost of two more passes over it.
       weights_only: read no calibration text: the weights alone decide what is kept, which is a
-        preview; only criterion weight or random and attribution aimer, weight or uniform work.
-      criterion: channel score; default shapley, or weight with weights_only.
+        preview; only criterion noise, weight or random and attribution aimer, weight or uniform
+        work.
+      criterion: channel score; default shapley, or noise with weights_only.
       attribution: expert score; default ala, or aimer with weights_only.
       planner: how the budget is allocated: paper, maxmin, fair, fair0.5, fair2, linear, uniform,
         random, fair_two_level, linear_two_level, global_topk, normalized_topk, layer_topk, moe_i2,
@@ -229,7 +230,7 @@ class CompressionRecipe:
             self,
             export=tuple(exports),
             group_size=group,
-            criterion=self.criterion or ("weight" if self.weights_only else "shapley"),
+            criterion=self.criterion or ("noise" if self.weights_only else "shapley"),
             attribution=self.attribution or ("aimer" if self.weights_only else "ala"),
             block=block,
             minimum=self.minimum or block,
@@ -252,6 +253,7 @@ class CompressionRecipe:
             "nll-ig": self.nll_ig is not None,
             "nll-ablate": self.nll_ablate,
             "nll-grad2": self.nll_grad2,
+            "weights-only": self.weights_only,
         }
         return frozenset(name for name, on in asked.items() if on)
 

@@ -42,10 +42,11 @@ SUMS: dict[str, dict[str, str]] = {
 WEIGHTS: dict[str, str] = dict.fromkeys(
     ("down_norm", "up_norm", "gate_norm", "down_l1", "up_l1", "gate_l1"), "LEF"
 )
-# What is no sum over tokens but needs the whole text.
+# What is no sum over tokens: it needs the whole text, or none.
 FINISHED: dict[str, dict[str, str]] = {
     "expert-details": {"similarity": "LEG", "wanda_up": "LEF", "wanda_gate": "LEF"},
     "weight-gradients": {"weight_gradient": "LEF"},
+    "weights-only": {"noise": "LEF"},
 }
 FORMAT = 2
 
@@ -84,6 +85,9 @@ class ChannelStatistics:
 
     None unless asked for by name: `nll_ig`, `nll_ablate`, `nll_grad2` [L, E], estimates of the
     increase of the summed next-token loss (nats) without the expert, see pruning.nll_attribution.
+
+    None unless no text was read: `noise` [L, E, F], the mean of h <v, z> over noise instead of
+    tokens, see pruning.noise.
 
     Source: design method 2(a), 2(b); phi and S are Propositions 1 and 2.
     """
@@ -130,6 +134,7 @@ class ChannelStatistics:
     nll_ig: np.ndarray | None = None
     nll_ablate: np.ndarray | None = None
     nll_grad2: np.ndarray | None = None
+    noise: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -147,6 +152,7 @@ class ChannelStatistics:
             "nll-ig": self.nll_ig,
             "nll-ablate": self.nll_ablate,
             "nll-grad2": self.nll_grad2,
+            "weights-only": self.noise,
         }
         return frozenset(name for name, value in present.items() if value is not None)
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from pruning.statistics import ChannelStatistics, field_shapes
 
-SIGNED = ("shapley", "taylor", "output_sum")
+SIGNED = ("shapley", "taylor", "output_sum", "noise")
 
 
 def statistics(
@@ -14,7 +14,7 @@ def statistics(
     """Random sums over 100 tokens; `changes` replace single fields."""
     rng = np.random.default_rng(seed)
     groups = ["gradients", "weight-gradients"] * gradients + ["expert-details"] * expert_details
-    groups += ["nll-ig", "nll-ablate", "nll-grad2"] * end_to_end
+    groups += ["nll-ig", "nll-ablate", "nll-grad2"] * end_to_end + ["weights-only"]
     fields = {}
     for name, shape in field_shapes(L, E, F, D, groups).items():
         draw = rng.normal if name in SIGNED else rng.lognormal

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pruning.channel_criteria import CHANNEL_CRITERIA
+from pruning.channel_criteria import CHANNEL_CRITERIA, DATA_FREE
 from pruning.criteria import channel_scores
 from pruning.expert_criteria import DATA_FREE_EXPERTS, EXPERT_CRITERIA
 from pruning.registry import choose
@@ -13,7 +13,7 @@ GRADIENT_CRITERIA = ("taylor", "abs_taylor", "fisher", "heapr", "saliency", "wg"
 
 def unrouted(stats, layer, expert):
     """The same sums with one expert that no token ever reached."""
-    weights = ("down_norm", "up_norm", "gate_norm", "down_l1", "up_l1", "gate_l1")
+    weights = ("down_norm", "up_norm", "gate_norm", "down_l1", "up_l1", "gate_l1", "noise")
     for name in field_shapes(2, 3, 4, 3, stats.groups):
         value = getattr(stats, name)
         # the router gives every expert some probability
@@ -78,7 +78,7 @@ def test_scores_are_finite_non_negative_and_double_precision(criterion, attribut
         assert np.isfinite(array).all() and (array >= 0.0).all()
 
 
-@pytest.mark.parametrize("criterion", sorted(set(CHANNEL_CRITERIA) - {"weight", "random"}))
+@pytest.mark.parametrize("criterion", sorted(set(CHANNEL_CRITERIA) - DATA_FREE))
 def test_a_never_routed_expert_is_ranked_by_weight_below_every_routed_channel(criterion):
     stats = unrouted(statistics(2, 3, 6), 1, 2)
     # Positive, so that "shapley" clamps nothing to zero.
@@ -157,6 +157,14 @@ def test_random_scores_depend_on_the_seed_alone():
 def test_gradient_criteria_refuse_statistics_without_gradients(criterion):
     with pytest.raises(ValueError, match=r"was not collected.*--(weight-)?gradients"):
         channel_scores(statistics(2, 3, 4, gradients=False), criterion=criterion)
+
+
+def test_noise_is_refused_where_a_text_was_scored_and_clamped_at_zero_where_none_was():
+    with pytest.raises(ValueError, match=r"'noise' was not collected.* --weights-only or choose"):
+        channel_scores(statistics(2, 3, 4, noise=None), criterion="noise")
+    noise = np.array([[[3.0, -1.0, 0.5]]])
+    found = channel_scores(statistics(1, 1, 3, noise=noise), criterion="noise").channel
+    np.testing.assert_array_equal(found, [[[3.0, 0.0, 0.5]]])
 
 
 def test_gradient_attribution_refuses_statistics_without_gradients():

@@ -179,11 +179,12 @@ def test_scoring_time_is_probed_where_weights_are_and_grows_with_the_tokens(mode
     assert 0 < 10 * seconds[0] < seconds[1]
 
 
-def test_without_text_nothing_is_scored(models, tmp_path):
+def test_without_text_the_time_is_that_of_noise_through_the_layers(tmp_path, capsys):
     path = tmp_path / "e.json"
-    assert run("estimate", models / "single", "--weights-only", "--probe", "--json", path) == 0
+    assert run("estimate", "demo", "--weights-only", "--probe", "--json", path) == 0
     (found,) = json.loads(path.read_text())
-    assert found["tokens"] == 0 and found["scoring_seconds"] == 0
+    assert found["tokens"] == 0 and found["scoring_seconds"] > 0
+    assert "time to score the weights" in capsys.readouterr().out
 
 
 def test_a_target_that_only_4_bits_reach_is_estimated_as_compress_would_meet_it(tmp_path):
