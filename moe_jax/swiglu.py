@@ -27,6 +27,7 @@ from moe_jax.expert_weights import (
 from moe_jax.grouped_matmul import (
     Dispatch,
     Pool,
+    add_slice,
     channel_block,
     contract,
     dot,
@@ -168,11 +169,11 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool)
         d_probe = jnp.stack(scores)[:, None] if scores else sums.probe[:, :1, : pool.block]
         return _Gradients(
             x=sums.x.at[index].add(d_x, mode="drop"),
-            row_weight=_add_slice(sums.row_weight, d_row, (row,)),
+            row_weight=add_slice(sums.row_weight, d_row, (row,)),
             weights=jax.tree.map(
-                lambda whole, part: _add_slice(whole, part, (first, 0)), sums.weights, d_weights
+                lambda whole, part: add_slice(whole, part, (first, 0)), sums.weights, d_weights
             ),
-            probe=_add_slice(sums.probe, d_probe, (0, expert, start)),
+            probe=add_slice(sums.probe, d_probe, (0, expert, start)),
         )
 
     inputs = (x, row_weight, weights, probe)
@@ -180,11 +181,6 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool)
     sums = walk_tiles(dispatch, pool, step, _Gradients(*zeros))
     found = (sums.x, sums.row_weight, sums.weights, sums.probe)
     return jax.tree.map(lambda gradient, value: gradient.astype(value.dtype), found, inputs)
-
-
-def _add_slice(whole: Array, part: Array, start: tuple) -> Array:
-    old = jax.lax.dynamic_slice(whole, start, part.shape)
-    return jax.lax.dynamic_update_slice(whole, old + part, start)
 
 
 # --- everywhere: compositions of grouped products ---
