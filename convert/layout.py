@@ -1,6 +1,7 @@
 """Where each byte of a safetensors folder goes: shards, headers and index, from shapes alone."""
 
 import json
+import math
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -17,7 +18,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 def nbytes(spec: Spec) -> int:
     """Bytes of a tensor."""
-    return int(np.prod(spec[1], dtype=np.int64)) * np.dtype(spec[0]).itemsize
+    return math.prod(spec[1]) * np.dtype(spec[0]).itemsize
 
 
 def plan_shards(specs: Mapping[str, Spec], shard_bytes: float) -> list[list[str]]:

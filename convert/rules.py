@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from moe_jax.config import LatentAttentionConfig, ModelConfig
@@ -26,6 +26,11 @@ FORMATS = (
 RAGGED = "ragged_"  # prefix of the model types of our custom export
 _LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+")
+
+
+@lru_cache(maxsize=1 << 17)  # an estimate asks for each of a model's names some fifty times
+def _with_open_numbers(name: str) -> str:
+    return _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,7 @@ class Family:
 
     def rule(self, name: str) -> Rule | None:
         """The line of the table that a name on disk belongs to, if any."""
-        open_name = _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
-        return self._by_pattern.get(open_name)
+        return self._by_pattern.get(_with_open_numbers(name))
 
     def is_linear(self, name: str) -> bool:
         """Whether 4-bit formats pack a tensor: the linear layers of `moe_jax.quant.is_linear`."""

@@ -104,7 +104,8 @@ def apply_rope(
 
 def linear(x: Array, weight: Weight, bias: Array | None = None) -> Array:
     """`x [..., in] @ weight.T + bias` for a weight stored [out, in], in the dtype of `x`."""
-    out = jnp.einsum("...i,oi->...o", x, dequantize(weight).astype(x.dtype))
+    wide = dequantize(weight).astype(x.dtype)
+    out = jnp.einsum("...i,oi->...o", x, wide, precision=jax.lax.Precision.HIGHEST)
     if bias is None:
         return out
     return out + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))

@@ -6,7 +6,8 @@ from flax import struct
 from jax import Array
 
 from moe_jax.config import SWIGLU, Activation
-from moe_jax.grouped_matmul import Dispatch, channel_block, dot
+from moe_jax.dispatch import Dispatch
+from moe_jax.grouped_matmul import channel_block, dot
 
 ROWS, COLUMNS = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # x @ w.T and x @ w
 

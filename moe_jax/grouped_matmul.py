@@ -1,122 +1,19 @@
 """Matrix products of many token rows with the experts they are routed to.
 
-Rows are laid out in *tiles*: sorted by expert, each expert's rows padded with zero rows to a
-multiple of the tile height. A tile therefore belongs to one expert, a product is a loop over
-tiles, and a per-expert sum is a sum over tiles. The experts' weights are one pool of channels
-`[C, D]`, so experts of different widths, down to zero, cost what they need.
-
 `expand` and `contract` are each other's adjoint; with `accumulate` they are closed under
-differentiation, which is all that training and attribution need.
+differentiation, which is all that training and attribution need. On a CPU they are loops over
+tiles, on a GPU kernels, elsewhere `lax.ragged_dot`.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
-
-@struct.dataclass
-class Dispatch:
-    """Which token copy sits in which padded row, and which expert owns which tile.
-
-    `P` padded rows in `M` tiles of `tile` rows; `R` token copies (tokens x experts per token).
-
-    Attributes:
-      row_copy: int32 [P], index of the token copy in the row, R for a padding row.
-      tile_expert: int32 [M].
-      num_tiles: int32 scalar, tiles in use; the others are padding.
-      tokens: int32 [E], rows routed to each expert.
-      tile: rows per tile.
-      copies: experts per token; copy i belongs to token i // copies.
-    """
-
-    row_copy: Array
-    tile_expert: Array
-    num_tiles: Array
-    tokens: Array
-    tile: int = struct.field(pytree_node=False)
-    copies: int = struct.field(pytree_node=False, default=1)
-
-    @property
-    def token(self) -> Array:
-        """Token of each row, int32 [P]; beyond the last token for a padding row."""
-        return self.row_copy // self.copies
-
-
-@struct.dataclass
-class Pool:
-    """Where each expert's channels lie in a layer's pool, and how they are walked.
-
-    Attributes:
-      offset, count: int32 [E], expert e owns rows offset[e] : offset[e] + count[e].
-      width: columns of the intermediate rows; at least every count.
-      block: channels per step; the pool has a whole block of rows from every step's start.
-    """
-
-    offset: Array
-    count: Array
-    width: int = struct.field(pytree_node=False)
-    block: int = struct.field(pytree_node=False)
-
-
-def tile_height(rows: int, num_experts: int) -> int:
-    """Rows per tile: the power of two at or below half the mean rows per expert, within [8, 128].
-
-    Half a tile per expert is padding, so smaller tiles waste less and larger ones multiply faster.
-    """
-    half = max(1, rows // (2 * num_experts))
-    return min(128, max(8, 1 << (half.bit_length() - 1)))
-
-
-def make_dispatch(expert: Array, num_experts: int, tile: int, copies: int = 1) -> Dispatch:
-    """Lay out token copies in tiles.
-
-    Args:
-      expert: int32 [R], expert of each copy; `num_experts` marks a copy that goes nowhere.
-      num_experts: E.
-      tile: rows per tile.
-      copies: consecutive copies that belong to one token.
-
-    Returns:
-      The dispatch; copies keep their order inside an expert.
-    """
-    rows = expert.shape[0]
-    num_tiles_max = rows // tile + num_experts
-    tokens = jnp.bincount(expert, length=num_experts + 1)[:num_experts].astype(jnp.int32)
-    tiles_end = jnp.cumsum(-(-tokens // tile))  # [E]
-    order = jnp.argsort(expert, stable=True)  # [R]
-    owner = jnp.minimum(expert[order], num_experts - 1)
-    rank = jnp.arange(rows) - (jnp.cumsum(tokens) - tokens)[owner]
-    position = (tiles_end - (-(-tokens // tile)))[owner] * tile + rank
-    position = jnp.where(expert[order] < num_experts, position, num_tiles_max * tile)
-    row_copy = jnp.full(num_tiles_max * tile, rows, jnp.int32)
-    row_copy = row_copy.at[position].set(order.astype(jnp.int32), mode="drop")
-    tile_expert = jnp.searchsorted(tiles_end, jnp.arange(num_tiles_max), side="right")
-    return Dispatch(
-        row_copy=row_copy,
-        tile_expert=jnp.minimum(tile_expert, num_experts - 1).astype(jnp.int32),
-        num_tiles=tiles_end[-1].astype(jnp.int32),
-        tokens=tokens,
-        tile=tile,
-        copies=copies,
-    )
-
-
-def gather_rows(values: Array, dispatch: Dispatch, copies: int) -> Array:
-    """Rows of `values` [N, ...] in dispatch order [P, ...]; padding rows are zero.
-
-    `copies` is how many consecutive copies share one row of `values`: experts per token for
-    token activations, 1 for values that already exist per copy.
-    """
-    return values.at[dispatch.row_copy // copies].get(mode="fill", fill_value=0)
-
-
-def sum_by_expert(rows: Array, dispatch: Dispatch) -> Array:  # [P, ...] -> float32 [E, ...]
-    """Sum padded rows over the tokens of each expert, in float32."""
-    tiles = rows.astype(jnp.float32).reshape(-1, dispatch.tile, *rows.shape[1:]).sum(axis=1)
-    return jax.ops.segment_sum(tiles, dispatch.tile_expert, dispatch.tokens.shape[0])
+from moe_jax.dispatch import Dispatch, Pool
 
 
 @jax.custom_vjp
@@ -132,7 +29,7 @@ def expand(x: Array, weight: Array, dispatch: Dispatch, pool: Pool) -> Array:
     Returns:
       [P, width] in the dtype of `x`; columns beyond an expert's count are zero.
     """
-    return _expand(x, weight, dispatch, pool)
+    return form().expand(x, weight, dispatch, pool)
 
 
 @jax.custom_vjp
@@ -148,36 +45,23 @@ def contract(h: Array, weight: Array, dispatch: Dispatch, pool: Pool) -> Array:
     Returns:
       [P, D] in the dtype of `h`.
     """
-    return _contract(h, weight, dispatch, pool)
+    return form().contract(h, weight, dispatch, pool)
 
 
 def _expand_bwd(saved, d_out):
     x, weight, dispatch, pool = saved
-    d_weight = _accumulate(d_out, x, weight, dispatch, pool)
-    return _contract(d_out, weight, dispatch, pool), d_weight, None, None
+    d_weight = form().accumulate(d_out, x, weight, dispatch, pool)
+    return form().contract(d_out, weight, dispatch, pool), d_weight, None, None
 
 
 def _contract_bwd(saved, d_out):
     h, weight, dispatch, pool = saved
-    d_weight = _accumulate(h, d_out, weight, dispatch, pool)
-    return _expand(d_out, weight, dispatch, pool), d_weight, None, None
+    d_weight = form().accumulate(h, d_out, weight, dispatch, pool)
+    return form().expand(d_out, weight, dispatch, pool), d_weight, None, None
 
 
-expand.defvjp(lambda *args: (_expand(*args), args), _expand_bwd)
-contract.defvjp(lambda *args: (_contract(*args), args), _contract_bwd)
-
-
-def on_cpu() -> bool:
-    """Whether products run as loops over tiles (CPU) or through `lax.ragged_dot`."""
-    return jax.default_backend() == "cpu"
-
-
-def _expand(x, weight, dispatch, pool):
-    return (_expand_tiles if on_cpu() else expand_ragged_dot)(x, weight, dispatch, pool)
-
-
-def _contract(h, weight, dispatch, pool):
-    return (_contract_tiles if on_cpu() else contract_ragged_dot)(h, weight, dispatch, pool)
+expand.defvjp(lambda *args: (form().expand(*args), args), _expand_bwd)
+contract.defvjp(lambda *args: (form().contract(*args), args), _contract_bwd)
 
 
 # --- CPU: a loop over tiles; XLA lowers ragged_dot to a dense masked product there ---
@@ -227,7 +111,9 @@ def live_channels(pool: Pool, expert, start) -> Array:  # bool [1, block]
     return start + jnp.arange(pool.block)[None] < pool.count[expert]
 
 
-dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+dot = partial(
+    jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
 
 
 def _expand_tiles(x, weight, dispatch, pool):
@@ -259,8 +145,7 @@ def _contract_tiles(h, weight, dispatch, pool):
     return walk_tiles(dispatch, pool, step, out).astype(h.dtype)
 
 
-def _accumulate(left, right, weight, dispatch, pool):  # [P, width], [P, D] -> [C, D]
-    """Gradient of the pool: sum of outer products of the rows of each expert."""
+def _accumulate_tiles(left, right, weight, dispatch, pool):
     tile = dispatch.tile
 
     def step(out, row, expert, start):
@@ -276,7 +161,10 @@ def _accumulate(left, right, weight, dispatch, pool):  # [P, width], [P, D] -> [
     )
 
 
-# --- accelerators: lax.ragged_dot over experts padded to one width ---
+# --- elsewhere: lax.ragged_dot over experts padded to one width ---
+
+
+_ragged_dot = partial(jax.lax.ragged_dot, precision=jax.lax.Precision.HIGHEST)
 
 
 def _padded_experts(weight: Array, pool: Pool) -> Array:  # [C, D] -> [E, width, D]
@@ -292,13 +180,43 @@ def _tile_rows(dispatch: Dispatch) -> Array:  # rows of each expert, padding inc
     return -(-dispatch.tokens // dispatch.tile) * dispatch.tile
 
 
-def expand_ragged_dot(x: Array, weight: Array, dispatch: Dispatch, pool: Pool) -> Array:
-    """`expand` by `jax.lax.ragged_dot`; same arguments and result."""
+def _expand_ragged_dot(x, weight, dispatch, pool):
     experts = jnp.swapaxes(_padded_experts(weight, pool), 1, 2).astype(x.dtype)
-    return jax.lax.ragged_dot(x, experts, _tile_rows(dispatch)).astype(x.dtype)
+    return _ragged_dot(x, experts, _tile_rows(dispatch)).astype(x.dtype)
 
 
-def contract_ragged_dot(h: Array, weight: Array, dispatch: Dispatch, pool: Pool) -> Array:
-    """`contract` by `jax.lax.ragged_dot`; same arguments and result."""
+def _contract_ragged_dot(h, weight, dispatch, pool):
     experts = _padded_experts(weight, pool).astype(h.dtype)
-    return jax.lax.ragged_dot(h, experts, _tile_rows(dispatch)).astype(h.dtype)
+    return _ragged_dot(h, experts, _tile_rows(dispatch)).astype(h.dtype)
+
+
+class Products(NamedTuple):
+    """One way to compute the products: `expand`, `contract` and the gradient of the pool."""
+
+    expand: Callable[..., Array]
+    contract: Callable[..., Array]
+    accumulate: Callable[..., Array]  # ([P, width], [P, D], weight, dispatch, pool) -> [C, D]
+
+
+def _kernels() -> Products:
+    from moe_jax import grouped_kernels as kernels  # imported where there is a GPU alone
+
+    return Products(kernels.expand, kernels.contract, kernels.accumulate)
+
+
+FORMS: dict[str, Callable[[], Products]] = {
+    "tiles": lambda: Products(_expand_tiles, _contract_tiles, _accumulate_tiles),
+    "kernels": _kernels,
+    "ragged_dot": lambda: Products(_expand_ragged_dot, _contract_ragged_dot, _accumulate_tiles),
+}
+
+
+def on_cpu() -> bool:
+    """Whether experts are run as loops over tiles."""
+    return jax.default_backend() == "cpu"
+
+
+def form() -> Products:
+    """The products of the machine that JAX computes on."""
+    names = {"cpu": "tiles", "gpu": "kernels"}
+    return FORMS[names.get(jax.default_backend(), "ragged_dot")]()

@@ -10,8 +10,8 @@ from jax import Array
 
 from moe_jax.attention import linear
 from moe_jax.config import SWIGLU, Activation, MoEConfig, Score
+from moe_jax.dispatch import Dispatch, Pool, gather_rows, make_dispatch, tile_height
 from moe_jax.expert_weights import Weights
-from moe_jax.grouped_matmul import Dispatch, Pool, gather_rows, make_dispatch, tile_height
 from moe_jax.module import module
 from moe_jax.quant import Weight, dequantize
 from moe_jax.router import route, router_probability

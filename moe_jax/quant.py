@@ -129,7 +129,8 @@ def best_scale(groups: Array, axis: int) -> Array:
 
     def candidate(shrink: Array) -> tuple[Array, Array]:
         scale = jnp.maximum(largest * (shrink / -CODE_MIN), MIN_SCALE)
-        scale = sign * scale.astype(jnp.bfloat16).astype(jnp.float32)
+        # Not a pair of casts, which XLA leaves out on GPUs.
+        scale = sign * jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
         wrong = jnp.square(nearest_codes(groups, scale) * scale - groups)
         return scale, jnp.sum(wrong, axis=axis, keepdims=True)
 

@@ -1,6 +1,7 @@
 """Causal softmax attention in blocks of queries, so that no [T, S] array of all heads exists."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,10 @@ BLOCK_SCORES = 1 << 18
 # A sequence's blocks fall into at most so many groups; a group meets only the keys up to its end.
 # Four save 3/8 of the products of causal attention, and more would lengthen the compilation.
 CAUSAL_GROUPS = 4
+
+_einsum = partial(
+    jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
 
 
 def attend(
@@ -108,7 +113,7 @@ def _weighted_values(
     scale: float,
     sinks: Array | None,  # [K, R, 1]
 ) -> Array:  # [K, R, G]
-    score = jnp.einsum("krh,ksh->krs", q, k, preferred_element_type=jnp.float32) * scale
+    score = _einsum("krh,ksh->krs", q, k) * scale
     score = jnp.where(seen[None], score, -1e30)
     # Dividing by the mass afterwards touches fewer elements than a softmax does.
     highest = score.max(axis=-1, keepdims=True)
@@ -118,5 +123,5 @@ def _weighted_values(
     mass = weight.sum(axis=-1, keepdims=True)
     mass = mass if sinks is None else mass + jnp.exp(sinks - highest)
     weight = weight.astype(v.dtype)
-    out = jnp.einsum("krs,ksg->krg", weight, v, preferred_element_type=jnp.float32)
+    out = _einsum("krs,ksg->krg", weight, v)
     return (out / mass).astype(v.dtype)

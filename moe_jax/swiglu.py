@@ -14,6 +14,7 @@ from flax import struct
 from jax import Array
 
 from moe_jax.activation import gated, gated_gradient
+from moe_jax.dispatch import Dispatch, Pool, gather_rows, sum_by_expert
 from moe_jax.expert_weights import (
     COLUMNS,
     ROWS,
@@ -25,17 +26,13 @@ from moe_jax.expert_weights import (
     tile_tokens,
 )
 from moe_jax.grouped_matmul import (
-    Dispatch,
-    Pool,
     add_slice,
     channel_block,
     contract,
     dot,
     expand,
-    gather_rows,
     live_channels,
     on_cpu,
-    sum_by_expert,
     walk_tiles,
     weight_bits,
 )

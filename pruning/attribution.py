@@ -13,8 +13,8 @@ from flax import struct
 from jax import Array
 
 from moe_jax.attention import Context
+from moe_jax.dispatch import Dispatch, gather_rows, sum_by_expert
 from moe_jax.expert_weights import routing_matrix
-from moe_jax.grouped_matmul import Dispatch, gather_rows, sum_by_expert
 from moe_jax.moe import Experts, MoE, MoETrace, RunExperts
 from moe_jax.swiglu import Projections, routed_experts
 from moe_jax.transformer import DecoderLayer, Head

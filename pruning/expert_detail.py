@@ -7,7 +7,7 @@ from jax import Array
 
 from moe_jax.attention import Context
 from moe_jax.config import ModelConfig
-from moe_jax.grouped_matmul import gather_rows, make_dispatch, sum_by_expert, tile_height
+from moe_jax.dispatch import gather_rows, make_dispatch, sum_by_expert, tile_height
 from moe_jax.moe import Experts, MoE, gated_experts
 from moe_jax.norm import rms_norm
 from moe_jax.quant import dequantize

@@ -11,14 +11,13 @@ from flax import struct
 from jax import Array
 
 from moe_jax.activation import gated
+from moe_jax.dispatch import Dispatch, gather_rows
 from moe_jax.expert_weights import COLUMNS, ROWS, project, real_rows, tile_tokens
 from moe_jax.grouped_matmul import (
-    Dispatch,
     add_slice,
     channel_block,
     dot,
     expand,
-    gather_rows,
     on_cpu,
     walk_tiles,
     weight_bits,
@@ -52,6 +51,7 @@ def observe_experts(
 
     `keep` keeps the projections as well, as precise as a backward pass would compute them.
     """
+    assert experts.block == experts.width, "statistics are taken of experts of one width"
     run = _observe_tiles if on_cpu() else observe_by_rows
     return run(experts, x, row_weight, dispatch, keep)
 
@@ -81,7 +81,6 @@ def output_sums(
 
 def _observe_tiles(experts, x, row_weight, dispatch, keep):
     pool, tile = experts.pool, dispatch.tile
-    assert pool.block == pool.width, "statistics are taken of experts of one width"
     bits = jax.tree.map(weight_bits, experts.weights)
 
     def step(carry, row, expert, start):

@@ -65,17 +65,11 @@ def linear_cka(outputs: np.ndarray) -> np.ndarray:  # [E, T, D] -> [E, E]
     centred = outputs - outputs.mean(axis=1, keepdims=True)
     norm = np.sqrt(np.square(centred).sum(axis=(1, 2)))[:, None, None]
     centred = np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 0.0)
-    pairs = np.array([[_cross(one, two) for two in centred] for one in centred])
+    # |X^T Y|^2 = <X X^T, Y Y^T>: one product per expert, and one of all pairs.
+    kernels = np.stack([one @ one.T for one in centred]).reshape(len(centred), -1)  # [E, T * T]
+    pairs = kernels @ kernels.T
     own = np.sqrt(np.diagonal(pairs))
     return pairs / np.maximum(np.outer(own, own), TINY)
-
-
-def _cross(one: np.ndarray, two: np.ndarray) -> float:
-    # By the smaller of the two equal forms |X^T Y|^2 and <X X^T, Y Y^T>.
-    tokens, width = one.shape
-    if width <= tokens:
-        return float(np.square(one.T @ two).sum())
-    return float(((one @ one.T) * (two @ two.T)).sum())
 
 
 def cosine_similarity(outputs: np.ndarray) -> np.ndarray:  # [E, ...] -> [E, E]

@@ -6,8 +6,9 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention import Context
+from moe_jax.dispatch import gather_rows, sum_by_expert
 from moe_jax.expert_weights import row_expert
-from moe_jax.grouped_matmul import contract, gather_rows, sum_by_expert
+from moe_jax.grouped_matmul import contract
 from moe_jax.moe import MoE, gated_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource

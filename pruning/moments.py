@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention import Attention, Context, linear
-from moe_jax.grouped_matmul import gather_rows
+from moe_jax.dispatch import gather_rows
 from moe_jax.latent_attention import LatentAttention
 from moe_jax.linear_attention import LinearAttention
 from moe_jax.moe import DenseMLP, MoE, gated_experts

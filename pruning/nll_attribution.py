@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention import Context
-from moe_jax.grouped_matmul import Dispatch
+from moe_jax.dispatch import Dispatch
 from moe_jax.moe import Experts, MoE, RunExperts
 from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
 from moe_jax.swiglu import no_score, routed_experts

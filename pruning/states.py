@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.config import MoEConfig
-from moe_jax.grouped_matmul import tile_height
+from moe_jax.dispatch import tile_height
 from moe_jax.stream import LayerSource
 
 MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a temporary file

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.grouped_matmul import sum_by_expert
+from moe_jax.dispatch import sum_by_expert
 from moe_jax.moe import gated_experts
 from moe_jax.transformer import Transformer, init
 from pruning import states
@@ -290,7 +290,7 @@ def test_every_layer_is_visited_once_per_sweep_and_chunk(model, batch):
 
 
 def test_tile_sums_ignore_padding_rows():
-    from moe_jax.grouped_matmul import gather_rows, make_dispatch
+    from moe_jax.dispatch import gather_rows, make_dispatch
 
     expert = jnp.asarray([1, 0, 3, 1, 1, 3, 0], jnp.int32)  # 3 means nowhere
     dispatch = make_dispatch(expert, 3, 2)

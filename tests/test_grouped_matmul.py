@@ -7,17 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.grouped_matmul import (
-    Pool,
-    contract,
-    contract_ragged_dot,
-    expand,
-    expand_ragged_dot,
-    gather_rows,
-    make_dispatch,
-)
+from moe_jax.dispatch import Pool, gather_rows, make_dispatch
+from moe_jax.grouped_matmul import FORMS, contract, expand
 
-COPIES, EXPERTS, TILE, D = 24, 4, 8, 5
+COPIES, EXPERTS, TILE, D = 48, 4, 16, 5
 RAGGED = (0, 7, 4, 3)
 # name: (channels per expert, width, block)
 LAYOUTS = {
@@ -156,18 +149,19 @@ def test_gradients_of_a_gated_expert_equal_those_of_masked_dense_products(layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_ragged_dot_forms_equal_the_tile_forms(layout):
+@pytest.mark.parametrize("form", ["kernels", "ragged_dot"])
+@pytest.mark.parametrize("of_rows", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("of_weights", [jnp.float32, jnp.bfloat16])
+def test_every_form_equals_the_loops_over_tiles(layout, form, of_rows, of_weights):
     owner, values, hidden, weight, pool = random_case(*layout)
     dispatch = dispatch_jit(jnp.asarray(owner), EXPERTS, TILE)
-    for rows, tiles, ragged in (
-        (values, expand_jit, expand_ragged_dot),
-        (hidden, contract_jit, contract_ragged_dot),
-    ):
-        x = gather_rows(jnp.asarray(rows), dispatch, 1)
-        arguments = (x, jnp.asarray(weight), dispatch, pool)
-        np.testing.assert_allclose(
-            jax.jit(ragged)(*arguments), tiles(*arguments), rtol=1e-5, atol=1e-5
-        )
+    copies = (values, hidden)
+    x, h = (gather_rows(jnp.asarray(rows), dispatch, 1).astype(of_rows) for rows in copies)
+    pairs = zip(FORMS[form](), FORMS["tiles"](), strict=True)
+    for arguments, (product, tiles) in zip(((x,), (h,), (h, x)), pairs, strict=True):
+        arguments = (*arguments, jnp.asarray(weight).astype(of_weights), dispatch, pool)
+        got, expected = (np.asarray(jax.jit(f)(*arguments), np.float32) for f in (product, tiles))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_copies_that_go_nowhere_are_never_read():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Activation
+from moe_jax.dispatch import gather_rows, make_dispatch
 from moe_jax.experts_pool import pooled_experts
-from moe_jax.grouped_matmul import gather_rows, make_dispatch
 from moe_jax.swiglu import expert_rows, no_score, routed_experts, routed_experts_by_rows
 from pruning.expert_sums import (
     observe_by_rows,
@@ -62,7 +62,7 @@ def problem(request):
         "weight": jnp.asarray(weight),
         "chosen": chosen,
         "valid": valid,
-        "dispatch": make_dispatch(owner, E, 8, K),
+        "dispatch": make_dispatch(owner, E, 16, K),
     }
 
 

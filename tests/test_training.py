@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.grouped_matmul import make_dispatch
+from moe_jax.dispatch import make_dispatch
 from moe_jax.moe import MoETrace
 from moe_jax.training import (
     TrainingConfig,
