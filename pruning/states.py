@@ -26,8 +26,12 @@ def projection_bytes(moe: MoEConfig, tokens: int) -> int:
 
 
 def projection_room(moe: MoEConfig, tokens: int) -> int:
-    """Layers times batches whose gate and up rows fit `MEMORY_PROJECTIONS`."""
-    return MEMORY_PROJECTIONS // projection_bytes(moe, tokens)
+    """Layers times batches whose gate and up rows fit `MEMORY_PROJECTIONS`.
+
+    None on accelerators, which compute them faster than the host would take and give them.
+    """
+    room = MEMORY_PROJECTIONS // projection_bytes(moe, tokens)
+    return room if jax.default_backend() == "cpu" else 0
 
 
 class States:
