@@ -100,6 +100,12 @@ def walk_tiles(dispatch: Dispatch, pool: Pool, step, carry):
     return jax.lax.fori_loop(0, dispatch.num_tiles, tile_step, carry)
 
 
+def add_slice(whole: Array, part: Array, start: tuple) -> Array:
+    """`whole` with `part` added to the slice of its shape at `start`."""
+    old = jax.lax.dynamic_slice(whole, start, part.shape)
+    return jax.lax.dynamic_update_slice(whole, old + part, start)
+
+
 def live_channels(pool: Pool, expert, start) -> Array:  # bool [1, block]
     """Which channels of a block the expert owns; the others belong to the next expert."""
     return start + jnp.arange(pool.block)[None] < pool.count[expert]
@@ -148,8 +154,7 @@ def _accumulate_tiles(left, right, weight, dispatch, pool):
         rows = jax.lax.dynamic_slice_in_dim(right, row, tile)
         product = dot(channels, rows, (((0,), (0,)), ((), ())))
         first = pool.offset[expert] + start
-        product += jax.lax.dynamic_slice_in_dim(out, first, pool.block)
-        return jax.lax.dynamic_update_slice_in_dim(out, product, first, 0)
+        return add_slice(out, product, (first, 0))
 
     return walk_tiles(dispatch, pool, step, jnp.zeros(weight.shape, jnp.float32)).astype(
         weight.dtype

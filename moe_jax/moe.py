@@ -183,7 +183,11 @@ class MoE(nnx.Module):
     alive: Array | None = nnx.data(default=None)  # bool [E]; None for all
 
     def __call__(
-        self, x: Array, valid: Array, run: RunExperts = run_experts
+        self,
+        x: Array,
+        valid: Array,
+        run: RunExperts = run_experts,
+        expert: Array | None = None,
     ) -> tuple[Array, MoETrace]:
         """Route, run the experts, combine.
 
@@ -191,6 +195,7 @@ class MoE(nnx.Module):
           x: [N, D], already normalised.
           valid: bool [N]; other tokens are routed nowhere.
           run: how the experts are run.
+          expert: int32 [N, k], a choice made before; None to let the router choose.
 
         Returns:
           ([N, D] routed plus shared output, the trace).
@@ -200,7 +205,7 @@ class MoE(nnx.Module):
         logits = linear(precise, self.router, self.logit_bias).astype(jnp.float32)
         if self.alive is not None:
             logits = jnp.where(self.alive[None], logits, -jnp.inf)
-        weight, expert = route(logits, c, self.router_bias)
+        weight, expert = route(logits, c, self.router_bias, expert)
         owner = jnp.where(valid[:, None], expert, c.num_experts).reshape(-1)
         tile = tile_height(expert.size, c.num_experts)
         dispatch = make_dispatch(owner, c.num_experts, tile, c.experts_per_token)

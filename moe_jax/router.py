@@ -47,23 +47,27 @@ def limit_to_groups(choice: Array, config: MoEConfig) -> Array:
     return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
-def route(logits: Array, config: MoEConfig, bias: Array | None = None) -> tuple[Array, Array]:
+def route(
+    logits: Array, config: MoEConfig, bias: Array | None = None, expert: Array | None = None
+) -> tuple[Array, Array]:
     """Choose experts by score.
 
     Args:
       logits: float32 [T, E]; experts at -inf are chosen last, with weight 0.
       config: how scores, groups and weights are made.
       bias: float32 [E], added to the scores for the selection alone.
+      expert: int32 [T, k], a choice made before, which is only weighed again.
 
     Returns:
       (weight float32 [T, k], expert int32 [T, k]), best first; ties go to the lower index.
     """
     scores = router_scores(logits, config.score)
-    choice = scores if bias is None else scores + bias[None]
-    choice = jnp.where(logits == -jnp.inf, -jnp.inf, choice)  # a bias must not bring it back
-    if config.num_groups > 1:
-        choice = limit_to_groups(choice, config)
-    expert = jax.lax.top_k(choice, config.experts_per_token)[1]
+    if expert is None:
+        choice = scores if bias is None else scores + bias[None]
+        choice = jnp.where(logits == -jnp.inf, -jnp.inf, choice)  # a bias must not bring it back
+        if config.num_groups > 1:
+            choice = limit_to_groups(choice, config)
+        expert = jax.lax.top_k(choice, config.experts_per_token)[1]
     weight = jnp.take_along_axis(scores, expert, axis=-1)
     if config.renormalize:
         weight /= weight.sum(axis=-1, keepdims=True) + TINY

@@ -26,6 +26,7 @@ from moe_jax.expert_weights import (
     tile_tokens,
 )
 from moe_jax.grouped_matmul import (
+    add_slice,
     channel_block,
     contract,
     dot,
@@ -39,6 +40,9 @@ from moe_jax.grouped_matmul import (
 # (hidden, d hidden, gate, d gate), each [rows, channels] -> scores per row and channel, summed over
 # the rows of each expert; d is the gradient of the loss.
 ChannelScore = Callable[[Array, Array, Array, Array], tuple[Array, ...]]
+
+# Gate and up rows before the activation, each [P, width].
+Projections = tuple[Array, Array]
 
 
 def no_score(hidden, d_hidden, gate, d_gate) -> tuple[Array, ...]:
@@ -54,6 +58,7 @@ def routed_experts(
     probe: Array,
     dispatch: Dispatch,
     pool: Pool,
+    projections: Projections | None = None,
 ) -> Array:
     """Weighted sum of each token's experts.
 
@@ -65,6 +70,8 @@ def routed_experts(
       probe: float32 [J, E, width], any values; its cotangent is the J sums of `score`.
       dispatch: the row layout.
       pool: the channel layout.
+      projections: gate and up rows as these arguments give them, if they are known already: the
+        backward pass then need not compute them again.
 
     Returns:
       [N, D] in the dtype of `x`. Gradients that nobody asks for cost nothing under `jit`.
@@ -72,7 +79,8 @@ def routed_experts(
     Source: SwiGLU, arXiv:2002.05202.
     """
     bias, weights = weights.down_bias, weights.replace(down_bias=None)  # type: ignore[attr-defined]
-    out = _routed_experts(score, x, row_weight, weights, probe, dispatch, pool)
+    args = (x, row_weight, weights, probe, dispatch, pool, projections)
+    out = _routed_experts(score, *args)
     if bias is None:
         return out
     # Outside the loop over channels, since an expert without any still has it.
@@ -81,23 +89,24 @@ def routed_experts(
     return out + added.astype(out.dtype)
 
 
-def _forward(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
+def _forward(score, x, row_weight, weights, probe, dispatch, pool, projections) -> Array:
     if on_cpu():
         return _forward_tiles(x, row_weight, weights, dispatch, pool)
-    return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
+    args = (x, row_weight, weights, probe, dispatch, pool, projections)
+    return routed_experts_by_rows(score, *args)
 
 
 def _backward(score, saved, d_out):
-    x, row_weight, weights, probe, dispatch, pool = saved
+    x, row_weight, weights, probe, *layout = saved
     if on_cpu():
         gradients = _backward_tiles(score, d_out, *saved)
     else:
 
         def by_rows(x, row_weight, weights, probe):
-            return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
+            return routed_experts_by_rows(score, x, row_weight, weights, probe, *layout)
 
         gradients = jax.vjp(by_rows, x, row_weight, weights, probe)[1](d_out)
-    return (*gradients, None, None)
+    return (*gradients, None, None, None)
 
 
 _routed_experts: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))
@@ -132,7 +141,7 @@ class _Gradients:
     probe: Array  # float32 [J, E, width]
 
 
-def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool):
+def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool, projections):
     bits, tile = jax.tree.map(weight_bits, weights), dispatch.tile
 
     def step(sums: _Gradients, row, expert, start):
@@ -142,7 +151,11 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool)
         _, d_tokens = tile_tokens(d_out, dispatch, row)
         weight = jax.lax.dynamic_slice_in_dim(row_weight, row, tile)[:, None]
         real = real_rows(index, x)
-        gate, up = project(bits, first, pool.block, tokens, real)
+        if projections is None:
+            gate, up = project(bits, first, pool.block, tokens, real)
+        else:
+            size = (tile, pool.block)
+            gate, up = (jax.lax.dynamic_slice(rows, (row, start), size) for rows in projections)
         live = live_channels(pool, expert, start)
         hidden = jnp.where(live, gated(weights.activation, gate, up), 0)
         pulled = dot(d_tokens, block(bits.down), ROWS)
@@ -165,11 +178,11 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool)
         d_probe = jnp.stack(scores)[:, None] if scores else sums.probe[:, :1, : pool.block]
         return _Gradients(
             x=sums.x.at[index].add(d_x, mode="drop"),
-            row_weight=_add_slice(sums.row_weight, d_row, (row,)),
+            row_weight=add_slice(sums.row_weight, d_row, (row,)),
             weights=jax.tree.map(
-                lambda whole, part: _add_slice(whole, part, (first, 0)), sums.weights, d_weights
+                lambda whole, part: add_slice(whole, part, (first, 0)), sums.weights, d_weights
             ),
-            probe=_add_slice(sums.probe, d_probe, (0, expert, start)),
+            probe=add_slice(sums.probe, d_probe, (0, expert, start)),
         )
 
     inputs = (x, row_weight, weights, probe)
@@ -177,11 +190,6 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool)
     sums = walk_tiles(dispatch, pool, step, _Gradients(*zeros))
     found = (sums.x, sums.row_weight, sums.weights, sums.probe)
     return jax.tree.map(lambda gradient, value: gradient.astype(value.dtype), found, inputs)
-
-
-def _add_slice(whole: Array, part: Array, start: tuple) -> Array:
-    old = jax.lax.dynamic_slice(whole, start, part.shape)
-    return jax.lax.dynamic_update_slice(whole, old + part, start)
 
 
 # --- everywhere: compositions of grouped products ---
@@ -212,6 +220,7 @@ def expert_rows(
     dispatch: Dispatch,
     pool: Pool,
     channel_gate: Callable[[Array, Array, Array], Array] = lambda hidden, gate, up: hidden,
+    projections: Projections | None = None,
 ) -> ExpertRows:
     """Run each expert on its own rows and keep every stage.
 
@@ -221,6 +230,7 @@ def expert_rows(
       dispatch: the row layout.
       pool: the channel layout.
       channel_gate: (hidden, gate, up), each [P, width] -> the hidden rows that w_down sees.
+      projections: gate and up rows if they are known already; gradients pass through all the same.
 
     Returns:
       The rows; under `jit`, stages that nobody uses cost nothing.
@@ -234,11 +244,20 @@ def expert_rows(
         return out if bias is None else out + expand(real, bias, dispatch, pool)
 
     gate, up = projected(weights.gate, weights.gate_bias), projected(weights.up, weights.up_bias)
+    if projections is not None:
+        gate, up = _known(gate, projections[0]), _known(up, projections[1])
     hidden = gated(weights.activation, gate, up)
     out = contract(channel_gate(hidden, gate, up), weights.down, dispatch, pool)
     if weights.down_bias is not None:
         out += real * weights.down_bias.astype(out.dtype)[row_expert(dispatch)]
     return ExpertRows(x=rows, gate=gate, up=up, hidden=hidden, out=out)
+
+
+# The value of the second in the place of the first, which `jit` then has no need to compute.
+_known: Any = jax.custom_vjp(lambda computed, known: known.astype(computed.dtype))
+_known.defvjp(
+    lambda computed, known: (known.astype(computed.dtype), None), lambda _, d_out: (d_out, None)
+)
 
 
 def combine(out: Array, row_weight: Array, tokens: int, dispatch: Dispatch) -> Array:
@@ -249,13 +268,15 @@ def combine(out: Array, row_weight: Array, tokens: int, dispatch: Dispatch) -> A
     )
 
 
-def routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
+def routed_experts_by_rows(
+    score, x, row_weight, weights, probe, dispatch, pool, projections=None
+) -> Array:
     """`routed_experts` as grouped products; same arguments and result."""
 
     def tap(hidden: Array, gate: Array, up: Array) -> Array:
         return _tap(score, weights.activation, hidden, gate, up, probe, dispatch)
 
-    rows = expert_rows(x, weights, dispatch, pool, tap)
+    rows = expert_rows(x, weights, dispatch, pool, tap, projections)
     return combine(rows.out, row_weight, x.shape[0], dispatch)
 
 

@@ -78,14 +78,21 @@ class DecoderLayer(nnx.Module):
         return x + attended, cache
 
     def feed_forward(
-        self, x: Array, context: Context, run: RunExperts = run_experts
+        self,
+        x: Array,
+        context: Context,
+        run: RunExperts = run_experts,
+        expert: Array | None = None,
     ) -> tuple[Array, MoETrace | None]:
-        """The second half, and what its experts did (None for a dense layer)."""
+        """The second half, and what its experts did (None for a dense layer).
+
+        `expert` [B * T, k] is a choice of experts made before; None lets the router choose.
+        """
         normed = rms_norm(x, self.mlp_norm, self.norm_eps)
         if isinstance(self.mlp, DenseMLP):
             return x + self.mlp(normed), None
         flat = normed.reshape(-1, normed.shape[-1])
-        out, trace = self.mlp(flat, context.valid.reshape(-1), run)
+        out, trace = self.mlp(flat, context.valid.reshape(-1), run, expert)
         return x + out.reshape(x.shape), trace
 
 

@@ -4,21 +4,37 @@ Forward: the closed-form attributions need no gradient at all. Backward: the cot
 that the experts carry is the sum of the channel scores, so no per-token score array ever exists.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax import Array
 
 from moe_jax.attention import Context
 from moe_jax.dispatch import Dispatch, gather_rows, sum_by_expert
 from moe_jax.expert_weights import routing_matrix
 from moe_jax.moe import Experts, MoE, MoETrace, RunExperts
-from moe_jax.swiglu import routed_experts
+from moe_jax.swiglu import Projections, routed_experts
 from moe_jax.transformer import DecoderLayer, Head
 from pruning.expert_sums import observe_experts, output_sums
 
 EPS = 1e-6  # of q = 1 / (|H|^2 + eps), arXiv 2606.18304's released loss
 GRADIENT_SCORES = ("taylor", "abs_taylor", "fisher", "gate_saliency", "gradient_square")
+
+
+@struct.dataclass
+class Kept:
+    """What a backward pass through a layer's experts would otherwise compute again.
+
+    Attributes:
+      expert: int32 [N, k], the router's choice, so that the rows stay where they were.
+      projections: gate and up rows of the experts.
+    """
+
+    expert: Array
+    projections: Projections
 
 
 def taylor_scores(hidden: Array, d_hidden: Array, gate: Array, d_gate: Array) -> tuple[Array, ...]:
@@ -40,11 +56,14 @@ def taylor_scores(hidden: Array, d_hidden: Array, gate: Array, d_gate: Array) ->
     )
 
 
-def scored_experts(probe: Array) -> RunExperts:
-    """Run the experts so that the cotangent of `probe` [J, E, F] is the sums of `taylor_scores`."""
+def scored_experts(probe: Array, projections: Projections | None) -> RunExperts:
+    """Run the experts so that the cotangent of `probe` [J, E, F] is the sums of `taylor_scores`.
+
+    Known `projections` spare the backward pass two of its five products.
+    """
 
     def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
-        args = (x, row_weight, experts.weights, probe, dispatch, experts.pool)
+        args = (x, row_weight, experts.weights, probe, dispatch, experts.pool, projections)
         return routed_experts(taylor_scores, *args), None
 
     return run
@@ -92,25 +111,32 @@ def _bias_attribution(bias: Array, trace: MoETrace, q: Array, y: Array) -> Array
     return jnp.sum(q[:, None] * routing * pulled, axis=0)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="keep")
 def layer_statistics(
-    layer: DecoderLayer, x: Array, context: Context
-) -> tuple[Array, Array, dict[str, Array]]:
+    layer: DecoderLayer, x: Array, context: Context, keep: bool = False
+) -> tuple[Array, Array, dict[str, Array], Kept | None]:
     """One layer on one batch [B, T, D].
 
     Returns:
-      (hidden states between attention and feed-forward, output, forward sums if it has experts).
+      (hidden states between attention and feed-forward, output, forward sums if it has experts,
+      what `layer_backward` can use if `keep` asks for it and it has experts).
     """
     middle, _ = layer.attend(x, context)
-    out, trace = layer.feed_forward(middle, context, observe_experts)
+    out, trace = layer.feed_forward(middle, context, partial(observe_experts, keep=keep))
     if trace is None or not isinstance(layer.mlp, MoE):
-        return middle, out, {}
-    return middle, out, _layer_sums(layer.mlp, out.reshape(-1, out.shape[-1]), trace)
+        return middle, out, {}, None
+    kept = Kept(expert=trace.expert, projections=trace.kept.projections) if keep else None
+    return middle, out, _layer_sums(layer.mlp, out.reshape(-1, out.shape[-1]), trace), kept
 
 
 @jax.jit
 def layer_backward(
-    layer: DecoderLayer, x: Array, middle: Array, context: Context, d_out: Array
+    layer: DecoderLayer,
+    x: Array,
+    middle: Array,
+    context: Context,
+    d_out: Array,
+    kept: Kept | None = None,
 ) -> tuple[Array, Array | None]:
     """Pull the loss gradient through one layer.
 
@@ -120,6 +146,7 @@ def layer_backward(
         either half recomputes that half alone.
       context: positions of the tokens.
       d_out: gradient at the output.
+      kept: what `layer_statistics` kept of the same batch, if it did.
 
     Returns:
       (gradient at `x`, channel scores [J, E, F] or None for a dense layer).
@@ -127,7 +154,11 @@ def layer_backward(
     if isinstance(layer.mlp, MoE):
         scores = len(GRADIENT_SCORES)
         probe = jnp.zeros((scores, layer.mlp.config.num_experts, layer.mlp.experts.width))
-        half = lambda x, probe: layer.feed_forward(x, context, scored_experts(probe))[0]  # noqa: E731
+        expert, projections = (kept.expert, kept.projections) if kept else (None, None)
+
+        def half(x, probe):
+            return layer.feed_forward(x, context, scored_experts(probe, projections), expert)[0]
+
         d_middle, scores = jax.vjp(half, middle, probe)[1](d_out)
     else:
         half = lambda x: layer.feed_forward(x, context)[0]  # noqa: E731

@@ -19,7 +19,7 @@ from pruning.attribution import (
 )
 from pruning.expert_detail import DetailSums, wanda_sums
 from pruning.noise import noise_rows, noise_worth
-from pruning.states import States, row_slices
+from pruning.states import States, projection_room, row_slices
 from pruning.statistics import ChannelStatistics, field_shapes
 
 CHUNK = 64  # sequences that go through all layers together
@@ -72,7 +72,8 @@ def collect_statistics(
     for start in starts:
         part = pad_rows(tokens[start : start + chunk], batch)
         mask = pad_rows(valid[start : start + chunk], batch)
-        states = States(source, part.shape, dtype) if gradients else None
+        room = projection_room(source.config.moe, batch * part.shape[1])
+        states = States(source, part.shape, dtype, room) if gradients else None
         last = _forward_sweep(source, part, mask, sums, batch, dtype, states, detail, visit)
         if states is not None:
             _backward_sweep(source, part, mask, sums, batch, last, states, visit)
@@ -162,9 +163,13 @@ def _forward_sweep(
         if slot is not None:
             _weight_facts(layer, sums, slot)
         for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
-            middle, out, batch_sums = layer_statistics(layer, jnp.asarray(x[i]), place)
+            keep = states is not None and slot is not None and states.room > 0
+            before = jnp.asarray(x[i])
+            middle, out, batch_sums, kept = layer_statistics(layer, before, place, keep)
             if states is not None:
                 states.put(index, rows, x[i], middle)
+                if keep:
+                    states.keep(index, rows, kept)
             x[i] = np.asarray(out)
             if slot is not None:
                 _add_batch(sums, slot, batch_sums)
@@ -195,7 +200,8 @@ def _backward_sweep(source, tokens, valid, sums, batch, last, states, visit) -> 
         layer = source.layer(index)
         for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
             x, middle = states.get(index, rows)
-            d_x, scores = layer_backward(layer, x, middle, place, jnp.asarray(gradient[i]))
+            d_out, kept = jnp.asarray(gradient[i]), states.take(index, rows)
+            d_x, scores = layer_backward(layer, x, middle, place, d_out, kept)
             gradient[i] = np.asarray(d_x)
             if scores is not None:
                 values = np.asarray(scores, np.float64)

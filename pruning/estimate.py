@@ -26,6 +26,7 @@ from pruning.sizes import (
     mtp_parameters,
     statistics_bytes,
 )
+from pruning.states import projection_bytes, projection_room
 
 PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
@@ -174,8 +175,9 @@ def _place(name: str, ours: str) -> str:
 def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
     """Peak bytes of the host in the two stages that hold most; estimates.
 
-    Scoring holds two layers, the hidden states of a chunk of windows, the rows at work and the sums
-    three times; exporting two layers and a float32 copy of one.
+    Scoring holds two layers, the hidden states of a chunk of windows and the projections that its
+    backward sweep keeps, the rows at work and the sums three times; exporting two layers and a
+    float32 copy of one.
     """
     c = base.config
     assert recipe.window is not None
@@ -190,7 +192,10 @@ def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
     windows = min(CHUNK, math.ceil(tokens / recipe.window))
     states = windows * recipe.window * c.d_model * item
     states *= 1 + 2 * c.num_layers * recipe.gradients
-    rows = recipe.batch * recipe.window * c.moe.experts_per_token
+    step = recipe.batch * recipe.window
+    visits = math.ceil(windows / recipe.batch) * len(c.moe_layers) * recipe.gradients
+    states += min(visits, projection_room(c.moe, step)) * projection_bytes(c.moe, step)
+    rows = step * c.moe.experts_per_token
     if recipe.weights_only:
         rows = c.moe.num_experts * ROWS_PER_EXPERT
     work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4

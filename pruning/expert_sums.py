@@ -14,6 +14,7 @@ from moe_jax.activation import gated
 from moe_jax.dispatch import Dispatch, gather_rows
 from moe_jax.expert_weights import COLUMNS, ROWS, project, real_rows, tile_tokens
 from moe_jax.grouped_matmul import (
+    add_slice,
     channel_block,
     dot,
     expand,
@@ -22,7 +23,7 @@ from moe_jax.grouped_matmul import (
     weight_bits,
 )
 from moe_jax.moe import Experts
-from moe_jax.swiglu import combine, expert_rows
+from moe_jax.swiglu import Projections, combine, expert_rows
 
 
 @struct.dataclass
@@ -34,20 +35,25 @@ class Observed:
       out_square: float32 [P], squared norm of each row's expert output, before routing weights.
       squares: float32 [4, E, F], sums over each expert's tokens of hidden^2, up^2, gate^2 and
         (routing weight x hidden)^2.
+      projections: gate and up rows [P, F], if they are to be kept.
     """
 
     hidden: Array
     out_square: Array
     squares: Array
+    projections: Projections | None = None
 
 
 def observe_experts(
-    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch
+    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch, keep: bool = False
 ) -> tuple[Array, Observed]:
-    """Run dense experts and keep what the statistics need; a `RunExperts`."""
+    """Run dense experts and keep what the statistics need; a `RunExperts`.
+
+    `keep` keeps the projections as well, as precise as a backward pass would compute them.
+    """
     assert experts.block == experts.width, "statistics are taken of experts of one width"
     run = _observe_tiles if on_cpu() else observe_by_rows
-    return run(experts, x, row_weight, dispatch)
+    return run(experts, x, row_weight, dispatch, keep)
 
 
 def output_sums(
@@ -73,7 +79,7 @@ def output_sums(
 # --- CPU ---
 
 
-def _observe_tiles(experts, x, row_weight, dispatch):
+def _observe_tiles(experts, x, row_weight, dispatch, keep):
     pool, tile = experts.pool, dispatch.tile
     bits = jax.tree.map(weight_bits, experts.weights)
 
@@ -91,22 +97,27 @@ def _observe_tiles(experts, x, row_weight, dispatch):
             part += real * experts.b_down[expert][None].astype(jnp.float32)
         column = weight[:, None]
         squares = (hidden**2, up**2, gate**2, (column * hidden) ** 2)
-        rows = jnp.stack([jnp.sum(square, axis=0) for square in squares])[:, None]
-        at = (0, expert, 0)
-        old = jax.lax.dynamic_slice(seen.squares, at, rows.shape)
+        sums = jnp.stack([jnp.sum(square, axis=0) for square in squares])[:, None]
         put = jax.lax.dynamic_update_slice
         seen = Observed(
             hidden=put(seen.hidden, hidden.astype(x.dtype), (row, 0)),
             out_square=put(seen.out_square, jnp.sum(part**2, axis=1), (row,)),
-            squares=put(seen.squares, old + rows, at),
+            squares=add_slice(seen.squares, sums, (0, expert, 0)),
+            projections=jax.tree.map(
+                lambda whole, part: put(whole, part, (row, 0)),
+                seen.projections,
+                (gate, up) if keep else None,
+            ),
         )
-        return out.at[index].add(part * weight[:, None], mode="drop"), seen
+        return out.at[index].add(part * column, mode="drop"), seen
 
     rows, num_experts = row_weight.shape[0], pool.count.shape[0]
+    blank = jnp.zeros((rows, pool.width))
     seen = Observed(
         hidden=jnp.zeros((rows, pool.width), x.dtype),
         out_square=jnp.zeros(rows),
         squares=jnp.zeros((4, num_experts, pool.width)),
+        projections=(blank, blank) if keep else None,
     )
     out, seen = walk_tiles(dispatch, pool, step, (jnp.zeros(x.shape, jnp.float32), seen))
     return out.astype(x.dtype), seen
@@ -124,14 +135,11 @@ def _output_tiles(experts, hidden, row_weight, dispatch, q, y):
         q_row = q.at[index].get(mode="fill", fill_value=0)
         h = jax.lax.dynamic_slice_in_dim(hidden, row, tile).astype(jnp.float32)
         pulled = dot(output, channels, ROWS)  # <v, y>
-        rows = jnp.stack(
-            [
-                jnp.sum((q_row * weight**2)[:, None] * h**2, axis=0),
-                jnp.sum((q_row * weight)[:, None] * h * pulled, axis=0),
-            ]
-        )[:, None]
-        old = jax.lax.dynamic_slice(sums, (0, expert, 0), rows.shape)
-        return jax.lax.dynamic_update_slice(sums, old + rows, (0, expert, 0))
+        # The sums over rows as products: reducing `pulled` after its product is slower in XLA.
+        share = q_row * weight
+        energy = dot((share * weight)[None], h**2, COLUMNS)
+        shapley = dot(share[None], h * pulled, COLUMNS)
+        return add_slice(sums, jnp.stack([energy, shapley]), (0, expert, 0))
 
     return walk_tiles(dispatch, pool, step, jnp.zeros((2, pool.count.shape[0], pool.width)))
 
@@ -140,7 +148,7 @@ def _output_tiles(experts, hidden, row_weight, dispatch, q, y):
 
 
 def observe_by_rows(
-    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch
+    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch, keep: bool = False
 ) -> tuple[Array, Observed]:
     """`observe_experts` as products of whole arrays; same arguments and result."""
     rows = expert_rows(x, experts.weights, dispatch, experts.pool)
@@ -154,6 +162,7 @@ def observe_by_rows(
         hidden=rows.hidden,
         out_square=jnp.sum(jnp.square(rows.out.astype(jnp.float32)), axis=-1),
         squares=jnp.stack([both[0], up, gate, both[1]]),
+        projections=(rows.gate, rows.up) if keep else None,
     )
     return combine(rows.out, row_weight, x.shape[0], dispatch), kept
 

@@ -1,21 +1,49 @@
-"""Hidden states that a backward sweep needs, kept on the host."""
+"""What a backward sweep needs of the forward one, kept on the host."""
 
 import math
 import tempfile
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moe_jax.config import MoEConfig
+from moe_jax.dispatch import tile_height
 from moe_jax.stream import LayerSource
 
 MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a temporary file
+MEMORY_PROJECTIONS = 2 << 30  # bytes of gate and up rows kept; others are computed again
+
+
+def projection_bytes(moe: MoEConfig, tokens: int) -> int:
+    """Bytes of a batch's gate and up rows in one layer, float32 and padded to whole tiles."""
+    rows = tokens * moe.experts_per_token
+    tile = tile_height(rows, moe.num_experts)
+    padded = (rows // tile + moe.num_experts) * tile
+    return 2 * padded * moe.d_expert * 4
+
+
+def projection_room(moe: MoEConfig, tokens: int) -> int:
+    """Layers times batches whose gate and up rows fit `MEMORY_PROJECTIONS`.
+
+    None on accelerators, which compute them faster than the host would take and give them.
+    """
+    room = MEMORY_PROJECTIONS // projection_bytes(moe, tokens)
+    return room if jax.default_backend() == "cpu" else 0
 
 
 class States:
-    """Hidden states before and in the middle of every layer: [L, 2, B, T, D] on the host."""
+    """Hidden states before and in the middle of every layer: [L, 2, B, T, D] on the host.
 
-    def __init__(self, source: LayerSource, shape: tuple[int, ...], dtype):
+    With them, for the first `room` pairs of a layer and a batch, whatever arrays spare the backward
+    pass work.
+    """
+
+    def __init__(self, source: LayerSource, shape: tuple[int, ...], dtype, room: int = 0):
+        self.room = room
+        self._kept: dict[tuple[int, int], Any] = {}
         shape = (len(source), 2, *shape, source.config.d_model)
         size = math.prod(shape) * jnp.dtype(dtype).itemsize
         if size <= MEMORY_STATES:
@@ -32,6 +60,15 @@ class States:
         """What `put` kept."""
         before, middle = self.values[layer, :, rows]
         return jnp.asarray(before), jnp.asarray(middle)
+
+    def keep(self, layer: int, rows: slice, arrays) -> None:
+        """Keep a tree of arrays of a batch; takes one of `room`."""
+        self.room -= 1
+        self._kept[layer, rows.start] = jax.tree.map(np.asarray, arrays)
+
+    def take(self, layer: int, rows: slice) -> Any:
+        """What `keep` kept, once; None if it was not asked to."""
+        return self._kept.pop((layer, rows.start), None)
 
 
 def row_slices(count: int, batch: int) -> list[slice]:

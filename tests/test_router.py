@@ -56,6 +56,10 @@ def test_experts_and_weights_equal_those_of_plain_python(rule, data):
     if config.correction_bias:
         bias = data.draw(hnp.arrays(np.int32, 12, elements=st.integers(-4, 4))) / np.float32(4)
     weight, expert = route(jnp.asarray(logits), config, jnp.asarray(bias))
+    # a choice made before is only weighed again
+    turned, kept = route(jnp.asarray(logits), config, jnp.asarray(bias), expert[:, ::-1])
+    np.testing.assert_array_equal(kept, expert[:, ::-1])
+    np.testing.assert_allclose(turned, weight[:, ::-1], rtol=1e-6)
     for token in range(2):
         found = dict(
             zip(np.asarray(expert[token]).tolist(), np.asarray(weight[token]), strict=True)

@@ -8,7 +8,7 @@ import pytest
 from moe_jax.config import Activation
 from moe_jax.dispatch import gather_rows, make_dispatch
 from moe_jax.experts_pool import pooled_experts
-from moe_jax.swiglu import no_score, routed_experts, routed_experts_by_rows
+from moe_jax.swiglu import expert_rows, no_score, routed_experts, routed_experts_by_rows
 from pruning.expert_sums import (
     observe_by_rows,
     observe_experts,
@@ -151,6 +151,32 @@ def gate_magnitudes(p, pull):
         for slot, e in enumerate(p["chosen"][n]):
             sums[e] += score(n, slot)
     return sums
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("form", [routed_experts, routed_experts_by_rows])
+def test_known_projections_give_the_gradient_of_computed_ones(problem, form, dtype):
+    p, d, pool = problem, problem["dispatch"], problem["experts"].pool
+    x, weights = jax.tree.map(lambda leaf: leaf.astype(dtype), (p["x"], p["experts"].weights))
+    row_weight = gather_rows(p["weight"].reshape(-1), d, 1)
+    pull = jnp.asarray(np.random.default_rng(1).normal(size=(N, D)), dtype)
+
+    @jax.jit
+    def gradient(known):
+        args = (x, row_weight, weights, jnp.zeros((2, E, F)))
+        run = lambda *args: jnp.vdot(pull, form(magnitudes, *args, d, pool, known))  # noqa: E731
+        return jax.tree.leaves(jax.grad(run, (0, 1, 2, 3))(*args))
+
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+    rows = expert_rows(x.astype(jnp.float32), wide, d, pool)
+    computed = gradient(None)
+    # Sums of two compilations round apart; in bfloat16 the whole arrays are rounded between steps.
+    error = 2e-6 if dtype == jnp.float32 else 0.02
+    for found, wanted in zip(gradient((rows.gate, rows.up)), computed, strict=True):
+        found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+        assert np.abs(found - wanted).max() <= error * np.abs(wanted).max()
+    # and they are used: others change the scores
+    assert not np.allclose(gradient((2 * rows.gate, rows.up))[-1], computed[-1], rtol=0.1)
 
 
 def test_bfloat16_stays_close_to_float32(problem):

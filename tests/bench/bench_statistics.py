@@ -51,10 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=32, help="of 256 tokens, 8 at a time")
     args = parser.parse_args()
     config = SHAPES[args.shape]
     model = init(config, jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 256)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (args.sequences, 256))
+    tokens = tokens.astype(np.int32)
     valid = np.ones(tokens.shape, bool)
     losses = jax.jit(
         lambda head, x: jax.lax.map(lambda row: row_loss(head, *row), (x, tokens, valid)).sum()
