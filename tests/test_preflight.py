@@ -1,6 +1,7 @@
 """Size bounds, warnings and rehearsed plans hold whatever the statistics turn out to be."""
 
 import dataclasses
+import itertools
 import re
 import shutil
 
@@ -14,14 +15,14 @@ from convert import find_family
 from convert.checkpoint import open_checkpoint
 from convert.export import ExportFormat, export_bytes
 from pruning import preflight
-from pruning.channel_criteria import CHANNEL_CRITERIA
-from pruning.expert_criteria import EXPERT_CRITERIA
+from pruning.channel_criteria import CHANNEL_CRITERIA, DATA_FREE
+from pruning.expert_criteria import DATA_FREE_EXPERTS, EXPERT_CRITERIA
 from pruning.plan import PruningPlan
 from pruning.planners import PLANNERS
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe
 from pruning.sizes import most_bytes, statistics_bytes
-from pruning.stages import open_job
+from pruning.stages import open_job, resolved
 from tests.command import given, run
 
 LAYERS, EXPERTS, WIDTH = 2, 8, 64
@@ -94,9 +95,14 @@ def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, 
         )
     )
     rules = [("act", name) for name in EXPERT_CRITERIA]
-    rules += [(name, "ala") for name in CHANNEL_CRITERIA]
+    rules += [(name, "ala") for name in CHANNEL_CRITERIA if name != "noise"]
     for criterion, attribution in rules:
         one = dataclasses.replace(job.recipe, criterion=criterion, attribution=attribution)
+        preflight.rehearsed_plan(one, job.base)
+    folders = {"model": job.recipe.model, "output": job.recipe.output}
+    without = resolved(CompressionRecipe(**folders, planner=planner, weights_only=True), job.base)
+    for criterion, attribution in itertools.product(DATA_FREE, DATA_FREE_EXPERTS):
+        one = dataclasses.replace(without, criterion=criterion, attribution=attribution)
         preflight.rehearsed_plan(one, job.base)
 
 
