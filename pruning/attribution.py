@@ -161,8 +161,8 @@ def layer_backward(
 
         d_middle, scores = jax.vjp(half, middle, probe)[1](d_out)
     else:
-        half = lambda x: layer.feed_forward(x, context)[0]  # noqa: E731
-        (d_middle,), scores = jax.vjp(half, middle)[1](d_out), None
+        (d_middle,) = jax.vjp(lambda x: layer.feed_forward(x, context)[0], middle)[1](d_out)
+        scores = None
     return jax.vjp(lambda x: layer.attend(x, context)[0], x)[1](d_middle)[0], scores
 
 
