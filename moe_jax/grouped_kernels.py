@@ -116,7 +116,8 @@ def _dot(left: Array, right: Array) -> Array:
     """Product in float32 of factors that are not rounded.
 
     True float32 is slow on a GPU, and its fast units keep 10 bits of it. But a float32 number is a
-    sum of three bfloat16 ones, and of their nine products three are below its last bit.
+    sum of three bfloat16 ones, and of their nine products three are below its last bit. Infinite
+    numbers become nan.
     """
     products = [
         jax.lax.dot(one, two, preferred_element_type=jnp.float32)

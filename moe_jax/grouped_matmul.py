@@ -1,8 +1,8 @@
 """Matrix products of many token rows with the experts they are routed to.
 
-`expand` and `contract` are each other's adjoint; with `accumulate` they are closed under
-differentiation, which is all that training and attribution need. On a CPU they are loops over
-tiles, on a GPU kernels, elsewhere `lax.ragged_dot`.
+`expand` and `contract` are each other's adjoint; with `accumulate`, the gradient of the weights,
+that is all that training and attribution need. On a CPU they are loops over tiles, which can be
+differentiated again; on a GPU kernels, elsewhere `lax.ragged_dot`.
 """
 
 from collections.abc import Callable

@@ -24,7 +24,7 @@ def collected(statistics: "ChannelStatistics", name: str, group: str) -> np.ndar
     if value is None:
         raise ValueError(
             f"{name!r} was not collected in these statistics; score the model again with --{group} "
-            "or choose a criterion that needs none, e.g. 'act'"
+            "or choose a criterion that needs none, e.g. 'weight'"
         )
     return value
 

@@ -72,7 +72,7 @@ def collect_statistics(
     for start in starts:
         part = pad_rows(tokens[start : start + chunk], batch)
         mask = pad_rows(valid[start : start + chunk], batch)
-        room = projection_room(source.config.moe, batch * part.shape[1])
+        room = projection_room(source.config, len(part) // batch, batch * part.shape[1])
         states = States(source, part.shape, dtype, room) if gradients else None
         last = _forward_sweep(source, part, mask, sums, batch, dtype, states, detail, visit)
         if states is not None:

@@ -70,7 +70,7 @@ def channel_scores(
                 f"{criterion!r} with attribution {attribution!r}; collect statistics on text, or "
                 f"use {', '.join(sorted(DATA_FREE))} with {', '.join(sorted(DATA_FREE_EXPERTS))}"
             )
-        layer = np.ones_like(layer)  # weights say nothing about how much a layer adds
+        layer = np.ones_like(layer)  # nothing without text says how much a layer adds
     channel = np.where(_dead(statistics), 0.0, score(statistics))
     scores = ChannelScores(
         channel=_rank_unscored_by_weight(channel, statistics),

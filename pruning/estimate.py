@@ -28,6 +28,7 @@ from pruning.sizes import (
 )
 from pruning.states import projection_bytes, projection_room
 
+TILE = 128  # rows, the highest of moe_jax.dispatch.tile_height
 PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
 
@@ -193,11 +194,11 @@ def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
     states = windows * recipe.window * c.d_model * item
     states *= 1 + 2 * c.num_layers * recipe.gradients
     step = recipe.batch * recipe.window
-    visits = math.ceil(windows / recipe.batch) * len(c.moe_layers) * recipe.gradients
-    states += min(visits, projection_room(c.moe, step)) * projection_bytes(c.moe, step)
+    room = projection_room(c, math.ceil(windows / recipe.batch), step) if recipe.gradients else 0
+    states += room * projection_bytes(c.moe, step)
     rows = step * c.moe.experts_per_token
     if recipe.weights_only:
-        rows = c.moe.num_experts * ROWS_PER_EXPERT
+        rows = c.moe.num_experts * (ROWS_PER_EXPERT + TILE)  # a spare tile of padding for each
     work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
     fixed = PROCESS_BYTES + 2 * outer
     return {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_jax.grouped_matmul import on_cpu
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import Transformer
 from pruning.ablation import layer_visits
@@ -42,8 +43,14 @@ def announce(source: LayerSource, recipe: CompressionRecipe, steps: Steps) -> No
     """Say what the extra attributions cost, before anything is measured.
 
     Raises:
-      ValueError: nll_grad2 is asked for and the model does not fit in memory.
+      ValueError: nll_grad2 is asked for and the model does not fit in memory, or the machine has
+        no second derivatives of its products.
     """
+    if recipe.nll_grad2 and not on_cpu():
+        raise ValueError(
+            "nll_grad2 needs second derivatives, which only the products of a CPU have; leave it "
+            "out, or set JAX_PLATFORMS=cpu"
+        )
     for name, visits in costs(source, recipe).items():
         times = visits / len(source)
         steps.say(

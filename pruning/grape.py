@@ -66,8 +66,12 @@ def linear_cka(outputs: np.ndarray) -> np.ndarray:  # [E, T, D] -> [E, E]
     norm = np.sqrt(np.square(centred).sum(axis=(1, 2)))[:, None, None]
     centred = np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 0.0)
     # |X^T Y|^2 = <X X^T, Y Y^T>: one product per expert, and one of all pairs.
-    kernels = np.stack([one @ one.T for one in centred]).reshape(len(centred), -1)  # [E, T * T]
-    pairs = kernels @ kernels.T
+    count, tokens, _ = centred.shape
+    kernels = np.empty((count, tokens, tokens), centred.dtype)
+    for one, kernel in zip(centred, kernels, strict=True):
+        np.matmul(one, one.T, out=kernel)
+    flat = kernels.reshape(count, -1)
+    pairs = flat @ flat.T
     own = np.sqrt(np.diagonal(pairs))
     return pairs / np.maximum(np.outer(own, own), TINY)
 

@@ -16,8 +16,8 @@ from moe_jax.norm import rms_norm
 from moe_jax.swiglu import expert_rows
 from moe_jax.transformer import DecoderLayer
 
-ROWS = 2048
-ROWS_PER_EXPERT = ROWS // 8
+ROWS, SHARE = 2048, 8  # each expert meets one row of SHARE
+ROWS_PER_EXPERT = ROWS // SHARE
 
 
 def noise_rows(d_model: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def noise_worth(layer: DecoderLayer, noise: np.ndarray) -> Array:
       its column of W_down and the expert's output. Negative where the channel works against it.
     """
     assert isinstance(layer.mlp, MoE)
-    experts, count, sent = layer.mlp.experts, layer.mlp.config.num_experts, len(noise) // 8
+    experts, count, sent = layer.mlp.experts, layer.mlp.config.num_experts, len(noise) // SHARE
     x = rms_norm(jnp.asarray(noise), layer.mlp_norm, layer.norm_eps)
     liked = jax.lax.top_k(linear(x, layer.mlp.router).T, sent)[1]  # [E, sent]
     owner = jnp.repeat(jnp.arange(count, dtype=jnp.int32), sent)

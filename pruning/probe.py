@@ -31,7 +31,8 @@ def scoring_seconds(source: LayerSource, recipe: CompressionRecipe) -> float:
     layer = source.layer(source.config.moe_layers[0])
     if recipe.weights_only:
         noise = noise_rows(source.config.d_model)
-        return _seconds(noise_worth, layer, noise) * len(source.config.moe_layers)
+        seconds = _seconds(noise_worth, layer, noise[:PROBE_TOKENS])
+        return seconds * len(noise) / PROBE_TOKENS * len(source.config.moe_layers)
     assert recipe.window is not None
     length = min(recipe.window, PROBE_TOKENS)
     rows = max(1, min(recipe.batch, PROBE_TOKENS // length))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.config import MoEConfig
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.dispatch import tile_height
 from moe_jax.stream import LayerSource
 
@@ -25,13 +25,21 @@ def projection_bytes(moe: MoEConfig, tokens: int) -> int:
     return 2 * padded * moe.d_expert * 4
 
 
-def projection_room(moe: MoEConfig, tokens: int) -> int:
-    """Layers times batches whose gate and up rows fit `MEMORY_PROJECTIONS`.
+def projection_room(config: ModelConfig, batches: int, tokens: int) -> int:
+    """How often a sweep keeps the gate and up rows of one layer and one batch.
 
-    None on accelerators, which compute them faster than the host would take and give them.
+    All that fit `MEMORY_PROJECTIONS`; none if that is less than a quarter, whose gain is not worth
+    the memory and second programs, and none on accelerators, which compute them faster than the
+    host would take and give them.
+
+    Args:
+      config: of the model.
+      batches: in a chunk.
+      tokens: in a batch.
     """
-    room = MEMORY_PROJECTIONS // projection_bytes(moe, tokens)
-    return room if jax.default_backend() == "cpu" else 0
+    visits = len(config.moe_layers) * batches
+    fit = min(visits, MEMORY_PROJECTIONS // projection_bytes(config.moe, tokens))
+    return fit if 4 * fit >= visits and jax.default_backend() == "cpu" else 0
 
 
 class States:

@@ -255,11 +255,12 @@ def test_projections_kept_within_their_budget_change_no_score(model, batch, monk
 
     monkeypatch.setattr(states.States, "keep", spy)
     found = {}
-    for room in (0, 4, 6):  # of three batches in each of the layers 0 and 2
+    for room in (0, 1, 4, 6):  # of three batches in each of the layers 0 and 2
         kept.clear()
         monkeypatch.setattr(states, "MEMORY_PROJECTIONS", room * one + one // 2)
         found[room] = collect_statistics(model, *batch, gradients=True, batch=2, dtype=dtype)
-        assert kept == [(layer, start, one) for layer in (0, 2) for start in (0, 2, 4)][:room]
+        whole = [(layer, start, one) for layer in (0, 2) for start in (0, 2, 4)]
+        assert kept == (whole[:room] if room > 1 else [])  # less than a quarter is not worth it
     exact = collect_statistics(model, *batch, gradients=True, batch=2)
     for name in GRADIENT_SCORES:
         wanted = getattr(exact, name)

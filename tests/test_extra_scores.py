@@ -65,6 +65,16 @@ def test_second_derivatives_of_a_large_model_are_refused_before_the_sweep(
     assert not (tmp_path / "out" / "statistics.safetensors").exists()
 
 
+def test_second_derivatives_are_refused_where_products_have_none(
+    models, texts, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(extra_scores, "on_cpu", lambda: False)
+    given = command.given(texts, tmp_path / "out")
+    assert command.run("score", models / "single", *given, "--nll-grad2") == 2
+    assert "nll_grad2 needs second derivatives" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "statistics.safetensors").exists()
+
+
 def test_layers_may_be_weighed_by_their_end_to_end_loss():
     loss = np.array([[1.0, 3.0], [8.0, 8.0], [-5.0, 1.0]])
     statistics = synthetic.statistics(3, 2, 4, nll_ig=loss)
