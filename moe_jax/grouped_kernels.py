@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from moe_jax.dispatch import Dispatch, Pool
 
-# Measured on an H100: smaller blocks, and more warps for fewer rows, were slower.
+# Measured on an H100: smaller blocks were slower, and 8 warps for tiles of 64 float32 rows, too.
 COLUMNS = 128  # of a block of the result
 DEPTH = 64  # summed at a time; half as many float32 numbers
 
@@ -190,7 +190,6 @@ def _accumulate(
     column = block * columns + jnp.arange(columns)
     channel = line * lines + jnp.arange(lines)
     live, inside = channel < count_ref[expert], column < right_ref.shape[1]
-
     step = min(tile, _step(left_ref.dtype))
 
     def product(k):

@@ -164,6 +164,39 @@ def test_every_form_equals_the_loops_over_tiles(layout, form, of_rows, of_weight
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [16, 128])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernels_of_many_blocks_steps_and_tiles_equal_numpy(tile, dtype):
+    rng, counts, width, depth, copies = np.random.default_rng(3), (150, 0, 131, 40), 160, 200, 700
+    owner = rng.choice(EXPERTS + 1, copies, p=[0.6, 0.1, 0.2, 0.05, 0.05]).astype(np.int32)
+    dispatch = dispatch_jit(jnp.asarray(owner), EXPERTS, tile)
+    pool = make_pool(counts, width, width)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)  # noqa: E731
+    x, h, weight = draw(copies, depth), draw(copies, width), draw(sum(counts) + width, depth)
+    rows_x, rows_h = (gather_rows(value, dispatch, 1) for value in (x, h))
+    products = FORMS["kernels"]()
+    found = [
+        np.asarray(jax.jit(product)(*arguments, weight, dispatch, pool), np.float64)
+        for product, arguments in zip(
+            products, ((rows_x,), (rows_h,), (rows_h, rows_x)), strict=True
+        )
+    ]
+    wide, exact = np.asarray(weight, np.float64), [np.zeros(value.shape) for value in found]
+    copy = np.asarray(dispatch.row_copy)
+    for expert, count in enumerate(counts):
+        first = sum(counts[:expert])
+        own = np.flatnonzero((copy < copies) & (np.append(owner, -1)[copy] == expert))
+        left, right = (np.asarray(rows[own], np.float64) for rows in (rows_h[:, :count], rows_x))
+        channels = wide[first : first + count]
+        exact[0][own, :count] = right @ channels.T
+        exact[1][own] = left @ channels
+        exact[2][first : first + count] = left.T @ right
+    # float32 sums of some hundred products, rounded once more to bfloat16
+    error = 2e-6 if dtype == jnp.float32 else 2**-8
+    for got, wanted in zip(found, exact, strict=True):
+        assert np.abs(got - wanted).max() <= error * np.abs(wanted).max()
+
+
 def test_copies_that_go_nowhere_are_never_read():
     owner, values, hidden, weight, pool = random_case(RAGGED, 8, 4)
     nowhere = owner == EXPERTS
