@@ -71,7 +71,7 @@ def routed_experts(
       dispatch: the row layout.
       pool: the channel layout.
       projections: gate and up rows as these arguments give them, if they are known already: the
-        backward pass then need not compute them again.
+        backward pass of a CPU then need not compute them again.
 
     Returns:
       [N, D] in the dtype of `x`. Gradients that nobody asks for cost nothing under `jit`.
@@ -92,18 +92,17 @@ def routed_experts(
 def _forward(score, x, row_weight, weights, probe, dispatch, pool, projections) -> Array:
     if on_cpu():
         return _forward_tiles(x, row_weight, weights, dispatch, pool)
-    args = (x, row_weight, weights, probe, dispatch, pool, projections)
-    return routed_experts_by_rows(score, *args)
+    return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
 
 
 def _backward(score, saved, d_out):
-    x, row_weight, weights, probe, *layout = saved
+    x, row_weight, weights, probe, dispatch, pool, _ = saved
     if on_cpu():
         gradients = _backward_tiles(score, d_out, *saved)
     else:
 
         def by_rows(x, row_weight, weights, probe):
-            return routed_experts_by_rows(score, x, row_weight, weights, probe, *layout)
+            return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
 
         gradients = jax.vjp(by_rows, x, row_weight, weights, probe)[1](d_out)
     return (*gradients, None, None, None)
@@ -220,7 +219,6 @@ def expert_rows(
     dispatch: Dispatch,
     pool: Pool,
     channel_gate: Callable[[Array, Array, Array], Array] = lambda hidden, gate, up: hidden,
-    projections: Projections | None = None,
 ) -> ExpertRows:
     """Run each expert on its own rows and keep every stage.
 
@@ -230,7 +228,6 @@ def expert_rows(
       dispatch: the row layout.
       pool: the channel layout.
       channel_gate: (hidden, gate, up), each [P, width] -> the hidden rows that w_down sees.
-      projections: gate and up rows if they are known already; gradients pass through all the same.
 
     Returns:
       The rows; under `jit`, stages that nobody uses cost nothing.
@@ -244,20 +241,11 @@ def expert_rows(
         return out if bias is None else out + expand(real, bias, dispatch, pool)
 
     gate, up = projected(weights.gate, weights.gate_bias), projected(weights.up, weights.up_bias)
-    if projections is not None:
-        gate, up = _known(gate, projections[0]), _known(up, projections[1])
     hidden = gated(weights.activation, gate, up)
     out = contract(channel_gate(hidden, gate, up), weights.down, dispatch, pool)
     if weights.down_bias is not None:
         out += real * weights.down_bias.astype(out.dtype)[row_expert(dispatch)]
     return ExpertRows(x=rows, gate=gate, up=up, hidden=hidden, out=out)
-
-
-# The value of the second in the place of the first, which `jit` then has no need to compute.
-_known: Any = jax.custom_vjp(lambda computed, known: known.astype(computed.dtype))
-_known.defvjp(
-    lambda computed, known: (known.astype(computed.dtype), None), lambda _, d_out: (d_out, None)
-)
 
 
 def combine(out: Array, row_weight: Array, tokens: int, dispatch: Dispatch) -> Array:
@@ -268,15 +256,13 @@ def combine(out: Array, row_weight: Array, tokens: int, dispatch: Dispatch) -> A
     )
 
 
-def routed_experts_by_rows(
-    score, x, row_weight, weights, probe, dispatch, pool, projections=None
-) -> Array:
+def routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
     """`routed_experts` as grouped products; same arguments and result."""
 
     def tap(hidden: Array, gate: Array, up: Array) -> Array:
         return _tap(score, weights.activation, hidden, gate, up, probe, dispatch)
 
-    rows = expert_rows(x, weights, dispatch, pool, tap, projections)
+    rows = expert_rows(x, weights, dispatch, pool, tap)
     return combine(rows.out, row_weight, x.shape[0], dispatch)
 
 

@@ -59,7 +59,7 @@ def taylor_scores(hidden: Array, d_hidden: Array, gate: Array, d_gate: Array) ->
 def scored_experts(probe: Array, projections: Projections | None) -> RunExperts:
     """Run the experts so that the cotangent of `probe` [J, E, F] is the sums of `taylor_scores`.
 
-    Known `projections` spare the backward pass two of its five products.
+    Known `projections` spare a CPU's backward pass two of its five products.
     """
 
     def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):

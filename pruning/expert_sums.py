@@ -49,11 +49,13 @@ def observe_experts(
 ) -> tuple[Array, Observed]:
     """Run dense experts and keep what the statistics need; a `RunExperts`.
 
-    `keep` keeps the projections as well, as precise as a backward pass would compute them.
+    `keep` keeps the projections as well, as precise as a backward pass would compute them; on a
+    CPU alone, whose backward pass can use them.
     """
     assert experts.block == experts.width, "statistics are taken of experts of one width"
-    run = _observe_tiles if on_cpu() else observe_by_rows
-    return run(experts, x, row_weight, dispatch, keep)
+    if on_cpu():
+        return _observe_tiles(experts, x, row_weight, dispatch, keep)
+    return observe_by_rows(experts, x, row_weight, dispatch)
 
 
 def output_sums(
@@ -148,7 +150,7 @@ def _output_tiles(experts, hidden, row_weight, dispatch, q, y):
 
 
 def observe_by_rows(
-    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch, keep: bool = False
+    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch
 ) -> tuple[Array, Observed]:
     """`observe_experts` as products of whole arrays; same arguments and result."""
     rows = expert_rows(x, experts.weights, dispatch, experts.pool)
@@ -162,7 +164,6 @@ def observe_by_rows(
         hidden=rows.hidden,
         out_square=jnp.sum(jnp.square(rows.out.astype(jnp.float32)), axis=-1),
         squares=jnp.stack([both[0], up, gate, both[1]]),
-        projections=(rows.gate, rows.up) if keep else None,
     )
     return combine(rows.out, row_weight, x.shape[0], dispatch), kept
 
