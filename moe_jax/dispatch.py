@@ -67,6 +67,12 @@ def tile_height(rows: int, num_experts: int) -> int:
     return min(128, max(least, 1 << (half.bit_length() - 1)))
 
 
+def padded_rows(rows: int, num_experts: int) -> int:
+    """Rows P that a dispatch of so many token copies has room for, at `tile_height`."""
+    tile = tile_height(rows, num_experts)
+    return (rows // tile + num_experts) * tile
+
+
 def make_dispatch(expert: Array, num_experts: int, tile: int, copies: int = 1) -> Dispatch:
     """Lay out token copies in tiles.
 

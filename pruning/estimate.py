@@ -11,6 +11,7 @@ from convert.description import Description, describe
 from convert.export import check_widths, export_bytes
 from convert.rules import EMBEDDING, LM_HEAD, Widths, expected_tensors
 from convert.writer import SPARE_BYTES
+from moe_jax.dispatch import padded_rows
 from pruning import stages
 from pruning.clients import client_table
 from pruning.collect import CHUNK
@@ -28,7 +29,6 @@ from pruning.sizes import (
 )
 from pruning.states import projection_bytes, projection_room
 
-TILE = 128  # rows, the highest of moe_jax.dispatch.tile_height
 PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
 
@@ -198,7 +198,7 @@ def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
     states += room * projection_bytes(c.moe, step)
     rows = step * c.moe.experts_per_token
     if recipe.weights_only:
-        rows = c.moe.num_experts * (ROWS_PER_EXPERT + TILE)  # a spare tile of padding for each
+        rows = padded_rows(c.moe.num_experts * ROWS_PER_EXPERT, c.moe.num_experts)
     work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
     fixed = PROCESS_BYTES + 2 * outer
     return {

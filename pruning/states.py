@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.dispatch import tile_height
+from moe_jax.dispatch import padded_rows
 from moe_jax.stream import LayerSource
 
 MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a temporary file
@@ -19,10 +19,7 @@ MEMORY_PROJECTIONS = 2 << 30  # bytes of gate and up rows kept; others are compu
 
 def projection_bytes(moe: MoEConfig, tokens: int) -> int:
     """Bytes of a batch's gate and up rows in one layer, float32 and padded to whole tiles."""
-    rows = tokens * moe.experts_per_token
-    tile = tile_height(rows, moe.num_experts)
-    padded = (rows // tile + moe.num_experts) * tile
-    return 2 * padded * moe.d_expert * 4
+    return 2 * padded_rows(tokens * moe.experts_per_token, moe.num_experts) * moe.d_expert * 4
 
 
 def projection_room(config: ModelConfig, batches: int, tokens: int) -> int:
