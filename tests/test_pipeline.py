@@ -27,7 +27,7 @@ def run(*arguments: str) -> int:
 def text(tmp_path_factory) -> Path:
     """A short held-out text, so that evaluation is quick."""
     path = tmp_path_factory.mktemp("text") / "held-out.txt"
-    path.write_text("\n".join(Path(name).read_text()[:1000] for name in TEXTS))
+    path.write_text("\n".join(Path(name).read_text()[:4000] for name in TEXTS))
     return path
 
 
