@@ -16,6 +16,7 @@ from pruning.tables import TextTable, headlines, layer_table, tables
 if TYPE_CHECKING:
     from pruning.report import CompressionReport
 
+LONGEST_NAME = 32  # characters; longer cells without a space are paths
 DOTS = 150  # per inch: sharp at page width, some 50 kB a figure
 LONG = 16  # a layer table of more rows is folded
 
@@ -194,12 +195,18 @@ def _long_section(table: TextTable) -> str:
     return f"<details{state}><summary>{table.title}</summary>{_table(table)}{note}</details>"
 
 
+def _cell(text: str) -> str:
+    """Text of a cell; the name of a rule or a format is not broken at its hyphens."""
+    is_name = "-" in text and " " not in text and len(text) <= LONGEST_NAME
+    return f"<span>{_text(text)}</span>" if is_name else _text(text)
+
+
 def _table(table: TextTable) -> str:
     kinds = [' class="number"' if table.is_number(i) else "" for i in range(len(table.header))]
     head = "".join(f"<th{k}>{_text(c)}</th>" for k, c in zip(kinds, table.header, strict=True))
     body = []
     for row in table.rows:
-        cells = "".join(f"<td{k}>{_text(c)}</td>" for k, c in zip(kinds, row, strict=True))
+        cells = "".join(f"<td{k}>{_cell(c)}</td>" for k, c in zip(kinds, row, strict=True))
         body.append(f"<tr>{cells}</tr>" if row[0] else f'<tr class="same">{cells}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
@@ -264,6 +271,7 @@ h3 { margin: 0 0 0.4rem; font-size: 1rem; }
 .cards small, .note, figcaption { color: #555; font-size: 0.88rem; }
 .note { margin: 0.5rem 0; max-width: 48rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
+td span { white-space: nowrap; }
 th, td { text-align: left; padding: 0.35rem 0.6rem; border-top: 1px solid #ddd;
   vertical-align: top; overflow-wrap: anywhere; }
 th { color: #555; font-weight: 600; border-top: 0; vertical-align: bottom; overflow-wrap: normal; }

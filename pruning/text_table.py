@@ -32,10 +32,21 @@ class TextTable:
         return any(cells) and all(re.fullmatch(r"[-+\d.,%]*", cell) for cell in cells)
 
 
+POLICIES = {
+    "free": "every expert has a width of its own",
+    "capped": "every expert has a width of its own, up to --cap",
+    "layer": "the experts of a layer have one width",
+    "uniform": "all experts of the model have one width",
+    "experts": "experts go whole or stay whole",
+    "combined": "some experts go whole, others lose channels",
+}
+
+
 def allocation_table(report: "CompressionReport") -> TextTable:
     """Coverage of the planner, of its aligned widths and of the optimum; unusual experts."""
     plan = report.plan
-    rows = [["width policy", str(plan.get("width", "free")), "what may differ from what"]]
+    policy = str(plan.get("width", "free"))
+    rows = [["width policy", policy, POLICIES.get(policy, "")]]
     if "coverage_optimum" in plan:
         before, aligned, optimum = (
             plan[f"coverage_{name}"] for name in ("before", "aligned", "optimum")

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pruning.page import figures, page
+from pruning.page import figures, page, section_html
 from pruning.plots import concentration
 from pruning.report import CompressionReport
 from pruning.tables import headlines, tables, terminal_table
+from pruning.text_table import POLICIES, TextTable
+from pruning.widths import WIDTHS
 
 L, E, F = 3, 4, 8
 
@@ -204,6 +206,16 @@ def test_numbers_stand_on_the_right_and_words_on_the_left():
     kinds = {name: quality.is_number(i) for i, name in enumerate(quality.header)}
     words = {name for name, number in kinds.items() if not number}
     assert words == {"text", "model"}
+
+
+def test_every_width_policy_is_said_in_words():
+    assert set(POLICIES) == set(WIDTHS)
+
+
+def test_names_are_not_broken_at_their_hyphens_and_paths_may_be():
+    path = "data/" + "very-long-name/" * 4
+    html = section_html(TextTable("Rules", ["rule", "text"], [["fair-shapley", path]]))
+    assert "<td><span>fair-shapley</span></td>" in html and f"<td>{path}</td>" in html
 
 
 def test_the_page_has_a_row_for_every_layer():
