@@ -187,9 +187,17 @@ def _measure(
             )
             found = found.with_results(results, refused)
             found.save(job.output)
-    for result in found.refused:
-        steps.say(f"{result.rule} at {result.rate}: {result.reason}")
+    _say_refused(found.refused, steps)
     return found
+
+
+def _say_refused(refused: Sequence[Result], steps: Steps) -> None:
+    # Many rules cannot keep a budget for one and the same reason.
+    rules: dict[tuple[float, str], list[str]] = {}
+    for result in refused:
+        rules.setdefault((result.rate, result.reason), []).append(result.rule)
+    for (rate, reason), names in rules.items():
+        steps.say(f"at {rate:.4g}: {reason} (refused: {', '.join(names)})")
 
 
 def _on_layer(

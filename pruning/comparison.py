@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from pruning.files import replace_text
 from pruning.rules import RULES
 from pruning.tables import TextTable
 
-WIDE = 120  # columns of a terminal that holds explanations, too
+EXPENDABLE = ("what it is", "top-1", "KL")  # columns that a narrow terminal leaves out, in turn
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Line:
 
     Attributes:
       added: nats per token above the dense model.
+      of_random: `added` divided by what random channels add at this rate; nan if not measured.
       spread: half the distance between the best and the worst seed.
       kl: nats per token.
       top1: share of positions whose most likely token is the dense model's.
@@ -57,6 +59,7 @@ class Line:
     rule: str
     rate: float
     added: float
+    of_random: float
     spread: float
     kl: float
     top1: float
@@ -144,22 +147,30 @@ class Comparison:
         groups: dict[tuple[str, float], list[Result]] = {}
         for result in self.results:
             groups.setdefault((result.rule, result.rate), []).append(result)
-        found = [self._line(rule, rate, group) for (rule, rate), group in groups.items()]
+        found = [
+            self._line(group, groups.get(("random", rate), ()))
+            for (_, rate), group in groups.items()
+        ]
         return sorted(found, key=lambda line: (line.rate, line.added))
 
-    def _line(self, rule: str, rate: float, group: Sequence[Result]) -> Line:
-        added = [
-            np.mean([q["nll"] - self.dense[text]["nll"] for text, q in result.quality.items()])
+    def _added(self, group: Sequence[Result]) -> list[float]:
+        return [
+            float(np.mean([q["nll"] - self.dense[t]["nll"] for t, q in result.quality.items()]))
             for result in group
         ]
+
+    def _line(self, group: Sequence[Result], random: Sequence[Result]) -> Line:
+        added = self._added(group)
+        chance = float(np.mean(self._added(random))) if random else math.nan
         mean = {
             name: float(np.mean([[q[name] for q in r.quality.values()] for r in group]))
             for name in ("kl", "top1")
         }
         return Line(
-            rule,
-            rate,
+            group[0].rule,
+            group[0].rate,
             added=float(np.mean(added)),
+            of_random=float(np.mean(added)) / chance if chance > 0 else math.nan,
             spread=float(np.ptp(added)) / 2,
             kl=mean["kl"],
             top1=mean["top1"],
@@ -178,7 +189,7 @@ class Comparison:
         lines = {(line.rule, line.rate): line for line in self.lines()}
         header = ["", "rule"]
         for rate in self.rates:
-            header += [f"+nats {rate:.4g}", "KL", "top-1"]
+            header += [f"+nats {rate:.4g}", "÷ random", "KL", "top-1"]
         rows = []
         for place, rule in enumerate(self.ranked(), 1):
             row = [str(place), rule]
@@ -188,8 +199,9 @@ class Comparison:
         tokens = sum(text["tokens"] for text in self.dense.values())
         note = (
             f"Mean over {len(self.dense)} texts, {tokens:,} tokens in all. +nats: loss per token "
-            "above the dense model; KL: nats per token from it; top-1: how often both prefer the "
-            "same token. All rules keep the same number of channels; -: the rule cannot."
+            "above the dense model; ÷ random: divided by the loss that random channels add; KL: "
+            "nats per token from the dense model; top-1: how often both prefer the same token. "
+            "All rules keep the same number of channels; -: the rule cannot."
         )
         return TextTable("Rules, best first", [*header, "what it is"], rows, note)
 
@@ -208,26 +220,35 @@ class Comparison:
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:
-        """The table for a terminal so many columns wide; a narrow one leaves explanations out."""
+        """The table for a terminal so many columns wide; a narrow one leaves columns out."""
         table = self.table()
-        shown_columns = len(table.header) - (width < WIDE)
         shown = Table(
             title=table.title, caption=table.note, title_justify="left", title_style="bold",
             caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
         )  # fmt: skip
-        last = len(table.header) - 1
-        for column, name in enumerate(table.header[:shown_columns]):
-            number = column not in (1, last)
-            shown.add_column(
-                name, justify="right" if number else "left", overflow="fold", no_wrap=column == 1
-            )
+        columns = _fitting(table, width)
+        for name, _ in columns:
+            text = name in ("rule", "what it is")
+            shown.add_column(name, justify="left" if text else "right", no_wrap=name == "rule")
         for row in table.rows:
-            shown.add_row(*map(escape, row[:shown_columns]))
+            shown.add_row(*(escape(row[column]) for _, column in columns))
         return shown
+
+
+def _fitting(table: TextTable, width: int) -> list[tuple[str, int]]:
+    # Names and places of the columns that are shown; explanations may wrap, numbers must not.
+    columns = list(zip(table.header, range(len(table.header)), strict=True))
+    needed = [max(map(len, cells)) + 2 for cells in zip(table.header, *table.rows, strict=True)]
+    for name in EXPENDABLE:
+        if sum(needed[column] for _, column in columns) <= width:
+            break
+        columns = [(shown, column) for shown, column in columns if shown != name]
+    return columns
 
 
 def _cells(line: Line | None) -> list[str]:
     if line is None:
-        return ["-", "-", "-"]
+        return ["-", "-", "-", "-"]
     spread = f" ±{line.spread:.3f}" if line.spread else ""
-    return [f"{line.added:.4f}{spread}", f"{line.kl:.4f}", f"{line.top1:.1%}"]
+    of_random = "-" if math.isnan(line.of_random) else f"{line.of_random:.2f}"
+    return [f"{line.added:.4f}{spread}", of_random, f"{line.kl:.4f}", f"{line.top1:.1%}"]

@@ -161,11 +161,14 @@ def _allocations() -> dict[str, Rule]:
     )
     for planner, degree in DEGREES.items():
         for score in PAIRED:
+            if score == "shapley" and planner == "linear":
+                continue  # the same as topk-shapley: an expert's shares add up to its attribution
             about = f"coverage of {score}, fairness {degree}, weighted by"
             rules[f"{planner}-{score}"] = _channels(
                 f"{about} attribution, ours", "one level", score, planner=planner
             )
-            if planner != "linear":  # there it is global top-k
+            # Global top-k if linear; the attribution itself if shapley.
+            if planner != "linear" and score != "shapley":
                 rules[f"{planner}-{score}-mass"] = _channels(
                     f"{about} the score's own mass, ours", "one level", score, planner=planner,
                     options=PlannerOptions(weights="mass"),

@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.dispatch import sum_by_expert
+from moe_jax.grouped_matmul import on_cpu
 from moe_jax.moe import gated_experts
 from moe_jax.transformer import Transformer, init
 from pruning import states
@@ -244,6 +245,7 @@ def test_order_batch_size_chunks_and_padding_change_nothing(model, batch, statis
     assert other.total_tokens == statistics.total_tokens
 
 
+@pytest.mark.skipif(not on_cpu(), reason="only the loops of a CPU take kept projections")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_projections_kept_within_their_budget_change_no_score(model, batch, monkeypatch, dtype):
     one = states.projection_bytes(CONFIG.moe, 2 * 10)

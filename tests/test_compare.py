@@ -1,10 +1,12 @@
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from convert.checkpoint import open_checkpoint
 from moe_jax.norm import rms_norm
@@ -116,6 +118,39 @@ def test_all_rules_keep_the_same_channels_and_are_ranked_by_their_loss(whole):
     added = [line.added for line in whole.lines() if line.rate == 0.25]
     assert added == sorted(added) and len(added) == len(RULES)
     assert next(line for line in whole.lines() if line.rule == "random").spread > 0.0
+
+
+def test_losses_are_given_as_a_share_of_what_random_channels_add(whole):
+    added = {}
+    for r in whole.results:
+        gap = np.mean([q["nll"] - whole.dense[text]["nll"] for text, q in r.quality.items()])
+        added.setdefault((r.rule, r.rate), []).append(gap)
+    for line in whole.lines():
+        chance = np.mean(added["random", line.rate])
+        wanted = np.mean(added[line.rule, line.rate]) / chance if chance > 0 else np.nan
+        np.testing.assert_allclose(line.of_random, wanted, rtol=1e-12)
+    assert any(line.of_random > 0 for line in whole.lines() if line.rule != "random")
+    without = whole.only([rule for rule in RULES if rule != "random"], whole.rates)
+    assert all(np.isnan(line.of_random) for line in without.lines())
+    column = without.table().header.index("÷ random")
+    assert {row[column] for row in without.table().rows} == {"-"}
+
+
+@pytest.mark.parametrize(("width", "shown"), [
+    (200, ["+nats", "÷ random", "KL", "top-1", "what it is"]), (90, ["+nats", "÷ random", "KL"]),
+    (60, ["+nats", "÷ random"]),
+])  # fmt: skip
+def test_a_narrow_terminal_leaves_columns_out_and_breaks_no_number(whole, width, shown):
+    table = whole.terminal_table(width)
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()
+    kind = lambda name: name.split(" 0.")[0]  # noqa: E731
+    names = [kind(str(column.header)) for column in table.columns][2:]
+    assert list(dict.fromkeys(names)) == shown
+    columns = [c for c, name in enumerate(whole.table().header[:-1]) if kind(name) in shown]
+    for row in whole.table().rows:
+        assert all(number in text for column in columns for number in row[column].split())
 
 
 def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_file(

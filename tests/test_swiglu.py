@@ -8,6 +8,7 @@ import pytest
 from moe_jax.config import Activation
 from moe_jax.dispatch import gather_rows, make_dispatch
 from moe_jax.experts_pool import pooled_experts
+from moe_jax.grouped_matmul import on_cpu
 from moe_jax.swiglu import expert_rows, no_score, routed_experts, routed_experts_by_rows
 from pruning.expert_sums import (
     observe_by_rows,
@@ -153,6 +154,7 @@ def gate_magnitudes(p, pull):
     return sums
 
 
+@pytest.mark.skipif(not on_cpu(), reason="only the loops of a CPU take kept projections")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_known_projections_give_the_gradient_of_computed_ones(problem, dtype):
     p, d, pool = problem, problem["dispatch"], problem["experts"].pool
