@@ -19,7 +19,8 @@ from pruning.files import replace_text
 from pruning.rules import RULES
 from pruning.tables import TextTable
 
-EXPENDABLE = ("what it is", "top-1", "KL")  # columns that a narrow terminal leaves out, in turn
+SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
+EXPENDABLE = ("top-1", "KL")  # columns that a narrow terminal leaves out, in turn
 
 
 @dataclass(frozen=True)
@@ -189,21 +190,33 @@ class Comparison:
         lines = {(line.rule, line.rate): line for line in self.lines()}
         header = ["", "rule"]
         for rate in self.rates:
-            header += [f"+nats {rate:.4g}", "÷ random", "KL", "top-1"]
+            header += [f"+nats {rate:.4g}", *SHARES]
         rows = []
         for place, rule in enumerate(self.ranked(), 1):
             row = [str(place), rule]
             for rate in self.rates:
                 row += _cells(lines.get((rule, rate)))
-            rows.append([*row, RULES[rule].about if rule in RULES else ""])
+            rows.append(row)
+        return TextTable("Rules, best first", header, rows, self._note())
+
+    def rate_table(self, rate: float) -> TextTable:
+        """The rules at one rate, best first, and what they are."""
+        rows = [
+            [str(place), line.rule, *_cells(line), _about(line.rule)]
+            for place, line in enumerate((x for x in self.lines() if x.rate == rate), 1)
+        ]
+        title = f"Rules at prune rate {rate:.4g}, best first"
+        header = ["", "rule", "+nats", *SHARES, "what it is"]
+        return TextTable(title, header, rows, self._note())
+
+    def _note(self) -> str:
         tokens = sum(text["tokens"] for text in self.dense.values())
-        note = (
+        return (
             f"Mean over {len(self.dense)} texts, {tokens:,} tokens in all. +nats: loss per token "
             "above the dense model; ÷ random: divided by the loss that random channels add; KL: "
             "nats per token from the dense model; top-1: how often both prefer the same token. "
             "All rules keep the same number of channels; -: the rule cannot."
         )
-        return TextTable("Rules, best first", [*header, "what it is"], rows, note)
 
     def csv(self) -> str:
         """One row per rule, rate, seed and text, for spreadsheets."""
@@ -228,15 +241,15 @@ class Comparison:
         )  # fmt: skip
         columns = _fitting(table, width)
         for name, _ in columns:
-            text = name in ("rule", "what it is")
-            shown.add_column(name, justify="left" if text else "right", no_wrap=name == "rule")
+            rule = name == "rule"
+            shown.add_column(name, justify="left" if rule else "right", no_wrap=rule)
         for row in table.rows:
             shown.add_row(*(escape(row[column]) for _, column in columns))
         return shown
 
 
 def _fitting(table: TextTable, width: int) -> list[tuple[str, int]]:
-    # Names and places of the columns that are shown; explanations may wrap, numbers must not.
+    # Names and places of the columns that are shown, so that no number wraps.
     columns = list(zip(table.header, range(len(table.header)), strict=True))
     needed = [max(map(len, cells)) + 2 for cells in zip(table.header, *table.rows, strict=True)]
     for name in EXPENDABLE:
@@ -252,3 +265,7 @@ def _cells(line: Line | None) -> list[str]:
     spread = f" ±{line.spread:.3f}" if line.spread else ""
     of_random = "-" if math.isnan(line.of_random) else f"{line.of_random:.2f}"
     return [f"{line.added:.4f}{spread}", of_random, f"{line.kl:.4f}", f"{line.top1:.1%}"]
+
+
+def _about(rule: str) -> str:
+    return RULES[rule].about if rule in RULES else ""  # a file of another version may have more

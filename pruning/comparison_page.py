@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from pruning.comparison import Comparison, Line
-from pruning.page import document, figure_html, section_html
+from pruning.page import document, figure_html, long_section, section_html
 from pruning.rules import RULES
 from pruning.tables import TextTable
 
@@ -16,6 +16,10 @@ COLOURS = {
     "whole experts": "#2e8b57", "random": "#777777",
 }  # fmt: skip
 WIDTH = 8.0  # inches
+RANKING = (
+    "All rules at one prune rate, best on top. Colours as above. A bar across a point spans its "
+    "seeds; smaller differences than that mean nothing."
+)
 PARETO = (
     "The rule of each family that loses least at the smallest size. Further left is smaller, lower "
     "is better: a family whose line lies below all others is on the Pareto front. The point at the "
@@ -33,16 +37,15 @@ def comparison_page(found: Comparison) -> str:
             "rate, so points above each other are models of one size.",
         ),
         *(
-            figure_html(
-                plot_ranking(found, rate),
-                f"All rules at prune rate {rate:.4g}, best on top. Colours as above. A bar across "
-                "a point spans its seeds; smaller differences than that mean nothing.",
-            )
+            part
             for rate in found.rates
             if any(line.rate == rate for line in found.lines())
+            for part in (
+                figure_html(plot_ranking(found, rate), RANKING),
+                long_section(found.rate_table(rate)),
+            )
         ),
         *([figure_html(plot_pareto(found), PARETO)] if found.sizes else []),
-        section_html(found.table()),
         *([section_html(_refused(found))] if found.refused else []),
     ]
     return document("Comparison of pruning rules", parts)

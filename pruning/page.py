@@ -32,7 +32,7 @@ def page(report: "CompressionReport") -> str:
         "<h2>What is kept</h2>",
         *(figure_html(figure, caption) for figure, caption in figures(report)),
         section_html(allocation),
-        _long_section(layer_table(report)),
+        long_section(layer_table(report)),
         *map(section_html, (verification, stages)),
         _provenance(report),
     ]
@@ -189,7 +189,8 @@ def section_html(table: TextTable) -> str:
     return f"<h2>{table.title}</h2>{_table(table)}{note}"
 
 
-def _long_section(table: TextTable) -> str:
+def long_section(table: TextTable) -> str:
+    """A table under its title, folded if it is long."""
     note = f'<p class="note">{_text(table.note)}</p>'
     state = " open" if len(table.rows) <= LONG else ""
     return f"<details{state}><summary>{table.title}</summary>{_table(table)}{note}</details>"

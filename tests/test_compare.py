@@ -137,7 +137,7 @@ def test_losses_are_given_as_a_share_of_what_random_channels_add(whole):
 
 
 @pytest.mark.parametrize(("width", "shown"), [
-    (200, ["+nats", "÷ random", "KL", "top-1", "what it is"]), (90, ["+nats", "÷ random", "KL"]),
+    (120, ["+nats", "÷ random", "KL", "top-1"]), (90, ["+nats", "÷ random", "KL"]),
     (60, ["+nats", "÷ random"]),
 ])  # fmt: skip
 def test_a_narrow_terminal_leaves_columns_out_and_breaks_no_number(whole, width, shown):
@@ -148,7 +148,7 @@ def test_a_narrow_terminal_leaves_columns_out_and_breaks_no_number(whole, width,
     kind = lambda name: name.split(" 0.")[0]  # noqa: E731
     names = [kind(str(column.header)) for column in table.columns][2:]
     assert list(dict.fromkeys(names)) == shown
-    columns = [c for c, name in enumerate(whole.table().header[:-1]) if kind(name) in shown]
+    columns = [c for c, name in enumerate(whole.table().header) if kind(name) in shown]
     for row in whole.table().rows:
         assert all(number in text for column in columns for number in row[column].split())
 
