@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
@@ -65,10 +65,10 @@ class Checkpoint(Description):
 
     @cached_property
     def _outer(self) -> tuple[Embedding, Head]:
-        embedding = Embedding(weight=jnp.asarray(self._read(EMBEDDING)))
+        embedding = Embedding(weight=jax.device_put(self._read(EMBEDDING)))
         tied = self.config.tie_embeddings
-        weight = embedding.weight if tied else jnp.asarray(self._read(LM_HEAD))
-        norm = jnp.asarray(self._read(FINAL_NORM))
+        weight = embedding.weight if tied else jax.device_put(self._read(LM_HEAD))
+        norm = jax.device_put(self._read(FINAL_NORM))
         norm = Centred(norm) if self.config.centred_norms else norm
         return embedding, Head(norm=norm, weight=weight, norm_eps=self.config.norm_eps)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -52,7 +53,7 @@ def pooled_experts(
     def pool(weights: Sequence[Array | np.ndarray]) -> Array:
         parts = [np.asarray(weight) for weight in weights]
         fill = np.zeros((rows - sum(counts), *parts[0].shape[1:]), parts[0].dtype)
-        return jnp.asarray(np.concatenate([*parts, fill]))
+        return jax.device_put(np.concatenate([*parts, fill]))
 
     return Experts(
         w_gate=pool(gate),

@@ -63,7 +63,7 @@ def generate(
         valid[row, longest - len(prompt) :] = True
     caches = init_caches(c, len(prompts), slots, dtype)
     key, position = jax.random.key(seed), jnp.zeros(len(prompts), jnp.int32)
-    current, mask = jnp.asarray(tokens), jnp.asarray(valid)
+    current, mask = tokens, valid
     written: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
         context = make_context(c.attention, c.max_position, mask, position, slots)

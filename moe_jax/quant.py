@@ -158,8 +158,11 @@ def nearest_codes(groups: Array, scale: Array) -> Array:
 
 def dequantize(weight: Weight) -> Array:  # -> [rows, cols]
     """The matrix that a weight stands for; plain arrays are returned as they are."""
-    if not isinstance(weight, QTensor):
-        return weight
+    return _dequantize(weight) if isinstance(weight, QTensor) else weight
+
+
+@jax.jit
+def _dequantize(weight: QTensor) -> Array:
     codes = unpack_nibbles(weight.packed).astype(jnp.float32)
     groups = _grouped(codes, weight.group_size, weight.axis)
     scale = jnp.expand_dims(weight.scale.astype(jnp.float32), weight.axis + 1)

@@ -44,21 +44,16 @@ def layer_forward(layer: DecoderLayer, x: Array, context: Context) -> Array:  # 
     return layer(x, context)
 
 
-@jax.jit
-def _embed(embedding: Embedding, tokens: Array, dtype_of: Array) -> Array:
-    return embedding(tokens, dtype_of.dtype)
-
-
 def embed(source: LayerSource, tokens: np.ndarray, dtype) -> np.ndarray:
     """First hidden states, [B, T, D] on the host."""
-    return np.asarray(_embed(source.embedding, jnp.asarray(tokens), jnp.zeros((), dtype)))
+    return np.asarray(source.embedding(tokens, dtype))
 
 
 def contexts(source: LayerSource, valid: np.ndarray, batch: int) -> list[Context]:
     """Contexts of consecutive batches of `batch` rows of `valid` [B, T]."""
     c = source.config
     return [
-        make_context(c.attention, c.max_position, jnp.asarray(valid[i : i + batch]))
+        make_context(c.attention, c.max_position, valid[i : i + batch])
         for i in range(0, len(valid), batch)
     ]
 
@@ -98,7 +93,7 @@ def forward_hidden(
     for index in range(len(source)):
         layer = source.layer(index)
         x = [
-            np.asarray(layer_forward(layer, jnp.asarray(part), place))
+            np.asarray(layer_forward(layer, part, place))
             for part, place in zip(x, places, strict=True)
         ]
         if on_layer:

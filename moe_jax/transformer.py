@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,7 @@ class Embedding(nnx.Module):
 
     weight: Array = nnx.data()  # [V, D]
 
+    @partial(jax.jit, static_argnames="dtype")
     def __call__(self, tokens: Array, dtype) -> Array:  # int [B, T] -> [B, T, D]
         """Look tokens up, in the activations' dtype."""
         return self.weight[tokens].astype(dtype)
@@ -115,6 +117,7 @@ class Head(nnx.Module):
     weight: Weight = nnx.data()  # [V, D]; the embedding's array if the two are tied
     norm_eps: float = nnx.static()
 
+    @jax.jit
     def __call__(self, x: Array) -> Array:  # [..., D] -> float32 [..., V]
         """Logits of the next token."""
         return linear(rms_norm(x, self.norm, self.norm_eps), self.weight).astype(jnp.float32)

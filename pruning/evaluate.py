@@ -199,6 +199,4 @@ def logits(source: LayerSource, tokens: np.ndarray, *, batch: int = 1, dtype=jnp
     hidden = forward_hidden(source, pad_rows(tokens, batch), pad_rows(valid, batch), batch=batch,
                             dtype=dtype)  # fmt: skip
     head = source.head
-    return np.stack([np.asarray(jax.jit(Head.__call__)(head, jnp.asarray(x))) for x in hidden])[
-        : len(tokens)
-    ]
+    return np.stack([np.asarray(head(x)) for x in hidden[: len(tokens)]])
