@@ -130,40 +130,44 @@ def layer_statistics(
 
 
 @jax.jit
-def layer_backward(
-    layer: DecoderLayer,
-    x: Array,
-    middle: Array,
-    context: Context,
-    d_out: Array,
-    kept: Kept | None = None,
+def feed_forward_backward(
+    layer: DecoderLayer, middle: Array, context: Context, d_out: Array, kept: Kept | None = None
 ) -> tuple[Array, Array | None]:
-    """Pull the loss gradient through one layer.
+    """Pull the loss gradient through a layer's second half, which is computed again.
 
     Args:
       layer: the layer.
-      x, middle: [B, T, D] its input and its state after attention, so that the backward pass of
-        either half recomputes that half alone.
+      middle: [B, T, D] its state after attention.
       context: positions of the tokens.
       d_out: gradient at the output.
       kept: what `layer_statistics` kept of the same batch, if it did.
 
     Returns:
-      (gradient at `x`, channel scores [J, E, F] or None for a dense layer).
+      (gradient at `middle`, channel scores [J, E, F] or None for a dense layer).
     """
-    if isinstance(layer.mlp, MoE):
-        scores = len(GRADIENT_SCORES)
-        probe = jnp.zeros((scores, layer.mlp.config.num_experts, layer.mlp.experts.width))
-        expert, projections = (kept.expert, kept.projections) if kept else (None, None)
+    if not isinstance(layer.mlp, MoE):
+        return jax.vjp(lambda x: layer.feed_forward(x, context)[0], middle)[1](d_out)[0], None
+    shape = (len(GRADIENT_SCORES), layer.mlp.config.num_experts, layer.mlp.experts.width)
+    expert, projections = (kept.expert, kept.projections) if kept else (None, None)
 
-        def half(x, probe):
-            return layer.feed_forward(x, context, scored_experts(probe, projections), expert)[0]
+    def half(x, probe):
+        return layer.feed_forward(x, context, scored_experts(probe, projections), expert)[0]
 
-        d_middle, scores = jax.vjp(half, middle, probe)[1](d_out)
-    else:
-        (d_middle,) = jax.vjp(lambda x: layer.feed_forward(x, context)[0], middle)[1](d_out)
-        scores = None
-    return jax.vjp(lambda x: layer.attend(x, context)[0], x)[1](d_middle)[0], scores
+    return jax.vjp(half, middle, jnp.zeros(shape))[1](d_out)
+
+
+@jax.jit
+def attention_backward(layer: DecoderLayer, x: Array, context: Context, d_middle: Array) -> Array:
+    """Pull a gradient after attention back to the layer's input `x` [B, T, D]."""
+    return jax.vjp(lambda x: layer.attend(x, context)[0], x)[1](d_middle)[0]
+
+
+def layer_backward(
+    layer: DecoderLayer, x: Array, middle: Array, context: Context, d_out: Array
+) -> Array:
+    """Pull the loss gradient from a layer's output back to its input `x` [B, T, D]."""
+    d_middle, _ = feed_forward_backward(layer, middle, context, d_out)
+    return attention_backward(layer, x, context, d_middle)
 
 
 def row_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:  # [T, D], [T], [T]

@@ -13,7 +13,8 @@ from moe_jax.stream import LayerSource, contexts, embed, pad_rows
 from moe_jax.transformer import DecoderLayer
 from pruning.attribution import (
     GRADIENT_SCORES,
-    layer_backward,
+    attention_backward,
+    feed_forward_backward,
     layer_statistics,
     loss_and_gradient,
 )
@@ -67,7 +68,8 @@ def collect_statistics(
     detail = DetailSums(source.config, sums) if expert_details else None
     starts = range(0, len(tokens), chunk)
     wanda = expert_details and finish
-    visits = len(starts) * len(source) * (2 if gradients else 1) + wanda * len(source)
+    backward = len(source) - source.config.moe_layers[0] if gradients else 0
+    visits = len(starts) * (len(source) + backward) + wanda * len(source)
     visit = _counter(visits, on_step)
     for start in starts:
         part = pad_rows(tokens[start : start + chunk], batch)
@@ -189,6 +191,7 @@ def _add_batch(sums: Sums, slot: int, batch_sums: dict[str, Array]) -> None:
 def _backward_sweep(source, tokens, valid, sums, batch, last, states, visit) -> None:
     places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
     slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
+    lowest = source.config.moe_layers[0]  # below it nothing is scored
     head, gradient = source.head, []
     for x, rows in zip(last, parts, strict=True):
         loss, d_x = loss_and_gradient(
@@ -196,13 +199,14 @@ def _backward_sweep(source, tokens, valid, sums, batch, last, states, visit) -> 
         )
         sums["loss_sum"] += float(loss)
         gradient.append(np.asarray(d_x))
-    for index in reversed(range(len(source))):
+    for index in reversed(range(lowest, len(source))):
         layer = source.layer(index)
         for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
             x, middle = states.get(index, rows)
             d_out, kept = jnp.asarray(gradient[i]), states.take(index, rows)
-            d_x, scores = layer_backward(layer, x, middle, place, d_out, kept)
-            gradient[i] = np.asarray(d_x)
+            d_middle, scores = feed_forward_backward(layer, middle, place, d_out, kept)
+            if index > lowest:
+                gradient[i] = np.asarray(attention_backward(layer, x, place, d_middle))
             if scores is not None:
                 values = np.asarray(scores, np.float64)
                 for name, value in zip(GRADIENT_SCORES, values, strict=True):

@@ -215,7 +215,7 @@ class _Fading:
             for i, rows in enumerate(self.parts):
                 before, middle = self.states.get(number, rows)
                 d_out = jnp.asarray(gradient[i])
-                d_x, _ = layer_backward(layer, before, middle, self.places[i], d_out)
+                d_x = layer_backward(layer, before, middle, self.places[i], d_out)
                 gradient[i] = np.asarray(d_x)
             visit(steps)
         return gradient

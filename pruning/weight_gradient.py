@@ -48,7 +48,8 @@ def weight_gradient_scores(
     places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
     states = States(source, tokens.shape, dtype)
     x = [embed(source, tokens[rows], dtype) for rows in parts]
-    total = 2 * len(source)
+    lowest = config.moe_layers[0]  # below it nothing is scored
+    total = 2 * len(source) - lowest
     for index in range(len(source)):
         layer = source.layer(index)
         for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
@@ -63,14 +64,15 @@ def weight_gradient_scores(
     ]
     scores = np.zeros((len(config.moe_layers), config.moe.num_experts, config.moe.d_expert))
     slots = {layer: slot for slot, layer in enumerate(config.moe_layers)}
-    for index in reversed(range(len(source))):
+    for index in reversed(range(lowest, len(source))):
         layer, whole = source.layer(index), None
         for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
             before, middle = states.get(index, rows)
             if index in slots:
                 part = _weight_gradient(layer, middle, place, gradient[i])
                 whole = part if whole is None else _add(whole, part)
-            gradient[i], _ = layer_backward(layer, before, middle, place, gradient[i])
+            if index > lowest:
+                gradient[i] = layer_backward(layer, before, middle, place, gradient[i])
         if whole is not None:
             scores[slots[index]] = np.asarray(_magnitude(layer, whole)).reshape(scores.shape[1:])
         if on_step:
