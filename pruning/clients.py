@@ -152,8 +152,6 @@ RULES: tuple[Rule, ...] = (
          "its transformers backend refuses linear attention; export a padded format"),
     Rule((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,
          "its qwen3moe renormalises routing weights whatever norm_topk_prob says: other logits"),
-    Rule((VLLM,), "no", lambda c: _ragged(c) and _is(c, "gpt_oss"),
-         "the modelling file was never run there with attention sinks; export a padded format"),
     Rule((T4,), "no",
          lambda c: not _ragged(c) and _is(c, "gpt_oss") and c.config.moe.activation != GPT_OSS,
          "its activation is the published one whatever config.json says: other logits"),

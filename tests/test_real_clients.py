@@ -15,7 +15,7 @@ REFUSES, ROUNDS = "ValueError: no such model", 3e-6
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    forms = ["layered-bf16", "padded-bf16"]
+    forms = ["layered-bf16", "padded-bf16", "ragged-int4"]
     return list(folders.cases(["kimi_k2", "deepseek"], forms, tmp_path_factory.mktemp("clients")))
 
 
@@ -46,6 +46,14 @@ def gives(difference: float):
     return act
 
 
+def flips(logits: np.ndarray, out: Path) -> str:
+    """A client whose router chooses another expert at one position."""
+    found = logits + 0.03
+    found[0, 3, 5] += 0.5
+    np.savez(out, logits=found)
+    return ""
+
+
 def refuses(logits: np.ndarray, out: Path) -> str:
     return REFUSES
 
@@ -62,6 +70,11 @@ def refuses(logits: np.ndarray, out: Path) -> str:
         # what its CPU build computes of it says nothing
         ("vLLM", "kimi_k2", "padded-bf16", gives(0.7), 0),
         ("vLLM", "kimi_k2", "layered-bf16", gives(0.7), 1),
+        # 4-bit layers run in bfloat16 there, so that a choice of experts may be another
+        ("vLLM", "kimi_k2", "ragged-int4", flips, 0),
+        ("vLLM", "kimi_k2", "ragged-int4", gives(0.2), 1),
+        ("vLLM", "kimi_k2", "ragged-int4", gives(np.nan), 1),
+        ("vLLM", "deepseek", "layered-bf16", flips, 1),
     ],
 )
 def test_a_run_fails_where_a_client_contradicts_its_verdict(
@@ -80,7 +93,7 @@ def test_a_run_in_which_nothing_loads_fails_even_if_that_was_foreseen(outcome):
 def test_cases_hold_the_rounded_model_and_a_verdict_of_every_client(cases):
     assert [(case.family, case.form) for case in cases] == [
         (family, form) for family in ("kimi_k2", "deepseek")
-        for form in ("layered-bf16", "padded-bf16")
+        for form in ("ragged-int4", "layered-bf16", "padded-bf16")
     ]  # fmt: skip
     for case in cases:
         assert case.logits.shape == (*TOKENS.shape, 288) and np.isfinite(case.logits).all()
