@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 LONGEST_NAME = 32  # characters; longer cells without a space are paths
 DOTS = 150  # per inch: sharp at page width, some 50 kB a figure
+LAYER_LOSS = {
+    "energy": "how much of the layer's output the experts make, per token",
+    "attribution": "the sum of the experts' attribution",
+    "nll_ig": "the loss that the layer's experts spare together, nats per token",
+}
 LONG = 16  # a layer table of more rows is folded
 
 
@@ -72,7 +77,7 @@ def figures(report: "CompressionReport") -> list[tuple[Figure, str]]:
          "One row per layer, one cell per expert, widest first. Bright experts keep all their "
          "channels, the darkest keep none."),
         (layers,
-         f"{unread}Top: how much of the layer's output the experts make, per token; planners that "
+         f"{unread}Top: {LAYER_LOSS[report.recipe.get('layer_loss', 'energy')]}; planners that "
          "weigh layers use the smoothed line. Middle: share of the channel score that is kept. "
          "Bottom: share of the channels that is kept."),
         (plots.plot_concentration(fractions, curves, report.layer_indices),

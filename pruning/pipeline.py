@@ -21,10 +21,10 @@ from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe
 from pruning.report import CompressionReport
 from pruning.sizes import export_sizes, folder_bytes, form_of, parameter_count
-from pruning.smoothing import smooth_layer_loss
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
 from pruning.verify import PROBE_TOKENS, random_probe, require_verified
+from pruning.weights import LAYER_LOSSES, layer_weights
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
 SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
@@ -183,6 +183,7 @@ def _report(
         exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
         exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
     windows = next(iter(job.evaluation.values()), None)
+    options = planning.planner_arguments(recipe, job.base)["options"]
     return CompressionReport(
         model={
             "path": recipe.model,
@@ -206,8 +207,8 @@ def _report(
         attribution=scores.expert.tolist(),
         expert_coverage=plan.expert_coverage(scores.channel).tolist(),
         layer_coverage=plan.layer_coverage(scores.channel).tolist(),
-        layer_loss={"raw": scores.layer.tolist(),
-                    "smoothed": smooth_layer_loss(scores.layer).tolist()},
+        layer_loss={"raw": LAYER_LOSSES[recipe.layer_loss](scores).tolist(),
+                    "smoothed": layer_weights(scores, options).tolist()},
         concentration={"fractions": fractions.tolist(), "curves": curves.tolist()},
         quantization=[],
         sizes={

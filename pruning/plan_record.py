@@ -23,7 +23,7 @@ RECORDED = (
     "criterion", "attribution", "planner", "width", "cap", "expert_rate", "align", "per_layer",
     "emptied", "seed",
 )  # fmt: skip
-RECORDED_OPTIONS = ("weights", "rho_max", "smoothing", "passes")
+RECORDED_OPTIONS = ("weights", "rho_max", "layer_loss", "smoothing", "passes")
 # An expert with fewer routed tokens has sums too noisy to be ranked by.
 STARVED_TOKENS = 32
 

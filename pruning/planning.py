@@ -31,6 +31,7 @@ def planner_arguments(recipe: CompressionRecipe, base: Description) -> dict[str,
         "options": PlannerOptions(
             rho_max=recipe.rho_max,
             weights=recipe.weights,
+            layer_loss=recipe.layer_loss,
             smoothing=recipe.smoothing,
             passes=recipe.passes,
         ),

@@ -17,8 +17,8 @@ GROUP_SIZES = (128, 64, 32)
 # What `moe-compress plan` can decide anew from the same statistics.
 PLANNING = (
     "target_parameters", "target_bytes", "criterion", "attribution", "planner", "weights",
-    "rho_max", "smoothing", "passes", "align", "per_layer", "width", "cap", "expert_rate",
-    "layer_rate", "skip_layers", "block", "minimum", "emptied",
+    "rho_max", "layer_loss", "smoothing", "passes", "align", "per_layer", "width", "cap",
+    "expert_rate", "layer_rate", "skip_layers", "block", "minimum", "emptied",
 )  # fmt: skip
 LEAST = {
     "max_tokens": 1, "window": 2, "block": 1, "minimum": 1, "batch": 1, "seed": 0, "passes": 0,
@@ -61,6 +61,9 @@ class CompressionRecipe:
       weights: how experts count in the planner's objective: paper, attribution, mass,
         normalized_mass, equal; default the planner's own.
       rho_max: coverage beyond which a channel is worth nothing, in (0, 1].
+      layer_loss: what weighs layers, for planners that do: the share of the residual stream that
+        their experts write ("energy"), the sum of their "attribution", or the end-to-end loss of
+        their experts together ("nll_ig", which needs --nll-ig).
       smoothing: of the layer losses: sqrt, identity, power0.25, power0.75, log5, log20, clip,
         huber.
       passes: how often the smoothing is applied; the paper's figure has 1, its release 4.
@@ -119,6 +122,7 @@ class CompressionRecipe:
     planner: str = "fair"
     weights: str | None = None
     rho_max: float = 1.0
+    layer_loss: Literal["energy", "attribution", "nll_ig"] = "energy"
     smoothing: str = "sqrt"
     passes: int = 1
     align: Literal["paper", "paper_scores", "dp", "hull"] = "paper"

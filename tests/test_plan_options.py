@@ -29,6 +29,7 @@ def planned(out, *flags) -> PruningPlan:
     [
         ["--weights", "mass", "--planner", "fair0.5"],
         ["--rho-max", 0.9, "--smoothing", "huber", "--passes", 4],
+        ["--layer-loss", "attribution", "--planner", "paper"],
         ["--align", "dp", "--per-layer"],
         ["--align", "hull", "--planner", "fair2"],
         ["--align", "paper_scores", "--block", 16],
