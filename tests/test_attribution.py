@@ -1,5 +1,6 @@
 """Statistics against brute-force loops in numpy, autograd and whole-model gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -301,3 +302,29 @@ def test_tile_sums_ignore_padding_rows():
     sums = sum_by_expert(gather_rows(values, dispatch, 1), dispatch)
     np.testing.assert_array_equal(sums[:, 0], [2 + 7, 1 + 4 + 5, 0])
     np.testing.assert_array_equal(dispatch.tokens, [2, 3, 0])
+
+
+def test_the_way_back_ends_at_the_lowest_layer_with_experts():
+    config = dataclasses.replace(CONFIG, dense_layers=(0,))
+    found, visits, read = init(config, jax.random.key(0)), [], []
+
+    class Counted:
+        """The model, which says how often a layer was read."""
+
+        def __getattr__(self, name):
+            return getattr(found, name)
+
+        def __len__(self):
+            return len(found)
+
+        def layer(self, index):
+            read.append(index)
+            return found.layer(index)
+
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 8)).astype(np.int32)
+    statistics = collect_statistics(
+        Counted(), tokens, np.ones((2, 8), bool), gradients=True, batch=2,
+        on_step=lambda done, total: visits.append((done, total)),
+    )  # fmt: skip
+    assert read == [0, 1, 2, 2, 1] and visits[-1] == (5, 5)
+    assert (statistics.abs_taylor.sum(axis=(1, 2)) > 0).all()
