@@ -46,12 +46,17 @@ def gives(difference: float):
     return act
 
 
-def flips(logits: np.ndarray, out: Path) -> str:
-    """A client whose router chooses another expert at one position."""
-    found = logits + 0.03
-    found[0, 3, 5] += 0.5
-    np.savez(out, logits=found)
-    return ""
+def flips(positions: int):
+    """A client whose router chooses another expert at so many of the 10 positions of a text."""
+
+    def act(logits: np.ndarray, out: Path) -> str:
+        found = logits + 0.03
+        found[0, :positions, 5] += 0.5
+        found[1, :positions, 5] += 0.5
+        np.savez(out, logits=found)
+        return ""
+
+    return act
 
 
 def refuses(logits: np.ndarray, out: Path) -> str:
@@ -71,10 +76,11 @@ def refuses(logits: np.ndarray, out: Path) -> str:
         ("vLLM", "kimi_k2", "padded-bf16", gives(0.7), 0),
         ("vLLM", "kimi_k2", "layered-bf16", gives(0.7), 1),
         # 4-bit layers run in bfloat16 there, so that a choice of experts may be another
-        ("vLLM", "kimi_k2", "ragged-int4", flips, 0),
+        ("vLLM", "kimi_k2", "ragged-int4", flips(1), 0),
+        ("vLLM", "kimi_k2", "ragged-int4", flips(4), 1),
         ("vLLM", "kimi_k2", "ragged-int4", gives(0.2), 1),
         ("vLLM", "kimi_k2", "ragged-int4", gives(np.nan), 1),
-        ("vLLM", "deepseek", "layered-bf16", flips, 1),
+        ("vLLM", "deepseek", "layered-bf16", flips(1), 1),
     ],
 )
 def test_a_run_fails_where_a_client_contradicts_its_verdict(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROUNDED = 0.1  # tolerance, at most positions, of what is computed in less than float32
+ROUNDED = 0.1  # tolerance, at `run.MOST` of the positions, of what is computed in less than float32
 
 
 @dataclass(frozen=True)
