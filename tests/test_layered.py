@@ -137,7 +137,8 @@ def test_a_layered_folder_exports_as_any_other_source(exported, tmp_path, name):
 
 def test_the_command_plans_one_width_per_layer_and_pads_nothing(models, texts, tmp_path):
     out = tmp_path / "out"
-    options = ("--layer-rate", "0=0.25", "--prune-rate", 0.5, "--block", 16, "--bits", 16)
+    options = ("--layer-rate", "0=0.25", "--prune-rate", 0.5, "--block", 16, "--bits", 16,
+               "--layer-loss", "attribution", "--passes", 0)  # fmt: skip
     arguments = (*given(texts, out), *options, "--export", "layered-bf16", "ragged-bf16")
     assert run("compress", models / "single", *arguments) == 0
     counts = PruningPlan.load(out).counts
@@ -154,3 +155,8 @@ def test_the_command_plans_one_width_per_layer_and_pads_nothing(models, texts, t
     checks = [check for check in report["verification"] if check["export"] == "layered-bf16"]
     assert len(checks) == 4 and all(check["ok"] for check in checks)
     assert report["sizes"]["exports"]["layered-bf16"]["padded_bytes"] > 0
+    # the layers' losses that the recipe names, smoothed as it says: not at all
+    wanted = np.sum(report["attribution"], axis=1)
+    np.testing.assert_allclose(report["layer_loss"]["raw"], wanted)
+    np.testing.assert_allclose(report["layer_loss"]["smoothed"], wanted / wanted.mean())
+    assert np.ptp(wanted) > 0.01 * wanted.mean()
