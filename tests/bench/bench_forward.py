@@ -22,22 +22,8 @@ import torch
 import transformers
 
 from convert import load_model
+from tests.bench.shapes import SHAPES
 
-
-def shape(vocab: int, d_model: int, heads: tuple[int, int, int], moe: tuple[int, int, int]):
-    """Two layers; heads: queries, keys, width; moe: experts, per token, width."""
-    return {
-        "vocab_size": vocab, "hidden_size": d_model, "num_hidden_layers": 2,
-        "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": heads[2],
-        "num_experts": moe[0], "num_experts_per_tok": moe[1], "moe_intermediate_size": moe[2],
-        "max_position_embeddings": 1024, "norm_topk_prob": True,
-    }  # fmt: skip
-
-
-SHAPES = {
-    "small": shape(512, 512, (8, 4, 64), (32, 4, 256)),
-    "qwen3": shape(6336, 2048, (32, 4, 128), (32, 8, 768)),
-}
 LENGTH, ROUNDS = 512, 7
 
 forward = jax.jit(lambda model, tokens: model(tokens))
@@ -45,7 +31,16 @@ forward = jax.jit(lambda model, tokens: model(tokens))
 
 def made_model(name: str) -> transformers.PreTrainedModel:
     """A random Qwen3-MoE in float32."""
-    config = transformers.AutoConfig.for_model("qwen3_moe", **SHAPES[name])
+    shape = SHAPES[name]
+    queries, keys, width = shape.heads
+    experts, per_token, d_expert = shape.moe
+    config = transformers.AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=shape.vocab, hidden_size=shape.d_model, num_hidden_layers=2,
+        num_attention_heads=queries, num_key_value_heads=keys, head_dim=width,
+        num_experts=experts, num_experts_per_tok=per_token, moe_intermediate_size=d_expert,
+        max_position_embeddings=1024, norm_topk_prob=True,
+    )  # fmt: skip
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()
 
@@ -86,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    vocab = SHAPES[args.shape]["vocab_size"]
+    vocab = SHAPES[args.shape].vocab
     tokens = np.random.default_rng(0).integers(0, vocab, (args.batch, LENGTH)).astype(np.int32)
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     print(f"{jax.devices()[0].device_kind}, {args.shape}, {tokens.size} tokens, best of {ROUNDS}")

@@ -22,28 +22,25 @@ from moe_jax.stream import forward_hidden
 from moe_jax.transformer import init
 from pruning.attribution import row_loss
 from pruning.collect import collect_statistics
+from tests.bench.shapes import SHAPES, Shape
 
 
-def shape(vocab: int, d_model: int, heads: tuple[int, int, int], moe: tuple[int, int, int]):
-    """A model of two layers; heads: queries, keys, width; moe: experts, per token, width."""
+def config_of(shape: Shape) -> ModelConfig:
+    """The model's configuration."""
+    queries, keys, width = shape.heads
+    experts, per_token, d_expert = shape.moe
     return ModelConfig(
-        vocab_size=vocab,
-        d_model=d_model,
+        vocab_size=shape.vocab,
+        d_model=shape.d_model,
         num_layers=2,
         max_position=512,
         norm_eps=1e-6,
         tie_embeddings=True,
-        attention=AttentionConfig(num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2]),
+        attention=AttentionConfig(num_heads=queries, num_kv_heads=keys, head_dim=width),
         moe=MoEConfig(
-            num_experts=moe[0], experts_per_token=moe[1], d_expert=moe[2], renormalize=True
+            num_experts=experts, experts_per_token=per_token, d_expert=d_expert, renormalize=True
         ),
     )
-
-
-SHAPES = {
-    "small": shape(512, 512, (8, 4, 64), (32, 4, 256)),
-    "qwen3": shape(6336, 2048, (32, 4, 128), (32, 8, 768)),
-}
 
 
 def main() -> None:
@@ -53,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=32, help="of 256 tokens, 8 at a time")
     args = parser.parse_args()
-    config = SHAPES[args.shape]
+    config = config_of(SHAPES[args.shape])
     model = init(config, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (args.sequences, 256))
     tokens = tokens.astype(np.int32)
