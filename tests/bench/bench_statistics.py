@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.stream import forward_hidden
 from moe_jax.transformer import init
+from pruning import states
 from pruning.attribution import row_loss
 from pruning.collect import collect_statistics
 from tests.bench.shapes import SHAPES, Shape
@@ -49,7 +50,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=32, help="of 256 tokens, 8 at a time")
+    parser.add_argument("--recompute", action="store_true", help="keep no gate and up rows")
     args = parser.parse_args()
+    if args.recompute:
+        states.MEMORY_PROJECTIONS = 0
     config = config_of(SHAPES[args.shape])
     model = init(config, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (args.sequences, 256))
