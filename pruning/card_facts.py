@@ -39,7 +39,7 @@ class CardFacts:
       has_latent_attention: whether attention is multi-head latent.
       has_tokenizer: whether the folder holds one.
       quality: per text the dense model, the pruned one and this folder, None before measuring.
-      evaluation: window and stride in tokens.
+      evaluation: window and stride in tokens, and what of the texts calibration has seen.
       version: of moe-jax.
     """
 
@@ -74,7 +74,7 @@ class CardFacts:
     has_latent_attention: bool
     has_tokenizer: bool
     quality: Quality | None
-    evaluation: Mapping[str, int | None]
+    evaluation: Mapping[str, Any]
     version: str
 
     @property

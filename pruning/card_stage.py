@@ -49,7 +49,7 @@ def write_card(
     *,
     quantizer: str,
     quality: Quality,
-    evaluation: Mapping[str, int | None],
+    evaluation: Mapping[str, Any],
 ) -> None:
     """Replace the card of an export, atomically, once its quality is known.
 
@@ -58,7 +58,7 @@ def write_card(
       base, plan, form: what it was made from.
       quantizer: "rtn" or "gptq".
       quality: per text and model: nll, perplexity, tokens, kl, top1; other exports are left out.
-      evaluation: window and stride in tokens.
+      evaluation: as in the report.
     """
     shown = {
         text: {name: found[name] for name in ("dense", "pruned", form.name) if name in found}
@@ -75,7 +75,7 @@ def card_facts(
     quantizer: str,
     *,
     quality: Quality | None = None,
-    evaluation: Mapping[str, int | None] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> CardFacts:
     """What the card of an export says, from shapes, the plan and the base folder alone."""
     widths, counts = kept_widths(plan, base), plan.counts

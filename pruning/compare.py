@@ -13,6 +13,7 @@ import numpy as np
 from pruning import preflight, scoring, stages
 from pruning.comparison import Comparison, Result
 from pruning.evaluate import Quality, Reference, Windows, quality_of
+from pruning.held_out import seen_shares
 from pruning.masked import masked_hidden
 from pruning.plan import PruningPlan
 from pruning.progress import OnStep, Steps
@@ -122,6 +123,7 @@ def _sizes(job: Job) -> dict[str, int]:
 
 
 def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
+    seen = seen_shares(job.calibration, texts)
     return {
         "model": job.recipe.model,
         "model_hash": job.base.fingerprint,
@@ -136,6 +138,7 @@ def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
                 "tokens": int(windows.scored.sum()),
                 "crc32": zlib.crc32(windows.tokens.tobytes()),
                 "stride": windows.stride,
+                "seen": seen[name],
             }
             for name, windows in texts.items()
         },

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pruning.files import replace_text
+from pruning.held_out import not_held_out
 from pruning.rules import RULES
 from pruning.tables import TextTable
 
@@ -211,12 +212,15 @@ class Comparison:
 
     def _note(self) -> str:
         tokens = sum(text["tokens"] for text in self.dense.values())
-        return (
+        texts = self.key.get("evaluation", {})
+        warning = not_held_out({name: text.get("seen") for name, text in texts.items()})
+        note = (
             f"Mean over {len(self.dense)} texts, {tokens:,} tokens in all. +nats: loss per token "
             "above the dense model; ÷ random: divided by the loss that random channels add; KL: "
             "nats per token from the dense model; top-1: how often both prefer the same token. "
             "All rules keep the same number of channels; -: the rule cannot."
         )
+        return f"{warning} {note}".lstrip()
 
     def csv(self) -> str:
         """One row per rule, rate, seed and text, for spreadsheets."""

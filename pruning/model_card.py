@@ -7,6 +7,7 @@ import yaml
 
 from pruning.card_clients import loading
 from pruning.card_facts import CardFacts
+from pruning.held_out import not_held_out
 from pruning.plan_record import recorded_options
 
 UNKNOWN_BASE = "# base_model: OWNER/NAME (the folder it was made from does not say)"
@@ -180,7 +181,8 @@ def _quality(facts: CardFacts) -> str:
         "KL: divergence of the dense model's predictions from this model's, nats per token. top-1: "
         "positions with the same most likely token as the dense model."
     )
-    return f"{_table(header, rows)}\n\n{note}"
+    warning = not_held_out(facts.evaluation.get("seen", {}))
+    return f"{_table(header, rows)}\n\n{f'{warning} {note}'.lstrip()}"
 
 
 def _made(facts: CardFacts) -> str:

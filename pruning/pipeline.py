@@ -15,6 +15,7 @@ from pruning import gptq_stage, planning, preflight, scoring, stages
 from pruning.card_stage import write_card
 from pruning.criteria import channel_scores
 from pruning.gptq_source import layer_errors
+from pruning.held_out import seen_shares
 from pruning.plan import PruningPlan
 from pruning.plots import concentration
 from pruning.progress import Steps
@@ -221,6 +222,7 @@ def _report(
         evaluation={
             "window": recipe.window,
             "stride": windows.stride if windows else None,
+            "seen": seen_shares(job.calibration, job.evaluation),
         },
         stages=steps.stages,
         sample=sample,

@@ -15,6 +15,7 @@ from convert.writer import LEFTOVER, SPARE_BYTES, remove_leftovers
 from pruning import planning, scoring
 from pruning.calibration import TextSource
 from pruning.files import replace_text
+from pruning.held_out import not_held_out, seen_shares
 from pruning.parts import rows_of_parts
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
@@ -68,6 +69,8 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
         _say_padding(job, steps)
         say_mtp(job.base, job.recipe, steps)
     check_disk(job, resumed=resumed, exports=exports)
+    if warning := not_held_out(seen_shares(job.calibration, job.evaluation)):
+        steps.say(warning)
     if not resumed or scoring.find_statistics(job) is None:
         with steps.bar("check weights") as on_step:
             job.base.check_finite(on_step, mtp=job.recipe.mtp != "drop")

@@ -44,7 +44,8 @@ class CompressionReport:
         bits_per_parameter, padded_bytes (null for a padded export).
       quality: per text and model (dense, pruned, each export as read from disk): nll, perplexity,
         tokens, and against the dense model kl and top1 (null for the dense model).
-      evaluation: window and stride in tokens; stride is null without a text.
+      evaluation: window and stride in tokens; stride is null without a text; seen, per text the
+        share of its runs of 13 tokens that calibration has shown, null if it has none so long.
       stages: per stage name, seconds, peak_memory_bytes (of the process until its end).
       sample: prompt, dense, compressed, export (which one wrote it); "" for huge models or
         without a text.

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from pruning.held_out import not_held_out
 from pruning.text_table import TextTable, allocation_table
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def headlines(report: "CompressionReport") -> list[Headline]:
     )
     pairs = [(v["dense"], v[name]) for v in report.quality.values() if {"dense", name} <= set(v)]
     evaluated = sum(dense["tokens"] for dense, _ in pairs)
-    measured = f"{evaluated:,} other tokens evaluated" if evaluated else "none evaluated"
+    measured = f"{evaluated:,} tokens evaluated" if evaluated else "none evaluated"
     tokens = Headline(
         f"{report.calibration['tokens']:,}",
         "tokens scored",
@@ -113,7 +114,11 @@ def _quality(report: "CompressionReport") -> TextTable:
         "predictions from this model's, nats per token. top-1: positions with the same most likely "
         "token as the dense model."
     )
-    return TextTable("Quality", header, rows, note)
+    return TextTable("Quality", header, rows, f"{_warning(report)} {note}".lstrip())
+
+
+def _warning(report: "CompressionReport") -> str:
+    return not_held_out(report.evaluation.get("seen", {}))
 
 
 def _verification(report: "CompressionReport") -> TextTable:
@@ -165,6 +170,8 @@ def terminal_table(report: "CompressionReport") -> Group:
     parts: list = []
     for line in headlines(report):
         parts.append(Text.assemble((f"{line.number} {line.unit}", "bold"), f"  {line.detail}"))
+    if warning := _warning(report):
+        parts.append(Text(warning))
     return Group(*parts, *map(as_rich, tables(report)))
 
 
