@@ -21,7 +21,7 @@ from pruning.plots import concentration
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe
 from pruning.report import CompressionReport
-from pruning.sizes import export_sizes, folder_bytes, form_of, parameter_count
+from pruning.sizes import active_parameters, export_sizes, folder_bytes, form_of, parameter_count
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
 from pruning.verify import PROBE_TOKENS, random_probe, require_verified
@@ -185,6 +185,7 @@ def _report(
         exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
     windows = next(iter(job.evaluation.values()), None)
     options = planning.planner_arguments(recipe, job.base)["options"]
+    whole = np.full_like(plan.counts, plan.keep.shape[2])
     return CompressionReport(
         model={
             "path": recipe.model,
@@ -216,6 +217,10 @@ def _report(
             "source_bytes": folder_bytes(job.base.folder),
             "channels": int(plan.keep.size),
             "channels_kept": int(plan.counts.sum()),
+            "active_parameters": {
+                "source": active_parameters(job.base, whole, statistics),
+                "exports": active_parameters(job.base, plan.counts, statistics),
+            },
             "exports": exports,
         },
         quality=quality,

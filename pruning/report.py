@@ -40,8 +40,9 @@ class CompressionReport:
       concentration: fractions [K] of an expert's channels, curves [L][E][K] of their score share.
       quantization: per layer of the model what GPTQ did: nearest and gptq, squared output errors on
         held-out text relative to what the layer adds, matrices and fallbacks; [] without GPTQ.
-      sizes: source_bytes, channels, channels_kept, exports: per name bytes (written), parameters,
-        bits_per_parameter, padded_bytes (null for a padded export).
+      sizes: source_bytes, channels, channels_kept, active_parameters (of the source and of every
+        export: what a token meets on average over the calibration text), exports: per name bytes
+        (written), parameters, bits_per_parameter, padded_bytes (null for a padded export).
       quality: per text and model (dense, pruned, each export as read from disk): nll, perplexity,
         tokens, and against the dense model kl and top1 (null for the dense model).
       evaluation: window and stride in tokens; stride is null without a text; seen, per text the

@@ -15,7 +15,7 @@ from convert.mtp import mtp_specs
 from convert.rules import Widths, expected_tensors
 from pruning.plan import PruningPlan
 from pruning.recipe import CompressionRecipe
-from pruning.statistics import field_shapes
+from pruning.statistics import ChannelStatistics, field_shapes
 
 
 def kept_widths(plan: PruningPlan, base: Description) -> Widths:
@@ -67,6 +67,24 @@ def parameters_left(base: Description, plan: PruningPlan, form: ExportFormat) ->
     widths = kept_widths(plan, base)
     constants = plan.constants is not None
     return weight_count(base, widths, constants) + mtp_parameters(base, widths, form)
+
+
+def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:
+    """Weights that a token of the calibration text meets on average, its embedding's row left out.
+
+    Args:
+      base: the dense model.
+      counts: int [L, E], channels kept.
+      statistics: say how many tokens each expert got; without text all get equally many.
+    """
+    c, total = base.config, statistics.total_tokens
+    even = np.full(counts.shape, c.moe.experts_per_token / c.moe.num_experts)
+    share = statistics.tokens / total if total else even  # [L, E]
+    empty = tuple(tuple(0 for _ in counts) for counts in base.widths)
+    always, channels = weight_count(base, empty), sum(map(sum, base.widths))
+    per_channel = (parameter_count(base) - always) // channels
+    looked_up = 0 if c.tie_embeddings else c.vocab_size * c.d_model
+    return always - looked_up + round(per_channel * float((share * counts).sum()))
 
 
 def weight_count(base: Description, widths: Widths, constants: bool = False) -> int:

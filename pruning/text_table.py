@@ -43,10 +43,10 @@ POLICIES = {
 
 
 def allocation_table(report: "CompressionReport") -> TextTable:
-    """Coverage of the planner, of its aligned widths and of the optimum; unusual experts."""
+    """Parameters; coverage of the planner, its aligned widths and the optimum; unusual experts."""
     plan = report.plan
     policy = str(plan.get("width", "free"))
-    rows = [["width policy", policy, POLICIES.get(policy, "")]]
+    rows = [*_parameters(report), ["width policy", policy, POLICIES.get(policy, "")]]
     if "coverage_optimum" in plan:
         before, aligned, optimum = (
             plan[f"coverage_{name}"] for name in ("before", "aligned", "optimum")
@@ -77,3 +77,17 @@ def allocation_table(report: "CompressionReport") -> TextTable:
         "total; they are kept wherever the width policy allows. Named by layer.expert(.channel)."
     )
     return TextTable("Allocation", ["what", "value", "detail"], rows, note)
+
+
+def _parameters(report: "CompressionReport") -> list[list[str]]:
+    left = min(size["parameters"] for size in report.sizes["exports"].values())
+    whole = report.model["parameters"]
+    rows = [["parameters", _millions(left), f"of {_millions(whole)}"]]
+    if active := report.sizes.get("active_parameters"):  # unknown to earlier versions
+        met = f"of {_millions(active['source'])} that a token meets on average"
+        rows.append(["active parameters", _millions(active["exports"]), met])
+    return rows
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"

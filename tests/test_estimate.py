@@ -15,9 +15,11 @@ from convert.checkpoint import open_checkpoint
 from convert.description import describe
 from convert.export import ExportFormat, export_bytes
 from pruning import planning, stages
+from pruning.plan import PruningPlan
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe
-from pruning.sizes import byte_range, form_of
+from pruning.sizes import active_parameters, byte_range, form_of
+from pruning.statistics import load_statistics
 from tests import tiny
 from tests.command import refused, run
 from tests.synthetic import statistics
@@ -166,6 +168,30 @@ def test_parameters_are_where_their_names_say(models, tmp_path):
     assert got["active"] == got["total"] - idle
     kept = found["exports"]["ragged-bf16"]["parameters"]
     assert kept["routed"] == got["routed"] // 2 and kept["shared"] == got["shared"]
+
+
+def test_active_parameters_are_what_the_tokens_of_the_text_met(scored, models):
+    base = open_checkpoint(models / "single")
+    sums, _ = load_statistics(scored / "statistics.safetensors")
+    plan = PruningPlan.load(scored)
+    share = dict(zip(plan.layer_indices, sums.tokens / sums.total_tokens, strict=True))
+    kept = dict(zip(plan.layer_indices, plan.counts, strict=True))
+    d_expert, met, dense = plan.keep.shape[2], 0.0, 0.0
+    for name, tensor in _tensors(models / "single").items():
+        place = re.search(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.", name)
+        if place:
+            layer, expert = map(int, place.groups())
+            met += tensor.size * share[layer][expert] * kept[layer][expert] / d_expert
+            dense += tensor.size * share[layer][expert]
+        elif "embed_tokens" not in name:
+            met, dense = met + tensor.size, dense + tensor.size
+    assert abs(active_parameters(base, plan.counts, sums) - met) <= 1
+    whole = np.full_like(plan.counts, d_expert)
+    assert abs(active_parameters(base, whole, sums) - dense) <= 1
+    blank = sums.replace(tokens=0 * sums.tokens, total_tokens=np.zeros(()))
+    (found,) = estimated(models / "single", scored.parent, "--prune-rate", 0.5)
+    assert active_parameters(base, whole, blank) == found["parameters"]["active"]
+    assert round(dense) == found["parameters"]["active"]  # each token meets two experts, always
 
 
 def test_scoring_time_is_probed_where_weights_are_and_grows_with_the_tokens(models, tmp_path):

@@ -12,7 +12,7 @@ from pruning.page import figures, page, section_html
 from pruning.plots import concentration
 from pruning.report import CompressionReport
 from pruning.tables import headlines, tables, terminal_table
-from pruning.text_table import POLICIES, TextTable
+from pruning.text_table import POLICIES, TextTable, allocation_table
 from pruning.widths import WIDTHS
 
 L, E, F = 3, 4, 8
@@ -186,6 +186,15 @@ def test_the_headline_is_the_mean_over_all_tokens_of_the_smallest_export():
 def test_the_headline_says_so_when_nothing_was_measured():
     _, lost, tokens = headlines(report(quality={}))
     assert "--evaluation" in lost.detail and "none" in tokens.detail
+
+
+def test_parameters_and_those_that_a_token_meets_stand_beside_what_they_were():
+    sizes = report().sizes | {"active_parameters": {"source": 2_500_000, "exports": 1_234_567}}
+    sizes["exports"] = {"ragged-int4": sizes["exports"]["ragged-int4"] | {"parameters": 4_000_000}}
+    model = report().model | {"parameters": 9_990_000}
+    rows = allocation_table(report(sizes=sizes, model=model)).rows
+    assert rows[0] == ["parameters", "4.00 M", "of 9.99 M"]
+    assert rows[1][:2] == ["active parameters", "1.23 M"] and "2.50 M" in rows[1][2]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
