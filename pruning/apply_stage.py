@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import check_widths
-from pruning import preflight, stages
+from pruning import output_folder, preflight, stages
 from pruning.plan import PruningPlan
 from pruning.plan_record import recorded_options
 from pruning.progress import Steps
@@ -104,7 +104,7 @@ def _recipe(
     told |= {"skip_layers": (), "prune_rate": said.get("prune_rate", 1.0 - plan.keep.mean().item())}
     # Codes chosen on text do not travel with a plan, and blocks follow the group size given now.
     told |= {"quantizer": "rtn", "block": None, "minimum": None}
-    beside = (source if source.is_dir() else source.parent) / preflight.RECIPE
+    beside = (source if source.is_dir() else source.parent) / output_folder.RECIPE
     fields = {**told, **given}
     recipe = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
     recipe = stages.resolved(recipe, base)
@@ -121,19 +121,19 @@ def _prepare(
 ) -> list[str]:
     """Check all that can be checked, make the output folder; returns the exports to write."""
     output = Path(recipe.output)
-    resumed = preflight.may_resume(
+    resumed = output_folder.may_resume(
         recipe, (base.folder, source), lambda: _holds_no_other(output, plan)
     )
     missing = [n for n in recipe.export if not (resumed and (output / "exports" / n).exists())]
     for name in missing:
         check_widths(base, kept_widths(plan, base), form_of(recipe, name, plan))
     sizes = export_sizes(base, plan, dataclasses.replace(recipe, export=missing))
-    replaced = 0 if resumed else preflight.replaced_bytes(output)
+    replaced = 0 if resumed else output_folder.replaced_bytes(output)
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
     preflight.say_sizes(sizes, steps)
     with steps.bar("check weights") as on_step:
         base.check_finite(on_step, mtp=recipe.mtp != "drop")
-    preflight.make_output(recipe, resumed=resumed)
+    output_folder.make_output(recipe, resumed=resumed)
     return missing
 
 

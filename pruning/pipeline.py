@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.generate import generate
-from pruning import gptq_stage, planning, preflight, scoring, stages
+from pruning import gptq_stage, output_folder, planning, preflight, scoring, stages
 from pruning.card_stage import write_card
 from pruning.criteria import channel_scores
 from pruning.gptq_source import layer_errors
@@ -54,7 +54,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     statistics, provenance = scoring.score(job, steps)
     with steps.bar("plan"):
         plan = planning.plan(job.recipe, statistics, provenance, job.base)
-        preflight.drop_stale_exports(job.output, plan)
+        output_folder.drop_stale_exports(job.output, plan)
         plan.save(job.output)
     sizes = export_sizes(job.base, plan, job.recipe)
     preflight.say_sizes(sizes, steps)

@@ -1,8 +1,7 @@
-"""What is checked, said and cleaned up before a run does expensive work."""
+"""What is checked and said before a run does expensive work."""
 
 import math
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,13 @@ from convert.checkpoint import Checkpoint
 from convert.description import Description
 from convert.export import ExportFormat, check_widths
 from convert.mtp import check_mtp_width
-from convert.writer import LEFTOVER, SPARE_BYTES, remove_leftovers
-from pruning import planning, scoring
-from pruning.calibration import TextSource
-from pruning.files import replace_text
+from convert.writer import SPARE_BYTES, remove_leftovers
+from pruning import output_folder, planning, scoring
 from pruning.held_out import not_held_out, seen_shares
 from pruning.parts import rows_of_parts
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
-from pruning.recipe import EXPORTS, CompressionRecipe, load_recipe
+from pruning.recipe import EXPORTS, CompressionRecipe
 from pruning.scoring import STATISTICS
 from pruning.sizes import (
     equal_bytes,
@@ -33,13 +30,6 @@ from pruning.sizes import (
 )
 from pruning.stages import Job
 from pruning.statistics import ALWAYS, SUMS, ChannelStatistics, field_shapes
-
-# All that a run writes, in the order of removal: while a report is there a folder counts as
-# finished, so what a killed removal leaves is never taken for an interrupted run.
-OURS = ("exports", "plans", "parts", "plan.*", "compare.*", "statistics.*", "report.html")
-OURS += ("report.json",)
-OURS += ("audit.*", "ablations.jsonl", "sweep.*")
-RECIPE = "recipe.yaml"
 
 
 def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
@@ -56,9 +46,9 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
       ValueError: an impossible plan, a bad weight, or an output folder in the way.
       OSError: the disk is too small.
     """
-    resumed = is_interrupted(job)
+    resumed = output_folder.is_interrupted(job)
     if resumed:
-        _remove_leftovers(job.output)
+        output_folder.clear_leftovers(job.output)
     plan = rehearsed_plan(job.recipe, job.base)
     if exports:
         for name in job.recipe.export:
@@ -74,7 +64,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
     if not resumed or scoring.find_statistics(job) is None:
         with steps.bar("check weights") as on_step:
             job.base.check_finite(on_step, mtp=job.recipe.mtp != "drop")
-    make_output(job.recipe, resumed=resumed)
+    output_folder.make_output(job.recipe, resumed=resumed)
 
 
 def _require_known_width(recipe: CompressionRecipe, form: ExportFormat) -> None:
@@ -86,81 +76,6 @@ def _require_known_width(recipe: CompressionRecipe, form: ExportFormat) -> None:
             f"{recipe.width} only the plan can tell; choose mtp='prune' or 'drop', or a ragged "
             "format"
         )
-
-
-def is_interrupted(job: Job) -> bool:
-    """Whether the output folder holds an unfinished run of this recipe, to be gone on with.
-
-    Raises:
-      ValueError: it holds something else that may not be replaced.
-    """
-    texts = [TextSource.parse(text).path for text in job.recipe.calibration]
-    read = (job.base.folder, *texts, *map(Path, job.recipe.evaluation))
-    return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
-
-
-def may_resume(
-    recipe: CompressionRecipe, read: Iterable[Path], unfinished: Callable[[], bool]
-) -> bool:
-    """Whether the output folder is to be gone on with, rather than made or replaced.
-
-    Args:
-      recipe: resolved; names the output folder.
-      read: files and folders that the run reads.
-      unfinished: whether a folder of the same recipe lacks something.
-
-    Raises:
-      ValueError: the folder holds something else that may not be replaced, or what is read.
-    """
-    output = Path(recipe.output)
-    for path in read:
-        if output.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"output={output} holds {path}, which is read; name another folder")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output={output} is a file; name a folder")
-    if not output.exists() or all(LEFTOVER.fullmatch(path.name) for path in output.iterdir()):
-        return False
-    if not (output / RECIPE).is_file():
-        raise ValueError(
-            f"output={output} already exists and is no output folder of ours (it has no {RECIPE}), "
-            "so --overwrite leaves it alone too; name another folder"
-        )
-    if _same_recipe(output / RECIPE, recipe) and unfinished():
-        return True
-    if not recipe.overwrite:
-        raise ValueError(
-            f"output={output} already exists and is not an interrupted run of this recipe; "
-            "name another folder or add --overwrite"
-        )
-    return False
-
-
-def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
-    try:
-        return load_recipe(path, overwrite=recipe.overwrite) == recipe
-    except ValueError:  # of another version, or edited
-        return False
-
-
-def make_output(recipe: CompressionRecipe, *, resumed: bool) -> None:
-    """Make the output folder, without what an older run left unless that is gone on with."""
-    output = Path(recipe.output)
-    if not resumed:
-        for path in (path for pattern in OURS for path in output.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(output)
-    replace_text(output / RECIPE, recipe.to_yaml())
-
-
-def _remove_leftovers(output: Path) -> None:
-    for folder in (
-        output,
-        output / "exports",
-        output / "parts",
-        *sorted((output / "plans").glob("*")),
-    ):
-        remove_leftovers(folder)
 
 
 def rehearsed_plan(recipe: CompressionRecipe, base: Description) -> PruningPlan:
@@ -188,18 +103,7 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     for name, path in [("statistics", STATISTICS), *((n, f"exports/{n}") for n in EXPORTS)]:
         if (resumed and (output / path).exists()) or not (exports or name == "statistics"):
             parts.pop(name, None)
-    require_space(output, parts, 0 if resumed else replaced_bytes(output))
-
-
-def replaced_bytes(output: Path) -> int:
-    """Bytes of an older run in the output folder, which overwriting frees."""
-    return sum(
-        file.stat().st_size
-        for pattern in OURS
-        for path in output.glob(pattern)
-        for file in (path, *path.rglob("*"))
-        if file.is_file()
-    )
+    require_space(output, parts, 0 if resumed else output_folder.replaced_bytes(output))
 
 
 def written_bytes(base: Description, recipe: CompressionRecipe, windows: int) -> dict[str, int]:
@@ -251,16 +155,6 @@ def check_exports(
     sizes = export_sizes(base, plan, recipe)
     require_space(folder, {name: size["bytes"] for name, size in sizes.items()})
     say_sizes(sizes, steps)
-
-
-def drop_stale_exports(output: Path, plan: PruningPlan) -> None:
-    """Remove the exports in an output folder unless its stored plan is this one."""
-    try:
-        stored = PruningPlan.load(output)
-    except (ValueError, OSError):
-        stored = None
-    if stored is None or not stored.is_same(plan):
-        shutil.rmtree(output / "exports", ignore_errors=True)
 
 
 def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:

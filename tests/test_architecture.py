@@ -15,7 +15,7 @@ FILES = {
 # The command and its stages join method and files. `commands` are the bodies of `cli`, `verify`
 # the stage that reads an export back.
 GLUE = {"pipeline", "cli", "commands", "__main__", "evaluate", "stages", "verify", "demo"}
-GLUE |= {"preflight", "sizes", "gptq_stage", "audit_stage", "compare"}
+GLUE |= {"preflight", "output_folder", "sizes", "gptq_stage", "audit_stage", "compare"}
 GLUE |= {"scoring", "planning", "parts", "apply_stage", "sweep_stage"}
 GLUE |= {"clients", "estimate", "stored", "card_stage"}
 

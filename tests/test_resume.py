@@ -13,7 +13,7 @@ import pytest
 
 from convert.checkpoint import open_checkpoint
 from convert.writer import remove_leftovers
-from pruning import preflight
+from pruning import output_folder
 from pruning.plan import PruningPlan
 from tests.command import given, run
 
@@ -135,10 +135,10 @@ def test_exports_of_another_plan_are_not_taken_for_this_ones(scored, tmp_path):
     out = shutil.copytree(scored, tmp_path / "out")
     export = out / "exports" / "ragged-bf16"
     plan = PruningPlan.load(out)
-    preflight.drop_stale_exports(out, plan)
+    output_folder.drop_stale_exports(out, plan)
     assert export.is_dir()
     other = np.roll(plan.keep, 1, axis=2)
-    preflight.drop_stale_exports(out, PruningPlan(other, plan.layer_indices, plan.provenance))
+    output_folder.drop_stale_exports(out, PruningPlan(other, plan.layer_indices, plan.provenance))
     assert not export.exists()
 
 
@@ -146,7 +146,7 @@ def test_a_plan_half_written_makes_its_exports_stale(scored, tmp_path):
     out = shutil.copytree(scored, tmp_path / "out")
     plan = PruningPlan.load(out)
     (out / "plan.json").write_text("{")
-    preflight.drop_stale_exports(out, plan)
+    output_folder.drop_stale_exports(out, plan)
     assert not (out / "exports").exists()
 
 
