@@ -8,6 +8,7 @@ from moe_jax.config import MoEConfig, Score
 
 # Keeps 0 / 0 out of renormalisation where every selected score underflowed.
 TINY = 1e-20
+SCORE_ROUNDING = 4 * 2.0**-23  # of a score in float32, relative
 
 
 def router_scores(logits: Array, score: Score) -> Array:  # [T, E] -> [T, E]
@@ -63,12 +64,53 @@ def route(
     """
     scores = router_scores(logits, config.score)
     if expert is None:
-        choice = scores if bias is None else scores + bias[None]
-        choice = jnp.where(logits == -jnp.inf, -jnp.inf, choice)  # a bias must not bring it back
-        if config.num_groups > 1:
-            choice = limit_to_groups(choice, config)
-        expert = jax.lax.top_k(choice, config.experts_per_token)[1]
+        expert = _best(_choice(logits, config, bias), config)
     weight = jnp.take_along_axis(scores, expert, axis=-1)
     if config.renormalize:
         weight /= weight.sum(axis=-1, keepdims=True) + TINY
     return weight * config.routed_scale, expert
+
+
+def is_settled(logits: Array, config: MoEConfig, change: Array, bias: Array | None = None) -> Array:
+    """Whether a token's experts stay the same however rounding changes its logits and scores.
+
+    Args:
+      logits: float32 [T, E].
+      config: how scores, groups and weights are made.
+      change: float32 [T], how far each logit may move; scores move by `SCORE_ROUNDING` besides.
+      bias: float32 [E], added to the scores for the selection alone.
+
+    Returns:
+      bool [T]; False for a token near a tie.
+    """
+
+    def choice(sign: Array) -> Array:  # [T, E] -> [T, E]
+        moved = _choice(logits + sign * change[:, None], config, bias)
+        return jnp.where(moved == -jnp.inf, moved, moved + sign * SCORE_ROUNDING * jnp.abs(moved))
+
+    def stays(selected) -> Array:
+        # The worst change: all that is selected loses, all else gains.
+        before = selected(choice(jnp.zeros_like(logits)))
+        return (before == selected(choice(jnp.where(before, -1.0, 1.0)))).all(axis=-1)
+
+    def experts(choice: Array) -> Array:  # [T, E] -> bool [T, E]
+        return jax.nn.one_hot(_best(choice, config), config.num_experts, dtype=bool).any(axis=1)
+
+    def groups(choice: Array) -> Array:  # [T, E] -> bool [T, E]
+        return limit_to_groups(choice, config) > -jnp.inf
+
+    return stays(experts) & stays(groups) if config.num_groups > 1 else stays(experts)
+
+
+def _choice(logits: Array, config: MoEConfig, bias: Array | None) -> Array:
+    """What experts are selected by, [T, E], before groups."""
+    scores = router_scores(logits, config.score)
+    choice = scores if bias is None else scores + bias[None]
+    return jnp.where(logits == -jnp.inf, -jnp.inf, choice)  # a bias must not bring it back
+
+
+def _best(choice: Array, config: MoEConfig) -> Array:
+    """The selected experts, int32 [T, k], best first."""
+    if config.num_groups > 1:
+        choice = limit_to_groups(choice, config)
+    return jax.lax.top_k(choice, config.experts_per_token)[1]

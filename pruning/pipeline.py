@@ -24,7 +24,7 @@ from pruning.report import CompressionReport
 from pruning.sizes import active_parameters, export_sizes, folder_bytes, form_of, parameter_count
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
-from pruning.verify import PROBE_TOKENS, random_probe, require_verified
+from pruning.verify import PROBE_TOKENS, PROBE_WINDOWS, random_probe, require_verified
 from pruning.weights import LAYER_LOSSES, layer_weights
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
@@ -79,13 +79,13 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
 
 
 def probe_tokens(job: Job) -> np.ndarray:
-    """Two short windows of calibration text, int32 [2, T], on which logits are compared; random
+    """Short windows of calibration text, int32 [B, T], on which logits are compared; random
     tokens where there is no text."""
     if not job.calibration.total:
         return random_probe(job.base)
     length = min(PROBE_TOKENS, int(job.calibration.valid.sum(axis=1).max()))
     whole = np.flatnonzero(job.calibration.valid[:, :length].all(axis=1))
-    rows = whole[np.linspace(0, len(whole) - 1, 2).astype(int)]
+    rows = whole[np.linspace(0, len(whole) - 1, PROBE_WINDOWS).astype(int)]
     return job.calibration.tokens[rows, :length]
 
 
