@@ -81,12 +81,14 @@ def is_settled(logits: Array, config: MoEConfig, change: Array, bias: Array | No
       bias: float32 [E], added to the scores for the selection alone.
 
     Returns:
-      bool [T]; False for a token near a tie.
+      bool [T]; False for a token near a tie, be it between groups that no expert is taken from.
     """
 
     def choice(sign: Array) -> Array:  # [T, E] -> [T, E]
-        moved = _choice(logits + sign * change[:, None], config, bias)
-        return jnp.where(moved == -jnp.inf, moved, moved + sign * SCORE_ROUNDING * jnp.abs(moved))
+        moved = logits + sign * change[:, None]
+        value = _choice(moved, config, bias)
+        rounding = SCORE_ROUNDING * (router_scores(moved, config.score) + jnp.abs(value))
+        return jnp.where(value == -jnp.inf, value, value + sign * rounding)
 
     def stays(selected) -> Array:
         # The worst change: all that is selected loses, all else gains.

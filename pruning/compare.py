@@ -74,6 +74,7 @@ def compare(
         # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
         job = stages.open_job(dataclasses.replace(recipe, bits=16, export=()))
     texts = {name: first_tokens(w, evaluation_tokens) for name, w in job.evaluation.items()}
+    job = dataclasses.replace(job, evaluation=texts)
     if not texts:
         raise ValueError("there is no text to evaluate on; name one with --evaluation")
     budgets = _budgets(job, rates)
@@ -85,7 +86,8 @@ def compare(
     tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
     done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}
     tasks = [task for task in tasks if (task.rule, task.rate, task.seed) not in done]
-    found = dataclasses.replace(found, sizes=_sizes(job))
+    seen = seen_shares(job.calibration, texts)
+    found = dataclasses.replace(found, sizes=_sizes(job), seen=seen)
     if tasks:
         found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
     shown = found.only(names, list(budgets))
@@ -123,7 +125,6 @@ def _sizes(job: Job) -> dict[str, int]:
 
 
 def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
-    seen = seen_shares(job.calibration, texts)
     return {
         "model": job.recipe.model,
         "model_hash": job.base.fingerprint,
@@ -138,7 +139,6 @@ def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
                 "tokens": int(windows.scored.sum()),
                 "crc32": zlib.crc32(windows.tokens.tobytes()),
                 "stride": windows.stride,
-                "seen": seen[name],
             }
             for name, windows in texts.items()
         },

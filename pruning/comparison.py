@@ -79,6 +79,7 @@ class Comparison:
       refused: the others, each with a reason.
       sizes: bytes of 16-bit weights, "dense" of the whole model and "experts" of its routed
         experts; empty in a file of an earlier version.
+      seen: by text, see `held_out.seen_shares`; empty in a file of an earlier version.
     """
 
     key: dict[str, Any]
@@ -86,6 +87,7 @@ class Comparison:
     results: tuple[Result, ...]
     refused: tuple[Result, ...]
     sizes: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, float | None] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> "Comparison":
@@ -97,8 +99,8 @@ class Comparison:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             parts = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}
-            sizes = found.get("sizes", {})
-            return cls(key=found["key"], dense=found["dense"], sizes=sizes, **parts)
+            sizes, seen = found.get("sizes", {}), found.get("seen", {})
+            return cls(key=found["key"], dense=found["dense"], sizes=sizes, seen=seen, **parts)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it and compare again") from None
 
@@ -212,15 +214,13 @@ class Comparison:
 
     def _note(self) -> str:
         tokens = sum(text["tokens"] for text in self.dense.values())
-        texts = self.key.get("evaluation", {})
-        warning = not_held_out({name: text.get("seen") for name, text in texts.items()})
         note = (
             f"Mean over {len(self.dense)} texts, {tokens:,} tokens in all. +nats: loss per token "
             "above the dense model; ÷ random: divided by the loss that random channels add; KL: "
             "nats per token from the dense model; top-1: how often both prefer the same token. "
             "All rules keep the same number of channels; -: the rule cannot."
         )
-        return f"{warning} {note}".lstrip()
+        return f"{not_held_out(self.seen)} {note}".lstrip()
 
     def csv(self) -> str:
         """One row per rule, rate, seed and text, for spreadsheets."""

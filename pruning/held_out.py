@@ -15,6 +15,8 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost in the 
 def seen_shares(calibration: TokenBatch, texts: Mapping[str, Windows]) -> dict[str, float | None]:
     """Share of each text's distinct runs of `RUN` tokens that the calibration text holds as well.
 
+    A lower bound: runs across the edges of the calibration windows are not looked at.
+
     Args:
       calibration: the text that scores come from.
       texts: evaluation texts by name.
@@ -38,8 +40,8 @@ def not_held_out(shares: Mapping[str, float | None]) -> str:
     if not much:
         return ""
     return (
-        f"Calibration has shown {', '.join(much)} (runs of {RUN} tokens), so the loss there says "
-        "little about other text; evaluate on text that is not in --calibration."
+        f"Calibration has shown at least {', '.join(much)} (runs of {RUN} tokens), so the loss "
+        "there says little about other text; evaluate on text that is not in --calibration."
     )
 
 

@@ -21,7 +21,14 @@ from pruning.plots import concentration
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe
 from pruning.report import CompressionReport
-from pruning.sizes import active_parameters, export_sizes, folder_bytes, form_of, parameter_count
+from pruning.sizes import (
+    active_parameters,
+    export_sizes,
+    folder_bytes,
+    form_of,
+    mtp_parameters,
+    parameter_count,
+)
 from pruning.stages import Job
 from pruning.statistics import ChannelStatistics
 from pruning.verify import PROBE_TOKENS, PROBE_WINDOWS, random_probe, require_verified
@@ -85,7 +92,7 @@ def probe_tokens(job: Job) -> np.ndarray:
         return random_probe(job.base)
     length = min(PROBE_TOKENS, int(job.calibration.valid.sum(axis=1).max()))
     whole = np.flatnonzero(job.calibration.valid[:, :length].all(axis=1))
-    rows = whole[np.linspace(0, len(whole) - 1, PROBE_WINDOWS).astype(int)]
+    rows = np.unique(whole[np.linspace(0, len(whole) - 1, PROBE_WINDOWS).astype(int)])
     return job.calibration.tokens[rows, :length]
 
 
@@ -191,7 +198,7 @@ def _report(
             "path": recipe.model,
             "family": job.base.family.model_type,
             "fingerprint": job.base.fingerprint,
-            "parameters": parameter_count(job.base),
+            "parameters": parameter_count(job.base) + mtp_parameters(job.base),
             "bytes": folder_bytes(job.base.folder),
         },
         recipe={k: list(v) if isinstance(v, tuple) else v

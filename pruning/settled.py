@@ -5,8 +5,6 @@ the token to the other one: its logits, and through attention those of all later
 sequence, are then another model's without anything being wrong.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,16 +16,19 @@ from moe_jax.router import is_settled
 from moe_jax.stream import LayerSource, contexts, embed
 from moe_jax.transformer import DecoderLayer
 
-ROUNDING = 5e-5  # of router logits after many layers in float32, as a share of the largest
+# Of router logits after many layers in float32, as a share of the largest. Measured against
+# transformers over 30 layers: 5e-6.
+ROUNDING = 2e-5
 
 
-@partial(jax.jit, static_argnames="rounding")
+@jax.jit
 def _layer(
     layer: DecoderLayer, x: Array, context: Context, rounding: float
 ) -> tuple[Array, Array]:  # [B, T, D] -> [B, T, D], bool [B, T]
     out, trace = layer.trace(x, context)
-    if trace is None or not isinstance(layer.mlp, MoE):
+    if trace is None:
         return out, context.valid
+    assert isinstance(layer.mlp, MoE)
     size = jnp.where(trace.logits == -jnp.inf, 0.0, jnp.abs(trace.logits)).max(axis=-1)
     settled = is_settled(trace.logits, layer.mlp.config, rounding * size, layer.mlp.router_bias)
     return out, settled.reshape(x.shape[:2])

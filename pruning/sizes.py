@@ -70,7 +70,10 @@ def parameters_left(base: Description, plan: PruningPlan, form: ExportFormat) ->
 
 
 def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:
-    """Weights that a token of the calibration text meets on average, its embedding's row left out.
+    """Weights that a token of the calibration text meets on average.
+
+    Left out: its row of the embedding, padding, constants in the place of emptied experts, and
+    layers that predict further tokens.
 
     Args:
       base: the dense model.
@@ -81,10 +84,13 @@ def active_parameters(base: Description, counts: np.ndarray, statistics: Channel
     even = np.full(counts.shape, c.moe.experts_per_token / c.moe.num_experts)
     share = statistics.tokens / total if total else even  # [L, E]
     empty = tuple(tuple(0 for _ in counts) for counts in base.widths)
-    always, channels = weight_count(base, empty), sum(map(sum, base.widths))
-    per_channel = (parameter_count(base) - always) // channels
+    without, channels = weight_count(base, empty), sum(map(sum, base.widths))
+    per_channel = (parameter_count(base) - without) // channels
+    # Of an expert's biases that of the output is no channel's.
+    per_expert = c.d_model if c.moe.expert_bias else 0
     looked_up = 0 if c.tie_embeddings else c.vocab_size * c.d_model
-    return always - looked_up + round(per_channel * float((share * counts).sum()))
+    always = without - looked_up - per_expert * counts.size
+    return always + round(float((share * (per_channel * counts + per_expert)).sum()))
 
 
 def weight_count(base: Description, widths: Widths, constants: bool = False) -> int:

@@ -15,6 +15,7 @@ from convert.checkpoint import open_checkpoint
 from convert.description import describe
 from convert.export import ExportFormat, export_bytes
 from pruning import planning, stages
+from pruning.estimate import parameters
 from pruning.plan import PruningPlan
 from pruning.progress import Steps
 from pruning.recipe import CompressionRecipe
@@ -192,6 +193,16 @@ def test_active_parameters_are_what_the_tokens_of_the_text_met(scored, models):
     (found,) = estimated(models / "single", scored.parent, "--prune-rate", 0.5)
     assert active_parameters(base, whole, blank) == found["parameters"]["active"]
     assert round(dense) == found["parameters"]["active"]  # each token meets two experts, always
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_active_parameters_agree_with_the_estimate_where_no_text_says_otherwise(family, tmp_path):
+    base = open_checkpoint(saved(family, tmp_path / "model"))
+    c = base.config
+    sums = statistics(len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, D=c.d_model)
+    blank = sums.replace(tokens=0 * sums.tokens, total_tokens=np.zeros(()))
+    whole = np.full(blank.tokens.shape, c.moe.d_expert)
+    assert active_parameters(base, whole, blank) == parameters(base, base.widths, 0)["active"]
 
 
 def test_scoring_time_is_probed_where_weights_are_and_grows_with_the_tokens(models, tmp_path):

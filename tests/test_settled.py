@@ -1,5 +1,10 @@
 """Logits are compared wherever rounding cannot have sent a token elsewhere, and only there."""
 
+import dataclasses
+import json
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,6 +65,18 @@ def test_a_tie_within_the_rounding_of_the_scores_is_no_choice_to_rely_on():
     config = MoEConfig(num_experts=3, experts_per_token=1, d_expert=4, renormalize=True)
     values = jnp.array([[0.0, SCORE_ROUNDING / 2, -1.0], [0.0, 8 * SCORE_ROUNDING, -1.0]])
     assert is_settled(values, config, jnp.zeros(2)).tolist() == [False, True]
+    # A bias that leaves little of a score leaves the rounding that the score had.
+    config = dataclasses.replace(config, score="sigmoid")
+    values = jnp.array([[8.0, 8.0 + 2e-4, -1.0], [8.0, 9.0, -1.0]])
+    bias = -jax.nn.sigmoid(values[0])
+    bias = jnp.broadcast_to(bias[:1], 3)
+    assert is_settled(values, config, jnp.zeros(2), bias).tolist() == [False, True]
+
+
+def test_experts_that_are_not_there_come_into_no_tie():
+    config = MoEConfig(num_experts=4, experts_per_token=2, d_expert=4, renormalize=True)
+    values = jnp.array([[1.0, 0.5, -jnp.inf, -jnp.inf], [1.0, 0.5, 0.5, -jnp.inf]])
+    assert is_settled(values, config, jnp.full(2, 0.1)).tolist() == [True, False]
 
 
 def test_positions_behind_a_near_tie_in_their_window_are_not_settled(models):
@@ -86,20 +103,38 @@ def test_positions_behind_a_near_tie_in_their_window_are_not_settled(models):
 
 
 def compared(difference, settled):
-    wanted = np.zeros((1, 4, 3), np.float32)
+    wanted = np.zeros((1, len(settled), 3), np.float32)
     found = wanted + np.asarray(difference, np.float32)[None, :, None]
-    return logit_check("e", "n", found, wanted, np.asarray([settled]))
+    return logit_check("e", "n", found, wanted, settled[None])
 
 
 def test_only_positions_that_must_be_equal_decide():
-    all_four = compared([1e-4, 0, 1e-3, 0], [True, False, False, False])
-    assert all_four.ok and all_four.detail == "max difference 0.001 (limit 0.002)"
-    elsewhere = compared([1e-4, 0, 0.5, 0.5], [True, True, False, False])
-    assert elsewhere.ok and "0.0001 (limit 0.002) at 2 of 4 positions" in elsewhere.detail
-    assert not compared([1e-4, 0.5, 0, 0], [True, True, False, False]).ok
-    assert not compared([np.nan, 0, 0, 0], [False, True, True, True]).ok
-    none = compared([0.5, 0, 0, 0], [False] * 4)
-    assert not none.ok and "every position follows a near tie" in none.detail
+    early = np.arange(40) < 10
+    fine = compared(np.full(40, 1e-3), ~early)
+    assert fine.ok and fine.detail == "max difference 0.001 (limit 0.002)"
+    elsewhere = compared(np.where(early, 1e-4, 0.5), early)
+    assert elsewhere.ok and "0.0001 (limit 0.002) at 10 of 40 positions" in elsewhere.detail
+    among = np.where(np.arange(40) == 5, 0.5, 0.0)
+    assert not compared(among, early).ok
+    assert compared(among, ~early).ok
+    assert not compared(np.where(early, np.nan, 0.0), ~early).ok
+
+
+def test_too_few_positions_to_judge_by_leave_a_hundredth_free_to_differ():
+    few, one = np.arange(200) < 7, np.arange(200) == 100
+    assert compared(0.5 * one, few).ok and not compared(0.5 * one, ~few).ok
+    wrong = compared(np.where(few, 0.0, 0.5), few)
+    assert not wrong.ok and "193 of 200 positions differ by more" in wrong.detail
+
+
+def test_first_positions_alone_do_not_decide():
+    """They see no other, so that an error of positions or masks would not show."""
+    shape = (20, 4)
+    settled = np.zeros(shape, bool)
+    settled[:, 0] = True
+    wanted = np.zeros((*shape, 3), np.float32)
+    found = np.where(settled[..., None], wanted, 0.5).astype(np.float32)
+    assert not logit_check("e", "n", found, wanted, settled).ok
 
 
 def test_a_model_whose_router_is_nearly_undecided_passes(models, texts, tmp_path, capsys):
@@ -121,3 +156,15 @@ def test_a_model_whose_router_is_nearly_undecided_passes(models, texts, tmp_path
     command.change_tensor(export, weight, lambda tensor: tensor * np.asarray(2, tensor.dtype))
     assert command.run("verify", out) == 1
     assert "logits in transformers" in capsys.readouterr().err
+
+
+def test_a_padded_four_bit_folder_is_compared_with_the_experts_that_transformers_makes_of_it(
+    models, texts, tmp_path
+):
+    out = tmp_path / "out"
+    given_ = command.given(texts, out)
+    assert command.run("compress", models / "single", *given_, "--export", "padded-int4") == 0
+    checks = json.loads((out / "report.json").read_text())["verification"]
+    (detail,) = (c["detail"] for c in checks if c["check"] == "logits in transformers")
+    # Experts rounded otherwise, or not at all, are a hundred times as far away.
+    assert float(re.findall(r"max difference (\S+)", detail)[0]) < 1e-4
