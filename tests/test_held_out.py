@@ -76,3 +76,7 @@ def test_a_comparison_on_its_own_calibration_text_says_so(models, texts, tmp_pat
     assert stored.pop("seen") == {"good": 1.0}
     (out / "compare.json").write_text(json.dumps(stored))
     assert Comparison.load(out / "compare.json").seen == {}
+    assert command.run(
+        "compare", models / "single", *command.given(texts, out), "--block", 8,
+        "--evaluation", texts / "good.txt", "--rules", "random", "--prune-rate", 0.5,
+    ) == 0  # fmt: skip
