@@ -168,6 +168,27 @@ def _routers(statistics: ChannelStatistics) -> dict[str, list]:
     }
 
 
+def _sizes(job: Job, statistics: ChannelStatistics, plan: PruningPlan, planned) -> dict:
+    """What was written and what is left, for the report."""
+    exports = {}
+    for name, size in planned.items():
+        written = folder_bytes(job.output / "exports" / name)
+        bits = written * 8 / size["parameters"]
+        exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
+        exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
+    whole = np.full_like(plan.counts, plan.keep.shape[2])
+    return {
+        "source_bytes": folder_bytes(job.base.folder),
+        "channels": int(plan.keep.size),
+        "channels_kept": int(plan.counts.sum()),
+        "active_parameters": {
+            "source": active_parameters(job.base, whole, statistics),
+            "exports": active_parameters(job.base, plan.counts, statistics),
+        },
+        "exports": exports,
+    }
+
+
 def _report(
     job: Job,
     statistics: ChannelStatistics,
@@ -184,15 +205,8 @@ def _report(
         statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
     )
     fractions, curves = concentration(scores.channel)
-    exports = {}
-    for name, size in sizes.items():
-        written = folder_bytes(job.output / "exports" / name)
-        bits = written * 8 / size["parameters"]
-        exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
-        exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
     windows = next(iter(job.evaluation.values()), None)
     options = planning.planner_arguments(recipe, job.base)["options"]
-    whole = np.full_like(plan.counts, plan.keep.shape[2])
     return CompressionReport(
         model={
             "path": recipe.model,
@@ -220,16 +234,7 @@ def _report(
                     "smoothed": layer_weights(scores, options).tolist()},
         concentration={"fractions": fractions.tolist(), "curves": curves.tolist()},
         quantization=[],
-        sizes={
-            "source_bytes": folder_bytes(job.base.folder),
-            "channels": int(plan.keep.size),
-            "channels_kept": int(plan.counts.sum()),
-            "active_parameters": {
-                "source": active_parameters(job.base, whole, statistics),
-                "exports": active_parameters(job.base, plan.counts, statistics),
-            },
-            "exports": exports,
-        },
+        sizes=_sizes(job, statistics, plan, sizes),
         quality=quality,
         evaluation={
             "window": recipe.window,

@@ -56,7 +56,10 @@ def require_verified(checks: Sequence[Check]) -> None:
     """Raise VerificationError naming every check that failed."""
     failed = [f"{c.export}: {c.check}: {c.detail}" for c in checks if not c.ok]
     if failed:
-        raise VerificationError("; ".join(failed))
+        raise VerificationError(
+            f"{'; '.join(failed)}. Do not use the folder: export it again with --overwrite, and if "
+            "that changes nothing, tell us the lines above"
+        )
 
 
 def verify_folder(
