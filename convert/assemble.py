@@ -10,11 +10,11 @@ import numpy as np
 
 from convert.reader import aligned_empty
 from convert.rules import Rule, Widths, layer_rules, uniform_widths
-from moe_jax.attention import Attention
+from moe_jax.attention.delta_net import LinearAttention
+from moe_jax.attention.grouped import Attention
+from moe_jax.attention.latent import LatentAttention
 from moe_jax.config import LatentAttentionConfig, ModelConfig
-from moe_jax.latent_attention import LatentAttention
-from moe_jax.linear_attention import LinearAttention
-from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.experts.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.norm import Centred
 from moe_jax.transformer import DecoderLayer
 

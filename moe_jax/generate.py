@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.attention import make_context
+from moe_jax.attention.context import make_context
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import Cache, DecoderLayer, Head, init_caches
 

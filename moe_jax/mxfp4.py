@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe_jax.moe import MoE
+from moe_jax.experts.moe import MoE
 from moe_jax.quant import dequantize
 from moe_jax.transformer import DecoderLayer
 

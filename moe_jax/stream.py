@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.attention import Context, make_context
+from moe_jax.attention.context import Context, make_context
 from moe_jax.config import ModelConfig
 from moe_jax.transformer import DecoderLayer, Embedding, Head
 

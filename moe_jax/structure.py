@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.attention import Attention
+from moe_jax.attention.delta_net import LinearAttention
+from moe_jax.attention.grouped import Attention
+from moe_jax.attention.latent import LatentAttention
 from moe_jax.config import (
     Activation,
     AttentionConfig,
@@ -21,9 +23,7 @@ from moe_jax.config import (
     MoEConfig,
     RopeConfig,
 )
-from moe_jax.latent_attention import LatentAttention
-from moe_jax.linear_attention import LinearAttention
-from moe_jax.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.experts.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.norm import Centred
 from moe_jax.quant import QTensor
 from moe_jax.transformer import DecoderLayer, Embedding, Transformer

@@ -16,7 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 from jax import Array
 
-from moe_jax.moe import MoETrace
+from moe_jax.experts.moe import MoETrace
 from moe_jax.structure import named_leaves
 from moe_jax.transformer import Transformer
 

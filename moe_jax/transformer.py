@@ -9,25 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from moe_jax.attention import (
-    Attention,
-    Context,
-    KVCache,
-    init_attention,
-    init_cache,
-    linear,
-    make_context,
-)
-from moe_jax.config import SWIGLU, Activation, LatentAttentionConfig, ModelConfig
-from moe_jax.latent_attention import LatentAttention, init_latent_attention
-from moe_jax.linear_attention import (
+from moe_jax.attention.context import Context, KVCache, init_cache, make_context
+from moe_jax.attention.delta_net import (
     LinearAttention,
     LinearCache,
     init_linear_attention,
     init_linear_cache,
 )
-from moe_jax.module import module
-from moe_jax.moe import (
+from moe_jax.attention.grouped import Attention, init_attention
+from moe_jax.attention.latent import LatentAttention, init_latent_attention
+from moe_jax.config import SWIGLU, Activation, LatentAttentionConfig, ModelConfig
+from moe_jax.experts.moe import (
     DenseMLP,
     Experts,
     MoE,
@@ -36,6 +28,8 @@ from moe_jax.moe import (
     SharedExpert,
     run_experts,
 )
+from moe_jax.linear import linear
+from moe_jax.module import module
 from moe_jax.norm import Centred, NormWeight, rms_norm
 from moe_jax.quant import Weight
 

@@ -4,25 +4,25 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pruning import plots
-    from pruning.apply_stage import apply_plan
-    from pruning.calibration import TextSource, TokenBatch, calibration_batch
-    from pruning.collect import collect_statistics, collect_weights
-    from pruning.criteria import ChannelScores, channel_scores
-    from pruning.evaluate import Quality, make_windows
-    from pruning.pipeline import compress
-    from pruning.plan import plan_pruning
-    from pruning.plan_file import PruningPlan
-    from pruning.progress import Steps
-    from pruning.prune import PrunedSource, mask_layer, prune_layer
-    from pruning.quantized import QuantizedSource
-    from pruning.recipe import CompressionRecipe, load_recipe
-    from pruning.sizes import form_of
-    from pruning.stages import export, open_job
-    from pruning.statistics import ChannelStatistics, load_statistics, save_statistics
-    from pruning.sweep import nested_plans
-    from pruning.targets import plan_for_target
-    from pruning.weights import PlannerOptions
+    from pruning.budget.budgets import nested_plans
+    from pruning.budget.decide import plan_pruning
+    from pruning.budget.importance import PlannerOptions
+    from pruning.budget.plan import PruningPlan
+    from pruning.budget.targets import plan_for_target
+    from pruning.kit.progress import Steps
+    from pruning.measure.quality import Quality, make_windows
+    from pruning.recipe.recipe import CompressionRecipe, load_recipe
+    from pruning.report import figures as plots
+    from pruning.runs.apply import apply_plan
+    from pruning.runs.compress import compress
+    from pruning.scores.collect import collect_statistics, collect_weights
+    from pruning.scores.criteria import ChannelScores, channel_scores
+    from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
+    from pruning.shrink.prune import PrunedSource, mask_layer, prune_layer
+    from pruning.shrink.rounding import QuantizedSource
+    from pruning.stages.job import export, open_job
+    from pruning.stages.sizes import form_of
+    from pruning.text.calibration import TextSource, TokenBatch, calibration_batch
 
 __all__ = [
     "ChannelScores",
@@ -59,30 +59,30 @@ __all__ = [
 
 # Names are imported when they are used: `--help` and the checks of options need no jax.
 _HOMES = {
-    "apply_stage": ("apply_plan",),
-    "collect": ("collect_statistics", "collect_weights"),
-    "calibration": ("TextSource", "TokenBatch", "calibration_batch"),
-    "criteria": ("ChannelScores", "channel_scores"),
-    "evaluate": ("Quality", "make_windows"),
-    "pipeline": ("compress",),
-    "plan": ("plan_pruning",),
-    "plan_file": ("PruningPlan",),
-    "progress": ("Steps",),
-    "prune": ("PrunedSource", "mask_layer", "prune_layer"),
-    "quantized": ("QuantizedSource",),
-    "recipe": ("CompressionRecipe", "load_recipe"),
-    "sizes": ("form_of",),
-    "stages": ("export", "open_job"),
-    "statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
-    "sweep": ("nested_plans",),
-    "targets": ("plan_for_target",),
-    "weights": ("PlannerOptions",),
+    "runs.apply": ("apply_plan",),
+    "scores.collect": ("collect_statistics", "collect_weights"),
+    "text.calibration": ("TextSource", "TokenBatch", "calibration_batch"),
+    "scores.criteria": ("ChannelScores", "channel_scores"),
+    "measure.quality": ("Quality", "make_windows"),
+    "runs.compress": ("compress",),
+    "budget.decide": ("plan_pruning",),
+    "budget.plan": ("PruningPlan",),
+    "kit.progress": ("Steps",),
+    "shrink.prune": ("PrunedSource", "mask_layer", "prune_layer"),
+    "shrink.rounding": ("QuantizedSource",),
+    "recipe.recipe": ("CompressionRecipe", "load_recipe"),
+    "stages.sizes": ("form_of",),
+    "stages.job": ("export", "open_job"),
+    "scores.statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
+    "budget.budgets": ("nested_plans",),
+    "budget.targets": ("plan_for_target",),
+    "budget.importance": ("PlannerOptions",),
 }
 
 
 def __getattr__(name: str):
     if name == "plots":
-        return importlib.import_module("pruning.plots")
+        return importlib.import_module("pruning.report.figures")
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"pruning.{module}"), name)

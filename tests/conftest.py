@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """One tiny model as a single file, as shards, and with other weights."""
-    from tests import command, tiny
+    from tests.support import command, tiny
 
     folder = tmp_path_factory.mktemp("models")
     for name, seed, arguments in (
@@ -67,7 +67,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def scored(models, texts, tmp_path_factory) -> Path:
     """Statistics, a plan and one export of the single model."""
-    from tests import command
+    from tests.support import command
 
     out = tmp_path_factory.mktemp("scored") / "out"
     assert command.run("score", models / "single", *command.given(texts, out), "--bits", 16) == 0

@@ -13,9 +13,9 @@ from convert.families import hf_config
 from convert.families.deepseek_v2 import require_value
 from convert.families.tables import ATTENTION, DENSE, EXPERTS, NORMS, SHARED
 from convert.rules import Family, Twin
-from moe_jax.attention import Attention
+from moe_jax.attention.grouped import Attention
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.moe import MoE
+from moe_jax.experts.moe import MoE
 from moe_jax.quant import QTensor, Weight
 from moe_jax.transformer import DecoderLayer
 

@@ -11,10 +11,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pruning.aligned_optimum import best_known, block_values, coverage_by_blocks
-from pruning.alignment import best_channels, redistribute
-from pruning.criteria import ChannelScores
-from pruning.planners import PLANNERS
+from pruning.budget.alignment import best_channels, redistribute
+from pruning.budget.optimum import best_known, block_values, coverage_by_blocks
+from pruning.budget.planners import PLANNERS
+from pruning.scores.criteria import ChannelScores
 
 LAYERS, EXPERTS, CHANNELS, PER_TOKEN, BLOCK = 48, 128, 768, 8, 64
 

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.stream import forward_hidden
 from moe_jax.transformer import init
-from pruning import states
-from pruning.attribution import row_loss
-from pruning.collect import collect_statistics
+from pruning.scores import states
+from pruning.scores.collect import collect_statistics
+from pruning.scores.layer import row_loss
 from tests.bench.shapes import SHAPES, Shape
 
 

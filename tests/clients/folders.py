@@ -11,13 +11,13 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from convert import open_checkpoint
+from convert.clients import Verdict, client_table
 from convert.export import ExportFormat, export_checkpoint
-from pruning.clients import Verdict, client_table
-from pruning.evaluate import logits
-from pruning.plan import PruningPlan
-from pruning.prune import PrunedSource
-from pruning.quantized import QuantizedSource
-from tests import tiny
+from pruning.budget.decide import PruningPlan
+from pruning.measure.quality import logits
+from pruning.shrink.prune import PrunedSource
+from pruning.shrink.rounding import QuantizedSource
+from tests.support import tiny
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (2, 10)).astype(np.int32)
 # Channels of the eight experts of two layers, whole groups: some without any, some with all, and
@@ -99,7 +99,7 @@ class Case:
       form: name of the format.
       folder: where it lies.
       logits: float32 [B, T, V] that it stands for.
-      verdicts: what `pruning.clients` says of each client.
+      verdicts: what `convert.clients` says of each client.
     """
 
     family: str

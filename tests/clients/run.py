@@ -5,7 +5,7 @@ gigabytes, once:
 
     python tests/clients/run.py [--clients ...] [--families ...] [--formats ...] [--cache FOLDER]
 
-Prints a table of maximal differences. It ends with 1 if a client does not do what `pruning.clients`
+Prints a table of maximal differences. It ends with 1 if a client does not do what `convert.clients`
 says of it, that is, loads a folder and computes its logits up to rounding, or does not; or if none
 loaded any.
 """
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
                     notes.append(f"- {name}, {case.family}, {case.form}: {said}")
                 print(f"{case.family} {case.form} {name}: {cell} {said}", flush=True)
     print("\n" + table(cells, given.clients), *notes, sep="\n")
-    print(f"\n{loaded} loaded, {failures} against the verdicts of pruning.clients")
+    print(f"\n{loaded} loaded, {failures} against the verdicts of convert.clients")
     return int(failures > 0 or loaded == 0)
 
 

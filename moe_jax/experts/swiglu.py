@@ -1,0 +1,283 @@
+"""All gated experts of a layer as one function of its tokens, with a gradient of its own.
+
+On a CPU the function and its gradient are one loop over tiles each: a tile's intermediate rows
+live in the cache and never in memory. Elsewhere they are compositions of grouped products; that
+form is also the specification of the loops.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from moe_jax.experts.activation import gated, gated_gradient
+from moe_jax.experts.dispatch import Dispatch, Pool, gather_rows, sum_by_expert
+from moe_jax.experts.grouped_matmul import (
+    add_slice,
+    channel_block,
+    contract,
+    dot,
+    expand,
+    live_channels,
+    on_cpu,
+    walk_tiles,
+    weight_bits,
+)
+from moe_jax.experts.weights import (
+    COLUMNS,
+    ROWS,
+    Weights,
+    project,
+    real_rows,
+    routing_matrix,
+    row_expert,
+    tile_tokens,
+)
+
+# (hidden, d hidden, gate, d gate), each [rows, channels] -> scores per row and channel, summed over
+# the rows of each expert; d is the gradient of the loss.
+ChannelScore = Callable[[Array, Array, Array, Array], tuple[Array, ...]]
+
+# Gate and up rows before the activation, each [P, width].
+Projections = tuple[Array, Array]
+
+
+def no_score(hidden, d_hidden, gate, d_gate) -> tuple[Array, ...]:
+    """Score nothing."""
+    return ()
+
+
+def routed_experts(
+    score: ChannelScore,
+    x: Array,
+    row_weight: Array,
+    weights: Weights,
+    probe: Array,
+    dispatch: Dispatch,
+    pool: Pool,
+    projections: Projections | None = None,
+) -> Array:
+    """Weighted sum of each token's experts.
+
+    Args:
+      score: what to measure in the backward pass.
+      x: [N, D] tokens.
+      row_weight: float32 [P], routing weight of each dispatched row, 0 for padding.
+      weights: the pools.
+      probe: float32 [J, E, width], any values; its cotangent is the J sums of `score`.
+      dispatch: the row layout.
+      pool: the channel layout.
+      projections: gate and up rows as these arguments give them, if they are known already: the
+        backward pass of a CPU then need not compute them again.
+
+    Returns:
+      [N, D] in the dtype of `x`. Gradients that nobody asks for cost nothing under `jit`.
+
+    Source: SwiGLU, arXiv:2002.05202.
+    """
+    bias, weights = weights.down_bias, weights.replace(down_bias=None)  # type: ignore[attr-defined]
+    args = (x, row_weight, weights, probe, dispatch, pool, projections)
+    out = _routed_experts(score, *args)
+    if bias is None:
+        return out
+    # Outside the loop over channels, since an expert without any still has it.
+    routing = routing_matrix(row_weight, dispatch, x.shape[0])
+    added = jnp.dot(routing, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return out + added.astype(out.dtype)
+
+
+def _forward(score, x, row_weight, weights, probe, dispatch, pool, projections) -> Array:
+    if on_cpu():
+        return _forward_tiles(x, row_weight, weights, dispatch, pool)
+    return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
+
+
+def _backward(score, saved, d_out):
+    x, row_weight, weights, probe, dispatch, pool, _ = saved
+    if on_cpu():
+        gradients = _backward_tiles(score, d_out, *saved)
+    else:
+
+        def by_rows(x, row_weight, weights, probe):
+            return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
+
+        gradients = jax.vjp(by_rows, x, row_weight, weights, probe)[1](d_out)
+    return (*gradients, None, None, None)
+
+
+_routed_experts: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_routed_experts.defvjp(lambda score, *args: (_forward(score, *args), args), _backward)
+
+
+# --- CPU: loops over tiles ---
+
+
+def _forward_tiles(x, row_weight, weights, dispatch, pool):
+    bits = jax.tree.map(weight_bits, weights)
+
+    def step(out, row, expert, start):
+        first = pool.offset[expert] + start
+        index, tokens = tile_tokens(x, dispatch, row)
+        weight = jax.lax.dynamic_slice_in_dim(row_weight, row, dispatch.tile)[:, None]
+        gate, up = project(bits, first, pool.block, tokens, real_rows(index, x))
+        hidden = gated(weights.activation, gate, up) * weight
+        hidden = jnp.where(live_channels(pool, expert, start), hidden, 0)
+        down = channel_block(bits.down, first, pool.block, x.dtype)
+        part = dot(hidden.astype(x.dtype), down, COLUMNS)
+        return out.at[index].add(part, mode="drop")
+
+    return walk_tiles(dispatch, pool, step, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+
+
+@struct.dataclass
+class _Gradients:
+    x: Array  # float32 [N, D]
+    row_weight: Array  # float32 [P]
+    weights: Weights  # float32
+    probe: Array  # float32 [J, E, width]
+
+
+def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool, projections):
+    bits, tile = jax.tree.map(weight_bits, weights), dispatch.tile
+
+    def step(sums: _Gradients, row, expert, start):
+        first = pool.offset[expert] + start
+        block = lambda pool_bits: channel_block(pool_bits, first, pool.block, x.dtype)  # noqa: E731
+        index, tokens = tile_tokens(x, dispatch, row)
+        _, d_tokens = tile_tokens(d_out, dispatch, row)
+        weight = jax.lax.dynamic_slice_in_dim(row_weight, row, tile)[:, None]
+        real = real_rows(index, x)
+        if projections is None:
+            gate, up = project(bits, first, pool.block, tokens, real)
+        else:
+            size = (tile, pool.block)
+            gate, up = (jax.lax.dynamic_slice(rows, (row, start), size) for rows in projections)
+        live = live_channels(pool, expert, start)
+        hidden = jnp.where(live, gated(weights.activation, gate, up), 0)
+        pulled = dot(d_tokens, block(bits.down), ROWS)
+        d_hidden = jnp.where(live, pulled * weight, 0)
+        d_gate, d_up = gated_gradient(weights.activation, gate, up, d_hidden)
+        d_row = jnp.sum(hidden * pulled, axis=1)
+        narrow = [part.astype(x.dtype) for part in (d_gate, d_up)]
+        d_x = dot(narrow[0], block(bits.gate), COLUMNS) + dot(narrow[1], block(bits.up), COLUMNS)
+        outer = lambda rows, columns: dot(rows.astype(x.dtype).T, columns, COLUMNS)  # noqa: E731
+        biased = weights.gate_bias is not None
+        d_weights = Weights(
+            gate=outer(d_gate, tokens),
+            up=outer(d_up, tokens),
+            down=outer(hidden * weight, d_tokens),
+            gate_bias=outer(d_gate, real) if biased else None,
+            up_bias=outer(d_up, real) if biased else None,
+            activation=weights.activation,
+        )
+        scores = [jnp.sum(part, axis=0) for part in score(hidden, d_hidden, gate, d_gate)]
+        d_probe = jnp.stack(scores)[:, None] if scores else sums.probe[:, :1, : pool.block]
+        return _Gradients(
+            x=sums.x.at[index].add(d_x, mode="drop"),
+            row_weight=add_slice(sums.row_weight, d_row, (row,)),
+            weights=jax.tree.map(
+                lambda whole, part: add_slice(whole, part, (first, 0)), sums.weights, d_weights
+            ),
+            probe=add_slice(sums.probe, d_probe, (0, expert, start)),
+        )
+
+    inputs = (x, row_weight, weights, probe)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), inputs)
+    sums = walk_tiles(dispatch, pool, step, _Gradients(*zeros))
+    found = (sums.x, sums.row_weight, sums.weights, sums.probe)
+    return jax.tree.map(lambda gradient, value: gradient.astype(value.dtype), found, inputs)
+
+
+# --- everywhere: compositions of grouped products ---
+
+
+@struct.dataclass
+class ExpertRows:
+    """What the experts computed, in dispatch order.
+
+    Attributes:
+      x: [P, D], the token of each row.
+      gate: [P, width], before the nonlinearity.
+      up: [P, width].
+      hidden: [P, width], what the activation makes of the two.
+      out: [P, D], before the routing weight.
+    """
+
+    x: Array
+    gate: Array
+    up: Array
+    hidden: Array
+    out: Array
+
+
+def expert_rows(
+    x: Array,
+    weights: Weights,
+    dispatch: Dispatch,
+    pool: Pool,
+    channel_gate: Callable[[Array, Array, Array], Array] = lambda hidden, gate, up: hidden,
+) -> ExpertRows:
+    """Run each expert on its own rows and keep every stage.
+
+    Args:
+      x: [N, D] tokens.
+      weights: the pools.
+      dispatch: the row layout.
+      pool: the channel layout.
+      channel_gate: (hidden, gate, up), each [P, width] -> the hidden rows that w_down sees.
+
+    Returns:
+      The rows; under `jit`, stages that nobody uses cost nothing.
+    """
+    rows = gather_rows(x, dispatch, dispatch.copies)
+    real = real_rows(dispatch.token, x)
+
+    def projected(weight: Array, bias: Array | None) -> Array:
+        out = expand(rows, weight, dispatch, pool)
+        # Padding has no bias: its rows stay zero.
+        return out if bias is None else out + expand(real, bias, dispatch, pool)
+
+    gate, up = projected(weights.gate, weights.gate_bias), projected(weights.up, weights.up_bias)
+    hidden = gated(weights.activation, gate, up)
+    out = contract(channel_gate(hidden, gate, up), weights.down, dispatch, pool)
+    if weights.down_bias is not None:
+        out += real * weights.down_bias.astype(out.dtype)[row_expert(dispatch)]
+    return ExpertRows(x=rows, gate=gate, up=up, hidden=hidden, out=out)
+
+
+def combine(out: Array, row_weight: Array, tokens: int, dispatch: Dispatch) -> Array:
+    """Sum weighted expert outputs [P, D] into [tokens, D], in the dtype of `out`."""
+    weighted = out * row_weight[:, None].astype(out.dtype)
+    return (
+        jnp.zeros((tokens, out.shape[1]), out.dtype).at[dispatch.token].add(weighted, mode="drop")
+    )
+
+
+def routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
+    """`routed_experts` as grouped products; same arguments and result."""
+
+    def tap(hidden: Array, gate: Array, up: Array) -> Array:
+        return _tap(score, weights.activation, hidden, gate, up, probe, dispatch)
+
+    rows = expert_rows(x, weights, dispatch, pool, tap)
+    return combine(rows.out, row_weight, x.shape[0], dispatch)
+
+
+def _pass_hidden(score, activation, hidden, gate, up, probe, dispatch):
+    return hidden
+
+
+def _tap_backward(score, activation, saved, d_hidden):
+    hidden, gate, up, probe, dispatch = saved
+    wide = [value.astype(jnp.float32) for value in (hidden, d_hidden, gate, up)]
+    d_gate, _ = gated_gradient(activation, wide[2], wide[3], wide[1])
+    sums = [sum_by_expert(part, dispatch) for part in score(*wide[:3], d_gate)]
+    d_probe = jnp.stack(sums) if sums else jnp.zeros_like(probe)
+    return d_hidden, jnp.zeros_like(gate), jnp.zeros_like(up), d_probe, None
+
+
+_tap: Any = jax.custom_vjp(_pass_hidden, nondiff_argnums=(0, 1))
+_tap.defvjp(lambda score, activation, *args: (args[0], args), _tap_backward)

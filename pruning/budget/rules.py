@@ -1,0 +1,259 @@
+"""Every rule that a comparison runs: a criterion, an allocation and what may be removed.
+
+A rule is data: options of `plan_pruning`, the statistics it needs, and where it comes from. What a
+rule has to compute beforehand (clusters, subsets of experts) is one function of the statistics.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pruning.budget.clusters import (
+    GrapeRules,
+    default_fewest,
+    layer_prior,
+    merge_experts,
+    representatives,
+)
+from pruning.budget.importance import PlannerOptions
+from pruning.budget.rule import Rule
+from pruning.budget.whole_experts import naee
+from pruning.kit.registry import choose
+from pruning.scores.expert_criteria import expert_criterion
+from pruning.scores.statistics import ChannelStatistics
+
+GROUPS = ("gradients", "expert-details", "weight-gradients")
+# Criteria and attributions by the statistics they need; the others need the forward sums alone.
+CRITERION_NEEDS = {
+    **dict.fromkeys(("taylor", "abs_taylor", "fisher", "heapr", "saliency"), "gradients"),
+    **dict.fromkeys(("wanda", "mone", "ala_clipped"), "expert-details"),
+    "wg": "weight-gradients",
+}
+RANDOM_SEEDS = (0, 1, 2)
+# Rules state all they choose: the tool's own default must not change what a name means.
+PAPER: dict[str, Any] = {"criterion": "act", "attribution": "ala", "planner": "paper"}
+
+
+def select_rules(names: Sequence[str], seen: Mapping[str, Rule]) -> list[str]:
+    """Names of rules for "all", "standard", names and patterns like "fair*", without repeats.
+
+    Raises:
+      ValueError: a name or pattern that fits no rule.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name == "all":
+            found |= dict.fromkeys(seen)
+        elif name == "standard":
+            found |= dict.fromkeys(STANDARD)
+        elif name in seen:
+            found[name] = None
+        else:
+            matches = fnmatch.filter(seen, name)
+            if not matches:
+                choose({**seen, "all": None, "standard": None}, name, "rules")
+            found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def check_needs(names: Sequence[str], collected: frozenset[str]) -> None:
+    """Raise ValueError unless all that these rules need is collected."""
+    for group in GROUPS:
+        lacking = [name for name in names if group in RULES[name].needs - collected]
+        if lacking:
+            raise ValueError(
+                f"rules {', '.join(lacking)} need statistics that are not collected; add --{group} "
+                "or leave them out"
+            )
+
+
+def _needs(*names: str) -> frozenset[str]:
+    return frozenset(CRITERION_NEEDS[name] for name in names if name in CRITERION_NEEDS)
+
+
+def _channels(
+    about: str, family: str, criterion: str, attribution: str = "ala", **options: Any
+) -> Rule:
+    return Rule(
+        about=about,
+        family=family,
+        options={**PAPER, "criterion": criterion, "attribution": attribution, **options},
+        needs=_needs(criterion, attribution),
+    )
+
+
+def _drop(about: str, attribution: str, *, per_layer: bool = False, emptied: str = "zero") -> Rule:
+    options = {**PAPER, "attribution": attribution, "width": "experts", "per_layer": per_layer}
+    details = frozenset({"expert-details"}) if emptied == "mean" else frozenset()
+    return Rule(
+        about=about,
+        family="whole experts",
+        options={**options, "emptied": emptied},
+        needs=_needs(attribution) | details,
+    )
+
+
+def _quota(kept: int, layers: int) -> np.ndarray:  # [L]
+    return kept // layers + (np.arange(layers) < kept % layers)
+
+
+def _naee(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict[str, Any]:
+    del experts_per_token
+    assert statistics.output_gram is not None
+    return {"experts": naee(statistics.output_gram, _quota(kept, statistics.shape[0]))}
+
+
+def _clusters(statistics: ChannelStatistics, kept: int, experts_per_token: int):
+    assert statistics.similarity is not None
+    fewest = default_fewest(statistics.shape[1], experts_per_token)
+    return merge_experts(statistics.similarity, kept, GrapeRules(fewest=fewest))
+
+
+def _grape(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict[str, Any]:
+    clusters = _clusters(statistics, kept, experts_per_token)
+    return {"experts": representatives(clusters, expert_criterion("ala")(statistics))}
+
+
+def _grape_prior(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict:
+    return {"layer_shares": layer_prior(_clusters(statistics, kept, experts_per_token))}
+
+
+UNIFORM = {
+    "act": "mean of three activation norms, arXiv 2606.18304",
+    "weight": "norms of the weights, no data",
+    "energy": "squared gated output of the channel, ours",
+    "amp": "gated output norm, ours",
+    "shapley": "the channel's share of the attribution, ours",
+    "wanda": "weights times input norm, arXiv 2306.11695",
+    "saliency": "activation times gradient, arXiv 2606.18304",
+    "abs_taylor": "sum of |h dL/dh|, after arXiv 1906.10771",
+    "fisher": "sum of (h dL/dh)^2, after arXiv 1906.10771",
+    "heapr": "activation times output gradient, repository LLIKKE/HEAPr",
+    "wg": "weight times weight gradient",
+}
+PAIRED = ("act", "energy", "shapley", "fisher", "abs_taylor")
+DEGREES = {"fair0.5": "k = 0.5", "fair": "k = 1", "fair2": "k = 2", "linear": "k = 0"}
+DROPS = {
+    "ala": "attribution, arXiv 2606.18304",
+    "self": "squared output share, no interaction",
+    "usage": "routed tokens",
+    "router": "mean router probability",
+    "seer": "summed routing weight, arXiv 2606.15716",
+    "ean": "summed output norm, arXiv 2606.15716",
+    "reap": "mean weighted output norm, arXiv 2510.13999",
+    "man": "mean output norm, arXiv 2606.15716",
+    "msan": "mean squared output norm, arXiv 2606.15716",
+    "mone": "spread of the output times routing score, arXiv 2507.00390",
+    "aimer": "rms over mean weight, no data, arXiv 2603.18492",
+    "ala_clipped": "attribution with 1 % clipped, as released",
+}
+
+
+def _allocations() -> dict[str, Rule]:
+    rules = {}
+    for score in PAIRED:
+        about = f"layers, then experts, by max-min coverage of {score}, arXiv 2606.18304"
+        rules[f"paper-{score}"] = _channels(about, "paper's rule", score)
+    rules["maxmin-act"] = _channels(
+        "max-min coverage of act in one level, ours", "one level", "act", planner="maxmin"
+    )
+    for planner, degree in DEGREES.items():
+        for score in PAIRED:
+            if score == "shapley" and planner == "linear":
+                continue  # the same as topk-shapley: an expert's shares add up to its attribution
+            about = f"coverage of {score}, fairness {degree}, weighted by"
+            rules[f"{planner}-{score}"] = _channels(
+                f"{about} attribution, ours", "one level", score, planner=planner
+            )
+            # Global top-k if linear; the attribution itself if shapley.
+            if planner != "linear" and score != "shapley":
+                rules[f"{planner}-{score}-mass"] = _channels(
+                    f"{about} the score's own mass, ours", "one level", score, planner=planner,
+                    options=PlannerOptions(weights="mass"),
+                )  # fmt: skip
+    for score in PAIRED:
+        planner = "normalized_topk" if score == "act" else "global_topk"
+        rules[f"topk-{score}"] = _channels(
+            f"best channels of the model by {score}", "top-k", score, planner=planner
+        )
+    return rules
+
+
+RULES: dict[str, Rule] = {
+    "random": Rule(
+        about="random channels: what every rule must beat",
+        family="random",
+        options={**PAPER, "criterion": "random", "planner": "random"},
+        seeds=RANDOM_SEEDS,
+    ),
+    **{
+        f"uniform-{score}": _channels(f"one width, {about}", "uniform", score, width="uniform")
+        for score, about in UNIFORM.items()
+    },
+    **_allocations(),
+    "topk-heapr": _channels(
+        "best channels of the model, repository LLIKKE/HEAPr", "top-k", "heapr",
+        planner="global_topk",
+    ),
+    "layer-topk-energy": _channels(
+        "best channels of each layer by energy", "top-k", "energy", planner="layer_topk"
+    ),
+    "hull-energy": _channels(
+        "aligned optimum of linear coverage, ours", "one level", "energy", planner="linear",
+        align="hull",
+    ),
+    "hull-fair-energy": _channels(
+        "aligned optimum of fair coverage, ours", "one level", "energy", planner="fair",
+        align="hull",
+    ),
+    **{f"experts-{name}": _drop(f"whole experts by {about}", name)
+       for name, about in DROPS.items()},
+    **{f"experts-{name}-layer": _drop(f"same number in each layer by {about}", name, per_layer=True)
+       for name, about in DROPS.items()},
+    "experts-ala-constant": _drop(
+        "experts-ala, removed experts become their mean output, ours", "ala", emptied="mean"
+    ),
+    "mone": _drop(
+        "experts-mone-layer, removed experts become their mean output, arXiv 2507.00390", "mone",
+        per_layer=True, emptied="mean",
+    ),
+    "naee": Rule(
+        about="subset of experts with least output error per layer, arXiv 2402.14800",
+        family="whole experts",
+        options={**PAPER, "width": "experts"},
+        needs=frozenset({"expert-details"}),
+        prepare=_naee,
+    ),
+    "grape": Rule(
+        about="one expert per cluster of similar ones, arXiv 2604.06542",
+        family="whole experts",
+        options={**PAPER, "width": "experts"},
+        needs=frozenset({"expert-details"}),
+        prepare=_grape,
+    ),
+    "grape-prior": Rule(
+        about="paper-act, layer budgets by the clusters of arXiv 2604.06542",
+        family="paper's rule",
+        options=PAPER,
+        needs=frozenset({"expert-details"}),
+        prepare=_grape_prior,
+    ),
+    "cd-moe": _channels(
+        "whole layers condensed to always-on experts, after arXiv 2412.00069", "whole experts",
+        "act", planner="cd_moe",
+    ),
+    "moe-i2": _channels(
+        "widths in proportion to attribution, after arXiv 2411.01016", "one level", "act",
+        planner="moe_i2",
+    ),
+}  # fmt: skip
+
+# One of each kind, forward sums alone: minutes where `all` takes an hour.
+STANDARD = (
+    "random", "uniform-act", "uniform-weight", "uniform-energy", "uniform-shapley", "paper-act",
+    "paper-energy", "paper-shapley", "maxmin-act", "fair-act", "fair-energy", "fair-energy-mass",
+    "fair-shapley", "fair0.5-energy", "topk-act", "topk-energy", "layer-topk-energy",
+    "hull-fair-energy", "moe-i2", "experts-ala", "experts-usage", "experts-reap",
+)  # fmt: skip

@@ -1,0 +1,74 @@
+"""Command-line flags made from the recipe, so that an option is declared once."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import typing
+
+from pruning.recipe.recipe import CompressionRecipe, load_recipe
+from pruning.recipe.values import AMOUNTS
+
+Hints = dict[str, typing.Any]
+
+
+def _hints() -> Hints:
+    return typing.get_type_hints(CompressionRecipe)
+
+
+def _help() -> dict[str, str]:
+    """Field descriptions from the recipe's docstring."""
+    text = inspect.cleandoc(CompressionRecipe.__doc__ or "").split("Attributes:")[1]
+    parts = re.findall(r"^  (\w+): (.*?)(?=^  \w+: |\Z)", text, re.M | re.S)
+    return {name: " ".join(words.split()).replace("%", "%%") for name, words in parts}
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the flags of these recipe fields; all but model and output when none are named."""
+    hints, texts = _hints(), _help()
+    for field in dataclasses.fields(CompressionRecipe):
+        if field.name == "model" or (names and field.name not in names):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        kind = hints[field.name]
+        options: dict = {"help": texts[field.name], "default": argparse.SUPPRESS}
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", **options)
+            continue
+        if typing.get_origin(kind) is tuple:
+            options |= {"nargs": "+", "action": "extend", "metavar": "VALUE"}
+            kind = typing.get_args(kind)[0]
+        choices, convert = _choices(str if field.name in AMOUNTS else kind)
+        if choices:
+            options["choices"] = choices
+        elif field.default not in (None, (), dataclasses.MISSING):
+            options["help"] += f" (default {field.default})"
+        parser.add_argument(flag, type=convert, **options)
+
+
+def _choices(kind) -> tuple[tuple, type]:
+    """Allowed values and the type of one value."""
+    arguments = [a for a in typing.get_args(kind) if a is not type(None)]
+    if typing.get_origin(kind) is typing.Literal:
+        return tuple(arguments), type(arguments[0])
+    if arguments:
+        return _choices(arguments[0])
+    return (), kind
+
+
+def recipe_from(options: argparse.Namespace) -> CompressionRecipe:
+    """The recipe of a parsed command line; flags win over --recipe.
+
+    Raises:
+      ValueError: an option is out of range, or model or output are missing.
+    """
+    fields = {field.name for field in dataclasses.fields(CompressionRecipe)}
+    given: dict[str, typing.Any] = {
+        key: value for key, value in vars(options).items() if key in fields and value is not None
+    }
+    if getattr(options, "recipe", None):
+        return load_recipe(options.recipe, **given)
+    for name in ("model", "output"):
+        if name not in given:
+            raise ValueError(f"{name} is missing; give it on the command line or with --recipe")
+    return CompressionRecipe(**given)

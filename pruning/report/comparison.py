@@ -1,0 +1,275 @@
+"""The results of a comparison: its file, its ranking, its tables."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from moe_jax.files import replace_text
+from pruning.budget.rules import RULES
+from pruning.report.compression_tables import TextTable
+from pruning.text.held_out import not_held_out
+
+SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
+EXPENDABLE = ("top-1", "KL")  # columns that a narrow terminal leaves out, in turn
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one rule gave at one prune rate with one seed, or why it could not.
+
+    Attributes:
+      rule, rate, seed: what was run; `rate` is the one really kept.
+      kept: channels, equal for all rules at a rate.
+      emptied: experts without channels.
+      quality: text -> nll, perplexity, tokens, kl, top1.
+      reason: why there is no plan; empty if there is one.
+    """
+
+    rule: str
+    rate: float
+    seed: int = 0
+    kept: int = 0
+    emptied: int = 0
+    quality: dict[str, dict] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One rule at one rate, texts and seeds averaged with equal weight.
+
+    Attributes:
+      added: nats per token above the dense model.
+      of_random: `added` divided by what random channels add at this rate; nan if not measured.
+      spread: half the distance between the best and the worst seed.
+      kl: nats per token.
+      top1: share of positions whose most likely token is the dense model's.
+      emptied: experts without channels.
+    """
+
+    rule: str
+    rate: float
+    added: float
+    of_random: float
+    spread: float
+    kl: float
+    top1: float
+    emptied: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results on one model with one set of texts.
+
+    Attributes:
+      key: what results depend on: model, texts, sizes.
+      dense: quality of the dense model by text.
+      results: of rules that could keep the budget.
+      refused: the others, each with a reason.
+      sizes: bytes of 16-bit weights, "dense" of the whole model and "experts" of its routed
+        experts; empty in a file of an earlier version.
+      seen: by text, see `held_out.seen_shares`; empty in a file of an earlier version.
+    """
+
+    key: dict[str, Any]
+    dense: dict[str, dict]
+    results: tuple[Result, ...]
+    refused: tuple[Result, ...]
+    sizes: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> "Comparison":
+        """Read compare.json.
+
+        Raises:
+          ValueError: it is damaged.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            parts = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}
+            sizes, seen = found.get("sizes", {}), found.get("seen", {})
+            return cls(key=found["key"], dense=found["dense"], sizes=sizes, seen=seen, **parts)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it and compare again") from None
+
+    def save(self, folder: Path) -> None:
+        """Write compare.json and compare.csv, each whole or not at all."""
+        replace_text(folder / "compare.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        replace_text(folder / "compare.csv", self.csv())
+
+    def save_page(self, folder: Path) -> None:
+        """Write compare.html, one page that loads nothing."""
+        from pruning.report.comparison_page import comparison_page  # draws: slow to import
+
+        replace_text(folder / "compare.html", comparison_page(self))
+
+    def _repr_html_(self) -> str:
+        from pruning.report.compression_page import section_html  # draws: slow to import
+
+        return section_html(self.table())
+
+    def with_results(self, results: Iterable[Result], refused: Iterable[Result]) -> "Comparison":
+        """With more results.
+
+        Raises:
+          ValueError: the rules at a rate do not all keep the same number of channels.
+        """
+        every = (*self.results, *results)
+        for rate in {result.rate for result in every}:
+            kept = {result.kept for result in every if result.rate == rate}
+            if len(kept) > 1:
+                raise ValueError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
+        return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))
+
+    def only(self, rules: Sequence[str], rates: Sequence[float]) -> "Comparison":
+        """The part that was asked for."""
+        parts = {
+            name: tuple(r for r in getattr(self, name) if r.rule in rules and r.rate in rates)
+            for name in ("results", "refused")
+        }
+        return dataclasses.replace(self, **parts)
+
+    @property
+    def rates(self) -> list[float]:
+        """Prune rates, rising."""
+        return sorted({result.rate for result in (*self.results, *self.refused)})
+
+    def lines(self) -> list[Line]:
+        """Every rule and rate with a result, the least loss at each rate first."""
+        groups: dict[tuple[str, float], list[Result]] = {}
+        for result in self.results:
+            groups.setdefault((result.rule, result.rate), []).append(result)
+        found = [
+            self._line(group, groups.get(("random", rate), ()))
+            for (_, rate), group in groups.items()
+        ]
+        return sorted(found, key=lambda line: (line.rate, line.added))
+
+    def _added(self, group: Sequence[Result]) -> list[float]:
+        return [
+            float(np.mean([q["nll"] - self.dense[t]["nll"] for t, q in result.quality.items()]))
+            for result in group
+        ]
+
+    def _line(self, group: Sequence[Result], random: Sequence[Result]) -> Line:
+        added = self._added(group)
+        chance = float(np.mean(self._added(random))) if random else math.nan
+        mean = {
+            name: float(np.mean([[q[name] for q in r.quality.values()] for r in group]))
+            for name in ("kl", "top1")
+        }
+        return Line(
+            group[0].rule,
+            group[0].rate,
+            added=float(np.mean(added)),
+            of_random=float(np.mean(added)) / chance if chance > 0 else math.nan,
+            spread=float(np.ptp(added)) / 2,
+            kl=mean["kl"],
+            top1=mean["top1"],
+            emptied=float(np.mean([result.emptied for result in group])),
+        )
+
+    def ranked(self) -> list[str]:
+        """Rules by their loss at the first rate, those without one by the next."""
+        order: dict[str, None] = {}
+        for line in self.lines():
+            order.setdefault(line.rule)
+        return list(order)
+
+    def table(self) -> TextTable:
+        """Added nats, KL divergence and agreement of every rule at every rate."""
+        lines = {(line.rule, line.rate): line for line in self.lines()}
+        header = ["", "rule"]
+        for rate in self.rates:
+            header += [f"+nats {rate:.4g}", *SHARES]
+        rows = []
+        for place, rule in enumerate(self.ranked(), 1):
+            row = [str(place), rule]
+            for rate in self.rates:
+                row += _cells(lines.get((rule, rate)))
+            rows.append(row)
+        return TextTable("Rules, best first", header, rows, self._note())
+
+    def rate_table(self, rate: float) -> TextTable:
+        """The rules at one rate, best first, and what they are."""
+        rows = [
+            [str(place), line.rule, *_cells(line), _about(line.rule)]
+            for place, line in enumerate((x for x in self.lines() if x.rate == rate), 1)
+        ]
+        title = f"Rules at prune rate {rate:.4g}, best first"
+        header = ["", "rule", "+nats", *SHARES, "what it is"]
+        return TextTable(title, header, rows, self._note())
+
+    def _note(self) -> str:
+        tokens = sum(text["tokens"] for text in self.dense.values())
+        note = (
+            f"Mean over {len(self.dense)} texts, {tokens:,} tokens in all. +nats: loss per token "
+            "above the dense model; ÷ random: divided by the loss that random channels add; KL: "
+            "nats per token from the dense model; top-1: how often both prefer the same token. "
+            "All rules keep the same number of channels; -: the rule cannot."
+        )
+        return f"{not_held_out(self.seen)} {note}".lstrip()
+
+    def csv(self) -> str:
+        """One row per rule, rate, seed and text, for spreadsheets."""
+        buffer = io.StringIO()
+        out = csv.writer(buffer, lineterminator="\n")
+        out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
+                      "added", "kl", "top1"])  # fmt: skip
+        for r in self.results:
+            family = RULES[r.rule].family if r.rule in RULES else ""
+            for text, q in r.quality.items():
+                added = q["nll"] - self.dense[text]["nll"]
+                out.writerow([r.rule, family, r.rate, r.seed, r.kept, r.emptied, text, q["tokens"],
+                              q["nll"], added, q["kl"], q["top1"]])  # fmt: skip
+        return buffer.getvalue()
+
+    def terminal_table(self, width: int = 80) -> Table:
+        """The table for a terminal so many columns wide; a narrow one leaves columns out."""
+        table = self.table()
+        shown = Table(
+            title=table.title, caption=table.note, title_justify="left", title_style="bold",
+            caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        columns = _fitting(table, width)
+        for name, _ in columns:
+            rule = name == "rule"
+            shown.add_column(name, justify="left" if rule else "right", no_wrap=rule)
+        for row in table.rows:
+            shown.add_row(*(escape(row[column]) for _, column in columns))
+        return shown
+
+
+def _fitting(table: TextTable, width: int) -> list[tuple[str, int]]:
+    # Names and places of the columns that are shown, so that no number wraps.
+    columns = list(zip(table.header, range(len(table.header)), strict=True))
+    needed = [max(map(len, cells)) + 2 for cells in zip(table.header, *table.rows, strict=True)]
+    for name in EXPENDABLE:
+        if sum(needed[column] for _, column in columns) <= width:
+            break
+        columns = [(shown, column) for shown, column in columns if shown != name]
+    return columns
+
+
+def _cells(line: Line | None) -> list[str]:
+    if line is None:
+        return ["-", "-", "-", "-"]
+    spread = f" ±{line.spread:.3f}" if line.spread else ""
+    of_random = "-" if math.isnan(line.of_random) else f"{line.of_random:.2f}"
+    return [f"{line.added:.4f}{spread}", of_random, f"{line.kl:.4f}", f"{line.top1:.1%}"]
+
+
+def _about(rule: str) -> str:
+    return RULES[rule].about if rule in RULES else ""  # a file of another version may have more

@@ -1,0 +1,163 @@
+"""A comparison as one self-contained page: loss against prune rate, and the ranking."""
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from pruning.budget.rules import RULES
+from pruning.report.comparison import Comparison, Line
+from pruning.report.compression_page import document, figure_html, long_section, section_html
+from pruning.report.compression_tables import TextTable
+
+COLOURS = {
+    "paper's rule": "#2f6fb0", "one level": "#c0392b", "top-k": "#7d3c98", "uniform": "#d9a400",
+    "whole experts": "#2e8b57", "random": "#777777",
+}  # fmt: skip
+WIDTH = 8.0  # inches
+RANKING = (
+    "All rules at one prune rate, best on top. Colours as above. A bar across a point spans its "
+    "seeds; smaller differences than that mean nothing."
+)
+PARETO = (
+    "The rule of each family that loses least at the smallest size. Further left is smaller, lower "
+    "is better: a family whose line lies below all others is on the Pareto front. The point at the "
+    "right end is the dense model."
+)
+
+
+def comparison_page(found: Comparison) -> str:
+    """The whole page."""
+    parts = [
+        "<h1>Which rule loses least?</h1>",
+        figure_html(
+            plot_rates(found),
+            "One line per rule. Lower is better. All rules keep the same number of channels at a "
+            "rate, so points above each other are models of one size.",
+        ),
+        *(
+            part
+            for rate in found.rates
+            if any(line.rate == rate for line in found.lines())
+            for part in (
+                figure_html(plot_ranking(found, rate), RANKING),
+                long_section(found.rate_table(rate)),
+            )
+        ),
+        *([figure_html(plot_pareto(found), PARETO)] if found.sizes else []),
+        *([section_html(_refused(found))] if found.refused else []),
+    ]
+    return document("Comparison of pruning rules", parts)
+
+
+def plot_rates(found: Comparison) -> Figure:
+    """Added nats against prune rate; the lower envelope is the Pareto front."""
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axes = figure.subplots()
+    best = {rate: min((x for x in found.lines() if x.rate == rate), key=lambda x: x.added).rule
+            for rate in {line.rate for line in found.lines()}}  # fmt: skip
+    families = set()
+    for rule in reversed(found.ranked()):
+        points = [(line.rate, line.added) for line in found.lines() if line.rule == rule]
+        family = _family(rule)
+        label = None if family in families else family
+        families.add(family)
+        leads = rule in best.values()
+        axes.plot(
+            *zip((0.0, 0.0), *points, strict=True), marker="o", markersize=4, label=label,
+            color=COLOURS[family], linewidth=2.4 if leads else 0.8, alpha=1.0 if leads else 0.5,
+        )  # fmt: skip
+    for rate, rule in best.items():
+        added = min(line.added for line in found.lines() if line.rate == rate)
+        axes.annotate(rule, (rate, added), xytext=(6, -10), textcoords="offset points", fontsize=8)
+    _plain(figure)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    _limit(axes, [line.added for line in found.lines()])
+    axes.margins(x=0.12)
+    axes.set(xlabel="expert channels removed", ylabel="nats per token added")
+    axes.set_title("Loss against prune rate", loc="left")
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def plot_pareto(found: Comparison) -> Figure:
+    """Size of the 16-bit model against added nats for the best rule of each family (figure 9).
+
+    Raises:
+      ValueError: the comparison has no sizes.
+    """
+    if not found.sizes:
+        raise ValueError("the comparison is of an earlier version without sizes; compare again")
+    lines = found.lines()
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axes = figure.subplots()
+    dense = found.sizes["dense"] / 1e6
+    shown = []
+    for rule in _best_of_families(lines):
+        points = [
+            ((found.sizes["dense"] - line.rate * found.sizes["experts"]) / 1e6, line.added)
+            for line in lines if line.rule == rule
+        ]  # fmt: skip
+        shown += [added for _, added in points]
+        axes.plot(*zip((dense, 0.0), *points, strict=True), "o-", color=COLOURS[_family(rule)],
+                  markersize=5, label=f"{_family(rule)}: {rule}")  # fmt: skip
+    _plain(figure)
+    axes.axhline(0, color="#777777", linewidth=0.8)
+    _limit(axes, shown)
+    axes.set(xlabel="size of the model in 16 bit, MB", ylabel="nats per token added")
+    axes.set_title("Size against loss, best rule of each family", loc="left")
+    axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def _best_of_families(lines: Sequence[Line]) -> list[str]:
+    """The rule of each family with the least loss at the highest rate it is measured at."""
+    best: dict[str, Line] = {}
+    for line in sorted(lines, key=lambda line: (-line.rate, line.added)):
+        best.setdefault(_family(line.rule), line)
+    return [line.rule for line in best.values()]
+
+
+def plot_ranking(found: Comparison, rate: float) -> Figure:
+    """One dot per rule at one rate, best on top, with the spread over seeds."""
+    lines = [line for line in found.lines() if line.rate == rate]
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.19 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    colours = [COLOURS[_family(line.rule)] for line in lines]
+    added = [line.added for line in lines]
+    places = range(len(lines))
+    axes.hlines(places, 0, added, color=colours, linewidth=0.8, alpha=0.4)
+    spreads = [line.spread or math.nan for line in lines]  # one seed has no bar
+    axes.errorbar(added, places, xerr=spreads, fmt="none", ecolor="#222222", capsize=3, linewidth=1)
+    axes.scatter(added, places, color=colours, s=24, zorder=3)
+    axes.set_yticks(places, [line.rule for line in lines], fontsize=8)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    _plain(figure, axis="x")
+    axes.set(xlabel="nats per token added")
+    axes.set_title(f"Ranking at prune rate {rate:.4g}", loc="left")
+    return figure
+
+
+def _limit(axes, values: list[float]) -> None:
+    # One rule that breaks the model must not flatten all others.
+    ordered = sorted(values)
+    typical = ordered[math.floor(0.9 * (len(ordered) - 1))]
+    if ordered[-1] > 3 * typical > 0:
+        axes.set_ylim(min(0.0, ordered[0]), 1.5 * typical)
+
+
+def _family(rule: str) -> str:
+    return RULES[rule].family if rule in RULES else "random"
+
+
+def _plain(figure: Figure, axis: str = "y") -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x" if axis == "x" else "y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def _refused(found: Comparison) -> TextTable:
+    rows = [[r.rule, f"{r.rate:.4g}", r.reason] for r in found.refused]
+    return TextTable("Rules that cannot keep the budget", ["rule", "rate", "why"], rows)

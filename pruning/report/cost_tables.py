@@ -1,0 +1,111 @@
+"""An estimate for people: what a compression gives, who loads it, what it costs."""
+
+from typing import Any
+
+from pruning.report.table import TextTable
+
+PLACES = ("total", "routed", "shared", "attention", "embeddings", "other", "mtp", "active")
+
+
+def estimate_tables(found: dict[str, Any]) -> list[TextTable]:
+    """The tables of one entry of `pruning.runs.estimate.estimates`."""
+    return [_parameters(found), _sizes(found), _clients(found), _rules(found), _costs(found)]
+
+
+def _parameters(found: dict[str, Any]) -> TextTable:
+    budget = "the target" if found["prune_rate"] is None else f"prune rate {found['prune_rate']}"
+    models = {"dense": found["parameters"]}
+    models |= {name: one["parameters"] for name, one in found["exports"].items()}
+    rows = [[name, *(f"{p[key] / 1e6:,.1f}" for key in PLACES)] for name, p in models.items()]
+    note = (
+        "Routed: of experts that a router chooses among. Active: what one token meets, if experts "
+        "have average width. mtp: of layers that predict further tokens. Padding is not counted."
+    )
+    return TextTable(f"Parameters in millions at {budget}", ["model", *PLACES], rows, note)
+
+
+def _sizes(found: dict[str, Any]) -> TextTable:
+    rows = []
+    for name, one in found["exports"].items():
+        sizes = [_megabytes(one[key]) for key in ("bytes", "fewest_bytes", "most_bytes")]
+        group, width = one["group_size"], one["width"]
+        own = "its layer's" if name.startswith("layered") else "its own"
+        stored = own if width is None else f"{width:,}"
+        rows.append([name, *sizes, stored, "" if group is None else str(group)])
+    header = ["format", "MB", "fewest", "most", "width of an expert", "weights per scale"]
+    note = (
+        "Weight files and index, headers included. Fewest and most: over all plans, since only "
+        "scoring says how many experts are emptied, which have no tensors in a ragged folder, and "
+        "how wide the widest is, to which a padded folder pads the others, a layered one those of "
+        "its layer."
+    )
+    return TextTable("On disk", header, rows, note)
+
+
+def _verdicts(found: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
+    return [
+        (name, client, said)
+        for name, one in found["exports"].items()
+        for client, said in one["clients"].items()
+    ]
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, int]:
+    """Rule -> its number in the tables."""
+    rules = dict.fromkeys(said["rule"] for _, _, said in _verdicts(found))
+    return {rule: number for number, rule in enumerate(rules, 1)}
+
+
+def _clients(found: dict[str, Any]) -> TextTable:
+    numbers, cells = _numbers(found), {}
+    for name, client, said in _verdicts(found):
+        cells[client, name] = f"{said['verdict']} ({numbers[said['rule']]})"
+    names = list(found["exports"])
+    clients = dict.fromkeys(client for client, _ in cells)
+    rows = [[client, *(cells[client, name] for name in names)] for client in clients]
+    parallel = found["tensor_parallel"]
+    title = "Who loads it, and the rule that decides"
+    if parallel > 1:
+        title += f", on {parallel} GPUs that share each layer"
+    return TextTable(title, ["program", *names], rows)
+
+
+def _rules(found: dict[str, Any]) -> TextTable:
+    rows = [[f"({number})", rule] for rule, number in _numbers(found).items()]
+    note = (
+        "No export takes experts out of the router, an emptied one adds zero: expert counts, "
+        "groups of experts (n_group) and router biases stay as the programs know them. 4-bit "
+        "integers are symmetric, since transformers loads no asymmetric experts."
+    )
+    return TextTable("Rules", ["", "rule"], rows, note)
+
+
+def _costs(found: dict[str, Any]) -> TextTable:
+    disk, seconds = found["disk"], found["scoring_seconds"]
+    written = " + ".join(f"{name} {_megabytes(size)}" for name, size in disk["parts"].items())
+    scored = f"{found['tokens']:,} tokens" if found["tokens"] else "the weights"
+    time = "not probed" if seconds is None else f"about {_duration(seconds)}"
+    rows = [
+        ["memory to score", f"about {_megabytes(found['memory']['scoring'])} MB"],
+        ["memory to export", f"about {_megabytes(found['memory']['export'])} MB"],
+        [f"time to score {scored}", time],
+        ["disk needed", f"at most {_megabytes(disk['needed_bytes'])} MB: {written} + spare"],
+        ["disk free", f"{_megabytes(disk['free_bytes'])} MB"],
+    ]
+    note = (
+        "Memory of `score` and of `export`; `compress` also loads small exports whole in "
+        "transformers, if that is installed, which takes more. Reading weights, compiling and "
+        "measuring quality come on top of the time."
+    )
+    return TextTable("Costs", ["what", "how much"], rows, note)
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} s"

@@ -1,0 +1,4 @@
+"""Whole stories: compress, apply, compare, audit, estimate.
+
+Imports `stages` and what stages import.
+"""

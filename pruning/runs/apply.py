@@ -1,0 +1,148 @@
+"""A plan made before or elsewhere, applied to the weights it was made for."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.export import check_widths
+from pruning.budget.decide import PruningPlan
+from pruning.budget.record import recorded_options
+from pruning.kit.progress import Steps
+from pruning.recipe.recipe import BUDGETS, CompressionRecipe, Export, load_recipe
+from pruning.stages import folder as output_folder
+from pruning.stages import job as stages
+from pruning.stages import preflight
+from pruning.stages.sizes import export_sizes, form_of, kept_widths
+from pruning.stages.verify import Check, random_probe, require_verified
+
+
+def apply_plan(
+    plan: str | os.PathLike,
+    model: str,
+    output: str | os.PathLike,
+    *,
+    export: Sequence[Export] = (),
+    bits: Literal[4, 16] = 4,
+    group_size: int | None = None,
+    mtp: Literal["drop", "keep", "prune"] = "drop",
+    overwrite: bool = False,
+    steps: Steps | None = None,
+) -> list[Check]:
+    """Export a model under a stored plan and verify every export.
+
+    Nothing is scored or planned, so no text is read. The output folder gets `exports/`, the plan
+    and a recipe that says how both came about. An interrupted run goes on when it is repeated.
+
+    Args:
+      plan: folder with plan.json and plan.safetensors, or plan.json.
+      model: the dense checkpoint that the plan was made for, or "demo".
+      output: folder to make.
+      export: formats to write; default ragged-int4, or ragged-bf16 where `bits` is 16.
+      bits: 4 or 16; 4-bit weights are rounded to nearest.
+      group_size: weights per 4-bit scale; default as in a recipe.
+      mtp: what becomes of layers that predict further tokens, as in a recipe.
+      overwrite: replace an output folder of ours.
+      steps: where progress goes; default stderr.
+
+    Returns:
+      The checks of all exports, all passed.
+
+    Raises:
+      ValueError: the plan is another model's, its widths do not fit the format, or the output
+        folder is in the way; nothing has been written then.
+      OSError: the plan is missing, or the disk is too small.
+      VerificationError: an export differs from the model in memory; it is kept.
+    """
+    steps, source = steps or Steps(), Path(plan)
+    with steps.bar("open"):
+        found = PruningPlan.load(source)
+        # 16-bit weights, as in every other stage: the exports store these.
+        base = open_checkpoint(stages.model_folder(model), dtype=jnp.bfloat16)
+        _require_fit(found, base)
+    given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
+    given |= {"mtp": mtp, "overwrite": overwrite}
+    given |= {"group_size": group_size} if group_size else {}
+    recipe = _recipe(source, found, base, given)
+    missing = _prepare(recipe, found, source, base, steps)
+    preflight.say_mtp(base, recipe, steps)
+    found.save(recipe.output)
+    checks = []
+    for name in recipe.export:
+        form, target = form_of(recipe, name, found), Path(recipe.output) / "exports" / name
+        if name in missing:
+            stages.export(base, found, form, target, steps)
+        with steps.bar(f"verify {name}"):
+            checks += stages.verify(base, found, form, target, random_probe(base))
+    require_verified(checks)
+    return checks
+
+
+def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
+    """Raise ValueError unless the plan names this model and has its shape."""
+    plan.require_model(base.fingerprint)
+    c = base.config
+    wanted = (c.moe_layers, c.moe.num_experts, c.moe.d_expert)
+    if (plan.layer_indices, *plan.keep.shape[1:]) != wanted:
+        raise ValueError(
+            f"the plan is for layers {plan.layer_indices} of {plan.keep.shape[1]} experts with "
+            f"{plan.keep.shape[2]} channels, {base.folder} has layers {wanted[0]} of {wanted[1]} "
+            f"experts with {wanted[2]}; give the model that the plan was made for"
+        )
+    if not plan.keep.any():
+        raise ValueError("the plan keeps no channel at all; make one with a lower prune rate")
+
+
+def _recipe(
+    source: Path, plan: PruningPlan, base: Checkpoint, given: dict[str, Any]
+) -> CompressionRecipe:
+    """The recipe beside the plan, with what the plan says of itself and what is given on top."""
+    said = plan.provenance
+    told = recorded_options(said)
+    told |= {"skip_layers": (), "prune_rate": said.get("prune_rate", 1.0 - plan.keep.mean().item())}
+    # Codes chosen on text do not travel with a plan, and blocks follow the group size given now.
+    told |= {"quantizer": "rtn", "block": None, "minimum": None}
+    beside = (source if source.is_dir() else source.parent) / output_folder.RECIPE
+    fields = {**told, **given}
+    recipe = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
+    recipe = stages.resolved(recipe, base)
+    assert all(getattr(recipe, name) is None for name in BUDGETS if name != "prune_rate")
+    packed = any(form_of(recipe, name).is_packed for name in recipe.export)
+    block = said.get("block")
+    if block and not (packed and block % (recipe.group_size or 1)):
+        recipe = dataclasses.replace(recipe, block=block, minimum=said.get("minimum") or block)
+    return recipe
+
+
+def _prepare(
+    recipe: CompressionRecipe, plan: PruningPlan, source: Path, base: Checkpoint, steps: Steps
+) -> list[str]:
+    """Check all that can be checked, make the output folder; returns the exports to write."""
+    output = Path(recipe.output)
+    resumed = output_folder.may_resume(
+        recipe, (base.folder, source), lambda: _holds_no_other(output, plan)
+    )
+    missing = [n for n in recipe.export if not (resumed and (output / "exports" / n).exists())]
+    for name in missing:
+        check_widths(base, kept_widths(plan, base), form_of(recipe, name, plan))
+    sizes = export_sizes(base, plan, dataclasses.replace(recipe, export=missing))
+    replaced = 0 if resumed else output_folder.replaced_bytes(output)
+    preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
+    preflight.say_sizes(sizes, steps)
+    with steps.bar("check weights") as on_step:
+        base.check_finite(on_step, mtp=recipe.mtp != "drop")
+    output_folder.make_output(recipe, resumed=resumed)
+    return missing
+
+
+def _holds_no_other(output: Path, plan: PruningPlan) -> bool:
+    try:
+        return PruningPlan.load(output).is_same(plan)
+    except FileNotFoundError:  # killed before the plan was whole
+        return True
+    except ValueError:
+        return False

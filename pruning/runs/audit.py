@@ -1,0 +1,196 @@
+"""The stage behind `moe-compress audit`: measure, remember, compare, write."""
+
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moe_jax.files import replace_text
+from pruning.kit.progress import Steps
+from pruning.measure.agreement import audit_report, sample_ablations, to_csv
+from pruning.measure.loss_curves import expert_loss_curves
+from pruning.measure.quality import Windows
+from pruning.measure.tokens import view_tokens
+from pruning.report.audit_page import audit_page, token_figures
+from pruning.scores.ablation import Ablation, ablate, layer_visits
+from pruning.scores.criteria import channel_scores
+from pruning.scores.statistics import ChannelStatistics
+from pruning.stages.job import Job
+from pruning.text.calibration import TokenBatch
+
+RECORD = "ablations.jsonl"
+SEEN_TOKENS = 2048  # of each text, for the figures of distributions
+EVALUATION_TEXTS = 3  # beside the calibration text
+TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
+
+
+def check_sample(*, experts: int, channels: int, tokens: int) -> None:
+    """Refuse sizes that measure nothing.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    for name, value, least in (
+        ("experts", experts, 0), ("channels", channels, 0), ("tokens", tokens, 2),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}; change --{name}")
+    if experts + channels == 0:
+        raise ValueError("experts=0 and channels=0 leave nothing to measure; give --experts 32")
+
+
+def audit(
+    job: Job,
+    statistics: ChannelStatistics,
+    target: Path,
+    steps: Steps,
+    *,
+    experts: int,
+    channels: int,
+    tokens: int,
+) -> dict:
+    """Ablate a random sample and compare every score with it.
+
+    Args:
+      job: the opened recipe; its seed decides the sample.
+      statistics: what the scores are made of.
+      target: folder for audit.json, audit.csv, audit.html and the record of what was measured.
+      steps: where progress goes.
+      experts, channels: to sample.
+      tokens: of the calibration text, in whole windows spread over it.
+
+    Returns:
+      What audit.json holds.
+    """
+    c = job.base.config
+    shape = c.moe.num_experts, c.moe.d_expert
+    chosen = sample_ablations(c.moe_layers, shape, experts, channels, job.recipe.seed)
+    text, valid = some_windows(job.calibration, tokens)
+    target.mkdir(parents=True, exist_ok=True)
+    losses = _measure(job, chosen, text, valid, target / RECORD, steps)
+    predicted = int((valid[:, :-1] & valid[:, 1:]).sum())
+    increases = {one: (loss - dense) / predicted for one, (dense, loss) in losses.items()}
+    found = {
+        "model": str(job.base.folder),
+        "model_hash": job.base.fingerprint,
+        "seed": job.recipe.seed,
+        "predicted": predicted,
+        "dense_nll": next(iter(losses.values()))[0] / predicted,
+        **audit_report(statistics, c.moe_layers, increases),
+    }
+    replace_text(target / "audit.json", json.dumps(found, indent=2) + "\n")
+    replace_text(target / "audit.csv", to_csv(found))
+    with steps.bar("figures") as on_step:
+        figures = _figures(job, statistics, on_step)
+    replace_text(target / "audit.html", audit_page(found, figures))
+    return found
+
+
+def _figures(
+    job: Job, statistics: ChannelStatistics, on_step: Callable[[int, int], None]
+) -> list[tuple[Figure, str]]:
+    """What single tokens show on some of the calibration text and of the evaluation texts."""
+    recipe = job.recipe
+    assert recipe.criterion is not None and recipe.attribution is not None
+    scores = channel_scores(
+        statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
+    )
+    evaluation = list(job.evaluation.items())[:EVALUATION_TEXTS]
+    texts = {
+        name: some_windows(one, SEEN_TOKENS)
+        for name, one in (("calibration", job.calibration), *evaluation)
+    }
+    how: dict[str, Any] = {"batch": recipe.batch, "dtype": job.dtype}
+    # The model is read once for the curves and once for each text.
+    curves, seen = expert_loss_curves(job.base, *texts["calibration"], scores.channel, **how), {}
+    for done, (name, part) in enumerate(texts.items(), 1):
+        on_step(done, 1 + len(texts))
+        seen[name] = view_tokens(job.base, *part, **how)
+    return token_figures(
+        curves=curves,
+        seen=seen,
+        usage=statistics.tokens,
+        layer_indices=job.base.config.moe_layers,
+        criterion=recipe.criterion,
+    )
+
+
+def some_windows(batch: TokenBatch | Windows, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `tokens` tokens of a text in whole windows, one at least, evenly spread over it.
+
+    Returns:
+      (tokens int32 [B, T], valid bool [B, T]).
+    """
+    rows, length = batch.tokens.shape
+    count = min(rows, max(1, tokens // length))
+    picked = np.unique(np.rint(np.linspace(0, rows - 1, count)).astype(int))
+    return batch.tokens[picked], batch.valid[picked]
+
+
+Losses = dict[Ablation, tuple[float, float]]  # dense loss and loss, nats summed over the text
+
+
+def _measure(job: Job, chosen: list[Ablation], text, valid, record: Path, steps: Steps) -> Losses:
+    """Losses of all chosen ablations, those in `record` taken from there."""
+    digest = sha256(text.tobytes() + valid.tobytes()).hexdigest()
+    key = {"model_hash": job.base.fingerprint, "text": digest, "dtype": job.recipe.dtype}
+    known = _read_record(record, key)
+    if not known:
+        replace_text(record, json.dumps(key) + "\n")
+    left = [one for one in chosen if one not in known]
+    _say_cost(left, chosen, len(job.base), text.size, steps)
+    how = {"batch": min(job.recipe.batch, len(text)), "dtype": job.dtype}
+    with steps.bar("ablate") as on_step:
+        for start in range(0, len(left), TOGETHER):
+            group = left[start : start + TOGETHER]
+
+            def visited(done: int, total: int, start=start, count=len(group)) -> None:  # noqa: B008
+                on_step(start + count * done // total, len(left))
+
+            dense, losses = ablate(job.base, text, valid, group, on_step=visited, **how)
+            found = {one: (dense, float(loss)) for one, loss in zip(group, losses, strict=True)}
+            _append(record, found)
+            known |= found
+    return {one: known[one] for one in chosen}
+
+
+def _say_cost(left, chosen, layers: int, tokens: int, steps: Steps) -> None:
+    groups = [left[start : start + TOGETHER] for start in range(0, len(left), TOGETHER)]
+    visits = sum(layer_visits(group, layers) for group in groups)
+    steps.say(
+        f"audit: {len(left)} of {len(chosen)} ablations left to measure on {tokens:,} tokens, "
+        f"{visits:,} layer visits, {visits / layers:,.0f} times a plain pass over them"
+    )
+
+
+def _append(record: Path, found: Losses) -> None:
+    lines = [
+        {"layer": one.layer, "expert": one.expert, "channel": one.channel,
+         "reroute": one.reroute, "dense": dense, "loss": loss}
+        for one, (dense, loss) in found.items()
+    ]  # fmt: skip
+    with open(record, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _read_record(record: Path, key: dict) -> Losses:
+    """What an earlier audit of the same model and text measured; a torn last line is left out."""
+    if not record.is_file():
+        return {}
+    lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not whole or whole[0] != key:
+        return {}
+    if len(whole) < len(lines):
+        replace_text(record, "".join(lines[:-1]))
+    return {
+        Ablation(line["layer"], line["expert"], line["channel"], line["reroute"]): (
+            line["dense"],
+            line["loss"],
+        )
+        for line in whole[1:]
+    }

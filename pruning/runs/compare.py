@@ -1,0 +1,296 @@
+"""Every rule at equal kept channels on held-out text, one sweep of the model per group of rules."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pruning.budget.decide import PruningPlan
+from pruning.budget.rule import common_budget, make_plan
+from pruning.budget.rules import GROUPS, RULES, check_needs, select_rules
+from pruning.kit.progress import OnStep, Steps
+from pruning.measure.quality import Quality, Reference, Windows, quality_of
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.report.comparison import Comparison, Result
+from pruning.scores.statistics import ChannelStatistics
+from pruning.shrink.masked import masked_hidden
+from pruning.stages import job as stages
+from pruning.stages import preflight
+from pruning.stages import score as scoring
+from pruning.stages.job import Job
+from pruning.stages.sizes import parameter_count, weight_count
+from pruning.text.held_out import seen_shares
+
+STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
+GROUP = 16  # plans per group at most: results are saved after each
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One rule at one rate with one seed."""
+
+    rule: str
+    rate: float
+    seed: int
+
+
+def compare(
+    recipe: CompressionRecipe,
+    rates: Sequence[float],
+    rules: Sequence[str] = ("standard",),
+    *,
+    evaluation_tokens: int = 16384,
+    steps: Steps | None = None,
+) -> Comparison:
+    """Plan and measure every rule at every rate.
+
+    An interrupted comparison is repeated with the same recipe and goes on after its last group;
+    more rates, and rules that need no further statistics, add to what is in the folder.
+
+    Args:
+      recipe: model, texts, block and output; its planner options are not read.
+      rates: prune rates, each rounded to a budget that all rules can keep exactly.
+      rules: names of `RULES`, patterns, "standard" or "all".
+      evaluation_tokens: tokens scored of each text, rounded up to whole windows.
+      steps: where progress goes; default stderr.
+
+    Returns:
+      The comparison, which is also in the output folder.
+
+    Raises:
+      ValueError: bad input, before any expensive work.
+    """
+    steps = steps or Steps()
+    names = select_rules(rules, RULES)
+    if "all" in rules:
+        recipe = dataclasses.replace(recipe, **{g.replace("-", "_"): True for g in GROUPS})
+        steps.say("all rules need gradients, expert details and weight gradients: scoring takes "
+                  "several times as long as for the standard rules, once")  # fmt: skip
+    check_needs(names, recipe.groups)
+    with steps.bar("open"):
+        # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
+        job = stages.open_job(dataclasses.replace(recipe, bits=16, export=()))
+    texts = {name: first_tokens(w, evaluation_tokens) for name, w in job.evaluation.items()}
+    job = dataclasses.replace(job, evaluation=texts)
+    if not texts:
+        raise ValueError("there is no text to evaluate on; name one with --evaluation")
+    budgets = _budgets(job, rates)
+    key = _key(job, texts)
+    earlier = _earlier(job.output / "compare.json", key, overwrite=recipe.overwrite)
+    preflight.prepare(job, steps, exports=False)
+    statistics, provenance = scoring.score(job, steps)
+    found = earlier or Comparison(key=key, dense={}, results=(), refused=())
+    tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
+    done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}
+    tasks = [task for task in tasks if (task.rule, task.rate, task.seed) not in done]
+    seen = seen_shares(job.calibration, texts)
+    found = dataclasses.replace(found, sizes=_sizes(job), seen=seen)
+    if tasks:
+        found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
+    shown = found.only(names, list(budgets))
+    shown.save_page(job.output)
+    return shown
+
+
+def first_tokens(windows: Windows, tokens: int) -> Windows:
+    """The first windows of a text, until so many tokens are scored."""
+    scored = np.cumsum(windows.scored.sum(axis=1))
+    rows = 1 + int(np.searchsorted(scored, min(tokens, int(scored[-1]))))
+    parts = {name: getattr(windows, name)[:rows] for name in ("tokens", "valid", "scored")}
+    return dataclasses.replace(windows, **parts)
+
+
+def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
+    # By the rate that is really kept: two asked for may round to one.
+    c = job.base.config
+    shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
+    assert job.recipe.block is not None
+    found = {}
+    for rate in rates:
+        if not 0.0 < rate < 1.0:
+            raise ValueError(f"prune_rate={rate} must lie in (0, 1); choose e.g. 0.25")
+        budget = common_budget(shape, rate, job.recipe.block)
+        found[round(1.0 - budget / math.prod(shape), 6)] = budget
+    return found
+
+
+def _sizes(job: Job) -> dict[str, int]:
+    # Of 16-bit weights; the experts' are what is gone if they keep no channel.
+    base, dense = job.base, parameter_count(job.base)
+    empty = tuple(tuple(0 for _ in counts) for counts in base.widths)
+    return {"dense": 2 * dense, "experts": 2 * (dense - weight_count(base, empty))}
+
+
+def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
+    return {
+        "model": job.recipe.model,
+        "model_hash": job.base.fingerprint,
+        "dtype": job.recipe.dtype,
+        "block": job.recipe.block,
+        "window": job.recipe.window,
+        "seed": job.recipe.seed,
+        "calibration_tokens": job.calibration.total,
+        "calibration": [source["sha256"] for source in job.calibration.sources],
+        "evaluation": {
+            name: {
+                "tokens": int(windows.scored.sum()),
+                "crc32": zlib.crc32(windows.tokens.tobytes()),
+                "stride": windows.stride,
+            }
+            for name, windows in texts.items()
+        },
+    }
+
+
+def _earlier(path: Path, key: dict, *, overwrite: bool) -> Comparison | None:
+    if not path.is_file():
+        return None
+    found = Comparison.load(path)
+    if found.key == key:
+        return found
+    if overwrite:
+        return None
+    differ = [name for name in key if found.key.get(name) != key[name]]
+    raise ValueError(
+        f"{path} holds results of another {', '.join(differ)}; name another folder or add "
+        "--overwrite"
+    )
+
+
+def _measure(
+    job: Job,
+    statistics: ChannelStatistics,
+    provenance: Mapping[str, Any],
+    tasks: list[Task],
+    budgets: Mapping[float, int],
+    texts: dict[str, Windows],
+    found: Comparison,
+    steps: Steps,
+) -> Comparison:
+    references: dict[str, Reference] = {}
+    how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
+    dense = stages.measure(job.base, texts, references, steps, "dense", **how)
+    found = dataclasses.replace(found, dense={n: q.to_dict() for n, q in dense.items()})
+    size = _group_size(job, texts)
+    with steps.bar(f"compare {len(tasks)} plans") as on_step:
+        for start in range(0, len(tasks), size):
+            group = tasks[start : start + size]
+            results, refused = _run_group(
+                job,
+                statistics,
+                provenance,
+                group,
+                budgets,
+                texts,
+                references,
+                functools.partial(_on_layer, on_step, start, len(group), len(job.base), len(tasks)),
+            )
+            found = found.with_results(results, refused)
+            found.save(job.output)
+    _say_refused(found.refused, steps)
+    return found
+
+
+def _say_refused(refused: Sequence[Result], steps: Steps) -> None:
+    # Many rules cannot keep a budget for one and the same reason.
+    rules: dict[tuple[float, str], list[str]] = {}
+    for result in refused:
+        rules.setdefault((result.rate, result.reason), []).append(result.rule)
+    for (rate, reason), names in rules.items():
+        steps.say(f"at {rate:.4g}: {reason} (refused: {', '.join(names)})")
+
+
+def _on_layer(
+    on_step: OnStep, done: int, running: int, layers: int, plans: int, layer: int
+) -> None:
+    on_step(done * layers + (layer + 1) * running, plans * layers)
+
+
+def _group_size(job: Job, texts: Mapping[str, Windows]) -> int:
+    states = sum(w.tokens.size for w in texts.values()) * job.base.config.d_model
+    return max(1, min(GROUP, STATE_BYTES // (states * np.dtype(job.dtype).itemsize)))
+
+
+def _run_group(
+    job: Job,
+    statistics: ChannelStatistics,
+    provenance: Mapping[str, Any],
+    group: Sequence[Task],
+    budgets: Mapping[float, int],
+    texts: Mapping[str, Windows],
+    references: Mapping[str, Reference],
+    on_layer: Callable[[int], None],
+) -> tuple[list[Result], list[Result]]:
+    planned: list[tuple[Task, PruningPlan]] = []
+    refused = []
+    for task in group:
+        try:
+            planned.append((task, _plan(job, statistics, provenance, task, budgets[task.rate])))
+        except ValueError as error:
+            # A budget may be too small for whole experts: the other rules go on.
+            refused.append(Result(task.rule, task.rate, task.seed, reason=str(error)))
+    if not planned:
+        return [], refused
+    tokens, valid = (np.concatenate([getattr(w, n) for w in texts.values()])
+                     for n in ("tokens", "valid"))  # fmt: skip
+    plans = [plan for _, plan in planned]
+    batch = min(job.recipe.batch, len(tokens))
+    hidden = masked_hidden(
+        job.base, tokens, valid, plans, batch=batch, dtype=job.dtype, on_layer=on_layer
+    )
+    results = [
+        _result(task, plan, _qualities(states, job, texts, references))
+        for (task, plan), states in zip(planned, hidden, strict=True)
+    ]
+    return results, refused
+
+
+def _plan(
+    job: Job,
+    statistics: ChannelStatistics,
+    provenance: Mapping[str, Any],
+    task: Task,
+    budget: int,
+) -> PruningPlan:
+    rule, c = RULES[task.rule], job.base.config
+    assert job.recipe.block is not None
+    return make_plan(
+        rule,
+        statistics,
+        budget=budget,
+        block=job.recipe.block,
+        experts_per_token=c.moe.experts_per_token,
+        layer_indices=c.moe_layers,
+        seed=job.recipe.seed + task.seed,
+        provenance={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
+    )
+
+
+def _qualities(
+    states: np.ndarray,  # [B, T, D]
+    job: Job,
+    texts: Mapping[str, Windows],
+    references: Mapping[str, Reference],
+) -> dict[str, Quality]:
+    found, start = {}, 0
+    for name, windows in texts.items():
+        rows = states[start : start + len(windows.tokens)]
+        start += len(windows.tokens)
+        found[name] = quality_of(Reference(job.base.head, rows), windows, references[name])
+    return found
+
+
+def _result(task: Task, plan: PruningPlan, found: Mapping[str, Quality]) -> Result:
+    return Result(
+        task.rule,
+        task.rate,
+        task.seed,
+        kept=int(plan.keep.sum()),
+        emptied=int((plan.counts == 0).sum()),
+        quality={name: quality.to_dict() for name, quality in found.items()},
+    )

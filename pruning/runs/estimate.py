@@ -1,0 +1,209 @@
+"""What a compression would give and cost, before any of it is done."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.clients import client_table
+from convert.description import Description, describe
+from convert.export import check_widths, export_bytes
+from convert.rules import EMBEDDING, LM_HEAD, Widths, expected_tensors
+from convert.writer import SPARE_BYTES
+from moe_jax.experts.dispatch import padded_rows
+from pruning.recipe.exports import is_packed
+from pruning.recipe.recipe import BUDGETS, CompressionRecipe
+from pruning.runs.probe import scoring_seconds
+from pruning.scores.collect import CHUNK
+from pruning.scores.noise import ROWS_PER_EXPERT
+from pruning.scores.states import projection_bytes, projection_room
+from pruning.stages import job as stages
+from pruning.stages.preflight import free_space, rehearsed_plan, written_bytes
+from pruning.stages.sizes import (
+    byte_range,
+    form_of,
+    kept_widths,
+    mtp_parameters,
+    statistics_bytes,
+)
+
+PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
+LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
+
+
+def open_description(folder: Path) -> Description:
+    """A checkpoint with its headers checked; where no weights lie, what config.json says.
+
+    Raises:
+      ValueError: the config or a header is wrong.
+    """
+    has_weights = any(folder.glob("*.safetensors*"))
+    return open_checkpoint(folder) if has_weights else describe(folder)
+
+
+def estimates(
+    base: Description,
+    recipe: CompressionRecipe,
+    rates: Sequence[float] = (),
+    *,
+    tensor_parallel: int = 1,
+    probe: bool = False,
+) -> list[dict[str, Any]]:
+    """Sizes, costs and clients of a recipe at each prune rate, or at its own budget.
+
+    Args:
+      base: the dense model.
+      recipe: what would be done, not resolved.
+      rates: prune rates instead of the recipe's budget.
+      tensor_parallel: GPUs that will share each layer.
+      probe: time a layer to foretell the seconds of scoring; needs weights.
+
+    Returns:
+      One entry per rate, of JSON-compatible values; sizes are bytes.
+
+    Raises:
+      ValueError: the recipe is impossible, in the words of `compress`.
+    """
+    budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
+    recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
+    found = [estimate(base, one, tensor_parallel) for one in recipes or [recipe]]
+    seconds = None
+    if probe:
+        if not isinstance(base, Checkpoint):
+            raise ValueError(f"{base.folder} has no weights to probe; leave out --probe")
+        # The time is the same at every rate.
+        seconds = round(scoring_seconds(base, stages.resolved(recipe, base)), 1)
+    return [{**one, "scoring_seconds": seconds} for one in found]
+
+
+def estimate(
+    base: Description, recipe: CompressionRecipe, tensor_parallel: int = 1
+) -> dict[str, Any]:
+    """One entry of `estimates`, all but the time.
+
+    The formats are those the recipe names, of one plan, as `compress` would write them; else all
+    that the family, the bits and `mtp` allow, each planned as if it were the only one. A target in
+    bytes is one of a single format, so it leaves the one that `compress` would choose.
+    """
+    whole = stages.resolved(recipe, base)
+    stages.require_possible(whole, base)
+    if recipe.export or recipe.target_bytes is not None:
+        jobs = dict.fromkeys(whole.export, whole)
+    else:
+        jobs = {
+            name: stages.resolved(dataclasses.replace(recipe, export=(name,)), base)
+            for name in base.family.formats
+            if recipe.bits == 4 or not is_packed(name)
+        }
+        jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
+    assert whole.window is not None
+    windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
+    parts = written_bytes(base, whole, windows)
+    return {
+        "prune_rate": whole.prune_rate,
+        "parameters": parameters(base, base.widths, mtp_parameters(base)),
+        "exports": {name: _export(base, one, name, tensor_parallel) for name, one in jobs.items()},
+        "memory": memory(base, whole),
+        "disk": {
+            "needed_bytes": sum(parts.values()) + SPARE_BYTES,
+            "free_bytes": free_space(Path(whole.output)),
+            "parts": parts,
+        },
+        "tokens": 0 if whole.weights_only else whole.max_tokens,
+        "tensor_parallel": tensor_parallel,
+    }
+
+
+def _holds(base: Description, recipe: CompressionRecipe, name: str) -> bool:
+    """Whether a format has a place for constants, and for layers that are kept as they are."""
+    form, moe = form_of(recipe, name), base.config.moe
+    if form.constants and not (form.is_ragged or moe.expert_bias):
+        return False
+    if form.mtp != "keep" or not form.is_padded:
+        return True
+    widths = kept_widths(rehearsed_plan(recipe, base), base)
+    return form.padded_width(widths) == moe.d_expert
+
+
+def _export(
+    base: Description, recipe: CompressionRecipe, name: str, tensor_parallel: int
+) -> dict[str, Any]:
+    plan, form = rehearsed_plan(recipe, base), form_of(recipe, name)
+    widths = kept_widths(plan, base)
+    check_widths(base, widths, form)
+    fewest, most = byte_range(base, recipe, name, int(plan.counts.sum()))
+    table = client_table(base, widths, form, tensor_parallel)
+    return {
+        "bytes": export_bytes(base, widths, form),
+        "fewest_bytes": fewest,
+        "most_bytes": most,
+        "group_size": form.group_size if form.is_packed else None,
+        "width": form.padded_width(widths) if form.is_padded else None,
+        "parameters": parameters(base, widths, mtp_parameters(base, widths, form)),
+        "clients": {client: dataclasses.asdict(found) for client, found in table.items()},
+    }
+
+
+def parameters(base: Description, widths: Widths, mtp: int) -> dict[str, int]:
+    """Weights by where they sit, at these expert widths; `active` is those that a token meets.
+
+    A token meets as many experts per layer as the router picks, of average width, and the
+    embedding only in one row, which is not counted. The `mtp` weights of layers that predict
+    further tokens are met by drafts alone.
+    """
+    places = ("routed", "shared", "attention", "embeddings", "other")
+    found: dict[str, int] = dict.fromkeys(places, 0)
+    for name, shape in expected_tensors(base.family, base.config, widths).items():
+        rule = base.family.rule(name)
+        found[_place(name, rule.ours if rule else "")] += math.prod(shape)
+    moe, main = base.config.moe, sum(found.values())
+    picked = found["routed"] * moe.experts_per_token // moe.num_experts
+    rows = base.config.vocab_size * base.config.d_model
+    looked_up = 0 if base.config.tie_embeddings else rows
+    active = main - found["routed"] + picked - looked_up
+    return {"total": main + mtp, **found, "mtp": mtp, "active": active}
+
+
+def _place(name: str, ours: str) -> str:
+    if name in (EMBEDDING, LM_HEAD):
+        return "embeddings"
+    places = (("mlp.experts.", "routed"), ("mlp.shared.", "shared"), ("attention.", "attention"))
+    return next((place for prefix, place in places if ours.startswith(prefix)), "other")
+
+
+def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
+    """Peak bytes of the host in the two stages that hold most; estimates.
+
+    Scoring holds two layers, the hidden states of a chunk of windows and the projections that its
+    backward sweep keeps, the rows at work and the sums three times; exporting two layers and a
+    float32 copy of one.
+    """
+    c = base.config
+    assert recipe.window is not None
+    outer = (1 if c.tie_embeddings else 2) * c.vocab_size * c.d_model
+    shapes = expected_tensors(base.family, c, base.widths)
+    layers = [0] * c.num_layers
+    for name, shape in shapes.items():
+        if name.startswith("model.layers."):
+            layers[int(name.split(".")[2])] += math.prod(shape)
+    layer, item = max(layers), 2 if recipe.dtype == "bfloat16" else 4
+    tokens = 0 if recipe.weights_only else recipe.max_tokens
+    windows = min(CHUNK, math.ceil(tokens / recipe.window))
+    states = windows * recipe.window * c.d_model * item
+    states *= 1 + 2 * c.num_layers * recipe.gradients
+    step = recipe.batch * recipe.window
+    room = projection_room(c, math.ceil(windows / recipe.batch), step) if recipe.gradients else 0
+    states += room * projection_bytes(c.moe, step)
+    rows = step * c.moe.experts_per_token
+    if recipe.weights_only:
+        rows = padded_rows(c.moe.num_experts * ROWS_PER_EXPERT, c.moe.num_experts)
+    work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
+    fixed = PROCESS_BYTES + 2 * outer
+    return {
+        "scoring": int(
+            fixed + LAYERS_HELD * 2 * layer + states + work + 3 * statistics_bytes(base, recipe)
+        ),
+        "export": int(fixed + LAYERS_HELD * 2 * layer + 4 * layer),
+    }

@@ -1,0 +1,58 @@
+"""A short measurement from which the time of a whole sweep is foretold."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.stream import LayerSource, contexts
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.scores.layer import layer_statistics
+from pruning.scores.noise import noise_rows, noise_worth
+from pruning.stages.extra_scores import costs
+
+PROBE_TOKENS = 512
+# Times the plain sweep: gradients by tests/bench/bench_statistics.py, the others as recipe.py says.
+TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0}
+
+
+def scoring_seconds(source: LayerSource, recipe: CompressionRecipe) -> float:
+    """Seconds that scoring will take, from one layer with experts on a few hundred tokens.
+
+    Args:
+      source: the dense model.
+      recipe: a resolved one.
+
+    Returns:
+      An estimate: reading weights, compilation and other programs come on top.
+    """
+    layer = source.layer(source.config.moe_layers[0])
+    if recipe.weights_only:
+        noise = noise_rows(source.config.d_model)
+        seconds = _seconds(noise_worth, layer, noise[:PROBE_TOKENS])
+        return seconds * len(noise) / PROBE_TOKENS * len(source.config.moe_layers)
+    assert recipe.window is not None
+    length = min(recipe.window, PROBE_TOKENS)
+    rows = max(1, min(recipe.batch, PROBE_TOKENS // length))
+    valid = np.ones((rows, length), bool)
+    (context,) = contexts(source, valid, rows)
+    x = jax.random.normal(jax.random.key(0), (*valid.shape, source.config.d_model), jnp.float32)
+    x = x.astype(recipe.dtype)
+    seconds = _seconds(layer_statistics, layer, x, context)
+    sweep = seconds / valid.size * recipe.max_tokens * len(source)
+    asked = [1.0, *(times - 1 for name, times in TIMES.items() if getattr(recipe, name))]
+    extra = sum(costs(source, recipe).values()) / len(source)
+    return sweep * (sum(asked) + extra)
+
+
+def _seconds(function: Callable, *arguments) -> float:
+    """The least of three runs after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

@@ -1,0 +1,234 @@
+"""The loss of a model without one expert, or without one channel: what proxies are judged by."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.attention.context import Context
+from moe_jax.experts.dispatch import Dispatch
+from moe_jax.experts.moe import Experts, MoE
+from moe_jax.experts.swiglu import no_score, routed_experts
+from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
+from moe_jax.transformer import DecoderLayer, Head
+from pruning.scores.layer import row_loss
+from pruning.scores.states import MEMORY_STATES, row_slices
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One thing to take out of a model.
+
+    Attributes:
+      layer: index of the decoder layer.
+      expert: index of the expert in it.
+      channel: the expert's channel; None for the whole expert.
+      reroute: a whole expert only: the router no longer knows it, so that its tokens go to the
+        next best, as after physical removal. Otherwise its output is zero and everything else is
+        as it was, which is the paper's ablation.
+    """
+
+    layer: int
+    expert: int
+    channel: int | None = None
+    reroute: bool = False
+
+    @property
+    def key(self) -> tuple[int, int, int, bool]:
+        """Sorts by layer, whole experts before channels."""
+        return self.layer, self.expert, -1 if self.channel is None else self.channel, self.reroute
+
+
+def ablate(
+    source: LayerSource,
+    tokens: np.ndarray,
+    valid: np.ndarray,
+    ablations: Sequence[Ablation],
+    *,
+    batch: int = 8,
+    dtype=jnp.float32,
+    memory: int = MEMORY_STATES,
+    on_step: Callable[[int, int], None] | None = None,
+) -> tuple[float, np.ndarray]:
+    """Summed next-token loss of the model and of the model without each of some parts.
+
+    An ablated model equals the dense one up to its layer, so that it costs one pass through the
+    layers from there on; all ablations go through a layer together while it is in memory.
+
+    Args:
+      source: the dense model, in memory or on disk.
+      tokens: int32 [B, T].
+      valid: bool [B, T].
+      ablations: what to take out, one at a time.
+      batch: sequences per step.
+      dtype: of the activations.
+      memory: bytes of hidden states held on the host; what needs more takes several passes.
+      on_step: receives (layer visits done, layer visits in all).
+
+    Returns:
+      (loss of the dense model, float64 [A] losses of the ablated ones), in nats.
+
+    Raises:
+      ValueError: an ablation names a layer, expert or channel that is not there.
+    """
+    _check(source, ablations)
+    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
+    size = tokens.size * source.config.d_model * jnp.dtype(dtype).itemsize
+    groups = _groups(ablations, max(1, memory // max(size, 1) - 1))
+    total, done = sum(layer_visits(ablations, len(source), g) for g in groups), 0
+    losses, dense = np.zeros(len(ablations)), 0.0
+
+    def visit(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_step:
+            on_step(done, total)
+
+    for group in groups:
+        chosen = {number: ablations[number] for number in group}
+        dense, found = _pass(source, tokens, valid, chosen, batch, dtype, visit)
+        for number, loss in found.items():
+            losses[number] = loss
+    return dense, losses
+
+
+def layer_visits(
+    ablations: Sequence[Ablation], layers: int, group: Sequence[int] | None = None
+) -> int:
+    """Layers that one pass of `ablate` runs the text through; a plain forward pass runs `layers`.
+
+    Args:
+      ablations: what is taken out.
+      layers: of the model.
+      group: the numbers of those of this pass; default all.
+
+    Returns:
+      The number of layer visits.
+    """
+    chosen = ablations if group is None else [ablations[number] for number in group]
+    return layers + sum(layers - ablation.layer for ablation in chosen)
+
+
+def _check(source: LayerSource, ablations: Sequence[Ablation]) -> None:
+    config = source.config
+    moe = config.moe
+    for one in ablations:
+        channel = 0 if one.channel is None else one.channel
+        if (
+            one.layer not in config.moe_layers
+            or not 0 <= one.expert < moe.num_experts
+            or not 0 <= channel < moe.d_expert
+            or (one.reroute and one.channel is not None)
+        ):
+            raise ValueError(
+                f"{one} is not in the model, which has {moe.num_experts} experts of {moe.d_expert} "
+                f"channels in layers {list(config.moe_layers)}; only whole experts can be rerouted"
+            )
+
+
+def _groups(ablations: Sequence[Ablation], most: int) -> list[list[int]]:
+    """Numbers of at most `most` ablations that go together, neighbouring layers together."""
+    order = sorted(range(len(ablations)), key=lambda number: ablations[number].key)
+    return [order[start : start + most] for start in range(0, len(order), most)] or [[]]
+
+
+def _pass(
+    source, tokens, valid, chosen: dict[int, Ablation], batch, dtype, visit
+) -> tuple[float, dict[int, float]]:
+    """Dense loss and the losses of the chosen ablations, by their numbers."""
+    places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
+    dense = [embed(source, tokens[rows], dtype) for rows in parts]
+    states: dict[int, list[np.ndarray]] = {}
+    for index in range(len(source)):
+        layer = source.layer(index)
+        for number, x in states.items():
+            states[number] = [
+                np.asarray(layer_forward(layer, jnp.asarray(part), place))
+                for part, place in zip(x, places, strict=True)
+            ]
+        here = {number: one for number, one in chosen.items() if one.layer == index}
+        for number in here:
+            states[number] = []
+        for i, place in enumerate(places):
+            x = jnp.asarray(dense[i])
+            for number, out in _ablated(layer, x, place, here):
+                states[number].append(np.asarray(out))
+            dense[i] = np.asarray(layer_forward(layer, x, place))
+        visit(1 + len(states))
+    return _total(source.head, dense, tokens, valid, parts), {
+        number: _total(source.head, x, tokens, valid, parts) for number, x in states.items()
+    }
+
+
+def _total(head: Head, x: list[np.ndarray], tokens, valid, parts) -> float:
+    losses = (
+        batch_loss(head, jnp.asarray(part), jnp.asarray(tokens[rows]), jnp.asarray(valid[rows]))
+        for part, rows in zip(x, parts, strict=True)
+    )
+    return float(sum(map(float, losses)))
+
+
+@jax.jit
+def batch_loss(
+    head: Head, x: Array, tokens: Array, valid: Array
+) -> Array:  # [B, T, D], [B, T], [B, T]
+    """Summed next-token loss (nats), one sequence at a time: logits are the largest array."""
+    return jax.lax.map(lambda row: row_loss(head, *row), (x, tokens, valid)).sum()
+
+
+def _ablated(
+    layer: DecoderLayer, x: Array, place: Context, here: dict[int, Ablation]
+) -> Iterator[tuple[int, Array]]:
+    """Outputs of a layer without each of some parts of it, from one run of its attention."""
+    if not here:
+        return
+    assert isinstance(layer.mlp, MoE)
+    middle, experts = attend(layer, x, place), layer.mlp.experts
+    count = np.asarray(experts.count)
+    first = np.cumsum(count) - count
+    for number, one in here.items():
+        if one.reroute:
+            alive = np.arange(len(count)) != one.expert
+            yield number, rerouted(layer, middle, place, jnp.asarray(alive))
+            continue
+        keep = np.ones(experts.w_down.shape[0], bool)
+        start = first[one.expert] + (one.channel or 0)
+        keep[start : start + (count[one.expert] if one.channel is None else 1)] = False
+        speaks = np.ones(len(count), bool)  # a whole expert goes with the bias of its output
+        speaks[one.expert] = one.channel is not None
+        yield number, masked(layer, middle, place, jnp.asarray(keep), jnp.asarray(speaks))
+
+
+attend = jax.jit(lambda layer, x, context: layer.attend(x, context)[0])
+
+
+@jax.jit
+def masked(
+    layer: DecoderLayer, middle: Array, context: Context, keep: Array, speaks: Array
+) -> Array:
+    """The second half of a layer with the channels of its pool that `keep` [C] leaves, and the
+    output biases of the experts that `speaks` [E] leaves."""
+
+    def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
+        weights = experts.weights
+        down = jnp.where(keep[:, None], weights.down, 0)
+        bias = weights.down_bias
+        bias = None if bias is None else jnp.where(speaks[:, None], bias, 0)
+        weights = dataclasses.replace(weights, down=down, down_bias=bias)
+        probe = jnp.zeros((0, experts.count.shape[0], experts.width))
+        args = (x, row_weight, weights, probe, dispatch, experts.pool)
+        return routed_experts(no_score, *args), None
+
+    return layer.feed_forward(middle, context, run)[0]
+
+
+@jax.jit
+def rerouted(layer: DecoderLayer, middle: Array, context: Context, alive: Array) -> Array:
+    """The second half of a layer whose router knows the experts that are `alive` [E]."""
+    assert isinstance(layer.mlp, MoE)
+    mlp = dataclasses.replace(layer.mlp, alive=alive)
+    return dataclasses.replace(layer, mlp=mlp).feed_forward(middle, context)[0]

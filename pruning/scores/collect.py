@@ -1,0 +1,236 @@
+"""One sweep over the layers collects every statistic; a second, backward, adds the gradients."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.experts.moe import MoE
+from moe_jax.quant import Weight, dequantize
+from moe_jax.stream import LayerSource, contexts, embed, pad_rows
+from moe_jax.transformer import DecoderLayer
+from pruning.scores.details import DetailSums, wanda_sums
+from pruning.scores.layer import (
+    GRADIENT_SCORES,
+    attention_backward,
+    feed_forward_backward,
+    layer_statistics,
+    loss_and_gradient,
+)
+from pruning.scores.noise import noise_rows, noise_worth
+from pruning.scores.states import States, projection_room, row_slices
+from pruning.scores.statistics import ChannelStatistics, field_shapes
+
+CHUNK = 64  # sequences that go through all layers together
+Sums = dict[str, np.ndarray]
+Visit = Callable[[], None]
+
+
+def collect_statistics(
+    source: LayerSource,
+    tokens: np.ndarray,
+    valid: np.ndarray,
+    *,
+    gradients: bool = False,
+    expert_details: bool = False,
+    finish: bool = True,
+    batch: int = 8,
+    chunk: int = CHUNK,
+    dtype=jnp.float32,
+    on_step: Callable[[int, int], None] | None = None,
+) -> ChannelStatistics:
+    """Measure a model on calibration text: the one pass that every criterion and budget shares.
+
+    Args:
+      source: the dense model, in memory or on disk; at most two of its layers are held.
+      tokens: int32 [B, T].
+      valid: bool [B, T]; other positions contribute exactly nothing.
+      gradients: also run the backward sweep of the end-to-end next-token loss.
+      expert_details: also collect vectors per expert and pairs of experts.
+      finish: also compute what needs the sums of the whole text; False for a part of one.
+      batch: sequences per step.
+      chunk: sequences that go through all layers together; for each chunk the model is read once,
+        and once more for gradients.
+      dtype: of the activations; sums are float32 inside a batch, float64 across batches.
+      on_step: receives (layer visits done, layer visits in all).
+
+    Returns:
+      The statistics.
+
+    Raises:
+      ValueError: if the model has no expert layer or its experts were already pruned unevenly.
+    """
+    asked = (("gradients", gradients), ("expert-details", expert_details))
+    groups = [name for name, on in asked if on]
+    sums = _empty_sums(source, groups)
+    detail = DetailSums(source.config, sums) if expert_details else None
+    starts = range(0, len(tokens), chunk)
+    wanda = expert_details and finish
+    backward = len(source) - source.config.moe_layers[0] if gradients else 0
+    visits = len(starts) * (len(source) + backward) + wanda * len(source)
+    visit = _counter(visits, on_step)
+    for start in starts:
+        part = pad_rows(tokens[start : start + chunk], batch)
+        mask = pad_rows(valid[start : start + chunk], batch)
+        room = projection_room(source.config, len(part) // batch, batch * part.shape[1])
+        states = States(source, part.shape, dtype, room) if gradients else None
+        last = _forward_sweep(source, part, mask, sums, batch, dtype, states, detail, visit)
+        if states is not None:
+            _backward_sweep(source, part, mask, sums, batch, last, states, visit)
+        sums["total_tokens"] += mask.sum()
+    statistics = ChannelStatistics(**sums, similarity=detail.similarity if detail else None)
+    return with_wanda(source, statistics, visit) if wanda else statistics
+
+
+def with_wanda(
+    source: LayerSource, statistics: ChannelStatistics, visit: Visit = lambda: None
+) -> ChannelStatistics:
+    """Add the sums that need the finished input norms, by reading the layers once more.
+
+    Args:
+      source: the model the statistics are of.
+      statistics: with details of the experts.
+      visit: called after each layer.
+
+    Returns:
+      The statistics with `wanda_up` and `wanda_gate`.
+    """
+    assert statistics.input_square is not None
+    found = {name: np.zeros(statistics.hidden_square.shape) for name in ("wanda_up", "wanda_gate")}
+    slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
+    for index in range(len(source)):
+        if index in slots:
+            slot = slots[index]
+            sums = wanda_sums(source.layer(index), statistics.input_square[slot])
+            for name, value in zip(found, sums, strict=True):
+                found[name][slot] = value
+        visit()
+    return statistics.replace(**found)  # type: ignore[attr-defined]
+
+
+def collect_weights(source: LayerSource, visit: Visit = lambda: None) -> ChannelStatistics:
+    """What the weights alone say: statistics over no token, for plans without calibration text.
+
+    Args:
+      source: the dense model.
+      visit: called after each layer.
+
+    Returns:
+      Statistics whose sums are all zero, with `noise`.
+    """
+    sums = _empty_sums(source, ())
+    rows, worth = noise_rows(source.config.d_model), np.zeros(sums["down_norm"].shape)
+    for slot, index in enumerate(source.config.moe_layers):
+        layer = source.layer(index)
+        _weight_facts(layer, sums, slot)
+        worth[slot] = noise_worth(layer, rows)
+        visit()
+    return ChannelStatistics(**sums, noise=worth)
+
+
+def _empty_sums(source: LayerSource, groups) -> Sums:
+    config = source.config
+    if not config.moe_layers:
+        raise ValueError("the model has no layer with experts; there is nothing to prune")
+    moe = config.moe
+    sizes = (len(config.moe_layers), moe.num_experts, moe.d_expert, config.d_model)
+    shapes = field_shapes(*sizes, groups, finished=False)
+    return {name: np.zeros(shape) for name, shape in shapes.items()}
+
+
+def _counter(total: int, on_step) -> Visit:
+    done = 0
+
+    def visit() -> None:
+        nonlocal done
+        done += 1
+        if on_step:
+            on_step(done, total)
+
+    return visit
+
+
+def _forward_sweep(
+    source, tokens, valid, sums, batch, dtype, states, detail, visit
+) -> list[np.ndarray]:
+    """Add the forward sums, keep `states` if there are any; returns the last hidden states."""
+    places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
+    x = [embed(source, tokens[rows], dtype) for rows in parts]
+    slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
+    for index in range(len(source)):
+        layer = source.layer(index)
+        slot = slots.get(index)
+        if slot is not None:
+            _weight_facts(layer, sums, slot)
+        for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
+            keep = states is not None and slot is not None and states.room > 0
+            before = jnp.asarray(x[i])
+            middle, out, batch_sums, kept = layer_statistics(layer, before, place, keep)
+            if states is not None:
+                states.put(index, rows, x[i], middle)
+                if keep:
+                    states.keep(index, rows, kept)
+            x[i] = np.asarray(out)
+            if slot is not None:
+                _add_batch(sums, slot, batch_sums)
+                if detail is not None:
+                    detail.add(slot, layer, middle, out, place)
+        visit()
+    return x
+
+
+def _add_batch(sums: Sums, slot: int, batch_sums: dict[str, Array]) -> None:
+    values = {name: np.asarray(value, np.float64) for name, value in batch_sums.items()}
+    values["energy"] = values.pop("unit_energy") * np.square(sums["down_norm"][slot])
+    for name, value in values.items():
+        sums[name][slot] += value
+
+
+def _backward_sweep(source, tokens, valid, sums, batch, last, states, visit) -> None:
+    places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
+    slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
+    lowest = source.config.moe_layers[0]  # below it nothing is scored
+    head, gradient = source.head, []
+    for x, rows in zip(last, parts, strict=True):
+        loss, d_x = loss_and_gradient(
+            head, jnp.asarray(x), jnp.asarray(tokens[rows]), jnp.asarray(valid[rows])
+        )
+        sums["loss_sum"] += float(loss)
+        gradient.append(np.asarray(d_x))
+    for index in reversed(range(lowest, len(source))):
+        layer = source.layer(index)
+        for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
+            x, middle = states.get(index, rows)
+            d_out, kept = jnp.asarray(gradient[i]), states.take(index, rows)
+            d_middle, scores = feed_forward_backward(layer, middle, place, d_out, kept)
+            if index > lowest:
+                gradient[i] = np.asarray(attention_backward(layer, x, place, d_middle))
+            if scores is not None:
+                values = np.asarray(scores, np.float64)
+                for name, value in zip(GRADIENT_SCORES, values, strict=True):
+                    sums[name][slots[index]] += value
+        visit()
+
+
+def _weight_facts(layer: DecoderLayer, sums: Sums, slot: int) -> None:
+    assert isinstance(layer.mlp, MoE)
+    experts = layer.mlp.experts
+    shape = sums["down_norm"].shape[1:]
+    if bool(np.any(np.asarray(experts.count) != shape[1])):
+        raise ValueError(
+            f"expert widths {np.asarray(experts.count).tolist()} differ from d_expert={shape[1]}; "
+            "score the dense model, then plan every budget from its statistics"
+        )
+    weights = {"down": experts.w_down, "up": experts.w_up, "gate": experts.w_gate}
+    for name, weight in weights.items():
+        norm, mass = _row_facts(weight)
+        sums[f"{name}_norm"][slot] = np.asarray(norm).reshape(shape)
+        sums[f"{name}_l1"][slot] = np.asarray(mass).reshape(shape)
+
+
+@jax.jit
+def _row_facts(weight: Weight) -> tuple[Array, Array]:  # [C, D] -> float32 [C], [C]
+    wide = dequantize(weight).astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1)), jnp.sum(jnp.abs(wide), axis=-1)

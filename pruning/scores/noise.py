@@ -1,0 +1,53 @@
+"""What channels do to noise: the worth of a channel where no text is at hand.
+
+The same rule as `convert.mtp.channel_worth`, for layers that are part of the model.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.experts.dispatch import make_dispatch, sum_by_expert, tile_height
+from moe_jax.experts.grouped_matmul import expand
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.swiglu import expert_rows
+from moe_jax.linear import linear
+from moe_jax.norm import rms_norm
+from moe_jax.transformer import DecoderLayer
+
+ROWS, SHARE = 2048, 8  # each expert meets one row of SHARE
+ROWS_PER_EXPERT = ROWS // SHARE
+
+
+def noise_rows(d_model: int) -> np.ndarray:
+    """The same normal noise for every layer and every run, float32 [ROWS, D]."""
+    return np.random.default_rng(0).standard_normal((ROWS, d_model)).astype(np.float32)
+
+
+@jax.jit
+def noise_worth(layer: DecoderLayer, noise: np.ndarray) -> Array:
+    """What each channel adds along its expert's output, on noise as the expert would meet it.
+
+    The noise goes through the layer's norm, and each expert gets the eighth of the rows that its
+    router likes best. Biases of the router, added to every row alike, cannot change which those
+    are; biases of the experts act as they do on tokens.
+
+    Args:
+      layer: with dense experts; weights of any kind.
+      noise: float32 [N, D].
+
+    Returns:
+      float32 [E, F], the mean over an expert's rows of h <v, z>: the channel's hidden activation,
+      its column of W_down and the expert's output. Negative where the channel works against it.
+    """
+    assert isinstance(layer.mlp, MoE)
+    experts, count, sent = layer.mlp.experts, layer.mlp.config.num_experts, len(noise) // SHARE
+    x = rms_norm(jnp.asarray(noise), layer.mlp_norm, layer.norm_eps)
+    liked = jax.lax.top_k(linear(x, layer.mlp.router).T, sent)[1]  # [E, sent]
+    owner = jnp.repeat(jnp.arange(count, dtype=jnp.int32), sent)
+    dispatch = make_dispatch(owner, count, tile_height(count * sent, count))
+    weights, pool = experts.weights, experts.pool
+    rows = expert_rows(x[liked.reshape(-1)], weights, dispatch, pool)
+    pulled = expand(rows.out, weights.down, dispatch, pool)
+    return sum_by_expert(rows.hidden * pulled, dispatch) / sent

@@ -1,0 +1,81 @@
+"""What a backward sweep needs of the forward one, kept on the host."""
+
+import math
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.experts.dispatch import padded_rows
+from moe_jax.stream import LayerSource
+
+MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a temporary file
+MEMORY_PROJECTIONS = 2 << 30  # bytes of gate and up rows kept; others are computed again
+
+
+def projection_bytes(moe: MoEConfig, tokens: int) -> int:
+    """Bytes of a batch's gate and up rows in one layer, float32 and padded to whole tiles."""
+    return 2 * padded_rows(tokens * moe.experts_per_token, moe.num_experts) * moe.d_expert * 4
+
+
+def projection_room(config: ModelConfig, batches: int, tokens: int) -> int:
+    """How often a sweep keeps the gate and up rows of one layer and one batch.
+
+    All that fit `MEMORY_PROJECTIONS`; none if that is less than a quarter, whose gain is not worth
+    the memory and second programs, and none on accelerators, which compute them faster than the
+    host would take and give them.
+
+    Args:
+      config: of the model.
+      batches: in a chunk.
+      tokens: in a batch.
+    """
+    visits = len(config.moe_layers) * batches
+    fit = min(visits, MEMORY_PROJECTIONS // projection_bytes(config.moe, tokens))
+    return fit if 4 * fit >= visits and jax.default_backend() == "cpu" else 0
+
+
+class States:
+    """Hidden states before and in the middle of every layer: [L, 2, B, T, D] on the host.
+
+    With them, for the first `room` pairs of a layer and a batch, whatever arrays spare the backward
+    pass work.
+    """
+
+    def __init__(self, source: LayerSource, shape: tuple[int, ...], dtype, room: int = 0):
+        self.room = room
+        self._kept: dict[tuple[int, int], Any] = {}
+        shape = (len(source), 2, *shape, source.config.d_model)
+        size = math.prod(shape) * jnp.dtype(dtype).itemsize
+        if size <= MEMORY_STATES:
+            self.values = np.empty(shape, dtype)
+            return
+        file = tempfile.TemporaryFile(prefix="moe-states-")
+        self.values = np.memmap(file, dtype, "w+", shape=shape)
+
+    def put(self, layer: int, rows: slice, x: np.ndarray, middle: Array) -> None:
+        """Keep a layer's input and its state after attention, each [B, T, D]."""
+        self.values[layer, 0, rows], self.values[layer, 1, rows] = x, np.asarray(middle)
+
+    def get(self, layer: int, rows: slice) -> tuple[Array, Array]:
+        """What `put` kept."""
+        before, middle = self.values[layer, :, rows]
+        return jnp.asarray(before), jnp.asarray(middle)
+
+    def keep(self, layer: int, rows: slice, arrays) -> None:
+        """Keep a tree of arrays of a batch; takes one of `room`."""
+        self.room -= 1
+        self._kept[layer, rows.start] = jax.tree.map(np.asarray, arrays)
+
+    def take(self, layer: int, rows: slice) -> Any:
+        """What `keep` kept, once; None if it was not asked to."""
+        return self._kept.pop((layer, rows.start), None)
+
+
+def row_slices(count: int, batch: int) -> list[slice]:
+    """Consecutive batches of `count` rows."""
+    return [slice(start, start + batch) for start in range(0, count, batch)]

@@ -1,0 +1,259 @@
+"""GPTQ of one decoder layer from the inputs it sees in a model.
+
+Attention is quantised first; then the feed-forward part, from the inputs it has behind the
+quantised attention. Routed experts see the rows they are routed, without the routing weight: it
+scales a row's error and its output alike.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.attention.context import Context
+from moe_jax.experts.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.quant import QTensor, Weight, dequantize, pack_nibbles, unpack_nibbles
+from moe_jax.quantized import quantize_layer
+from moe_jax.transformer import DecoderLayer
+from pruning.shrink.gptq_core import Coded, gptq
+from pruning.shrink.moments import (
+    AnyAttention,
+    Batch,
+    Moments,
+    attention_groups,
+    attention_moments,
+    dense_moments,
+    expert_moments,
+    total,
+)
+
+MOMENT_BYTES = 1 << 30  # second moments of experts held at a time
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many matrices a layer has in 4 bits, and how many of them GPTQ could not do.
+
+    A matrix falls back to rounding to nearest when fewer rows than it has inputs reached it, for
+    then its second moments are singular, or when they cannot be factored even so.
+    """
+
+    matrices: int
+    fallbacks: int
+
+
+def gptq_layer(
+    layer: DecoderLayer,
+    batches: Sequence[Batch],
+    group_size: int,
+    moment_bytes: int = MOMENT_BYTES,
+) -> tuple[DecoderLayer, Coverage]:
+    """Quantise a layer's linear weights in the metric of their inputs.
+
+    Args:
+      layer: with 16- or 32-bit weights; expert widths are multiples of the group size.
+      batches: inputs of the layer.
+      group_size: weights per scale, along the input of each linear layer.
+      moment_bytes: second moments of routed experts to hold at a time; each further part costs
+        another forward pass.
+
+    Returns:
+      (the layer with `QTensor` weights and float32 scales, what was done).
+    """
+    rounded = quantize_layer(layer, group_size)
+    tokens = sum(int(np.asarray(context.valid).sum()) for _, context in batches)
+    attention, failed = _attention(layer, rounded.attention, batches, tokens, group_size)
+    half = dataclasses.replace(layer, attention=attention)
+    middle = [(np.asarray(_attend(half, jnp.asarray(x), c)), c) for x, c in batches]
+    if isinstance(layer.mlp, MoE):
+        assert isinstance(rounded.mlp, MoE)
+        experts, dropped = _experts(layer, rounded.mlp.experts, middle, group_size, moment_bytes)
+        shared, missed = _shared(layer, rounded.mlp.shared, middle, tokens, group_size)
+        mlp = dataclasses.replace(rounded.mlp, experts=experts, shared=shared)
+        kept = int(np.count_nonzero(np.asarray(experts.count)))
+        matrices = 3 * kept + (0 if shared is None else 3)
+        failed += dropped + missed
+    else:
+        assert isinstance(rounded.mlp, DenseMLP)
+        mlp, missed = _dense(layer, layer.mlp, rounded.mlp, middle, tokens, group_size)
+        matrices, failed = 3, failed + missed
+    quantised = dataclasses.replace(rounded, attention=attention, mlp=mlp)
+    matrices += sum(map(len, attention_groups(layer.attention)))
+    return quantised, Coverage(matrices=matrices, fallbacks=failed)
+
+
+@jax.jit
+def _attend(layer: DecoderLayer, x: Array, context: Context) -> Array:  # [B, T, D]
+    return layer.attend(x, context)[0]
+
+
+def _attention(
+    layer: DecoderLayer, rounded: AnyAttention, batches: Sequence[Batch], tokens: int, group: int
+) -> tuple[AnyAttention, int]:
+    moments = total(partial(attention_moments, layer), batches)
+    failed = 0
+    for names in attention_groups(layer.attention):
+        weights = [getattr(layer.attention, name) for name in names]
+        solved = _solve(weights, moments[names[0]], tokens, group)
+        rounded, missed = _with_solved(rounded, names, solved)
+        failed += missed
+    return rounded, failed
+
+
+def _dense(
+    layer: DecoderLayer,
+    mlp: DenseMLP,
+    rounded: DenseMLP,
+    batches: Sequence[Batch],
+    tokens: int,
+    group_size: int,
+) -> tuple[DenseMLP, int]:
+    moments = total(partial(dense_moments, layer, mlp), batches)
+    solved = _solve([mlp.w_gate, mlp.w_up], moments["w_gate_up"], tokens, group_size)
+    solved += _solve([mlp.w_down], moments["w_down"], tokens, group_size)
+    return _with_solved(rounded, ("w_gate", "w_up", "w_down"), solved)
+
+
+def _shared(
+    layer: DecoderLayer,
+    rounded: SharedExpert | None,
+    batches: Sequence[Batch],
+    tokens: int,
+    group_size: int,
+) -> tuple[SharedExpert | None, int]:
+    assert isinstance(layer.mlp, MoE)
+    if rounded is None or layer.mlp.shared is None:
+        return None, 0
+    mlp, failed = _dense(layer, layer.mlp.shared.mlp, rounded.mlp, batches, tokens, group_size)
+    return dataclasses.replace(rounded, mlp=mlp), failed
+
+
+def _solve(
+    weights: Sequence[Weight], moments: Array, rows: int, group_size: int
+) -> list[QTensor | None]:
+    """GPTQ of weights [out, in] that share their inputs; None where rounding must do."""
+    if rows < weights[0].shape[1]:
+        return [None] * len(weights)
+    stacked = jnp.concatenate([dequantize(w).astype(jnp.float32) for w in weights])
+    found = gptq(stacked, moments, group_size=group_size)
+    if not bool(found.solved):
+        return [None] * len(weights)
+    stops = np.cumsum([w.shape[0] for w in weights])[:-1]
+    parts = zip(jnp.split(found.codes, stops), jnp.split(found.scale, stops), strict=True)
+    return [QTensor(pack_nibbles(codes), scale, group_size, 1) for codes, scale in parts]
+
+
+def _with_solved(rounded, names: tuple[str, ...], solved: Sequence[QTensor | None]):
+    """`rounded` with the solved weights in place, and how many there were not."""
+    changes = {name: q for name, q in zip(names, solved, strict=True) if q is not None}
+    return dataclasses.replace(rounded, **changes), len(names) - len(changes)
+
+
+@partial(jax.jit, static_argnames=("size", "group_size"))
+def _solve_experts(
+    experts: Experts, moments: Moments, first: Array, *, size: int, group_size: int
+) -> tuple[Coded, Coded]:
+    """GPTQ of `size` experts, one after the other, every one padded to the pool's width.
+
+    `lax.map` and not `vmap`, which is several times slower on CPU. Returns gate above up
+    [size, 2 * width, D] and down transposed as in the pool [size, width, D].
+    """
+    width, pool = experts.width, experts.pool
+
+    def one(inputs: tuple[Array, Array, Array]) -> tuple[Coded, Coded]:
+        expert, gate_up_moments, down_moments = inputs
+        channel = pool.offset[expert] + jnp.arange(width)
+        own = (jnp.arange(width) < pool.count[expert])[:, None]
+
+        def cut(weight: Weight) -> Array:  # [C, D] -> [width, D]
+            rows = dequantize(weight).at[channel].get(mode="fill", fill_value=0)
+            return jnp.where(own, rows.astype(jnp.float32), 0)
+
+        pair = jnp.concatenate([cut(experts.w_gate), cut(experts.w_up)])
+        down = gptq(cut(experts.w_down).T, down_moments, group_size=group_size)
+        flipped = Coded(codes=down.codes.T, scale=down.scale.T, solved=down.solved)
+        return gptq(pair, gate_up_moments, group_size=group_size), flipped
+
+    return jax.lax.map(one, (first + jnp.arange(size), moments["w_gate_up"], moments["w_down"]))
+
+
+def _experts(
+    layer: DecoderLayer,
+    rounded: Experts,
+    batches: Sequence[Batch],
+    group_size: int,
+    moment_bytes: int,
+) -> tuple[Experts, int]:
+    """Routed experts in 4 bits, some at a time, and how many matrices fell back."""
+    moe = layer.mlp
+    assert isinstance(moe, MoE)
+    number, d_model = moe.config.num_experts, layer.mlp_norm.shape[0]
+    each = 3 * 4 * (d_model**2 + moe.experts.width**2)  # float32: the sum, a batch's, their total
+    fitting = max(1, moment_bytes // each)
+    size = max(n for n in range(1, number + 1) if number % n == 0 and n <= fitting)
+    pool = _OpenPool(rounded, group_size)
+    failed = 0
+    for first in range(0, number, size):
+        at = jnp.asarray(first, jnp.int32)
+        moments = total(partial(expert_moments, layer, first=at, size=size), batches)
+        tokens = np.asarray(moments["tokens"])
+        solved = jax.device_get(
+            _solve_experts(moe.experts, moments, at, size=size, group_size=group_size)
+        )
+        for i in range(size):
+            gate_up, down = jax.tree.map(lambda leaf, i=i: leaf[i], solved)
+            failed += pool.put(first + i, gate_up, down, int(tokens[i]))
+    return pool.closed(), failed
+
+
+class _OpenPool:
+    """The rounded experts of a layer, unpacked, into which solved experts are written."""
+
+    def __init__(self, rounded: Experts, group_size: int):
+        self._experts = rounded
+        self._group = group_size
+        self._count = np.asarray(rounded.count)
+        self._start = np.asarray(rounded.pool.offset)
+        self._codes, self._scale = {}, {}
+        for name in ("w_gate", "w_up", "w_down"):
+            tensor = getattr(rounded, name)
+            self._codes[name] = np.array(unpack_nibbles(tensor.packed))
+            self._scale[name] = np.array(tensor.scale)
+
+    def put(self, expert: int, gate_up: Coded, down: Coded, tokens: int) -> int:
+        """Write one expert where GPTQ could do it; returns how many of its matrices could not."""
+        start, count, width = int(self._start[expert]), int(self._count[expert]), len(down.codes)
+        if not count:
+            return 0
+        rows, failed = slice(start, start + count), 0
+        if tokens >= gate_up.codes.shape[1] and gate_up.solved:
+            for name, first in (("w_gate", 0), ("w_up", width)):
+                self._codes[name][rows] = gate_up.codes[first : first + count]
+                self._scale[name][rows] = gate_up.scale[first : first + count]
+        else:
+            failed += 2
+        if tokens >= count and down.solved:
+            g = self._group
+            self._codes["w_down"][rows] = down.codes[:count]
+            self._scale["w_down"][start // g : (start + count) // g] = down.scale[: count // g]
+        else:
+            failed += 1
+        return failed
+
+    def closed(self) -> Experts:
+        """The experts with packed weights."""
+        packed = {
+            name: QTensor(
+                packed=pack_nibbles(jnp.asarray(self._codes[name])),
+                scale=jnp.asarray(self._scale[name]),
+                group_size=self._group,
+                axis=getattr(self._experts, name).axis,
+            )
+            for name in self._codes
+        }
+        return dataclasses.replace(self._experts, **packed)

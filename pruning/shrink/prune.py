@@ -1,0 +1,146 @@
+"""Cutting channels out of a layer, and masking them, which is the same function."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.experts.moe import Experts, MoE
+from moe_jax.experts.pool import pooled_experts
+from moe_jax.quant import dequantize
+from moe_jax.stream import LayerSource
+from moe_jax.transformer import DecoderLayer, Embedding, Head
+from pruning.budget.decide import PruningPlan
+
+
+def prune_layer(
+    layer: DecoderLayer,
+    keep: np.ndarray,
+    *,
+    width: int,
+    rows: int,
+    block: int,
+    constants: np.ndarray | None = None,
+) -> DecoderLayer:
+    """Keep the chosen channels: rows of w_gate, w_up and w_down under one index set.
+
+    The biases of gate and up go with their channels. That of the output stays, even in an emptied
+    expert: it is added once whatever the channels do, so a mask of channels cannot reach it.
+
+    Args:
+      layer: a layer with dense experts of F channels.
+      keep: bool [E, F].
+      width, rows, block: pool sizes shared by all layers of the model (see `pooled_experts`).
+      constants: float32 [E, D], what emptied experts add, see `PruningPlan.added`.
+
+    Returns:
+      The layer with narrower experts; an emptied expert adds its constant, else zero or its output
+      bias; the router is untouched.
+    """
+    moe = _dense_moe(layer, keep)
+    dense = moe.experts
+    ids = [np.flatnonzero(row) + e * keep.shape[1] for e, row in enumerate(keep)]
+    gate, up, down, gate_bias, up_bias = (
+        None if pool is None else [np.asarray(dequantize(pool))[index] for index in ids]
+        for pool in (dense.w_gate, dense.w_up, dense.w_down, dense.b_gate, dense.b_up)
+    )
+    assert gate is not None and up is not None and down is not None
+    experts = pooled_experts(
+        gate, up, down, width=width, rows=rows, block=block, gate_bias=gate_bias, up_bias=up_bias,
+        down_bias=output_bias(dense, keep, constants), activation=dense.activation,
+    )  # fmt: skip
+    return dataclasses.replace(layer, mlp=dataclasses.replace(moe, experts=experts))
+
+
+def mask_layer(
+    layer: DecoderLayer, keep: np.ndarray, constants: np.ndarray | None = None
+) -> DecoderLayer:
+    """Zero the removed channels of a dense layer: the specification of `prune_layer`.
+
+    A zero row of w_down is enough: whatever the gate, up and their biases make of the channel is
+    multiplied by it.
+    """
+    moe = _dense_moe(layer, keep)
+    experts = moe.experts
+    mask = jnp.asarray(keep.reshape(-1, 1))
+    masked = {
+        name: jnp.where(mask, dequantize(getattr(experts, name)), 0)
+        for name in ("w_gate", "w_up", "w_down")
+    }
+    bias = output_bias(experts, keep, constants)
+    experts = dataclasses.replace(experts, **masked, b_down=bias)
+    return dataclasses.replace(layer, mlp=dataclasses.replace(moe, experts=experts))
+
+
+def output_bias(
+    experts: Experts, keep: np.ndarray | Array, constants: np.ndarray | Array | None
+) -> Array | None:  # [E, D]
+    """What each expert adds whatever its channels do.
+
+    Args:
+      experts: of the dense model.
+      keep: bool [E, F].
+      constants: float32 [E, D]; of an emptied expert it stands in the place of the bias.
+    """
+    bias = experts.b_down
+    if constants is None:
+        return bias
+    dtype = experts.w_down.dtype if bias is None else bias.dtype
+    own = jnp.zeros((), dtype) if bias is None else bias
+    return jnp.where(keep.any(axis=1, keepdims=True), own, jnp.asarray(constants).astype(dtype))
+
+
+def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
+    if not isinstance(layer.mlp, MoE):
+        raise ValueError("the layer has no experts; prune only the model's expert layers")
+    rows = layer.mlp.experts.w_gate.shape[0]
+    if rows != keep.size:
+        raise ValueError(
+            f"keep has shape {keep.shape} for {keep.size} channels, the layer has {rows}; the plan "
+            "was made for another model"
+        )
+    return layer.mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedSource:
+    """A `LayerSource` that prunes each layer of another one as it is read."""
+
+    base: LayerSource
+    plan: PruningPlan
+    block: int = 128
+
+    @property
+    def config(self):
+        """The architecture of the base model."""
+        return self.base.config
+
+    @property
+    def embedding(self) -> Embedding:
+        """The base model's embedding."""
+        return self.base.embedding
+
+    @property
+    def head(self) -> Head:
+        """The base model's head."""
+        return self.base.head
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Layer `index`, pruned if the plan covers it."""
+        layer = self.base.layer(index)
+        if index not in self.plan.layer_indices:
+            return layer
+        slot = self.plan.layer_indices.index(index)
+        keep = self.plan.keep[slot]
+        counts = self.plan.keep.sum(axis=2)  # [L, E]
+        widest = max(1, int(counts.max()))  # a plan may empty every expert
+        block = min(self.block, widest)
+        width = -(-widest // block) * block
+        rows = int(counts.sum(axis=1).max()) + block
+        return prune_layer(
+            layer, keep, width=width, rows=rows, block=block, constants=self.plan.added(slot)
+        )

@@ -1,0 +1,151 @@
+"""The model card of an export: its facts gathered, and the one place that writes it."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from convert.checkpoint import Checkpoint
+from convert.clients import client_table
+from convert.export import ExportFormat, export_bytes, export_config, export_specs
+from convert.mtp import mtp_width
+from moe_jax.config import LatentAttentionConfig
+from moe_jax.files import replace_text
+from pruning.budget.decide import PruningPlan
+from pruning.budget.record import tool_version
+from pruning.demo import DEMO
+from pruning.report.card import model_card
+from pruning.report.card_facts import CardFacts, Quality
+from pruning.stages.sizes import (
+    folder_bytes,
+    kept_widths,
+    mtp_parameters,
+    parameter_count,
+    parameters_left,
+)
+
+CARD, BASE_CARD = "README.md", "BASE_README.md"
+INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def card_files(
+    base: Checkpoint, plan: PruningPlan, form: ExportFormat, *, quantizer: str
+) -> dict[str, str | Path]:
+    """Files of a new export by name: its card, on which nothing is measured yet, and the base's."""
+    files: dict[str, str | Path] = {CARD: model_card(card_facts(base, plan, form, quantizer))}
+    if (base.folder / CARD).is_file():
+        files[BASE_CARD] = base.folder / CARD
+    return files
+
+
+def write_card(
+    folder: Path,
+    base: Checkpoint,
+    plan: PruningPlan,
+    form: ExportFormat,
+    *,
+    quantizer: str,
+    quality: Quality,
+    evaluation: Mapping[str, Any],
+) -> None:
+    """Replace the card of an export, atomically, once its quality is known.
+
+    Args:
+      folder: the export.
+      base, plan, form: what it was made from.
+      quantizer: "rtn" or "gptq".
+      quality: per text and model: nll, perplexity, tokens, kl, top1; other exports are left out.
+      evaluation: as in the report.
+    """
+    shown = {
+        text: {name: found[name] for name in ("dense", "pruned", form.name) if name in found}
+        for text, found in quality.items()
+    }
+    facts = card_facts(base, plan, form, quantizer, quality=shown, evaluation=evaluation)
+    replace_text(folder / CARD, model_card(facts))
+
+
+def card_facts(
+    base: Checkpoint,
+    plan: PruningPlan,
+    form: ExportFormat,
+    quantizer: str,
+    *,
+    quality: Quality | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> CardFacts:
+    """What the card of an export says, from shapes, the plan and the base folder alone."""
+    widths, counts = kept_widths(plan, base), plan.counts
+    repository, revision = hub_origin(base.folder)
+    packed = form.is_packed
+    plain = dataclasses.replace(form, name=f"{form.name.partition('-')[0]}-bf16")
+    stored = (shape for _, shape in export_specs(base, widths, plain).values())
+    verdicts = client_table(base, widths, form)
+    return CardFacts(
+        model=repository or _folder_name(base.folder),
+        repository=repository,
+        revision=revision,
+        inherited=_inherited(base.folder / CARD),
+        has_base_card=(base.folder / CARD).is_file(),
+        model_hash=base.fingerprint,
+        plan_hash=plan.tensors_hash,
+        provenance=plan.provenance,
+        family=base.family.model_type,
+        written_as=export_config(base, widths, form)["model_type"],
+        form=form.name,
+        group_size=form.group_size if packed else None,
+        quantizer=("rtn" if form.is_float4 else quantizer) if packed else None,
+        channels=int(plan.keep.size),
+        channels_kept=int(counts.sum()),
+        widths=(int(counts.min()), int(counts.max())),
+        experts=int(counts.size),
+        emptied=int((counts == 0).sum()),
+        has_constants=plan.constants is not None,
+        parameters=parameter_count(base) + mtp_parameters(base),
+        parameters_left=parameters_left(base, plan, form),
+        parameters_stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),
+        source_bytes=folder_bytes(base.folder),
+        written_bytes=export_bytes(base, widths, form),
+        clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
+        mtp=form.mtp if base.mtp else None,
+        mtp_width=mtp_width(base, widths, form),
+        has_linear_attention=bool(base.config.linear_layers),
+        has_latent_attention=isinstance(base.config.attention, LatentAttentionConfig),
+        has_tokenizer=any(base.folder.glob("tokenizer*")),
+        quality=quality,
+        evaluation=evaluation or {},
+        version=tool_version(),
+    )
+
+
+def hub_origin(folder: Path) -> tuple[str | None, str | None]:
+    """Repository and commit of a folder in the Hub's cache, (None, None) of any other.
+
+    The cache keeps a model at models--OWNER--NAME/snapshots/COMMIT.
+    """
+    place, kind = folder.absolute().parent.parent.name, folder.absolute().parent.name
+    if kind != "snapshots" or not place.startswith("models--"):
+        return None, None
+    return place.removeprefix("models--").replace("--", "/", 1), folder.name
+
+
+def _folder_name(folder: Path) -> str:
+    return "demo" if folder == DEMO / "model" else folder.resolve().name
+
+
+def _inherited(card: Path) -> dict[str, Any]:
+    """Licence and languages in the front matter of the base's card, if it has any."""
+    if not card.is_file():
+        return {}
+    before, *parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    try:
+        # Strings only: YAML takes the language "no" for a truth value.
+        fenced = not before and len(parts) == 2
+        found = yaml.load(parts[0], yaml.BaseLoader) if fenced else None
+    except yaml.YAMLError:  # people write cards; an unreadable one states no licence
+        found = None
+    values = found if isinstance(found, dict) else {}
+    return {name: values[name] for name in INHERITED if name in values}

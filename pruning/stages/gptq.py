@@ -1,0 +1,69 @@
+"""The stage that chooses 4-bit codes by GPTQ, between the plan and the exports."""
+
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from pruning.budget.decide import PruningPlan
+from pruning.kit.progress import Steps
+from pruning.shrink.gptq_model import LayerErrors, quantize_model, read_summary
+from pruning.shrink.prune import PrunedSource
+from pruning.stages import job as stages
+from pruning.stages.sizes import form_of
+
+
+def quantize(job: stages.Job, plan: PruningPlan, steps: Steps) -> Path | None:
+    """Choose the codes of a plan, or find those an earlier run chose for the same one.
+
+    Args:
+      job: a resolved recipe with its model and calibration text.
+      plan: what is kept.
+      steps: where progress goes.
+
+    Returns:
+      The folder that `stages.pruned_source` takes; None if the recipe rounds to nearest or
+      exports no 4-bit format.
+    """
+    recipe, folder = job.recipe, stages.codes_folder(job.recipe)
+    packed = any(form_of(recipe, name).is_packed for name in recipe.export)
+    if folder is None or not packed:
+        return None
+    plan.require_model(job.base.fingerprint)
+    assert recipe.group_size is not None
+    provenance = {
+        "model_hash": job.base.fingerprint,
+        "plan": sha256(np.packbits(plan.keep).tobytes()).hexdigest(),
+        "group_size": recipe.group_size,
+        "window": recipe.window,
+        "tokens": job.calibration.total,
+        "dtype": recipe.dtype,
+        "sources": [dict(source) for source in job.calibration.sources],
+    }
+    found = read_summary(folder)
+    if found is not None and found["provenance"] == provenance:
+        return folder
+    with steps.bar("gptq") as on_step:
+        errors = quantize_model(
+            PrunedSource(job.base, plan),
+            job.calibration.tokens,
+            job.calibration.valid,
+            folder,
+            group_size=recipe.group_size,
+            provenance=provenance,
+            batch=recipe.batch,
+            dtype=job.dtype,
+            on_layer=lambda index: on_step(index + 1, len(job.base)),
+        )
+    steps.say(summary_line(errors))
+    return folder
+
+
+def summary_line(errors: list[LayerErrors]) -> str:
+    """What a run of GPTQ achieved, for people."""
+    ratio = sum(e.gptq for e in errors) / max(sum(e.nearest for e in errors), 1e-30)
+    failed, matrices = sum(e.fallbacks for e in errors), sum(e.matrices for e in errors)
+    return (
+        f"gptq: {ratio:.2f} x the output error of rounding to nearest on held-out text; {failed} "
+        f"of {matrices} matrices had too little text and were rounded to nearest"
+    )

@@ -1,0 +1,151 @@
+"""The plan stage: what a recipe says, as arguments of the planner, and sizes as budgets."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from convert.description import Description
+from convert.export import export_bytes
+from pruning.budget.budgets import nested_plans
+from pruning.budget.decide import PruningPlan, plan_pruning
+from pruning.budget.importance import PlannerOptions
+from pruning.budget.targets import plan_for_target
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.scores.statistics import ChannelStatistics
+from pruning.stages.sizes import expert_widths, form_of, weight_count
+
+# Options of a recipe that decide what is scored, and how.
+SCORING = (
+    "calibration_field", "max_tokens", "window", "dtype", "until_stable", "weights_only",
+    "gradients", "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2",
+)  # fmt: skip
+TEXT_FACTS = ("sha256", "weight", "documents", "tokens")
+
+
+def planner_arguments(recipe: CompressionRecipe, base: Description) -> dict[str, Any]:
+    """Keyword arguments of `plan_pruning` that a resolved recipe decides, all but the budget."""
+    return {
+        "criterion": recipe.criterion,
+        "attribution": recipe.attribution,
+        "planner": recipe.planner,
+        "options": PlannerOptions(
+            rho_max=recipe.rho_max,
+            weights=recipe.weights,
+            layer_loss=recipe.layer_loss,
+            smoothing=recipe.smoothing,
+            passes=recipe.passes,
+        ),
+        "width": recipe.width,
+        "cap": recipe.cap,
+        "expert_rate": recipe.expert_rate,
+        "align": recipe.align,
+        "per_layer": recipe.per_layer,
+        "block": recipe.block,
+        "minimum": recipe.minimum,
+        "layer_rates": recipe.layer_rates,
+        "emptied": recipe.emptied,
+        "experts_per_token": base.config.moe.experts_per_token,
+        "layer_indices": base.config.moe_layers,
+        "seed": recipe.seed,
+    }
+
+
+def plan(
+    recipe: CompressionRecipe,
+    statistics: ChannelStatistics,
+    provenance: dict,
+    base: Description,
+) -> PruningPlan:
+    """Allocate the budget of a resolved recipe: a prune rate, or a target of bytes or parameters.
+
+    Raises:
+      ValueError: an option is infeasible; for a target the message has the nearest feasible size.
+    """
+    notes = _notes(recipe, statistics, provenance)
+    made = functools.partial(
+        plan_pruning, statistics, **planner_arguments(recipe, base), provenance=notes
+    )
+    if recipe.prune_rate is not None:
+        return made(prune_rate=recipe.prune_rate)
+    fewest, most, step = _budget_range(recipe, base)
+    unit = "bytes" if recipe.target_bytes is not None else "parameters"
+    target = recipe.target_bytes or recipe.target_parameters
+    assert target is not None
+    return plan_for_target(
+        lambda channels: made(channels=channels),
+        _bytes(recipe, base) if unit == "bytes" else _parameters(base),
+        target,
+        channels=most,
+        fewest=fewest,
+        step=step,
+        unit=unit,
+    )
+
+
+def plans_of_rates(
+    recipe: CompressionRecipe,
+    rates: list[float],
+    statistics: ChannelStatistics,
+    provenance: dict,
+    base: Description,
+) -> list[PruningPlan]:
+    """One plan per prune rate, each within the next larger one; the recipe's own rate is unused."""
+    notes = _notes(recipe, statistics, provenance)
+    arguments = planner_arguments(recipe, base)
+    return nested_plans(statistics, rates, **arguments, provenance=notes)
+
+
+def _notes(recipe: CompressionRecipe, statistics: ChannelStatistics, provenance: dict) -> dict:
+    """What a plan records about the model and the text behind it.
+
+    Texts go by their file names and hashes: a plan travels, and their folders mean nothing there.
+    """
+    texts = [
+        {"text": Path(s["path"]).name, **{key: s[key] for key in TEXT_FACTS}}
+        for s in provenance.get("sources", ())
+    ]
+    return {
+        "model_hash": provenance["model_hash"],
+        "tokens": int(statistics.total_tokens),
+        "sources": texts,
+        "evaluation": [Path(file).name for file in recipe.evaluation],
+        "scoring": {name: getattr(recipe, name) for name in SCORING},
+    }
+
+
+def _bytes(recipe: CompressionRecipe, base: Description):
+    form = form_of(recipe, recipe.export[0])
+    return lambda counts: export_bytes(
+        base, expert_widths(counts, base.config.moe_layers, base), form
+    )
+
+
+def _parameters(base: Description):
+    return lambda counts: weight_count(base, expert_widths(counts, base.config.moe_layers, base))
+
+
+def _budget_range(recipe: CompressionRecipe, base: Description) -> tuple[int, int, int]:
+    """(fewest, most, step) channels that a recipe's width policy and layer rates allow."""
+    moe, layers = base.config.moe, base.config.moe_layers
+    assert recipe.minimum is not None and recipe.block is not None
+    least = -(-recipe.minimum // recipe.block) * recipe.block
+    size = moe.num_experts * moe.d_expert
+    steps = {"experts": moe.d_expert, "layer": moe.num_experts * recipe.block}
+    steps["uniform"] = len(layers) * moe.num_experts * recipe.block
+    step = steps.get(recipe.width or "free", recipe.block)
+    narrow, opened = least, moe.experts_per_token
+    if recipe.width in ("uniform", "layer"):
+        opened = moe.num_experts
+    elif recipe.width == "experts":
+        narrow = moe.d_expert
+    widest = size
+    if recipe.width == "capped":
+        assert recipe.cap is not None
+        widest = moe.num_experts * (recipe.cap - recipe.cap % recipe.block)
+    fixed = [round((1.0 - rate) * size) for rate in recipe.layer_rates.values()]
+    free = len(layers) - len(fixed)
+    most = sum(fixed) + free * widest
+    if recipe.width == "combined":
+        experts = len(layers) * moe.num_experts
+        most = min(most, (experts - round(recipe.expert_rate * experts)) * moe.d_expert)
+    return sum(fixed) + free * opened * narrow, most, step

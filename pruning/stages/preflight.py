@@ -1,0 +1,209 @@
+"""What is checked and said before a run does expensive work."""
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from convert.checkpoint import Checkpoint
+from convert.description import Description
+from convert.export import ExportFormat, check_widths
+from convert.mtp import check_mtp_width
+from convert.writer import SPARE_BYTES, remove_leftovers
+from pruning.budget.decide import PruningPlan
+from pruning.kit.progress import Steps
+from pruning.recipe.recipe import EXPORTS, CompressionRecipe
+from pruning.scores.statistics import ALWAYS, SUMS, ChannelStatistics, field_shapes
+from pruning.stages import folder as output_folder
+from pruning.stages import plan as planning
+from pruning.stages import score as scoring
+from pruning.stages.job import Job
+from pruning.stages.parts import rows_of_parts
+from pruning.stages.score import STATISTICS
+from pruning.stages.sizes import (
+    equal_bytes,
+    export_sizes,
+    form_of,
+    kept_widths,
+    mean_width,
+    most_bytes,
+    pads,
+    statistics_bytes,
+)
+from pruning.text.held_out import not_held_out, seen_shares
+
+
+def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
+    """Refuse what cannot end well, then make the output folder.
+
+    Nothing in an old output folder is touched before every check has passed.
+
+    Args:
+      job: the opened recipe.
+      steps: where progress and warnings go.
+      exports: whether the run goes on to plan and export.
+
+    Raises:
+      ValueError: an impossible plan, a bad weight, or an output folder in the way.
+      OSError: the disk is too small.
+    """
+    resumed = output_folder.is_interrupted(job)
+    if resumed:
+        output_folder.clear_leftovers(job.output)
+    plan = rehearsed_plan(job.recipe, job.base)
+    if exports:
+        for name in job.recipe.export:
+            form = form_of(job.recipe, name)
+            check_widths(job.base, job.base.widths, form)
+            _require_known_width(job.recipe, form)
+            check_mtp_width(job.base, kept_widths(plan, job.base), form)
+        _say_padding(job, steps)
+        say_mtp(job.base, job.recipe, steps)
+    check_disk(job, resumed=resumed, exports=exports)
+    if warning := not_held_out(seen_shares(job.calibration, job.evaluation)):
+        steps.say(warning)
+    if not resumed or scoring.find_statistics(job) is None:
+        with steps.bar("check weights") as on_step:
+            job.base.check_finite(on_step, mtp=job.recipe.mtp != "drop")
+    output_folder.make_output(job.recipe, resumed=resumed)
+
+
+def _require_known_width(recipe: CompressionRecipe, form: ExportFormat) -> None:
+    # Whole experts that stay are unpruned; of other widths that differ only the plan knows.
+    unknown = form.is_padded and pads(recipe, form) and recipe.width != "experts"
+    if form.mtp == "keep" and unknown:
+        raise ValueError(
+            f"mtp='keep' asks {form.name} to stay as wide as the model, which with --width "
+            f"{recipe.width} only the plan can tell; choose mtp='prune' or 'drop', or a ragged "
+            "format"
+        )
+
+
+def rehearsed_plan(recipe: CompressionRecipe, base: Description) -> PruningPlan:
+    """The plan of a resolved recipe on made-up statistics, which need no weights.
+
+    Raises:
+      ValueError: no plan satisfies the recipe, whatever the statistics.
+    """
+    c = base.config
+    sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
+    shapes = field_shapes(*sizes, recipe.groups)
+    # Every sum is one, without memory: nothing is degenerate, and no layer differs from another.
+    # Without a text there are no sums, only weights.
+    values = {name: float(name not in SUMS[ALWAYS] or not recipe.weights_only) for name in shapes}
+    statistics = ChannelStatistics(
+        **{name: np.broadcast_to(values[name], shape) for name, shape in shapes.items()}
+    )
+    return planning.plan(recipe, statistics, {"model_hash": None, "tokens": 0}, base)
+
+
+def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
+    """Raise OSError unless everything the run will write fits beside what is there."""
+    base, output = job.base, job.output
+    parts = written_bytes(base, job.recipe, len(job.calibration.tokens))
+    for name, path in [("statistics", STATISTICS), *((n, f"exports/{n}") for n in EXPORTS)]:
+        if (resumed and (output / path).exists()) or not (exports or name == "statistics"):
+            parts.pop(name, None)
+    require_space(output, parts, 0 if resumed else output_folder.replaced_bytes(output))
+
+
+def written_bytes(base: Description, recipe: CompressionRecipe, windows: int) -> dict[str, int]:
+    """Most bytes that a run of a resolved recipe on so many windows writes, by what it writes."""
+    number = len(rows_of_parts(windows, recipe.until_stable is not None))
+    parts = {"statistics": (1 + number) * statistics_bytes(base, recipe)}
+    return parts | {name: most_bytes(base, recipe, name) for name in recipe.export}
+
+
+def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> None:
+    """Raise OSError unless `parts`, bytes by name, fit once `replaced` bytes are gone."""
+    needed, free = sum(parts.values()) + SPARE_BYTES, free_space(folder) + replaced
+    if free < needed:
+        listed = ", ".join(f"{name} {_amount(size)}" for name, size in parts.items())
+        raise OSError(
+            f"{folder} has {_amount(free)} free but up to {_amount(needed)} are needed "
+            f"({listed}, spare {_amount(SPARE_BYTES)}); free some space or choose another disk"
+        )
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes where a folder lies or will lie."""
+    folders = (folder.absolute(), *folder.absolute().parents)
+    return shutil.disk_usage(next(path for path in folders if path.exists())).free
+
+
+def check_exports(
+    base: Checkpoint,
+    plan: PruningPlan,
+    recipe: CompressionRecipe,
+    folder: Path,
+    steps: Steps,
+    *,
+    overwrite: bool,
+) -> None:
+    """Check all exports of a plan before the first is written, and say their sizes.
+
+    Raises:
+      ValueError: the plan is another model's, a target exists, or widths do not fit the groups.
+      OSError: the disk is too small.
+    """
+    plan.require_model(base.fingerprint)
+    there = [str(path) for path in (folder / name for name in recipe.export) if path.exists()]
+    if there and not overwrite:
+        raise ValueError(f"{', '.join(there)} already exist; add --overwrite to replace them")
+    for name in recipe.export:
+        check_widths(base, kept_widths(plan, base), form_of(recipe, name, plan))
+    remove_leftovers(folder)
+    sizes = export_sizes(base, plan, recipe)
+    require_space(folder, {name: size["bytes"] for name, size in sizes.items()})
+    say_sizes(sizes, steps)
+
+
+def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
+    """One line per export with its exact size."""
+    for name, size in sizes.items():
+        line = f"{name}: {_amount(size['bytes'])}"
+        if not name.startswith("padded"):
+            line += f" (padded to one width for stock clients: {_amount(size['padded_bytes'])})"
+        steps.say(line)
+
+
+def _say_padding(job: Job, steps: Steps) -> None:
+    """Say what padding may cost, while nothing has been spent yet."""
+    recipe, base = job.recipe, job.base
+    width, widest = mean_width(base, recipe, math.floor), base.config.moe.d_expert
+    if recipe.width == "capped":
+        assert recipe.cap is not None and recipe.block is not None
+        widest = recipe.cap - recipe.cap % recipe.block
+    for name in recipe.export:
+        form = form_of(recipe, name)
+        if not pads(recipe, form):
+            continue
+        mean, most = (_amount(equal_bytes(base, recipe, name, w)) for w in (width, widest))
+        of, one, cure = ("the widest", "one expert", "uniform")
+        if form.is_layered:
+            of, one, cure = ("the widest of its layer", "one expert of every layer", "layer")
+        steps.say(
+            f"{name} with --width {recipe.width} stores every expert as wide as {of}: {mean} if "
+            f"all have {width} channels, {most} if {one} keeps {widest}; "
+            f"--width {cure} ensures the smaller size, ragged exports store no padding"
+        )
+
+
+def say_mtp(base: Checkpoint, recipe: CompressionRecipe, steps: Steps) -> None:
+    """Say what becomes of the layers that predict further tokens, if the checkpoint has any."""
+    words = {
+        "drop": "left out, so programs cannot draft tokens with them; --mtp prune or keep writes "
+        "them",
+        "keep": "copied as they are",
+        "prune": "pruned without a text, experts as wide as the model's",
+    }
+    if base.mtp:
+        steps.say(
+            f"{len(base.mtp)} tensors such as {next(iter(base.mtp))} predict further tokens; they "
+            f"are {words[recipe.mtp]}"
+        )
+
+
+def _amount(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,100 @@
+"""The scoring stage: statistics of a model on calibration text, collected or found again."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from convert.checkpoint import Checkpoint, load_model
+from pruning.kit.progress import Steps
+from pruning.scores.collect import collect_weights, with_wanda
+from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
+from pruning.scores.weight_gradient import weight_gradient_scores
+from pruning.stages import extra_scores
+from pruning.stages.job import Job
+from pruning.stages.parts import collect_parts
+
+STATISTICS = "statistics.safetensors"
+
+
+def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
+    """Collect statistics, or read those an earlier run of the same recipe wrote."""
+    found = find_statistics(job)
+    if found is not None:
+        return found
+    if job.recipe.weights_only:
+        return _score_weights(job, steps)
+    extra_scores.announce(job.base, job.recipe, steps)
+    job.output.mkdir(parents=True, exist_ok=True)
+    statistics, used, stability = collect_parts(job, identity(job), steps)
+    texts = job.calibration.tokens[used], job.calibration.valid[used]
+    how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
+    if job.recipe.expert_details:
+        with steps.bar("norms of inputs") as on_step:
+            visits = iter(range(1, len(job.base) + 1))
+            statistics = with_wanda(
+                job.base, statistics, lambda: on_step(next(visits), len(job.base))
+            )
+    if job.recipe.weight_gradients:
+        with steps.bar("weight gradients") as on_step:
+            gradient = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
+        statistics = dataclasses.replace(statistics, weight_gradient=gradient)
+    load = lambda: load_model(job.base.folder, jnp.bfloat16)  # noqa: E731
+    statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
+    provenance = {**identity(job), "stability": stability}
+    save_statistics(job.output / STATISTICS, statistics, provenance)
+    return statistics, provenance
+
+
+def _score_weights(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
+    steps.say(
+        "no text is read: the weights alone decide "
+        f"(criterion {job.recipe.criterion}, attribution {job.recipe.attribution})"
+    )
+    with steps.bar("score weights") as on_step:
+        visits, total = itertools.count(1), len(job.base.config.moe_layers)
+        statistics = collect_weights(job.base, lambda: on_step(next(visits), total))
+    provenance = {**identity(job), "stability": None}
+    save_statistics(job.output / STATISTICS, statistics, provenance)
+    return statistics, provenance
+
+
+def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
+    """What an earlier run of the same recipe measured on the same model and texts, if it did."""
+    path = job.output / STATISTICS
+    if not path.is_file() or not path.with_suffix(".json").is_file():
+        return None
+    statistics, found = load_statistics(path)
+    same = all(found.get(key) == value for key, value in identity(job).items())
+    return (statistics, found) if same and statistics.groups >= job.recipe.groups else None
+
+
+def identity(job: Job) -> dict:
+    """What statistics must agree in to be those of a job."""
+    return {
+        "model_hash": job.base.fingerprint,
+        "model": str(job.base.folder),
+        "window": job.recipe.window,
+        "dtype": job.recipe.dtype,
+        "tokens": job.calibration.total,
+        "sources": list(job.calibration.sources),
+        **({"nll_ig_steps": job.recipe.nll_ig} if job.recipe.nll_ig else {}),
+        "until_stable": job.recipe.until_stable,
+    }
+
+
+def stored_statistics(folder: Path, base: Checkpoint) -> tuple[ChannelStatistics, dict]:
+    """Statistics in an output folder, which must be of this very model.
+
+    Raises:
+      ValueError: they are missing, damaged, or of another model.
+    """
+    statistics, provenance = load_statistics(folder / STATISTICS)
+    if provenance.get("model_hash") != base.fingerprint:
+        raise ValueError(
+            f"{folder / STATISTICS} was measured on model {provenance.get('model_hash')}, but "
+            f"{base.folder} is {base.fingerprint}; score this model"
+        )
+    return statistics, provenance

@@ -1,0 +1,258 @@
+"""What takes how much space, known from shapes before anything is written."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convert.description import Description
+from convert.export import ExportFormat, export_bytes, export_specs
+from convert.families import find_family
+from convert.formats.ragged import emptied_model
+from convert.mtp import mtp_specs
+from convert.rules import Widths, expected_tensors
+from pruning.budget.decide import PruningPlan
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.scores.statistics import ChannelStatistics, field_shapes
+
+
+def kept_widths(plan: PruningPlan, base: Description) -> Widths:
+    """Channels kept per layer and expert of the whole model, () for dense layers."""
+    return expert_widths(plan.counts, plan.layer_indices, base)
+
+
+def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Description) -> Widths:
+    """Widths of the whole model from counts [L, E] of the layers with experts."""
+    rows = dict(zip(indices, counts.tolist(), strict=True))
+    return tuple(tuple(rows.get(index, ())) for index in range(len(base)))
+
+
+def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = None) -> ExportFormat:
+    """The export format of this name under a resolved recipe and, once there is one, its plan."""
+    constants = recipe.emptied == "mean" if plan is None else plan.constants is not None
+    return ExportFormat(name, recipe.group_size or 32, constants, recipe.mtp)
+
+
+def export_sizes(
+    base: Description, plan: PruningPlan, recipe: CompressionRecipe
+) -> dict[str, dict]:
+    """Bytes and parameters of each requested export, and of its padded twin, before it is made."""
+    widths = kept_widths(plan, base)
+    found = {}
+    for name in recipe.export:
+        form = form_of(recipe, name, plan)
+        twin = dataclasses.replace(form, name=f"padded-{name.partition('-')[2]}")
+        found[name] = {
+            "bytes": export_bytes(base, widths, form),
+            "parameters": parameters_left(base, plan, form),
+            "padded_bytes": export_bytes(base, widths, twin),
+        }
+    return found
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weight files and their index."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors*"))
+
+
+def parameter_count(base: Description) -> int:
+    """Weights of a checkpoint, from shapes alone."""
+    return weight_count(base, base.widths)
+
+
+def parameters_left(base: Description, plan: PruningPlan, form: ExportFormat) -> int:
+    """Weights of an export once a plan has cut channels out, padding not counted."""
+    widths = kept_widths(plan, base)
+    constants = plan.constants is not None
+    return weight_count(base, widths, constants) + mtp_parameters(base, widths, form)
+
+
+def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:
+    """Weights that a token of the calibration text meets on average.
+
+    Left out: its row of the embedding, padding, constants in the place of emptied experts, and
+    layers that predict further tokens.
+
+    Args:
+      base: the dense model.
+      counts: int [L, E], channels kept.
+      statistics: say how many tokens each expert got; without text all get equally many.
+    """
+    c, total = base.config, statistics.total_tokens
+    even = np.full(counts.shape, c.moe.experts_per_token / c.moe.num_experts)
+    share = statistics.tokens / total if total else even  # [L, E]
+    empty = tuple(tuple(0 for _ in counts) for counts in base.widths)
+    without, channels = weight_count(base, empty), sum(map(sum, base.widths))
+    per_channel = (parameter_count(base) - without) // channels
+    # Of an expert's biases that of the output is no channel's.
+    per_expert = c.d_model if c.moe.expert_bias else 0
+    looked_up = 0 if c.tie_embeddings else c.vocab_size * c.d_model
+    always = without - looked_up - per_expert * counts.size
+    return always + round(float((share * (per_channel * counts + per_expert)).sum()))
+
+
+def weight_count(base: Description, widths: Widths, constants: bool = False) -> int:
+    """Weights of a model at these expert widths, from shapes alone.
+
+    With `constants` experts without channels have what they add instead.
+    """
+    config = emptied_model(base.config, constants)
+    return sum(map(math.prod, expected_tensors(base.family, config, widths).values()))
+
+
+def mtp_parameters(
+    base: Description, widths: Widths | None = None, form: ExportFormat | None = None
+) -> int:
+    """Weights of the layers that predict further tokens: of an export, else of the checkpoint."""
+    specs = base.mtp if form is None else mtp_specs(base, widths or base.widths, form)
+    return sum(math.prod(shape) for _, shape in specs.values())
+
+
+def statistics_bytes(base: Description, recipe: CompressionRecipe) -> int:
+    """Bytes of the statistics that a recipe collects of a model."""
+    c = base.config
+    sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
+    return 8 * sum(map(math.prod, field_shapes(*sizes, recipe.groups).values()))
+
+
+def mean_width(base: Description, recipe: CompressionRecipe, rounding=math.ceil) -> int:
+    """Channels per expert if all keep the same share of the budget, in whole blocks."""
+    d_expert, block = base.config.moe.d_expert, recipe.block or 1
+    # Under a target the plan may keep anything up to the whole model.
+    mean = (1 - (recipe.prune_rate or 0.0)) * d_expert
+    if recipe.width == "experts":  # as many whole ones as come nearest
+        experts = len(base.config.moe_layers) * base.config.moe.num_experts
+        mean = round(mean * experts / d_expert) * d_expert / experts
+    return max(block, block * rounding(round(mean / block, 9)))
+
+
+def equal_bytes(base: Description, recipe: CompressionRecipe, name: str, width: int) -> int:
+    """Bytes of an export whose experts all have this width."""
+    return export_bytes(base, _equal_widths(base, width), form_of(recipe, name))
+
+
+def _equal_widths(base: Description, width: int) -> Widths:
+    return tuple(tuple(width for _ in counts) for counts in base.widths)
+
+
+def most_bytes(base: Description, recipe: CompressionRecipe, name: str) -> int:
+    """Upper bound of an export over all plans of a resolved recipe.
+
+    Bytes of tensors grow in proportion to whole blocks of channels, wherever they are, so an export
+    that pads nothing is bounded by equal experts; one that does by experts that keep everything,
+    one for each width of the folder. Headers are longest in the dense model, whose numbers have
+    most digits.
+    """
+    form, widest = form_of(recipe, name), base.config.moe.d_expert
+    width = widest if pads(recipe, form) else mean_width(base, recipe)
+    if form.is_padded:
+        block = recipe.block or 1
+        width = max(range(block, width + 1, block), key=lambda w: (_stored_channels(base, w), w))
+    headers = _header_bytes(base, _equal_widths(base, widest), form)
+    most = _tensor_bytes(base, _equal_widths(base, width), form) + headers
+    if form.constants:  # of all experts that may be emptied, with their names in header and index
+        moe = base.config.moe
+        emptied = len(base.config.moe_layers) * (moe.num_experts - moe.experts_per_token)
+        most += emptied * (2 * base.config.d_model + 256)
+    if recipe.target_bytes is not None and name == recipe.export[0]:
+        return min(most, recipe.target_bytes)
+    return most
+
+
+def pads(recipe: CompressionRecipe, form: ExportFormat) -> bool:
+    """Whether some plan of a resolved recipe has widths that a format fills up."""
+    if form.is_ragged:
+        return False
+    return recipe.width not in (("uniform", "layer") if form.is_layered else ("uniform",))
+
+
+def byte_range(
+    base: Description, recipe: CompressionRecipe, name: str, channels: int
+) -> tuple[int, int]:
+    """Fewest and most bytes of an export over all plans that keep so many channels.
+
+    The tensors of a ragged folder take the same space wherever the channels are, but an emptied
+    expert has no tensors and so no header entries: what varies is in how many experts they sit.
+    In a padded folder it is how wide the widest expert is, in a layered one that of each layer.
+
+    Args:
+      base: the dense model.
+      recipe: a resolved one.
+      name: the format.
+      channels: routed-expert channels kept, of all layers.
+    """
+    form, c, block = form_of(recipe, name), base.config, recipe.block or 1
+    layers, experts, widest = len(c.moe_layers), c.moe.num_experts, c.moe.d_expert
+    if form.is_layered:
+        # The sum of the layers' widths: least if all experts of a layer keep as many channels.
+        least = max(-(-channels // (experts * block)), layers) * block
+        greatest = min(layers * widest, channels) if pads(recipe, form) else least
+        return (
+            _uneven_bytes(base, form, least, layers, block=block, digits=block),
+            _uneven_bytes(base, form, max(least, greatest), layers, block=block, digits=widest),
+        )
+    if form.is_padded:
+        narrowest = -(-channels // (layers * experts * block)) * block
+        highest = narrowest if recipe.width == "uniform" else widest
+        stored = sorted(
+            range(narrowest, highest + 1, block), key=lambda w: (_stored_channels(base, w), w)
+        )
+        fewest, most = (equal_bytes(base, recipe, name, width) for width in (stored[0], stored[-1]))
+        return fewest, most
+    equal = recipe.width in ("uniform", "layer")
+    needed = max(-(-channels // widest), layers * c.moe.experts_per_token)
+    opened = min(layers * experts, channels // block)
+    found = [  # constants of emptied experts may take more space than the entries of others
+        _uneven_bytes(base, form, channels, number, block=block, digits=digits)
+        for number in ((opened,) if equal else (needed, opened))
+        for digits in (block, widest)
+    ]
+    return min(found), max(found)
+
+
+def _uneven_bytes(
+    base: Description, form: ExportFormat, channels: int, opened: int, *, block: int, digits: int
+) -> int:
+    """Bytes of so many channels in so many experts, or layers, whose experts then are all as wide.
+
+    Header entries are as long as at a width of `digits`.
+    """
+    c = base.config
+    shape = (len(c.moe_layers), 1 if form.is_layered else c.moe.num_experts)
+    place, room = np.arange(math.prod(shape)), c.moe.d_expert - block
+    more = np.clip(channels - opened * block - place * room, 0, room)
+    crowded, entries = (
+        expert_widths(
+            np.broadcast_to(
+                np.where(place < opened, counts, 0).reshape(shape), (shape[0], c.moe.num_experts)
+            ),
+            c.moe_layers,
+            base,
+        )
+        for counts in (block + more, digits)
+    )
+    return _tensor_bytes(base, crowded, form) + _header_bytes(base, entries, form)
+
+
+def _stored_channels(base: Description, width: int) -> int:
+    """Channels of a layer in a padded folder of this width, those of shared experts included.
+
+    Shared experts that are padded to a whole number of widths can be larger at a smaller width.
+    """
+    moe = base.config.moe
+    twin = base.family.twin
+    written = base.family if twin is None else find_family(twin.model_type)
+    if written.shared_count_key is None:
+        return moe.num_experts * width
+    return (moe.num_experts - (-moe.d_shared // width)) * width
+
+
+def _tensor_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
+    specs = export_specs(base, widths, form).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in specs)
+
+
+def _header_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
+    return export_bytes(base, widths, form) - _tensor_bytes(base, widths, form)

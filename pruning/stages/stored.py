@@ -1,0 +1,50 @@
+"""An output folder opened again: its recipe, its model, and plans from its statistics."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from pruning.budget.decide import PruningPlan
+from pruning.recipe.recipe import BUDGETS, CompressionRecipe, load_recipe
+from pruning.scores.statistics import ChannelStatistics
+from pruning.stages import job as stages
+from pruning.stages import plan as planning
+from pruning.stages import score as scoring
+
+
+def stored_recipe(folder: Path, options: argparse.Namespace, *names: str) -> CompressionRecipe:
+    """The recipe stored in an output folder, with the given flags on top."""
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder}/recipe.yaml does not exist; run `moe-compress score` first")
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    # The folder may have moved since the recipe was written.
+    return load_recipe(folder / "recipe.yaml", **{"output": str(folder), **given})
+
+
+def stored_base(recipe: CompressionRecipe) -> Checkpoint:
+    """The dense model that a recipe names, its weights read in 16 bits."""
+    return open_checkpoint(stages.model_folder(recipe.model), dtype=jnp.bfloat16)
+
+
+def stored_plans(
+    folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: list[float]
+) -> tuple[list[tuple[CompressionRecipe, PruningPlan]], ChannelStatistics]:
+    """A plan for every prune rate, or for the recipe's own budget, from stored statistics.
+
+    Returns:
+      (recipe resolved, plan) per rate, and the statistics.
+    """
+    for rate in rates:
+        if not 0 <= rate < 1:
+            raise ValueError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
+    one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
+    one = stages.resolved(one, base)
+    statistics, provenance = scoring.stored_statistics(folder, base)
+    if not rates:
+        return [(one, planning.plan(one, statistics, provenance, base))], statistics
+    plans = planning.plans_of_rates(one, rates, statistics, provenance, base)
+    recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates]
+    return list(zip(recipes, plans, strict=True)), statistics

@@ -1,0 +1,234 @@
+"""Re-reading an exported folder and comparing it with what was meant to be written."""
+
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.export import ExportFormat, export_specs
+from convert.formats.ragged import MTP
+from convert.mtp import mtp_arrays, mtp_layers, mtp_prefixes
+from convert.reader import SafetensorsFolder, read_json
+from convert.rules import RAGGED, Widths
+from moe_jax.quant import MIN_SCALE
+from moe_jax.stream import LayerSource
+from pruning.kit.errors import VerificationError
+from pruning.measure.settled import settled_logits
+from pruning.shrink.rounding import RoundedExperts
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 2e-3  # of float32 logits of two programs, as a share of the largest (at least 1)
+LEAST, SHARE = 8, 0.01  # positions to judge by; without so many, how many of all may differ
+# Many and short: a near tie ends what can be compared of its window.
+PROBE_WINDOWS, PROBE_TOKENS = 8, 32
+CLIENT_BYTES = 4 << 30  # larger folders are not loaded a second time through torch
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verified fact about an export."""
+
+    export: str
+    check: str
+    ok: bool
+    detail: str
+
+
+def random_probe(base: Checkpoint) -> np.ndarray:
+    """Windows of random tokens, int32 [B, T], for comparing logits without a text."""
+    shape = (PROBE_WINDOWS, min(PROBE_TOKENS, base.config.max_position))
+    tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, shape)
+    return tokens.astype(np.int32)
+
+
+def require_verified(checks: Sequence[Check]) -> None:
+    """Raise VerificationError naming every check that failed."""
+    failed = [f"{c.export}: {c.check}: {c.detail}" for c in checks if not c.ok]
+    if failed:
+        raise VerificationError(
+            f"{'; '.join(failed)}. Do not use the folder: export it again with --overwrite, and if "
+            "that changes nothing, tell us the lines above"
+        )
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    base: Checkpoint,
+    widths: Widths,
+    form: ExportFormat,
+    expected: LayerSource,
+    probe: np.ndarray,
+) -> list[Check]:
+    """Compare a folder with the plan and with the model in memory.
+
+    Args:
+      folder: the export.
+      base: the dense checkpoint it came from.
+      widths: channels per layer and expert that the plan keeps.
+      form: the format it was written in.
+      expected: the pruned (and quantised) model whose function it must have.
+      probe: int32 [B, T] tokens to compare logits on.
+
+    Returns:
+      The checks, in order; none is skipped after a failure that allows it.
+    """
+    checks = [_tensor_check(folder, base, widths, form)]
+    if form.mtp != "drop":
+        checks.append(_mtp_check(folder, base, widths, form))
+    wanted, settled = settled_logits(expected, probe)
+    found, _ = settled_logits(open_checkpoint(folder, dtype=jnp.float32), probe)
+    checks.append(logit_check(form.name, "logits in JAX", found, wanted, settled))
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if size <= CLIENT_BYTES:
+            drafting = mtp_prefixes(base.family, base.hf_config)
+            fuses = int(version("transformers").partition(".")[0]) >= 5  # experts, in bfloat16
+            if fuses and form.is_packed and form.is_padded and not form.is_float4:
+                wanted, settled = settled_logits(RoundedExperts(expected), probe)
+            checks += _client_checks(folder, form, drafting, probe, wanted, settled)
+        else:
+            logger.info("%s is too large to load again through transformers", folder)
+    return checks
+
+
+def _tensor_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFormat) -> Check:
+    stored = SafetensorsFolder(folder)
+    expected = export_specs(base, widths, form)
+    wrong = sorted(set(expected) ^ set(stored.names))
+    for name in set(expected) & set(stored.names):
+        dtype, shape = stored.spec(name)
+        if (np.dtype(dtype), tuple(shape)) != (expected[name][0], tuple(expected[name][1])):
+            wrong.append(name)
+        elif name.endswith("_scale") and not np.all(abs(stored.read(name)) >= MIN_SCALE):
+            wrong.append(name)
+    detail = f"{len(expected)} tensors as planned" if not wrong else f"wrong: {wrong[:5]}"
+    return Check(form.name, "names, shapes, dtypes, scales", not wrong, detail)
+
+
+def _mtp_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFormat) -> Check:
+    """Whether layers that predict further tokens are what the base's become, bit for bit."""
+    stored = SafetensorsFolder(folder)
+    wrong = [
+        name
+        for name, wanted in mtp_arrays(base, widths, form)
+        if name not in stored or stored.read(name).tobytes() != wanted.tobytes()
+    ]
+    how = "as in the base" if form.mtp == "keep" else "of the base, experts pruned"
+    detail = f"wrong: {wrong[:5]}" if wrong else f"{len(base.mtp)} tensors {how}"
+    return Check(form.name, "layers that predict further tokens", not wrong, detail)
+
+
+def written_mtp(folder: Path, base: Checkpoint) -> str:
+    """What an export says has become of the layers that predict further tokens.
+
+    Raises:
+      CheckpointError: config.json cannot be read.
+    """
+    hf, family = read_json(folder / "config.json"), base.family
+    if not (base.mtp and mtp_layers(family, hf)):
+        return "drop"
+    own = base.config.moe.d_expert
+    stored = own if hf["model_type"].startswith(RAGGED) else hf[family.width_key]
+    return "keep" if hf.get(MTP, stored) == own else "prune"
+
+
+def logit_check(
+    export: str, name: str, found: np.ndarray, wanted: np.ndarray, settled: np.ndarray
+) -> Check:
+    """Compare logits [B, T, V] of a program with those wanted, where they must be the same.
+
+    Args:
+      export, name: of the check.
+      found, wanted: float32 [B, T, V].
+      settled: bool [B, T], where rounding cannot have sent a token to another expert. If found and
+        wanted differ anywhere, these positions are judged. Are they fewer than `LEAST` or first
+        ones alone, which see no other position, a hundredth of all may differ.
+    """
+    difference = np.abs(found - wanted).max(axis=-1)
+    limit = TOLERANCE * max(1.0, float(np.abs(wanted).max()))
+    within = difference <= limit  # False for NaN
+    enough = settled.sum() >= LEAST and settled[:, 1:].any()
+    judged = settled if enough and not within.all() else np.ones_like(settled)
+    ok = within[judged].all() if enough else within.mean() >= 1 - SHARE
+    detail = f"max difference {difference[judged].max():.2g} (limit {limit:.2g})"
+    if not judged.all():
+        detail += f" at {judged.sum()} of {judged.size} positions; others follow a near tie"
+    elif not within.all():
+        detail += f"; {within.size - within.sum()} of {within.size} positions differ by more"
+    return Check(export, name, bool(np.isfinite(found).all() and ok), detail)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the bars and warnings of torch programs off stderr; what matters is in the checks."""
+    from transformers.utils import logging as messages
+
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        # compressed-tensors draws bars of its own, which have no switch.
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
+
+
+def _client_checks(
+    folder: Path,
+    form: ExportFormat,
+    mtp: tuple[str, ...],
+    probe: np.ndarray,
+    wanted: np.ndarray,
+    settled: np.ndarray,
+) -> list[Check]:
+    try:
+        with _silence():
+            info, found = _client_logits(folder, form, probe)
+    except ImportError as error:
+        return [Check(form.name, "transformers", True, f"not checked: {error}")]
+    # It ignores layers that predict further tokens, and reports those of unpublished sizes.
+    known = {key: [v for v in value if not str(v).startswith(mtp)] for key, value in info.items()}
+    problems = {key: value[:3] for key, value in known.items() if value}
+    detail = str(problems) if problems else "none missing, unexpected or mismatched"
+    checks = [Check(form.name, "transformers loads every tensor", not problems, detail)]
+    name = "logits in transformers"
+    return [*checks, logit_check(form.name, name, found, wanted, settled)]
+
+
+def _client_logits(folder: Path, form: ExportFormat, probe: np.ndarray) -> tuple[dict, np.ndarray]:
+    """What transformers reports while loading a folder, and the model's logits [B, T, V]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if form.is_float4:  # its kernels would need a GPU; this way the values are exact
+        from transformers.utils.quantization_config import Mxfp4Config
+
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        trust_remote_code=not form.is_padded,
+        output_loading_info=True,
+        **options,
+    )
+    model, info = loaded
+    model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
+    with torch.no_grad():
+        return info, model(torch.from_numpy(probe).long()).logits.float().numpy()

@@ -1,0 +1,4 @@
+"""Files become token windows: calibration, tokenizer, what is held out.
+
+Imports `kit`.
+"""

@@ -1,0 +1,89 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruning.budget.budgets import nested_plans
+from pruning.budget.decide import plan_pruning
+from pruning.budget.planners import OBJECTIVES, PLANNERS
+from pruning.budget.widths import ALIGNMENTS, WIDTHS
+from tests.support.synthetic import statistics
+
+L, E, F = 3, 4, 12
+
+
+def assert_nested(plans):
+    for larger, smaller in itertools.pairwise(plans):
+        assert not (smaller.keep & ~larger.keep).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 20),
+    rates=st.lists(st.integers(0, 65), min_size=1, max_size=4, unique=True),
+    planner=st.sampled_from(sorted(OBJECTIVES)),
+    align=st.sampled_from(sorted(ALIGNMENTS)),
+    width=st.sampled_from(sorted(WIDTHS)),
+    minimum=st.sampled_from([None, 6]),
+    block=st.sampled_from([1, 3]),
+)
+def test_kept_channels_of_smaller_plans_lie_in_larger_ones(
+    seed, rates, planner, align, width, minimum, block
+):
+    stats = statistics(L, E, F, seed=seed)
+    options = {"planner": planner, "align": align, "width": width, "block": block}
+    options |= {"experts_per_token": 1, "cap": F, "minimum": minimum}
+    rates = [0.01 * rate for rate in rates]
+    try:
+        alone = [plan_pruning(stats, prune_rate=rate, **options) for rate in rates]
+    except ValueError:
+        with pytest.raises(ValueError):
+            nested_plans(stats, rates, **options)
+        return
+    plans = nested_plans(stats, rates, **options)
+    order = np.argsort(rates)
+    assert_nested([plans[n] for n in order])
+    for plan, single in zip(plans, alone, strict=True):
+        assert plan.provenance["prune_rate"] == single.provenance["prune_rate"]
+        alike = np.array_equal(plan.keep, single.keep)
+        assert alike or not plan.provenance["nested_alike"]
+        if plan.provenance["nested_in"] is None:
+            assert alike
+        assert plan.counts.sum() <= max(plan.provenance["budget"], single.counts.sum())
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_without_alignment_every_plan_is_the_one_of_its_rate_alone(planner):
+    stats = statistics(L, E, F)
+    rates = [0.6, 0.1, 0.35]
+    options = {"planner": planner, "experts_per_token": 2}
+    plans = nested_plans(stats, rates, **options, provenance={"model_hash": "abc"})
+    assert_nested([plans[1], plans[2], plans[0]])
+    for rate, plan in zip(rates, plans, strict=True):
+        single = plan_pruning(stats, prune_rate=rate, **options)
+        np.testing.assert_array_equal(plan.keep, single.keep)
+        assert plan.provenance["nested_alike"] and plan.provenance["model_hash"] == "abc"
+    assert [plan.provenance["nested_in"] for plan in plans] == [0.35, None, 0.1]
+
+
+def test_alignment_alone_is_not_nested_and_the_sweep_says_where_it_differs():
+    # Some seed among these rounds an expert up at the smaller budget.
+    differs = 0
+    rates = [0.3, 0.36, 0.42, 0.48]
+    for seed in range(10):
+        options = {"block": 3, "minimum": 6, "experts_per_token": 1}
+        plans = nested_plans(statistics(L, E, F, seed=seed), rates, **options)
+        assert_nested(plans)
+        differs += sum(not plan.provenance["nested_alike"] for plan in plans)
+    assert differs > 0
+
+
+def test_bad_sweeps_are_refused():
+    stats = statistics(L, E, F)
+    for rates in ([], [0.5, 0.5]):
+        with pytest.raises(ValueError, match="must be one or more different prune rates"):
+            nested_plans(stats, rates, experts_per_token=1)
+    with pytest.raises(ValueError, match="within belongs to one plan"):
+        nested_plans(stats, [0.5], experts_per_token=1, within=np.ones((L, E), int))

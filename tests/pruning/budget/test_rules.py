@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from pruning.budget.rule import common_budget, make_plan
+from pruning.budget.rules import GROUPS, RULES, STANDARD, check_needs, select_rules
+from tests.support.synthetic import statistics
+
+L, E, F, BLOCK = 3, 4, 8, 2
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_keeps_the_budget_exactly_and_leaves_enough_experts(name):
+    stats = statistics(L, E, F, seed=3)
+    stats = stats.replace(
+        similarity=stats.similarity + np.swapaxes(stats.similarity, 1, 2),
+        output_gram=np.einsum("lie,lje->lij", stats.output_gram, stats.output_gram),
+    )
+    budget = common_budget((L, E, F), 0.25, BLOCK)
+    plan = make_plan(
+        RULES[name], stats, budget=budget, block=BLOCK, experts_per_token=2,
+        layer_indices=(1, 2, 4),
+    )  # fmt: skip
+    assert plan.keep.sum() == budget == 72
+    assert (plan.counts % BLOCK == 0).all()
+    assert ((plan.counts > 0).sum(axis=1) >= 2).all()
+    if RULES[name].options.get("width") == "experts":
+        assert set(np.unique(plan.counts)) == {0, F}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_needs_no_statistics_but_those_it_names(name):
+    everything = statistics(L, E, F)
+    stats = everything.replace(
+        similarity=everything.similarity + np.swapaxes(everything.similarity, 1, 2)
+    )
+    owners = {
+        "gradients": ("taylor", "abs_taylor", "fisher", "gate_saliency", "gradient_square"),
+        "expert-details": ("output_sum", "output_coordinate_square", "output_gram", "clipped_phi",
+                           "similarity", "wanda_up", "wanda_gate", "input_square"),
+        "weight-gradients": ("weight_gradient",),
+    }  # fmt: skip
+    assert set(owners) == set(GROUPS)
+    for group in set(GROUPS) - RULES[name].needs:
+        stats = stats.replace(**dict.fromkeys(owners[group]))
+    arguments = {"block": BLOCK, "experts_per_token": 1, "layer_indices": range(L)}
+    plan = make_plan(RULES[name], stats, budget=72, **arguments)
+    assert plan.keep.sum() == 72
+
+
+def test_names_and_patterns_select_rules_once():
+    assert select_rules(["fair-*", "fair-act"], RULES) == [
+        name for name in RULES if name.startswith("fair-")
+    ]
+    assert select_rules(["standard"], RULES) == list(STANDARD)
+    assert select_rules(["all"], RULES) == list(RULES)
+    check_needs(STANDARD, frozenset())
+
+
+def test_an_unknown_rule_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'uniform-energy'"):
+        select_rules(["uniform-enrgy"], RULES)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("uniform-fisher", "--gradients"), ("naee", "--expert-details"),
+     ("uniform-wg", "--weight-gradients")],
+)  # fmt: skip
+def test_a_rule_without_its_statistics_is_refused_with_the_flag(name, flag):
+    with pytest.raises(ValueError, match=f"{name} need .*add {flag}"):
+        check_needs(["random", name], frozenset())
+
+
+def test_a_rate_that_not_all_rules_can_keep_exactly_is_refused_with_those_they_can():
+    assert common_budget((L, E, F), 0.3, BLOCK) == 72
+    with pytest.raises(ValueError, match=r"prune_rate=0.1 .*possible are 0.75, 0.5, 0.25"):
+        common_budget((L, E, F), 0.1, BLOCK)

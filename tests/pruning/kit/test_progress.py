@@ -1,0 +1,47 @@
+"""What every stage cost, and what people see of it."""
+
+import json
+import subprocess
+import sys
+
+from pruning.kit.progress import Steps
+
+TWO_STAGES = """
+import json, sys
+import numpy as np
+from pruning.kit.progress import Steps
+steps = Steps(quiet=True)
+with steps.bar("large"):
+    held = np.ones(200 << 20, np.uint8)
+del held
+with steps.bar("small"):
+    np.ones(1 << 20, np.uint8)
+print(json.dumps([stage["peak_memory_bytes"] for stage in steps.stages]))
+"""
+
+
+def test_a_stage_reports_its_own_peak_and_not_that_of_an_earlier_one():
+    done = subprocess.run([sys.executable, "-c", TWO_STAGES], capture_output=True, text=True)
+    large, small = json.loads(done.stdout)
+    assert 190e6 < large - small < 230e6, done.stdout + done.stderr
+
+
+def test_stages_are_remembered_in_order_and_end_complete(capsys):
+    steps = Steps()
+    with steps.bar("first") as on_step:
+        on_step(1, 3)
+    with steps.bar("second"):
+        pass
+    steps.say("a line [with brackets] that is not wrapped " + "x" * 100)
+    shown = capsys.readouterr().err
+    assert [stage["name"] for stage in steps.stages] == ["first", "second"]
+    assert "3/3" in shown and "1/1" in shown
+    assert "a line [with brackets] that is not wrapped " + "x" * 100 in shown
+
+
+def test_quiet_steps_show_nothing(capsys):
+    steps = Steps(quiet=True)
+    with steps.bar("hidden"):
+        steps.say("hidden too")
+    assert capsys.readouterr().err == ""
+    assert steps.stages[0]["seconds"] >= 0

@@ -1,0 +1,78 @@
+"""Evaluation windows and quality numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax.transformer import init
+from pruning.measure.quality import evaluate, make_windows
+from tests.pruning.scores.test_layer import CONFIG
+
+
+@given(st.integers(2, 90), st.integers(2, 20), st.data())
+def test_every_token_but_the_first_is_scored_exactly_once(length, window, data):
+    stride = data.draw(st.integers(1, window - 1))
+    windows = make_windows(list(range(length)), window=window, stride=stride)
+    targets = windows.tokens[:, 1:][windows.scored]
+    assert sorted(targets.tolist()) == list(range(1, length))
+    assert windows.valid[:, 1:][windows.scored].all()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return init(CONFIG, jax.random.key(1))
+
+
+def test_nll_equals_a_softmax_by_hand_and_a_model_agrees_with_itself(model):
+    tokens = np.random.default_rng(0).integers(0, 64, 40)
+    windows = make_windows(tokens, window=16, stride=15)
+    quality, reference = evaluate(model, windows, batch=2)
+    forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
+    logits = np.asarray(
+        forward(model, jnp.asarray(windows.tokens), jnp.asarray(windows.valid)), np.float64
+    )
+    total = 0.0
+    for row, text, scored in zip(logits, windows.tokens, windows.scored, strict=True):
+        for t in np.flatnonzero(scored):
+            total += np.log(np.exp(row[t]).sum()) - row[t, text[t + 1]]
+    assert quality.nll == pytest.approx(total / 39, rel=1e-5)
+    assert quality.tokens == 39
+    again, _ = evaluate(model, windows, reference=reference, batch=2)
+    assert again.kl == pytest.approx(0, abs=1e-6)
+    assert again.top1 == 1.0
+
+
+def test_another_model_disagrees(model):
+    windows = make_windows(np.arange(30), window=16)
+    _, reference = evaluate(model, windows)
+    other, _ = evaluate(init(CONFIG, jax.random.key(2)), windows, reference=reference)
+    assert other.kl > 0 and other.top1 < 1
+
+
+def test_divergence_and_agreement_equal_those_of_the_logits_by_hand(model):
+    tokens = np.random.default_rng(1).integers(0, 64, 300)  # more than one block of positions
+    windows = make_windows(tokens, window=16, stride=15)
+    other = init(CONFIG, jax.random.key(2))
+    _, reference = evaluate(model, windows)
+    quality, _ = evaluate(other, windows, reference=reference)
+    forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
+    dense, small = (
+        np.asarray(forward(m, jnp.asarray(windows.tokens), jnp.asarray(windows.valid)), np.float64)
+        for m in (model, other)
+    )
+    p, q = (np.exp(v) / np.exp(v).sum(axis=-1, keepdims=True) for v in (dense, small))
+    kl = (p * np.log(p / q)).sum(axis=-1)[:, :-1][windows.scored]
+    same = (dense.argmax(-1) == small.argmax(-1))[:, :-1][windows.scored]
+    assert quality.kl == pytest.approx(kl.mean(), rel=1e-4)
+    assert quality.top1 == pytest.approx(same.mean())
+    assert quality.tokens == 299
+
+
+def test_bad_windows_are_refused():
+    with pytest.raises(ValueError, match="1 tokens"):
+        make_windows([3], window=8)
+    with pytest.raises(ValueError, match="stride=8"):
+        make_windows([3, 4], window=8, stride=8)

@@ -1,0 +1,232 @@
+"""The report survives its file, stands alone as a page, and refuses broken numbers."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pruning.budget.widths import WIDTHS
+from pruning.report.compression import CompressionReport
+from pruning.report.compression_page import figures, page, section_html
+from pruning.report.compression_tables import headlines, tables, terminal_table
+from pruning.report.figures import concentration
+from pruning.report.table import POLICIES, TextTable, allocation_table
+
+L, E, F = 3, 4, 8
+
+
+def report(**changes) -> CompressionReport:
+    rng = np.random.default_rng(0)
+    fractions, curves = concentration(rng.lognormal(size=(L, E, F)), points=5)
+    size = {"bytes": 250, "parameters": 400, "bits_per_parameter": 5.0, "padded_bytes": None}
+    quality = {"nll": 2.0, "perplexity": 7.4, "tokens": 9, "kl": None, "top1": None}
+    check = {"export": "ragged-int4", "check": "reload", "ok": True, "detail": "a < b"}
+    fields = {
+        "model": {"path": "<b>m</b>", "family": "f", "parameters": 500, "bytes": 1000},
+        "recipe": {"prune_rate": 0.5},
+        "environment": {"date": "2026-11-24", "cores": 2},
+        "calibration": {"tokens": 64, "sources": []},
+        "plan": {},
+        "layer_indices": [1, 2, 4],
+        "d_expert": F,
+        "counts": rng.integers(0, F + 1, (L, E)).tolist(),
+        "attribution": rng.random((L, E)).tolist(),
+        "expert_coverage": rng.random((L, E)).tolist(),
+        "layer_coverage": rng.random(L).tolist(),
+        "layer_loss": {"raw": [1.0, 2.0, 3.0], "smoothed": [0.8, 1.0, 1.2]},
+        "concentration": {"fractions": fractions.tolist(), "curves": curves.tolist()},
+        "quantization": [],
+        "sizes": {"source_bytes": 1000, "channels": 96, "channels_kept": 48,
+                  "exports": {"ragged-int4": size}},
+        "quality": {"held-out": {"dense": quality}},
+        "evaluation": {"window": 16, "stride": 16},
+        "stages": [{"name": "score", "seconds": 1.0, "peak_memory_bytes": 10}],
+        "sample": {"prompt": "<script>x</script>", "dense": "a", "compressed": "b",
+                   "export": "ragged-int4"},
+        "verification": [check],
+    }  # fmt: skip
+    return CompressionReport(**{**fields, **changes})
+
+
+def test_a_saved_report_loads_equal(tmp_path):
+    report().save(tmp_path)
+    assert CompressionReport.load(tmp_path / "report.json") == report()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_report_of_another_version_is_refused(tmp_path):
+    report().save(tmp_path)
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
+    with pytest.raises(ValueError, match="version 3"):
+        CompressionReport.load(file)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(broken):
+    with pytest.raises(ValueError, match="layer_coverage"):
+        report(layer_coverage=[0.5, broken, 0.5])
+
+
+def test_the_page_loads_nothing_shows_every_plot_and_escapes_text():
+    text = page(report())
+    assert not re.search(r"https?://|<script|<link|<b>m", text)
+    assert text.count('src="data:image/png;base64,') == len(re.findall("src=", text)) == 5
+    assert "&lt;script&gt;" in text and "&lt;b&gt;m&lt;/b&gt;" in text
+
+
+def test_what_gptq_did_in_every_layer_is_drawn_and_its_fallbacks_are_told():
+    layers = [{"nearest": 0.02, "gptq": 0.01, "matrices": 30, "fallbacks": 2},
+              {"nearest": 0.03, "gptq": 0.02, "matrices": 30, "fallbacks": 1}]  # fmt: skip
+    (figure, caption), = [pair for pair in figures(report(quantization=layers))
+                          if "rounded to nearest" in pair[1]]  # fmt: skip
+    lines = {line.get_label(): np.asarray(line.get_ydata()) for line in figure.axes[0].lines}
+    np.testing.assert_array_equal(lines["GPTQ"], [0.01, 0.02])
+    np.testing.assert_array_equal(lines["rounded to nearest"], [0.02, 0.03])
+    assert "3 of 60 matrices" in caption
+
+
+def settled(**changes) -> CompressionReport:
+    stability = {"tokens": [10, 20, 40], "jaccard": [None, 0.9, 0.95], "halves": 0.8, **changes}
+    return report(calibration={"tokens": 40, "sources": [], "stability": stability},
+                  recipe={"prune_rate": 0.5, "until_stable": 0.98})  # fmt: skip
+
+
+def test_the_page_shows_how_the_kept_set_settled_if_that_is_known():
+    text = page(settled())
+    assert text.count("data:image/png") == 6 and "here 80.0%" in text
+    unknown = settled(jaccard=[None] * 3, halves=None)  # a criterion that needs the whole text
+    assert len(figures(unknown)) == 5
+    figure, _ = figures(settled())[-1]
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    curve = lines["before and after each part"]
+    np.testing.assert_array_equal(curve.get_xdata(), [20, 40])
+    np.testing.assert_array_equal(curve.get_ydata(), [0.9, 0.95])
+    assert set(lines["halves of the text"].get_ydata()) == {0.8}
+    assert set(lines["enough to stop"].get_ydata()) == {0.98}
+    # 48 of 96 channels: two random halves share a quarter of all and cover three quarters.
+    np.testing.assert_allclose(lines["random sets"].get_ydata(), 1 / 3)
+
+
+def test_two_halves_that_were_not_compared_are_left_out_of_the_plot():
+    figure, caption = figures(settled(halves=None))[-1]
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert "halves of the text" not in labels and "here" not in caption
+
+
+def test_a_report_without_text_says_so_everywhere():
+    recipe = {"prune_rate": 0.5, "criterion": "weight", "attribution": "aimer"}
+    found = report(
+        calibration={"tokens": 0, "sources": [], "stability": None}, recipe=recipe,
+        layer_loss={"raw": [1.0] * L, "smoothed": [1.0] * L},
+    )  # fmt: skip
+    text = page(found)
+    assert "No calibration text was read: the weights alone decided (criterion weight" in text
+    assert "<p>No text.</p>" in text and "all layers count alike" in text
+    assert text.count("data:image/png") == 4
+    assert headlines(found)[2].number == "no text"
+    assert "No calibration text" not in page(report())
+
+
+def test_the_page_shows_the_routers_of_a_text():
+    routers = {"router_entropy": [1.0, 0.5, 0.7], "usage": np.full((L, E), 1 / E).tolist()}
+    found = report(calibration={"tokens": 64, "sources": [], **routers})
+    assert len(figures(found)) == len(figures(report())) + 1
+    figure = next(f for f, caption in figures(found) if "entropy of the router" in caption)
+    assert figure.axes[0].get_lines()[0].get_ydata().tolist() == routers["router_entropy"]
+
+
+def test_the_page_draws_the_smoothing_of_the_recipe_thickest():
+    found = report(recipe={"prune_rate": 0.5, "smoothing": "huber"})
+    figure = next(f for f, caption in figures(found) if "under each smoothing" in caption)
+    widths = {line.get_label(): line.get_linewidth() for line in figure.axes[0].get_lines()}
+    assert max(widths, key=lambda label: widths[label]) == "Huber tail"
+
+
+def test_every_plot_says_what_its_axes_are():
+    for figure, caption in figures(settled()):
+        panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+        assert caption and all(axes.get_ylabel() for axes in panels)
+        assert panels[-1].get_xlabel()
+
+
+def test_concentration_is_the_share_of_the_best_channels():
+    fractions, curves = concentration(np.array([[[1.0, 4.0, 2.0, 3.0], [0.0] * 4]]), points=5)
+    np.testing.assert_allclose(fractions, [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(curves[0], [[0, 0.4, 0.7, 0.9, 1], fractions], atol=1e-15)
+
+
+def measured() -> CompressionReport:
+    """Two texts of very different length, with quality by hand."""
+
+    def value(nll, tokens, kl=None, top1=None):
+        return {"nll": nll, "perplexity": np.exp(nll), "tokens": tokens, "kl": kl, "top1": top1}
+
+    quality = {
+        "a-long-name-of-a-text-file-in-a-folder": {
+            "dense": value(2.0, 300),
+            "ragged-int4": value(2.2, 300, 0.1, 0.9),
+        },
+        "b": {"dense": value(3.0, 100), "ragged-int4": value(3.6, 100, 0.4, 0.5)},
+    }
+    return report(quality=quality)
+
+
+def test_the_headline_is_the_mean_over_all_tokens_of_the_smallest_export():
+    smaller, lost, tokens = headlines(measured())
+    assert smaller.number == "4.00" and "ragged-int4" in smaller.detail
+    assert lost.number == "+0.300"  # (300 * 0.2 + 100 * 0.6) / 400
+    assert "1.350" in lost.detail and "80.0%" in lost.detail  # exp(0.3); 0.75 * 90 + 0.25 * 50
+    assert tokens.number == "64" and "400" in tokens.detail
+
+
+def test_the_headline_says_so_when_nothing_was_measured():
+    _, lost, tokens = headlines(report(quality={}))
+    assert "--evaluation" in lost.detail and "none" in tokens.detail
+
+
+def test_parameters_and_those_that_a_token_meets_stand_beside_what_they_were():
+    sizes = report().sizes | {"active_parameters": {"source": 2_500_000, "exports": 1_234_567}}
+    sizes["exports"] = {"ragged-int4": sizes["exports"]["ragged-int4"] | {"parameters": 4_000_000}}
+    model = report().model | {"parameters": 9_990_000}
+    rows = allocation_table(report(sizes=sizes, model=model)).rows
+    assert rows[0] == ["parameters", "4.00 M", "of 9.99 M"]
+    assert rows[1][:2] == ["active parameters", "1.23 M"] and "2.50 M" in rows[1][2]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_folds_names_and_cuts_nothing(columns):
+    console = Console(width=columns, file=io.StringIO(), record=True)
+    console.print(terminal_table(measured()))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= columns
+    text = "\n".join(lines)
+    assert "…" not in text
+    quality = text[text.index("Quality") : text.index("Verification")]
+    first = "".join(line.split()[0] for line in quality.splitlines() if line.strip())
+    assert "a-long-name-of-a-text-file-in-a-folder" in first.replace("ragged-int4", "")
+
+
+def test_numbers_stand_on_the_right_and_words_on_the_left():
+    quality = next(table for table in tables(measured()) if table.title == "Quality")
+    kinds = {name: quality.is_number(i) for i, name in enumerate(quality.header)}
+    words = {name for name, number in kinds.items() if not number}
+    assert words == {"text", "model"}
+
+
+def test_every_width_policy_is_said_in_words():
+    assert set(POLICIES) == set(WIDTHS)
+
+
+def test_names_are_not_broken_at_their_hyphens_and_paths_may_be():
+    path = "data/" + "very-long-name/" * 4
+    html = section_html(TextTable("Rules", ["rule", "text"], [["fair-shapley", path]]))
+    assert "<td><span>fair-shapley</span></td>" in html and f"<td>{path}</td>" in html
+
+
+def test_the_page_has_a_row_for_every_layer():
+    table = page(measured()).split("Layer by layer")[1].split("</table>")[0]
+    assert table.count("<tr>") == 1 + L

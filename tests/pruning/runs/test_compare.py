@@ -1,0 +1,213 @@
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from convert.checkpoint import open_checkpoint
+from moe_jax.norm import rms_norm
+from moe_jax.stream import contexts, embed, forward_hidden, layer_forward
+from pruning.budget.decide import PruningPlan
+from pruning.budget.whole_experts import replacement_vectors
+from pruning.kit.progress import Steps
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.report.comparison import Comparison
+from pruning.runs import compare as comparing
+from pruning.shrink.masked import masked_hidden
+from pruning.shrink.prune import PrunedSource
+from tests.support import command, tiny
+
+RULES = ["random", "uniform-act", "fair-energy", "experts-usage"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return open_checkpoint(tiny.save(tiny.tiny_model("qwen2_moe", mlp_only_layers=[0]), folder))
+
+
+def random_plan(source, seed: int) -> PruningPlan:
+    c = source.config
+    rng = np.random.default_rng(seed)
+    keep = rng.random((len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)) < 0.6
+    keep[:, seed % 4] = False
+    return PruningPlan(keep, tuple(c.moe_layers), {})
+
+
+def test_masked_plans_give_what_the_pruned_models_give(source):
+    tokens, valid = tiny.tokens_and_mask(2, 12)
+    plans = [random_plan(source, seed) for seed in range(3)]
+    found = masked_hidden(source, tokens, valid, plans, batch=1)
+    for plan, states in zip(plans, found, strict=True):
+        expected = forward_hidden(PrunedSource(source, plan), tokens, valid, batch=2)
+        np.testing.assert_allclose(states[valid], expected[valid], rtol=2e-5, atol=2e-5)
+    assert np.abs(found[0] - found[1])[valid].max() > 0.01
+
+
+def test_a_constant_stands_in_with_the_routing_weight_of_its_expert(source):
+    """Against a loop over tokens and experts in numpy, on the last layer's input."""
+    c, (tokens, valid) = source.config, tiny.tokens_and_mask(2, 12)
+    plan = random_plan(source, 1)
+    last = len(source) - 1
+    plan.keep[:] = True
+    plan.keep[plan.layer_indices.index(last), [1, 5]] = False
+    rng = np.random.default_rng(0)
+    sums = rng.normal(size=(len(plan.layer_indices), c.moe.num_experts, c.d_model))
+    routed = np.full(sums.shape[:2], 2.0)
+    constants = replacement_vectors(sums, routed, plan.counts)
+    replaced = dataclasses.replace(plan, constants=constants)
+    plain, added = masked_hidden(source, tokens, valid, [plan, replaced], batch=2)
+    np.testing.assert_array_equal(
+        replaced.added(plan.layer_indices.index(last))[[1, 5]], constants[-1]
+    )
+    weight = routing_weights(source, tokens, valid)  # [B, T, E]
+    expected = sum(weight[:, :, e, None] * sums[-1, e] / 2.0 for e in (1, 5))
+    assert np.abs(expected[valid]).max() > 0.1
+    np.testing.assert_allclose((added - plain)[valid], expected[valid], rtol=1e-4, atol=2e-5)
+
+
+def routing_weights(source, tokens, valid) -> np.ndarray:
+    # The last layer's router by numpy, on hidden states of the layers before it.
+    x = jnp.asarray(embed(source, tokens, jnp.float32))
+    (place,) = contexts(source, valid, len(tokens))
+    for index in range(len(source) - 1):
+        x = layer_forward(source.layer(index), x, place)
+    layer = source.layer(len(source) - 1)
+    middle = layer.attend(x, place)[0]
+    normed = np.asarray(rms_norm(middle, layer.mlp_norm, layer.norm_eps), np.float64)
+    logits = normed @ np.asarray(layer.mlp.router, np.float64).T
+    probability = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probability /= probability.sum(axis=-1, keepdims=True)
+    k = source.config.moe.experts_per_token
+    chosen = probability >= np.sort(probability, axis=-1)[..., -k, None]
+    weight = np.where(chosen, probability, 0.0)
+    if source.config.moe.renormalize:
+        weight /= weight.sum(axis=-1, keepdims=True)
+    return weight
+
+
+@pytest.fixture(scope="module")
+def recipe(models, texts, tmp_path_factory) -> CompressionRecipe:
+    return CompressionRecipe(
+        model=str(models / "single"), output=str(tmp_path_factory.mktemp("compare") / "out"),
+        calibration=(str(texts / "good.txt"),), evaluation=(str(texts / "good.txt"),), batch=4,
+        block=8,
+    )  # fmt: skip
+
+
+def run(recipe, rules=RULES, rates=(0.25, 0.5), **changes) -> Comparison:
+    return comparing.compare(
+        dataclasses.replace(recipe, **changes), rates, rules, evaluation_tokens=60,
+        steps=Steps(quiet=True),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Comparison:
+    return run(recipe, output=str(tmp_path_factory.mktemp("whole") / "out"))
+
+
+def test_all_rules_keep_the_same_channels_and_are_ranked_by_their_loss(whole):
+    assert len(whole.results) == 2 * (3 + len(RULES) - 1) and not whole.refused
+    for rate in whole.rates:
+        assert len({result.kept for result in whole.results if result.rate == rate}) == 1
+    added = [line.added for line in whole.lines() if line.rate == 0.25]
+    assert added == sorted(added) and len(added) == len(RULES)
+    assert next(line for line in whole.lines() if line.rule == "random").spread > 0.0
+
+
+def test_losses_are_given_as_a_share_of_what_random_channels_add(whole):
+    added = {}
+    for r in whole.results:
+        gap = np.mean([q["nll"] - whole.dense[text]["nll"] for text, q in r.quality.items()])
+        added.setdefault((r.rule, r.rate), []).append(gap)
+    for line in whole.lines():
+        chance = np.mean(added["random", line.rate])
+        wanted = np.mean(added[line.rule, line.rate]) / chance if chance > 0 else np.nan
+        np.testing.assert_allclose(line.of_random, wanted, rtol=1e-12)
+    assert any(line.of_random > 0 for line in whole.lines() if line.rule != "random")
+    without = whole.only([rule for rule in RULES if rule != "random"], whole.rates)
+    assert all(np.isnan(line.of_random) for line in without.lines())
+    column = without.table().header.index("÷ random")
+    assert {row[column] for row in without.table().rows} == {"-"}
+
+
+@pytest.mark.parametrize(("width", "shown"), [
+    (120, ["+nats", "÷ random", "KL", "top-1"]), (90, ["+nats", "÷ random", "KL"]),
+    (60, ["+nats", "÷ random"]),
+])  # fmt: skip
+def test_a_narrow_terminal_leaves_columns_out_and_breaks_no_number(whole, width, shown):
+    table = whole.terminal_table(width)
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()
+    kind = lambda name: name.split(" 0.")[0]  # noqa: E731
+    names = [kind(str(column.header)) for column in table.columns][2:]
+    assert list(dict.fromkeys(names)) == shown
+    columns = [c for c, name in enumerate(whole.table().header) if kind(name) in shown]
+    for row in whole.table().rows:
+        assert all(number in text for column in columns for number in row[column].split())
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_file(
+    recipe, whole, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr(comparing, "GROUP", 5)
+    original, calls = comparing._run_group, []
+
+    def stop_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(comparing, "_run_group", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    assert len(Comparison.load(file_of(recipe)).results) == 5
+    found = run(recipe)
+    assert len(calls) == 4  # 5 of 12 were done
+    for one, other in zip(found.results, whole.results, strict=True):
+        assert dataclasses.replace(one, quality={}) == dataclasses.replace(other, quality={})
+        for text, quality in one.quality.items():
+            assert quality == pytest.approx(other.quality[text], rel=1e-5, abs=1e-6)
+    before = file_of(recipe).read_bytes()
+    run(recipe)
+    assert file_of(recipe).read_bytes() == before and len(calls) == 4
+    run(recipe, rules=["layer-topk-energy"], rates=[0.25])
+    assert len(Comparison.load(file_of(recipe)).results) == 13
+
+
+def file_of(recipe):
+    return Path(recipe.output) / "compare.json"
+
+
+def test_results_of_other_texts_are_refused_unless_overwritten(recipe):
+    run(recipe, rules=["uniform-act"], rates=[0.25])
+    path = file_of(recipe)
+    stored = json.loads(path.read_text())
+    stored["key"]["model_hash"] = "another"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"results of another model_hash; .*--overwrite"):
+        run(recipe, rules=["uniform-act"], rates=[0.25])
+    found = run(recipe, rules=["uniform-act"], rates=[0.25], overwrite=True)
+    assert len(found.results) == 1
+
+
+def test_the_command_prints_the_ranking_and_writes_table_and_page(models, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ("compare", models / "single", *command.given(texts, out), "--rules", "uniform-*e*")
+    assert command.run("--quiet", *arguments, "--prune-rate", 0.5) == 2
+    assert "--gradients" in capsys.readouterr().err and not out.exists()
+    arguments = (*arguments[:-1], "uniform-energy", "--evaluation", texts / "good.txt")
+    assert command.run("--quiet", *arguments, "--prune-rate", 0.5) == 0
+    assert "uniform-energy" in capsys.readouterr().out
+    rows = (out / "compare.csv").read_text().splitlines()
+    assert len(rows) == 2 and rows[1].startswith("uniform-energy,uniform,0.5,0,")
+    page = (out / "compare.html").read_text()
+    assert "uniform-energy" in page and "data:image/png" in page
+    assert "http" not in page and 'src="/' not in page

@@ -1,0 +1,220 @@
+"""The demo through the command line, as a user runs it, and what its output must hold."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from pruning.cli import main
+from pruning.stages.job import DEMO
+
+TEXTS = sorted(str(path) for path in (DEMO / "text").glob("evaluation-*.txt"))
+CALIBRATION = str(DEMO / "text" / "calibration.jsonl")
+SMALL = ["--max-tokens", "16384", "--batch", "4"]
+
+
+def run(*arguments: str) -> int:
+    return main(["--quiet", *map(str, arguments)])
+
+
+def held_out(folder: Path, characters: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "held-out.txt"
+    path.write_text("\n".join(Path(name).read_text()[:characters] for name in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A short held-out text, so that evaluation is quick; no verdict hangs on it."""
+    return held_out(tmp_path_factory.mktemp("text"), 1000)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory, text) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    formats = ["ragged-int4", "ragged-bf16"]
+    code = run("compress", "demo", "--output", out, "--evaluation", text, "--export", *formats,
+               *SMALL)  # fmt: skip
+    assert code == 0
+    return out
+
+
+def test_the_output_folder_keeps_its_contract(output):
+    names = {path.name for path in output.iterdir()}
+    assert {"recipe.yaml", "statistics.safetensors", "statistics.json", "plan.json",
+            "plan.safetensors", "parts", "exports", "report.json",
+            "report.html"} == names  # fmt: skip
+    recipe = yaml.safe_load((output / "recipe.yaml").read_text())
+    assert recipe["prune_rate"] == 0.25 and recipe["group_size"] == 32
+    keep = load_file(output / "plan.safetensors")
+    assert set(keep) == {f"keep.{layer}" for layer in range(4)}
+    assert all(mask.shape == (16, 128) and mask.dtype == bool for mask in keep.values())
+    assert sum(mask.sum() for mask in keep.values()) == 0.75 * 4 * 16 * 128
+
+
+def test_the_exported_tensors_are_the_kept_channels_of_the_source(output):
+    source = load_file(DEMO / "model" / "model.safetensors")
+    stored = load_file(output / "exports" / "ragged-bf16" / "model.safetensors")
+    keep = load_file(output / "plan.safetensors")
+    for layer in range(4):
+        for expert in range(16):
+            index = np.flatnonzero(keep[f"keep.{layer}"][expert])
+            prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+            if not len(index):
+                assert not any(name.startswith(prefix) for name in stored)
+                continue
+            for name in ("gate_proj", "up_proj"):
+                expected = source[f"{prefix}{name}.weight"][index]
+                np.testing.assert_array_equal(stored[f"{prefix}{name}.weight"], expected)
+            expected = source[f"{prefix}down_proj.weight"][:, index]
+            np.testing.assert_array_equal(stored[f"{prefix}down_proj.weight"], expected)
+    for name in set(source) - {name for name in source if ".experts." in name}:
+        np.testing.assert_array_equal(stored[name], source[name])
+
+
+def test_the_report_says_what_is_on_disk_and_every_check_holds(output):
+    report = json.loads((output / "report.json").read_text())
+    for name in ("ragged-int4", "ragged-bf16"):
+        size = sum(f.stat().st_size for f in (output / "exports" / name).glob("*.safetensors"))
+        assert report["sizes"]["exports"][name]["bytes"] == size
+        assert size < report["sizes"]["source_bytes"]
+    assert all(check["ok"] for check in report["verification"])
+    # four figures of the plan, and how the kept set settled over the parts of the text
+    assert (output / "report.html").read_text().count("data:image/png") == 7
+    assert (output / "report.html").stat().st_size < 2e6
+    routers = report["calibration"]
+    np.testing.assert_allclose(np.sum(routers["usage"], axis=1), np.ones(4))
+    assert all(0 < entropy < np.log(16) for entropy in routers["router_entropy"])
+    checks = {(check["export"], check["check"]) for check in report["verification"]}
+    assert ("ragged-int4", "logits in transformers") in checks
+    (quality,) = report["quality"].values()
+    assert quality["dense"]["nll"] < quality["pruned"]["nll"]
+    assert quality["ragged-int4"]["kl"] > 0
+    # 16-bit weights on disk are those in memory
+    assert quality["ragged-bf16"]["nll"] == pytest.approx(quality["pruned"]["nll"], abs=1e-4)
+
+
+def test_the_model_card_of_an_export_says_what_was_measured_of_it(output):
+    report = json.loads((output / "report.json").read_text())
+    ((text, quality),) = report["quality"].items()
+    for name in ("ragged-int4", "ragged-bf16"):
+        folder = output / "exports" / name
+        _, front, card = (folder / "README.md").read_text().split("---\n", 2)
+        front = yaml.safe_load(front)
+        assert front["license"] == "apache-2.0" and name.partition("-")[2] in front["tags"]
+        base = (DEMO / "model" / "README.md").read_bytes()
+        assert (folder / "BASE_README.md").read_bytes() == base
+        rows = [line.strip("| ").split(" | ") for line in card.splitlines()
+                if line.startswith(f"| {text} | ")]  # fmt: skip
+        assert [cells[1] for cells in rows] == ["dense", "pruned", name]
+        for cells in rows:
+            found = quality[cells[1]]
+            assert cells[2:4] == [f"{found['perplexity']:.3f}", f"{found['nll']:.4f}"]
+            if found["kl"] is not None:
+                assert cells[4:6] == [f"{found['kl']:.4f}", f"{100 * found['top1']:.1f}%"]
+            assert cells[6] == f"{found['tokens']:,}"
+        size = report["sizes"]["exports"][name]
+        assert f" | {size['bytes']:,} |" in card and f" | {size['parameters']:,} |" in card
+        assert "Nothing was measured" not in card
+
+
+def test_a_second_run_into_the_same_folder_is_refused(output, text, capsys):
+    assert run("compress", "demo", "--output", output, "--evaluation", text) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_stages_read_what_the_stage_before_wrote(output, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("score", "demo", "--output", out, *SMALL) == 0
+    # A sweep writes a folder per rate that the later stages take like any other.
+    assert run("plan", out, "--prune-rate", "0.25", "0.5") == 0
+    assert run("export", out / "plans" / "0.5", "--export", "ragged-bf16") == 0
+    stored = load_file(out / "plans" / "0.5" / "exports" / "ragged-bf16" / "model.safetensors")
+    widths = [v.shape[0] for n, v in stored.items() if ".experts." in n and "gate_proj" in n]
+    assert sum(widths) == 0.5 * 4 * 16 * 128
+    assert run("plan", out, "--prune-rate", "0.25") == 0
+    assert run("export", out, "--export", "padded-bf16") == 0
+    assert run("verify", out) == 0
+    capsys.readouterr()
+    # The plan of a ragged run has widths of its own; the statistics equal those of compress.
+    ours, theirs = (load_file(folder / "statistics.safetensors") for folder in (out, output))
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+    json_path = tmp_path / "quality.json"
+    folder = out / "exports" / "padded-bf16"
+    assert run("eval", folder, "--text", text, "--json", json_path) == 0
+    found = json.loads(json_path.read_text())
+    assert found["window"] == 256 and found["stride"] == 128
+    (quality,) = found["texts"].values()
+    report = json.loads((output / "report.json").read_text())
+    (expected,) = report["quality"].values()
+    assert quality["nll"] == pytest.approx(expected["pruned"]["nll"], abs=1e-4)
+    assert run("report", output) == 0
+    assert "ragged-int4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_pruning_what_matters_least_costs_clearly_less_than_pruning_at_random(output, tmp_path):
+    """Held-out loss at 25 %: the default rule against random channels, three seeds."""
+    losses = {}
+    text = ("--text", held_out(tmp_path, 4000), "--stride", "255")  # windows next to each other
+    out = shutil.copytree(output, tmp_path / "out")
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    default = (recipe["criterion"], recipe["planner"], 0)
+    variants = [default, *(("random", "uniform", seed) for seed in range(3))]
+    for criterion, planner, seed in variants:
+        changed = recipe | {"criterion": criterion, "planner": planner, "seed": seed}
+        (out / "recipe.yaml").write_text(yaml.safe_dump(changed))
+        json_path = tmp_path / "sweep.json"
+        code = run("eval", out, "--prune-rate", "0.25", *text, "--json", json_path)
+        assert code == 0
+        rows = json.loads(json_path.read_text())["texts"]
+        dense, pruned = (next(iter(rows[name].values()))["nll"] for name in rows)
+        losses[criterion, seed] = pruned - dense
+    ours = losses.pop((default[0], 0))
+    assert 0 < ours < 0.75 * min(losses.values()), (ours, losses)
+
+
+def test_inspect_counts_parameters_from_headers(capsys):
+    assert run("inspect", "demo") == 0
+    found = json.loads(capsys.readouterr().out)
+    source = load_file(DEMO / "model" / "model.safetensors")
+    assert found["parameters"] == sum(value.size for value in source.values())
+    assert found["family"] == "qwen3_moe" and found["experts_per_layer"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prune-rate", "1.0"], r"prune_rate=1.0 must lie in \[0, 1\)"),
+        (["--group-size", "128", "--block", "96"], "block=96 must be a multiple of group_size=128"),
+        (["--criterion", "acts"], "did you mean 'act'"),
+        (["--calibration", "missing.txt"], "missing.txt does not exist"),
+        (["--block", "3", "--bits", "16"], "block=3"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(tmp_path, capsys, arguments, message):
+    import re
+
+    out = tmp_path / "out"
+    assert run("compress", "demo", "--output", out, *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (out / "statistics.safetensors").exists()
+
+
+def test_help_of_every_command_teaches_with_an_example():
+    for command in (
+        "compress", "inspect", "score", "plan", "export", "apply", "verify", "eval", "report",
+    ):  # fmt: skip
+        found = subprocess.run(
+            [sys.executable, "-m", "pruning", command, "--help"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert f"moe-compress {command}" in found.stdout.split("example:")[1]

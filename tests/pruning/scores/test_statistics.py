@@ -1,0 +1,108 @@
+"""Statistics survive their files, and damaged files are refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pruning.scores.statistics import (
+    ChannelStatistics,
+    field_shapes,
+    load_statistics,
+    save_statistics,
+)
+from tests.support.synthetic import statistics
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    save_statistics(path, statistics(2, 3, 4), {"model_hash": "abc", "texts": ["a", "ü"]})
+    return path
+
+
+@pytest.mark.parametrize("details", [True, False])
+def test_every_sum_and_the_provenance_come_back(tmp_path, details):
+    saved = statistics(2, 3, 4, gradients=details, expert_details=details)
+    path = tmp_path / "statistics.safetensors"
+    save_statistics(path, saved, {"model_hash": "abc", "texts": ["a", "ü"]})
+    loaded, provenance = load_statistics(path)
+    assert loaded.groups == saved.groups
+    for field in dataclasses.fields(saved):
+        if getattr(saved, field.name) is None:
+            assert getattr(loaded, field.name) is None
+            continue
+        np.testing.assert_array_equal(getattr(loaded, field.name), getattr(saved, field.name))
+        # comparing broadcasts, so that a scalar which came back as a vector would pass
+        assert np.shape(getattr(loaded, field.name)) == np.shape(getattr(saved, field.name))
+    assert float(loaded.total_tokens) == 100.0
+    assert loaded.hidden_square.dtype == np.float64
+    assert loaded.shape == (2, 3, 4) and loaded.has_gradients is details
+    assert provenance["model_hash"] == "abc" and provenance["texts"] == ["a", "ü"]
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "statistics.safetensors", "statistics.json",
+    }  # fmt: skip
+
+
+def test_saving_again_replaces_both_files(path):
+    save_statistics(path, statistics(1, 2, 3, seed=1), {"model_hash": "def"})
+    loaded, provenance = load_statistics(path)
+    assert loaded.shape == (1, 2, 3) and provenance["model_hash"] == "def"
+
+
+def test_arrays_that_are_not_contiguous_are_saved_by_value(tmp_path):
+    saved = statistics(2, 3, 4)
+    turned = saved.replace(energy=saved.energy.transpose(0, 2, 1).copy().transpose(0, 2, 1))
+    assert not turned.energy.flags.c_contiguous
+    save_statistics(tmp_path / "s.safetensors", turned, {})
+    loaded, _ = load_statistics(tmp_path / "s.safetensors")
+    np.testing.assert_array_equal(loaded.energy, saved.energy)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_missing_file_is_named_with_the_command_that_writes_it(path, suffix):
+    gone = path.with_suffix(suffix)
+    gone.unlink()
+    with pytest.raises(
+        ValueError, match=rf"statistics\{suffix} does not exist.*moe-compress score"
+    ):
+        load_statistics(path)
+
+
+def test_notes_that_are_not_json_are_refused(path):
+    notes = path.with_suffix(".json")
+    notes.write_text(notes.read_text(encoding="utf-8")[:20], encoding="utf-8")
+    with pytest.raises(ValueError):
+        load_statistics(path)
+
+
+@pytest.mark.parametrize("format", [None, 0, 1, "2"])
+def test_another_format_is_refused(path, format):
+    notes = path.with_suffix(".json")
+    header = json.loads(notes.read_text(encoding="utf-8"))
+    notes.write_text(json.dumps(header | {"format": format}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"format=.*expected 2; score again"):
+        load_statistics(path)
+
+
+def test_missing_and_unexpected_arrays_are_named(path):
+    arrays = load_file(path)
+    del arrays["energy"]
+    save_file(arrays | {"surplus": np.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"missing \['energy'\], unexpected \['surplus'\]"):
+        load_statistics(path)
+
+
+def test_the_announced_shapes_are_fields_of_the_statistics():
+    groups = ("gradients", "expert-details", "weight-gradients")
+    groups += ("nll-ig", "nll-ablate", "nll-grad2", "weights-only")
+    shapes = field_shapes(2, 3, 4, 5, groups)
+    assert shapes.keys() == {field.name for field in dataclasses.fields(ChannelStatistics)}
+    sums = field_shapes(2, 3, 4, 5, groups, finished=False)
+    # what is left over is no sum over tokens
+    left = {"similarity", "wanda_up", "wanda_gate", "weight_gradient", "noise"}
+    assert shapes.keys() - sums.keys() == left
+    assert shapes["energy"] == (2, 3, 4) and shapes["output_sum"] == (2, 3, 5)
+    assert shapes["output_gram"] == (2, 3, 3) and shapes["total_tokens"] == ()
