@@ -1,16 +1,21 @@
 """Hugging Face checkpoints to moe_jax and back."""
 
-from convert.checkpoint import (
-    Checkpoint,
-    layer_tensors,
-    load_model,
-    open_checkpoint,
-    outer_tensors,
-)
-from convert.families import FAMILIES, find_family
-from convert.reader import CheckpointError, SafetensorsFolder
-from convert.rules import Family, expected_tensors
-from convert.writer import portable_config, write_folder
+from typing import TYPE_CHECKING
+
+from moe_jax.facade import lazy_face
+
+if TYPE_CHECKING:
+    from convert.checkpoint import (
+        Checkpoint,
+        layer_tensors,
+        load_model,
+        open_checkpoint,
+        outer_tensors,
+    )
+    from convert.families import FAMILIES, find_family
+    from convert.reader import CheckpointError, SafetensorsFolder
+    from convert.rules import Family, expected_tensors
+    from convert.writer import portable_config, write_folder
 
 __all__ = [
     "FAMILIES",
@@ -27,3 +32,18 @@ __all__ = [
     "portable_config",
     "write_folder",
 ]
+
+_HOMES = {
+    "checkpoint": (
+        "Checkpoint",
+        "layer_tensors",
+        "load_model",
+        "open_checkpoint",
+        "outer_tensors",
+    ),
+    "families": ("FAMILIES", "find_family"),
+    "reader": ("CheckpointError", "SafetensorsFolder"),
+    "rules": ("Family", "expected_tensors"),
+    "writer": ("portable_config", "write_folder"),
+}
+__getattr__, __dir__ = lazy_face(__name__, _HOMES)

@@ -21,6 +21,7 @@ from convert.mtp import check_mtp_width, mtp_arrays, mtp_prefixes, mtp_specs, mt
 from convert.rules import EMBEDDING, Family, Widths, expected_tensors
 from convert.writer import portable_config, write_folder
 from moe_jax.config import ModelConfig
+from moe_jax.errors import InputError
 from moe_jax.quant import MIN_SCALE
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource
@@ -211,7 +212,7 @@ def export_checkpoint(
       The folder.
 
     Raises:
-      ValueError: as of `check_widths`.
+      InputError: as of `check_widths`.
       FileExistsError: if the target exists.
       OSError: if the disk is too small.
     """
@@ -276,7 +277,7 @@ def _require_all(found: Set[str], wanted: Set[str], form: ExportFormat) -> None:
     # Only what fills an expert up may be made here, not given.
     missing = {name for name in wanted - found if form.is_ragged or not _of_expert(name)}
     if missing or found - wanted:
-        raise ValueError(
+        raise InputError(
             f"the model is another than the one that {form.name} is to hold: it lacks "
             f"{sorted(missing)[:3]} and has {sorted(found - wanted)[:3]} beside; export it with "
             "the widths and the constants that it has"
@@ -300,7 +301,7 @@ def _as_coded(
     if weight is not None:
         own = weight.codes.shape[1] // weight.scale.shape[1]
         if own != group_size:
-            raise ValueError(
+            raise InputError(
                 f"{name} has one scale per {own} weights; export it with that group size instead "
                 f"of {group_size}"
             )

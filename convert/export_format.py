@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from convert.rules import FORMATS, Family, Widths
 from moe_jax.config import ModelConfig
+from moe_jax.errors import InputError
 from moe_jax.mxfp4 import BLOCK
 
 MTP = ("drop", "keep", "prune")
@@ -29,9 +30,9 @@ class ExportFormat:
 
     def __post_init__(self) -> None:
         if self.mtp not in MTP:
-            raise ValueError(f"mtp={self.mtp!r} is unknown; choose among {', '.join(MTP)}")
+            raise InputError(f"mtp={self.mtp!r} is unknown; choose among {', '.join(MTP)}")
         if self.is_float4 and self.group_size != BLOCK:
-            raise ValueError(
+            raise InputError(
                 f"group_size={self.group_size} must be {BLOCK} for {self.name}, whose blocks the "
                 "format fixes"
             )
@@ -93,7 +94,7 @@ def packed_format(family: Family) -> ExportFormat:
 def check_format(family: Family, form: ExportFormat) -> None:
     """Raise ValueError unless a family can be exported in a format."""
     if form.name not in family.formats:
-        raise ValueError(
+        raise InputError(
             f"export={form.name!r} does not exist for {family.model_type}, because no "
             f"program would read it; choose from {', '.join(family.formats)}"
         )
@@ -102,7 +103,7 @@ def check_format(family: Family, form: ExportFormat) -> None:
 def check_constants(config: ModelConfig, form: ExportFormat) -> None:
     """Raise ValueError if a folder has no place for what emptied experts add."""
     if form.constants and not (form.is_ragged or config.moe.expert_bias):
-        raise ValueError(
+        raise InputError(
             f"export={form.name!r} has no place for constants of emptied experts, which stock "
             "programs know nothing of; export ragged-bf16 or ragged-int4, or plan with "
             "--emptied zero"

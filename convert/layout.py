@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.reader import DTYPES, SINGLE
+from moe_jax.errors import InputError
 
 Spec = tuple[np.dtype, tuple[int, ...]]
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -25,7 +26,7 @@ def plan_shards(specs: Mapping[str, Spec], shard_bytes: float) -> list[list[str]
     """Names per shard, filled in order."""
     unknown = sorted({str(d) for d, _ in specs.values() if np.dtype(d) not in _CODES})
     if unknown or not specs:
-        raise ValueError(f"dtypes {unknown} cannot be written; use {', '.join(DTYPES)}")
+        raise InputError(f"dtypes {unknown} cannot be written; use {', '.join(DTYPES)}")
     shards: list[list[str]] = [[]]
     used = 0
     for name, spec in specs.items():

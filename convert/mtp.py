@@ -15,6 +15,7 @@ from convert.formats.padded import padded_model
 from convert.layout import BFLOAT16, FLOAT32, Spec
 from convert.rules import Family, Rule, Widths, axis_sizes, layer_rules
 from moe_jax.config import ModelConfig
+from moe_jax.errors import InputError
 
 if TYPE_CHECKING:
     from convert.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ def check_mtp(base: "Description", mtp: str) -> None:
         return
     wanted = mtp_tensors(base.family, base.hf_config, base.config)
     if not (wanted and base.mtp):
-        raise ValueError(
+        raise InputError(
             f"mtp={mtp!r} needs layers that predict further tokens, and {base.folder} has none; "
             "choose mtp='drop'"
         )
@@ -93,7 +94,7 @@ def check_mtp(base: "Description", mtp: str) -> None:
         if _rule(base.family, name) and base.mtp.get(name, (None, None))[1] != shape
     ]
     if wrong:
-        raise ValueError(f"mtp={mtp!r} needs whole layers: {'; '.join(wrong[:5])}")
+        raise InputError(f"mtp={mtp!r} needs whole layers: {'; '.join(wrong[:5])}")
 
 
 def check_mtp_width(base: "Description", widths: Widths, form: ExportFormat) -> None:
@@ -101,7 +102,7 @@ def check_mtp_width(base: "Description", widths: Widths, form: ExportFormat) -> 
     check_mtp(base, form.mtp)
     own = base.config.moe.d_expert
     if form.mtp == "keep" and form.is_padded and form.padded_width(widths) != own:
-        raise ValueError(
+        raise InputError(
             f"mtp='keep' leaves experts {own} channels wide in the layers that predict further "
             f"tokens, and {form.name} has one width, {form.padded_width(widths)}, for all, so "
             "programs would load them wrongly; choose mtp='prune' or 'drop', or a ragged format"

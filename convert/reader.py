@@ -12,6 +12,8 @@ from typing import TypeGuard
 import ml_dtypes
 import numpy as np
 
+from moe_jax.errors import InputError
+
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -27,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """Everything that is wrong with a checkpoint, in one message.
 
     Attributes:
@@ -211,9 +213,9 @@ def _read_header(path: Path) -> tuple[bytes, int]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length < 2:
-            raise ValueError(f"{size} bytes hold no safetensors header; download it again")
+            raise InputError(f"{size} bytes hold no safetensors header; download it again")
         if length > min(MAX_HEADER, size - 8):
-            raise ValueError(
+            raise InputError(
                 f"header length {length} exceeds the file ({size} bytes) or the limit; download it "
                 "again"
             )
@@ -224,7 +226,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise ValueError(f"header names {twice} twice")
+        raise InputError(f"header names {twice} twice")
     return dict(pairs)
 
 
@@ -259,16 +261,16 @@ def _spec(entry: object, file: str, data_start: int, size: int) -> TensorSpec:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape = DTYPES.get(fields.get("dtype", "")), fields.get("shape")
     if dtype is None:
-        raise ValueError(f"dtype {fields.get('dtype')!r} is none of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {fields.get('dtype')!r} is none of {', '.join(DTYPES)}")
     offsets = fields.get("data_offsets")
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
-        raise ValueError(f"shape {shape} or data_offsets {offsets} are not natural numbers")
+        raise InputError(f"shape {shape} or data_offsets {offsets} are not natural numbers")
     start, stop = (data_start + offset for offset in offsets)
     expected = math.prod(shape) * dtype.itemsize
     if stop - start != expected:
-        raise ValueError(f"has {stop - start} bytes but its shape {shape} needs {expected}")
+        raise InputError(f"has {stop - start} bytes but its shape {shape} needs {expected}")
     if stop > size:
-        raise ValueError(
+        raise InputError(
             f"ends at byte {stop} of a file of {size} bytes; it is truncated, download it again"
         )
     return TensorSpec(file, dtype, tuple(shape), start, stop)

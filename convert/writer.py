@@ -23,6 +23,7 @@ from convert.layout import (
     shard_files,
 )
 from convert.reader import INDEX
+from moe_jax.errors import InputError
 
 SIDE_FILES = (
     "tokenizer*", "tokenization_*.py", "vocab*", "merges.txt", "*.model", "*.tiktoken",
@@ -56,7 +57,7 @@ def portable_config(hf_config: dict, *, with_mtp: bool = False) -> dict:
       A new dict.
 
     Raises:
-      ValueError: if the model type is unknown.
+      InputError: if the model type is unknown.
     """
     family = find_family(hf_config.get("model_type"))
     gone = ("quantization_config", "auto_map")
@@ -107,7 +108,7 @@ def write_folder(
     Raises:
       FileExistsError: if the target exists and `overwrite` is False.
       OSError: if the disk has too little space.
-      ValueError: if a tensor is missing, unknown, repeated or differs from its spec.
+      InputError: if a tensor is missing, unknown, repeated or differs from its spec.
     """
     target = Path(target)
     if target.exists() and not overwrite:
@@ -170,12 +171,12 @@ def _stream(files, places: dict[str, _Place], tensors: Iterable[tuple[str, np.nd
     for name, value in tensors:
         array = np.ascontiguousarray(value)
         if name not in places:
-            raise ValueError(f"tensor {name} was not announced in specs")
+            raise InputError(f"tensor {name} was not announced in specs")
         place = places[name]
         if name not in missing:
-            raise ValueError(f"tensor {name} came twice")
+            raise InputError(f"tensor {name} came twice")
         if array.dtype != place.dtype or np.shape(value) != tuple(place.shape):
-            raise ValueError(
+            raise InputError(
                 f"tensor {name} is {array.dtype} {list(np.shape(value))} but was announced as "
                 f"{place.dtype} {list(place.shape)}"
             )
@@ -184,7 +185,7 @@ def _stream(files, places: dict[str, _Place], tensors: Iterable[tuple[str, np.nd
         file.write(array.reshape(-1).view(np.uint8).data)
         del missing[name]
     if missing:
-        raise ValueError(f"{len(missing)} tensors never came: {', '.join(list(missing)[:10])}")
+        raise InputError(f"{len(missing)} tensors never came: {', '.join(list(missing)[:10])}")
 
 
 def _write_side_files(

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
+from moe_jax.errors import InputError
 from moe_jax.sharding import Placement, placement
 from moe_jax.structure import VERSION, describe, named_leaves, rebuild
 from moe_jax.transformer import Transformer
@@ -37,7 +38,7 @@ def save_model(path: Path | str, model: Transformer, *, overwrite: bool = False)
 
     Raises:
       FileExistsError: if something is there already, other than a model to be overwritten.
-      ValueError: if a part of the model is of a class that cannot be written down.
+      InputError: if a part of the model is of a class that cannot be written down.
     """
     target = Path(path).absolute()
     replaces = target.exists()
@@ -80,7 +81,7 @@ def restore_model(
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if it holds no saved model, another version's, or a damaged one.
+      InputError: if it holds no saved model, another version's, or a damaged one.
     """
     folder = Path(path).absolute()
     if not folder.is_dir():
@@ -103,7 +104,7 @@ def restore_model(
             arrays = checkpointer.restore(folder, args=items)[ARRAYS]
         except Exception as error:  # orbax raises bare `Exception` at damaged files
             reason = str(error).partition("\n")[0][:300]
-            raise ValueError(f"{folder}: the arrays cannot be read: {reason}") from error
+            raise InputError(f"{folder}: the arrays cannot be read: {reason}") from error
     return jax.tree.unflatten(jax.tree.structure(model), [arrays[name] for name in shapes])
 
 
@@ -119,7 +120,7 @@ def _structure(folder: Path, checkpointer: ocp.Checkpointer) -> Transformer:
     """The saved model with shapes for arrays."""
     for item in (STRUCTURE, ARRAYS):
         if not (folder / item).is_dir():
-            raise ValueError(
+            raise InputError(
                 f"{folder} is no model saved by save_model: it lacks {item}/; Hugging Face folders "
                 "are opened with convert.load_model"
             )
@@ -128,18 +129,18 @@ def _structure(folder: Path, checkpointer: ocp.Checkpointer) -> Transformer:
         structure = checkpointer.restore(folder, args=items)[STRUCTURE]
         version, description = structure["version"], structure["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / STRUCTURE} is damaged: {error!r}") from error
+        raise InputError(f"{folder / STRUCTURE} is damaged: {error!r}") from error
     if version != VERSION:
-        raise ValueError(
+        raise InputError(
             f"{folder} is of version {version} but this moe_jax reads version {VERSION}; restore "
             "it with the moe_jax that saved it"
         )
     try:
         model = rebuild(description)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / STRUCTURE} is damaged: {error}") from error
+        raise InputError(f"{folder / STRUCTURE} is damaged: {error}") from error
     if not isinstance(model, Transformer):
-        raise ValueError(f"{folder / STRUCTURE} is damaged: it describes no Transformer")
+        raise InputError(f"{folder / STRUCTURE} is damaged: it describes no Transformer")
     return model
 
 
@@ -148,7 +149,7 @@ def _check_arrays(folder: Path, checkpointer: ocp.Checkpointer, shapes: dict[str
     try:
         stored = (checkpointer.metadata(folder).item_metadata or {})[ARRAYS].tree
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / ARRAYS} is damaged: {error!r}") from error
+        raise InputError(f"{folder / ARRAYS} is damaged: {error!r}") from error
     kind = lambda leaf: None if leaf is None else (str(leaf.dtype), tuple(leaf.shape))  # noqa: E731
     wrong = [
         f"{name} is {kind(stored.get(name))} instead of {kind(shapes.get(name))}"
@@ -156,7 +157,7 @@ def _check_arrays(folder: Path, checkpointer: ocp.Checkpointer, shapes: dict[str
         if kind(stored.get(name)) != kind(shapes.get(name))
     ]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"{folder}: {len(wrong)} arrays are not what structure/ says: {'; '.join(wrong[:10])}"
         )
 

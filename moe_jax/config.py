@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_jax.errors import InputError
+
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 Score = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2"]
@@ -11,7 +13,7 @@ GroupScore = Literal["max", "top2"]
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise InputError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

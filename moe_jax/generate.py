@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import make_context
+from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import Cache, DecoderLayer, Head, init_caches
 
@@ -44,15 +45,15 @@ def generate(
       The new tokens of each prompt.
 
     Raises:
-      ValueError: if a prompt is empty or the text would not fit the model's context.
+      InputError: if a prompt is empty or the text would not fit the model's context.
     """
     c = model.config
     longest = max((len(prompt) for prompt in prompts), default=0)
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("every prompt needs at least one token; start with the model's bos token")
+        raise InputError("every prompt needs at least one token; start with the model's bos token")
     slots = longest + max_new_tokens
     if slots > c.max_position:
-        raise ValueError(
+        raise InputError(
             f"{longest} prompt tokens + max_new_tokens={max_new_tokens} exceed the context of "
             f"{c.max_position} positions; shorten one of them"
         )

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from moe_jax.errors import InputError
+
 MIN_SCALE = 2.0**-14  # smallest normal float16: every client sees the same scale
 CODE_MIN, CODE_MAX = -8, 7
 # What code -8 stands for over the largest weight of a group. Clipping a few large weights lets all
@@ -83,10 +85,10 @@ def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -
       The QTensor. An all-zero group gets codes 0 and the smallest scale.
 
     Raises:
-      ValueError: if the group size does not divide the axis or cols is odd.
+      InputError: if the group size does not divide the axis or cols is odd.
     """
     if weight.shape[axis] % group_size or weight.shape[1] % 2:
-        raise ValueError(
+        raise InputError(
             f"group_size={group_size} must divide axis {axis} of a weight of shape "
             f"{weight.shape}, whose column count must be even; choose a smaller group size"
         )

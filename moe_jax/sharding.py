@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from moe_jax.errors import InputError
+
 Placement = Callable[[str, Any], Sharding]  # (dotted path, array or its shape) -> where it goes
 
 # Matrices whose second axis is split first: it is the one that the heads or channels of the matrix
@@ -27,10 +29,10 @@ def split_over(mesh: Mesh, axis: str = "model") -> Placement:
       What `restore_model` takes as `sharding`.
 
     Raises:
-      ValueError: if the mesh has no such axis.
+      InputError: if the mesh has no such axis.
     """
     if axis not in mesh.shape:
-        raise ValueError(f"axis={axis!r} is none of the mesh axes {', '.join(mesh.axis_names)}")
+        raise InputError(f"axis={axis!r} is none of the mesh axes {', '.join(mesh.axis_names)}")
     # The layers say nothing about shardings, so the compiler must be free to choose them; meshes of
     # `jax.make_mesh` leave it no choice.
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))

@@ -23,6 +23,7 @@ from moe_jax.config import (
     MoEConfig,
     RopeConfig,
 )
+from moe_jax.errors import InputError
 from moe_jax.experts.moe import DenseMLP, Experts, MoE, SharedExpert
 from moe_jax.norm import Centred
 from moe_jax.quant import QTensor
@@ -50,7 +51,7 @@ def describe(value: Any) -> Any:
       Dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-      ValueError: at a part that is of no known class.
+      InputError: at a part that is of no known class.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -60,7 +61,7 @@ def describe(value: Any) -> Any:
         return {"shape": list(value.shape), "dtype": jnp.dtype(value.dtype).name}
     name = type(value).__name__
     if CLASSES.get(name) is not type(value):
-        raise ValueError(f"a {type(value)} cannot be written down; add it to structure.CLASSES")
+        raise InputError(f"a {type(value)} cannot be written down; add it to structure.CLASSES")
     fields = dataclasses.fields(value)
     return {"class": name} | {field.name: describe(getattr(value, field.name)) for field in fields}
 
@@ -75,7 +76,7 @@ def rebuild(description: Any) -> Any:
       The model without its numbers.
 
     Raises:
-      ValueError: if a class or field is unknown or missing, or a config contradicts itself.
+      InputError: if a class or field is unknown or missing, or a config contradicts itself.
     """
     if isinstance(description, list):
         return tuple(rebuild(part) for part in description)
@@ -86,12 +87,12 @@ def rebuild(description: Any) -> Any:
     fields = {name: rebuild(part) for name, part in description.items() if name != "class"}
     cls = CLASSES.get(description["class"])
     if cls is None:
-        raise ValueError(f"unknown class {description['class']!r}; known are {', '.join(CLASSES)}")
+        raise InputError(f"unknown class {description['class']!r}; known are {', '.join(CLASSES)}")
     known = {field.name: field for field in dataclasses.fields(cls)}
     # A field that came later has a default, which is what the model then was.
     missing = [name for name in known.keys() - fields.keys() if _is_required(known[name])]
     if missing or not fields.keys() <= known.keys():
-        raise ValueError(
+        raise InputError(
             f"{description['class']} has the fields {', '.join(sorted(fields))} but must have "
             f"{', '.join(sorted(known))}; it was written by another version of moe_jax"
         )
@@ -108,7 +109,7 @@ def _leaf(description: dict) -> jax.ShapeDtypeStruct:
         shape = tuple(int(size) for size in description["shape"])
         return jax.ShapeDtypeStruct(shape, jnp.dtype(description["dtype"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{description} describes no array: it needs shape and dtype") from error
+        raise InputError(f"{description} describes no array: it needs shape and dtype") from error
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Attribution-guided channel pruning of Mixture-of-Experts models."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from moe_jax.facade import lazy_face
 
 if TYPE_CHECKING:
     from pruning.budget.budgets import nested_plans
@@ -78,12 +79,4 @@ _HOMES = {
     "budget.targets": ("plan_for_target",),
     "budget.importance": ("PlannerOptions",),
 }
-
-
-def __getattr__(name: str):
-    if name == "plots":
-        return importlib.import_module("pruning.report.figures")
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"pruning.{module}"), name)
-    raise AttributeError(f"module 'pruning' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_face(__name__, _HOMES, {"plots": "report.figures"})

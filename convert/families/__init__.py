@@ -19,6 +19,7 @@ from convert.families import (
 from convert.formats.ragged import emptied_model, has_constants, stock_config
 from convert.rules import RAGGED, Family
 from moe_jax.config import ModelConfig
+from moe_jax.errors import InputError
 
 _STOCK = (
     qwen2_moe.FAMILY,
@@ -59,12 +60,12 @@ def find_family(model_type: str | None) -> Family:
     """The family of a model type.
 
     Raises:
-      ValueError: if it is unknown; names the nearest and all known ones.
+      InputError: if it is unknown; names the nearest and all known ones.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
-    raise ValueError(
+    raise InputError(
         f"model_type={model_type!r} is unknown; the nearest is {near[0]!r}, "
         f"known are {', '.join(FAMILIES)}"
     )

@@ -8,13 +8,14 @@ from convert.families import hf_config
 from convert.families.tables import DENSE, EXPERTS, LATENT_ATTENTION, NORMS, SHARED
 from convert.rules import Family
 from moe_jax.config import LatentAttentionConfig, ModelConfig, MoEConfig
+from moe_jax.errors import InputError
 
 
 def latent_attention(hf: dict) -> LatentAttentionConfig:
     """Attention of DeepSeek-V2 and V3.
 
     Raises:
-      ValueError: if a key is missing or key/value heads are fewer than query heads.
+      InputError: if a key is missing or key/value heads are fewer than query heads.
     """
     hf_config.require(
         hf, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
@@ -22,7 +23,7 @@ def latent_attention(hf: dict) -> LatentAttentionConfig:
     )  # fmt: skip
     heads = hf["num_attention_heads"]
     if (hf.get("num_key_value_heads") or heads) != heads:
-        raise ValueError(
+        raise InputError(
             f"num_key_value_heads={hf['num_key_value_heads']} must equal "
             f"num_attention_heads={heads} under latent attention"
         )
@@ -43,17 +44,17 @@ def require_value(hf: dict, name: str, *allowed) -> None:
     """Check that a key is absent, null or has an allowed value.
 
     Raises:
-      ValueError: if it has another one.
+      InputError: if it has another one.
     """
     if hf.get(name) is not None and hf[name] not in allowed:
-        raise ValueError(f"{name}={hf[name]!r} must be {' or '.join(map(repr, allowed))}")
+        raise InputError(f"{name}={hf[name]!r} must be {' or '.join(map(repr, allowed))}")
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
 
     Raises:
-      ValueError: if a key is missing or has an unsupported value.
+      InputError: if a key is missing or has an unsupported value.
     """
     hf_config.require(
         hf, "vocab_size", "hidden_size", "num_hidden_layers", "moe_intermediate_size",

@@ -30,7 +30,7 @@ def sigmoid_moe(hf: dict, *, groups: int, groups_per_token: int, scale: float) -
     """Experts of DeepSeek-V3 and GLM-4.5; the keywords are the defaults of the family.
 
     Raises:
-      ValueError: if a key is missing or has an unsupported value.
+      InputError: if a key is missing or has an unsupported value.
     """
     hf_config.require(hf, "moe_intermediate_size", "num_experts_per_tok", "n_shared_experts")
     require_value(hf, "topk_method", "noaux_tc")
@@ -56,7 +56,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
 
     Raises:
-      ValueError: if a key is missing or has an unsupported value.
+      InputError: if a key is missing or has an unsupported value.
     """
     hf_config.require(hf, "vocab_size", "hidden_size", "num_hidden_layers")
     return hf_config.model_config(

@@ -21,7 +21,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
 
     Raises:
-      ValueError: if a key is missing or has an unsupported value.
+      InputError: if a key is missing or has an unsupported value.
     """
     hf_config.require(
         hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",

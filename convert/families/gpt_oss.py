@@ -8,6 +8,7 @@ from convert.families import hf_config
 from convert.families.tables import ATTENTION, NORMS, expert_rules
 from convert.rules import Family, Rule
 from moe_jax.config import Activation, AttentionConfig, ModelConfig, MoEConfig
+from moe_jax.errors import InputError
 
 ROPE = {"rope_theta": 150000.0}
 _EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
@@ -25,7 +26,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
 
     Raises:
-      ValueError: if a key is missing or has an unsupported value.
+      InputError: if a key is missing or has an unsupported value.
     """
     hf_config.require(
         hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -33,7 +34,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     )  # fmt: skip
     if "rope_scaling" not in hf and "rope_parameters" not in hf:
         # Versions of transformers fill this in with different values.
-        raise ValueError("config.json lacks rope_parameters (or rope_scaling)")
+        raise InputError("config.json lacks rope_parameters (or rope_scaling)")
     eps, bias = hf.get("rms_norm_eps", 1e-5), hf.get("attention_bias", True)
     attention = AttentionConfig(
         num_heads=hf["num_attention_heads"],

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from moe_jax.config import ModelConfig, MoEConfig, RopeConfig
+from moe_jax.errors import InputError
 
 # The spelling of transformers and the field of ours.
 _ROPE_FIELDS = {
@@ -26,11 +27,11 @@ def require(hf: dict, *names: str) -> None:
     """Check that config.json has these keys.
 
     Raises:
-      ValueError: naming the absent ones.
+      InputError: naming the absent ones.
     """
     missing = [name for name in names if hf.get(name) is None]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+        raise InputError(f"config.json lacks {', '.join(missing)}")
 
 
 def rope_parameters(hf: dict, defaults: Mapping[str, float] | None = None) -> dict:
@@ -61,12 +62,12 @@ def rope_config(
       partial: whether the plain rope, too, may turn a part of each head only.
 
     Raises:
-      ValueError: if the kind is unknown or layers have their own.
+      InputError: if the kind is unknown or layers have their own.
     """
     found = rope_parameters(hf, defaults)
     kind = found["rope_type"]
     if kind not in ROPE_KINDS or any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"rope_type={kind!r} must be one of {', '.join(ROPE_KINDS)}")
+        raise InputError(f"rope_type={kind!r} must be one of {', '.join(ROPE_KINDS)}")
     fields = {ours: found[theirs] for theirs, ours in _ROPE_FIELDS.items() if theirs in found}
     for name in ("short_factor", "long_factor"):
         fields[name] = tuple(fields.get(name) or ())
@@ -85,9 +86,9 @@ def num_experts(hf: dict) -> int:
     spellings = ("num_experts", "num_local_experts", "n_routed_experts")
     found = {hf[name] for name in spellings if hf.get(name)}
     if not found:
-        raise ValueError(f"config.json lacks {' (or '.join(spellings[:2])}, {spellings[2]})")
+        raise InputError(f"config.json lacks {' (or '.join(spellings[:2])}, {spellings[2]})")
     if len(found) > 1:
-        raise ValueError(f"{', '.join(spellings)} must agree but say {sorted(found)}")
+        raise InputError(f"{', '.join(spellings)} must agree but say {sorted(found)}")
     return found.pop()
 
 
@@ -124,10 +125,10 @@ def model_config(
       norm_eps: of the family, if config.json has none.
 
     Raises:
-      ValueError: if the activation is not SiLU or a size is missing or impossible.
+      InputError: if the activation is not SiLU or a size is missing or impossible.
     """
     if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act={hf['hidden_act']!r} must be 'silu'; others are unsupported")
+        raise InputError(f"hidden_act={hf['hidden_act']!r} must be 'silu'; others are unsupported")
     sliding = tuple(sliding_layers)
     return ModelConfig(
         vocab_size=hf["vocab_size"],

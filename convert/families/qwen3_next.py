@@ -8,6 +8,7 @@ from convert.families import hf_config
 from convert.families.tables import DENSE, EXPERTS, GATED_SHARED
 from convert.rules import Family, Mtp, Rule
 from moe_jax.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
+from moe_jax.errors import InputError
 
 ROPE = {"partial_rotary_factor": 0.25}
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -58,7 +59,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
 
     Raises:
-      ValueError: if a key is missing or has an unsupported value.
+      InputError: if a key is missing or has an unsupported value.
     """
     hf_config.require(
         hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -115,10 +116,10 @@ def _linear_layers(hf: dict) -> tuple[int, ...]:
     if types is None:
         interval = hf.get("full_attention_interval", 4)
         if interval < 1:
-            raise ValueError(f"full_attention_interval={interval} must be at least 1")
+            raise InputError(f"full_attention_interval={interval} must be at least 1")
         return tuple(i for i in range(count) if (i + 1) % interval)
     if len(types) != count or not set(types) <= {LINEAR, FULL}:
-        raise ValueError(
+        raise InputError(
             f"layer_types={types} must name {LINEAR!r} or {FULL!r} for each of the {count} layers"
         )
     return tuple(i for i in range(count) if types[i] == LINEAR)

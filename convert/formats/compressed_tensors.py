@@ -6,6 +6,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moe_jax.errors import InputError
+
 # transformers 5 gives dequantised fused experts the dtype of their scales, so it is the model's.
 SCALE = np.dtype(ml_dtypes.bfloat16)
 GROUP_SIZES = (128, 64, 32)
@@ -15,7 +17,7 @@ def check_group_size(group_size: int, widths: Iterable[int]) -> None:
     """Refuse widths that would leave a group of weights incomplete.
 
     Raises:
-      ValueError: naming the first such width and the group sizes that divide all.
+      InputError: naming the first such width and the group sizes that divide all.
     """
     widths = sorted(set(widths))
     wrong = [width for width in widths if width % group_size]
@@ -26,7 +28,7 @@ def check_group_size(group_size: int, widths: Iterable[int]) -> None:
             if fits
             else "export 16 bits (or plan with --block 32 if it is a pruned expert's)"
         )
-        raise ValueError(f"group_size={group_size} does not divide width {wrong[0]}; {cure}")
+        raise InputError(f"group_size={group_size} does not divide width {wrong[0]}; {cure}")
 
 
 def packed_specs(rows: int, columns: int, group_size: int) -> dict[str, tuple[np.dtype, tuple]]:

@@ -5,6 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.mxfp4 import BLOCK, MAGNITUDES, block_codes
 
 _VALUES = np.array([*MAGNITUDES, *(-value for value in MAGNITUDES)], np.float32)
@@ -53,14 +54,14 @@ def check_widths(widths: list[int], d_model: int) -> None:
     """Refuse sizes that would leave a block incomplete.
 
     Raises:
-      ValueError: naming the first such size.
+      InputError: naming the first such size.
     """
     wrong = [width for width in sorted(set(widths)) if width % BLOCK]
     if d_model % BLOCK:
-        raise ValueError(f"MXFP4 has blocks of {BLOCK}, which do not divide the model width "
+        raise InputError(f"MXFP4 has blocks of {BLOCK}, which do not divide the model width "
                          f"{d_model}; export padded-bf16")  # fmt: skip
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"MXFP4 has blocks of {BLOCK}, which do not divide the expert width {wrong[0]}; plan "
             "with --block 32, or export padded-bf16"
         )

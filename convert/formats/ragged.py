@@ -6,6 +6,7 @@ from typing import Any
 
 from convert.rules import RAGGED, Family, Widths
 from moe_jax.config import ModelConfig
+from moe_jax.errors import InputError
 
 MODELLING_FILE = Path(__file__).with_name("modeling_ragged_moe.py")
 # Keys of config.json: widths per layer and expert; widths per layer, under the name by which vLLM
@@ -20,11 +21,11 @@ def has_constants(hf_config: dict[str, Any]) -> bool:
     """Whether the experts without channels of a ragged folder have tensors `constant`.
 
     Raises:
-      ValueError: config.json says something else than "zero" or "constant" of them.
+      InputError: config.json says something else than "zero" or "constant" of them.
     """
     said = hf_config.get(_EMPTIED, "zero")
     if said not in ("zero", "constant"):
-        raise ValueError(f"{_EMPTIED}={said!r} must be 'zero' or 'constant'")
+        raise InputError(f"{_EMPTIED}={said!r} must be 'zero' or 'constant'")
     return said == "constant"
 
 
@@ -120,7 +121,7 @@ def widths_from_hf(hf_config: dict[str, Any], config: ModelConfig) -> Widths:
       config: the architecture before pruning.
 
     Raises:
-      ValueError: if the widths do not fit the architecture.
+      InputError: if the widths do not fit the architecture.
     """
     experts = [
         0 if layer in config.dense_layers else config.moe.num_experts
@@ -133,13 +134,13 @@ def widths_from_hf(hf_config: dict[str, Any], config: ModelConfig) -> Widths:
 
 def _layered_widths(widths: Any, experts: list[int]) -> Widths:
     if not isinstance(widths, list) or len(widths) != len(experts):
-        raise ValueError(
+        raise InputError(
             f"{PER_LAYER} must be a list of one width per layer beside {UNPRUNED}; the "
             f"architecture has {len(experts)} layers"
         )
     for layer, (width, count) in enumerate(zip(widths, experts, strict=True)):
         if type(width) is not int or width < 0 or (width > 0) != (count > 0):
-            raise ValueError(
+            raise InputError(
                 f"{PER_LAYER}[{layer}]={width!r} must be "
                 + ("at least 1" if count else "0, since the layer has no experts")
             )
@@ -148,11 +149,11 @@ def _layered_widths(widths: Any, experts: list[int]) -> Widths:
 
 def _ragged_widths(sizes: Any, experts: list[int]) -> Widths:
     if not isinstance(sizes, list) or [len(row) for row in sizes] != experts:
-        raise ValueError(
+        raise InputError(
             f"{PER_EXPERT} must have one list per layer with one width per expert, empty for dense "
             f"layers; the architecture has {experts}"
         )
     bad = [n for row in sizes for n in row if type(n) is not int or n < 0]
     if bad:
-        raise ValueError(f"{PER_EXPERT} holds {bad[:5]}; widths must be natural")
+        raise InputError(f"{PER_EXPERT} holds {bad[:5]}; widths must be natural")
     return tuple(tuple(row) for row in sizes)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.config import SWIGLU, Activation
+from moe_jax.errors import InputError
 from moe_jax.experts.moe import Experts
 
 
@@ -40,11 +41,11 @@ def pooled_experts(
       The experts.
 
     Raises:
-      ValueError: if the sizes do not fit.
+      InputError: if the sizes do not fit.
     """
     counts = [len(weight) for weight in gate]
     if width % block or width < max(counts) or rows < sum(counts) + block:
-        raise ValueError(
+        raise InputError(
             f"a pool of rows={rows}, width={width}, block={block} cannot hold experts of widths "
             f"{counts}: width must be a multiple of block and cover the widest expert, rows must "
             f"be at least {sum(counts) + block}"

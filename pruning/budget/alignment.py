@@ -8,6 +8,8 @@ Source: section 4.3 of arXiv 2606.18304; the repairs are marked where they are m
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 
 def legal_minimum(minimum: int, block: int, d_expert: int) -> int:
     """Smallest width an expert may have when it is kept.
@@ -21,12 +23,12 @@ def legal_minimum(minimum: int, block: int, d_expert: int) -> int:
       `minimum` rounded up to a block, at most `d_expert`.
 
     Raises:
-      ValueError: minimum or block is out of range.
+      InputError: minimum or block is out of range.
     """
     if not 1 <= block <= d_expert:
-        raise ValueError(f"block={block} must lie in [1, d_expert={d_expert}]; choose e.g. 1")
+        raise InputError(f"block={block} must lie in [1, d_expert={d_expert}]; choose e.g. 1")
     if not 1 <= minimum <= d_expert:
-        raise ValueError(
+        raise InputError(
             f"minimum={minimum} must lie in [1, {d_expert}], the expert width; choose e.g. {block}"
         )
     return min(block * -(-minimum // block), d_expert)
@@ -36,7 +38,7 @@ def check_block(block: int, d_expert: int) -> None:
     """Raise ValueError unless `block` divides the expert width; the message has those that do."""
     if block < 1 or d_expert % block:
         fits = [n for n in range(1, d_expert + 1) if d_expert % n == 0]
-        raise ValueError(
+        raise InputError(
             f"block={block} does not divide the expert width {d_expert}; choose one of {fits}"
         )
 
@@ -78,12 +80,12 @@ def uniform_counts(
       Channels kept per expert, int64; their sum is at most the budget.
 
     Raises:
-      ValueError: the width would be below `least`.
+      InputError: the width would be below `least`.
     """
     layers, experts, d_expert = shape
     width = budget // (layers * experts * block) * block
     if width < least:
-        raise ValueError(
+        raise InputError(
             f"the budget of {budget} channels leaves a uniform width of {width} of {d_expert}, "
             f"at least {least} are needed; lower the prune rate, the minimum or block={block}"
         )
@@ -124,7 +126,7 @@ def redistribute(
       Channels kept per expert, int64.
 
     Raises:
-      ValueError: counts or block are out of range, or the reserved experts alone exceed the budget.
+      InputError: counts or block are out of range, or the reserved experts alone exceed the budget.
     """
     counts = np.asarray(counts, np.int64)
     if reserved is None:
@@ -157,18 +159,18 @@ def redistribute(
 
 def _check(counts: np.ndarray, reserved: np.ndarray, capacity: np.ndarray, *, least: int) -> None:
     if counts.min() < 0 or (counts > capacity).any():
-        raise ValueError(
+        raise InputError(
             f"counts in [{counts.min()}, {counts.max()}] must lie in [0, d_expert="
             f"{capacity.max()}], and below the capacity of each expert"
         )
     if (capacity[reserved] < least).any():
-        raise ValueError(
+        raise InputError(
             f"a reserved expert may keep {capacity[reserved].min()} channels, at least {least} are "
             "needed; raise the cap or lower the minimum"
         )
     needed = int(reserved.sum()) * least
     if needed > counts.sum():
-        raise ValueError(
+        raise InputError(
             f"{int(reserved.sum())} reserved experts of at least {least} channels need {needed}, "
             f"the budget is {counts.sum()}; lower the prune rate, the minimum or the block"
         )

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 
 def apportion(
     shares: np.ndarray,  # [G]
@@ -24,15 +26,15 @@ def apportion(
       int64, summing to `total` exactly.
 
     Raises:
-      ValueError: a share is negative or not finite, or the bounds leave no room for the total.
+      InputError: a share is negative or not finite, or the bounds leave no room for the total.
     """
     shares = np.asarray(shares, np.float64)
     if not (np.isfinite(shares) & (shares >= 0.0)).all():
-        raise ValueError(f"shares={shares.tolist()} must be non-negative and finite")
+        raise InputError(f"shares={shares.tolist()} must be non-negative and finite")
     low = np.broadcast_to(np.asarray(low, np.int64), shares.shape)
     high = np.broadcast_to(np.asarray(total if high is None else high, np.int64), shares.shape)
     if not low.sum() <= total <= high.sum() or (low > high).any():
-        raise ValueError(
+        raise InputError(
             f"{total} cannot be split: the groups take at least {low.sum()} and at most "
             f"{high.sum()}; change the prune rate or the minimum"
         )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_jax.errors import InputError
 from pruning.budget.decide import plan_pruning
 from pruning.budget.plan import PruningPlan
 
@@ -30,14 +31,14 @@ def nested_plans(
       the smallest), and `nested_alike`, whether it equals the plan of its rate alone.
 
     Raises:
-      ValueError: no rate, a rate twice, options that are infeasible for one of the rates, or a
+      InputError: no rate, a rate twice, options that are infeasible for one of the rates, or a
         choice that cannot be nested, such as a list of experts.
     """
     if not rates or len(set(rates)) != len(rates):
-        raise ValueError(f"rates={list(rates)} must be one or more different prune rates")
+        raise InputError(f"rates={list(rates)} must be one or more different prune rates")
     for name in ("within", "prune_rate", "channels", "experts"):
         if options.get(name) is not None:
-            raise ValueError(f"{name} belongs to one plan; leave it to the sweep over rates")
+            raise InputError(f"{name} belongs to one plan; leave it to the sweep over rates")
     notes = dict(options.pop("provenance", None) or {})
     made: dict[float, PruningPlan] = {}
     larger: PruningPlan | None = None

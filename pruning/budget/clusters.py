@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from pruning.budget.apportion import apportion
 
 TINY = 1e-30
@@ -36,9 +37,9 @@ class GrapeRules:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < 1.0:
-            raise ValueError(f"gamma={self.gamma} must lie in [0, 1); choose e.g. 0.05")
+            raise InputError(f"gamma={self.gamma} must lie in [0, 1); choose e.g. 0.05")
         if self.fewest < 1:
-            raise ValueError(f"fewest={self.fewest} must be at least one cluster per layer")
+            raise InputError(f"fewest={self.fewest} must be at least one cluster per layer")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,7 +118,7 @@ def merge_experts(
       Exactly `clusters` clusters; ties go to the lower layer and pair.
 
     Raises:
-      ValueError: the similarities are not finite or not symmetric, or the layers' fewest clusters
+      InputError: the similarities are not finite or not symmetric, or the layers' fewest clusters
         are already more.
     """
     layers, experts, _ = similarity.shape
@@ -166,12 +167,12 @@ def _entropy(counts: np.ndarray) -> float:
 
 def _check(similarity: np.ndarray, clusters: int, fewest: int) -> None:
     if not np.isfinite(similarity).all():
-        raise ValueError("similarity has entries that are not finite; check the expert outputs")
+        raise InputError("similarity has entries that are not finite; check the expert outputs")
     if not np.allclose(similarity, similarity.swapaxes(1, 2), rtol=1e-6, atol=1e-9):
-        raise ValueError("similarity must be symmetric in its last two axes")
+        raise InputError("similarity must be symmetric in its last two axes")
     experts = math.prod(similarity.shape[:2])
     if not fewest <= clusters <= experts:
-        raise ValueError(
+        raise InputError(
             f"clusters={clusters} must lie between the layers' fewest, {fewest} in all, and the "
             f"{experts} experts there are; change the prune rate"
         )
@@ -213,6 +214,6 @@ def layer_budgets(
     """Channels of each layer in proportion to its clusters, summing to the budget exactly.
 
     Raises:
-      ValueError: the bounds leave no room for the budget.
+      InputError: the bounds leave no room for the budget.
     """
     return apportion(clusters.counts.astype(np.float64), budget, low, high)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_jax.errors import InputError, choose
 from pruning.budget.alignment import best_channels, check_block, legal_minimum
 from pruning.budget.apportion import apportion
 from pruning.budget.importance import PlannerOptions
@@ -19,7 +20,6 @@ from pruning.budget.problem import Problem
 from pruning.budget.record import coverage_record, expert_record, outlier_record, tool_version
 from pruning.budget.whole_experts import replacement_vectors
 from pruning.budget.widths import ALIGNMENTS, WIDTHS, with_layer_budgets
-from pruning.kit.registry import choose
 from pruning.scores.criteria import channel_scores
 from pruning.scores.expert_criteria import expert_criterion
 
@@ -97,7 +97,7 @@ def plan_pruning(
       the coverage under the planner's weights before and after alignment and at the optimum.
 
     Raises:
-      ValueError: an option is out of range, unknown, or infeasible for this budget.
+      InputError: an option is out of range, unknown, or infeasible for this budget.
     """
     shape = statistics.hidden_square.shape
     layers, experts_per_layer, d_expert = shape
@@ -186,7 +186,7 @@ def _constants(
     if emptied == "zero":
         return None
     if statistics.output_sum is None:
-        raise ValueError(
+        raise InputError(
             "emptied='mean' needs the mean outputs of experts, which these statistics lack; score "
             "with --expert-details"
         )
@@ -201,7 +201,7 @@ def _planner(name: str, seed: int) -> Planner:
 def _objective(planner: str, align: str) -> tuple[float, str]:
     choose(ALIGNMENTS, align, "align")
     if align in SOLVERS and planner not in OBJECTIVES:
-        raise ValueError(
+        raise InputError(
             f"align={align!r} maximises the planner's objective, planner={planner!r} has none; "
             f"choose align='paper', or one of the planners {', '.join(OBJECTIVES)}"
         )
@@ -210,10 +210,10 @@ def _objective(planner: str, align: str) -> tuple[float, str]:
 
 def _budget(prune_rate: float | None, channels: int | None, available: int) -> int:
     if (prune_rate is None) == (channels is None):
-        raise ValueError(f"give either prune_rate={prune_rate} or channels={channels}")
+        raise InputError(f"give either prune_rate={prune_rate} or channels={channels}")
     if channels is not None:
         if not 0 < channels <= available:
-            raise ValueError(f"channels={channels} must lie in [1, {available}]")
+            raise InputError(f"channels={channels} must lie in [1, {available}]")
         return int(channels)
     assert prune_rate is not None
     return round((1.0 - _checked_rate(prune_rate, "prune_rate")) * available)
@@ -221,7 +221,7 @@ def _budget(prune_rate: float | None, channels: int | None, available: int) -> i
 
 def _checked_rate(rate: float, name: str) -> float:
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"{name}={rate} must lie in [0, 1); choose e.g. 0.25")
+        raise InputError(f"{name}={rate} must lie in [0, 1); choose e.g. 0.25")
     return rate
 
 
@@ -230,12 +230,12 @@ def _check_floor(
 ) -> None:
     layers, experts, _ = shape
     if not 1 <= experts_per_token <= experts:
-        raise ValueError(
+        raise InputError(
             f"experts_per_token={experts_per_token} must lie in [1, num_experts={experts}]"
         )
     needed = layers * experts_per_token * least
     if needed > budget:
-        raise ValueError(
+        raise InputError(
             f"the budget of {budget} channels is below the {needed} that {experts_per_token} "
             f"experts of {least} channels in each of {layers} layers need; "
             "lower the prune rate, the minimum or the block"
@@ -246,7 +246,7 @@ def _most(within: np.ndarray | None, shape: tuple[int, int], d_expert: int) -> n
     if within is None:
         return np.full(shape, d_expert)
     if within.shape != shape or within.min() < 0 or within.max() > d_expert:
-        raise ValueError(
+        raise InputError(
             f"within is {list(within.shape)} in [{within.min()}, {within.max()}], expected "
             f"{list(shape)} in [0, {d_expert}]; take the counts of a plan of this model"
         )
@@ -259,10 +259,10 @@ def _checked_choice(
     if experts is None:
         return None
     if experts.shape != shape or experts.dtype != np.bool_:
-        raise ValueError(f"experts is {experts.dtype}{list(experts.shape)}, expected bool{shape}")
+        raise InputError(f"experts is {experts.dtype}{list(experts.shape)}, expected bool{shape}")
     fewest = int(experts.sum(axis=1).min())
     if fewest < experts_per_token:
-        raise ValueError(
+        raise InputError(
             f"experts keeps {fewest} in one layer, every token needs {experts_per_token}; keep more"
         )
     return experts
@@ -276,7 +276,7 @@ def _layer_budgets(
 ) -> dict[int, int]:
     # Channels of the layers that do not compete, by position.
     if rates and shares is not None:
-        raise ValueError("give either layer_rates or layer_shares, not both")
+        raise InputError("give either layer_rates or layer_shares, not both")
     if shares is not None:
         needed = problem.reserved.sum(axis=1) * problem.least // problem.block
         room = problem.most.sum(axis=1) // problem.block
@@ -284,7 +284,7 @@ def _layer_budgets(
         return dict(enumerate((problem.block * blocks).tolist()))
     unknown = sorted(set(rates or {}) - set(indices))
     if unknown:
-        raise ValueError(f"layer_rates names layers {unknown}, those with experts are {indices}")
+        raise InputError(f"layer_rates names layers {unknown}, those with experts are {indices}")
     size = problem.scores.channel[0].size
     return {
         indices.index(layer): round((1.0 - _checked_rate(rate, f"layer_rates[{layer}]")) * size)

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+from moe_jax.errors import InputError, choose
 from pruning.budget.smoothing import SMOOTHINGS, smooth_layer_loss
-from pruning.kit.registry import choose
 from pruning.scores.criteria import ChannelScores
 
 # Smallest weight of an expert, as a share of the layer's mean weight.
@@ -44,18 +44,18 @@ class PlannerOptions:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.rho_max <= 1.0:
-            raise ValueError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
+            raise InputError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
         if self.weights is not None:
             choose(WEIGHTS, self.weights, "weights")
         choose(SMOOTHINGS, self.smoothing, "smoothing")
         choose(LAYER_LOSSES, self.layer_loss, "layer_loss")
         if not self.passes >= 0:
-            raise ValueError(f"passes={self.passes} must be 0 or more; the paper uses 1")
+            raise InputError(f"passes={self.passes} must be 0 or more; the paper uses 1")
         if not 0.0 < self.loss_scale < np.inf:
-            raise ValueError(f"loss_scale={self.loss_scale} must be positive and finite")
+            raise InputError(f"loss_scale={self.loss_scale} must be positive and finite")
         given = np.array(() if self.layer_weights is None else self.layer_weights)
         if not (np.isfinite(given) & (given > 0.0)).all():
-            raise ValueError(f"layer_weights={self.layer_weights} must be positive and finite")
+            raise InputError(f"layer_weights={self.layer_weights} must be positive and finite")
 
 
 Weights = Callable[[ChannelScores, PlannerOptions], np.ndarray]
@@ -63,7 +63,7 @@ Weights = Callable[[ChannelScores, PlannerOptions], np.ndarray]
 
 def _end_to_end_loss(scores: ChannelScores) -> np.ndarray:  # [L]
     if scores.layer_nll is None:
-        raise ValueError(
+        raise InputError(
             "layer_loss='nll_ig' needs statistics with nll_ig; score the model again with "
             "--nll-ig 4, or use 'energy'"
         )
@@ -81,13 +81,13 @@ def layer_weights(scores: ChannelScores, options: PlannerOptions) -> np.ndarray:
     """Weight of each layer: the smoothed layer loss, or what the options say instead.
 
     Raises:
-      ValueError: the options hold weights for another number of layers, or ask for a loss that was
+      InputError: the options hold weights for another number of layers, or ask for a loss that was
         not measured.
     """
     if options.layer_weights is not None:
         given = np.asarray(options.layer_weights, np.float64)
         if given.shape != scores.layer.shape:
-            raise ValueError(
+            raise InputError(
                 f"layer_weights has {given.size} entries, the model has {scores.layer.size} layers "
                 "with experts; give one weight for each of them"
             )

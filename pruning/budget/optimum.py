@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from pruning.budget.apportion import apportion
 from pruning.budget.objectives import utility
 from pruning.budget.planners import select
@@ -80,7 +81,7 @@ def by_table(
       where the widths do not add up to more, or adding up costs value.
 
     Raises:
-      ValueError: the reserved groups need more than there is.
+      InputError: the reserved groups need more than there is.
     """
     groups, widths = values.shape
     _check_reserved(blocks, least, reserved, most)
@@ -188,7 +189,7 @@ def aligned_optimum(
       int64, summing to at most `blocks`.
 
     Raises:
-      ValueError: the reserved experts need more blocks than there are.
+      InputError: the reserved experts need more blocks than there are.
     """
     layers, experts, widths = values.shape
     if layer_shares is None:
@@ -216,7 +217,7 @@ def best_known(
 def _check_reserved(blocks: int, least: int, reserved: np.ndarray, most: np.ndarray) -> None:
     needed = int(reserved.sum()) * least
     if needed > blocks or (most[reserved] < least).any():
-        raise ValueError(
+        raise InputError(
             f"{int(reserved.sum())} reserved experts of at least {least} blocks need {needed} "
             f"blocks, the budget is {blocks}; lower the prune rate, the minimum or the block"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save, save_file
 
+from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
 
 FORMAT_VERSION = 1
@@ -34,13 +35,13 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         if self.keep.ndim != 3 or self.keep.dtype != np.bool_ or 0 in self.keep.shape:
-            raise ValueError(
+            raise InputError(
                 f"keep is {self.keep.dtype}{list(self.keep.shape)}, expected bool [L, E, F] with "
                 "at least one layer, expert and channel"
             )
         indices = list(self.layer_indices)
         if len(indices) != len(self.keep) or indices != sorted(set(indices)) or indices[0] < 0:
-            raise ValueError(
+            raise InputError(
                 f"layer_indices={self.layer_indices} must be {len(self.keep)} different model "
                 "layers in ascending order"
             )
@@ -52,7 +53,7 @@ class PruningPlan:
         found = [vectors.shape for vectors in constants]
         widths = {shape[-1] for shape in found}
         if len(widths) != 1 or found != [(number, *widths) for number in emptied]:
-            raise ValueError(
+            raise InputError(
                 f"constants have shapes {found}, expected one row of one width for each of the "
                 f"{emptied} experts without channels"
             )
@@ -106,11 +107,11 @@ class PruningPlan:
           model_hash: identity of the model at hand.
 
         Raises:
-          ValueError: the plan's provenance names another one.
+          InputError: the plan's provenance names another one.
         """
         planned = self.provenance.get("model_hash")
         if planned is not None and planned != model_hash:
-            raise ValueError(
+            raise InputError(
                 f"the plan was made for model {planned}, this model is {model_hash}; "
                 "score this model and plan again"
             )
@@ -146,7 +147,7 @@ class PruningPlan:
 
         Raises:
           FileNotFoundError: one of the two files is missing.
-          ValueError: a file is damaged, or the two do not belong together.
+          InputError: a file is damaged, or the two do not belong together.
         """
         description, tensors = _files(path)
         for file in (description, tensors):
@@ -158,22 +159,22 @@ class PruningPlan:
             counts, provenance = np.asarray(content["counts"]), content["provenance"]
             named = load_file(tensors)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{description.parent} holds no readable plan ({error})") from error
+            raise InputError(f"{description.parent} holds no readable plan ({error})") from error
         if version != FORMAT_VERSION:
-            raise ValueError(f"{description} has format {version}, expected {FORMAT_VERSION}")
+            raise InputError(f"{description} has format {version}, expected {FORMAT_VERSION}")
         expected = {f"keep.{index}" for index in indices}
         more = {f"constant.{index}" for index in indices}
         if set(named) not in (expected, expected | more) or (
             len({named[name].shape for name in expected}) != 1
         ):
-            raise ValueError(
+            raise InputError(
                 f"{tensors} holds {sorted(named)}, expected {sorted(expected)} of one shape"
             )
         keep = np.stack([named[f"keep.{index}"] for index in indices])
         constants = tuple(named[f"constant.{i}"] for i in indices) if more <= set(named) else None
         plan = cls(keep, tuple(indices), provenance, constants)
         if not np.array_equal(plan.counts, counts):
-            raise ValueError(f"{description} and {tensors} are of different plans; plan again")
+            raise InputError(f"{description} and {tensors} are of different plans; plan again")
         return plan
 
 

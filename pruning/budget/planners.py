@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moe_jax.errors import InputError, choose
 from pruning.budget.apportion import apportion
 from pruning.budget.importance import (
     WEIGHTS,
@@ -38,7 +39,6 @@ from pruning.budget.objectives import (
     proportional,
     top_score,
 )
-from pruning.kit.registry import choose
 from pruning.scores.criteria import ChannelScores
 
 DEFAULTS = PlannerOptions()
@@ -80,7 +80,7 @@ def select(
       Channels kept per group, int64; sums exactly to `totals`.
 
     Raises:
-      ValueError: a total is below the sum of its floors or above the channels there are.
+      InputError: a total is below the sum of its floors or above the channels there are.
     """
     totals = np.asarray(totals, np.int64)
     channels = priority.shape[2]
@@ -89,7 +89,7 @@ def select(
     least, available = floor.sum(axis=1), ceiling.sum(axis=1)
     if (totals < least).any() or (totals > available).any():
         worst = int(np.argmax((totals < least) | (totals > available)))
-        raise ValueError(
+        raise InputError(
             f"budget {totals[worst]} must lie between the floors' sum {least[worst]} and the "
             f"{available[worst]} channels there are; lower the prune rate or the minimum width"
         )

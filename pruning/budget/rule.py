@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan, plan_pruning
 from pruning.scores.statistics import ChannelStatistics
 
@@ -44,7 +45,7 @@ def common_budget(shape: tuple[int, int, int], rate: float, block: int) -> int:
       block: widths are multiples of it.
 
     Raises:
-      ValueError: nothing or everything would stay.
+      InputError: nothing or everything would stay.
     """
     layers, experts, width = shape
     step = math.lcm(layers * experts * block, width)
@@ -52,7 +53,7 @@ def common_budget(shape: tuple[int, int, int], rate: float, block: int) -> int:
     budget = step * round((1.0 - rate) * total / step)
     if not 0 < budget < total:
         fits = ", ".join(f"{1 - n * step / total:.4g}" for n in range(1, total // step)[:8])
-        raise ValueError(
+        raise InputError(
             f"prune_rate={rate} keeps {budget} of {total} channels when one width must suit all "
             f"experts; possible are {fits or 'none'}; choose one of these, or a smaller --block"
         )
@@ -79,7 +80,7 @@ def make_plan(
       block, experts_per_token, layer_indices, seed, provenance: see `plan_pruning`.
 
     Raises:
-      ValueError: the rule cannot keep this budget, or statistics are missing.
+      InputError: the rule cannot keep this budget, or statistics are missing.
     """
     kept = budget // statistics.shape[2]
     more = rule.prepare(statistics, kept, experts_per_token) if rule.prepare else {}
@@ -97,5 +98,5 @@ def make_plan(
         },
     )
     if plan.keep.sum() != budget:
-        raise ValueError(f"the rule keeps {plan.keep.sum()} channels instead of {budget}")
+        raise InputError(f"the rule keeps {plan.keep.sum()} channels instead of {budget}")
     return plan

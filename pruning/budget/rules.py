@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.errors import InputError, choose
 from pruning.budget.clusters import (
     GrapeRules,
     default_fewest,
@@ -20,7 +21,6 @@ from pruning.budget.clusters import (
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.rule import Rule
 from pruning.budget.whole_experts import naee
-from pruning.kit.registry import choose
 from pruning.scores.expert_criteria import expert_criterion
 from pruning.scores.statistics import ChannelStatistics
 
@@ -40,7 +40,7 @@ def select_rules(names: Sequence[str], seen: Mapping[str, Rule]) -> list[str]:
     """Names of rules for "all", "standard", names and patterns like "fair*", without repeats.
 
     Raises:
-      ValueError: a name or pattern that fits no rule.
+      InputError: a name or pattern that fits no rule.
     """
     found: dict[str, None] = {}
     for name in names:
@@ -63,7 +63,7 @@ def check_needs(names: Sequence[str], collected: frozenset[str]) -> None:
     for group in GROUPS:
         lacking = [name for name in names if group in RULES[name].needs - collected]
         if lacking:
-            raise ValueError(
+            raise InputError(
                 f"rules {', '.join(lacking)} need statistics that are not collected; add --{group} "
                 "or leave them out"
             )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pruning.kit.registry import choose
+from moe_jax.errors import InputError, choose
 
 
 def huber_tail(loss: np.ndarray) -> np.ndarray:  # [L] -> [L]
@@ -53,12 +53,12 @@ def smooth_layer_loss(
       Layer weights with mean 1; all ones when the losses do not differ.
 
     Raises:
-      ValueError: the name is unknown or passes is negative.
+      InputError: the name is unknown or passes is negative.
 
     Source: arXiv 2606.18304, section 4.2.
     """
     if passes < 0:
-        raise ValueError(f"passes={passes} must be 0 or more; the paper uses 1")
+        raise InputError(f"passes={passes} must be 0 or more; the paper uses 1")
     compress = choose(SMOOTHINGS, how, "smoothing")
     loss = np.asarray(loss, np.float64)
     if loss.size < 2 or np.ptp(loss) == 0.0:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 
 
@@ -39,10 +40,10 @@ def plan_for_target(
       `cost` are added to its provenance. The whole model if it costs no more than the target.
 
     Raises:
-      ValueError: the target is below the smallest plan; the message has the nearest feasible one.
+      InputError: the target is below the smallest plan; the message has the nearest feasible one.
     """
     if not math.isfinite(target) or not 0 < fewest <= channels or step < 1:
-        raise ValueError(
+        raise InputError(
             f"target={target} must be finite, fewest={fewest} in [1, {channels}], step={step} >= 1"
         )
     lowest, highest = -(-fewest // step), -(-channels // step)
@@ -53,7 +54,7 @@ def plan_for_target(
 
     best, low_cost = made(lowest)
     if low_cost > target:
-        raise ValueError(
+        raise InputError(
             f"target={target:.0f} {unit} cannot be met: the smallest feasible plan takes "
             f"{low_cost:.0f}; raise the target or lower the minimum width"
         )

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 # Beyond this many experts the subsets of a layer are not enumerated.
 ENUMERATED = 8
 
@@ -29,7 +31,7 @@ def keep_experts(
       bool; ties go to the lower layer, then the lower expert.
 
     Raises:
-      ValueError: fewer than the reserved or more than all experts are to be kept.
+      InputError: fewer than the reserved or more than all experts are to be kept.
     """
     if reserved is None:
         reserved = np.zeros(value.shape, bool)
@@ -41,7 +43,7 @@ def keep_experts(
     rows = rank_first.reshape(len(quota), -1)
     least = reserved.reshape(len(quota), -1).sum(axis=1)
     if (quota < least).any() or (quota > rows.shape[1]).any():
-        raise ValueError(
+        raise InputError(
             f"kept={kept} of {value.size} experts must leave the {int(reserved.sum())} reserved "
             f"ones in place{' in every layer' if per_layer else ''}; change the prune rate"
         )
@@ -76,14 +78,14 @@ def naee(
       bool; ties keep the lower index.
 
     Raises:
-      ValueError: `kept` is out of range.
+      InputError: `kept` is out of range.
 
     Source: "Not All Experts are Equal", arXiv 2402.14800, with the loss in closed form.
     """
     layers, experts, _ = gram.shape
     quota = np.broadcast_to(np.asarray(kept), (layers,))
     if (quota < 1).any() or (quota > experts).any():
-        raise ValueError(f"kept={kept} must lie in [1, {experts}], the experts of a layer")
+        raise InputError(f"kept={kept} must lie in [1, {experts}], the experts of a layer")
     search = _best_removal if experts <= ENUMERATED else _greedy_removal
     rows = [search(one, experts - int(n)) for one, n in zip(gram, quota, strict=True)]
     return ~np.stack(rows)
@@ -149,14 +151,14 @@ def condensed_experts(
       bool, experts kept.
 
     Raises:
-      ValueError: that many cannot be removed.
+      InputError: that many cannot be removed.
 
     Source: our reading of CD-MoE, arXiv 2412.00069.
     """
     layers, experts = value.shape
     room = layers * (experts - always_on)
     if not 0 <= removed <= room:
-        raise ValueError(f"removed={removed} experts must lie in [0, {room}] with {always_on} left")
+        raise InputError(f"removed={removed} experts must lie in [0, {room}] with {always_on} left")
     gone = np.zeros(layers, np.int64)
     for place, layer in enumerate(order):
         gone[layer] = np.clip(removed - place * (experts - always_on), 0, experts - always_on)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from moe_jax.errors import InputError, choose
 from pruning.budget.alignment import redistribute, uniform_counts
 from pruning.budget.importance import WEIGHTS
 from pruning.budget.optimum import SOLVERS, aligned_optimum, block_values, coverage_by_blocks
 from pruning.budget.problem import Problem, Widths
 from pruning.budget.whole_experts import keep_experts
-from pruning.kit.registry import choose
 from pruning.scores.criteria import ChannelScores
 
 
@@ -38,7 +38,7 @@ def capped(problem: Problem) -> Widths:
     """No expert is wider than `cap`, rounded down to a block."""
     width = problem.scores.channel.shape[2]
     if problem.cap is None or not problem.least <= problem.cap <= width:
-        raise ValueError(
+        raise InputError(
             f"cap={problem.cap} must lie in [{problem.least}, {width}], the minimum and the expert "
             "width; choose e.g. half the width"
         )
@@ -63,7 +63,7 @@ def one_per_layer(problem: Problem) -> Widths:
     most = problem.most.min(axis=1, keepdims=True)
     budget = min(problem.budget // experts, int(most.sum()))
     if budget < len(most) * problem.least:
-        raise ValueError(
+        raise InputError(
             f"the budget of {problem.budget} channels leaves less than {problem.least} for each of "
             f"{experts} experts in {len(most)} layers; lower the prune rate, the minimum or the "
             "block"
@@ -100,7 +100,7 @@ def whole_experts(problem: Problem) -> Widths:
         chosen = keep_experts(allowed, kept, reserved=problem.reserved, per_layer=problem.per_layer)
     if chosen.sum() != kept:
         rate = 1.0 - chosen.sum() / chosen.size
-        raise ValueError(
+        raise InputError(
             f"the budget of {problem.budget} channels pays for {kept} whole experts, but "
             f"{chosen.sum()} were chosen; the prune rate of that choice is {rate:.6f}"
         )
@@ -113,7 +113,7 @@ def combined(problem: Problem) -> Widths:
     chosen = problem.experts
     if chosen is None:
         if not 0.0 <= problem.expert_rate < 1.0:
-            raise ValueError(f"expert_rate={problem.expert_rate} must lie in [0, 1)")
+            raise InputError(f"expert_rate={problem.expert_rate} must lie in [0, 1)")
         experts = problem.reserved.size
         kept = experts - round(problem.expert_rate * experts)
         value = np.where(problem.most > 0, problem.scores.expert, -np.inf)
@@ -203,7 +203,7 @@ def with_layer_budgets(
       Widths of all layers; those without a budget of their own share what is left.
 
     Raises:
-      ValueError: what is left does not suit the other layers.
+      InputError: what is left does not suit the other layers.
     """
     if not fixed:
         return policy(problem)
@@ -218,7 +218,7 @@ def with_layer_budgets(
     # Rounding accounts for one channel per layer and one block.
     if not others.size and abs(problem.budget - asked) >= len(fixed) + problem.block:
         rate = 1.0 - asked / problem.scores.channel.size
-        raise ValueError(
+        raise InputError(
             f"the rates of all layers keep {asked} channels, the budget is {problem.budget}; give "
             f"the prune rate {rate:.6f}, or leave a layer free"
         )
@@ -227,7 +227,7 @@ def with_layer_budgets(
         room = int(problem.most[others].sum())
         needed = int(problem.reserved[others].sum()) * problem.least
         if not needed <= left <= room:
-            raise ValueError(
+            raise InputError(
                 f"the layers of a fixed rate leave {left} channels of the budget for the others, "
                 f"which keep {needed} to {room}; change the prune rate or the layers' rates"
             )

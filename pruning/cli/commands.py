@@ -10,6 +10,7 @@ from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.mtp import mtp_layers
+from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.budget.decide import PruningPlan
 from pruning.cli.flags import recipe_from
@@ -185,7 +186,7 @@ def verify(options: Options) -> list[dict]:
     base, result = stored_base(recipe), PruningPlan.load(options.folder)
     folders = [path for name in EXPORTS if (path := options.folder / "exports" / name).is_dir()]
     if not folders:
-        raise ValueError(f"{options.folder}/exports holds nothing; run `moe-compress export` first")
+        raise InputError(f"{options.folder}/exports holds nothing; run `moe-compress export` first")
     checks = []
     for target in folders:
         # `export` may have been told otherwise than the recipe.
@@ -248,7 +249,7 @@ def audit(options: Options) -> None:
     if (folder / scoring.STATISTICS).is_file():
         recipe = stored_recipe(folder, options, "batch", "seed")
         if recipe.weights_only:
-            raise ValueError(
+            raise InputError(
                 f"{folder} was scored without text (weights_only), and the audit measures losses "
                 "on text; score the model with --calibration"
             )

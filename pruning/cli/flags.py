@@ -6,6 +6,7 @@ import inspect
 import re
 import typing
 
+from moe_jax.errors import InputError
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.recipe.values import AMOUNTS
 
@@ -60,7 +61,7 @@ def recipe_from(options: argparse.Namespace) -> CompressionRecipe:
     """The recipe of a parsed command line; flags win over --recipe.
 
     Raises:
-      ValueError: an option is out of range, or model or output are missing.
+      InputError: an option is out of range, or model or output are missing.
     """
     fields = {field.name for field in dataclasses.fields(CompressionRecipe)}
     given: dict[str, typing.Any] = {
@@ -70,5 +71,5 @@ def recipe_from(options: argparse.Namespace) -> CompressionRecipe:
         return load_recipe(options.recipe, **given)
     for name in ("model", "output"):
         if name not in given:
-            raise ValueError(f"{name} is missing; give it on the command line or with --recipe")
+            raise InputError(f"{name} is missing; give it on the command line or with --recipe")
     return CompressionRecipe(**given)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moe_jax.errors import InputError
 from pruning.demo.windows import TrainingWindows, training_windows
 
 __all__ = [
@@ -56,13 +57,13 @@ def read_documents(folder: str | Path) -> dict[str, list[str]]:
         page, a speech or a chapter.
 
     Raises:
-        ValueError: If a domain's file is missing or a line is not a JSON string.
+        InputError: If a domain's file is missing or a line is not a JSON string.
     """
     documents = {}
     for domain in DOMAINS:
         path = Path(folder) / f"{domain}.jsonl.gz"
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"corpus={str(folder)!r} must hold {path.name}; "
                 f"point --corpus at the folder with {', '.join(DOMAINS)}.jsonl.gz"
             )
@@ -70,7 +71,7 @@ def read_documents(folder: str | Path) -> dict[str, list[str]]:
             documents[domain] = [json.loads(line) for line in lines]
         for number, text in enumerate(documents[domain], start=1):
             if not isinstance(text, str):
-                raise ValueError(
+                raise InputError(
                     f"{path.name} line {number} must be a JSON string, got "
                     f"{type(text).__name__}; write one json.dumps(text) a line"
                 )
@@ -101,10 +102,10 @@ def split_documents(
         (training, held-out) documents of each domain. Both parts of a domain are non-empty.
 
     Raises:
-        ValueError: If held_out is out of range or a domain has fewer than two distinct documents.
+        InputError: If held_out is out of range or a domain has fewer than two distinct documents.
     """
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out={held_out} must lie in (0, 1); choose e.g. 0.02")
+        raise InputError(f"held_out={held_out} must lie in (0, 1); choose e.g. 0.02")
     seen: set[bytes] = set()
     training: dict[str, list[str]] = {}
     heldout: dict[str, list[str]] = {}
@@ -113,7 +114,7 @@ def split_documents(
         order = sorted(key for key in queue if key not in seen)
         seen.update(order)
         if len(order) < 2:
-            raise ValueError(
+            raise InputError(
                 f"domain {domain!r} has {len(order)} distinct documents, needs at least 2 to split "
                 "by document; cut the text into chapters or pages"
             )
@@ -184,10 +185,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
         The tokenizer, adding no special tokens on its own.
 
     Raises:
-        ValueError: If vocab_size cannot hold the alphabet or does not fit 16-bit ids.
+        InputError: If vocab_size cannot hold the alphabet or does not fit 16-bit ids.
     """
     if not 257 <= vocab_size <= 65536:
-        raise ValueError(f"vocab_size={vocab_size} must lie in [257, 65536]; choose e.g. 4096")
+        raise InputError(f"vocab_size={vocab_size} must lie in [257, 65536]; choose e.g. 4096")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 MIX_EXPONENT = 0.7
 # A novel of 0.3M tokens would hardly be seen next to domains of 3M; experts can only specialise
 # on a domain that is common enough to shape the router.
@@ -37,10 +39,10 @@ class TrainingWindows:
             [B, T] int32 token ids.
 
         Raises:
-            ValueError: If step is negative.
+            InputError: If step is negative.
         """
         if step < 0:
-            raise ValueError(f"step={step} must be >= 0; count steps from 0")
+            raise InputError(f"step={step} must be >= 0; count steps from 0")
         first = step * self.batch_size
         rows = [self._window(row) for row in range(first, first + self.batch_size)]
         return np.stack(rows).astype(np.int32)  # [B, T]
@@ -99,18 +101,18 @@ def training_windows(
         The sampler; `batch(step)` gives [B, T] int32.
 
     Raises:
-        ValueError: If there is no domain, a domain is shorter than one window, or a size is not
+        InputError: If there is no domain, a domain is shorter than one window, or a size is not
             positive.
     """
     if not tokens_by_domain:
-        raise ValueError("tokens_by_domain={} must hold a domain; pass e.g. {'code': tokens}")
+        raise InputError("tokens_by_domain={} must hold a domain; pass e.g. {'code': tokens}")
     if length < 1 or batch_size < 1:
-        raise ValueError(
+        raise InputError(
             f"length={length} and batch_size={batch_size} must be >= 1; e.g. 256 and 8"
         )
     for domain, tokens in tokens_by_domain.items():
         if len(tokens) < length:
-            raise ValueError(
+            raise InputError(
                 f"domain {domain!r} has {len(tokens)} tokens, needs at least length={length}; "
                 "add documents or choose a shorter length"
             )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, forward_hidden, pad_rows
 from moe_jax.transformer import Head
 
@@ -73,13 +74,13 @@ def make_windows(
       The windows.
 
     Raises:
-      ValueError: fewer than two tokens, or a stride outside [1, window).
+      InputError: fewer than two tokens, or a stride outside [1, window).
     """
     stride = max(1, window // 2) if stride is None else stride
     if len(tokens) < 2:
-        raise ValueError(f"the text has {len(tokens)} tokens; at least 2 are needed to score one")
+        raise InputError(f"the text has {len(tokens)} tokens; at least 2 are needed to score one")
     if not 1 <= stride < window:
-        raise ValueError(f"stride={stride} must lie in [1, window={window})")
+        raise InputError(f"stride={stride} must lie in [1, window={window})")
     rows, masks, scores = [], [], []
     stream, reached, start = np.asarray(tokens, np.int32), 1, 0
     while reached < len(stream):
@@ -141,7 +142,7 @@ def evaluate(
       (quality, this model's own reference for later comparisons).
 
     Raises:
-      ValueError: if the model's output is not finite.
+      InputError: if the model's output is not finite.
     """
     batch = min(batch, len(windows.tokens))  # a short text is not padded to a whole batch
     hidden = forward_hidden(
@@ -160,7 +161,7 @@ def quality_of(model: Reference, windows: Windows, reference: Reference | None =
       reference: the dense model's.
 
     Raises:
-      ValueError: if the model's output is not finite.
+      InputError: if the model's output is not finite.
     """
     head, hidden, scored = model.head, model.hidden, windows.scored
     states, targets = hidden[:, :-1][scored], windows.tokens[:, 1:][scored]  # [P, D], [P]
@@ -181,7 +182,7 @@ def quality_of(model: Reference, windows: Windows, reference: Reference | None =
     count = int(windows.scored.sum())
     mean = nll / count
     if not math.isfinite(mean):
-        raise ValueError(f"the loss on the text is {mean}; the model's weights are broken")
+        raise InputError(f"the loss on the text is {mean}; the model's weights are broken")
     quality = Quality(mean, math.exp(min(mean, 700.0)), count)
     if reference is not None:
         quality = Quality(quality.nll, quality.perplexity, count, max(0.0, kl / count),

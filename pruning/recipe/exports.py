@@ -4,6 +4,8 @@ import typing
 from collections.abc import Sequence
 from typing import Literal
 
+from moe_jax.errors import InputError
+
 Export = Literal[
     "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
     "padded-mxfp4",
@@ -46,15 +48,15 @@ def choose_exports(
       The names.
 
     Raises:
-      ValueError: one that the family lacks, or that contradicts the other options.
+      InputError: one that the family lacks, or that contradicts the other options.
     """
     if lacking := [name for name in asked if name not in formats]:
-        raise ValueError(
+        raise InputError(
             f"export={lacking[0]!r} does not exist for this model's family, because no "
             f"program would read it; choose from {', '.join(formats)}"
         )
     if bits == 16 and any(is_packed(name) for name in asked):
-        raise ValueError(
+        raise InputError(
             f"bits=16 contradicts export={list(asked)}; give one of the two, or --bits 4"
         )
     fitting: list[Export] = [
@@ -62,12 +64,12 @@ def choose_exports(
     ]
     exports = tuple(asked or fitting[:1])
     if FLOAT4 in exports and group_size not in (None, FLOAT4_GROUP):
-        raise ValueError(
+        raise InputError(
             f"group_size={group_size} contradicts export={FLOAT4!r}, whose groups are "
             f"{FLOAT4_GROUP}; leave --group-size away"
         )
     if FLOAT4 in exports and quantizer == "gptq":
-        raise ValueError(
+        raise InputError(
             f"quantizer='gptq' chooses integers, export={FLOAT4!r} stores floats; use rtn"
         )
     return exports

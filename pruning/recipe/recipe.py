@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from moe_jax.errors import InputError
 from pruning.recipe.exports import EXPORTS, FLOAT4, Export, choose_exports, is_packed, width_policy
 from pruning.recipe.values import check_weights_only, layer_rates, typed
 
@@ -154,37 +155,37 @@ class CompressionRecipe:
             object.__setattr__(self, name, typed(name, getattr(self, name), kind))
         for name in ("model", "output"):
             if not getattr(self, name):
-                raise ValueError(f"{name}='' must name a folder")
+                raise InputError(f"{name}='' must name a folder")
         self._check_budget()
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size={self.group_size} must be one of {GROUP_SIZES}")
+            raise InputError(f"group_size={self.group_size} must be one of {GROUP_SIZES}")
         if len(set(self.export)) < len(self.export):
-            raise ValueError(f"export={list(self.export)} must name each format once")
+            raise InputError(f"export={list(self.export)} must name each format once")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+                raise InputError(f"{name}={value} must be at least {least}")
 
     def _check_budget(self) -> None:
         if self.prune_rate is not None and not 0 <= self.prune_rate < 1:
-            raise ValueError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
+            raise InputError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
         given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
         if len(given) > 1:
             listed = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise ValueError(f"{listed} exclude each other; give one of them")
+            raise InputError(f"{listed} exclude each other; give one of them")
         if not 0 <= self.expert_rate < 1:
-            raise ValueError(f"expert_rate={self.expert_rate} must lie in [0, 1); choose e.g. 0.25")
+            raise InputError(f"expert_rate={self.expert_rate} must lie in [0, 1); choose e.g. 0.25")
         if not 0 < self.rho_max <= 1:
-            raise ValueError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
+            raise InputError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
         for given_for, name, unset in (("capped", "cap", None), ("combined", "expert_rate", 0.0)):
             if getattr(self, name) != unset and self.width != given_for:
-                raise ValueError(
+                raise InputError(
                     f"{name}={getattr(self, name)} needs width={given_for!r}, not {self.width!r}"
                 )
         if self.width == "capped" and self.cap is None:
-            raise ValueError("width='capped' needs a cap; give e.g. half the expert width")
+            raise InputError("width='capped' needs a cap; give e.g. half the expert width")
         if self.until_stable is not None and not 0 < self.until_stable <= 1:
-            raise ValueError(f"until_stable={self.until_stable} must lie in (0, 1]; choose 0.98")
+            raise InputError(f"until_stable={self.until_stable} must lie in (0, 1]; choose 0.98")
         _ = self.layer_rates
         check_weights_only(self)
 
@@ -207,7 +208,7 @@ class CompressionRecipe:
         exports that the model's family has.
 
         Raises:
-          ValueError: a group size or block that the model's widths do not allow, or 4-bit exports
+          InputError: a group size or block that the model's widths do not allow, or 4-bit exports
             of a 16-bit recipe.
         """
         exports = choose_exports(self.export, formats, self.bits, self.group_size, self.quantizer)
@@ -220,13 +221,13 @@ class CompressionRecipe:
         for label, size in widths:
             if packed and size % group:
                 fits = [g for g in GROUP_SIZES if not any(n % g for n in sizes)]
-                raise ValueError(
+                raise InputError(
                     f"group_size={group} does not divide the {label} {size}; "
                     + (f"choose --group-size {fits[0]}" if fits else "export with --bits 16")
                 )
         block = self.block or (group if d_expert % group == 0 else 1)
         if packed and block % group:
-            raise ValueError(
+            raise InputError(
                 f"block={block} must be a multiple of group_size={group}, so that every group of "
                 f"4-bit weights is whole; choose --block {group}"
             )
@@ -274,19 +275,19 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
     """Read a YAML recipe; `overrides` win over the file.
 
     Raises:
-      ValueError: not a mapping, or a key that no recipe has.
+      InputError: not a mapping, or a key that no recipe has.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"recipe {path} cannot be read: {error}") from None
+        raise InputError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"recipe {path} must be a mapping of option: value")
+        raise InputError(f"recipe {path} must be a mapping of option: value")
     known = [field.name for field in dataclasses.fields(CompressionRecipe)]
     for name in values:
         if name not in known:
             (near,) = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            raise ValueError(
+            raise InputError(
                 f"recipe {path}: {name!r} is unknown; the nearest is {near!r}, known are "
                 f"{', '.join(known)}"
             )
@@ -298,13 +299,13 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
     fields: dict[str, Any] = {**values, **overrides}
     for name in ("model", "output"):
         if name not in fields:
-            raise ValueError(
+            raise InputError(
                 f"recipe {path}: {name} is missing; write it there or on the command line"
             )
     try:
         return CompressionRecipe(**fields)
     except ValueError as error:
-        raise ValueError(f"recipe {path}: {error}") from None
+        raise InputError(f"recipe {path}: {error}") from None
 
 
 def _default_group(d_expert: int, widths: Iterable[int]) -> int:

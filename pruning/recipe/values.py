@@ -7,6 +7,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from moe_jax.errors import InputError
+
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
 AMOUNTS = ("target_bytes", "target_parameters")
 # What asks for calibration text, with the value that asks for none.
@@ -22,7 +24,7 @@ def parse_amount(name: str, text: str) -> int:
     """A whole number with an optional decimal suffix: 6GB, 500MB, 1.5G, 3B (parameters).
 
     Raises:
-      ValueError: it is none.
+      InputError: it is none.
     """
     unit = name == "target_bytes"
     pattern = r"([\d_.]+)\s*([KMGT]?)B?" if unit else r"([\d_.]+)\s*([KMGTB]?)"
@@ -31,7 +33,7 @@ def parse_amount(name: str, text: str) -> int:
         number = float(found[1] if found else "none")
         return round(number * SUFFIXES[found[2] if found else ""])
     except ValueError:
-        raise ValueError(
+        raise InputError(
             f"{name}={text!r} must be a number with or without a suffix, such as 6GB, 500MB or 3B"
         ) from None
 
@@ -40,7 +42,7 @@ def layer_rates(entries: Sequence[str]) -> dict[int, float]:
     """Prune rates of single layers from entries LAYER=RATE.
 
     Raises:
-      ValueError: an entry has another form, a rate lies outside [0, 1), or a layer comes twice.
+      InputError: an entry has another form, a rate lies outside [0, 1), or a layer comes twice.
     """
     rates: dict[int, float] = {}
     for entry in entries:
@@ -50,12 +52,12 @@ def layer_rates(entries: Sequence[str]) -> dict[int, float]:
         except ValueError:
             separator, index, value = "", 0, 0.0
         if not separator or index < 0 or not 0.0 <= value < 1.0:
-            raise ValueError(
+            raise InputError(
                 f"layer_rate={entry!r} must be LAYER=RATE with a rate in [0, 1), such as 3=0.5; a "
                 "rate of 0 leaves the layer alone"
             )
         if index in rates:
-            raise ValueError(f"layer_rate={list(entries)} names layer {index} twice")
+            raise InputError(f"layer_rate={list(entries)} names layer {index} twice")
         rates[index] = value
     return rates
 
@@ -65,7 +67,7 @@ def check_weights_only(recipe: Any) -> None:
     values = {name: getattr(recipe, name) for name in NEEDS_TEXT}
     asked = [f"{n}={value!r}" for n, value in values.items() if value != NEEDS_TEXT[n]]
     if recipe.weights_only and asked:
-        raise ValueError(
+        raise InputError(
             f"weights_only reads no calibration text, which {', '.join(asked)} needs; leave out "
             "one or the other"
         )
@@ -75,7 +77,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     """The value as its field's type: a list becomes a tuple, a whole number a float.
 
     Raises:
-      ValueError: naming value and expectation.
+      InputError: naming value and expectation.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in inner:
@@ -85,11 +87,11 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         return typed(name, value, inner[0])
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{name}={value!r} must be a list; write [{value}]")
+            raise InputError(f"{name}={value!r} must be a list; write [{value}]")
         return tuple(typed(name, one, inner[0]) for one in value)
     if origin is Literal:
         if type(value) is not type(inner[0]) or value not in inner:
-            raise ValueError(
+            raise InputError(
                 f"{name}={value!r} is unknown; choose among {', '.join(map(repr, inner))}"
             )
         return value
@@ -101,4 +103,4 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     hint = ""
     if name == "prune_rate" and isinstance(value, list | tuple):
         hint = "; `moe-compress plan` and `eval` take several rates"
-    raise ValueError(f"{name}={value!r} must be {words}{hint}")
+    raise InputError(f"{name}={value!r} must be {words}{hint}")

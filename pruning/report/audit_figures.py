@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from moe_jax.errors import InputError
 from pruning.report.figures import COLOURS, GREY, WIDTH, layer_colours, plain
 
 Side = Literal["both", "low", "high"]  # half of a violin
@@ -54,10 +55,10 @@ def plot_router_entropy(
       experts: per layer; a router without a preference has the entropy ln E.
 
     Raises:
-      ValueError: no text, or more than two.
+      InputError: no text, or more than two.
     """
     if not 1 <= len(entropies) <= 2:
-        raise ValueError(f"{len(entropies)} texts do not fit into a violin; give one or two")
+        raise InputError(f"{len(entropies)} texts do not fit into a violin; give one or two")
     shown = np.unique(np.linspace(0, len(layer_indices) - 1, DEPTHS).round().astype(int))
     places = np.arange(len(shown))
     figure = Figure(figsize=(WIDTH, 4), layout="constrained")

@@ -15,6 +15,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.budget.rules import RULES
 from pruning.report.compression_tables import TextTable
@@ -94,7 +95,7 @@ class Comparison:
         """Read compare.json.
 
         Raises:
-          ValueError: it is damaged.
+          InputError: it is damaged.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +103,7 @@ class Comparison:
             sizes, seen = found.get("sizes", {}), found.get("seen", {})
             return cls(key=found["key"], dense=found["dense"], sizes=sizes, seen=seen, **parts)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it and compare again") from None
+            raise InputError(f"{path} is damaged ({error}); remove it and compare again") from None
 
     def save(self, folder: Path) -> None:
         """Write compare.json and compare.csv, each whole or not at all."""
@@ -124,13 +125,13 @@ class Comparison:
         """With more results.
 
         Raises:
-          ValueError: the rules at a rate do not all keep the same number of channels.
+          InputError: the rules at a rate do not all keep the same number of channels.
         """
         every = (*self.results, *results)
         for rate in {result.rate for result in every}:
             kept = {result.kept for result in every if result.rate == rate}
             if len(kept) > 1:
-                raise ValueError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
+                raise InputError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
         return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))
 
     def only(self, rules: Sequence[str], rates: Sequence[float]) -> "Comparison":

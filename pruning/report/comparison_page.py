@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from moe_jax.errors import InputError
 from pruning.budget.rules import RULES
 from pruning.report.comparison import Comparison, Line
 from pruning.report.compression_page import document, figure_html, long_section, section_html
@@ -85,10 +86,10 @@ def plot_pareto(found: Comparison) -> Figure:
     """Size of the 16-bit model against added nats for the best rule of each family (figure 9).
 
     Raises:
-      ValueError: the comparison has no sizes.
+      InputError: the comparison has no sizes.
     """
     if not found.sizes:
-        raise ValueError("the comparison is of an earlier version without sizes; compare again")
+        raise InputError("the comparison is of an earlier version without sizes; compare again")
     lines = found.lines()
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()

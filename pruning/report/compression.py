@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.report.compression_page import fragment, page
 
@@ -77,7 +78,7 @@ class CompressionReport:
     def __post_init__(self) -> None:
         broken = [f.name for f in dataclasses.fields(self) if not _finite(getattr(self, f.name))]
         if broken:
-            raise ValueError(f"the report's {', '.join(broken)} hold NaN or infinity")
+            raise InputError(f"the report's {', '.join(broken)} hold NaN or infinity")
 
     def save(self, folder: Path) -> None:
         """Write report.json and report.html, each atomically."""
@@ -93,18 +94,18 @@ class CompressionReport:
         """Read report.json.
 
         Raises:
-          ValueError: missing, or of another version.
+          InputError: missing, or of another version.
         """
         if not Path(path).is_file():
-            raise ValueError(f"{path} does not exist; run `moe-compress compress` first")
+            raise InputError(f"{path} does not exist; run `moe-compress compress` first")
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             version = values.pop("version", None)
         except (json.JSONDecodeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a report ({error}); compress again") from None
+            raise InputError(f"{path} is not a report ({error}); compress again") from None
         names = {field.name for field in dataclasses.fields(cls)}
         if version != VERSION or set(values) != names:
-            raise ValueError(f"{path} is not a report of version {VERSION}; compress again")
+            raise InputError(f"{path} is not a report of version {VERSION}; compress again")
         return cls(**values)
 
 

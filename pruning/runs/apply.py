@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export import check_widths
+from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.budget.record import recorded_options
 from pruning.kit.progress import Steps
@@ -53,7 +54,7 @@ def apply_plan(
       The checks of all exports, all passed.
 
     Raises:
-      ValueError: the plan is another model's, its widths do not fit the format, or the output
+      InputError: the plan is another model's, its widths do not fit the format, or the output
         folder is in the way; nothing has been written then.
       OSError: the plan is missing, or the disk is too small.
       VerificationError: an export differs from the model in memory; it is kept.
@@ -88,13 +89,13 @@ def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
     c = base.config
     wanted = (c.moe_layers, c.moe.num_experts, c.moe.d_expert)
     if (plan.layer_indices, *plan.keep.shape[1:]) != wanted:
-        raise ValueError(
+        raise InputError(
             f"the plan is for layers {plan.layer_indices} of {plan.keep.shape[1]} experts with "
             f"{plan.keep.shape[2]} channels, {base.folder} has layers {wanted[0]} of {wanted[1]} "
             f"experts with {wanted[2]}; give the model that the plan was made for"
         )
     if not plan.keep.any():
-        raise ValueError("the plan keeps no channel at all; make one with a lower prune rate")
+        raise InputError("the plan keeps no channel at all; make one with a lower prune rate")
 
 
 def _recipe(

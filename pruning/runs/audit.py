@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.kit.progress import Steps
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
@@ -32,15 +33,15 @@ def check_sample(*, experts: int, channels: int, tokens: int) -> None:
     """Refuse sizes that measure nothing.
 
     Raises:
-      ValueError: naming the flag.
+      InputError: naming the flag.
     """
     for name, value, least in (
         ("experts", experts, 0), ("channels", channels, 0), ("tokens", tokens, 2),
     ):  # fmt: skip
         if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}; change --{name}")
+            raise InputError(f"{name}={value} must be at least {least}; change --{name}")
     if experts + channels == 0:
-        raise ValueError("experts=0 and channels=0 leave nothing to measure; give --experts 32")
+        raise InputError("experts=0 and channels=0 leave nothing to measure; give --experts 32")
 
 
 def audit(

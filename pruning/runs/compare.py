@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
 from pruning.budget.rules import GROUPS, RULES, check_needs, select_rules
@@ -63,7 +64,7 @@ def compare(
       The comparison, which is also in the output folder.
 
     Raises:
-      ValueError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work.
     """
     steps = steps or Steps()
     names = select_rules(rules, RULES)
@@ -78,7 +79,7 @@ def compare(
     texts = {name: first_tokens(w, evaluation_tokens) for name, w in job.evaluation.items()}
     job = dataclasses.replace(job, evaluation=texts)
     if not texts:
-        raise ValueError("there is no text to evaluate on; name one with --evaluation")
+        raise InputError("there is no text to evaluate on; name one with --evaluation")
     budgets = _budgets(job, rates)
     key = _key(job, texts)
     earlier = _earlier(job.output / "compare.json", key, overwrite=recipe.overwrite)
@@ -113,7 +114,7 @@ def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
     found = {}
     for rate in rates:
         if not 0.0 < rate < 1.0:
-            raise ValueError(f"prune_rate={rate} must lie in (0, 1); choose e.g. 0.25")
+            raise InputError(f"prune_rate={rate} must lie in (0, 1); choose e.g. 0.25")
         budget = common_budget(shape, rate, job.recipe.block)
         found[round(1.0 - budget / math.prod(shape), 6)] = budget
     return found
@@ -156,7 +157,7 @@ def _earlier(path: Path, key: dict, *, overwrite: bool) -> Comparison | None:
     if overwrite:
         return None
     differ = [name for name in key if found.key.get(name) != key[name]]
-    raise ValueError(
+    raise InputError(
         f"{path} holds results of another {', '.join(differ)}; name another folder or add "
         "--overwrite"
     )

@@ -56,7 +56,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
       The report, which is also in the output folder.
 
     Raises:
-      ValueError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work.
       VerificationError: an export differs from the model in memory.
     """
     steps = steps or Steps()

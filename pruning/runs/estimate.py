@@ -12,6 +12,7 @@ from convert.description import Description, describe
 from convert.export import check_widths, export_bytes
 from convert.rules import EMBEDDING, LM_HEAD, Widths, expected_tensors
 from convert.writer import SPARE_BYTES
+from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import padded_rows
 from pruning.recipe.exports import is_packed
 from pruning.recipe.recipe import BUDGETS, CompressionRecipe
@@ -37,7 +38,7 @@ def open_description(folder: Path) -> Description:
     """A checkpoint with its headers checked; where no weights lie, what config.json says.
 
     Raises:
-      ValueError: the config or a header is wrong.
+      InputError: the config or a header is wrong.
     """
     has_weights = any(folder.glob("*.safetensors*"))
     return open_checkpoint(folder) if has_weights else describe(folder)
@@ -64,7 +65,7 @@ def estimates(
       One entry per rate, of JSON-compatible values; sizes are bytes.
 
     Raises:
-      ValueError: the recipe is impossible, in the words of `compress`.
+      InputError: the recipe is impossible, in the words of `compress`.
     """
     budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
     recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
@@ -72,7 +73,7 @@ def estimates(
     seconds = None
     if probe:
         if not isinstance(base, Checkpoint):
-            raise ValueError(f"{base.folder} has no weights to probe; leave out --probe")
+            raise InputError(f"{base.folder} has no weights to probe; leave out --probe")
         # The time is the same at every rate.
         seconds = round(scoring_seconds(base, stages.resolved(recipe, base)), 1)
     return [{**one, "scoring_seconds": seconds} for one in found]

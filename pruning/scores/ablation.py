@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
+from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.moe import Experts, MoE
 from moe_jax.experts.swiglu import no_score, routed_experts
@@ -73,7 +74,7 @@ def ablate(
       (loss of the dense model, float64 [A] losses of the ablated ones), in nats.
 
     Raises:
-      ValueError: an ablation names a layer, expert or channel that is not there.
+      InputError: an ablation names a layer, expert or channel that is not there.
     """
     _check(source, ablations)
     tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
@@ -124,7 +125,7 @@ def _check(source: LayerSource, ablations: Sequence[Ablation]) -> None:
             or not 0 <= channel < moe.d_expert
             or (one.reroute and one.channel is not None)
         ):
-            raise ValueError(
+            raise InputError(
                 f"{one} is not in the model, which has {moe.num_experts} experts of {moe.d_expert} "
                 f"channels in layers {list(config.moe_layers)}; only whole experts can be rerouted"
             )

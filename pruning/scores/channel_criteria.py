@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 if TYPE_CHECKING:
     from pruning.scores.statistics import ChannelStatistics
 
@@ -18,11 +20,11 @@ def collected(statistics: "ChannelStatistics", name: str, group: str) -> np.ndar
     """A field of the statistics that is there only if its group was asked for.
 
     Raises:
-      ValueError: it was not collected; names the flag that collects it.
+      InputError: it was not collected; names the flag that collects it.
     """
     value = getattr(statistics, name)
     if value is None:
-        raise ValueError(
+        raise InputError(
             f"{name!r} was not collected in these statistics; score the model again with --{group} "
             "or choose a criterion that needs none, e.g. 'weight'"
         )

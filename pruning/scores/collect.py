@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import Weight, dequantize
 from moe_jax.stream import LayerSource, contexts, embed, pad_rows
@@ -60,7 +61,7 @@ def collect_statistics(
       The statistics.
 
     Raises:
-      ValueError: if the model has no expert layer or its experts were already pruned unevenly.
+      InputError: if the model has no expert layer or its experts were already pruned unevenly.
     """
     asked = (("gradients", gradients), ("expert-details", expert_details))
     groups = [name for name, on in asked if on]
@@ -133,7 +134,7 @@ def collect_weights(source: LayerSource, visit: Visit = lambda: None) -> Channel
 def _empty_sums(source: LayerSource, groups) -> Sums:
     config = source.config
     if not config.moe_layers:
-        raise ValueError("the model has no layer with experts; there is nothing to prune")
+        raise InputError("the model has no layer with experts; there is nothing to prune")
     moe = config.moe
     sizes = (len(config.moe_layers), moe.num_experts, moe.d_expert, config.d_model)
     shapes = field_shapes(*sizes, groups, finished=False)
@@ -219,7 +220,7 @@ def _weight_facts(layer: DecoderLayer, sums: Sums, slot: int) -> None:
     experts = layer.mlp.experts
     shape = sums["down_norm"].shape[1:]
     if bool(np.any(np.asarray(experts.count) != shape[1])):
-        raise ValueError(
+        raise InputError(
             f"expert widths {np.asarray(experts.count).tolist()} differ from d_expert={shape[1]}; "
             "score the dense model, then plan every budget from its statistics"
         )

@@ -9,7 +9,7 @@ import functools
 import flax.struct
 import numpy as np
 
-from pruning.kit.registry import choose
+from moe_jax.errors import InputError, choose
 from pruning.scores.channel_criteria import (
     CHANNEL_CRITERIA,
     DATA_FREE,
@@ -60,7 +60,7 @@ def channel_scores(
       paper's layer loss up to a constant factor.
 
     Raises:
-      ValueError: a name is unknown, the statistics lack gradients or tokens, or a score is not
+      InputError: a name is unknown, the statistics lack gradients or tokens, or a score is not
         finite.
     """
     score = choose(CHANNEL_CRITERIA, criterion, "criterion")
@@ -70,7 +70,7 @@ def channel_scores(
     layer = statistics.layer_energy / np.maximum(statistics.total_tokens, 1.0)
     if not statistics.total_tokens > 0:
         if not (criterion in DATA_FREE and attribution in DATA_FREE_EXPERTS):
-            raise ValueError(
+            raise InputError(
                 f"total_tokens={statistics.total_tokens} must be positive for criterion "
                 f"{criterion!r} with attribution {attribution!r}; collect statistics on text, or "
                 f"use {', '.join(sorted(DATA_FREE))} with {', '.join(sorted(DATA_FREE_EXPERTS))}"
@@ -93,7 +93,7 @@ def require_data_free(criterion: str, attribution: str) -> None:
         ("criterion", criterion, DATA_FREE), ("attribution", attribution, DATA_FREE_EXPERTS)
     ):  # fmt: skip
         if value not in known:
-            raise ValueError(
+            raise InputError(
                 f"{name}={value!r} needs calibration text, weights_only reads none; choose among "
                 f"{', '.join(sorted(known))}, or give --calibration instead of --weights-only"
             )
@@ -132,7 +132,7 @@ def _check_finite(scores: ChannelScores) -> None:
         finite = np.isfinite(getattr(scores, name))
         if not finite.all():
             where = tuple(int(i) for i in np.argwhere(~finite)[0])
-            raise ValueError(
+            raise InputError(
                 f"{name} score at {where} (layer, expert, channel) is not finite; "
                 "check the checkpoint and the calibration text, then collect statistics again"
             )

@@ -6,6 +6,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import make_context
+from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, pad_rows
 from moe_jax.transformer import Transformer
 from pruning.scores.end_to_end import OnStep, gated
@@ -39,10 +40,10 @@ def nll_grad2(
       float64 [L, E], in nats summed over the text.
 
     Raises:
-      ValueError: the source is not a model in memory.
+      InputError: the source is not a model in memory.
     """
     if not isinstance(source, Transformer):
-        raise ValueError(
+        raise InputError(
             f"nll_grad2 differentiates the whole model twice and needs it in memory, but got a "
             f"{type(source).__name__}; load it with convert.checkpoint.load_model, or use nll_ig, "
             "which streams the layers"

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
+from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.moe import Experts, MoE, RunExperts
 from moe_jax.experts.swiglu import no_score, routed_experts
@@ -116,12 +117,12 @@ def nll_ig(
       float64 [L, E], in nats summed over the text.
 
     Raises:
-      ValueError: `steps` is below 1.
+      InputError: `steps` is below 1.
 
     Source: integrated gradients, arXiv:1703.01365.
     """
     if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1; 4 is enough for ranks")
+        raise InputError(f"steps={steps} must be at least 1; 4 is enough for ranks")
     chunk = chunk or max(1, 64 // steps)
     starts = range(0, len(tokens), chunk)
     total, done = ig_visits(source, steps) * len(starts), 0

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from pruning.kit.registry import choose
+from moe_jax.errors import InputError, choose
 from pruning.scores.channel_criteria import (
     Criterion,
     abs_taylor,
@@ -44,7 +44,7 @@ def family(b: float, alpha: float, beta: float) -> Criterion:
     """S(b, alpha, beta) = n^-b sum over routed tokens of w^alpha |z|^beta, n the routed tokens.
 
     Raises:
-      ValueError: this pair (alpha, beta) is not collected.
+      InputError: this pair (alpha, beta) is not collected.
 
     Source: arXiv 2606.15716.
     """
@@ -53,7 +53,7 @@ def family(b: float, alpha: float, beta: float) -> Criterion:
         (1, 1): "weighted_output_norm", (1, 2): "weighted_output_square",
     }  # fmt: skip
     if (alpha, beta) not in fields:
-        raise ValueError(
+        raise InputError(
             f"S({b:g},{alpha:g},{beta:g}): (alpha, beta) must be one of {sorted(fields)}"
         )
     field = fields[alpha, beta]
@@ -143,7 +143,7 @@ def expert_criterion(name: str) -> Criterion:
     """The criterion of this name, or the member "S(b,alpha,beta)" of the norm family.
 
     Raises:
-      ValueError: the name is unknown, or the member's sums are not collected.
+      InputError: the name is unknown, or the member's sums are not collected.
     """
     member = _FAMILY.fullmatch(name.replace(" ", ""))
     if member:

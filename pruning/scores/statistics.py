@@ -10,6 +10,7 @@ from flax import struct
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
 
 ALWAYS = "always"
@@ -165,16 +166,16 @@ class ChannelStatistics:
         """Statistics of both calibration texts together; what is no sum of both is dropped.
 
         Raises:
-          ValueError: if the two were not collected from one model in one mode.
+          InputError: if the two were not collected from one model in one mode.
         """
         if self.shape != other.shape or self.groups != other.groups:
-            raise ValueError(
+            raise InputError(
                 f"statistics of shape {self.shape} with {sorted(self.groups)} cannot be merged "
                 f"with {other.shape} with {sorted(other.groups)}; collect both from one model in "
                 "one mode"
             )
         if not all(np.array_equal(getattr(self, n), getattr(other, n)) for n in WEIGHTS):
-            raise ValueError("the two statistics have different weight norms: other model weights")
+            raise InputError("the two statistics have different weight norms: other model weights")
         names = [name for group in (ALWAYS, *self.groups) for name in SUMS.get(group, ())]
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         dropped: dict = dict.fromkeys(("wanda_up", "wanda_gate", "weight_gradient"))
@@ -236,20 +237,20 @@ def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
       (statistics, provenance).
 
     Raises:
-      ValueError: if a file is missing, of another format, or lacks an array.
+      InputError: if a file is missing, of another format, or lacks an array.
     """
     path = Path(path)
     notes = path.with_suffix(".json")
     for file in (path, notes):
         if not file.is_file():
-            raise ValueError(f"{file} does not exist; write it with `moe-compress score`")
+            raise InputError(f"{file} does not exist; write it with `moe-compress score`")
     try:
         provenance = json.loads(notes.read_text(encoding="utf-8"))
         arrays = load_file(path)
     except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it and score again") from None
+        raise InputError(f"{path} is damaged ({error}); remove it and score again") from None
     if provenance.get("format") != FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{notes}: format={provenance.get('format')!r}, expected {FORMAT}; score again with "
             "this version"
         )
@@ -257,7 +258,7 @@ def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
     missing, unexpected = set(SUMS[ALWAYS]) | set(WEIGHTS), set(arrays) - known
     missing -= set(arrays)
     if missing or unexpected:
-        raise ValueError(
+        raise InputError(
             f"{path}: missing {sorted(missing)}, unexpected {sorted(unexpected)}; score again "
             "with this version"
         )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from moe_jax.errors import InputError
 from moe_jax.quant import best_scale, nearest_codes
 
 DAMPING = 0.01  # of the mean diagonal of H, as in the paper
@@ -75,11 +76,11 @@ def gptq(weight: Array, moments: Array, *, group_size: int, damping: float = DAM
       The codes and scales; a void result is all zeros.
 
     Raises:
-      ValueError: if the group size does not divide the inputs.
+      InputError: if the group size does not divide the inputs.
     """
     outputs, inputs = weight.shape
     if inputs % group_size:
-        raise ValueError(f"group_size={group_size} must divide the {inputs} inputs of the weight")
+        raise InputError(f"group_size={group_size} must divide the {inputs} inputs of the weight")
     move, solved = feedback(moments, damping)
     target = weight.astype(jnp.float32).T  # [in, out]: one input is one contiguous row
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from moe_jax.errors import InputError
 from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
@@ -68,7 +69,7 @@ def quantize_model(
       The errors of every layer.
 
     Raises:
-      ValueError: fewer than two windows.
+      InputError: fewer than two windows.
     """
     learn, check = _windows(len(tokens))
     shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +110,7 @@ def layer_errors(folder: Path | None) -> list[dict]:
 def _windows(number: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the windows to learn from and of those held out."""
     if number < 2:
-        raise ValueError(
+        raise InputError(
             f"GPTQ needs at least 2 calibration windows, one of them held out, but has {number}; "
             "give more text, a shorter --window, or use --quantizer rtn"
         )

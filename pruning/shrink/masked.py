@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
+from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.moe import Experts, MoE, run_experts
 from moe_jax.quant import dequantize
@@ -68,7 +69,7 @@ def masked_hidden(
       [V, B, T, D] on the host.
 
     Raises:
-      ValueError: a plan is of another shape than the model's experts.
+      InputError: a plan is of another shape than the model's experts.
     """
     rows = len(tokens)
     tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
@@ -95,7 +96,7 @@ def _masks(layer: DecoderLayer, index: int, plan: PruningPlan) -> tuple[Array, A
     keep = plan.keep[slot]
     rows = layer.mlp.experts.w_down.shape[0] if isinstance(layer.mlp, MoE) else 0
     if rows != keep.size:
-        raise ValueError(
+        raise InputError(
             f"the plan keeps some of {list(keep.shape)} channels in layer {index}, which has "
             f"{rows}; the plan was made for another model"
         )

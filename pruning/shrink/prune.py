@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moe_jax.errors import InputError
 from moe_jax.experts.moe import Experts, MoE
 from moe_jax.experts.pool import pooled_experts
 from moe_jax.quant import dequantize
@@ -93,10 +94,10 @@ def output_bias(
 
 def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
     if not isinstance(layer.mlp, MoE):
-        raise ValueError("the layer has no experts; prune only the model's expert layers")
+        raise InputError("the layer has no experts; prune only the model's expert layers")
     rows = layer.mlp.experts.w_gate.shape[0]
     if rows != keep.size:
-        raise ValueError(
+        raise InputError(
             f"keep has shape {keep.shape} for {keep.size} channels, the layer has {rows}; the plan "
             "was made for another model"
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.experts.grouped_matmul import on_cpu
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import Transformer
@@ -43,11 +44,11 @@ def announce(source: LayerSource, recipe: CompressionRecipe, steps: Steps) -> No
     """Say what the extra attributions cost, before anything is measured.
 
     Raises:
-      ValueError: nll_grad2 is asked for and the model does not fit in memory, or the machine has
+      InputError: nll_grad2 is asked for and the model does not fit in memory, or the machine has
         no second derivatives of its products.
     """
     if recipe.nll_grad2 and not on_cpu():
-        raise ValueError(
+        raise InputError(
             "nll_grad2 needs second derivatives, which only the products of a CPU have; leave it "
             "out, or set JAX_PLATFORMS=cpu"
         )
@@ -60,7 +61,7 @@ def announce(source: LayerSource, recipe: CompressionRecipe, steps: Steps) -> No
     if recipe.nll_grad2:
         need, free = 2 * model_bytes(source), free_memory()
         if need > free:
-            raise ValueError(
+            raise InputError(
                 f"nll_grad2 differentiates the whole model twice and needs about {need / 1e9:.0f} "
                 f"GB of memory, {free / 1e9:.0f} GB are free; use --nll-ig 4, which streams the "
                 "layers"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from convert.writer import LEFTOVER, remove_leftovers
+from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.budget.decide import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
@@ -23,7 +24,7 @@ def is_interrupted(job: Job) -> bool:
     """Whether the output folder holds an unfinished run of this recipe, to be gone on with.
 
     Raises:
-      ValueError: it holds something else that may not be replaced.
+      InputError: it holds something else that may not be replaced.
     """
     texts = [TextSource.parse(text).path for text in job.recipe.calibration]
     read = (job.base.folder, *texts, *map(Path, job.recipe.evaluation))
@@ -41,25 +42,25 @@ def may_resume(
       unfinished: whether a folder of the same recipe lacks something.
 
     Raises:
-      ValueError: the folder holds something else that may not be replaced, or what is read.
+      InputError: the folder holds something else that may not be replaced, or what is read.
     """
     output = Path(recipe.output)
     for path in read:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"output={output} holds {path}, which is read; name another folder")
+            raise InputError(f"output={output} holds {path}, which is read; name another folder")
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output={output} is a file; name a folder")
+        raise InputError(f"output={output} is a file; name a folder")
     if not output.exists() or all(LEFTOVER.fullmatch(path.name) for path in output.iterdir()):
         return False
     if not (output / RECIPE).is_file():
-        raise ValueError(
+        raise InputError(
             f"output={output} already exists and is no output folder of ours (it has no {RECIPE}), "
             "so --overwrite leaves it alone too; name another folder"
         )
     if _same_recipe(output / RECIPE, recipe) and unfinished():
         return True
     if not recipe.overwrite:
-        raise ValueError(
+        raise InputError(
             f"output={output} already exists and is not an interrupted run of this recipe; "
             "name another folder or add --overwrite"
         )

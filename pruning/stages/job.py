@@ -11,6 +11,7 @@ from convert.description import Description
 from convert.export import ExportFormat, export_checkpoint, packed_inputs
 from convert.mtp import check_mtp
 from convert.rules import uniform_widths
+from moe_jax.errors import InputError, choose
 from moe_jax.stream import LayerSource
 from pruning.budget.alignment import check_block
 from pruning.budget.decide import PruningPlan
@@ -19,7 +20,6 @@ from pruning.budget.planners import PLANNERS
 from pruning.budget.smoothing import SMOOTHINGS
 from pruning.demo import DEMO
 from pruning.kit.progress import Steps
-from pruning.kit.registry import choose
 from pruning.measure.quality import Quality, Reference, Windows, evaluate, make_windows
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
@@ -79,7 +79,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     """Open and check everything a recipe needs; no weights are read.
 
     Raises:
-      ValueError: whatever is wrong with the model, the texts or the options, before any work.
+      InputError: whatever is wrong with the model, the texts or the options, before any work.
     """
     folder = model_folder(recipe.model)
     # 16-bit weights: the exports store these, so they are what is measured.
@@ -108,14 +108,14 @@ def require_possible(recipe: CompressionRecipe, base: Description) -> None:
     """Refuse a resolved recipe that no statistics can satisfy; texts are checked elsewhere.
 
     Raises:
-      ValueError: the model has no experts or is pruned already, lacks layers that are to be kept,
+      InputError: the model has no experts or is pruned already, lacks layers that are to be kept,
         or a name is unknown.
     """
     c = base.config
     if not c.moe_layers:
-        raise ValueError(f"{base.folder} has no layer with experts; there is nothing to prune")
+        raise InputError(f"{base.folder} has no layer with experts; there is nothing to prune")
     if base.widths != uniform_widths(c):
-        raise ValueError(f"{base.folder} is already pruned; give the dense model that it came from")
+        raise InputError(f"{base.folder} is already pruned; give the dense model that it came from")
     check_mtp(base, recipe.mtp)
     assert recipe.criterion is not None and recipe.attribution is not None
     choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
@@ -174,11 +174,11 @@ def read_tokens(source: TextSource, codec: TextCodec, max_tokens: int) -> np.nda
     """First tokens of an evaluation text.
 
     Raises:
-      ValueError: the file cannot be read as text or holds fewer than two tokens.
+      InputError: the file cannot be read as text or holds fewer than two tokens.
     """
     tokens, _ = token_stream(source, codec.encode, max_tokens, codec.end)
     if len(tokens) < 2:
-        raise ValueError(
+        raise InputError(
             f"evaluation text {source.path} has {len(tokens)} tokens, at least 2 are needed to "
             "score one; give more text"
         )

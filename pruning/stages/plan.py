@@ -59,7 +59,7 @@ def plan(
     """Allocate the budget of a resolved recipe: a prune rate, or a target of bytes or parameters.
 
     Raises:
-      ValueError: an option is infeasible; for a target the message has the nearest feasible size.
+      InputError: an option is infeasible; for a target the message has the nearest feasible size.
     """
     notes = _notes(recipe, statistics, provenance)
     made = functools.partial(

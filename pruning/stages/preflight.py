@@ -11,6 +11,7 @@ from convert.description import Description
 from convert.export import ExportFormat, check_widths
 from convert.mtp import check_mtp_width
 from convert.writer import SPARE_BYTES, remove_leftovers
+from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import EXPORTS, CompressionRecipe
@@ -45,7 +46,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
       exports: whether the run goes on to plan and export.
 
     Raises:
-      ValueError: an impossible plan, a bad weight, or an output folder in the way.
+      InputError: an impossible plan, a bad weight, or an output folder in the way.
       OSError: the disk is too small.
     """
     resumed = output_folder.is_interrupted(job)
@@ -73,7 +74,7 @@ def _require_known_width(recipe: CompressionRecipe, form: ExportFormat) -> None:
     # Whole experts that stay are unpruned; of other widths that differ only the plan knows.
     unknown = form.is_padded and pads(recipe, form) and recipe.width != "experts"
     if form.mtp == "keep" and unknown:
-        raise ValueError(
+        raise InputError(
             f"mtp='keep' asks {form.name} to stay as wide as the model, which with --width "
             f"{recipe.width} only the plan can tell; choose mtp='prune' or 'drop', or a ragged "
             "format"
@@ -84,7 +85,7 @@ def rehearsed_plan(recipe: CompressionRecipe, base: Description) -> PruningPlan:
     """The plan of a resolved recipe on made-up statistics, which need no weights.
 
     Raises:
-      ValueError: no plan satisfies the recipe, whatever the statistics.
+      InputError: no plan satisfies the recipe, whatever the statistics.
     """
     c = base.config
     sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
@@ -144,13 +145,13 @@ def check_exports(
     """Check all exports of a plan before the first is written, and say their sizes.
 
     Raises:
-      ValueError: the plan is another model's, a target exists, or widths do not fit the groups.
+      InputError: the plan is another model's, a target exists, or widths do not fit the groups.
       OSError: the disk is too small.
     """
     plan.require_model(base.fingerprint)
     there = [str(path) for path in (folder / name for name in recipe.export) if path.exists()]
     if there and not overwrite:
-        raise ValueError(f"{', '.join(there)} already exist; add --overwrite to replace them")
+        raise InputError(f"{', '.join(there)} already exist; add --overwrite to replace them")
     for name in recipe.export:
         check_widths(base, kept_widths(plan, base), form_of(recipe, name, plan))
     remove_leftovers(folder)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, load_model
+from moe_jax.errors import InputError
 from pruning.kit.progress import Steps
 from pruning.scores.collect import collect_weights, with_wanda
 from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
@@ -89,11 +90,11 @@ def stored_statistics(folder: Path, base: Checkpoint) -> tuple[ChannelStatistics
     """Statistics in an output folder, which must be of this very model.
 
     Raises:
-      ValueError: they are missing, damaged, or of another model.
+      InputError: they are missing, damaged, or of another model.
     """
     statistics, provenance = load_statistics(folder / STATISTICS)
     if provenance.get("model_hash") != base.fingerprint:
-        raise ValueError(
+        raise InputError(
             f"{folder / STATISTICS} was measured on model {provenance.get('model_hash')}, but "
             f"{base.folder} is {base.fingerprint}; score this model"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, open_checkpoint
+from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.recipe.recipe import BUDGETS, CompressionRecipe, load_recipe
 from pruning.scores.statistics import ChannelStatistics
@@ -18,7 +19,7 @@ from pruning.stages import score as scoring
 def stored_recipe(folder: Path, options: argparse.Namespace, *names: str) -> CompressionRecipe:
     """The recipe stored in an output folder, with the given flags on top."""
     if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder}/recipe.yaml does not exist; run `moe-compress score` first")
+        raise InputError(f"{folder}/recipe.yaml does not exist; run `moe-compress score` first")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     # The folder may have moved since the recipe was written.
     return load_recipe(folder / "recipe.yaml", **{"output": str(folder), **given})
@@ -39,7 +40,7 @@ def stored_plans(
     """
     for rate in rates:
         if not 0 <= rate < 1:
-            raise ValueError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
+            raise InputError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
     one = stages.resolved(one, base)
     statistics, provenance = scoring.stored_statistics(folder, base)

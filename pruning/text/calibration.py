@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 Encode = Callable[[str], list[int]]
 MIN_TOKENS = 64
 
@@ -27,7 +29,7 @@ class TextSource:
         """Read `FILE` or `FILE=WEIGHT`.
 
         Raises:
-          ValueError: if the weight is not a positive number.
+          InputError: if the weight is not a positive number.
         """
         path, separator, weight = text.rpartition("=")
         if not separator or Path(text).exists():
@@ -37,7 +39,7 @@ class TextSource:
         except ValueError:
             value = 0.0
         if value <= 0:
-            raise ValueError(
+            raise InputError(
                 f"calibration={text!r}: the weight after '=' must be a positive number; write "
                 "FILE or FILE=2.5"
             )
@@ -68,19 +70,19 @@ def read_documents(source: TextSource) -> list[str]:
     """Documents of a file: one per line of .jsonl or .jsonl.gz, else the whole file as one.
 
     Raises:
-      ValueError: missing or empty file, text that is not UTF-8, a line without the named field.
+      InputError: missing or empty file, text that is not UTF-8, a line without the named field.
     """
     if not source.path.is_file():
-        raise ValueError(f"text file {source.path} does not exist; check the path")
+        raise InputError(f"text file {source.path} does not exist; check the path")
     raw = source.path.read_bytes()
     try:
         if source.path.suffix == ".gz":
             raw = gzip.decompress(raw)
         text = raw.decode("utf-8")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{source.path} is not whole gzip ({error}); download it again") from None
+        raise InputError(f"{source.path} is not whole gzip ({error}); download it again") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source.path} is not UTF-8 text ({error}); convert it first") from None
+        raise InputError(f"{source.path} is not UTF-8 text ({error}); convert it first") from None
     if ".jsonl" in source.path.suffixes:
         # Not splitlines, which also cuts at characters that a JSON string may hold.
         documents = [
@@ -93,7 +95,7 @@ def read_documents(source: TextSource) -> list[str]:
         documents = [text.replace("\r\n", "\n").replace("\r", "\n")]
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise ValueError(f"{source.path} holds no text; give a file with at least a few pages")
+        raise InputError(f"{source.path} holds no text; give a file with at least a few pages")
     return documents
 
 
@@ -101,14 +103,14 @@ def _document(line: str, source: TextSource, number: int) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{source.path}:{number} is not JSON ({error}); expected JSON lines"
         ) from None
     if isinstance(value, str):
         return value
     if not isinstance(value, dict) or not isinstance(value.get(source.field), str):
         known = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(
+        raise InputError(
             f"{source.path}:{number} has no text in field {source.field!r} (found: {known}); name "
             "the right field with --calibration-field (--text-field of eval)"
         )
@@ -130,7 +132,7 @@ def token_stream(
       (token ids int32, number of documents that were read).
 
     Raises:
-      ValueError: as `read_documents`.
+      InputError: as `read_documents`.
     """
     tokens: list[int] = []
     documents = 0
@@ -173,12 +175,12 @@ def calibration_batch(
       Windows of `length`; only the last window of each file may hold padding.
 
     Raises:
-      ValueError: unreadable files, or fewer than 64 tokens in all.
+      InputError: unreadable files, or fewer than 64 tokens in all.
     """
     if not sources:
-        raise ValueError("no calibration text given; name at least one file with --calibration")
+        raise InputError("no calibration text given; name at least one file with --calibration")
     if length < 2 or max_tokens < 1:
-        raise ValueError(f"length={length} must be at least 2 and max_tokens={max_tokens} positive")
+        raise InputError(f"length={length} must be at least 2 and max_tokens={max_tokens} positive")
     streams = [token_stream(source, encode, max_tokens, separator) for source in sources]
     shares = _shares([len(s) for s, _ in streams], [s.weight for s in sources], max_tokens)
     rows, masks, notes = [], [], []
@@ -193,7 +195,7 @@ def calibration_batch(
                       "documents": documents, "tokens": share})  # fmt: skip
     batch = TokenBatch(np.concatenate(rows), np.concatenate(masks), tuple(notes))
     if batch.total < MIN_TOKENS:
-        raise ValueError(
+        raise InputError(
             f"the calibration text gives only {batch.total} tokens, at least {MIN_TOKENS} are "
             "needed (and 100 000 or more for stable scores); give more text"
         )

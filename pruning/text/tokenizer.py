@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from moe_jax.errors import InputError
+
 
 @dataclass(frozen=True)
 class TextCodec:
@@ -39,21 +41,21 @@ def open_codec(folder: Path, vocab_size: int) -> TextCodec:
       The codec.
 
     Raises:
-      ValueError: the file is missing, unreadable, or has ids beyond the embedding.
+      InputError: the file is missing, unreadable, or has ids beyond the embedding.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{path} does not exist; copy the model's tokenizer.json there (a slow tokenizer "
             "converts with transformers' AutoTokenizer and save_pretrained)"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises plain Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}; download it again") from None
+        raise InputError(f"{path} is not a tokenizer: {error}; download it again") from None
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
-        raise ValueError(
+        raise InputError(
             f"{path} has token id {largest} but the model knows {vocab_size}; it is another "
             "model's tokenizer"
         )
@@ -68,7 +70,7 @@ def _end(folder: Path, tokenizer: Tokenizer) -> int | None:
         try:
             token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{settings} is not a JSON object ({error}); get it again") from None
+            raise InputError(f"{settings} is not a JSON object ({error}); get it again") from None
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
             return tokenizer.token_to_id(token)

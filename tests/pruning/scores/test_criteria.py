@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pruning.kit.registry import choose
+from moe_jax.errors import choose
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA, DATA_FREE
 from pruning.scores.criteria import channel_scores
 from pruning.scores.expert_criteria import DATA_FREE_EXPERTS, EXPERT_CRITERIA

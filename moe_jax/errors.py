@@ -1,10 +1,17 @@
-"""Looking names up in plain dicts."""
+"""Bad input, and looking names up; imports nothing, so that a command line can start with it."""
 
 import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong; the message names it, what is expected, and the cure.
+
+    Any other exception is a fault of the program and deserves its traceback.
+    """
 
 
 def choose(registry: Mapping[str, Entry], name: str, what: str) -> Entry:
@@ -19,10 +26,10 @@ def choose(registry: Mapping[str, Entry], name: str, what: str) -> Entry:
       The entry.
 
     Raises:
-      ValueError: the name is unknown; the message has the nearest match and all names.
+      InputError: the name is unknown; the message has the nearest match and all names.
     """
     if name in registry:
         return registry[name]
     near = difflib.get_close_matches(str(name), registry, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"{what}={name!r} is unknown; {hint}choose one of: {', '.join(registry)}")
+    raise InputError(f"{what}={name!r} is unknown; {hint}choose one of: {', '.join(registry)}")
