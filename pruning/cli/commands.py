@@ -17,7 +17,9 @@ from pruning.cli.flags import recipe_from
 from pruning.cli.option_checks import check_estimate, check_evaluation
 from pruning.kit.progress import Steps
 from pruning.measure.quality import make_windows
-from pruning.recipe.recipe import EXPORTS, PLANNING, CompressionRecipe
+from pruning.recipe.exports import EXPORTS
+from pruning.recipe.options import PlanOptions, fields_of
+from pruning.recipe.recipe import ResolvedRecipe
 from pruning.report.audit_page import audit_tables
 from pruning.report.compression import CompressionReport
 from pruning.report.compression_tables import as_rich, terminal_table
@@ -40,6 +42,8 @@ from pruning.text.calibration import TextSource
 from pruning.text.tokenizer import open_codec
 
 Options = argparse.Namespace
+# What `moe-compress plan` can decide anew from the same statistics.
+PLANNING = tuple(name for name in fields_of(PlanOptions) if name != "prune_rate")
 
 
 def compress(options: Options) -> None:
@@ -111,7 +115,7 @@ def estimate(options: Options) -> None:
 def _save_sweep(
     folder: Path,
     base: Checkpoint,
-    plans: list[tuple[CompressionRecipe, PruningPlan]],
+    plans: list[tuple[ResolvedRecipe, PruningPlan]],
     statistics: ChannelStatistics,
     steps: Steps,
     quality: dict[float | None, dict] | None = None,
@@ -124,7 +128,8 @@ def _save_sweep(
 
 def plan(options: Options) -> list[dict]:
     """One plan in the folder, or one per rate below plans/."""
-    recipe, rates = stored_recipe(options.folder, options, *PLANNING), options.prune_rate or []
+    recipe = stored_recipe(options.folder, options, *PLANNING)
+    rates = options.prune_rate or []
     base = stored_base(recipe)
     plans, statistics = stored_plans(options.folder, recipe, base, rates)
     made, single = [], len(rates) <= 1

@@ -2,37 +2,24 @@
 
 import argparse
 import dataclasses
-import inspect
-import re
 import typing
 
 from moe_jax.errors import InputError
+from pruning.recipe.options import about
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.recipe.values import AMOUNTS
-
-Hints = dict[str, typing.Any]
-
-
-def _hints() -> Hints:
-    return typing.get_type_hints(CompressionRecipe)
-
-
-def _help() -> dict[str, str]:
-    """Field descriptions from the recipe's docstring."""
-    text = inspect.cleandoc(CompressionRecipe.__doc__ or "").split("Attributes:")[1]
-    parts = re.findall(r"^  (\w+): (.*?)(?=^  \w+: |\Z)", text, re.M | re.S)
-    return {name: " ".join(words.split()).replace("%", "%%") for name, words in parts}
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add the flags of these recipe fields; all but model and output when none are named."""
-    hints, texts = _hints(), _help()
+    hints = typing.get_type_hints(CompressionRecipe)
     for field in dataclasses.fields(CompressionRecipe):
         if field.name == "model" or (names and field.name not in names):
             continue
         flag = "--" + field.name.replace("_", "-")
         kind = hints[field.name]
-        options: dict = {"help": texts[field.name], "default": argparse.SUPPRESS}
+        words = about(CompressionRecipe, field.name).help.replace("%", "%%")
+        options: dict = {"help": words, "default": argparse.SUPPRESS}
         if kind is bool:
             parser.add_argument(flag, action="store_true", **options)
             continue

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pruning.cli.flags import add_recipe_flags, recipe_from
 from pruning.kit.errors import VerificationError
-from pruning.recipe.recipe import PLANNING, CompressionRecipe
+from pruning.recipe.options import PlanOptions, fields_of
+from pruning.recipe.recipe import CompressionRecipe
 
 DESCRIPTION = "Make Mixture-of-Experts language models several times smaller."
 EXAMPLES = {
@@ -100,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("plan", "Choose the channels to keep from the statistics in a folder.")
     command.add_argument("folder", type=Path, help="output folder of score or compress")
     _sweep_flag(command)
-    add_recipe_flags(command, *PLANNING)
+    add_recipe_flags(command, *(name for name in fields_of(PlanOptions) if name != "prune_rate"))
     command = add("export", "Write checkpoints from the plan in a folder.", "prune")
     command.add_argument("folder", type=Path, help="folder with plan.json")
     add_recipe_flags(command, "export", "mtp", "overwrite")

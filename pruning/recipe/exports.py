@@ -11,6 +11,7 @@ Export = Literal[
     "padded-mxfp4",
 ]  # fmt: skip
 EXPORTS: tuple[Export, ...] = typing.get_args(Export)
+GROUP_SIZES = (128, 64, 32)
 FLOAT4: Export = "padded-mxfp4"
 FLOAT4_GROUP = 32
 

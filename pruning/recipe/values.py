@@ -62,17 +62,6 @@ def layer_rates(entries: Sequence[str]) -> dict[int, float]:
     return rates
 
 
-def check_weights_only(recipe: Any) -> None:
-    """Raise ValueError if a recipe without calibration text asks for what needs some."""
-    values = {name: getattr(recipe, name) for name in NEEDS_TEXT}
-    asked = [f"{n}={value!r}" for n, value in values.items() if value != NEEDS_TEXT[n]]
-    if recipe.weights_only and asked:
-        raise InputError(
-            f"weights_only reads no calibration text, which {', '.join(asked)} needs; leave out "
-            "one or the other"
-        )
-
-
 def typed(name: str, value: Any, kind: Any) -> Any:
     """The value as its field's type: a list becomes a tuple, a whole number a float.
 

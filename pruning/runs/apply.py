@@ -14,7 +14,9 @@ from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.budget.record import recorded_options
 from pruning.kit.progress import Steps
-from pruning.recipe.recipe import BUDGETS, CompressionRecipe, Export, load_recipe
+from pruning.recipe.exports import Export
+from pruning.recipe.options import BUDGETS
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.stages import folder as output_folder
 from pruning.stages import job as stages
 from pruning.stages import preflight
@@ -100,7 +102,7 @@ def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
 
 def _recipe(
     source: Path, plan: PruningPlan, base: Checkpoint, given: dict[str, Any]
-) -> CompressionRecipe:
+) -> ResolvedRecipe:
     """The recipe beside the plan, with what the plan says of itself and what is given on top."""
     said = plan.provenance
     told = recorded_options(said)
@@ -109,18 +111,18 @@ def _recipe(
     told |= {"quantizer": "rtn", "block": None, "minimum": None}
     beside = (source if source.is_dir() else source.parent) / output_folder.RECIPE
     fields = {**told, **given}
-    recipe = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
-    recipe = stages.resolved(recipe, base)
+    asked = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
+    recipe = stages.resolved(asked, base)
     assert all(getattr(recipe, name) is None for name in BUDGETS if name != "prune_rate")
     packed = any(form_of(recipe, name).is_packed for name in recipe.export)
     block = said.get("block")
-    if block and not (packed and block % (recipe.group_size or 1)):
+    if block and not (packed and block % (recipe.group_size)):
         recipe = dataclasses.replace(recipe, block=block, minimum=said.get("minimum") or block)
     return recipe
 
 
 def _prepare(
-    recipe: CompressionRecipe, plan: PruningPlan, source: Path, base: Checkpoint, steps: Steps
+    recipe: ResolvedRecipe, plan: PruningPlan, source: Path, base: Checkpoint, steps: Steps
 ) -> list[str]:
     """Check all that can be checked, make the output folder; returns the exports to write."""
     output = Path(recipe.output)

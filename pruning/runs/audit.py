@@ -96,7 +96,6 @@ def _figures(
 ) -> list[tuple[Figure, str]]:
     """What single tokens show on some of the calibration text and of the evaluation texts."""
     recipe = job.recipe
-    assert recipe.criterion is not None and recipe.attribution is not None
     scores = channel_scores(
         statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
     )

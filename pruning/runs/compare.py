@@ -110,7 +110,6 @@ def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
     # By the rate that is really kept: two asked for may round to one.
     c = job.base.config
     shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
-    assert job.recipe.block is not None
     found = {}
     for rate in rates:
         if not 0.0 < rate < 1.0:
@@ -259,7 +258,6 @@ def _plan(
     budget: int,
 ) -> PruningPlan:
     rule, c = RULES[task.rule], job.base.config
-    assert job.recipe.block is not None
     return make_plan(
         rule,
         statistics,

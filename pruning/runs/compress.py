@@ -205,7 +205,6 @@ def _report(
     steps,
 ) -> CompressionReport:
     recipe = job.recipe
-    assert recipe.criterion is not None and recipe.attribution is not None
     scores = channel_scores(
         statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
     )

@@ -15,7 +15,8 @@ from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import padded_rows
 from pruning.recipe.exports import is_packed
-from pruning.recipe.recipe import BUDGETS, CompressionRecipe
+from pruning.recipe.options import BUDGETS
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.runs.probe import scoring_seconds
 from pruning.scores.collect import CHUNK
 from pruning.scores.noise import ROWS_PER_EXPERT
@@ -117,7 +118,7 @@ def estimate(
     }
 
 
-def _holds(base: Description, recipe: CompressionRecipe, name: str) -> bool:
+def _holds(base: Description, recipe: ResolvedRecipe, name: str) -> bool:
     """Whether a format has a place for constants, and for layers that are kept as they are."""
     form, moe = form_of(recipe, name), base.config.moe
     if form.constants and not (form.is_ragged or moe.expert_bias):
@@ -129,7 +130,7 @@ def _holds(base: Description, recipe: CompressionRecipe, name: str) -> bool:
 
 
 def _export(
-    base: Description, recipe: CompressionRecipe, name: str, tensor_parallel: int
+    base: Description, recipe: ResolvedRecipe, name: str, tensor_parallel: int
 ) -> dict[str, Any]:
     plan, form = rehearsed_plan(recipe, base), form_of(recipe, name)
     widths = kept_widths(plan, base)
@@ -174,7 +175,7 @@ def _place(name: str, ours: str) -> str:
     return next((place for prefix, place in places if ours.startswith(prefix)), "other")
 
 
-def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
+def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     """Peak bytes of the host in the two stages that hold most; estimates.
 
     Scoring holds two layers, the hidden states of a chunk of windows and the projections that its
@@ -182,7 +183,6 @@ def memory(base: Description, recipe: CompressionRecipe) -> dict[str, int]:
     float32 copy of one.
     """
     c = base.config
-    assert recipe.window is not None
     outer = (1 if c.tie_embeddings else 2) * c.vocab_size * c.d_model
     shapes = expected_tensors(base.family, c, base.widths)
     layers = [0] * c.num_layers

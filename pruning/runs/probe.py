@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.stream import LayerSource, contexts
-from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
 from pruning.stages.extra_scores import costs
@@ -18,7 +18,7 @@ PROBE_TOKENS = 512
 TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0}
 
 
-def scoring_seconds(source: LayerSource, recipe: CompressionRecipe) -> float:
+def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     """Seconds that scoring will take, from one layer with experts on a few hundred tokens.
 
     Args:
@@ -33,7 +33,6 @@ def scoring_seconds(source: LayerSource, recipe: CompressionRecipe) -> float:
         noise = noise_rows(source.config.d_model)
         seconds = _seconds(noise_worth, layer, noise[:PROBE_TOKENS])
         return seconds * len(noise) / PROBE_TOKENS * len(source.config.moe_layers)
-    assert recipe.window is not None
     length = min(recipe.window, PROBE_TOKENS)
     rows = max(1, min(recipe.batch, PROBE_TOKENS // length))
     valid = np.ones((rows, length), bool)

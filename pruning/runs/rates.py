@@ -6,7 +6,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from pruning.budget.decide import PruningPlan
-from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recipe import ResolvedRecipe
 from pruning.report.rates import Sweep, SweepPoint
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
@@ -14,7 +14,7 @@ from pruning.stages.sizes import export_sizes
 
 
 def sweep_of(
-    recipe: CompressionRecipe,
+    recipe: ResolvedRecipe,
     rates: Sequence[float],
     plans: Sequence[PruningPlan],
     statistics: ChannelStatistics,
@@ -34,7 +34,6 @@ def sweep_of(
     Returns:
       The sweep, rates rising.
     """
-    assert recipe.criterion is not None and recipe.attribution is not None
     channel = channel_scores(
         statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
     ).channel

@@ -11,7 +11,7 @@ from moe_jax.experts.grouped_matmul import on_cpu
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import Transformer
 from pruning.kit.progress import OnStep, Steps
-from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.ablation import layer_visits
 from pruning.scores.curvature import nll_grad2
 from pruning.scores.end_to_end import every_expert, ig_visits, nll_ablate, nll_ig
@@ -20,7 +20,7 @@ from pruning.scores.statistics import ChannelStatistics
 PASSES = 4  # forward passes that a Hessian-vector product costs: two functions and their gradients
 
 
-def costs(source: LayerSource, recipe: CompressionRecipe) -> dict[str, int]:
+def costs(source: LayerSource, recipe: ResolvedRecipe) -> dict[str, int]:
     """Layer visits of every extra attribution; the plain sweep has one for each layer.
 
     Args:
@@ -40,7 +40,7 @@ def costs(source: LayerSource, recipe: CompressionRecipe) -> dict[str, int]:
     return found
 
 
-def announce(source: LayerSource, recipe: CompressionRecipe, steps: Steps) -> None:
+def announce(source: LayerSource, recipe: ResolvedRecipe, steps: Steps) -> None:
     """Say what the extra attributions cost, before anything is measured.
 
     Raises:
@@ -72,7 +72,7 @@ def add(
     statistics: ChannelStatistics,
     source: LayerSource,
     texts: tuple[np.ndarray, np.ndarray],
-    recipe: CompressionRecipe,
+    recipe: ResolvedRecipe,
     steps: Steps,
     load: Callable[[], Transformer],
     *,

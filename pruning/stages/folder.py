@@ -1,5 +1,6 @@
 """The folder that a run writes: going on with it, replacing it, and clearing what is stale."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -69,7 +70,8 @@ def may_resume(
 
 def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
     try:
-        return load_recipe(path, overwrite=recipe.overwrite) == recipe
+        stored = load_recipe(path, overwrite=recipe.overwrite)
+        return dataclasses.asdict(stored) == dataclasses.asdict(recipe)
     except ValueError:  # of another version, or edited
         return False
 

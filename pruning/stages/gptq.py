@@ -30,7 +30,6 @@ def quantize(job: stages.Job, plan: PruningPlan, steps: Steps) -> Path | None:
     if folder is None or not packed:
         return None
     plan.require_model(job.base.fingerprint)
-    assert recipe.group_size is not None
     provenance = {
         "model_hash": job.base.fingerprint,
         "plan": sha256(np.packbits(plan.keep).tobytes()).hexdigest(),

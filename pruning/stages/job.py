@@ -21,7 +21,7 @@ from pruning.budget.smoothing import SMOOTHINGS
 from pruning.demo import DEMO
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, Windows, evaluate, make_windows
-from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
@@ -47,7 +47,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Job:
     """A recipe together with the opened model, its tokenizer and its texts."""
 
-    recipe: CompressionRecipe
+    recipe: ResolvedRecipe
     base: Checkpoint
     codec: TextCodec
     calibration: TokenBatch
@@ -88,12 +88,13 @@ def open_job(recipe: CompressionRecipe) -> Job:
     recipe = resolved(recipe, base)
     require_possible(recipe, base)
     codec = open_codec(folder, c.vocab_size)
-    assert recipe.window is not None
     calibration = _calibration(recipe, codec, recipe.window)
     evaluation = recipe.evaluation
     if not evaluation and recipe.model == "demo":
         evaluation = demo_texts("evaluation")
-    texts = open_texts(evaluation, codec, recipe.window, field=recipe.calibration_field)
+    texts = open_texts(
+        evaluation, codec, recipe.window, recipe.evaluation_tokens, recipe.calibration_field
+    )
     if not texts and not recipe.weights_only:
         calibration, held = hold_out(calibration)
         scored = held.valid[:, :-1] & held.valid[:, 1:]
@@ -104,7 +105,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     return Job(recipe, base, codec, calibration, texts)
 
 
-def require_possible(recipe: CompressionRecipe, base: Description) -> None:
+def require_possible(recipe: ResolvedRecipe, base: Description) -> None:
     """Refuse a resolved recipe that no statistics can satisfy; texts are checked elsewhere.
 
     Raises:
@@ -117,7 +118,6 @@ def require_possible(recipe: CompressionRecipe, base: Description) -> None:
     if base.widths != uniform_widths(c):
         raise InputError(f"{base.folder} is already pruned; give the dense model that it came from")
     check_mtp(base, recipe.mtp)
-    assert recipe.criterion is not None and recipe.attribution is not None
     choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
     expert_criterion(recipe.attribution)
     if recipe.weights_only:
@@ -129,7 +129,7 @@ def require_possible(recipe: CompressionRecipe, base: Description) -> None:
     check_block(recipe.block or 1, c.moe.d_expert)
 
 
-def _calibration(recipe: CompressionRecipe, codec: TextCodec, window: int) -> TokenBatch:
+def _calibration(recipe: ResolvedRecipe, codec: TextCodec, window: int) -> TokenBatch:
     if recipe.weights_only:
         return TokenBatch(np.zeros((0, window), np.int32), np.zeros((0, window), bool))
     files = recipe.calibration
@@ -144,7 +144,7 @@ def _calibration(recipe: CompressionRecipe, codec: TextCodec, window: int) -> To
     )
 
 
-def resolved(recipe: CompressionRecipe, base: Description) -> CompressionRecipe:
+def resolved(recipe: CompressionRecipe, base: Description) -> ResolvedRecipe:
     """The recipe with every default that depends on the model filled in; ValueError as there."""
     c = base.config
     formats = base.family.formats
@@ -156,7 +156,7 @@ def open_texts(
     files: tuple[str, ...],
     codec: TextCodec,
     window: int,
-    max_tokens: int = 16384,
+    max_tokens: int,
     field: str = "text",
 ) -> dict[str, Windows]:
     """Evaluation windows by file name, at most `max_tokens` of each file; `field` holds the text

@@ -10,7 +10,7 @@ from pruning.budget.budgets import nested_plans
 from pruning.budget.decide import PruningPlan, plan_pruning
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.targets import plan_for_target
-from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages.sizes import expert_widths, form_of, weight_count
 
@@ -22,7 +22,7 @@ SCORING = (
 TEXT_FACTS = ("sha256", "weight", "documents", "tokens")
 
 
-def planner_arguments(recipe: CompressionRecipe, base: Description) -> dict[str, Any]:
+def planner_arguments(recipe: ResolvedRecipe, base: Description) -> dict[str, Any]:
     """Keyword arguments of `plan_pruning` that a resolved recipe decides, all but the budget."""
     return {
         "criterion": recipe.criterion,
@@ -51,7 +51,7 @@ def planner_arguments(recipe: CompressionRecipe, base: Description) -> dict[str,
 
 
 def plan(
-    recipe: CompressionRecipe,
+    recipe: ResolvedRecipe,
     statistics: ChannelStatistics,
     provenance: dict,
     base: Description,
@@ -83,7 +83,7 @@ def plan(
 
 
 def plans_of_rates(
-    recipe: CompressionRecipe,
+    recipe: ResolvedRecipe,
     rates: list[float],
     statistics: ChannelStatistics,
     provenance: dict,
@@ -95,7 +95,7 @@ def plans_of_rates(
     return nested_plans(statistics, rates, **arguments, provenance=notes)
 
 
-def _notes(recipe: CompressionRecipe, statistics: ChannelStatistics, provenance: dict) -> dict:
+def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: dict) -> dict:
     """What a plan records about the model and the text behind it.
 
     Texts go by their file names and hashes: a plan travels, and their folders mean nothing there.
@@ -113,7 +113,7 @@ def _notes(recipe: CompressionRecipe, statistics: ChannelStatistics, provenance:
     }
 
 
-def _bytes(recipe: CompressionRecipe, base: Description):
+def _bytes(recipe: ResolvedRecipe, base: Description):
     form = form_of(recipe, recipe.export[0])
     return lambda counts: export_bytes(
         base, expert_widths(counts, base.config.moe_layers, base), form
@@ -124,10 +124,9 @@ def _parameters(base: Description):
     return lambda counts: weight_count(base, expert_widths(counts, base.config.moe_layers, base))
 
 
-def _budget_range(recipe: CompressionRecipe, base: Description) -> tuple[int, int, int]:
+def _budget_range(recipe: ResolvedRecipe, base: Description) -> tuple[int, int, int]:
     """(fewest, most, step) channels that a recipe's width policy and layer rates allow."""
     moe, layers = base.config.moe, base.config.moe_layers
-    assert recipe.minimum is not None and recipe.block is not None
     least = -(-recipe.minimum // recipe.block) * recipe.block
     size = moe.num_experts * moe.d_expert
     steps = {"experts": moe.d_expert, "layer": moe.num_experts * recipe.block}

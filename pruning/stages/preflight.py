@@ -14,7 +14,8 @@ from convert.writer import SPARE_BYTES, remove_leftovers
 from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.recipe.recipe import EXPORTS, CompressionRecipe
+from pruning.recipe.exports import EXPORTS
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.statistics import ALWAYS, SUMS, ChannelStatistics, field_shapes
 from pruning.stages import folder as output_folder
 from pruning.stages import plan as planning
@@ -70,7 +71,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
     output_folder.make_output(job.recipe, resumed=resumed)
 
 
-def _require_known_width(recipe: CompressionRecipe, form: ExportFormat) -> None:
+def _require_known_width(recipe: ResolvedRecipe, form: ExportFormat) -> None:
     # Whole experts that stay are unpruned; of other widths that differ only the plan knows.
     unknown = form.is_padded and pads(recipe, form) and recipe.width != "experts"
     if form.mtp == "keep" and unknown:
@@ -81,7 +82,7 @@ def _require_known_width(recipe: CompressionRecipe, form: ExportFormat) -> None:
         )
 
 
-def rehearsed_plan(recipe: CompressionRecipe, base: Description) -> PruningPlan:
+def rehearsed_plan(recipe: ResolvedRecipe, base: Description) -> PruningPlan:
     """The plan of a resolved recipe on made-up statistics, which need no weights.
 
     Raises:
@@ -109,7 +110,7 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     require_space(output, parts, 0 if resumed else output_folder.replaced_bytes(output))
 
 
-def written_bytes(base: Description, recipe: CompressionRecipe, windows: int) -> dict[str, int]:
+def written_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> dict[str, int]:
     """Most bytes that a run of a resolved recipe on so many windows writes, by what it writes."""
     number = len(rows_of_parts(windows, recipe.until_stable is not None))
     parts = {"statistics": (1 + number) * statistics_bytes(base, recipe)}
@@ -174,7 +175,7 @@ def _say_padding(job: Job, steps: Steps) -> None:
     recipe, base = job.recipe, job.base
     width, widest = mean_width(base, recipe, math.floor), base.config.moe.d_expert
     if recipe.width == "capped":
-        assert recipe.cap is not None and recipe.block is not None
+        assert recipe.cap is not None
         widest = recipe.cap - recipe.cap % recipe.block
     for name in recipe.export:
         form = form_of(recipe, name)

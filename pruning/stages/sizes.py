@@ -14,7 +14,7 @@ from convert.formats.ragged import emptied_model
 from convert.mtp import mtp_specs
 from convert.rules import Widths, expected_tensors
 from pruning.budget.decide import PruningPlan
-from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics, field_shapes
 
 
@@ -110,14 +110,14 @@ def mtp_parameters(
     return sum(math.prod(shape) for _, shape in specs.values())
 
 
-def statistics_bytes(base: Description, recipe: CompressionRecipe) -> int:
+def statistics_bytes(base: Description, recipe: ResolvedRecipe) -> int:
     """Bytes of the statistics that a recipe collects of a model."""
     c = base.config
     sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
     return 8 * sum(map(math.prod, field_shapes(*sizes, recipe.groups).values()))
 
 
-def mean_width(base: Description, recipe: CompressionRecipe, rounding=math.ceil) -> int:
+def mean_width(base: Description, recipe: ResolvedRecipe, rounding=math.ceil) -> int:
     """Channels per expert if all keep the same share of the budget, in whole blocks."""
     d_expert, block = base.config.moe.d_expert, recipe.block or 1
     # Under a target the plan may keep anything up to the whole model.
@@ -128,7 +128,7 @@ def mean_width(base: Description, recipe: CompressionRecipe, rounding=math.ceil)
     return max(block, block * rounding(round(mean / block, 9)))
 
 
-def equal_bytes(base: Description, recipe: CompressionRecipe, name: str, width: int) -> int:
+def equal_bytes(base: Description, recipe: ResolvedRecipe, name: str, width: int) -> int:
     """Bytes of an export whose experts all have this width."""
     return export_bytes(base, _equal_widths(base, width), form_of(recipe, name))
 
@@ -137,7 +137,7 @@ def _equal_widths(base: Description, width: int) -> Widths:
     return tuple(tuple(width for _ in counts) for counts in base.widths)
 
 
-def most_bytes(base: Description, recipe: CompressionRecipe, name: str) -> int:
+def most_bytes(base: Description, recipe: ResolvedRecipe, name: str) -> int:
     """Upper bound of an export over all plans of a resolved recipe.
 
     Bytes of tensors grow in proportion to whole blocks of channels, wherever they are, so an export
@@ -161,7 +161,7 @@ def most_bytes(base: Description, recipe: CompressionRecipe, name: str) -> int:
     return most
 
 
-def pads(recipe: CompressionRecipe, form: ExportFormat) -> bool:
+def pads(recipe: ResolvedRecipe, form: ExportFormat) -> bool:
     """Whether some plan of a resolved recipe has widths that a format fills up."""
     if form.is_ragged:
         return False
@@ -169,7 +169,7 @@ def pads(recipe: CompressionRecipe, form: ExportFormat) -> bool:
 
 
 def byte_range(
-    base: Description, recipe: CompressionRecipe, name: str, channels: int
+    base: Description, recipe: ResolvedRecipe, name: str, channels: int
 ) -> tuple[int, int]:
     """Fewest and most bytes of an export over all plans that keep so many channels.
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
-from pruning.recipe.recipe import BUDGETS, CompressionRecipe, load_recipe
+from pruning.recipe.options import BUDGETS
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import job as stages
 from pruning.stages import plan as planning
@@ -32,7 +33,7 @@ def stored_base(recipe: CompressionRecipe) -> Checkpoint:
 
 def stored_plans(
     folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: list[float]
-) -> tuple[list[tuple[CompressionRecipe, PruningPlan]], ChannelStatistics]:
+) -> tuple[list[tuple[ResolvedRecipe, PruningPlan]], ChannelStatistics]:
     """A plan for every prune rate, or for the recipe's own budget, from stored statistics.
 
     Returns:

@@ -188,7 +188,7 @@ def test_every_module_and_config_of_the_library_can_be_written_down():
         module = importlib.import_module(info.name)
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if cls.__module__ == module.__name__ and (
-                issubclass(cls, nnx.Module) or info.name == "config"
+                issubclass(cls, nnx.Module) or info.name == "moe_jax.config"
             ):
                 found.add(cls)
     assert len(found) > 10

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pruning.cli.flags import recipe_from
 from pruning.cli.main import build_parser
-from pruning.recipe.recipe import EXPORTS, GROUP_SIZES, CompressionRecipe, load_recipe
+from pruning.recipe.exports import EXPORTS, GROUP_SIZES
+from pruning.recipe.recipe import CompressionRecipe, load_recipe
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1)
 maybe = st.none() | st.integers(2, 512)
@@ -84,7 +85,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 def test_every_field_has_a_flag_that_sets_it():
     values = {
         "model": "m", "output": "o", "calibration": ("a", "b"), "calibration_field": "body",
-        "evaluation": ("e",), "max_tokens": 5, "window": 6, "prune_rate": 0.5, "bits": 16,
+        "evaluation": ("e",), "evaluation_tokens": 11, "max_tokens": 5, "window": 6, "prune_rate": 0.5, "bits": 16,
         "group_size": 64, "quantizer": "gptq", "criterion": "x", "attribution": "y",
         "planner": "z", "weights": "mass", "rho_max": 0.5, "layer_loss": "attribution",
         "smoothing": "huber", "passes": 4,
@@ -118,7 +119,10 @@ def test_every_field_has_a_flag_that_sets_it():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prune_rates": 0.5}, r"'prune_rates' is unknown; the nearest is 'prune_rate', known are"),
+        (
+            {"prune_rates": 0.5},
+            r"option='prune_rates' is unknown; did you mean 'prune_rate'\? choose one of: model,",
+        ),
         ({"prune_rate": "abc"}, r"prune_rate='abc' must be a number"),
         ({"prune_rate": True}, r"prune_rate=True must be a number"),
         ({"prune_rate": 1}, r"prune_rate=1.0 must lie in \[0, 1\)"),

@@ -195,7 +195,7 @@ def test_a_stage_names_the_stage_that_must_come_first(tmp_path, capsys, argument
         ("statistics.json", ["plan"], r"statistics\.safetensors is damaged .*remove it and score"),
         ("plan.safetensors", ["export"], r"holds no readable plan"),
         ("plan.json", ["verify"], r"holds no readable plan"),
-        ("recipe.yaml", ["plan"], r"recipe\.yaml: 'mod' is unknown; the nearest is 'model'"),
+        ("recipe.yaml", ["plan"], r"recipe\.yaml: option='mod' is unknown; did you mean 'model'"),
     ],
 )
 def test_a_damaged_file_of_an_earlier_stage_is_named(
