@@ -39,11 +39,13 @@ class Steps:
 
     Attributes:
       quiet: show nothing.
+      verbose: also say what every stage took, and what was read.
       stages: name, seconds and peak_memory_bytes of the stages that ended; the peak is the
         stage's own on Linux, elsewhere that of the process until then.
     """
 
     quiet: bool = False
+    verbose: bool = False
     stages: list[dict] = field(default_factory=list)
     console: Console = field(default_factory=lambda: Console(file=sys.stderr))
 
@@ -63,15 +65,16 @@ class Steps:
             task = progress.add_task(f"{name:28s}", total=1)
             yield lambda done, total: progress.update(task, completed=done, total=total)
             progress.update(task, completed=progress.tasks[task].total)
-        self.stages.append(
-            {
-                "name": name,
-                "seconds": round(time.monotonic() - started, 2),
-                "peak_memory_bytes": peak_memory(reset),
-            }
-        )
+        seconds, peak = round(time.monotonic() - started, 2), peak_memory(reset)
+        self.stages.append({"name": name, "seconds": seconds, "peak_memory_bytes": peak})
+        self.detail(f"  {name}: {seconds:,.2f} s, at most {peak / 1e6:,.0f} MB of memory")
 
     def say(self, text: str) -> None:
         """One line for people, on stderr."""
         if not self.quiet:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """A line that only `verbose` shows."""
+        if self.verbose:
+            self.say(text)

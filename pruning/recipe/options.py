@@ -5,57 +5,37 @@ recipe inherits all groups (`pruning.recipe.recipe`), and a function takes the g
 """
 
 import dataclasses
-import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from moe_jax.errors import InputError
 from pruning.recipe.exports import GROUP_SIZES, Export
-from pruning.recipe.values import layer_rates, typed
+from pruning.recipe.group import About, Options
+from pruning.recipe.plan_options import BUDGETS, PlanOptions
 
-BUDGETS = ("prune_rate", "target_parameters", "target_bytes")  # one of them at most
+__all__ = [
+    "BUDGETS",
+    "EVALUATION_TOKENS",
+    "ExportOptions",
+    "PlanOptions",
+    "RunOptions",
+    "ScoreOptions",
+    "TextOptions",
+    "fields_of",
+    "part_of",
+]
 
-
-@dataclass(frozen=True)
-class About:
-    """What an option means to a user, and its least value."""
-
-    help: str
-    least: int | None = None
-
-
-def about(group: type, name: str) -> About:
-    """The description of a field of an option group."""
-    hint = typing.get_type_hints(group, include_extras=True)[name]
-    return next(extra for extra in typing.get_args(hint)[1:] if isinstance(extra, About))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """A group of options: values are brought to their field's type, and checked, when made.
-
-    Raises:
-      InputError: a value of another type or out of range; it names the option.
-    """
-
-    def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self)).items():
-            object.__setattr__(self, name, typed(name, getattr(self, name), kind))
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), about(type(self), field.name).least
-            if value is not None and least is not None and value < least:
-                raise InputError(f"{field.name}={value} must be at least {least}")
-        for group in reversed(type(self).__mro__):
-            if "check" in vars(group):
-                group.check(self)  # type: ignore[attr-defined]
+EVALUATION_TOKENS = 16384  # of each text, wherever quality is measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
     """Model and output."""
 
-    model: Annotated[str, About('checkpoint folder, or "demo" for the embedded model')]
-    output: Annotated[str, About("folder to write")]
+    model: Annotated[
+        str, About('checkpoint folder, or "demo" for the embedded model', shown="MODEL")
+    ]
+    output: Annotated[str, About("folder to write", shown="FOLDER")]
     overwrite: Annotated[bool, About("replace an existing output folder")] = False
 
     def check(self) -> None:
@@ -71,20 +51,29 @@ class TextOptions(Options):
 
     calibration: Annotated[
         tuple[str, ...],
-        About("text files, FILE or FILE=WEIGHT; .jsonl and .jsonl.gz hold a document a line"),
+        About(
+            "text files, FILE or FILE=WEIGHT; .jsonl and .jsonl.gz hold a document a line",
+            shown="FILE",
+        ),
     ] = ()
     calibration_field: Annotated[
-        str, About("JSON field with the text, of calibration and evaluation files")
+        str,
+        About("JSON field that holds the text in .jsonl files", shown="FIELD", flag="text-field"),
     ] = "text"
     evaluation: Annotated[
         tuple[str, ...],
         About(
             "text files to measure quality on, plain or JSON lines; default a sixteenth of the "
-            "calibration windows, which are then not scored"
+            "calibration windows, which are then not scored",
+            shown="FILE",
         ),
     ] = ()
-    evaluation_tokens: Annotated[int, About("tokens read of each evaluation text", least=2)] = 16384
-    max_tokens: Annotated[int, About("bound on the calibration tokens", least=1)] = 131072
+    evaluation_tokens: Annotated[
+        int, About("most tokens measured of each evaluation text", least=2)
+    ] = EVALUATION_TOKENS
+    max_tokens: Annotated[
+        int, About("most tokens of calibration text, all files together", least=1)
+    ] = 131072
     window: Annotated[
         int | None,
         About(
@@ -142,11 +131,12 @@ class ScoreOptions(Options):
         float | None,
         About(
             "stop scoring once the kept sets before and after a part of the calibration text "
-            "overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all"
+            "overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all",
+            shown="OVERLAP",
         ),
     ] = None
     batch: Annotated[int, About("windows per step", least=1)] = 8
-    dtype: Annotated[Literal["float32", "bfloat16"], About("of the activations")] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], About("type of the activations")] = "float32"
 
     def check(self) -> None:
         """Raise InputError if the overlap is no share."""
@@ -169,131 +159,6 @@ class ScoreOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(Options):
-    """Plan: how many channels stay, and which.
-
-    A rule of `compare` is one of these; `moe-compress plan` decides all of them anew from the same
-    statistics.
-    """
-
-    prune_rate: Annotated[
-        float | None,
-        About(
-            "fraction of routed-expert channels to remove, in [0, 1); default 0.25 where no "
-            "target is given"
-        ),
-    ] = None
-    target_parameters: Annotated[
-        int | None,
-        About("most parameters of the pruned model instead of a rate, such as 3B", least=1),
-    ] = None
-    target_bytes: Annotated[
-        int | None,
-        About("most bytes of the first export's weights instead of a rate, such as 6GB", least=1),
-    ] = None
-    criterion: Annotated[
-        str | None, About("channel score; default shapley, or noise with weights_only")
-    ] = None
-    attribution: Annotated[
-        str | None, About("expert score; default ala, or aimer with weights_only")
-    ] = None
-    planner: Annotated[str, About("how the budget is allocated")] = "fair"
-    weights: Annotated[
-        str | None,
-        About("how experts count in the planner's objective; default the planner's own"),
-    ] = None
-    rho_max: Annotated[
-        float, About("coverage beyond which a channel is worth nothing, in (0, 1]")
-    ] = 1.0
-    layer_loss: Annotated[
-        Literal["energy", "attribution", "nll_ig"],
-        About(
-            "what weighs layers, for planners that do: the share of the residual stream that "
-            'their experts write ("energy"), the sum of their "attribution", or the end-to-end '
-            'loss of their experts together ("nll_ig", which needs --nll-ig)'
-        ),
-    ] = "energy"
-    smoothing: Annotated[str, About("of the layer losses")] = "sqrt"
-    passes: Annotated[
-        int,
-        About(
-            "how often the smoothing is applied; the paper's figure has 1, its release 4", least=0
-        ),
-    ] = 1
-    align: Annotated[
-        Literal["paper", "paper_scores", "dp", "hull"],
-        About(
-            "how widths become multiples of the block: the paper's rule, the same by lost score, "
-            "or the exact optimum by table (slow) or by hull"
-        ),
-    ] = "paper"
-    per_layer: Annotated[bool, About("alignment keeps to each layer's budget")] = False
-    width: Annotated[
-        Literal["free", "capped", "layer", "uniform", "experts", "combined"] | None,
-        About(
-            'what may differ from what: "free" per expert, "capped" up to --cap, one per "layer", '
-            '"uniform" for the model, whole "experts", or "combined": whole experts go at '
-            "--expert-rate, channels of the others make up the rest; default follows the exports: "
-            "free for ragged, layer for layered, uniform for padded"
-        ),
-    ] = None
-    cap: Annotated[int | None, About('widest expert of width "capped"', least=1)] = None
-    expert_rate: Annotated[
-        float, About('fraction of experts that width "combined" removes, in [0, 1)')
-    ] = 0.0
-    layer_rate: Annotated[
-        tuple[str, ...],
-        About("prune rates of single layers, LAYER=RATE; the other layers make up the rest"),
-    ] = ()
-    skip_layers: Annotated[tuple[int, ...], About("layers left alone, as by LAYER=0")] = ()
-    block: Annotated[
-        int | None, About("widths are multiples of it; default the group size", least=1)
-    ] = None
-    minimum: Annotated[
-        int | None, About("least width of a kept expert; default one block", least=1)
-    ] = None
-    emptied: Annotated[
-        Literal["zero", "mean"],
-        About(
-            "what experts without channels add: zero, or the mean of what they added over the "
-            "text, which needs --expert-details and a ragged export"
-        ),
-    ] = "zero"
-    seed: Annotated[int, About("of whatever is random", least=0)] = 0
-
-    def check(self) -> None:
-        """Raise InputError if a share is out of range or options contradict each other."""
-        if self.prune_rate is not None and not 0 <= self.prune_rate < 1:
-            raise InputError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
-        given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
-        if len(given) > 1:
-            listed = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise InputError(f"{listed} exclude each other; give one of them")
-        if not 0 <= self.expert_rate < 1:
-            raise InputError(f"expert_rate={self.expert_rate} must lie in [0, 1); choose e.g. 0.25")
-        if not 0 < self.rho_max <= 1:
-            raise InputError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
-        for given_for, name, unset in (("capped", "cap", None), ("combined", "expert_rate", 0.0)):
-            if getattr(self, name) != unset and self.width != given_for:
-                raise InputError(
-                    f"{name}={getattr(self, name)} needs width={given_for!r}, not {self.width!r}"
-                )
-        if self.width == "capped" and self.cap is None:
-            raise InputError("width='capped' needs a cap; give e.g. half the expert width")
-        _ = self.layer_rates
-
-    @property
-    def layer_rates(self) -> dict[int, float]:
-        """Prune rates of the layers that have one of their own, by the model's layer number."""
-        return layer_rates([*self.layer_rate, *(f"{layer}=0" for layer in self.skip_layers)])
-
-    @property
-    def has_budget(self) -> bool:
-        """Whether a rate or a target is given."""
-        return any(getattr(self, name) is not None for name in BUDGETS)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
     """Export: the formats, and their bits."""
 
@@ -301,7 +166,7 @@ class ExportOptions(Options):
         tuple[Export, ...],
         About("formats to write: ragged (a width per expert), layered (per layer) or padded (one)"),
     ] = ()
-    bits: Annotated[Literal[4, 16], About("of the weights")] = 4
+    bits: Annotated[Literal[4, 16], About("bits of the weights")] = 4
     group_size: Annotated[
         int | None,
         About(

@@ -18,6 +18,7 @@ from pruning.recipe.exports import (
     is_packed,
     width_policy,
 )
+from pruning.recipe.group import about
 from pruning.recipe.options import (
     BUDGETS,
     ExportOptions,
@@ -25,7 +26,6 @@ from pruning.recipe.options import (
     RunOptions,
     ScoreOptions,
     TextOptions,
-    about,
     fields_of,
 )
 from pruning.recipe.values import NEEDS_TEXT

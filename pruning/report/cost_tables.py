@@ -8,7 +8,7 @@ PLACES = ("total", "routed", "shared", "attention", "embeddings", "other", "mtp"
 
 
 def estimate_tables(found: dict[str, Any]) -> list[TextTable]:
-    """The tables of one entry of `pruning.runs.estimate.estimates`."""
+    """The tables of one entry of `pruning.runs.estimate.estimate`."""
     return [_parameters(found), _sizes(found), _clients(found), _rules(found), _costs(found)]
 
 

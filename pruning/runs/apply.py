@@ -85,6 +85,9 @@ def apply_plan(
     return checks
 
 
+apply = apply_plan  # its name on the command line
+
+
 def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
     """Raise ValueError unless the plan names this model and has its shape."""
     plan.require_model(base.fingerprint)

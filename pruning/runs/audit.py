@@ -1,6 +1,7 @@
 """The stage behind `moe-compress audit`: measure, remember, compare, write."""
 
 import json
+import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -16,11 +17,15 @@ from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
 from pruning.measure.quality import Windows
 from pruning.measure.tokens import view_tokens
+from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.audit_page import audit_page, token_figures
 from pruning.scores.ablation import Ablation, ablate, layer_visits
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
-from pruning.stages.job import Job
+from pruning.stages import preflight
+from pruning.stages import score as scoring
+from pruning.stages.job import Job, open_job
+from pruning.stages.stored import stored_recipe
 from pruning.text.calibration import TokenBatch
 
 RECORD = "ablations.jsonl"
@@ -39,12 +44,64 @@ def check_sample(*, experts: int, channels: int, tokens: int) -> None:
         ("experts", experts, 0), ("channels", channels, 0), ("tokens", tokens, 2),
     ):  # fmt: skip
         if value < least:
-            raise InputError(f"{name}={value} must be at least {least}; change --{name}")
+            flag = "sample-tokens" if name == "tokens" else name
+            raise InputError(f"{name}={value} must be at least {least}; change --{flag}")
     if experts + channels == 0:
         raise InputError("experts=0 and channels=0 leave nothing to measure; give --experts 32")
 
 
 def audit(
+    source: CompressionRecipe | str | os.PathLike,
+    *,
+    experts: int = 32,
+    channels: int = 64,
+    tokens: int = 8192,
+    output: str | os.PathLike | None = None,
+    steps: Steps | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ablate a random sample of experts and channels, and compare every score with it.
+
+    An interrupted audit is repeated with the same arguments and goes on where it stopped.
+
+    Args:
+      source: a recipe, whose model is scored first, or a folder that `score` or `compress` wrote.
+      experts, channels: to sample; the recipe's seed decides which.
+      tokens: of the calibration text, in whole windows spread over it.
+      output: of a folder, where audit.json, audit.csv, audit.html and the record of what was
+        measured go; default the folder itself. A recipe names its own.
+      steps: where progress goes; default stderr.
+      options: on top of the recipe in a folder, such as `batch` and `seed`.
+
+    Returns:
+      What audit.json holds.
+
+    Raises:
+      InputError: a number is out of range, or the folder was scored without text.
+    """
+    check_sample(experts=experts, channels=channels, tokens=tokens)
+    steps = steps or Steps()
+    if isinstance(source, CompressionRecipe):
+        job = open_job(source)
+        preflight.prepare(job, steps, exports=False)
+        statistics, _ = scoring.score(job, steps)
+        target = job.output
+    else:
+        folder = Path(source)
+        recipe = stored_recipe(folder, **options)
+        if recipe.weights_only:
+            raise InputError(
+                f"{folder} was scored without text (weights_only), and the audit measures losses "
+                "on text; score the model with --calibration"
+            )
+        job = open_job(recipe)
+        statistics, _ = scoring.stored_statistics(folder, job.base)
+        target = Path(output or folder)
+    sample = {"experts": experts, "channels": channels, "tokens": tokens}
+    return _audit(job, statistics, target, steps, **sample)
+
+
+def _audit(
     job: Job,
     statistics: ChannelStatistics,
     target: Path,
@@ -53,20 +110,8 @@ def audit(
     experts: int,
     channels: int,
     tokens: int,
-) -> dict:
-    """Ablate a random sample and compare every score with it.
-
-    Args:
-      job: the opened recipe; its seed decides the sample.
-      statistics: what the scores are made of.
-      target: folder for audit.json, audit.csv, audit.html and the record of what was measured.
-      steps: where progress goes.
-      experts, channels: to sample.
-      tokens: of the calibration text, in whole windows spread over it.
-
-    Returns:
-      What audit.json holds.
-    """
+) -> dict[str, Any]:
+    """Measure, remember, compare, write; arguments as in `audit`."""
     c = job.base.config
     shape = c.moe.num_experts, c.moe.d_expert
     chosen = sample_ablations(c.moe_layers, shape, experts, channels, job.recipe.seed)

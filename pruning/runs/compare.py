@@ -16,6 +16,7 @@ from pruning.budget.rule import common_budget, make_plan
 from pruning.budget.rules import GROUPS, RULES, check_needs, select_rules
 from pruning.kit.progress import OnStep, Steps
 from pruning.measure.quality import Quality, Reference, Windows, quality_of
+from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.comparison import Comparison, Result
 from pruning.scores.statistics import ChannelStatistics
@@ -42,10 +43,9 @@ class Task:
 
 def compare(
     recipe: CompressionRecipe,
-    rates: Sequence[float],
+    rates: Sequence[float] = (0.25, 0.5),
     rules: Sequence[str] = ("standard",),
     *,
-    evaluation_tokens: int = 16384,
     steps: Steps | None = None,
 ) -> Comparison:
     """Plan and measure every rule at every rate.
@@ -54,10 +54,10 @@ def compare(
     more rates, and rules that need no further statistics, add to what is in the folder.
 
     Args:
-      recipe: model, texts, block and output; its planner options are not read.
+      recipe: model, texts, block and output; its planner options are not read. Of each text its
+        `evaluation_tokens` are scored, rounded up to whole windows.
       rates: prune rates, each rounded to a budget that all rules can keep exactly.
       rules: names of `RULES`, patterns, "standard" or "all".
-      evaluation_tokens: tokens scored of each text, rounded up to whole windows.
       steps: where progress goes; default stderr.
 
     Returns:
@@ -75,9 +75,8 @@ def compare(
     check_needs(names, recipe.groups)
     with steps.bar("open"):
         # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
-        job = stages.open_job(dataclasses.replace(recipe, bits=16, export=()))
-    texts = {name: first_tokens(w, evaluation_tokens) for name, w in job.evaluation.items()}
-    job = dataclasses.replace(job, evaluation=texts)
+        job = _open(dataclasses.replace(recipe, bits=16, export=()))
+    texts = job.evaluation
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --evaluation")
     budgets = _budgets(job, rates)
@@ -96,6 +95,18 @@ def compare(
     shown = found.only(names, list(budgets))
     shown.save_page(job.output)
     return shown
+
+
+def _open(recipe: CompressionRecipe) -> Job:
+    """The job of a recipe, its texts ending with the window that has the last token wanted."""
+    wanted = recipe.evaluation_tokens
+    read = wanted + (recipe.window or 2048)
+    job = stages.open_job(dataclasses.replace(recipe, evaluation_tokens=read))
+    texts = {name: first_tokens(windows, wanted) for name, windows in job.evaluation.items()}
+    # How much was measured stands in the key of compare.json. The recipe stored beside it is that
+    # of the scores, so that a folder scored before, or by an earlier version, is gone on with.
+    stored = dataclasses.replace(job.recipe, evaluation_tokens=EVALUATION_TOKENS)
+    return dataclasses.replace(job, recipe=stored, evaluation=texts)
 
 
 def first_tokens(windows: Windows, tokens: int) -> Windows:

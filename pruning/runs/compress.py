@@ -36,7 +36,13 @@ from pruning.stages.sizes import (
     mtp_parameters,
     parameter_count,
 )
-from pruning.stages.verify import PROBE_TOKENS, PROBE_WINDOWS, random_probe, require_verified
+from pruning.stages.verify import (
+    PROBE_TOKENS,
+    PROBE_WINDOWS,
+    Check,
+    random_probe,
+    require_verified,
+)
 from pruning.text.held_out import seen_shares
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
@@ -46,7 +52,8 @@ SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
 def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> CompressionReport:
     """Score, plan, export, verify, evaluate and report.
 
-    An interrupted run is repeated with the same recipe and goes on after its last whole stage.
+    An interrupted run is repeated with the same recipe and goes on after its last whole stage; of
+    a finished one the report is read again.
 
     Args:
       recipe: what to do.
@@ -62,6 +69,14 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     steps = steps or Steps()
     with steps.bar("open"):
         job = stages.open_job(recipe)
+    if output_folder.is_finished(job):
+        report = CompressionReport.load(job.output / "report.json")
+        steps.say(
+            f"this run is finished since {report.environment['date']}: {job.output}/report.html; "
+            "--overwrite runs it again"
+        )
+        require_verified([Check(**check) for check in report.verification])
+        return report
     preflight.prepare(job, steps)
     statistics, provenance = scoring.score(job, steps)
     with steps.bar("plan"):

@@ -45,22 +45,22 @@ def open_description(folder: Path) -> Description:
     return open_checkpoint(folder) if has_weights else describe(folder)
 
 
-def estimates(
-    base: Description,
+def estimate(
     recipe: CompressionRecipe,
     rates: Sequence[float] = (),
     *,
     tensor_parallel: int = 1,
-    probe: bool = False,
+    probe: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Sizes, costs and clients of a recipe at each prune rate, or at its own budget.
 
+    Nothing is written; of its output folder, the free space of the disk is looked at.
+
     Args:
-      base: the dense model.
-      recipe: what would be done, not resolved.
+      recipe: what would be done; config.json suffices as its model.
       rates: prune rates instead of the recipe's budget.
-      tensor_parallel: GPUs that will share each layer.
-      probe: time a layer to foretell the seconds of scoring; needs weights.
+      tensor_parallel: GPUs that will share each layer, at least 1.
+      probe: time a layer to foretell the seconds of scoring; default if the weights are there.
 
     Returns:
       One entry per rate, of JSON-compatible values; sizes are bytes.
@@ -68,11 +68,14 @@ def estimates(
     Raises:
       InputError: the recipe is impossible, in the words of `compress`.
     """
+    if tensor_parallel < 1:
+        raise InputError(f"tensor_parallel={tensor_parallel} must be at least 1")
+    base = open_description(stages.model_folder(recipe.model))
     budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
     recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
-    found = [estimate(base, one, tensor_parallel) for one in recipes or [recipe]]
+    found = [_estimate(base, one, tensor_parallel) for one in recipes or [recipe]]
     seconds = None
-    if probe:
+    if isinstance(base, Checkpoint) if probe is None else probe:
         if not isinstance(base, Checkpoint):
             raise InputError(f"{base.folder} has no weights to probe; leave out --probe")
         # The time is the same at every rate.
@@ -80,10 +83,8 @@ def estimates(
     return [{**one, "scoring_seconds": seconds} for one in found]
 
 
-def estimate(
-    base: Description, recipe: CompressionRecipe, tensor_parallel: int = 1
-) -> dict[str, Any]:
-    """One entry of `estimates`, all but the time.
+def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int) -> dict[str, Any]:
+    """One entry of `estimate`, all but the time.
 
     The formats are those the recipe names, of one plan, as `compress` would write them; else all
     that the family, the bits and `mtp` allow, each planned as if it were the only one. A target in

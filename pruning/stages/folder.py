@@ -11,6 +11,7 @@ from moe_jax.files import replace_text
 from pruning.budget.decide import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.stages.job import Job
+from pruning.stages.score import find_statistics
 from pruning.text.calibration import TextSource
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
@@ -30,6 +31,17 @@ def is_interrupted(job: Job) -> bool:
     texts = [TextSource.parse(text).path for text in job.recipe.calibration]
     read = (job.base.folder, *texts, *map(Path, job.recipe.evaluation))
     return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the output folder holds all of this very run: report, statistics and exports."""
+    recipe, written = job.recipe, ("report.json", *(f"exports/{n}" for n in job.recipe.export))
+    return (
+        not recipe.overwrite
+        and all((job.output / name).exists() for name in written)
+        and _same_recipe(job.output / RECIPE, recipe)
+        and find_statistics(job) is not None
+    )
 
 
 def may_resume(

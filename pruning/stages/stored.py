@@ -1,8 +1,9 @@
 """An output folder opened again: its recipe, its model, and plans from its statistics."""
 
-import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -17,11 +18,10 @@ from pruning.stages import plan as planning
 from pruning.stages import score as scoring
 
 
-def stored_recipe(folder: Path, options: argparse.Namespace, *names: str) -> CompressionRecipe:
-    """The recipe stored in an output folder, with the given flags on top."""
+def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
+    """The recipe stored in an output folder, with the given options on top."""
     if not (folder / "recipe.yaml").is_file():
         raise InputError(f"{folder}/recipe.yaml does not exist; run `moe-compress score` first")
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     # The folder may have moved since the recipe was written.
     return load_recipe(folder / "recipe.yaml", **{"output": str(folder), **given})
 
@@ -32,7 +32,7 @@ def stored_base(recipe: CompressionRecipe) -> Checkpoint:
 
 
 def stored_plans(
-    folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: list[float]
+    folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: Sequence[float]
 ) -> tuple[list[tuple[ResolvedRecipe, PruningPlan]], ChannelStatistics]:
     """A plan for every prune rate, or for the recipe's own budget, from stored statistics.
 
@@ -47,6 +47,6 @@ def stored_plans(
     statistics, provenance = scoring.stored_statistics(folder, base)
     if not rates:
         return [(one, planning.plan(one, statistics, provenance, base))], statistics
-    plans = planning.plans_of_rates(one, rates, statistics, provenance, base)
+    plans = planning.plans_of_rates(one, list(rates), statistics, provenance, base)
     recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates]
     return list(zip(recipes, plans, strict=True)), statistics

@@ -1,0 +1,53 @@
+"""What a group of options is: a frozen dataclass whose fields say what they mean."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+
+from moe_jax.errors import InputError
+from pruning.recipe.values import typed
+
+
+@dataclass(frozen=True)
+class About:
+    """What an option means to a user.
+
+    Attributes:
+      help: one phrase.
+      least: its least value.
+      names: values that help lists; others, registered from outside, are known when a run starts.
+      shown: what stands for a value in help, such as FILE.
+      flag: its flag without dashes, where that has another name than the field.
+    """
+
+    help: str
+    least: int | None = None
+    names: tuple[str, ...] = ()
+    shown: str | None = None
+    flag: str | None = None
+
+
+def about(group: type, name: str) -> About:
+    """The description of a field of an option group."""
+    hint = typing.get_type_hints(group, include_extras=True)[name]
+    return next(extra for extra in typing.get_args(hint)[1:] if isinstance(extra, About))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A group of options: values are brought to their field's type, and checked, when made.
+
+    Raises:
+      InputError: a value of another type or out of range; it names the option.
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, typed(name, getattr(self, name), kind))
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), about(type(self), field.name).least
+            if value is not None and least is not None and value < least:
+                raise InputError(f"{field.name}={value} must be at least {least}")
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                group.check(self)  # type: ignore[attr-defined]

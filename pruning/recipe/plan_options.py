@@ -1,0 +1,158 @@
+"""The options of a plan; the other groups are in `pruning.recipe.options`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from moe_jax.errors import InputError
+from pruning.recipe.group import About, Options
+from pruning.recipe.names import ATTRIBUTIONS, CRITERIA, PLANNERS, SMOOTHINGS, WEIGHTS
+from pruning.recipe.values import layer_rates
+
+BUDGETS = ("prune_rate", "target_parameters", "target_bytes")  # one of them at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Options):
+    """Plan: how many channels stay, and which.
+
+    A rule of `compare` is one of these; `moe-compress plan` decides all of them anew from the same
+    statistics.
+    """
+
+    prune_rate: Annotated[
+        float | None,
+        About(
+            "fraction of routed-expert channels to remove, in [0, 1); default 0.25 where no "
+            "target is given",
+            shown="RATE",
+        ),
+    ] = None
+    target_parameters: Annotated[
+        int | None,
+        About(
+            "most parameters of the pruned model instead of a rate, such as 3B",
+            least=1,
+            shown="AMOUNT",
+        ),
+    ] = None
+    target_bytes: Annotated[
+        int | None,
+        About(
+            "most bytes of the first export's weights instead of a rate, such as 6GB",
+            least=1,
+            shown="AMOUNT",
+        ),
+    ] = None
+    criterion: Annotated[
+        str | None,
+        About("channel score; default shapley, or noise with weights_only", names=CRITERIA),
+    ] = None
+    attribution: Annotated[
+        str | None,
+        About(
+            "expert score; default ala, or aimer with weights_only; S(b,alpha,beta) is a member "
+            "of the norm family",
+            names=ATTRIBUTIONS,
+        ),
+    ] = None
+    planner: Annotated[str, About("how the budget is allocated", names=PLANNERS)] = "fair"
+    weights: Annotated[
+        str | None,
+        About("how experts count in the planner's objective; default its own", names=WEIGHTS),
+    ] = None
+    rho_max: Annotated[
+        float,
+        About("coverage beyond which a channel is worth nothing, in (0, 1]", shown="SHARE"),
+    ] = 1.0
+    layer_loss: Annotated[
+        Literal["energy", "attribution", "nll_ig"],
+        About(
+            "what weighs layers, for planners that do: the share of the residual stream that "
+            'their experts write ("energy"), the sum of their "attribution", or the end-to-end '
+            'loss of their experts together ("nll_ig", which needs --nll-ig)'
+        ),
+    ] = "energy"
+    smoothing: Annotated[str, About("of the layer losses", names=SMOOTHINGS)] = "sqrt"
+    passes: Annotated[
+        int,
+        About(
+            "how often the smoothing is applied; the paper's figure has 1, its release 4", least=0
+        ),
+    ] = 1
+    align: Annotated[
+        Literal["paper", "paper_scores", "dp", "hull"],
+        About(
+            "how widths become multiples of the block: the paper's rule, the same by lost score, "
+            "or the exact optimum by table (slow) or by hull"
+        ),
+    ] = "paper"
+    per_layer: Annotated[bool, About("alignment keeps to each layer's budget")] = False
+    width: Annotated[
+        Literal["free", "capped", "layer", "uniform", "experts", "combined"] | None,
+        About(
+            'what may differ from what: "free" per expert, "capped" up to --cap, one per "layer", '
+            '"uniform" for the model, whole "experts", or "combined": whole experts go at '
+            "--expert-rate, channels of the others make up the rest; default follows the exports: "
+            "free for ragged, layer for layered, uniform for padded"
+        ),
+    ] = None
+    cap: Annotated[int | None, About('widest expert of width "capped"', least=1)] = None
+    expert_rate: Annotated[
+        float,
+        About('fraction of experts that width "combined" removes, in [0, 1)', shown="RATE"),
+    ] = 0.0
+    layer_rate: Annotated[
+        tuple[str, ...],
+        About(
+            "prune rates of single layers; the other layers make up the rest",
+            shown="LAYER=RATE",
+        ),
+    ] = ()
+    skip_layers: Annotated[
+        tuple[int, ...], About("layers left alone, as by LAYER=0", shown="LAYER")
+    ] = ()
+    block: Annotated[
+        int | None, About("widths are multiples of it; default the group size", least=1)
+    ] = None
+    minimum: Annotated[
+        int | None, About("least width of a kept expert; default one block", least=1)
+    ] = None
+    emptied: Annotated[
+        Literal["zero", "mean"],
+        About(
+            "what experts without channels add: zero, or the mean of what they added over the "
+            "text, which needs --expert-details and a ragged export"
+        ),
+    ] = "zero"
+    seed: Annotated[int, About("seed of whatever is random", least=0)] = 0
+
+    def check(self) -> None:
+        """Raise InputError if a share is out of range or options contradict each other."""
+        if self.prune_rate is not None and not 0 <= self.prune_rate < 1:
+            raise InputError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
+        given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
+        if len(given) > 1:
+            listed = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise InputError(f"{listed} exclude each other; give one of them")
+        if not 0 <= self.expert_rate < 1:
+            raise InputError(f"expert_rate={self.expert_rate} must lie in [0, 1); choose e.g. 0.25")
+        if not 0 < self.rho_max <= 1:
+            raise InputError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
+        for given_for, name, unset in (("capped", "cap", None), ("combined", "expert_rate", 0.0)):
+            if getattr(self, name) != unset and self.width != given_for:
+                raise InputError(
+                    f"{name}={getattr(self, name)} needs width={given_for!r}, not {self.width!r}"
+                )
+        if self.width == "capped" and self.cap is None:
+            raise InputError("width='capped' needs a cap; give e.g. half the expert width")
+        _ = self.layer_rates
+
+    @property
+    def layer_rates(self) -> dict[int, float]:
+        """Prune rates of the layers that have one of their own, by the model's layer number."""
+        return layer_rates([*self.layer_rate, *(f"{layer}=0" for layer in self.skip_layers)])
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a rate or a target is given."""
+        return any(getattr(self, name) is not None for name in BUDGETS)

@@ -1,0 +1,140 @@
+"""Likelihood of texts under a checkpoint, or under the plans of several prune rates."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from moe_jax.errors import InputError
+from moe_jax.stream import LayerSource
+from pruning.budget.plan import PruningPlan
+from pruning.kit.progress import Steps
+from pruning.measure.quality import Windows, make_windows
+from pruning.recipe.options import EVALUATION_TOKENS
+from pruning.recipe.recipe import ResolvedRecipe
+from pruning.runs.plan import save_sweep
+from pruning.stages import job as stages
+from pruning.stages.stored import stored_base, stored_plans, stored_recipe
+from pruning.text.calibration import TextSource
+from pruning.text.tokenizer import open_codec
+
+
+def evaluate(
+    folder: str | os.PathLike,
+    texts: Sequence[str | os.PathLike],
+    rates: Sequence[float] = (),
+    *,
+    text_field: str = "text",
+    window: int | None = None,
+    stride: int | None = None,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    batch: int = 8,
+    steps: Steps | None = None,
+) -> dict[str, Any]:
+    """Measure the likelihood of texts.
+
+    Args:
+      folder: a checkpoint, or "demo"; with `rates` an output folder of `score`, which with several
+        rates gets sweep.csv and sweep.html.
+      texts: files; .jsonl and .jsonl.gz hold a document a line.
+      rates: prune rates, each planned from the stored statistics and measured by masking.
+      text_field: JSON field that holds the text.
+      window: tokens per window; default the model's context, at most 2048.
+      stride: tokens between windows; default half a window.
+      evaluation_tokens: most tokens measured of each text.
+      batch: windows per step.
+      steps: where progress goes; default stderr.
+
+    Returns:
+      `folder`, `window`, `stride` and `texts`: nll in nats, perplexity, tokens, kl and top1 by
+      text, with `rates` by model and text, where models are "dense" and "prune-rate 0.25".
+
+    Raises:
+      InputError: a number is out of range, or a text or the folder cannot be read.
+    """
+    folder, steps = Path(folder), steps or Steps()
+    _check(folder, rates, window, stride, evaluation_tokens, batch)
+    plans, statistics = [], None
+    if rates:
+        recipe = stored_recipe(folder)
+        base = stored_base(recipe)
+        plans, statistics = stored_plans(folder, recipe, base, rates)
+    else:
+        base = open_checkpoint(stages.model_folder(str(folder)))
+    window = min(window or 2048, base.config.max_position)
+    opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
+    references: dict = {}
+    found = {
+        name: {
+            text: quality.to_dict()
+            for text, quality in stages.measure(
+                source, opened, references, steps, name, batch=batch, dtype=jnp.float32
+            ).items()
+        }
+        for name, source in _sources(base, plans).items()
+    }
+    if statistics is not None and len(plans) > 1:
+        quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
+        quality[None] = found["dense"]
+        save_sweep(folder, base, plans, statistics, steps, quality)
+    stride = next(iter(opened.values())).stride
+    shown = found["model"] if "model" in found else found
+    return {"folder": str(folder), "window": window, "stride": stride, "texts": shown}
+
+
+def _check(
+    folder: Path,
+    rates: Sequence[float],
+    window: int | None,
+    stride: int | None,
+    evaluation_tokens: int,
+    batch: int,
+) -> None:
+    least = {
+        "window": (window, 2),
+        "stride": (stride, 1),
+        "evaluation_tokens": (evaluation_tokens, 2),
+        "batch": (batch, 1),
+    }
+    for name, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            flag = name.replace("_", "-")
+            raise InputError(f"{name}={value} must be at least {smallest}; change --{flag}")
+    if len(rates) > 1 and not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} gets sweep.csv and sweep.html; make it writable first")
+
+
+def _windows(
+    base: Checkpoint,
+    texts: Sequence[str | os.PathLike],
+    field: str,
+    window: int,
+    stride: int | None,
+    most: int,
+    steps: Steps,
+) -> dict[str, Windows]:
+    """Windows by the name of their file."""
+    if not texts:
+        raise InputError("there is no text to evaluate on; name one with --text")
+    codec, found = open_codec(base.folder, base.config.vocab_size), {}
+    for text in texts:
+        tokens = stages.read_tokens(TextSource(Path(text), field), codec, most)
+        if len(tokens) == most:
+            steps.say(
+                f"{text}: the first {most:,} tokens are measured; --evaluation-tokens takes more"
+            )
+        found[str(text)] = make_windows(tokens, window=window, stride=stride)
+    return found
+
+
+def _sources(
+    base: Checkpoint, plans: Sequence[tuple[ResolvedRecipe, PruningPlan]]
+) -> dict[str, LayerSource]:
+    """Models by name: the folder's own, or the dense one and one for every plan."""
+    if not plans:
+        return {"model": base}
+    pruned = {f"prune-rate {o.prune_rate}": stages.pruned_source(base, p, None) for o, p in plans}
+    return {"dense": base, **pruned}

@@ -1,0 +1,49 @@
+"""The exports of the plan in a folder."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pruning.budget.plan import PruningPlan
+from pruning.kit.progress import Steps
+from pruning.stages import gptq as gptq_stage
+from pruning.stages import job as stages
+from pruning.stages import preflight
+from pruning.stages.sizes import form_of
+from pruning.stages.stored import stored_base, stored_recipe
+
+
+def export_folder(
+    folder: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    steps: Steps | None = None,
+    **options: Any,
+) -> list[Path]:
+    """Write the checkpoints of a plan.
+
+    Args:
+      folder: holds plan.json and recipe.yaml; gets exports/NAME.
+      overwrite: replace exports that are there.
+      steps: where progress goes; default stderr.
+      options: `export` and `mtp` of `ExportOptions`, on top of the stored recipe.
+
+    Returns:
+      The folders, in the order of the recipe.
+
+    Raises:
+      InputError: there is no plan, its widths do not fit a format, or an export is in the way.
+      OSError: the disk is too small.
+    """
+    folder, steps = Path(folder), steps or Steps()
+    recipe = stored_recipe(folder, **options)
+    plan, base = PruningPlan.load(folder), stored_base(recipe)
+    exports = folder / "exports"
+    preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
+    codes = None
+    if stages.codes_folder(recipe) is not None:
+        codes = gptq_stage.quantize(stages.open_job(recipe), plan, steps)
+    for name in recipe.export:
+        form, target = form_of(recipe, name, plan), exports / name
+        stages.export(base, plan, form, target, steps, codes=codes, overwrite=overwrite)
+    return [exports / name for name in recipe.export]

@@ -1,0 +1,70 @@
+"""Plans from the statistics in a folder: one, or one for every prune rate."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint
+from moe_jax.files import replace_text
+from pruning.budget.plan import PruningPlan
+from pruning.kit.progress import Steps
+from pruning.recipe.recipe import ResolvedRecipe
+from pruning.runs.rates import sweep_of
+from pruning.scores.statistics import ChannelStatistics
+from pruning.stages.stored import stored_base, stored_plans, stored_recipe
+
+
+def plan_folder(
+    folder: str | os.PathLike,
+    rates: Sequence[float] = (),
+    steps: Steps | None = None,
+    **options: Any,
+) -> list[tuple[Path, PruningPlan]]:
+    """Choose the channels to keep, from the statistics that `score` or `compress` left.
+
+    Args:
+      folder: their output folder; gets plan.json, or with several rates plans/RATE/plan.json,
+        sweep.csv and sweep.html.
+      rates: prune rates; default the budget of the stored recipe or of `options`.
+      steps: where progress goes; default stderr.
+      options: of `PlanOptions`, on top of the stored recipe.
+
+    Returns:
+      (folder of the plan, plan) per rate, in the order of `rates`.
+
+    Raises:
+      InputError: nothing was scored there, or no plan satisfies the options.
+    """
+    folder = Path(folder)
+    recipe = stored_recipe(folder, **options)
+    base = stored_base(recipe)
+    plans, statistics = stored_plans(folder, recipe, base, rates)
+    single, made = len(plans) == 1, []
+    for one, plan in plans:
+        target = folder if single else folder / f"plans/{one.prune_rate}"
+        plan.save(target)
+        if not single:
+            # `export` and `verify` take the plans of a sweep like any other folder.
+            stored = dataclasses.replace(one, output=str(target))
+            replace_text(target / "recipe.yaml", stored.to_yaml())
+        made.append((target, plan))
+    if not single:
+        save_sweep(folder, base, plans, statistics, steps or Steps())
+    return made
+
+
+def save_sweep(
+    folder: Path,
+    base: Checkpoint,
+    plans: Sequence[tuple[ResolvedRecipe, PruningPlan]],
+    statistics: ChannelStatistics,
+    steps: Steps,
+    quality: Mapping[float | None, dict] | None = None,
+) -> None:
+    """Write sweep.csv and sweep.html for the plans of several rates; `quality` as in `sweep_of`."""
+    rates = [one.prune_rate for one, _ in plans if one.prune_rate is not None]
+    made = [plan for _, plan in plans]
+    sweep_of(plans[0][0], rates, made, statistics, base, quality).save(folder)
+    steps.say(f"{folder}/sweep.html")

@@ -1,0 +1,32 @@
+"""Scoring alone: the statistics of a model, from which plans of every size are made."""
+
+from pruning.kit.progress import Steps
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.scores.statistics import ChannelStatistics
+from pruning.stages import preflight
+from pruning.stages import score as scoring
+from pruning.stages.job import open_job
+
+
+def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStatistics:
+    """Collect the statistics of a model on calibration text, or find those of an earlier run.
+
+    The output folder gets statistics.safetensors and the recipe, which `plan` and `export` read.
+    An interrupted run is repeated with the same recipe and goes on after its last part.
+
+    Args:
+      recipe: what to do; its planner options decide when the kept set counts as stable.
+      steps: where progress goes; default stderr.
+
+    Returns:
+      The statistics, which are also in the output folder.
+
+    Raises:
+      InputError: bad input, before any expensive work.
+    """
+    steps = steps or Steps()
+    with steps.bar("open"):
+        job = open_job(recipe)
+    preflight.prepare(job, steps, exports=False)
+    statistics, _ = scoring.score(job, steps)
+    return statistics

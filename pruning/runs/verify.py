@@ -1,0 +1,46 @@
+"""Every export of a folder read again and compared with its plan."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from moe_jax.errors import InputError
+from pruning.budget.plan import PruningPlan
+from pruning.kit.progress import Steps
+from pruning.recipe.exports import EXPORTS
+from pruning.stages import job as stages
+from pruning.stages.sizes import form_of
+from pruning.stages.stored import stored_base, stored_recipe
+from pruning.stages.verify import Check, random_probe, require_verified, written_mtp
+
+
+def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]:
+    """Check every export of a folder against its plan and the dense model.
+
+    Args:
+      folder: holds plan.json, recipe.yaml and exports/.
+      steps: where progress goes; default stderr.
+
+    Returns:
+      The checks, all passed.
+
+    Raises:
+      InputError: there is no plan or no export.
+      VerificationError: an export does not hold what was meant.
+    """
+    folder, steps = Path(folder), steps or Steps()
+    recipe = stored_recipe(folder)
+    base, plan = stored_base(recipe), PruningPlan.load(folder)
+    folders = [path for name in EXPORTS if (path := folder / "exports" / name).is_dir()]
+    if not folders:
+        raise InputError(f"{folder}/exports holds nothing; run `moe-compress export` first")
+    checks = []
+    for target in folders:
+        # `export` may have been told otherwise than the recipe.
+        form = form_of(recipe, target.name, plan)
+        form = dataclasses.replace(form, mtp=written_mtp(target, base))
+        codes = stages.codes_folder(recipe)
+        with steps.bar(f"verify {target.name}"):
+            checks += stages.verify(base, plan, form, target, random_probe(base), codes)
+    require_verified(checks)
+    return checks
