@@ -164,7 +164,11 @@ class ExportOptions(Options):
 
     export: Annotated[
         tuple[Export, ...],
-        About("formats to write: ragged (a width per expert), layered (per layer) or padded (one)"),
+        About(
+            "formats to write: ragged (a width per expert), layered (per layer) or padded (one); "
+            "default ragged-int4, or what the model's family has",
+            shown="FORMAT",
+        ),
     ] = ()
     bits: Annotated[Literal[4, 16], About("bits of the weights")] = 4
     group_size: Annotated[

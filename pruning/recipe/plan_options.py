@@ -72,7 +72,7 @@ class PlanOptions(Options):
             'loss of their experts together ("nll_ig", which needs --nll-ig)'
         ),
     ] = "energy"
-    smoothing: Annotated[str, About("of the layer losses", names=SMOOTHINGS)] = "sqrt"
+    smoothing: Annotated[str, About("how the layer losses are smoothed", names=SMOOTHINGS)] = "sqrt"
     passes: Annotated[
         int,
         About(

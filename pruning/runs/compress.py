@@ -17,6 +17,7 @@ from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.compression import CompressionReport
 from pruning.report.figures import concentration
+from pruning.runs.score import open_for
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.gptq_model import layer_errors
@@ -67,8 +68,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
       VerificationError: an export differs from the model in memory.
     """
     steps = steps or Steps()
-    with steps.bar("open"):
-        job = stages.open_job(recipe)
+    job = open_for(recipe, steps)
     if output_folder.is_finished(job):
         report = CompressionReport.load(job.output / "report.json")
         steps.say(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
+from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
+from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.rates import sweep_of
 from pruning.scores.statistics import ChannelStatistics
@@ -38,6 +40,8 @@ def plan_folder(
       InputError: nothing was scored there, or no plan satisfies the options.
     """
     folder = Path(folder)
+    if asked := [name for name in BUDGETS if rates and options.get(name) is not None]:
+        raise InputError(f"{asked[0]} and prune rates exclude each other; give one of them")
     recipe = stored_recipe(folder, **options)
     base = stored_base(recipe)
     plans, statistics = stored_plans(folder, recipe, base, rates)

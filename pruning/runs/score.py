@@ -5,7 +5,8 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
-from pruning.stages.job import open_job
+from pruning.stages.job import Job, open_job
+from pruning.stages.sizes import folder_bytes
 
 
 def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStatistics:
@@ -25,8 +26,20 @@ def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStati
       InputError: bad input, before any expensive work.
     """
     steps = steps or Steps()
-    with steps.bar("open"):
-        job = open_job(recipe)
+    job = open_for(recipe, steps)
     preflight.prepare(job, steps, exports=False)
     statistics, _ = scoring.score(job, steps)
     return statistics
+
+
+def open_for(recipe: CompressionRecipe, steps: Steps) -> Job:
+    """Open what a recipe needs, as a step that says what was read."""
+    with steps.bar("open"):
+        job = open_job(recipe)
+    gigabytes = folder_bytes(job.base.folder) / 1e9
+    steps.detail(f"  model: {job.base.folder}, {job.base.family.model_type}, {gigabytes:,.3f} GB")
+    shape = f"{len(job.calibration.tokens):,} windows of {job.recipe.window:,}"
+    steps.detail(f"  calibration: {job.calibration.total:,} tokens in {shape}")
+    for name, windows in job.evaluation.items():
+        steps.detail(f"  evaluation {name}: {int(windows.scored.sum()):,} tokens to predict")
+    return job

@@ -1,0 +1,207 @@
+"""The arguments of every command; its help shows what it reads.
+
+A function here takes the parser of the command of its name.
+"""
+
+import argparse
+from pathlib import Path
+
+from pruning.cli.flags import add_group, value_of
+from pruning.cli.parser import Parser
+from pruning.recipe.options import (
+    EVALUATION_TOKENS,
+    ExportOptions,
+    PlanOptions,
+    RunOptions,
+    ScoreOptions,
+    TextOptions,
+    fields_of,
+)
+
+MODEL = "checkpoint folder (config.json, safetensors, tokenizer.json), or demo"
+SHELLS = ("bash", "zsh", "fish")
+# Of the planning options those that people give when they score: the others keep their defaults
+# until `plan`, which decides all of them anew.
+DECIDING = ("prune_rate", "target_parameters", "target_bytes", "criterion", "attribution",
+            "planner", "seed")  # fmt: skip
+NOT_ESTIMATED = ("calibration", "calibration_field", "evaluation", "evaluation_tokens")
+
+
+def _model(command: Parser, *, required: bool = True, more: str = "") -> None:
+    command.add_argument(
+        "model", nargs=None if required else "?", help=MODEL + more, metavar="MODEL"
+    )
+
+
+def _folder(command: Parser, words: str) -> None:
+    command.add_argument("folder", type=Path, help=words, metavar="FOLDER")
+
+
+def _recipe(command: Parser) -> None:
+    place = command.add_argument_group("Recipe")
+    place.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="YAML file of options; flags win"
+    )
+
+
+def _rates(place: argparse._ActionsContainer, words: str) -> None:
+    place.add_argument(
+        "--prune-rate", dest="rates", type=value_of(float, is_list=True), nargs="+",
+        action="extend", metavar="RATE", help=words,
+    )  # fmt: skip
+
+
+def _others(group: type, *names: str) -> tuple[str, ...]:
+    return tuple(name for name in fields_of(group) if name not in names)
+
+
+def compress(command: Parser) -> None:
+    _model(command, required=False)
+    _recipe(command)
+    for group in (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions):
+        add_group(command, group)
+
+
+def score(command: Parser) -> None:
+    _model(command, required=False)
+    _recipe(command)
+    for group in (RunOptions, TextOptions, ScoreOptions):
+        add_group(command, group)
+    title = "Plan: whose kept set tells when the text is enough; where `plan` begins"
+    add_group(command, PlanOptions, *DECIDING, title=title)
+    add_group(command, PlanOptions, *_others(PlanOptions, *DECIDING), hidden=True)
+    add_group(command, ExportOptions, hidden=True)
+
+
+def estimate(command: Parser) -> None:
+    _model(command, required=False, more="; config.json alone suffices")
+    _recipe(command)
+    place = command.add_argument_group("Estimate")
+    _rates(place, "one or several fractions of the expert channels to remove, in [0, 1)")
+    place.add_argument(
+        "--tensor-parallel", type=value_of(int), default=1, metavar="N",
+        help="GPUs that will share each layer in a server (default 1)",
+    )  # fmt: skip
+    place.add_argument(
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        help="time one layer to foretell the time of scoring (default: if weights are there)",
+    )
+    add_group(command, RunOptions, "output")
+    add_group(command, RunOptions, "overwrite", hidden=True)
+    add_group(command, TextOptions, "max_tokens", "window")
+    add_group(command, TextOptions, *NOT_ESTIMATED, hidden=True)
+    add_group(command, ScoreOptions)
+    add_group(command, PlanOptions, *_others(PlanOptions, "prune_rate"))
+    add_group(command, ExportOptions)
+
+
+def plan(command: Parser) -> None:
+    _folder(command, "output folder of score or compress")
+    place = command.add_argument_group("Prune rates")
+    _rates(place, "one or several fractions of the expert channels to remove, in [0, 1)")
+    add_group(command, PlanOptions, *_others(PlanOptions, "prune_rate"))
+
+
+def export(command: Parser) -> None:
+    _folder(command, "folder with plan.json")
+    add_group(command, ExportOptions, "export", "mtp")
+    add_group(command, RunOptions, "overwrite", title="Output")
+
+
+def apply(command: Parser) -> None:
+    command.add_argument(
+        "plan", type=Path, metavar="PLAN", help="folder with plan.json, or plan.json itself"
+    )
+    _model(command)
+    add_group(command, RunOptions, title="Output")
+    add_group(command, ExportOptions, "export", "bits", "group_size", "mtp")
+
+
+def evaluate(command: Parser) -> None:
+    _folder(command, "checkpoint folder, or output folder of score")
+    place = command.add_argument_group("Text")
+    texts: dict = {"dest": "text", "type": Path, "nargs": "+", "action": "extend"}
+    place.add_argument(
+        "--text", **texts, metavar="FILE",
+        help="text files; .jsonl and .jsonl.gz hold a document a line",
+    )  # fmt: skip
+    place.add_argument("--evaluation", **texts, help=argparse.SUPPRESS)
+    place.add_argument(
+        "--text-field", default="text", metavar="FIELD",
+        help="JSON field that holds the text in .jsonl files (default text)",
+    )  # fmt: skip
+    tokens: dict = {"dest": "evaluation_tokens", "type": value_of(int), "metavar": "N"}
+    place.add_argument(
+        "--evaluation-tokens", **tokens, default=EVALUATION_TOKENS,
+        help=f"most tokens measured of each text (default {EVALUATION_TOKENS})",
+    )  # fmt: skip
+    place.add_argument("--max-tokens", **tokens, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    numbers = (
+        ("window", None, "tokens per window (default: the context, at most 2048)"),
+        ("stride", None, "tokens between windows (default: half a window)"),
+        ("batch", 8, "windows per step (default 8)"),
+    )
+    for name, default, words in numbers:
+        place.add_argument(
+            f"--{name}", type=value_of(int), default=default, metavar="N", help=words
+        )
+    sweep = command.add_argument_group("Plans of an output folder")
+    _rates(sweep, "measure plans of the stored statistics instead, at these rates in [0, 1)")
+
+
+def audit(command: Parser) -> None:
+    command.add_argument("model", metavar="MODEL_OR_FOLDER", help=f"{MODEL}; or output of score")
+    place = command.add_argument_group("Sample")
+    for name, default, words in (
+        ("experts", 32, "experts to take out, spread over the layers"),
+        ("channels", 64, "channels to take out, spread over the layers"),
+        ("sample-tokens", 8192, "calibration tokens the loss is measured on"),
+    ):
+        place.add_argument(
+            f"--{name}", type=value_of(int), default=default, metavar="N",
+            help=f"{words} (default {default})",
+        )  # fmt: skip
+    place.add_argument(
+        "--tokens", dest="sample_tokens", type=value_of(int), default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )  # fmt: skip
+    add_group(command, RunOptions)
+    texts = _others(TextOptions, "evaluation", "evaluation_tokens")
+    add_group(command, TextOptions, *texts, title="Text")
+    add_group(command, ScoreOptions, *_others(ScoreOptions, "weights_only", "until_stable"))
+    add_group(command, PlanOptions, "seed", title="Chance")
+
+
+def report(command: Parser) -> None:
+    _folder(command, "output folder of compress")
+
+
+def verify(command: Parser) -> None:
+    _folder(command, "folder with plan.json and exports/")
+
+
+def compare(command: Parser) -> None:
+    _model(command)
+    place = command.add_argument_group("Comparison")
+    place.add_argument(
+        "--rules", nargs="+", action="extend", metavar="RULE",
+        help="standard (default; some 20 rules, forward statistics only), all, or names and "
+        "patterns such as 'fair*'; all also collects gradients, which takes several times as long",
+    )  # fmt: skip
+    _rates(place, "fractions of the expert channels to remove, in (0, 1) (default 0.25 0.5)")
+    add_group(command, RunOptions)
+    add_group(command, TextOptions)
+    add_group(
+        command, ScoreOptions, "gradients", "expert_details", "weight_gradients", "batch", "dtype"
+    )
+    add_group(command, PlanOptions, "block", "seed", title="Plans")
+
+
+def completion(command: Parser) -> None:
+    command.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    command.add_argument("-h", "--help", action="help", help="show this help and exit")
+
+
+def inspect(command: Parser) -> None:
+    _model(command)

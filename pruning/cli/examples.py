@@ -1,0 +1,68 @@
+"""What stands below the options in the help of a command: how it is used, and what it is for."""
+
+OUTCOMES = """Tables go to stdout, progress to stderr. --json FILE writes the numbers, --json -
+prints them and nothing else.
+
+exit codes:
+  0    done
+  1    a written export is not what was meant
+  2    something to mend: an option, a file, a text, the disk; the message says what
+  70   a fault of the program, with a traceback to report
+  130  interrupted
+
+moe-compress COMMAND --help says more, with examples."""
+EXAMPLES = {
+    "compress": "moe-compress compress demo --output demo-out\n"
+    "  moe-compress compress ./Qwen3-30B-A3B --calibration c4.txt code.jsonl=0.5 "
+    "\\\n      --prune-rate 0.25 --output out\n"
+    "  moe-compress compress ./Qwen3-30B-A3B --weights-only --output preview\n\n"
+    "An interrupted run goes on when it is repeated. The result is in out/report.html.",
+    "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
+    "estimate": "moe-compress estimate demo --prune-rate 0.25 0.5\n"
+    "  moe-compress estimate ./Qwen3-30B-A3B --export padded-int4 --tensor-parallel 2\n\n"
+    "Takes the flags of `compress`: write `estimate` instead and see, before work: parameters,\n"
+    "bytes per format, memory, disk and time, and which program loads which format and why.\n"
+    "Nothing is written and no text is read; of the weights, headers are checked and one layer is\n"
+    "timed. What `compress` would refuse about the model or the options is refused here.",
+    "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out\n\n"
+    "Every option of `compress` is taken: those of planning and export are stored in\n"
+    "out/recipe.yaml, where `plan` and `export` begin from.",
+    "plan": "moe-compress plan out --prune-rate 0.25 0.5\n\n"
+    "Several rates also write out/sweep.csv and out/sweep.html: the size of every export format\n"
+    "against the share of the channel score that goes. `eval` with them measures the loss.",
+    "export": "moe-compress export out --export ragged-int4 padded-bf16",
+    "apply": "moe-compress apply plans/0.25 ./Qwen3-30B-A3B --export ragged-int4 --output out\n\n"
+    "A plan is two small files, plan.json and plan.safetensors, so that one machine can choose\n"
+    "the channels and another one, which has the weights, can cut them. Nothing is scored: 4-bit\n"
+    "weights are rounded to nearest. Sizes and free space are checked first, every export is read\n"
+    "back and verified; `verify out` and `eval out/exports/ragged-int4` take the result.",
+    "verify": "moe-compress verify out",
+    "eval": "moe-compress eval out/exports/ragged-int4 --text test.txt --json quality.json\n"
+    "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json\n\n"
+    "Several rates also write out/sweep.csv and out/sweep.html: size against added loss.",
+    "report": "moe-compress report out",
+    "audit": "moe-compress audit demo --experts 64 --channels 64 --output audit-out\n"
+    "  moe-compress audit ./Qwen3-30B-A3B --calibration c4.txt --gradients --nll-ig 4 "
+    "\\\n      --output out\n"
+    "  moe-compress audit out --experts 32\n\n"
+    "A score is a guess at what an expert or channel is worth. The audit takes a random sample of\n"
+    "them out of the model, one at a time, and measures how much the loss on calibration text\n"
+    "rises: once with the expert's output set to zero, once with its tokens sent to others.\n"
+    "It then says how well each score ranks the sample (Spearman correlation: 1 is perfect, 0 no\n"
+    "better than chance), so that you can choose --attribution and --criterion for your model.\n"
+    "Only scores whose statistics were collected are judged: --gradients, --expert-details,\n"
+    "--weight-gradients and --nll-ig add more. An interrupted audit goes on where it stopped.\n"
+    "Read audit.html first; audit.csv has a row for each expert and channel.",
+    "compare": "moe-compress compare demo --prune-rate 0.25 0.5 --output rules\n"
+    "  moe-compress compare ./OLMoE-1B-7B --calibration c4.txt --evaluation test.txt \\\n"
+    "      --rules 'fair*' 'uniform*' random --gradients --expert-details --output rules\n\n"
+    "Which pruning rule loses least on this model? Scores the model once, plans every rule at the\n"
+    "same number of kept channels, and measures all plans on text that was not used for scoring,\n"
+    "by masking: no pruned model is written. Prints a ranked table and writes compare.html,\n"
+    "compare.csv and compare.json to the output folder. The same command goes on after an\n"
+    "interruption. A rule's name says allocation and channel score, e.g. fair-energy;\n"
+    "experts-NAME removes whole experts. Differences below the spread of random mean nothing.",
+    "completion": "source <(moe-compress completion bash)  # this bash; also in ~/.bashrc\n"
+    "  moe-compress completion zsh > ~/.zfunc/_moe-compress  # a folder of your $fpath\n"
+    "  moe-compress completion fish > ~/.config/fish/completions/moe-compress.fish",
+}
