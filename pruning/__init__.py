@@ -1,7 +1,13 @@
-"""Attribution-guided channel pruning of Mixture-of-Experts models."""
+"""Attribution-guided channel pruning of Mixture-of-Experts models.
+
+What a user of Python calls: `compress`, `score`, `evaluate`, `verify`, `audit`, `compare`,
+`estimate`, `apply`, each the command of its name; `CompressionRecipe` says what to do. The
+registries `CHANNEL_CRITERIA`, `EXPERT_CRITERIA`, `PLANNERS` and `RULES` are open: add a name.
+"""
 
 from typing import TYPE_CHECKING
 
+from moe_jax.errors import InputError
 from moe_jax.facade import lazy_face
 
 if TYPE_CHECKING:
@@ -9,15 +15,31 @@ if TYPE_CHECKING:
     from pruning.budget.decide import plan_pruning
     from pruning.budget.importance import PlannerOptions
     from pruning.budget.plan import PruningPlan
+    from pruning.budget.planners import PLANNERS
+    from pruning.budget.rule import Rule
+    from pruning.budget.rules import RULES
     from pruning.budget.targets import plan_for_target
+    from pruning.kit.errors import VerificationError
     from pruning.kit.progress import Steps
     from pruning.measure.quality import Quality, make_windows
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
     from pruning.report import figures as plots
-    from pruning.runs.apply import apply_plan
+    from pruning.report.comparison import Comparison
+    from pruning.report.compression import CompressionReport
+    from pruning.runs.apply import apply, apply_plan
+    from pruning.runs.audit import audit
+    from pruning.runs.compare import compare
     from pruning.runs.compress import compress
+    from pruning.runs.estimate import estimate
+    from pruning.runs.evaluate import evaluate
+    from pruning.runs.export import export_folder
+    from pruning.runs.plan import plan_folder
+    from pruning.runs.score import score
+    from pruning.runs.verify import verify
+    from pruning.scores.channel_criteria import CHANNEL_CRITERIA
     from pruning.scores.collect import collect_statistics, collect_weights
     from pruning.scores.criteria import ChannelScores, channel_scores
+    from pruning.scores.expert_criteria import EXPERT_CRITERIA
     from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
     from pruning.shrink.prune import PrunedSource, mask_layer, prune_layer
     from pruning.shrink.rounding import QuantizedSource
@@ -26,24 +48,39 @@ if TYPE_CHECKING:
     from pruning.text.calibration import TextSource, TokenBatch, calibration_batch
 
 __all__ = [
+    "CHANNEL_CRITERIA",
+    "EXPERT_CRITERIA",
+    "PLANNERS",
+    "RULES",
     "ChannelScores",
     "ChannelStatistics",
+    "Comparison",
     "CompressionRecipe",
+    "CompressionReport",
+    "InputError",
     "PlannerOptions",
     "PrunedSource",
     "PruningPlan",
     "Quality",
     "QuantizedSource",
+    "Rule",
     "Steps",
     "TextSource",
     "TokenBatch",
+    "VerificationError",
+    "apply",
     "apply_plan",
+    "audit",
     "calibration_batch",
     "channel_scores",
     "collect_statistics",
     "collect_weights",
+    "compare",
     "compress",
+    "estimate",
+    "evaluate",
     "export",
+    "export_folder",
     "form_of",
     "load_recipe",
     "load_statistics",
@@ -51,32 +88,85 @@ __all__ = [
     "mask_layer",
     "nested_plans",
     "open_job",
+    "plan_folder",
     "plan_for_target",
     "plan_pruning",
     "plots",
     "prune_layer",
     "save_statistics",
+    "score",
+    "verify",
 ]
 
 # Names are imported when they are used: `--help` and the checks of options need no jax.
 _HOMES = {
-    "runs.apply": ("apply_plan",),
-    "scores.collect": ("collect_statistics", "collect_weights"),
-    "text.calibration": ("TextSource", "TokenBatch", "calibration_batch"),
-    "scores.criteria": ("ChannelScores", "channel_scores"),
-    "measure.quality": ("Quality", "make_windows"),
-    "runs.compress": ("compress",),
-    "budget.decide": ("plan_pruning",),
-    "budget.plan": ("PruningPlan",),
-    "kit.progress": ("Steps",),
-    "shrink.prune": ("PrunedSource", "mask_layer", "prune_layer"),
-    "shrink.rounding": ("QuantizedSource",),
-    "recipe.recipe": ("CompressionRecipe", "load_recipe"),
-    "stages.sizes": ("form_of",),
-    "stages.job": ("export", "open_job"),
-    "scores.statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
     "budget.budgets": ("nested_plans",),
-    "budget.targets": ("plan_for_target",),
+    "budget.decide": ("plan_pruning",),
     "budget.importance": ("PlannerOptions",),
+    "budget.plan": ("PruningPlan",),
+    "budget.planners": ("PLANNERS",),
+    "budget.rule": ("Rule",),
+    "budget.rules": ("RULES",),
+    "budget.targets": ("plan_for_target",),
+    "kit.errors": ("VerificationError",),
+    "kit.progress": ("Steps",),
+    "measure.quality": (
+        "Quality",
+        "make_windows",
+    ),
+    "recipe.recipe": (
+        "CompressionRecipe",
+        "load_recipe",
+    ),
+    "report.comparison": ("Comparison",),
+    "report.compression": ("CompressionReport",),
+    "runs.apply": (
+        "apply",
+        "apply_plan",
+    ),
+    "runs.audit": ("audit",),
+    "runs.compare": ("compare",),
+    "runs.compress": ("compress",),
+    "runs.estimate": ("estimate",),
+    "runs.evaluate": ("evaluate",),
+    "runs.export": ("export_folder",),
+    "runs.plan": ("plan_folder",),
+    "runs.score": ("score",),
+    "runs.verify": ("verify",),
+    "scores.channel_criteria": ("CHANNEL_CRITERIA",),
+    "scores.collect": (
+        "collect_statistics",
+        "collect_weights",
+    ),
+    "scores.criteria": (
+        "ChannelScores",
+        "channel_scores",
+    ),
+    "scores.expert_criteria": ("EXPERT_CRITERIA",),
+    "scores.statistics": (
+        "ChannelStatistics",
+        "load_statistics",
+        "save_statistics",
+    ),
+    "shrink.prune": (
+        "PrunedSource",
+        "mask_layer",
+        "prune_layer",
+    ),
+    "shrink.rounding": ("QuantizedSource",),
+    "stages.job": (
+        "export",
+        "open_job",
+    ),
+    "stages.sizes": ("form_of",),
+    "text.calibration": (
+        "TextSource",
+        "TokenBatch",
+        "calibration_batch",
+    ),
 }
-__getattr__, __dir__ = lazy_face(__name__, _HOMES, {"plots": "report.figures"})
+__getattr__, _ = lazy_face(__name__, _HOMES, {"plots": "report.figures"})
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,7 @@
-"""What each sub-command does with its parsed options: it calls a function and shows the result."""
+"""What each sub-command does with its parsed options: it calls a function and shows the result.
+
+Commands with a recipe find it, checked, in `options.made`.
+"""
 
 import argparse
 import dataclasses
@@ -42,24 +45,21 @@ Options = argparse.Namespace
 
 def compress(options: Options) -> Outcome:
     """Everything; shows the report."""
-    report = compressing.compress(recipe_from(options), _steps(options))
-    folder = Path(options.output if "output" in options else report.recipe["output"])
+    report = compressing.compress(options.made, _steps(options))
+    folder = Path(options.made.output)
     sample, lines = report.sample, []
     shown = (("prompt", "prompt"), ("dense", "dense"), (sample["export"], "compressed"))
     for label, key in shown if sample["prompt"] else ():
         lines.append(f"{label}: {sample[key]!r}")
     values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    pages = [folder / "report.html", *(folder / "exports" / name for name in _exports(report))]
-    return Outcome(values, [terminal_table(report), *lines, ""], pages)
-
-
-def _exports(report: CompressionReport) -> list[str]:
-    return list(report.sizes["exports"])
+    pages = [folder / "exports" / name for name in report.sizes["exports"]]
+    parts = [terminal_table(report), *lines, ""]
+    return Outcome(values, parts, [*pages, folder / "report.html"])
 
 
 def score(options: Options) -> Outcome:
     """Statistics of a model."""
-    recipe = recipe_from(options)
+    recipe = options.made
     found = scoring.score(recipe, _steps(options))
     path = Path(recipe.output) / STATISTICS
     tokens = int(found.total_tokens)
@@ -101,12 +101,8 @@ def inspect(options: Options) -> Outcome:
 
 def estimate(options: Options) -> Outcome:
     """What a compression gives and costs; one set of tables per prune rate."""
-    if options.rates:
-        options.prune_rate = options.rates[0]  # a recipe has one rate only
-    if options.recipe is None and "output" not in options:  # its disk is looked at
-        options.output = "out"
     found = estimating.estimate(
-        recipe_from(options),
+        options.made,
         options.rates or (),
         tensor_parallel=options.tensor_parallel,
         probe=options.probe,
@@ -117,7 +113,7 @@ def estimate(options: Options) -> Outcome:
 def plan(options: Options) -> Outcome:
     """One plan in the folder, or one per rate below plans/."""
     given = given_options(options, PlanOptions)
-    plans = planning.plan_folder(options.folder, options.rates or (), _steps(options), **given)
+    plans = planning.plan_folder(options.folder, options.rates or (), **given)
     values = [{"plan": f"{folder}/plan.json", **one.provenance} for folder, one in plans]
     pages = [options.folder / "sweep.html"] if len(plans) > 1 else [plans[0][0] / "plan.json"]
     return Outcome(values, [plans_table(plans)], pages)
@@ -138,7 +134,7 @@ def export(options: Options) -> Outcome:
 
 def apply(options: Options) -> Outcome:
     """Exports of a plan made elsewhere, each verified."""
-    recipe = recipe_from(options)
+    recipe = options.made
     checks = applying.apply_plan(
         options.plan,
         recipe.model,
@@ -213,7 +209,7 @@ def report(options: Options) -> Outcome:
 
 def compare(options: Options) -> Outcome:
     """Rules ranked at equal size."""
-    recipe = recipe_from(options)
+    recipe = options.made
     given = {"rates": options.rates, "rules": options.rules}
     found = comparing.compare(
         recipe, **{name: value for name, value in given.items() if value}, steps=_steps(options)

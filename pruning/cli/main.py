@@ -10,9 +10,11 @@ import sys
 import traceback
 
 from moe_jax.errors import InputError
+from pruning.cli.flags import recipe_from
 from pruning.cli.grammar import build_parser
 from pruning.kit.errors import VerificationError
 
+WITH_RECIPE = ("compress", "score", "estimate", "apply", "compare")
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAULTY = (
@@ -58,6 +60,7 @@ def _run(options: argparse.Namespace) -> None:
 
         print(script(options.shell))
         return
+    _read_recipe(options)
     # Only now: jax takes seconds to import, and a typing error should not.
     from pruning.cli import commands
     from pruning.cli.output import check_json, show
@@ -65,6 +68,18 @@ def _run(options: argparse.Namespace) -> None:
     check_json(options.json)
     function = getattr(commands, str(FUNCTIONS.get(options.command, options.command)))
     show(function(options), options.json)
+
+
+def _read_recipe(options: argparse.Namespace) -> None:
+    """Add the recipe of a command that has one, its options checked."""
+    if options.command not in WITH_RECIPE:
+        return
+    if options.command == "estimate":
+        if options.rates:
+            options.prune_rate = options.rates[0]  # a recipe has one rate only
+        if options.recipe is None and "output" not in options:  # its disk is looked at
+            options.output = "out"
+    options.made = recipe_from(options)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -79,7 +79,7 @@ def evaluate(
     if statistics is not None and len(plans) > 1:
         quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
         quality[None] = found["dense"]
-        save_sweep(folder, base, plans, statistics, steps, quality)
+        save_sweep(folder, base, plans, statistics, quality)
     stride = next(iter(opened.values())).stride
     shown = found["model"] if "model" in found else found
     return {"folder": str(folder), "window": window, "stride": stride, "texts": shown}

@@ -10,7 +10,6 @@ from convert.checkpoint import Checkpoint
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.budget.plan import PruningPlan
-from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.rates import sweep_of
@@ -21,7 +20,6 @@ from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 def plan_folder(
     folder: str | os.PathLike,
     rates: Sequence[float] = (),
-    steps: Steps | None = None,
     **options: Any,
 ) -> list[tuple[Path, PruningPlan]]:
     """Choose the channels to keep, from the statistics that `score` or `compress` left.
@@ -30,7 +28,6 @@ def plan_folder(
       folder: their output folder; gets plan.json, or with several rates plans/RATE/plan.json,
         sweep.csv and sweep.html.
       rates: prune rates; default the budget of the stored recipe or of `options`.
-      steps: where progress goes; default stderr.
       options: of `PlanOptions`, on top of the stored recipe.
 
     Returns:
@@ -55,7 +52,7 @@ def plan_folder(
             replace_text(target / "recipe.yaml", stored.to_yaml())
         made.append((target, plan))
     if not single:
-        save_sweep(folder, base, plans, statistics, steps or Steps())
+        save_sweep(folder, base, plans, statistics)
     return made
 
 
@@ -64,11 +61,9 @@ def save_sweep(
     base: Checkpoint,
     plans: Sequence[tuple[ResolvedRecipe, PruningPlan]],
     statistics: ChannelStatistics,
-    steps: Steps,
     quality: Mapping[float | None, dict] | None = None,
 ) -> None:
     """Write sweep.csv and sweep.html for the plans of several rates; `quality` as in `sweep_of`."""
     rates = [one.prune_rate for one, _ in plans if one.prune_rate is not None]
     made = [plan for _, plan in plans]
     sweep_of(plans[0][0], rates, made, statistics, base, quality).save(folder)
-    steps.say(f"{folder}/sweep.html")

@@ -338,7 +338,7 @@ def drafting(tmp_path_factory):
 
 
 def test_the_commands_write_verify_and_describe_what_was_chosen(drafting, tmp_path, capsys):
-    assert run("inspect", drafting) == 0
+    assert run("inspect", drafting, "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["mtp_layers"] == 1 and shown["mtp_tensors"] > 30
     assert shown["mtp_parameters"] > 8 * 3 * 64 * 96

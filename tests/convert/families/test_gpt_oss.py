@@ -396,7 +396,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_command_compresses_to_four_bit_floats_by_default(folder, tmp_path, capsys):
-    assert run("inspect", folder) == 0
+    assert run("inspect", folder, "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["family"] == "gpt_oss" and shown["routed_expert_parameters"] == 2 * 8 * 3 * 64 * 64
     stored = load_file(folder / "model.safetensors").values()

@@ -272,7 +272,7 @@ def test_untouched_tensors_are_exported_byte_for_byte(coded, plan, tmp_path, nam
 def test_the_command_says_what_it_leaves_out_and_its_folders_load_in_transformers(
     folder, tmp_path, capsys
 ):
-    assert run("inspect", folder) == 0
+    assert run("inspect", folder, "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)
     stored = load_file(folder / "model.safetensors")
     left_out = [name for name in stored if name.startswith("mtp.")]

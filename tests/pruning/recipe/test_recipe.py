@@ -234,7 +234,7 @@ def test_help_and_wrong_options_import_no_jax(tmp_path):
 import contextlib, io, sys
 from pruning.cli import main
 commands = ["compress", "inspect", "score", "plan", "export", "apply", "verify", "eval"]
-commands += ["report"]
+commands += ["report", "estimate", "audit", "compare", "completion"]
 for arguments in ([], *([command] for command in commands)):
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         try:
@@ -245,6 +245,9 @@ for arguments in ([], *([command] for command in commands)):
 assert main(["compress", "demo", "--output", sys.argv[1], "--prune-rate", "1.5"]) == 2
 heavy = {"jax", "flax", "numpy", "matplotlib", "safetensors", "tokenizers"} & set(sys.modules)
 assert not heavy, heavy
+with contextlib.redirect_stdout(io.StringIO()) as shown:
+    assert main(["completion", "bash"]) == 0
+assert "--prune-rate" in shown.getvalue() and "jax" not in sys.modules
 from pruning import PruningPlan, compress, collect_statistics, prune_layer
 assert "jax" in sys.modules and callable(compress)
 """
@@ -259,8 +262,13 @@ def test_the_facade_has_every_name_it_promises_and_no_other():
     import pruning
 
     assert set(dir(pruning)) == set(pruning.__all__)
+    registries = {"CHANNEL_CRITERIA", "EXPERT_CRITERIA", "PLANNERS", "RULES"}
+    others = {"plots": "figures", "apply": "apply_plan"}
     for name in pruning.__all__:
-        own = "figures" if name == "plots" else name
-        assert getattr(pruning, name).__name__.rpartition(".")[2] == own
+        value = getattr(pruning, name)
+        if name in registries:
+            assert isinstance(value, dict)
+        else:
+            assert value.__name__.rpartition(".")[2] == others.get(name, name)
     with pytest.raises(AttributeError, match="no attribute 'kompress'"):
         _ = pruning.kompress

@@ -59,7 +59,7 @@ def test_an_evaluated_sweep_has_the_numbers_of_its_json(scored, texts, tmp_path,
     json_path = tmp_path / "q.json"
     arguments = ("--prune-rate", 0.5, 0.25, "--text", *names, "--json", json_path)
     assert run("eval", out, *arguments) == 0
-    assert "out/sweep.html" in capsys.readouterr().err
+    assert "out/sweep.html" in capsys.readouterr().out
     measured = json.loads(json_path.read_text())["texts"]
     found = rows(out)
     assert len(found) == 3 * 2

@@ -32,7 +32,7 @@ def test_an_applied_plan_gives_the_bytes_that_exporting_it_at_home_gave(
 ):
     out = tmp_path / "out"
     arguments = (travelled / file, models / "single", "--export", "ragged-bf16", "--output", out)
-    assert run("apply", *arguments) == 0
+    assert run("apply", *arguments, "--json", "-") == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     target = out / "exports" / "ragged-bf16"
@@ -69,7 +69,8 @@ def test_later_commands_take_the_folder(models, texts, travelled, tmp_path, caps
     assert run("verify", out) == 0
     assert run("export", out, "--export", "padded-bf16") == 0
     capsys.readouterr()
-    assert run("eval", out / "exports" / "padded-bf16", "--text", texts / "good.txt") == 0
+    arguments = ("--text", texts / "good.txt", "--json", "-")
+    assert run("eval", out / "exports" / "padded-bf16", *arguments) == 0
     assert json.loads(capsys.readouterr().out)["texts"]
 
 

@@ -101,7 +101,7 @@ def recipe(models, texts, tmp_path_factory) -> CompressionRecipe:
 
 def run(recipe, rules=RULES, rates=(0.25, 0.5), **changes) -> Comparison:
     return comparing.compare(
-        dataclasses.replace(recipe, **changes), rates, rules, evaluation_tokens=60,
+        dataclasses.replace(recipe, evaluation_tokens=60, **changes), rates, rules,
         steps=Steps(quiet=True),
     )  # fmt: skip
 

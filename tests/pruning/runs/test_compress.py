@@ -183,7 +183,7 @@ def test_pruning_what_matters_least_costs_clearly_less_than_pruning_at_random(ou
 
 
 def test_inspect_counts_parameters_from_headers(capsys):
-    assert run("inspect", "demo") == 0
+    assert run("inspect", "demo", "--json", "-") == 0
     found = json.loads(capsys.readouterr().out)
     source = load_file(DEMO / "model" / "model.safetensors")
     assert found["parameters"] == sum(value.size for value in source.values())
@@ -212,6 +212,7 @@ def test_bad_options_are_refused_before_any_work(tmp_path, capsys, arguments, me
 def test_help_of_every_command_teaches_with_an_example():
     for command in (
         "compress", "inspect", "score", "plan", "export", "apply", "verify", "eval", "report",
+        "estimate", "audit", "compare", "completion",
     ):  # fmt: skip
         found = subprocess.run(
             [sys.executable, "-m", "pruning", command, "--help"],
