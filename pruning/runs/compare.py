@@ -1,7 +1,6 @@
 """Every rule at equal kept channels on held-out text, one sweep of the model per group of rules."""
 
 import dataclasses
-import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
 from pruning.budget.rules import GROUPS, RULES, check_needs, select_rules
-from pruning.kit.progress import OnStep, Steps
+from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, Windows, quality_of
 from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recipe import CompressionRecipe
@@ -103,8 +102,7 @@ def _open(recipe: CompressionRecipe) -> Job:
     read = wanted + (recipe.window or 2048)
     job = stages.open_job(dataclasses.replace(recipe, evaluation_tokens=read))
     texts = {name: first_tokens(windows, wanted) for name, windows in job.evaluation.items()}
-    # How much was measured stands in the key of compare.json. The recipe stored beside it is that
-    # of the scores, so that a folder scored before, or by an earlier version, is gone on with.
+    # The key says how much was measured; the stored recipe is that of a folder scored before.
     stored = dataclasses.replace(job.recipe, evaluation_tokens=EVALUATION_TOKENS)
     return dataclasses.replace(job, recipe=stored, evaluation=texts)
 
@@ -187,19 +185,17 @@ def _measure(
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     dense = stages.measure(job.base, texts, references, steps, "dense", **how)
     found = dataclasses.replace(found, dense={n: q.to_dict() for n, q in dense.items()})
-    size = _group_size(job, texts)
+    size, layers = _group_size(job, texts), len(job.base)
     with steps.bar(f"compare {len(tasks)} plans") as on_step:
         for start in range(0, len(tasks), size):
             group = tasks[start : start + size]
+            count = len(group)
+            given = (job, statistics, provenance, group, budgets, texts, references)
             results, refused = _run_group(
-                job,
-                statistics,
-                provenance,
-                group,
-                budgets,
-                texts,
-                references,
-                functools.partial(_on_layer, on_step, start, len(group), len(job.base), len(tasks)),
+                *given,
+                lambda layer, before=start * layers, running=count: on_step(
+                    before + (layer + 1) * running, len(tasks) * layers
+                ),
             )
             found = found.with_results(results, refused)
             found.save(job.output)
@@ -214,12 +210,6 @@ def _say_refused(refused: Sequence[Result], steps: Steps) -> None:
         rules.setdefault((result.rate, result.reason), []).append(result.rule)
     for (rate, reason), names in rules.items():
         steps.say(f"at {rate:.4g}: {reason} (refused: {', '.join(names)})")
-
-
-def _on_layer(
-    on_step: OnStep, done: int, running: int, layers: int, plans: int, layer: int
-) -> None:
-    on_step(done * layers + (layer + 1) * running, plans * layers)
 
 
 def _group_size(job: Job, texts: Mapping[str, Windows]) -> int:

@@ -37,8 +37,8 @@ def evaluate(
     """Measure the likelihood of texts.
 
     Args:
-      folder: a checkpoint, or "demo"; with `rates` an output folder of `score`, which with several
-        rates gets sweep.csv and sweep.html.
+      folder: a checkpoint, or "demo"; with `rates` an output folder of `score`, which gets
+        sweep.csv and sweep.html where they are several.
       texts: files; .jsonl and .jsonl.gz hold a document a line.
       rates: prune rates, each planned from the stored statistics and measured by masking.
       text_field: JSON field that holds the text.
@@ -66,16 +66,11 @@ def evaluate(
         base = open_checkpoint(stages.model_folder(str(folder)))
     window = min(window or 2048, base.config.max_position)
     opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
-    references: dict = {}
-    found = {
-        name: {
-            text: quality.to_dict()
-            for text, quality in stages.measure(
-                source, opened, references, steps, name, batch=batch, dtype=jnp.float32
-            ).items()
-        }
-        for name, source in _sources(base, plans).items()
-    }
+    references, found = {}, {}
+    how: dict[str, Any] = {"batch": batch, "dtype": jnp.float32}
+    for name, source in _sources(base, plans).items():
+        measured = stages.measure(source, opened, references, steps, name, **how)
+        found[name] = {text: quality.to_dict() for text, quality in measured.items()}
     if statistics is not None and len(plans) > 1:
         quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
         quality[None] = found["dense"]
