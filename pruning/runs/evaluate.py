@@ -42,8 +42,8 @@ def evaluate(
       texts: files; .jsonl and .jsonl.gz hold a document a line.
       rates: prune rates, each planned from the stored statistics and measured by masking.
       text_field: JSON field that holds the text.
-      window: tokens per window; default the model's context, at most 2048.
-      stride: tokens between windows; default half a window.
+      window, stride: tokens per window, default the model's context, at most 2048; and tokens
+        between windows, default half a window.
       evaluation_tokens: most tokens measured of each text.
       batch: windows per step.
       steps: where progress goes; default stderr.
@@ -76,8 +76,8 @@ def evaluate(
         quality[None] = found["dense"]
         save_sweep(folder, base, plans, statistics, quality)
     stride = next(iter(opened.values())).stride
-    shown = found["model"] if "model" in found else found
-    return {"folder": str(folder), "window": window, "stride": stride, "texts": shown}
+    found = found.get("model", found)
+    return {"folder": str(folder), "window": window, "stride": stride, "texts": found}
 
 
 def _check(

@@ -45,3 +45,13 @@ def test_quiet_steps_show_nothing(capsys):
         steps.say("hidden too")
     assert capsys.readouterr().err == ""
     assert steps.stages[0]["seconds"] >= 0
+
+
+def test_verbose_steps_say_what_a_stage_took_and_quiet_wins(capsys):
+    for steps, shown in ((Steps(), False), (Steps(verbose=True), True),
+                         (Steps(verbose=True, quiet=True), False)):  # fmt: skip
+        with steps.bar("stage"):
+            steps.detail("a detail")
+        found = capsys.readouterr().err
+        assert ("a detail" in found) == shown
+        assert ("MB of memory" in found) == shown
