@@ -42,8 +42,8 @@ def evaluate(
       texts: files; .jsonl and .jsonl.gz hold a document a line.
       rates: prune rates, each planned from the stored statistics and measured by masking.
       text_field: JSON field that holds the text.
-      window, stride: tokens per window, default the model's context, at most 2048; and tokens
-        between windows, default half a window.
+      window: tokens per window; default the model's context, at most 2048.
+      stride: tokens between windows; default half a window.
       evaluation_tokens: most tokens measured of each text.
       batch: windows per step.
       steps: where progress goes; default stderr.
@@ -56,6 +56,8 @@ def evaluate(
       InputError: a number is out of range, or a text or the folder cannot be read.
     """
     folder, steps = Path(folder), steps or Steps()
+    if not texts:
+        raise InputError("there is no text to evaluate on; name one with --text")
     _check(folder, rates, window, stride, evaluation_tokens, batch)
     plans, statistics = [], None
     if rates:
@@ -112,8 +114,6 @@ def _windows(
     steps: Steps,
 ) -> dict[str, Windows]:
     """Windows by the name of their file."""
-    if not texts:
-        raise InputError("there is no text to evaluate on; name one with --text")
     codec, found = open_codec(base.folder, base.config.vocab_size), {}
     for text in texts:
         tokens = stages.read_tokens(TextSource(Path(text), field), codec, most)
