@@ -37,8 +37,8 @@ def evaluate(
     """Measure the likelihood of texts.
 
     Args:
-      folder: a checkpoint, or "demo"; with `rates` an output folder of `score`, which gets
-        sweep.csv and sweep.html where they are several.
+      folder: a checkpoint, or "demo"; with `rates` an output folder of `score`, where several
+        also write sweep.csv and sweep.html.
       texts: files; .jsonl and .jsonl.gz hold a document a line.
       rates: prune rates, each planned from the stored statistics and measured by masking.
       text_field: JSON field that holds the text.
@@ -56,9 +56,7 @@ def evaluate(
       InputError: a number is out of range, or a text or the folder cannot be read.
     """
     folder, steps = Path(folder), steps or Steps()
-    if not texts:
-        raise InputError("there is no text to evaluate on; name one with --text")
-    _check(folder, rates, window, stride, evaluation_tokens, batch)
+    _check(folder, texts, rates, window, stride, evaluation_tokens, batch)
     plans, statistics = [], None
     if rates:
         recipe = stored_recipe(folder)
@@ -77,19 +75,21 @@ def evaluate(
         quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
         quality[None] = found["dense"]
         save_sweep(folder, base, plans, statistics, quality)
-    stride = next(iter(opened.values())).stride
-    found = found.get("model", found)
+    stride, found = next(iter(opened.values())).stride, found.get("model", found)
     return {"folder": str(folder), "window": window, "stride": stride, "texts": found}
 
 
 def _check(
     folder: Path,
+    texts: Sequence[str | os.PathLike],
     rates: Sequence[float],
     window: int | None,
     stride: int | None,
     evaluation_tokens: int,
     batch: int,
 ) -> None:
+    if not texts:
+        raise InputError("there is no text to evaluate on; name one with --text")
     least = {
         "window": (window, 2),
         "stride": (stride, 1),
