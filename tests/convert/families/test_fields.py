@@ -35,7 +35,7 @@ OTHER = {
     "routed_scaling_factor": 1.7,
     "q_lora_rank": 8,
     "n_group": 2,
-    "topk_group": 1,
+    "topk_group": 2,
     "clip_qkv": 0.3,
     "swiglu_alpha": 1.1,
     "swiglu_limit": 0.5,
@@ -51,7 +51,7 @@ TOGETHER = {
     "max_window_layers": {"use_sliding_window": True, "sliding_window": 5},
     "use_sliding_window": {"sliding_window": 5},
     "n_group": {"topk_group": 1},
-    "topk_group": {"n_group": 2},
+    "topk_group": {"n_group": 4},
     "linear_num_key_heads": {"linear_num_value_heads": 3},
     "linear_num_value_heads": {"linear_num_key_heads": 1},
 }
