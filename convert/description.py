@@ -11,6 +11,7 @@ from convert.mtp import mtp_tensors
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, Widths, uniform_widths
 from moe_jax.config import ModelConfig
+from moe_jax.errors import InputError
 
 
 @dataclass(eq=False)
@@ -52,6 +53,6 @@ def describe(folder: Path | str) -> Description:
         family = find_family(hf.get("model_type"))
         config = family.config_from_hf(hf)
         widths = widths_from_hf(hf, config) if family.ragged else uniform_widths(config)
-    except (ValueError, TypeError, KeyError) as error:
+    except InputError as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
     return Description(folder, hf, config, family, widths, mtp_tensors(family, hf, config))

@@ -1,7 +1,6 @@
 """Strict, lazy reading of safetensors folders: headers first, then one tensor at a time."""
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax.errors import InputError
+from moe_jax.json_files import parse_json
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -23,6 +23,8 @@ DTYPES = {
     "I64": np.dtype(np.int64),
     "U8": np.dtype(np.uint8),
 }
+# What no tensor has; one without elements could name any length at no cost in bytes.
+MOST_AXES, MOST_LENGTH = 8, 1 << 40
 MAX_HEADER = 256 << 20  # bytes; real headers of the largest models are some tens of MiB
 SAMPLE = 4096  # bytes of each tensor that enter the fingerprint
 INDEX = "model.safetensors.index.json"
@@ -62,11 +64,11 @@ def read_json(path: Path) -> dict:
       CheckpointError: if the file is missing or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(path.parent, [f"{path.name} is missing"]) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(path.parent, [f"{path.name} is not valid JSON: {error}"]) from None
+    except InputError as error:
+        raise CheckpointError(path.parent, [f"{path.name} {error}"]) from None
     if not isinstance(value, dict):
         raise CheckpointError(path.parent, [f"{path.name} must hold a JSON object"])
     return value
@@ -226,7 +228,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise InputError(f"header names {twice} twice")
+        raise InputError(f"names {twice} twice")
     return dict(pairs)
 
 
@@ -235,9 +237,9 @@ def _parse_header(
 ) -> dict[str, TensorSpec]:
     """Specs of the sound entries; `problems` collects what is wrong with the others."""
     try:
-        entries = json.loads(header, object_pairs_hook=_unique)
-    except ValueError as error:
-        problems.append(f"header is not sound JSON: {error}")
+        entries = parse_json(header, _unique)
+    except InputError as error:
+        problems.append(f"header {error}")
         return {}
     if not isinstance(entries, dict):
         problems.append("header is not a JSON object")
@@ -259,12 +261,21 @@ def _parse_header(
 
 def _spec(entry: object, file: str, data_start: int, size: int) -> TensorSpec:
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape = DTYPES.get(fields.get("dtype", "")), fields.get("shape")
+    kind, shape = fields.get("dtype"), fields.get("shape")
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        raise InputError(f"dtype {fields.get('dtype')!r} is none of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {str(kind)[:80]!r} is none of {', '.join(DTYPES)}")
     offsets = fields.get("data_offsets")
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
-        raise InputError(f"shape {shape} or data_offsets {offsets} are not natural numbers")
+        raise InputError(
+            f"shape {str(shape)[:80]} or data_offsets {str(offsets)[:80]} are not natural numbers"
+        )
+    if len(shape) > MOST_AXES or max(shape, default=0) > MOST_LENGTH:
+        raise InputError(
+            f"shape {str(shape)[:80]} has more than {MOST_AXES} axes or one beyond {MOST_LENGTH}"
+        )
+    if 0 in shape:
+        raise InputError(f"shape {shape} holds no element")
     start, stop = (data_start + offset for offset in offsets)
     expected = math.prod(shape) * dtype.itemsize
     if stop - start != expected:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from moe_jax.config import LatentAttentionConfig, ModelConfig
 from moe_jax.quant import is_linear
@@ -98,13 +98,15 @@ class Family:
     Attributes:
       model_type: of config.json.
       stem: of the names of its classes in transformers.
-      config_from_hf: config.json -> ModelConfig; raises ValueError.
+      config_from_hf: config.json -> ModelConfig; raises InputError. In the registry its input is
+        checked and what it leaves out filled in first (`convert.families.fields`).
       rules: tensors of a decoder layer.
       width_key: key of config.json for the experts' width.
       count_keys: keys for the number of experts, all written since each version reads its own.
       shared_count_key: key for the number of shared experts, if it times the experts' width is
         the width of the shared expert.
       rope: values of `rope_parameters` that config.json may leave out.
+      defaults: values of config.json that it may leave out, those of transformers.
       mtp: its layers that predict further tokens, if it may have any.
       ragged: whether experts or layers have widths of their own (our custom exports).
       twin: the family it is exported as, if not as itself; such a one is never ragged.
@@ -121,6 +123,7 @@ class Family:
     count_keys: tuple[str, ...] = ("num_experts",)
     shared_count_key: str | None = None
     rope: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     mtp: Mtp | None = None
     ragged: bool = False
     twin: Twin | None = None

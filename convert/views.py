@@ -107,8 +107,8 @@ def _block_size(quantization: dict | None, problems: list[str]) -> tuple[int, in
             return rows, columns
         case size:
             problems.append(
-                f"quantization_config is fp8 with weight_block_size={size}, which must be two "
-                "positive integers, rows and columns"
+                f"quantization_config is fp8 with weight_block_size={str(size)[:80]}, which must "
+                "be two positive integers, rows and columns"
             )
             return None
 
@@ -143,7 +143,7 @@ def _group_sizes(quantization: dict | None, problems: list[str]) -> tuple[int, .
     """Group sizes declared in config.json, -1 for whole rows; None without quantisation."""
     if quantization is None:
         return None
-    found = (quantization.get("quant_method"), quantization.get("format"))
+    found = tuple(str(quantization.get(key))[:80] for key in ("quant_method", "format"))
     if found != ("compressed-tensors", "pack-quantized"):
         problems.append(
             f"quantization_config is {found[0]}/{found[1]}; only compressed-tensors/"
@@ -151,11 +151,21 @@ def _group_sizes(quantization: dict | None, problems: list[str]) -> tuple[int, .
         )
         return ()
     sizes = []
-    for key, group in quantization.get("config_groups", {}).items():
-        weights = group.get("weights") or {}
-        if weights.get("num_bits") != 4 or not weights.get("symmetric", True):
-            problems.append(f"quantization_config {key} must have symmetric 4-bit weights")
-        sizes.append(weights.get("group_size") or -1)
+    groups = quantization.get("config_groups", {})
+    for key, group in groups.items() if isinstance(groups, dict) else ((str(groups), None),):
+        weights = group.get("weights") if isinstance(group, dict) else None
+        weights = weights if isinstance(weights, dict) else {}
+        if weights.get("num_bits") != 4 or weights.get("symmetric", True) is not True:
+            problems.append(f"quantization_config {key[:80]} must have symmetric 4-bit weights")
+        size = weights.get("group_size")
+        size = -1 if size is None else size
+        if type(size) is not int or size == 0 or size < -1:
+            problems.append(
+                f"quantization_config {key[:80]} has group_size={str(size)[:80]}, which must be a "
+                "positive whole number, or -1 for whole rows"
+            )
+            size = -1
+        sizes.append(size)
     return tuple(sizes)
 
 

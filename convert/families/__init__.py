@@ -16,6 +16,7 @@ from convert.families import (
     qwen3_moe,
     qwen3_next,
 )
+from convert.families.fields import read_fields
 from convert.formats.ragged import emptied_model, has_constants, stock_config
 from convert.rules import RAGGED, Family
 from moe_jax.config import ModelConfig
@@ -49,9 +50,17 @@ def _ragged(family: Family) -> Family:
     )
 
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _STOCK} | {
-    RAGGED + family.model_type: _ragged(family)
-    for family in _STOCK
+def _typed(family: Family) -> Family:
+    def config_from_hf(hf: dict) -> ModelConfig:
+        return family.config_from_hf(read_fields(hf, family.defaults))
+
+    return dataclasses.replace(family, config_from_hf=config_from_hf)
+
+
+FAMILIES: dict[str, Family] = {family.model_type: _typed(family) for family in _STOCK}
+FAMILIES |= {
+    RAGGED + name: _ragged(family)
+    for name, family in FAMILIES.items()
     if family.twin is None and "ragged-bf16" in family.formats
 }
 
@@ -62,10 +71,10 @@ def find_family(model_type: str | None) -> Family:
     Raises:
       InputError: if it is unknown; names the nearest and all known ones.
     """
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(model_type)[:80], FAMILIES, n=1, cutoff=0.0)
     raise InputError(
-        f"model_type={model_type!r} is unknown; the nearest is {near[0]!r}, "
+        f"model_type={str(model_type)[:80]!r} is unknown; the nearest is {near[0]!r}, "
         f"known are {', '.join(FAMILIES)}"
     )

@@ -25,6 +25,17 @@ _OWN_KEYS = (
     "scoring_func", "attention_bias", "aux_loss_alpha", "seq_aux", "pretraining_tp",
 )  # fmt: skip
 
+# What config.json may leave out, as in transformers.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-06,
+    "norm_topk_prob": False,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+}
+
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
@@ -49,14 +60,14 @@ def config_from_hf(hf: dict) -> ModelConfig:
         num_experts=hf_config.num_experts(hf),
         experts_per_token=hf["num_experts_per_tok"],
         d_expert=hf["moe_intermediate_size"],
-        renormalize=hf.get("norm_topk_prob", False),
+        renormalize=hf["norm_topk_prob"],
         d_shared=hf["moe_intermediate_size"] * hf["n_shared_experts"],
     )
     return hf_config.model_config(hf, attention=attention, moe=moe, dense_layers=_dense_layers(hf))
 
 
 def _dense_layers(hf: dict) -> list[int]:
-    first, every = hf.get("first_k_dense_replace", 0), hf.get("moe_layer_freq", 1)
+    first, every = hf["first_k_dense_replace"], hf["moe_layer_freq"]
     return [i for i in range(hf["num_hidden_layers"]) if i < first or i % every]
 
 
@@ -67,7 +78,7 @@ def _qwen2_moe_config(hf: dict) -> dict:
         "architectures": ["Qwen2MoeForCausalLM"],
         "num_experts": hf_config.num_experts(hf),
         "shared_expert_intermediate_size": hf["moe_intermediate_size"] * hf["n_shared_experts"],
-        "mlp_only_layers": _dense_layers(hf),
+        "mlp_only_layers": _dense_layers(DEFAULTS | hf),
         "decoder_sparse_step": 1,
         "qkv_bias": True,
         "use_sliding_window": False,
@@ -99,6 +110,7 @@ FAMILY = Family(
     model_type="deepseek",
     stem="Deepseek",
     config_from_hf=config_from_hf,
+    defaults=DEFAULTS,
     rules=NORMS + ATTENTION + DENSE + EXPERTS + SHARED,
     count_keys=("n_routed_experts",),
     shared_count_key="n_shared_experts",

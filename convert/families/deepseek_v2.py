@@ -10,6 +10,20 @@ from convert.rules import Family
 from moe_jax.config import LatentAttentionConfig, ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 
+# What config.json may leave out, as in transformers.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-06,
+    "q_lora_rank": 1536,
+    "attention_bias": False,
+    "rope_interleave": True,
+    "topk_method": "greedy",
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 0,
+}
+
 
 def latent_attention(hf: dict) -> LatentAttentionConfig:
     """Attention of DeepSeek-V2 and V3.
@@ -29,14 +43,14 @@ def latent_attention(hf: dict) -> LatentAttentionConfig:
         )
     return LatentAttentionConfig(
         num_heads=heads,
-        query_rank=hf.get("q_lora_rank"),
+        query_rank=hf["q_lora_rank"],
         kv_rank=hf["kv_lora_rank"],
         plain_dim=hf["qk_nope_head_dim"],
         rope_dim=hf["qk_rope_head_dim"],
         value_dim=hf["v_head_dim"],
         rope=hf_config.rope_config(hf),
-        interleaved=hf.get("rope_interleave", True),
-        bias=hf.get("attention_bias", False),
+        interleaved=hf["rope_interleave"],
+        bias=hf["attention_bias"],
     )
 
 
@@ -66,7 +80,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     # The original code renormalises then and does not scale, transformers does neither.
     require_value(hf, "norm_topk_prob", False)
     require_value(hf, "mlp_bias", False)
-    grouped = hf.get("topk_method") == "group_limited_greedy"
+    grouped = hf["topk_method"] == "group_limited_greedy"
     moe = MoEConfig(
         num_experts=hf_config.num_experts(hf),
         experts_per_token=hf["num_experts_per_tok"],
@@ -75,14 +89,14 @@ def config_from_hf(hf: dict) -> ModelConfig:
         d_shared=hf["moe_intermediate_size"] * hf["n_shared_experts"],
         num_groups=hf["n_group"] if grouped else 1,
         groups_per_token=hf["topk_group"] if grouped else 1,
-        routed_scale=hf.get("routed_scaling_factor", 1.0),
+        routed_scale=hf["routed_scaling_factor"],
         float32_router=True,
     )
     return hf_config.model_config(
         hf,
         attention=latent_attention(hf),
         moe=moe,
-        dense_layers=hf_config.first_dense_layers(hf, 0),
+        dense_layers=hf_config.first_dense_layers(hf),
     )
 
 
@@ -90,6 +104,7 @@ FAMILY = Family(
     model_type="deepseek_v2",
     stem="DeepseekV2",
     config_from_hf=config_from_hf,
+    defaults=DEFAULTS,
     rules=NORMS + LATENT_ATTENTION + DENSE + EXPERTS + SHARED,
     count_keys=("n_routed_experts",),
     shared_count_key="n_shared_experts",

@@ -25,9 +25,25 @@ NEXTN = Mtp(
     },
 )
 
+# What config.json may leave out, as in transformers.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-06,
+    "q_lora_rank": 1536,
+    "attention_bias": False,
+    "rope_interleave": True,
+    "norm_topk_prob": True,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+}
 
-def sigmoid_moe(hf: dict, *, groups: int, groups_per_token: int, scale: float) -> MoEConfig:
-    """Experts of DeepSeek-V3 and GLM-4.5; the keywords are the defaults of the family.
+
+def sigmoid_moe(hf: dict) -> MoEConfig:
+    """Experts of DeepSeek-V3 and GLM-4.5.
 
     Raises:
       InputError: if a key is missing or has an unsupported value.
@@ -40,14 +56,14 @@ def sigmoid_moe(hf: dict, *, groups: int, groups_per_token: int, scale: float) -
         num_experts=hf_config.num_experts(hf),
         experts_per_token=hf["num_experts_per_tok"],
         d_expert=hf["moe_intermediate_size"],
-        renormalize=hf.get("norm_topk_prob", True),
+        renormalize=hf["norm_topk_prob"],
         d_shared=hf["moe_intermediate_size"] * hf["n_shared_experts"],
         score="sigmoid",
         correction_bias=True,
-        num_groups=hf.get("n_group") or groups,
-        groups_per_token=hf.get("topk_group") or groups_per_token,
+        num_groups=hf["n_group"] or 1,
+        groups_per_token=hf["topk_group"] or 1,
         group_score="top2",
-        routed_scale=hf.get("routed_scaling_factor", scale),
+        routed_scale=hf["routed_scaling_factor"],
         float32_router=True,
     )
 
@@ -62,8 +78,8 @@ def config_from_hf(hf: dict) -> ModelConfig:
     return hf_config.model_config(
         hf,
         attention=latent_attention(hf),
-        moe=sigmoid_moe(hf, groups=8, groups_per_token=4, scale=2.5),
-        dense_layers=hf_config.first_dense_layers(hf, 3),
+        moe=sigmoid_moe(hf),
+        dense_layers=hf_config.first_dense_layers(hf),
     )
 
 
@@ -71,6 +87,7 @@ FAMILY = Family(
     model_type="deepseek_v3",
     stem="DeepseekV3",
     config_from_hf=config_from_hf,
+    defaults=DEFAULTS,
     rules=NORMS + LATENT_ATTENTION + DENSE + EXPERTS + CORRECTION_BIAS + SHARED,
     count_keys=("n_routed_experts",),
     shared_count_key="n_shared_experts",

@@ -16,6 +16,21 @@ from moe_jax.config import AttentionConfig, ModelConfig
 
 ROPE = {"partial_rotary_factor": 0.5}
 
+# What config.json may leave out, as in transformers.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "norm_topk_prob": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+}
+
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
@@ -27,22 +42,21 @@ def config_from_hf(hf: dict) -> ModelConfig:
         hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads",
     )  # fmt: skip
-    eps = hf.get("rms_norm_eps", 1e-5)
+    eps = hf["rms_norm_eps"]
     attention = AttentionConfig(
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
         head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         rope=hf_config.rope_config(hf, ROPE, partial=True),
-        qk_norm=hf.get("use_qk_norm", False),
-        qkv_bias=hf.get("attention_bias", False),
+        qk_norm=hf["use_qk_norm"],
+        qkv_bias=hf["attention_bias"],
         norm_eps=eps,
     )
     return hf_config.model_config(
         hf,
         attention=attention,
-        moe=sigmoid_moe(hf, groups=1, groups_per_token=1, scale=1.0),
-        dense_layers=hf_config.first_dense_layers(hf, 1),
-        norm_eps=eps,
+        moe=sigmoid_moe(hf),
+        dense_layers=hf_config.first_dense_layers(hf),
     )
 
 
@@ -50,6 +64,7 @@ FAMILY = Family(
     model_type="glm4_moe",
     stem="Glm4Moe",
     config_from_hf=config_from_hf,
+    defaults=DEFAULTS,
     rules=NORMS + ATTENTION + QK_NORM + DENSE + EXPERTS + CORRECTION_BIAS + SHARED,
     count_keys=("n_routed_experts",),
     shared_count_key="n_shared_experts",

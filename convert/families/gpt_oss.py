@@ -21,6 +21,19 @@ BIASES = (
     Rule(_EXPERT + "down_proj.bias", "mlp.experts.b_down", "D", "expert_bias", "expert_vector"),
 )
 
+# What config.json may leave out, as in transformers.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "attention_bias": True,
+    "head_dim": 64,
+    "sliding_window": 128,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+}
+
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
@@ -35,7 +48,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     if "rope_scaling" not in hf and "rope_parameters" not in hf:
         # Versions of transformers fill this in with different values.
         raise InputError("config.json lacks rope_parameters (or rope_scaling)")
-    eps, bias = hf.get("rms_norm_eps", 1e-5), hf.get("attention_bias", True)
+    eps, bias = hf["rms_norm_eps"], hf["attention_bias"]
     attention = AttentionConfig(
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
@@ -53,12 +66,10 @@ def config_from_hf(hf: dict) -> ModelConfig:
         renormalize=True,
         logit_bias=True,
         expert_bias=True,
-        activation=Activation(
-            slope=hf.get("swiglu_alpha", 1.702), shift=1.0, limit=hf.get("swiglu_limit", 7.0)
-        ),
+        activation=Activation(slope=hf["swiglu_alpha"], shift=1.0, limit=hf["swiglu_limit"]),
     )
     return hf_config.model_config(
-        hf, attention=attention, moe=moe, sliding_layers=_sliding_layers(hf), norm_eps=1e-5
+        hf, attention=attention, moe=moe, sliding_layers=_sliding_layers(hf)
     )
 
 
@@ -73,6 +84,7 @@ FAMILY = Family(
     model_type="gpt_oss",
     stem="GptOss",
     config_from_hf=config_from_hf,
+    defaults=DEFAULTS,
     rules=NORMS + ATTENTION + SINKS + expert_rules(router="router") + BIASES,
     width_key="intermediate_size",
     count_keys=("num_local_experts",),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from convert.families.fields import EXPERT_COUNTS
 from moe_jax.config import ModelConfig, MoEConfig, RopeConfig
 from moe_jax.errors import InputError
 
@@ -73,7 +74,7 @@ def rope_config(
         fields[name] = tuple(fields.get(name) or ())
     fields = {name: value for name, value in fields.items() if value is not None}
     if kind in ("yarn", "longrope") and "original_max_position" in fields:
-        ratio = hf.get("max_position_embeddings", 32768) / fields["original_max_position"]
+        ratio = hf["max_position_embeddings"] / fields["original_max_position"]
         fields.setdefault("factor", ratio)
     fraction = found.get("partial_rotary_factor") or 1.0
     if kind == "default" and not partial:  # as transformers does in most families
@@ -83,27 +84,27 @@ def rope_config(
 
 def num_experts(hf: dict) -> int:
     """Experts per layer, in any spelling."""
-    spellings = ("num_experts", "num_local_experts", "n_routed_experts")
-    found = {hf[name] for name in spellings if hf.get(name)}
+    found = {hf[name] for name in EXPERT_COUNTS if hf.get(name)}
     if not found:
-        raise InputError(f"config.json lacks {' (or '.join(spellings[:2])}, {spellings[2]})")
+        raise InputError(
+            f"config.json lacks {' (or '.join(EXPERT_COUNTS[:2])}, {EXPERT_COUNTS[2]})"
+        )
     if len(found) > 1:
-        raise InputError(f"{', '.join(spellings)} must agree but say {sorted(found)}")
+        raise InputError(f"{', '.join(EXPERT_COUNTS)} must agree but say {sorted(found)}")
     return found.pop()
 
 
 def sparse_step_dense_layers(hf: dict) -> tuple[int, ...]:
     """Layers without experts, by `mlp_only_layers` and `decoder_sparse_step`."""
-    only, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
+    only, step = hf.get("mlp_only_layers") or (), hf["decoder_sparse_step"]
     return tuple(
         i for i in range(hf["num_hidden_layers"]) if i in only or step < 1 or (i + 1) % step
     )
 
 
-def first_dense_layers(hf: dict, default: int) -> tuple[int, ...]:
-    """Layers without experts, by `first_k_dense_replace`."""
-    first = hf.get("first_k_dense_replace")
-    return tuple(range(min(default if first is None else first, hf["num_hidden_layers"])))
+def first_dense_layers(hf: dict) -> tuple[int, ...]:
+    """Layers without experts, by `first_k_dense_replace`; null is none."""
+    return tuple(range(min(hf["first_k_dense_replace"] or 0, hf["num_hidden_layers"])))
 
 
 def model_config(
@@ -113,34 +114,32 @@ def model_config(
     moe: MoEConfig,
     dense_layers: Iterable[int] = (),
     sliding_layers: Iterable[int] = (),
-    norm_eps: float = 1e-6,
 ) -> ModelConfig:
     """The parts of ModelConfig that all families name alike.
 
     Args:
-      hf: config.json.
+      hf: config.json, what it leaves out filled in (`fields.read_fields`).
       attention, moe: the parts that they do not.
       dense_layers: indices of the layers without experts.
       sliding_layers: indices of the layers with a window.
-      norm_eps: of the family, if config.json has none.
 
     Raises:
       InputError: if the activation is not SiLU or a size is missing or impossible.
     """
-    if hf.get("hidden_act", "silu") != "silu":
+    if hf["hidden_act"] != "silu":
         raise InputError(f"hidden_act={hf['hidden_act']!r} must be 'silu'; others are unsupported")
     sliding = tuple(sliding_layers)
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         d_model=hf["hidden_size"],
         num_layers=hf["num_hidden_layers"],
-        max_position=hf.get("max_position_embeddings", 32768),
-        norm_eps=hf.get("rms_norm_eps", norm_eps),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
+        max_position=hf["max_position_embeddings"],
+        norm_eps=hf["rms_norm_eps"],
+        tie_embeddings=hf["tie_word_embeddings"],
         attention=attention,
         moe=moe,
         d_dense=hf.get("intermediate_size") or 0,
         dense_layers=tuple(dense_layers),
-        sliding_window=hf.get("sliding_window", 4096) if sliding else None,
+        sliding_window=hf["sliding_window"] if sliding else None,
         sliding_layers=sliding,
     )

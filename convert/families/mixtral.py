@@ -7,6 +7,16 @@ from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 
 ROPE = {"rope_theta": 1e6}
 
+# What config.json may leave out, as in transformers.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "num_key_value_heads": 8,
+    "sliding_window": None,
+}
+
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
@@ -32,15 +42,14 @@ def config_from_hf(hf: dict) -> ModelConfig:
         renormalize=True,
     )
     layers = range(hf["num_hidden_layers"]) if hf.get("sliding_window") else ()
-    return hf_config.model_config(
-        hf, attention=attention, moe=moe, sliding_layers=layers, norm_eps=1e-5
-    )
+    return hf_config.model_config(hf, attention=attention, moe=moe, sliding_layers=layers)
 
 
 FAMILY = Family(
     model_type="mixtral",
     stem="Mixtral",
     config_from_hf=config_from_hf,
+    defaults=DEFAULTS,
     rules=NORMS
     + ATTENTION
     + (

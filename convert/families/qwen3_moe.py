@@ -5,6 +5,19 @@ from convert.families.tables import ATTENTION, DENSE, EXPERTS, NORMS, QK_NORM
 from convert.rules import Family
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 
+# What config.json may leave out, as in transformers.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "attention_bias": False,
+    "norm_topk_prob": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "decoder_sparse_step": 1,
+}
+
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
@@ -16,7 +29,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "moe_intermediate_size", "num_experts_per_tok",
     )  # fmt: skip
-    bias = hf.get("attention_bias", False)
+    bias = hf["attention_bias"]
     attention = AttentionConfig(
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
@@ -25,16 +38,16 @@ def config_from_hf(hf: dict) -> ModelConfig:
         qk_norm=True,
         qkv_bias=bias,
         out_bias=bias,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_eps=hf["rms_norm_eps"],
     )
     moe = MoEConfig(
         num_experts=hf_config.num_experts(hf),
         experts_per_token=hf["num_experts_per_tok"],
         d_expert=hf["moe_intermediate_size"],
-        renormalize=hf.get("norm_topk_prob", False),
+        renormalize=hf["norm_topk_prob"],
     )
     # transformers applies the window to every layer, whatever layer_types says
-    slides = hf.get("use_sliding_window", False) and hf.get("sliding_window", 4096)
+    slides = hf["use_sliding_window"] and hf["sliding_window"]
     layers = range(hf["num_hidden_layers"]) if slides else ()
     return hf_config.model_config(
         hf,
@@ -49,6 +62,7 @@ FAMILY = Family(
     model_type="qwen3_moe",
     stem="Qwen3Moe",
     config_from_hf=config_from_hf,
+    defaults=DEFAULTS,
     rules=NORMS + ATTENTION + QK_NORM + DENSE + EXPERTS,
     count_keys=("num_experts", "num_local_experts"),
 )

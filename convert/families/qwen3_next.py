@@ -54,6 +54,24 @@ GATED_DELTA_NET = (
     Rule(_LINEAR + "out_proj.weight", "attention.out", "DZ", "linear_attention"),
 )
 
+# What config.json may leave out, as in transformers.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "attention_bias": False,
+    "head_dim": 256,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+}
+
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """config.json -> ModelConfig.
@@ -66,11 +84,11 @@ def config_from_hf(hf: dict) -> ModelConfig:
         "num_key_value_heads", "moe_intermediate_size", "shared_expert_intermediate_size",
         "num_experts_per_tok",
     )  # fmt: skip
-    bias, eps = hf.get("attention_bias", False), hf.get("rms_norm_eps", 1e-6)
+    bias, eps = hf["attention_bias"], hf["rms_norm_eps"]
     attention = AttentionConfig(
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
-        head_dim=hf.get("head_dim", 256),
+        head_dim=hf["head_dim"],
         rope=hf_config.rope_config(hf, ROPE, partial=True),
         qk_norm=True,
         qkv_bias=bias,
@@ -82,7 +100,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         num_experts=hf_config.num_experts(hf),
         experts_per_token=hf["num_experts_per_tok"],
         d_expert=hf["moe_intermediate_size"],
-        renormalize=hf.get("norm_topk_prob", True),
+        renormalize=hf["norm_topk_prob"],
         d_shared=hf["shared_expert_intermediate_size"],
         shared_gate=True,
     )
@@ -102,11 +120,11 @@ def config_from_hf(hf: dict) -> ModelConfig:
 
 def _linear_attention(hf: dict, eps: float) -> LinearAttentionConfig:
     return LinearAttentionConfig(
-        num_key_heads=hf.get("linear_num_key_heads", 16),
-        num_value_heads=hf.get("linear_num_value_heads", 32),
-        key_dim=hf.get("linear_key_head_dim", 128),
-        value_dim=hf.get("linear_value_head_dim", 128),
-        conv_width=hf.get("linear_conv_kernel_dim", 4),
+        num_key_heads=hf["linear_num_key_heads"],
+        num_value_heads=hf["linear_num_value_heads"],
+        key_dim=hf["linear_key_head_dim"],
+        value_dim=hf["linear_value_head_dim"],
+        conv_width=hf["linear_conv_kernel_dim"],
         norm_eps=eps,
     )
 
@@ -114,7 +132,7 @@ def _linear_attention(hf: dict, eps: float) -> LinearAttentionConfig:
 def _linear_layers(hf: dict) -> tuple[int, ...]:
     count, types = hf["num_hidden_layers"], hf.get("layer_types")
     if types is None:
-        interval = hf.get("full_attention_interval", 4)
+        interval = hf["full_attention_interval"]
         if interval < 1:
             raise InputError(f"full_attention_interval={interval} must be at least 1")
         return tuple(i for i in range(count) if (i + 1) % interval)
@@ -129,6 +147,7 @@ FAMILY = Family(
     model_type="qwen3_next",
     stem="Qwen3Next",
     config_from_hf=config_from_hf,
+    defaults=DEFAULTS,
     rules=(CENTRED_NORMS + GATED_ATTENTION + GATED_DELTA_NET + DENSE + EXPERTS + GATED_SHARED),
     rope=ROPE,
     mtp=MTP,

@@ -24,7 +24,7 @@ def has_constants(hf_config: dict[str, Any]) -> bool:
       InputError: config.json says something else than "zero" or "constant" of them.
     """
     said = hf_config.get(_EMPTIED, "zero")
-    if said not in ("zero", "constant"):
+    if not isinstance(said, str) or said not in ("zero", "constant"):
         raise InputError(f"{_EMPTIED}={said!r} must be 'zero' or 'constant'")
     return said == "constant"
 
@@ -148,7 +148,8 @@ def _layered_widths(widths: Any, experts: list[int]) -> Widths:
 
 
 def _ragged_widths(sizes: Any, experts: list[int]) -> Widths:
-    if not isinstance(sizes, list) or [len(row) for row in sizes] != experts:
+    lists = isinstance(sizes, list) and all(isinstance(row, list) for row in sizes)
+    if not lists or [len(row) for row in sizes] != experts:
         raise InputError(
             f"{PER_EXPERT} must have one list per layer with one width per expert, empty for dense "
             f"layers; the architecture has {experts}"

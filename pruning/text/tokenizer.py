@@ -1,12 +1,12 @@
 """The checkpoint's own tokenizer, read without transformers."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from moe_jax.errors import InputError
+from moe_jax.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,25 @@ def open_codec(folder: Path, vocab_size: int) -> TextCodec:
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return TextCodec(tokenizer, _end(Path(folder), tokenizer))
+    return TextCodec(tokenizer, _end(Path(folder), tokenizer, vocab_size))
 
 
-def _end(folder: Path, tokenizer: Tokenizer) -> int | None:
+def _end(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> int | None:
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        try:
-            token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{settings} is not a JSON object ({error}); get it again") from None
+        token = read_json(settings).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise InputError(f"{settings}: eos_token={token!r} must be text; get it again")
         if token is not None:
             return tokenizer.token_to_id(token)
-    ids = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
+    ids = read_json(folder / "config.json").get("eos_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    if first is None or (isinstance(ids, list) and not ids):
+        return None
+    if type(first) is not int or not 0 <= first < vocab_size:
+        raise InputError(
+            f"{folder}/config.json: eos_token_id={str(ids)[:80]} must be ids below the "
+            f"vocab_size {vocab_size}; get it again"
+        )
+    return first

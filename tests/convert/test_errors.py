@@ -138,7 +138,7 @@ def entry(start, stop, dtype="F32", shape=(4,)):
         ({"a": 3}, "is none of"),
         (b'{"a": {}, "a": {}}', "twice"),
         (b"[]", "not a JSON object"),
-        (b"\xff\xfe", "not sound JSON"),
+        (b"\xff\xfe", "header is not valid JSON"),
     ],
 )
 def test_a_hostile_header_is_refused(tmp_path, header, message):

@@ -56,7 +56,7 @@ DAMAGES = {
     ),
     "broken tokenizer settings": (
         lambda folder: (folder / "tokenizer_config.json").write_text("["),
-        r"tokenizer_config\.json is not a JSON object .*; get it again",
+        r"tokenizer_config\.json is not valid JSON: .*; get it again",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
     "no model": (shutil.rmtree, r"is not a folder; pass a downloaded checkpoint"),

@@ -1,0 +1,201 @@
+"""Checkpoint folders damaged at random: each must open, or be refused in one clear message.
+
+`python -m tests.support.mutations FOLDER FIRST COUNT` damages a copy of FOLDER once per seed, opens
+it in this process under a limit of memory and of processor time, and prints what ended otherwise, a
+line of JSON each.
+"""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+MEMORY, SECONDS = 1 << 30, 2  # beyond what the imports take; for one case
+SHORTEST, LONGEST = 8, 20_000  # characters of a message
+
+DEEP = "[" * 100_000 + "]" * 100_000
+VALUES = (
+    None, True, False, "no", "", "x" * 50_000, [], {}, [1], ["a"], [[1]], {"a": 1}, [None], 0, -1,
+    1, 2, 3, 1.5, 4096.5, -0.5, 1e308, float("nan"), float("inf"), 10**6, 10**9, 10**18, 10**30,
+    ["full_attention"] * 3, list(range(1000)), {"rope_type": "yarn", "factor": "4"},
+    [1, [2, {"b": 3}]],
+)  # fmt: skip
+MORE_KEYS = (
+    "num_nextn_predict_layers", "quantization_config", "rope_scaling", "rope_parameters",
+    "layer_types", "norm_topk_prob", "moe_intermediate_size", "head_dim", "sliding_window",
+    "mlp_only_layers", "num_experts", "num_local_experts", "n_routed_experts",
+    "first_k_dense_replace", "model_type",
+    "expert_intermediate_sizes", "unpruned_intermediate_size", "emptied_experts", "eos_token_id",
+)  # fmt: skip
+QUANTIZATIONS = (
+    {"quant_method": "fp8", "weight_block_size": [0, "a"]},
+    {"quant_method": ["fp8"]},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": [1]},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized",
+     "config_groups": {"g": {"weights": {"num_bits": 4, "group_size": "32"}}}},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized",
+     "config_groups": {"g": None}},
+)  # fmt: skip
+ENTRIES = (
+    {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+    {"dtype": "F32", "shape": "32", "data_offsets": [0, 4]},
+    {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+    {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+    {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
+    {"dtype": "F32", "shape": [0, 10**12], "data_offsets": [0, 0]},
+    {"dtype": "F32", "shape": [10**12, 0, 4], "data_offsets": [0, 0]},
+    {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]},
+    {"dtype": "F32", "shape": [1] * 5000, "data_offsets": [0, 4]},
+    {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+    {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+    {"dtype": "F32", "shape": [1], "data_offsets": [0, 10**15]},
+    {"dtype": "I64", "shape": [], "data_offsets": [0, 8]},
+    {}, [], None, 1, "text",
+)  # fmt: skip
+
+
+def damage(folder: Path, seed: int) -> str:
+    """Damage one thing in a folder; says what."""
+    rng = random.Random(seed)
+    files = {
+        "config.json": _config, "*.safetensors": _header, "*.index.json": _index,
+        "tokenizer.json": _text, "tokenizer_config.json": _config,
+    }  # fmt: skip
+    pattern = rng.choices(list(files), [8, 6, 2, 1, 1])[0]
+    found = sorted(folder.glob(pattern)) or [folder / "config.json"]
+    path = rng.choice(found)
+    change = files[pattern] if path.match(pattern) else _config
+    if rng.random() < 0.1 and path.suffix == ".json":
+        change = _text
+    return f"{path.name}: {change(path, rng)}"
+
+
+def _config(path: Path, rng: random.Random) -> str:
+    config = json.loads(path.read_text())
+    where, key = config, rng.choice(sorted({*config, *MORE_KEYS}))
+    if isinstance(config.get(key), dict) and config[key] and rng.random() < 0.7:
+        where, key = config[key], rng.choice(sorted(config[key]))
+    if rng.random() < 0.1 and key in where:
+        del where[key]
+        told = "gone"
+    else:
+        where[key] = rng.choice(QUANTIZATIONS if key == "quantization_config" else VALUES)
+        told = repr(where[key])[:60]
+    path.write_text(json.dumps(config))
+    return f"{key} {told}"
+
+
+def _header(path: Path, rng: random.Random) -> str:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    if rng.random() < 0.2:
+        return _bytes(path, content, rng)
+    entries, told = json.loads(content[8 : 8 + length]), ""
+    name = rng.choice(sorted(set(entries) - {"__metadata__"}))
+    if rng.random() < 0.15:
+        entries["__metadata__"] = rng.choice(VALUES)
+        told = "metadata"
+    elif rng.random() < 0.5:
+        entries[rng.choice((name, "other", "model.layers.0.mlp.experts.down_proj"))] = rng.choice(
+            ENTRIES
+        )
+        told = "entry"
+    else:
+        field = rng.choice(("dtype", "shape", "data_offsets"))
+        entries[name][field] = rng.choice((*VALUES, "BF16", "F32", "I32", "U8", [2, 2], [0, 8]))
+        told = f"{name} {field} {str(entries[name][field])[:40]}"
+    text = DEEP if rng.random() < 0.03 else json.dumps(entries)
+    head = text.encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + content[8 + length :])
+    return told
+
+
+def _bytes(path: Path, content: bytes, rng: random.Random) -> str:
+    kind = rng.choice(("cut", "flip", "length"))
+    if kind == "cut":
+        content = content[: rng.randrange(len(content))]
+    elif kind == "flip":
+        at = rng.randrange(min(2000, len(content)))
+        content = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+    else:
+        content = rng.getrandbits(64).to_bytes(8, "little") + content[8:]
+    path.write_bytes(content)
+    return kind
+
+
+def _index(path: Path, rng: random.Random) -> str:
+    index = json.loads(path.read_text())
+    name = rng.choice(sorted(index["weight_map"]))
+    kind = rng.choice(("file", "gone", "more", "map"))
+    if kind == "file":
+        index["weight_map"][name] = rng.choice((*VALUES, "../x.safetensors", "absent.safetensors"))
+    elif kind == "gone":
+        del index["weight_map"][name]
+    elif kind == "more":
+        index["weight_map"]["other"] = index["weight_map"][name]
+    else:
+        index["weight_map"] = rng.choice(VALUES)
+    path.write_text(json.dumps(index))
+    return kind
+
+
+def _text(path: Path, rng: random.Random) -> str:
+    text = path.read_text()
+    kind = rng.choice(("deep", "cut", "bytes", "number", "list"))
+    written = {
+        "deep": text.rstrip()[:-1] + ', "deep": ' + DEEP + "}",
+        "cut": text[: rng.randrange(len(text))],
+        "bytes": "\udcff" + text,
+        "number": text.rstrip()[:-1] + ', "big": ' + "9" * 10_000 + "}",
+        "list": f"[{text}]",
+    }[kind]
+    path.write_bytes(written.encode(errors="surrogateescape"))
+    return kind
+
+
+def outcome(folder: Path) -> str:
+    """ "" if the folder opens or is refused as it should be, else what happened."""
+    from convert import open_checkpoint
+    from moe_jax.errors import InputError
+    from pruning.text.tokenizer import open_codec
+
+    def late(*_):
+        raise TimeoutError(f"more than {SECONDS} seconds")
+
+    signal.signal(signal.SIGPROF, late)  # processor time: other processes do not count
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        base = open_checkpoint(folder)
+        open_codec(folder, base.config.vocab_size)
+    except InputError as error:
+        told = str(error)
+        return "" if SHORTEST <= len(told) <= LONGEST else f"a message of {len(told)}: {told[:200]}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return ""
+
+
+def main(folder: str, first: str, count: str) -> None:
+    """Damage and open; see the module."""
+    import pruning.text.tokenizer  # noqa: F401
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for seed in range(int(first), int(first) + int(count)):
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(shutil.copytree(folder, Path(place) / "model"))
+            told = damage(copy, seed)
+            if found := outcome(copy):
+                print(json.dumps({"seed": seed, "damage": told, "found": found}), flush=True)
+    print(json.dumps({"done": int(count)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
