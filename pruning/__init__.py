@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 from moe_jax.facade import lazy_face
 
 if TYPE_CHECKING:
-    from pruning.budget.budgets import nested_plans
+    from pruning.budget.budgets import nested_plans, plan_for_target
     from pruning.budget.decide import plan_pruning
     from pruning.budget.importance import PlannerOptions
     from pruning.budget.plan import PruningPlan
-    from pruning.budget.targets import plan_for_target
     from pruning.kit.progress import Steps
     from pruning.measure.quality import Quality, make_windows
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
@@ -75,8 +74,7 @@ _HOMES = {
     "stages.sizes": ("form_of",),
     "stages.job": ("export", "open_job"),
     "scores.statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
-    "budget.budgets": ("nested_plans",),
-    "budget.targets": ("plan_for_target",),
+    "budget.budgets": ("nested_plans", "plan_for_target"),
     "budget.importance": ("PlannerOptions",),
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES, {"plots": "report.figures"})

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import typing
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import InputError
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
-from pruning.budget.rules import GROUPS, RULES, check_needs, select_rules
+from pruning.budget.rules import RULES, check_needs, select_rules
 from pruning.kit.progress import OnStep, Steps
 from pruning.measure.quality import Quality, Reference, Windows, quality_of
+from pruning.recipe.options import ScoreOptions
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.values import check_rate
 from pruning.report.comparison import Comparison, Result
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
@@ -69,7 +72,7 @@ def compare(
     steps = steps or Steps()
     names = select_rules(rules, RULES)
     if "all" in rules:
-        recipe = dataclasses.replace(recipe, **{g.replace("-", "_"): True for g in GROUPS})
+        recipe = dataclasses.replace(recipe, **dict.fromkeys(_switches(names), True))
         steps.say("all rules need gradients, expert details and weight gradients: scoring takes "
                   "several times as long as for the standard rules, once")  # fmt: skip
     check_needs(names, recipe.groups)
@@ -106,14 +109,20 @@ def first_tokens(windows: Windows, tokens: int) -> Windows:
     return dataclasses.replace(windows, **parts)
 
 
+def _switches(names: Sequence[str]) -> list[str]:
+    # What all these rules need and a switch of the recipe turns on.
+    kinds = typing.get_type_hints(ScoreOptions)
+    asked = {group.replace("-", "_") for name in names for group in RULES[name].needs}
+    return sorted(option for option in asked - {"weights_only"} if kinds.get(option) is bool)
+
+
 def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
     # By the rate that is really kept: two asked for may round to one.
     c = job.base.config
     shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
     found = {}
     for rate in rates:
-        if not 0.0 < rate < 1.0:
-            raise InputError(f"prune_rate={rate} must lie in (0, 1); choose e.g. 0.25")
+        check_rate("prune_rate", rate)
         budget = common_budget(shape, rate, job.recipe.block)
         found[round(1.0 - budget / math.prod(shape), 6)] = budget
     return found
@@ -266,7 +275,7 @@ def _plan(
         experts_per_token=c.moe.experts_per_token,
         layer_indices=c.moe_layers,
         seed=job.recipe.seed + task.seed,
-        provenance={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
+        notes={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
     )
 
 

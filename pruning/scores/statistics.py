@@ -29,7 +29,7 @@ def _array(kind: str, axes: str, group: str = ALWAYS) -> Any:
 
 
 # A sum over tokens; a fact about the weights, equal for every text; what is made once the whole
-# text is in, so that two texts have none together; and that of the first text, which stands for all.
+# text is in, so that two texts have none together; what the first text has, which stands for all.
 _sum, _norm, _finished, _first = (
     functools.partial(_array, kind) for kind in ("sum", "norm", "finished", "first")
 )

@@ -78,7 +78,9 @@ def test_scores_are_finite_non_negative_and_double_precision(criterion, attribut
         assert np.isfinite(array).all() and (array >= 0.0).all()
 
 
-@pytest.mark.parametrize("criterion", sorted(n for n, c in CHANNEL_CRITERIA.items() if not c.data_free))
+@pytest.mark.parametrize(
+    "criterion", sorted(n for n, c in CHANNEL_CRITERIA.items() if not c.data_free)
+)
 def test_a_never_routed_expert_is_ranked_by_weight_below_every_routed_channel(criterion):
     stats = unrouted(statistics(2, 3, 6), 1, 2)
     # Positive, so that "shapley" clamps nothing to zero.
@@ -209,7 +211,9 @@ def test_a_criterion_reads_what_it_says_it_needs_and_nothing_else(registry):
     everything = statistics(2, 3, 4, end_to_end=True)
     for name, criterion in registry.items():
         assert criterion.about and criterion.needs in (None, *GROUPS), name
-        others = {n for n, facts in DECLARED.items() if facts["group"] not in ("always", criterion.needs)}
+        others = {
+            n for n, facts in DECLARED.items() if facts["group"] not in ("always", criterion.needs)
+        }
         criterion(everything.replace(**dict.fromkeys(others)))
         if criterion.needs:
             lacking = dict.fromkeys(n for n, f in DECLARED.items() if f["group"] == criterion.needs)
@@ -226,7 +230,7 @@ def test_data_free_criteria_see_no_text_and_whole_text_ones_no_part_of_it():
             if criterion.data_free:
                 channel_scores(bare, **names)
             else:
-                with pytest.raises(ValueError, match="total_tokens=0.0 must be positive"):
+                with pytest.raises(ValueError, match=r"total_tokens=0\.0 must be positive"):
                     channel_scores(bare, **names)
     whole = {n for r in (CHANNEL_CRITERIA, EXPERT_CRITERIA) for n, c in r.items() if c.whole_text}
     assert whole == {"wanda", "wg", "nll_ig", "nll_ablate", "nll_grad2"}
