@@ -64,6 +64,9 @@ def find_family(model_type: str | None) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    plain = str(model_type).removeprefix(RAGGED)
+    if plain in FAMILIES:  # registered from outside
+        return _ragged(FAMILIES[plain])
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
     raise InputError(
         f"model_type={model_type!r} is unknown; the nearest is {near[0]!r}, "
