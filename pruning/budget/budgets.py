@@ -124,20 +124,32 @@ def plan_for_target(
     top, high_cost = made(highest)
     if high_cost <= target:
         return _with_target(top, high_cost, target, unit)
-    low, high, found = lowest, highest, low_cost
+    best, low_cost = _largest(made, (lowest, best, low_cost), (highest, high_cost), target)
+    return _with_target(best, low_cost, target, unit)
+
+
+def _largest(
+    made: Callable[[int], tuple[PruningPlan, float]],
+    below: tuple[int, PruningPlan, float],
+    above: tuple[int, float],
+    target: float,
+) -> tuple[PruningPlan, float]:
+    """The last plan at most the target and its cost, between an index below it and one above."""
+    low, best, low_cost = below
+    high, high_cost = above
     halve = False
     while high - low > 1:
         part = 0.5 if halve else (target - low_cost) / (high_cost - low_cost)
         middle = min(max(low + math.floor(part * (high - low)), low + 1), high - 1)
-        result, middle_cost = made(middle)
+        result, cost = made(middle)
         width = high - low
-        if middle_cost <= target:
-            low, low_cost, best, found = middle, middle_cost, result, middle_cost
+        if cost <= target:
+            low, best, low_cost = middle, result, cost
         else:
-            high, high_cost = middle, middle_cost
+            high, high_cost = middle, cost
         # After a guess that left more than half, look next to it first, then in the middle.
         halve = not halve and high - low > width // 2
-    return _with_target(best, found, target, unit)
+    return best, low_cost
 
 
 def _with_target(plan: PruningPlan, cost: float, target: float, unit: str) -> PruningPlan:

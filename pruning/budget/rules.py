@@ -6,6 +6,7 @@ user's own.
 """
 
 import fnmatch
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from pruning.budget.clusters import (
 from pruning.budget.problem import Limits
 from pruning.budget.rule import Rule
 from pruning.budget.whole_experts import naee
-from pruning.recipe.options import PlanOptions
+from pruning.recipe.options import PlanOptions, ScoreOptions
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.expert_criteria import EXPERT_CRITERIA
 from pruning.scores.statistics import GROUPS, ChannelStatistics
@@ -54,6 +55,17 @@ def select_rules(names: Sequence[str], seen: Mapping[str, Rule]) -> list[str]:
                 choose({**seen, "all": None, "standard": None}, name, "rules")
             found |= dict.fromkeys(matches)
     return list(found)
+
+
+def switches(names: Sequence[str]) -> list[str]:
+    """Options of a recipe that, set to true, collect what these rules need.
+
+    Those that take more than a yes, such as `nll_ig`, and `weights_only`, with which no text is
+    read, are left to the recipe.
+    """
+    kinds = typing.get_type_hints(ScoreOptions)
+    asked = {group.replace("-", "_") for name in names for group in RULES[name].needs}
+    return sorted(option for option in asked - {"weights_only"} if kinds.get(option) is bool)
 
 
 def check_needs(names: Sequence[str], collected: frozenset[str]) -> None:

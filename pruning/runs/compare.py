@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import typing
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ import numpy as np
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
-from pruning.budget.rules import RULES, check_needs, select_rules
+from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import OnStep, Steps
 from pruning.measure.quality import Quality, Reference, Windows, quality_of
-from pruning.recipe.options import ScoreOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_rate
 from pruning.report.comparison import Comparison, Result
@@ -72,7 +70,7 @@ def compare(
     steps = steps or Steps()
     names = select_rules(rules, RULES)
     if "all" in rules:
-        recipe = dataclasses.replace(recipe, **dict.fromkeys(_switches(names), True))
+        recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))
         steps.say("all rules need gradients, expert details and weight gradients: scoring takes "
                   "several times as long as for the standard rules, once")  # fmt: skip
     check_needs(names, recipe.groups)
@@ -92,8 +90,7 @@ def compare(
     tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
     done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}
     tasks = [task for task in tasks if (task.rule, task.rate, task.seed) not in done]
-    seen = seen_shares(job.calibration, texts)
-    found = dataclasses.replace(found, sizes=_sizes(job), seen=seen)
+    found = dataclasses.replace(found, sizes=_sizes(job), seen=seen_shares(job.calibration, texts))
     if tasks:
         found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
     shown = found.only(names, list(budgets))
@@ -107,13 +104,6 @@ def first_tokens(windows: Windows, tokens: int) -> Windows:
     rows = 1 + int(np.searchsorted(scored, min(tokens, int(scored[-1]))))
     parts = {name: getattr(windows, name)[:rows] for name in ("tokens", "valid", "scored")}
     return dataclasses.replace(windows, **parts)
-
-
-def _switches(names: Sequence[str]) -> list[str]:
-    # What all these rules need and a switch of the recipe turns on.
-    kinds = typing.get_type_hints(ScoreOptions)
-    asked = {group.replace("-", "_") for name in names for group in RULES[name].needs}
-    return sorted(option for option in asked - {"weights_only"} if kinds.get(option) is bool)
 
 
 def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:

@@ -82,9 +82,8 @@ def collect_statistics(
         if states is not None:
             _backward_sweep(source, part, mask, sums, batch, last, states, visit)
         sums["total_tokens"] += mask.sum()
-    if detail:
-        sums["similarity"] = detail.similarity
-    statistics = ChannelStatistics.from_arrays(sums)
+    more = {"similarity": detail.similarity} if detail else {}
+    statistics = ChannelStatistics.from_arrays(sums | more)
     return with_wanda(source, statistics, visit) if wanda else statistics
 
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from pruning.budget.rule import common_budget, make_plan
-from pruning.budget.rules import RULES, STANDARD, check_needs, select_rules
+from pruning.budget.rule import Rule, common_budget, make_plan
+from pruning.budget.rules import RULES, STANDARD, check_needs, select_rules, switches
+from pruning.recipe.options import PlanOptions
 from tests.support.synthetic import statistics
 
 L, E, F, BLOCK = 3, 4, 8, 2
@@ -45,6 +46,17 @@ def test_a_rule_needs_no_statistics_but_those_it_names(name):
     arguments = {"block": BLOCK, "experts_per_token": 1, "layer_indices": range(L)}
     plan = make_plan(RULES[name], stats, budget=72, **arguments)
     assert plan.keep.sum() == 72
+
+
+def test_all_that_rules_need_is_switched_on_but_no_rule_turns_the_text_off(monkeypatch):
+    assert switches(RULES) == ["expert_details", "gradients", "weight_gradients"]
+    assert switches(["random", "uniform-wg"]) == ["weight_gradients"]
+    for name, options in (("bare", {"criterion": "noise"}), ("ig", {"attribution": "nll_ig"})):
+        rule = Rule(about=name, family="own", options=PlanOptions(**options))
+        monkeypatch.setitem(RULES, name, rule)
+        assert switches([name]) == [] and len(rule.needs) == 1
+        with pytest.raises(ValueError, match=f"{name} need .*add --{next(iter(rule.needs))}"):
+            check_needs([name], frozenset())
 
 
 def test_names_and_patterns_select_rules_once():

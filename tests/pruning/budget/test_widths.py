@@ -98,6 +98,15 @@ def test_one_width_per_layer(planner, block):
         assert 0 <= result.provenance["unspent"] < E * block
 
 
+def test_the_end_to_end_loss_of_layers_reaches_layers_of_one_width_and_of_fixed_rates():
+    stats = statistics(L, E, F, nll_ig=np.full((L, E), [[1.0], [9.0], [4.0]]))
+    options = {"criterion": "energy", "planner": "paper", "layer_loss": "nll_ig", "passes": 0}
+    counts = plan(stats, width="layer", **options).counts[:, 0]
+    assert counts.argmax() == 1 and counts.argmin() == 0
+    fixed = plan(stats, layer_rates={0: 0.5}, **options).counts.sum(axis=1)
+    assert fixed[0] == E * F / 2 and fixed[1] > fixed[2]
+
+
 def test_one_width_per_layer_serves_the_better_layer_first():
     stats = statistics(L, E, F)
     stats.hidden_square[1] *= 100.0
