@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from pruning.budget import objectives, planners
     from pruning.budget.budgets import nested_plans, plan_for_target
     from pruning.budget.decide import plan_pruning
-    from pruning.budget.importance import PlannerOptions
+    from pruning.budget.importance import IMPORTANCE, PlannerOptions
     from pruning.budget.plan import PruningPlan
     from pruning.budget.planners import PLANNERS
     from pruning.budget.problem import Limits, Objective, Planner, Problem
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHANNEL_CRITERIA",
     "EXPERT_CRITERIA",
+    "IMPORTANCE",
     "PLANNERS",
     "RULES",
     "STATISTICS",
@@ -100,7 +101,7 @@ _HOMES = {
     "stages.job": ("export", "open_job"),
     "scores.statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
     "budget.budgets": ("nested_plans", "plan_for_target"),
-    "budget.importance": ("PlannerOptions",),
+    "budget.importance": ("IMPORTANCE", "PlannerOptions"),
     "budget.planners": ("PLANNERS",),
     "budget.problem": ("Limits", "Objective", "Planner", "Problem"),
     "budget.rule": ("Rule",),

@@ -135,9 +135,8 @@ def redistribute(
     _check(counts, reserved, capacity, least=least)
     budgets = counts.sum(axis=1)  # [L]
     rounded = _round_down(counts, reserved, d_expert=d_expert, block=block, least=least)
-    removed = (
-        counts - rounded if best_first is None else _score_between(best_first, rounded, counts)
-    )
+    lost = counts - rounded
+    removed = lost if best_first is None else _score_between(best_first, rounded, counts)
     order = np.lexsort((-attribution, -removed), axis=1)  # [L, E], stable: then by index
     if per_layer:
         rounded = _within_layers(rounded, order, budgets, capacity, block)

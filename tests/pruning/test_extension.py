@@ -106,6 +106,16 @@ def test_the_command_line_accepts_registered_names(compressed, tmp_path):
     assert PruningPlan.load(out).provenance["prune_rate"] == 0.25
 
 
+def test_a_planner_of_ones_own_and_the_same_importance_by_name_plan_alike(shown, monkeypatch):
+    monkeypatch.setitem(pruning.IMPORTANCE, "rooted", lambda scores, options: scores.expert**0.5)
+    given = {"criterion": "energy", "prune_rate": 0.5, "experts_per_token": 1}
+    stats = synthetic.statistics(2, 4, 12)
+    own = plans.plan_of(stats, planner="rooted", **given)
+    named = plans.plan_of(stats, planner="fair", weights="rooted", **given)
+    np.testing.assert_array_equal(own.keep, named.keep)
+    assert (own.keep != plans.plan_of(stats, planner="fair", **given).keep).any()
+
+
 def test_a_rule_of_ones_own_is_compared(shown, model, texts, tmp_path):
     found = compare(
         recipe(model, texts, tmp_path / "out"), [0.5], ["mine", "random"],
