@@ -2,7 +2,7 @@
 
 What a user of Python calls: `compress`, `score`, `evaluate`, `verify`, `audit`, `compare`,
 `estimate`, `apply`, each the command of its name; `CompressionRecipe` says what to do. The
-registries `CHANNEL_CRITERIA`, `EXPERT_CRITERIA`, `PLANNERS` and `RULES` are open: add a name.
+registries, in capitals, are open: add a name.
 """
 
 from typing import TYPE_CHECKING
@@ -11,17 +11,19 @@ from moe_jax.errors import InputError
 from moe_jax.facade import lazy_face
 
 if TYPE_CHECKING:
-    from pruning.budget.budgets import nested_plans
+    from pruning.budget import objectives, planners
+    from pruning.budget.budgets import nested_plans, plan_for_target
     from pruning.budget.decide import plan_pruning
-    from pruning.budget.importance import PlannerOptions
+    from pruning.budget.importance import IMPORTANCE, PlannerOptions
     from pruning.budget.plan import PruningPlan
     from pruning.budget.planners import PLANNERS
+    from pruning.budget.problem import Limits, Objective, Planner, Problem
     from pruning.budget.rule import Rule
     from pruning.budget.rules import RULES
-    from pruning.budget.targets import plan_for_target
     from pruning.kit.errors import VerificationError
     from pruning.kit.progress import Steps
     from pruning.measure.quality import Quality, make_windows
+    from pruning.recipe.options import PlanOptions
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
     from pruning.report import figures as plots
     from pruning.report.comparison import Comparison
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
     from pruning.runs.plan import plan_folder
     from pruning.runs.score import score
     from pruning.runs.verify import verify
-    from pruning.scores.channel_criteria import CHANNEL_CRITERIA
+    from pruning.scores.channel_criteria import CHANNEL_CRITERIA, Criterion
     from pruning.scores.collect import collect_statistics, collect_weights
     from pruning.scores.criteria import ChannelScores, channel_scores
     from pruning.scores.expert_criteria import EXPERT_CRITERIA
+    from pruning.scores.own import STATISTICS, HiddenRows, Statistic
     from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
     from pruning.shrink.prune import PrunedSource, mask_layer, prune_layer
     from pruning.shrink.rounding import QuantizedSource
@@ -50,20 +53,30 @@ if TYPE_CHECKING:
 __all__ = [
     "CHANNEL_CRITERIA",
     "EXPERT_CRITERIA",
+    "IMPORTANCE",
     "PLANNERS",
     "RULES",
+    "STATISTICS",
     "ChannelScores",
     "ChannelStatistics",
     "Comparison",
     "CompressionRecipe",
     "CompressionReport",
+    "Criterion",
+    "HiddenRows",
     "InputError",
+    "Limits",
+    "Objective",
+    "PlanOptions",
+    "Planner",
     "PlannerOptions",
+    "Problem",
     "PrunedSource",
     "PruningPlan",
     "Quality",
     "QuantizedSource",
     "Rule",
+    "Statistic",
     "Steps",
     "TextSource",
     "TokenBatch",
@@ -87,10 +100,12 @@ __all__ = [
     "make_windows",
     "mask_layer",
     "nested_plans",
+    "objectives",
     "open_job",
     "plan_folder",
     "plan_for_target",
     "plan_pruning",
+    "planners",
     "plots",
     "prune_layer",
     "save_statistics",
@@ -100,30 +115,22 @@ __all__ = [
 
 # Names are imported when they are used: `--help` and the checks of options need no jax.
 _HOMES = {
-    "budget.budgets": ("nested_plans",),
+    "budget.budgets": ("nested_plans", "plan_for_target"),
     "budget.decide": ("plan_pruning",),
-    "budget.importance": ("PlannerOptions",),
+    "budget.importance": ("IMPORTANCE", "PlannerOptions"),
     "budget.plan": ("PruningPlan",),
     "budget.planners": ("PLANNERS",),
+    "budget.problem": ("Limits", "Objective", "Planner", "Problem"),
     "budget.rule": ("Rule",),
     "budget.rules": ("RULES",),
-    "budget.targets": ("plan_for_target",),
     "kit.errors": ("VerificationError",),
     "kit.progress": ("Steps",),
-    "measure.quality": (
-        "Quality",
-        "make_windows",
-    ),
-    "recipe.recipe": (
-        "CompressionRecipe",
-        "load_recipe",
-    ),
+    "measure.quality": ("Quality", "make_windows"),
+    "recipe.options": ("PlanOptions",),
+    "recipe.recipe": ("CompressionRecipe", "load_recipe"),
     "report.comparison": ("Comparison",),
     "report.compression": ("CompressionReport",),
-    "runs.apply": (
-        "apply",
-        "apply_plan",
-    ),
+    "runs.apply": ("apply", "apply_plan"),
     "runs.audit": ("audit",),
     "runs.compare": ("compare",),
     "runs.compress": ("compress",),
@@ -133,39 +140,24 @@ _HOMES = {
     "runs.plan": ("plan_folder",),
     "runs.score": ("score",),
     "runs.verify": ("verify",),
-    "scores.channel_criteria": ("CHANNEL_CRITERIA",),
-    "scores.collect": (
-        "collect_statistics",
-        "collect_weights",
-    ),
-    "scores.criteria": (
-        "ChannelScores",
-        "channel_scores",
-    ),
+    "scores.channel_criteria": ("CHANNEL_CRITERIA", "Criterion"),
+    "scores.collect": ("collect_statistics", "collect_weights"),
+    "scores.criteria": ("ChannelScores", "channel_scores"),
     "scores.expert_criteria": ("EXPERT_CRITERIA",),
-    "scores.statistics": (
-        "ChannelStatistics",
-        "load_statistics",
-        "save_statistics",
-    ),
-    "shrink.prune": (
-        "PrunedSource",
-        "mask_layer",
-        "prune_layer",
-    ),
+    "scores.own": ("STATISTICS", "HiddenRows", "Statistic"),
+    "scores.statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
+    "shrink.prune": ("PrunedSource", "mask_layer", "prune_layer"),
     "shrink.rounding": ("QuantizedSource",),
-    "stages.job": (
-        "export",
-        "open_job",
-    ),
+    "stages.job": ("export", "open_job"),
     "stages.sizes": ("form_of",),
-    "text.calibration": (
-        "TextSource",
-        "TokenBatch",
-        "calibration_batch",
-    ),
+    "text.calibration": ("TextSource", "TokenBatch", "calibration_batch"),
 }
-__getattr__, _ = lazy_face(__name__, _HOMES, {"plots": "report.figures"})
+_MODULES = {
+    "objectives": "budget.objectives",
+    "planners": "budget.planners",
+    "plots": "report.figures",
+}
+__getattr__, _ = lazy_face(__name__, _HOMES, _MODULES)
 
 
 def __dir__() -> list[str]:

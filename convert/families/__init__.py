@@ -73,6 +73,9 @@ def find_family(model_type: str | None) -> Family:
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    plain = str(model_type).removeprefix(RAGGED)
+    if plain in FAMILIES:  # registered from outside
+        return _ragged(FAMILIES[plain])
     near = difflib.get_close_matches(str(model_type)[:80], FAMILIES, n=1, cutoff=0.0)
     raise InputError(
         f"model_type={str(model_type)[:80]!r} is unknown; the nearest is {near[0]!r}, "

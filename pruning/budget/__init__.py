@@ -1,4 +1,4 @@
 """Worth becomes a plan: which channels of which experts stay.
 
-Imports `kit`, `scores`.
+Imports `kit`, `recipe`, `scores`.
 """

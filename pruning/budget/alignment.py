@@ -35,7 +35,7 @@ def legal_minimum(minimum: int, block: int, d_expert: int) -> int:
 
 
 def check_block(block: int, d_expert: int) -> None:
-    """Raise ValueError unless `block` divides the expert width; the message has those that do."""
+    """Raise InputError unless `block` divides the expert width; the message has those that do."""
     if block < 1 or d_expert % block:
         fits = [n for n in range(1, d_expert + 1) if d_expert % n == 0]
         raise InputError(
@@ -129,32 +129,35 @@ def redistribute(
       InputError: counts or block are out of range, or the reserved experts alone exceed the budget.
     """
     counts = np.asarray(counts, np.int64)
-    if reserved is None:
-        reserved = np.zeros(counts.shape, bool)
-    if capacity is None:
-        capacity = np.full(counts.shape, d_expert)
+    reserved = np.zeros(counts.shape, bool) if reserved is None else reserved
+    capacity = np.full(counts.shape, d_expert) if capacity is None else capacity
     least = legal_minimum(minimum, block, d_expert)
     _check(counts, reserved, capacity, least=least)
     budgets = counts.sum(axis=1)  # [L]
     rounded = _round_down(counts, reserved, d_expert=d_expert, block=block, least=least)
-    removed = (counts - rounded).astype(np.float64)
-    if best_first is not None:
-        removed = _score_between(best_first, rounded, counts)
+    lost = counts - rounded
+    removed = lost if best_first is None else _score_between(best_first, rounded, counts)
     order = np.lexsort((-attribution, -removed), axis=1)  # [L, E], stable: then by index
     if per_layer:
-        for layer, budget in enumerate(budgets):
-            row = rounded[layer]
-            if row.sum() <= budget:
-                rounded[layer] = _hand_out(
-                    row, order[layer], budget - row.sum(), room_for=capacity[layer], block=block
-                )
+        rounded = _within_layers(rounded, order, budgets, capacity, block)
     kept, value = rounded.reshape(-1), attribution.reshape(-1)
     order = np.lexsort((-value, -removed.reshape(-1)))
     kept = _give_back(kept, value, reserved.reshape(-1), budgets.sum(), least)
     sizes = {"room_for": capacity.reshape(-1), "block": block}
     kept = _hand_out(kept, order, budgets.sum() - kept.sum(), **sizes)
-    kept = _revive(kept, value, order, budgets.sum() - kept.sum(), least=least, **sizes)
-    return kept.reshape(counts.shape)
+    left = budgets.sum() - kept.sum()
+    return _revive(kept, value, order, left, least=least, **sizes).reshape(counts.shape)
+
+
+def _within_layers(
+    rounded: np.ndarray, order: np.ndarray, budgets: np.ndarray, capacity: np.ndarray, block: int
+) -> np.ndarray:  # [L, E], [L, E], [L], [L, E] -> [L, E]
+    # Each layer hands out what it freed itself.
+    kept = rounded.copy()
+    for row, best, budget, most in zip(kept, order, budgets, capacity, strict=True):
+        if row.sum() <= budget:
+            row[:] = _hand_out(row, best, budget - row.sum(), room_for=most, block=block)
+    return kept
 
 
 def _check(counts: np.ndarray, reserved: np.ndarray, capacity: np.ndarray, *, least: int) -> None:

@@ -10,9 +10,6 @@ import math
 import numpy as np
 
 from moe_jax.errors import InputError
-from pruning.budget.apportion import apportion
-
-TINY = 1e-30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,49 +51,6 @@ class Clusters:
     def counts(self) -> np.ndarray:  # [L]
         """Clusters per layer."""
         return (self.labels == np.arange(self.labels.shape[1])).sum(axis=1)
-
-
-def linear_cka(outputs: np.ndarray) -> np.ndarray:  # [E, T, D] -> [E, E]
-    """Linear centred kernel alignment between all experts' outputs on the same tokens, in [0, 1].
-
-    An expert whose output does not vary is similar to none, itself included.
-
-    Source: arXiv 1905.00414.
-    """
-    centred = outputs - outputs.mean(axis=1, keepdims=True)
-    norm = np.sqrt(np.square(centred).sum(axis=(1, 2)))[:, None, None]
-    centred = np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 0.0)
-    # |X^T Y|^2 = <X X^T, Y Y^T>: one product per expert, and one of all pairs.
-    count, tokens, _ = centred.shape
-    kernels = np.empty((count, tokens, tokens), centred.dtype)
-    for one, kernel in zip(centred, kernels, strict=True):
-        np.matmul(one, one.T, out=kernel)
-    flat = kernels.reshape(count, -1)
-    pairs = flat @ flat.T
-    own = np.sqrt(np.diagonal(pairs))
-    return pairs / np.maximum(np.outer(own, own), TINY)
-
-
-def cosine_similarity(outputs: np.ndarray) -> np.ndarray:  # [E, ...] -> [E, E]
-    """Cosine between outputs, or weights, each flattened; in [-1, 1]."""
-    flat = outputs.reshape(len(outputs), -1)
-    norm = np.sqrt(np.square(flat).sum(axis=1, keepdims=True))
-    flat = np.divide(flat, norm, out=np.zeros_like(flat), where=norm > 0.0)
-    return flat @ flat.T
-
-
-def mse_similarity(outputs: np.ndarray) -> np.ndarray:  # [E, ...] -> [E, E]
-    """One minus the mean squared difference over its largest value; in [0, 1]."""
-    flat = outputs.reshape(len(outputs), -1)
-    distance = np.array([[np.square(one - two).mean() for two in flat] for one in flat])
-    return 1.0 - distance / max(float(distance.max()), TINY)
-
-
-def redundancy(similarity: np.ndarray) -> np.ndarray:  # [L, E, E] -> [L]
-    """Mean similarity of two different experts of a layer. Source: equation 2 of 2604.06542."""
-    layers, experts, _ = similarity.shape
-    off = similarity[:, ~np.eye(experts, dtype=bool)].reshape(layers, -1)
-    return off.mean(axis=1) if experts > 1 else np.zeros(layers)
 
 
 def merge_experts(
@@ -187,7 +141,7 @@ def representatives(clusters: Clusters, value: np.ndarray) -> np.ndarray:  # [L,
     """The one expert of largest value in every cluster, ties to the lower index.
 
     Returns:
-      bool; for `plan_pruning(width="experts", experts=...)`.
+      bool; for `Limits.experts` with width "experts".
     """
     kept = np.zeros(value.shape, bool)
     for layer, row in enumerate(clusters.labels):
@@ -200,20 +154,7 @@ def representatives(clusters: Clusters, value: np.ndarray) -> np.ndarray:  # [L,
 def layer_prior(clusters: Clusters) -> np.ndarray:  # [L]
     """Weight of each layer from its cluster count, with mean 1.
 
-    For `PlannerOptions.layer_weights`, alone or times the smoothed loss.
+    For `Limits.layer_shares`, or for `PlannerOptions.layer_weights`, alone or times the smoothed
+    loss.
     """
     return clusters.counts / clusters.counts.mean()
-
-
-def layer_budgets(
-    clusters: Clusters,
-    budget: int,
-    low: np.ndarray | int = 0,  # [L]
-    high: np.ndarray | int | None = None,  # [L]
-) -> np.ndarray:  # [L]
-    """Channels of each layer in proportion to its clusters, summing to the budget exactly.
-
-    Raises:
-      InputError: the bounds leave no room for the budget.
-    """
-    return apportion(clusters.counts.astype(np.float64), budget, low, high)

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 
 from moe_jax.errors import InputError, choose
-from pruning.budget.smoothing import SMOOTHINGS, smooth_layer_loss
+from pruning.recipe.group import About, Options, about
+from pruning.recipe.options import LayerLoss, PlanOptions, fields_of
+from pruning.recipe.values import check_share
 from pruning.scores.criteria import ChannelScores
 
 # Smallest weight of an expert, as a share of the layer's mean weight.
@@ -15,50 +17,109 @@ WEIGHT_FLOOR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlannerOptions:
+class PlannerOptions(Options):
     """Fine print of a planner; the defaults are the paper's.
 
-    Attributes:
-      rho_max: coverage beyond which a channel counts as worth nothing, in (0, 1]; channels
-        beyond it come after all others but before those without any score.
-      weights: a name of `WEIGHTS`; default the planner's own.
-      smoothing: a name of `SMOOTHINGS`, applied to the layer losses.
-      passes: how often the smoothing is applied; 1 is the paper's figure, 4 its release.
-      layer_loss: "energy" is the share of the residual stream that the layer's experts write, the
-        paper's local loss; "attribution" adds up the experts' attribution, which is end to end
-        where the attribution is; "nll_ig" is the end-to-end loss of the layer's experts together,
-        which needs statistics with `nll_ig`.
-      loss_scale: factor on the layer loss; only the logarithmic smoothings see it. 0.01 times the
-        tokens per sequence gives the unit of the paper's figures.
-      layer_weights: one positive weight per layer instead of the smoothed loss, for example a
-        prior from `pruning.budget.clusters`.
+    What `PlanOptions` says under the same names, and what only Python can say: `layer_weights`,
+    one positive weight per layer instead of the smoothed loss, for example a prior from
+    `pruning.budget.clusters`; and `loss_scale`, which only the logarithmic smoothings see: 0.01
+    times the tokens per sequence gives the unit of the paper's figures.
+
+    Raises:
+      InputError: a name is unknown or a number out of range.
     """
 
-    rho_max: float = 1.0
-    weights: str | None = None
-    smoothing: str = "sqrt"
-    passes: int = 1
-    layer_loss: Literal["energy", "attribution", "nll_ig"] = "energy"
-    loss_scale: float = 1.0
-    layer_weights: tuple[float, ...] | None = None
+    rho_max: Annotated[float, about(PlanOptions, "rho_max")] = 1.0
+    weights: Annotated[str | None, about(PlanOptions, "weights")] = None
+    smoothing: Annotated[str, about(PlanOptions, "smoothing")] = "sqrt"
+    passes: Annotated[int, about(PlanOptions, "passes")] = 1
+    layer_loss: Annotated[LayerLoss, about(PlanOptions, "layer_loss")] = "energy"
+    loss_scale: Annotated[float, About("factor on the layer loss")] = 1.0
+    layer_weights: Annotated[
+        tuple[float, ...] | None, About("of each layer, instead of its smoothed loss")
+    ] = None
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.rho_max <= 1.0:
-            raise InputError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
+    def check(self) -> None:
+        """Raise InputError if a name is unknown or a number out of range."""
+        check_share("rho_max", self.rho_max, "the paper uses 1")
         if self.weights is not None:
-            choose(WEIGHTS, self.weights, "weights")
+            choose(IMPORTANCE, self.weights, "weights")
         choose(SMOOTHINGS, self.smoothing, "smoothing")
-        choose(LAYER_LOSSES, self.layer_loss, "layer_loss")
-        if not self.passes >= 0:
-            raise InputError(f"passes={self.passes} must be 0 or more; the paper uses 1")
         if not 0.0 < self.loss_scale < np.inf:
             raise InputError(f"loss_scale={self.loss_scale} must be positive and finite")
         given = np.array(() if self.layer_weights is None else self.layer_weights)
         if not (np.isfinite(given) & (given > 0.0)).all():
             raise InputError(f"layer_weights={self.layer_weights} must be positive and finite")
 
+    @classmethod
+    def of(cls, options: PlanOptions) -> "PlannerOptions":
+        """The fine print in the options of a plan."""
+        shared = set(fields_of(PlanOptions)) & set(fields_of(cls))
+        return cls(**{name: getattr(options, name) for name in shared})
 
-Weights = Callable[[ChannelScores, PlannerOptions], np.ndarray]
+
+def huber_tail(loss: np.ndarray) -> np.ndarray:  # [L] -> [L]
+    """Losses above mean + half a deviation grow like a root, those below are left as they are.
+
+    The value is the root of twice the Huber loss: continuous with slope 1 where the two meet.
+    """
+    delta = loss.mean() + 0.5 * loss.std(ddof=1)
+    return np.where(loss <= delta, loss, np.sqrt(delta * np.maximum(2.0 * loss - delta, 0.0)))
+
+
+def clip_to_spread(loss: np.ndarray, deviations: float) -> np.ndarray:  # [L] -> [L]
+    """Clip to mean +- this many sample standard deviations."""
+    spread = deviations * loss.std(ddof=1)
+    return np.clip(loss, loss.mean() - spread, loss.mean() + spread)
+
+
+# Every entry is non-decreasing and maps non-negative losses to non-negative ones.
+SMOOTHINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sqrt": np.sqrt,
+    "identity": lambda loss: loss,
+    "power0.25": lambda loss: loss**0.25,
+    "power0.75": lambda loss: loss**0.75,
+    "log5": lambda loss: np.log1p(5.0 * loss),
+    "log20": lambda loss: np.log1p(20.0 * loss),
+    "clip": lambda loss: clip_to_spread(loss, 0.5),
+    "huber": huber_tail,
+}
+
+
+def smooth_layer_loss(
+    loss: np.ndarray,  # [L]
+    how: str = "sqrt",
+    passes: int = 1,
+) -> np.ndarray:  # [L]
+    """Compress the spread of the layer losses, so that no layer takes the whole budget.
+
+    One pass applies the function, then clips to mean +- one sample standard deviation.
+
+    Args:
+      loss: non-negative loss per layer; its unit matters for the logarithms only.
+      how: a name of `SMOOTHINGS`.
+      passes: how often; 0 only normalises. The paper's curve is one pass, its release does four.
+
+    Returns:
+      Layer weights with mean 1; all ones when the losses do not differ.
+
+    Raises:
+      InputError: the name is unknown or passes is negative.
+
+    Source: arXiv 2606.18304, section 4.2.
+    """
+    if passes < 0:
+        raise InputError(f"passes={passes} must be 0 or more; the paper uses 1")
+    compress = choose(SMOOTHINGS, how, "smoothing")
+    loss = np.asarray(loss, np.float64)
+    if loss.size < 2 or np.ptp(loss) == 0.0:
+        return np.ones_like(loss)
+    for _ in range(passes):
+        loss = clip_to_spread(compress(loss), 1.0)
+    return loss / loss.mean()
+
+
+Importance = Callable[[ChannelScores, PlannerOptions], np.ndarray]
 
 
 def _end_to_end_loss(scores: ChannelScores) -> np.ndarray:  # [L]
@@ -144,10 +205,12 @@ def inverse_layer_mean(scores: ChannelScores, options: PlannerOptions) -> np.nda
     return np.broadcast_to(inverse, scores.expert.shape)
 
 
-WEIGHTS: dict[str, Weights] = {
+IMPORTANCE: dict[str, Importance] = {
     "paper": paper_weights,
     "attribution": attribution_weights,
     "mass": mass_weights,
     "normalized_mass": normalized_mass_weights,
     "equal": equal_weights,
 }
+
+DEFAULTS = PlannerOptions()

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from pruning.budget.problem import Problem, Widths
+from pruning.budget.problem import Allocation, Problem
 
 # Both must hold. The median says what is usual; the share says that the layer hangs on it.
 TIMES_MEDIAN, SHARE = 1000.0, 0.01
@@ -45,7 +45,7 @@ def reserve(
     return reserved
 
 
-def with_super_channels(problem: Problem, widths: Widths, outliers: np.ndarray) -> Widths:
+def with_super_channels(problem: Problem, widths: Allocation, outliers: np.ndarray) -> Allocation:
     """Widen experts that are too narrow for their super-channels, at the widest experts' cost.
 
     Blocks move inside the layer, so that budgets of layers hold. An expert's super-channels are
@@ -57,7 +57,7 @@ def with_super_channels(problem: Problem, widths: Widths, outliers: np.ndarray) 
       outliers: bool [L, E, F].
 
     Returns:
-      Widths of the same sum; unchanged where no layer has a block to spare.
+      Allocation of the same sum; unchanged where no layer has a block to spare.
     """
     block = problem.block
     wanted = -(-outliers.sum(axis=2) // block) * block  # [L, E]

@@ -12,16 +12,14 @@ finds it without a search, and exactly.
 
 import dataclasses
 import functools
-from typing import Protocol
 
 import numpy as np
 
-from moe_jax.errors import InputError, choose
+from moe_jax.errors import InputError
 from pruning.budget.apportion import apportion
 from pruning.budget.importance import (
-    WEIGHTS,
-    PlannerOptions,
-    Weights,
+    IMPORTANCE,
+    Importance,
     attribution_weights,
     equal_weights,
     inverse_layer_mean,
@@ -39,25 +37,7 @@ from pruning.budget.objectives import (
     proportional,
     top_score,
 )
-from pruning.scores.criteria import ChannelScores
-
-DEFAULTS = PlannerOptions()
-
-
-class Planner(Protocol):
-    """Decides the widths of all experts of a model."""
-
-    def __call__(
-        self,
-        scores: ChannelScores,
-        budget: int,
-        floor: np.ndarray,  # [L, E]
-        most: np.ndarray | None = None,  # [L, E]
-        *,
-        options: PlannerOptions = DEFAULTS,
-    ) -> np.ndarray:  # [L, E]
-        """Channels kept, int64, at least `floor`, at most `most`, summing to the budget."""
-        ...
+from pruning.budget.problem import Counts, Objective, Planner, Problem
 
 
 def select(
@@ -95,8 +75,8 @@ def select(
         )
     place = np.arange(channels)
     priority = np.where(place < floor[:, :, None], -np.inf, priority)
-    if most is not None:
-        priority[place >= most[:, :, None]] = np.inf
+    if (ceiling < channels).any():
+        priority[place >= ceiling[:, :, None]] = np.inf
     at = np.maximum(totals - 1, 0)
     flat = priority.reshape(len(totals), -1)
     level = np.array([np.partition(row, k)[k] for row, k in zip(flat, at, strict=True)])
@@ -106,97 +86,47 @@ def select(
     return below + np.clip(left - (np.cumsum(tied, axis=1) - tied), 0, tied)
 
 
-def one_level(
-    scores: ChannelScores,
-    budget: int,
-    floor: np.ndarray,  # [L, E]
-    most: np.ndarray | None = None,  # [L, E]
-    *,
-    options: PlannerOptions = DEFAULTS,
-    priority: Priority,
-    weights: Weights,
-) -> np.ndarray:  # [L, E]
+def one_level(problem: Problem, *, priority: Priority, weights: Importance) -> Counts:
     """Allocate over all experts of all layers at once."""
-    if options.weights is not None:
-        weights = choose(WEIGHTS, options.weights, "weights")
-    layers, experts, channels = scores.channel.shape
-    pool = scores.channel.reshape(-1, channels)
-    value = prioritize(priority, pool, weights(scores, options).reshape(-1), options.rho_max)
-    counts = select(value[None], np.array([budget]), *_flat(floor, most))
-    return counts.reshape(layers, experts)
+    options = problem.options
+    weights = IMPORTANCE[options.weights] if options.weights else weights
+    weight = weights(problem.scores, options).reshape(-1)
+    return _of_all(problem, prioritize(priority, _pool(problem), weight, options.rho_max))
 
 
-def two_level(
-    scores: ChannelScores,
-    budget: int,
-    floor: np.ndarray,  # [L, E]
-    most: np.ndarray | None = None,  # [L, E]
-    *,
-    options: PlannerOptions = DEFAULTS,
-    priority: Priority = max_min,
-) -> np.ndarray:  # [L, E]
+def two_level(problem: Problem, *, priority: Priority = max_min) -> Counts:
     """The paper's rule: max-min coverage over layers, then over the experts of each layer.
 
     A layer's group is all its channels pooled, its weight the smoothed layer loss; an expert's
     weight is its share by square-root attribution. Dividing the scores of a layer by their mean,
     as the paper does, changes nothing here: coverage is a ratio inside the layer.
     """
-    layers, experts, channels = scores.channel.shape
-    pool = scores.channel.reshape(layers, -1)
+    scores, options = problem.scores, problem.options
+    pool = scores.channel.reshape(len(scores.channel), -1)
     value = prioritize(priority, pool, layer_weights(scores, options), options.rho_max)
-    ceiling = None if most is None else most.sum(axis=1)[None]
-    totals = select(value[None], np.array([budget]), floor.sum(axis=1)[None], ceiling)[0]
+    floor, most = problem.floor.sum(axis=1), problem.most.sum(axis=1)
+    totals = select(value[None], np.array([problem.budget]), floor[None], most[None])[0]
     weights = share_weights(np.sqrt(scores.expert))
-    if options.weights is not None:
-        weights = choose(WEIGHTS, options.weights, "weights")(scores, options)
-    pool = scores.channel.reshape(-1, channels)
-    value = prioritize(priority, pool, weights.reshape(-1), options.rho_max)
-    return select(value.reshape(layers, experts, channels), totals, floor, most)
+    if options.weights:
+        weights = IMPORTANCE[options.weights](scores, options)
+    return _of_layers(problem, totals, priority, weights)
 
 
-def layer_topk(
-    scores: ChannelScores,
-    budget: int,
-    floor: np.ndarray,  # [L, E]
-    most: np.ndarray | None = None,  # [L, E]
-    *,
-    options: PlannerOptions = DEFAULTS,
-) -> np.ndarray:  # [L, E]
+def layer_topk(problem: Problem) -> Counts:
     """The best channels of each layer, every layer keeping the same number."""
-    layers, experts, channels = scores.channel.shape
-    ceiling = experts * channels if most is None else most.sum(axis=1)
-    totals = apportion(np.ones(layers), budget, floor.sum(axis=1), ceiling)
-    weights = equal_weights(scores, options).reshape(-1)
-    pool = scores.channel.reshape(-1, channels)
-    value = prioritize(top_score, pool, weights, options.rho_max)
-    return select(value.reshape(layers, experts, channels), totals, floor, most)
+    floor, most = problem.floor.sum(axis=1), problem.most.sum(axis=1)
+    totals = apportion(np.ones(len(floor)), problem.budget, floor, most)
+    weights = equal_weights(problem.scores, problem.options)
+    return _of_layers(problem, totals, top_score, weights)
 
 
-def random_counts(
-    scores: ChannelScores,
-    budget: int,
-    floor: np.ndarray,  # [L, E]
-    most: np.ndarray | None = None,  # [L, E]
-    *,
-    options: PlannerOptions = DEFAULTS,
-    seed: int = 0,
-) -> np.ndarray:  # [L, E]
+def random_counts(problem: Problem) -> Counts:
     """Counts of a uniformly random choice of channels; with criterion "random", that choice."""
-    del options
-    layers, experts, channels = scores.channel.shape
-    value = np.sort(np.random.default_rng(seed).random((1, layers * experts, channels)), axis=2)
-    counts = select(value, np.array([budget]), *_flat(floor, most))
-    return counts.reshape(layers, experts)
+    draws = np.random.default_rng(problem.seed).random((1, *_pool(problem).shape))
+    return _of_all(problem, np.sort(draws, axis=2)[0])
 
 
-def moe_i2(
-    scores: ChannelScores,
-    budget: int,
-    floor: np.ndarray,  # [L, E]
-    most: np.ndarray | None = None,  # [L, E]
-    *,
-    options: PlannerOptions = DEFAULTS,
-) -> np.ndarray:  # [L, E]
+def moe_i2(problem: Problem) -> Counts:
     """Widths in proportion to importance: of the layer, then of the expert inside it.
 
     The layer's importance is the sum of its experts'; nothing is smoothed.
@@ -204,19 +134,12 @@ def moe_i2(
     Source: our reading of MoE-I2, arXiv 2411.01016, with channels in place of ranks.
     """
     options = dataclasses.replace(
-        options, layer_loss="attribution", passes=0, rho_max=1.0, weights="attribution"
+        problem.options, layer_loss="attribution", passes=0, rho_max=1.0, weights="attribution"
     )
-    return two_level(scores, budget, floor, most, options=options, priority=proportional)
+    return two_level(dataclasses.replace(problem, options=options), priority=proportional)
 
 
-def cd_moe(
-    scores: ChannelScores,
-    budget: int,
-    floor: np.ndarray,  # [L, E]
-    most: np.ndarray | None = None,  # [L, E]
-    *,
-    options: PlannerOptions = DEFAULTS,
-) -> np.ndarray:  # [L, E]
+def cd_moe(problem: Problem) -> Counts:
     """Whole layers condensed to their always-on experts, the least divergent layers first.
 
     A layer's divergence is its loss without routed experts, its always-on experts are those with a
@@ -225,57 +148,97 @@ def cd_moe(
     Source: our reading of CD-MoE, arXiv 2412.00069. It measures the divergence again after each
     layer; where losses add up, that greedy choice is this order.
     """
-    del options
+    scores = problem.scores
     experts, channels = scores.channel.shape[1:]
     layer_rank = np.argsort(np.argsort(-scores.layer, kind="stable"), kind="stable")
     expert_rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
-    order = np.where(floor > 0, -1.0, layer_rank[:, None] * experts + expert_rank)
-    value = np.repeat(order.reshape(1, -1, 1), channels, axis=2)
-    return select(value, np.array([budget]), *_flat(floor, most))[0].reshape(floor.shape)
+    order = np.where(problem.reserved, -1.0, layer_rank[:, None] * experts + expert_rank)
+    return _of_all(problem, np.repeat(order.reshape(-1, 1), channels, axis=1))
 
 
-def _flat(floor: np.ndarray, most: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    return floor.reshape(1, -1), None if most is None else most.reshape(1, -1)
+def _pool(problem: Problem) -> np.ndarray:  # [L E, F]
+    channel = problem.scores.channel
+    return channel.reshape(-1, channel.shape[2])
 
 
-def _fair(degree: float) -> Priority:
-    return functools.partial(fair, degree=degree)
+def _of_all(problem: Problem, priority: np.ndarray) -> Counts:  # [L E, F]
+    bounds = (bound.reshape(1, -1) for bound in (problem.floor, problem.most))
+    counts = select(priority[None], np.array([problem.budget]), *bounds)
+    return counts.reshape(problem.floor.shape)
 
 
-def _one_level(priority: Priority, weights: Weights) -> Planner:
-    return functools.partial(one_level, priority=priority, weights=weights)
+def _of_layers(
+    problem: Problem,
+    totals: np.ndarray,  # [L]
+    priority: Priority,
+    weights: np.ndarray,  # [L, E]
+) -> Counts:
+    # Each layer spends its own total.
+    value = prioritize(priority, _pool(problem), weights.reshape(-1), problem.options.rho_max)
+    value = value.reshape(problem.scores.channel.shape)
+    return select(value, totals, problem.floor, problem.most)
 
 
+def _one_level(
+    priority: Priority, weights: Importance, objective: Objective | None, about: str
+) -> Planner:
+    return Planner(
+        functools.partial(one_level, priority=priority, weights=weights), objective, about
+    )
+
+
+def _fair(degree: float) -> Planner:
+    return _one_level(
+        functools.partial(fair, degree=degree),
+        attribution_weights,
+        Objective(degree, "attribution"),
+        f"coverage of fairness {degree:g}, weighted by attribution, ours",
+    )
+
+
+# The max-min rules count by the coverage they are reported in.
 PLANNERS: dict[str, Planner] = {
-    "paper": two_level,
-    "fair_two_level": functools.partial(two_level, priority=fair),
-    "linear_two_level": functools.partial(two_level, priority=linear),
-    "maxmin": _one_level(max_min, paper_weights),
-    "fair": _one_level(fair, attribution_weights),
-    "fair0.5": _one_level(_fair(0.5), attribution_weights),
-    "fair2": _one_level(_fair(2.0), attribution_weights),
-    "linear": _one_level(linear, attribution_weights),
-    "uniform": _one_level(equal_width, equal_weights),
-    "random": random_counts,
-    "global_topk": _one_level(top_score, equal_weights),
-    "normalized_topk": _one_level(top_score, inverse_layer_mean),
-    "layer_topk": layer_topk,
-    "moe_i2": moe_i2,
-    "cd_moe": cd_moe,
-}
-
-# What a planner would maximise if it could choose among aligned widths: the degree of fairness and
-# the name of its weights. The max-min rules count by the coverage they are reported in. The others
-# have no such sum.
-OBJECTIVES: dict[str, tuple[float, str]] = {
-    "paper": (0.0, "paper"),
-    "fair_two_level": (1.0, "paper"),
-    "linear_two_level": (0.0, "paper"),
-    "maxmin": (0.0, "paper"),
-    "fair": (1.0, "attribution"),
-    "fair0.5": (0.5, "attribution"),
-    "fair2": (2.0, "attribution"),
-    "linear": (0.0, "attribution"),
-    "global_topk": (0.0, "mass"),
-    "normalized_topk": (0.0, "normalized_mass"),
+    "paper": Planner(
+        two_level,
+        Objective(0.0, "paper"),
+        "max-min coverage over layers, then over their experts, arXiv 2606.18304",
+    ),
+    "fair_two_level": Planner(
+        functools.partial(two_level, priority=fair),
+        Objective(1.0, "paper"),
+        "coverage of fairness 1 over layers, then over their experts, ours",
+    ),
+    "linear_two_level": Planner(
+        functools.partial(two_level, priority=linear),
+        Objective(0.0, "paper"),
+        "sum of coverages over layers, then over their experts, ours",
+    ),
+    "maxmin": _one_level(
+        max_min, paper_weights, Objective(0.0, "paper"), "max-min coverage in one level, ours"
+    ),
+    "fair": _fair(1.0),
+    "fair0.5": _fair(0.5),
+    "fair2": _fair(2.0),
+    "linear": _one_level(
+        linear,
+        attribution_weights,
+        Objective(0.0, "attribution"),
+        "sum of coverages, weighted by attribution, ours",
+    ),
+    "uniform": _one_level(equal_width, equal_weights, None, "one width for all experts"),
+    "random": Planner(random_counts, about="chance, which every planner must beat"),
+    "global_topk": _one_level(
+        top_score, equal_weights, Objective(0.0, "mass"), "best channels of the model"
+    ),
+    "normalized_topk": _one_level(
+        top_score,
+        inverse_layer_mean,
+        Objective(0.0, "normalized_mass"),
+        "best channels of the model, scores over their layer's mean",
+    ),
+    "layer_topk": Planner(layer_topk, about="best channels of each layer, as many in each"),
+    "moe_i2": Planner(moe_i2, about="widths in proportion to attribution, after arXiv 2411.01016"),
+    "cd_moe": Planner(
+        cd_moe, about="whole layers condensed to always-on experts, after arXiv 2412.00069"
+    ),
 }

@@ -1,38 +1,83 @@
 """What a plan says about itself beside the channels it keeps."""
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pruning.budget.importance import WEIGHTS
+from pruning.budget.importance import IMPORTANCE
 from pruning.budget.optimum import (
     best_known,
     block_values,
     coverage_by_blocks,
     weighted_coverage,
 )
-from pruning.budget.problem import Problem, Widths
+from pruning.budget.problem import Allocation, Problem
+from pruning.recipe.options import BUDGETS, PlanOptions, fields_of
+from pruning.scores.expert_criteria import expert_criterion
 
 if TYPE_CHECKING:
     from pruning.scores.statistics import ChannelStatistics
 
-# What a plan says about itself under the names that a recipe has for it.
-RECORDED = (
-    "criterion", "attribution", "planner", "width", "cap", "expert_rate", "align", "per_layer",
-    "emptied", "seed",
-)  # fmt: skip
-RECORDED_OPTIONS = ("weights", "rho_max", "layer_loss", "smoothing", "passes")
 # An expert with fewer routed tokens has sums too noisy to be ranked by.
 STARVED_TOKENS = 32
 
 
-def coverage_record(problem: Problem, widths: Widths) -> dict[str, float]:
+def plan_record(
+    statistics: "ChannelStatistics",
+    options: PlanOptions,
+    problem: Problem,
+    widths: Allocation,
+    *,
+    outliers: np.ndarray,  # [L, E, F]
+    keep: np.ndarray,  # [L, E, F]
+    indices: tuple[int, ...],
+    experts_per_token: int,
+    budget: int,
+) -> dict[str, Any]:
+    """The provenance of a plan: `options` filled in, what they led to, and what is remarkable.
+
+    Values that decided nothing are None. The order is that of plan.json.
+    """
+    assert options.attribution
+    kept = int(widths.counts.sum())
+    rate = 1.0 - budget / keep.size if options.prune_rate is None else options.prune_rate
+    return {
+        "criterion": options.criterion,
+        "attribution": options.attribution,
+        "planner": None if options.width in ("uniform", "experts") else options.planner,
+        "planner_options": dataclasses.asdict(problem.options),
+        "width": options.width,
+        "cap": options.cap,
+        "expert_rate": options.expert_rate if options.width == "combined" else None,
+        "prune_rate": rate,
+        "align": options.align,
+        "per_layer": options.per_layer,
+        "block": options.block,
+        "minimum": problem.least,
+        "layer_rates": {str(layer): rate for layer, rate in options.layer_rates.items()},
+        "experts_per_token": experts_per_token,
+        "emptied": options.emptied,
+        "seed": options.seed,
+        "budget": budget,
+        "kept": kept,
+        "unspent": budget - kept,
+        **expert_record(
+            statistics, expert_criterion(options.attribution)(statistics), widths, indices
+        ),
+        **outlier_record(outliers, keep, indices),
+        **coverage_record(problem, widths),
+        "tool_version": tool_version(),
+    }
+
+
+def coverage_record(problem: Problem, widths: Allocation) -> dict[str, float]:
     """Coverage wanted by the planner, after alignment, and of the best aligned plan known."""
     # Under the planner's weights, so that before, after and optimum compare.
-    name = problem.options.weights or problem.objective[1]
-    weights = WEIGHTS[name](problem.scores, problem.options)
+    name = problem.options.weights or problem.objective.weights
+    weights = IMPORTANCE[name](problem.scores, problem.options)
     if not weights.any():
         weights = np.ones_like(weights)
     coverage = coverage_by_blocks(problem.scores.channel, 1)
@@ -55,7 +100,7 @@ def coverage_record(problem: Problem, widths: Widths) -> dict[str, float]:
 def expert_record(
     statistics: "ChannelStatistics",
     attributed: np.ndarray,  # [L, E]
-    widths: Widths,
+    widths: Allocation,
     indices: tuple[int, ...],
 ) -> dict[str, Any]:
     """How many experts are emptied, harmful (negative attribution), or starved of tokens.
@@ -91,8 +136,11 @@ def tool_version() -> str:
 
 def recorded_options(said: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a recipe that a plan's provenance states, all but budget, block and minimum."""
-    told = {name: said[name] for name in RECORDED if said.get(name) is not None}
+    names = fields_of(PlanOptions)
+    beside = (*BUDGETS, "block", "minimum")
+    told = {n: value for n, value in said.items() if n in names and n not in beside}
     options = said.get("planner_options") or {}
-    told |= {name: options[name] for name in RECORDED_OPTIONS if options.get(name) is not None}
+    told |= {name: options[name] for name in names if name in options}
     rates = said.get("layer_rates") or {}
+    told = {name: value for name, value in told.items() if value is not None}
     return told | {"layer_rate": [f"{layer}={rate}" for layer, rate in rates.items()]}

@@ -1,16 +1,21 @@
-"""What a pruning rule is, and its plan at a budget that all rules can keep exactly."""
+"""What a rule of `compare` is, and its plan at a budget that all rules can keep exactly."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.errors import InputError
-from pruning.budget.decide import PruningPlan, plan_pruning
+from moe_jax.errors import InputError, choose
+from pruning.budget.decide import plan_pruning
+from pruning.budget.plan import PruningPlan
+from pruning.budget.problem import Limits
+from pruning.recipe.options import PlanOptions
+from pruning.scores.channel_criteria import CHANNEL_CRITERIA
+from pruning.scores.expert_criteria import expert_criterion
 from pruning.scores.statistics import ChannelStatistics
 
-# (statistics, whole experts the budget pays for, experts per token) -> options of `plan_pruning`.
-Prepare = Callable[[ChannelStatistics, int, int], dict[str, Any]]
+# (statistics, whole experts the budget pays for, experts per token) -> what is fixed beforehand.
+Prepare = Callable[[ChannelStatistics, int, int], Limits]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,18 +25,27 @@ class Rule:
     Attributes:
       about: what it is and where it comes from, one line.
       family: what it is compared with, a word for tables and colours.
-      options: arguments of `plan_pruning`.
-      needs: names of `pruning.budget.rules.GROUPS` that must have been collected.
-      prepare: further arguments, computed from the statistics.
+      options: of the plan; budget, block and seed come from the comparison.
+      prepare: what is fixed beforehand, computed from the statistics.
+      prepare_needs: what `prepare` reads beyond the forward sums, names of `GROUPS`.
       seeds: how often it is run, once unless it is random.
     """
 
     about: str
     family: str
-    options: Mapping[str, Any]
-    needs: frozenset[str] = frozenset()
+    options: PlanOptions
     prepare: Prepare | None = None
+    prepare_needs: frozenset[str] = frozenset()
     seeds: tuple[int, ...] = (0,)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """All that must be collected beyond the forward sums, names of `GROUPS`."""
+        channel = choose(CHANNEL_CRITERIA, self.options.criterion or "shapley", "criterion")
+        expert = expert_criterion(self.options.attribution or "ala")
+        details = ("expert-details",) if self.options.emptied == "mean" else ()
+        found = {channel.needs, expert.needs, *details, *self.prepare_needs}
+        return frozenset(name for name in found if name is not None)
 
 
 def common_budget(shape: tuple[int, int, int], rate: float, block: int) -> int:
@@ -69,33 +83,29 @@ def make_plan(
     experts_per_token: int,
     layer_indices: Sequence[int],
     seed: int = 0,
-    provenance: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> PruningPlan:
     """The plan of a rule, which keeps the budget to the channel.
 
     Args:
       rule: an entry of `pruning.budget.rules.RULES`.
-      statistics: with the groups that the rule needs.
+      statistics: with what the rule needs.
       budget: channels to keep, from `common_budget`.
-      block, experts_per_token, layer_indices, seed, provenance: see `plan_pruning`.
+      block, seed: of the plan's options.
+      experts_per_token, layer_indices, notes: see `plan_pruning`.
 
     Raises:
       InputError: the rule cannot keep this budget, or statistics are missing.
     """
     kept = budget // statistics.shape[2]
-    more = rule.prepare(statistics, kept, experts_per_token) if rule.prepare else {}
     plan = plan_pruning(
         statistics,
+        dataclasses.replace(rule.options, block=block, seed=seed),
         channels=budget,
-        **{
-            **rule.options,
-            **more,
-            "block": block,
-            "experts_per_token": experts_per_token,
-            "layer_indices": layer_indices,
-            "seed": seed,
-            "provenance": provenance,
-        },
+        limits=rule.prepare(statistics, kept, experts_per_token) if rule.prepare else Limits(),
+        experts_per_token=experts_per_token,
+        layer_indices=layer_indices,
+        notes=notes,
     )
     if plan.keep.sum() != budget:
         raise InputError(f"the rule keeps {plan.keep.sum()} channels instead of {budget}")

@@ -1,10 +1,12 @@
 """Every rule that a comparison runs: a criterion, an allocation and what may be removed.
 
-A rule is data: options of `plan_pruning`, the statistics it needs, and where it comes from. What a
-rule has to compute beforehand (clusters, subsets of experts) is one function of the statistics.
+A rule is data: the options of a plan and where they come from. What it has to compute beforehand
+(clusters, subsets of experts) is one function of the statistics. `RULES` is open to rules of a
+user's own.
 """
 
 import fnmatch
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,28 +14,25 @@ import numpy as np
 
 from moe_jax.errors import InputError, choose
 from pruning.budget.clusters import (
+    Clusters,
     GrapeRules,
     default_fewest,
     layer_prior,
     merge_experts,
     representatives,
 )
-from pruning.budget.importance import PlannerOptions
+from pruning.budget.problem import Limits
 from pruning.budget.rule import Rule
 from pruning.budget.whole_experts import naee
-from pruning.scores.expert_criteria import expert_criterion
-from pruning.scores.statistics import ChannelStatistics
+from pruning.recipe.options import PlanOptions, ScoreOptions
+from pruning.scores.channel_criteria import CHANNEL_CRITERIA
+from pruning.scores.expert_criteria import EXPERT_CRITERIA
+from pruning.scores.statistics import GROUPS, ChannelStatistics
 
-GROUPS = ("gradients", "expert-details", "weight-gradients")
-# Criteria and attributions by the statistics they need; the others need the forward sums alone.
-CRITERION_NEEDS = {
-    **dict.fromkeys(("taylor", "abs_taylor", "fisher", "heapr", "saliency"), "gradients"),
-    **dict.fromkeys(("wanda", "mone", "ala_clipped"), "expert-details"),
-    "wg": "weight-gradients",
-}
-RANDOM_SEEDS = (0, 1, 2)
 # Rules state all they choose: the tool's own default must not change what a name means.
 PAPER: dict[str, Any] = {"criterion": "act", "attribution": "ala", "planner": "paper"}
+WHOLE = PlanOptions(**PAPER, width="experts")
+DETAILS = frozenset({"expert-details"})
 
 
 def select_rules(names: Sequence[str], seen: Mapping[str, Rule]) -> list[str]:
@@ -58,8 +57,19 @@ def select_rules(names: Sequence[str], seen: Mapping[str, Rule]) -> list[str]:
     return list(found)
 
 
+def switches(names: Sequence[str]) -> list[str]:
+    """Options of a recipe that, set to true, collect what these rules need.
+
+    Those that take more than a yes, such as `nll_ig`, and `weights_only`, with which no text is
+    read, are left to the recipe.
+    """
+    kinds = typing.get_type_hints(ScoreOptions)
+    asked = {group.replace("-", "_") for name in names for group in RULES[name].needs}
+    return sorted(option for option in asked - {"weights_only"} if kinds.get(option) is bool)
+
+
 def check_needs(names: Sequence[str], collected: frozenset[str]) -> None:
-    """Raise ValueError unless all that these rules need is collected."""
+    """Raise InputError unless all that these rules need is collected."""
     for group in GROUPS:
         lacking = [name for name in names if group in RULES[name].needs - collected]
         if lacking:
@@ -69,86 +79,51 @@ def check_needs(names: Sequence[str], collected: frozenset[str]) -> None:
             )
 
 
-def _needs(*names: str) -> frozenset[str]:
-    return frozenset(CRITERION_NEEDS[name] for name in names if name in CRITERION_NEEDS)
+def _channels(about: str, family: str, criterion: str, **options: Any) -> Rule:
+    options = {**PAPER, "criterion": criterion, **options}
+    return Rule(about=about, family=family, options=PlanOptions(**options))
 
 
-def _channels(
-    about: str, family: str, criterion: str, attribution: str = "ala", **options: Any
-) -> Rule:
-    return Rule(
-        about=about,
-        family=family,
-        options={**PAPER, "criterion": criterion, "attribution": attribution, **options},
-        needs=_needs(criterion, attribution),
-    )
-
-
-def _drop(about: str, attribution: str, *, per_layer: bool = False, emptied: str = "zero") -> Rule:
-    options = {**PAPER, "attribution": attribution, "width": "experts", "per_layer": per_layer}
-    details = frozenset({"expert-details"}) if emptied == "mean" else frozenset()
-    return Rule(
-        about=about,
-        family="whole experts",
-        options={**options, "emptied": emptied},
-        needs=_needs(attribution) | details,
-    )
+def _drop(about: str, attribution: str, **options: Any) -> Rule:
+    options = {**PAPER, "attribution": attribution, "width": "experts", **options}
+    return Rule(about=about, family="whole experts", options=PlanOptions(**options))
 
 
 def _quota(kept: int, layers: int) -> np.ndarray:  # [L]
     return kept // layers + (np.arange(layers) < kept % layers)
 
 
-def _naee(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict[str, Any]:
+def _naee(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> Limits:
     del experts_per_token
     assert statistics.output_gram is not None
-    return {"experts": naee(statistics.output_gram, _quota(kept, statistics.shape[0]))}
+    return Limits(experts=naee(statistics.output_gram, _quota(kept, statistics.shape[0])))
 
 
-def _clusters(statistics: ChannelStatistics, kept: int, experts_per_token: int):
+def _clusters(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> Clusters:
     assert statistics.similarity is not None
     fewest = default_fewest(statistics.shape[1], experts_per_token)
     return merge_experts(statistics.similarity, kept, GrapeRules(fewest=fewest))
 
 
-def _grape(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict[str, Any]:
+def _grape(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> Limits:
     clusters = _clusters(statistics, kept, experts_per_token)
-    return {"experts": representatives(clusters, expert_criterion("ala")(statistics))}
+    return Limits(experts=representatives(clusters, EXPERT_CRITERIA["ala"](statistics)))
 
 
-def _grape_prior(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> dict:
-    return {"layer_shares": layer_prior(_clusters(statistics, kept, experts_per_token))}
+def _grape_prior(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> Limits:
+    return Limits(layer_shares=layer_prior(_clusters(statistics, kept, experts_per_token)))
 
 
-UNIFORM = {
-    "act": "mean of three activation norms, arXiv 2606.18304",
-    "weight": "norms of the weights, no data",
-    "energy": "squared gated output of the channel, ours",
-    "amp": "gated output norm, ours",
-    "shapley": "the channel's share of the attribution, ours",
-    "wanda": "weights times input norm, arXiv 2306.11695",
-    "saliency": "activation times gradient, arXiv 2606.18304",
-    "abs_taylor": "sum of |h dL/dh|, after arXiv 1906.10771",
-    "fisher": "sum of (h dL/dh)^2, after arXiv 1906.10771",
-    "heapr": "activation times output gradient, repository LLIKKE/HEAPr",
-    "wg": "weight times weight gradient",
-}
+UNIFORM = (
+    "act", "weight", "energy", "amp", "shapley", "wanda", "saliency", "abs_taylor", "fisher",
+    "heapr", "wg",
+)  # fmt: skip
 PAIRED = ("act", "energy", "shapley", "fisher", "abs_taylor")
 DEGREES = {"fair0.5": "k = 0.5", "fair": "k = 1", "fair2": "k = 2", "linear": "k = 0"}
-DROPS = {
-    "ala": "attribution, arXiv 2606.18304",
-    "self": "squared output share, no interaction",
-    "usage": "routed tokens",
-    "router": "mean router probability",
-    "seer": "summed routing weight, arXiv 2606.15716",
-    "ean": "summed output norm, arXiv 2606.15716",
-    "reap": "mean weighted output norm, arXiv 2510.13999",
-    "man": "mean output norm, arXiv 2606.15716",
-    "msan": "mean squared output norm, arXiv 2606.15716",
-    "mone": "spread of the output times routing score, arXiv 2507.00390",
-    "aimer": "rms over mean weight, no data, arXiv 2603.18492",
-    "ala_clipped": "attribution with 1 % clipped, as released",
-}
+DROPS = (
+    "ala", "self", "usage", "router", "seer", "ean", "reap", "man", "msan", "mone", "aimer",
+    "ala_clipped",
+)  # fmt: skip
 
 
 def _allocations() -> dict[str, Rule]:
@@ -171,7 +146,7 @@ def _allocations() -> dict[str, Rule]:
             if planner != "linear" and score != "shapley":
                 rules[f"{planner}-{score}-mass"] = _channels(
                     f"{about} the score's own mass, ours", "one level", score, planner=planner,
-                    options=PlannerOptions(weights="mass"),
+                    weights="mass",
                 )  # fmt: skip
     for score in PAIRED:
         planner = "normalized_topk" if score == "act" else "global_topk"
@@ -185,12 +160,14 @@ RULES: dict[str, Rule] = {
     "random": Rule(
         about="random channels: what every rule must beat",
         family="random",
-        options={**PAPER, "criterion": "random", "planner": "random"},
-        seeds=RANDOM_SEEDS,
+        options=PlanOptions(**{**PAPER, "criterion": "random", "planner": "random"}),
+        seeds=(0, 1, 2),
     ),
     **{
-        f"uniform-{score}": _channels(f"one width, {about}", "uniform", score, width="uniform")
-        for score, about in UNIFORM.items()
+        f"uniform-{score}": _channels(
+            f"one width, {CHANNEL_CRITERIA[score].about}", "uniform", score, width="uniform"
+        )
+        for score in UNIFORM
     },
     **_allocations(),
     "topk-heapr": _channels(
@@ -208,10 +185,11 @@ RULES: dict[str, Rule] = {
         "aligned optimum of fair coverage, ours", "one level", "energy", planner="fair",
         align="hull",
     ),
-    **{f"experts-{name}": _drop(f"whole experts by {about}", name)
-       for name, about in DROPS.items()},
-    **{f"experts-{name}-layer": _drop(f"same number in each layer by {about}", name, per_layer=True)
-       for name, about in DROPS.items()},
+    **{f"experts-{name}": _drop(f"whole experts by {EXPERT_CRITERIA[name].about}", name)
+       for name in DROPS},
+    **{f"experts-{name}-layer": _drop(
+           f"same number in each layer by {EXPERT_CRITERIA[name].about}", name, per_layer=True)
+       for name in DROPS},
     "experts-ala-constant": _drop(
         "experts-ala, removed experts become their mean output, ours", "ala", emptied="mean"
     ),
@@ -222,22 +200,22 @@ RULES: dict[str, Rule] = {
     "naee": Rule(
         about="subset of experts with least output error per layer, arXiv 2402.14800",
         family="whole experts",
-        options={**PAPER, "width": "experts"},
-        needs=frozenset({"expert-details"}),
+        options=WHOLE,
+        prepare_needs=DETAILS,
         prepare=_naee,
     ),
     "grape": Rule(
         about="one expert per cluster of similar ones, arXiv 2604.06542",
         family="whole experts",
-        options={**PAPER, "width": "experts"},
-        needs=frozenset({"expert-details"}),
+        options=WHOLE,
+        prepare_needs=DETAILS,
         prepare=_grape,
     ),
     "grape-prior": Rule(
         about="paper-act, layer budgets by the clusters of arXiv 2604.06542",
         family="paper's rule",
-        options=PAPER,
-        needs=frozenset({"expert-details"}),
+        options=PlanOptions(**PAPER),
+        prepare_needs=DETAILS,
         prepare=_grape_prior,
     ),
     "cd-moe": _channels(

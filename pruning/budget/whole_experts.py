@@ -1,7 +1,6 @@
 """Whole experts: which ones to keep, by any score or by what their removal costs jointly."""
 
 import itertools
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,16 +48,6 @@ def keep_experts(
         )
     rank = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1)
     return (rank < quota[:, None]).reshape(value.shape)
-
-
-def removal_loss(gram: np.ndarray, removed: np.ndarray) -> float:
-    """Squared error of a layer's output without these experts, other routing weights unchanged.
-
-    Args:
-      gram: [E, E], sum over tokens of the products of the experts' weighted outputs.
-      removed: [E] bool.
-    """
-    return float(gram[np.ix_(removed, removed)].sum())
 
 
 def naee(
@@ -112,85 +101,6 @@ def _greedy_removal(gram: np.ndarray, count: int) -> np.ndarray:  # [E, E] -> [E
         removed[worst] = True
         added += 2.0 * gram[worst]
     return removed
-
-
-def greedy_layers(divergence: Callable[[tuple[int, ...]], float], layers: int) -> tuple[int, ...]:
-    """Order in which to condense layers: each time the one that leaves the output least changed.
-
-    Args:
-      divergence: layers condensed together -> how far the model's output is from the original.
-      layers: layers with experts.
-
-    Returns:
-      All layers, the first to condense first; ties go to the lower one.
-
-    Source: CD-MoE, "Condense, Don't Just Prune", arXiv 2412.00069.
-    """
-    order: tuple[int, ...] = ()
-    while len(order) < layers:
-        rest = [layer for layer in range(layers) if layer not in order]
-        order += (min(rest, key=lambda layer: divergence((*order, layer))),)
-    return order
-
-
-def condensed_experts(
-    order: Sequence[int],
-    value: np.ndarray,  # [L, E]
-    removed: int,
-    always_on: int,
-) -> np.ndarray:  # [L, E]
-    """Condense layers to their best experts, in this order, until enough experts are gone.
-
-    Args:
-      order: all layers, the first to condense first.
-      value: expert score; the best of a condensed layer stay.
-      removed: experts to remove in all; the last layer may be condensed only in part.
-      always_on: experts that a condensed layer keeps.
-
-    Returns:
-      bool, experts kept.
-
-    Raises:
-      InputError: that many cannot be removed.
-
-    Source: our reading of CD-MoE, arXiv 2412.00069.
-    """
-    layers, experts = value.shape
-    room = layers * (experts - always_on)
-    if not 0 <= removed <= room:
-        raise InputError(f"removed={removed} experts must lie in [0, {room}] with {always_on} left")
-    gone = np.zeros(layers, np.int64)
-    for place, layer in enumerate(order):
-        gone[layer] = np.clip(removed - place * (experts - always_on), 0, experts - always_on)
-    rank = np.argsort(np.argsort(-value, axis=1, kind="stable"), axis=1)
-    return rank < experts - gone[:, None]
-
-
-def mone_scores(
-    output_sum: np.ndarray,  # [L, E, D]
-    output_coordinate_square: np.ndarray,  # [L, E, D]
-    tokens: np.ndarray,  # [L, E]
-    gate_mass: np.ndarray,  # [L, E]
-    total_tokens: float,
-) -> np.ndarray:  # [L, E]
-    """How badly a constant would replace the expert: spread of its output times its routing score.
-
-    The spread is the norm over coordinates of the standard deviation over the routed tokens, the
-    routing score the mean over all tokens.
-
-    Args:
-      output_sum: sum over the routed tokens of the expert's output.
-      output_coordinate_square: sum of its squares.
-      tokens: tokens routed to the expert.
-      gate_mass: sum of their routing weights.
-      total_tokens: tokens in all, positive.
-
-    Source: our reading of MoNE, arXiv 2507.00390.
-    """
-    routed = np.maximum(tokens, 1.0)[:, :, None]
-    variance = output_coordinate_square / routed - (output_sum / routed) ** 2
-    spread = np.sqrt(np.maximum(variance, 0.0).sum(axis=2))
-    return spread * gate_mass / total_tokens
 
 
 def replacement_vectors(

@@ -9,35 +9,31 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from moe_jax.errors import InputError, choose
+from moe_jax.errors import InputError
 from pruning.budget.alignment import redistribute, uniform_counts
-from pruning.budget.importance import WEIGHTS
+from pruning.budget.importance import IMPORTANCE
 from pruning.budget.optimum import SOLVERS, aligned_optimum, block_values, coverage_by_blocks
-from pruning.budget.problem import Problem, Widths
+from pruning.budget.problem import Allocation, Problem
 from pruning.budget.whole_experts import keep_experts
-from pruning.scores.criteria import ChannelScores
 
 
-def free(problem: Problem) -> Widths:
+def free(problem: Problem) -> Allocation:
     """Every expert has its own width."""
     legal = problem.most - problem.most % problem.block
     most = np.where(legal < problem.least, 0, legal)
     if most.sum() < problem.budget and (most < problem.most).any():
         raise _too_narrow(problem, most)
-    floor = np.where(problem.reserved, problem.least, 0)
-    bounded = None if (most == problem.scores.channel.shape[2]).all() else most
-    wanted = problem.planner(
-        problem.scores, problem.budget, floor, bounded, options=problem.options
-    )
+    wanted = problem.planner(dataclasses.replace(problem, most=most))
     if problem.least == 1:
-        return Widths(wanted, wanted)
-    return Widths(ALIGNMENTS[problem.align](problem, wanted, most), wanted)
+        return Allocation(wanted, wanted)
+    return Allocation(ALIGNMENTS[problem.align](problem, wanted, most), wanted)
 
 
-def capped(problem: Problem) -> Widths:
+def capped(problem: Problem) -> Allocation:
     """No expert is wider than `cap`, rounded down to a block."""
     width = problem.scores.channel.shape[2]
-    if problem.cap is None or not problem.least <= problem.cap <= width:
+    assert problem.cap is not None
+    if not problem.least <= problem.cap <= width:
         raise InputError(
             f"cap={problem.cap} must lie in [{problem.least}, {width}], the minimum and the expert "
             "width; choose e.g. half the width"
@@ -48,17 +44,16 @@ def capped(problem: Problem) -> Widths:
     return free(dataclasses.replace(problem, most=most))
 
 
-def one_per_layer(problem: Problem) -> Widths:
+def one_per_layer(problem: Problem) -> Allocation:
     """All experts of a layer have one width; layers differ.
 
     A layer is planned like one expert whose n-th channel is the n-th best of every expert.
     """
     scores, experts = problem.scores, problem.scores.expert.shape[1]
     ranked = -np.sort(-scores.channel, axis=2)
-    merged = ChannelScores(
+    merged = scores.replace(  # type: ignore[attr-defined]
         channel=ranked.sum(axis=1, keepdims=True),
         expert=scores.expert.sum(axis=1, keepdims=True),
-        layer=scores.layer,
     )
     most = problem.most.min(axis=1, keepdims=True)
     budget = min(problem.budget // experts, int(most.sum()))
@@ -69,24 +64,24 @@ def one_per_layer(problem: Problem) -> Widths:
             "block"
         )
     small = dataclasses.replace(
-        problem, scores=merged, budget=budget, most=most, reserved=np.ones(most.shape, bool)
+        problem, scores=merged, budget=budget, most=most, floor=np.full(most.shape, problem.least)
     )
     widths = free(small)
     shape = scores.expert.shape
-    return Widths(
+    return Allocation(
         np.broadcast_to(widths.counts, shape).copy(), np.broadcast_to(widths.unaligned, shape)
     )
 
 
-def one_for_all(problem: Problem) -> Widths:
+def one_for_all(problem: Problem) -> Allocation:
     """All experts of the model have one width."""
     shape = problem.scores.channel.shape
     budget = min(problem.budget, int(problem.most.min()) * problem.most.size)
     counts = uniform_counts(shape, budget, problem.block, problem.least)
-    return Widths(counts, counts)
+    return Allocation(counts, counts)
 
 
-def whole_experts(problem: Problem) -> Widths:
+def whole_experts(problem: Problem) -> Allocation:
     """Experts stay whole or go, those of largest attribution first.
 
     As many stay as come nearest to the budget, which can be half an expert more than it.
@@ -105,26 +100,24 @@ def whole_experts(problem: Problem) -> Widths:
             f"{chosen.sum()} were chosen; the prune rate of that choice is {rate:.6f}"
         )
     counts = np.where(chosen, width, 0)
-    return Widths(counts, counts)
+    return Allocation(counts, counts)
 
 
-def combined(problem: Problem) -> Widths:
+def combined(problem: Problem) -> Allocation:
     """Some experts go entirely, channels of the others make up the rest of the budget."""
     chosen = problem.experts
     if chosen is None:
-        if not 0.0 <= problem.expert_rate < 1.0:
-            raise InputError(f"expert_rate={problem.expert_rate} must lie in [0, 1)")
-        experts = problem.reserved.size
+        experts = problem.floor.size
         kept = experts - round(problem.expert_rate * experts)
         value = np.where(problem.most > 0, problem.scores.expert, -np.inf)
         chosen = keep_experts(value, kept, reserved=problem.reserved, per_layer=problem.per_layer)
     most = np.where(chosen, problem.most, 0)
     if most.sum() < problem.budget:
         raise _too_narrow(problem, most)
-    return free(dataclasses.replace(problem, most=most, reserved=problem.reserved & chosen))
+    return free(dataclasses.replace(problem, most=most, floor=np.where(chosen, problem.floor, 0)))
 
 
-WIDTHS: dict[str, Callable[[Problem], Widths]] = {
+WIDTHS: dict[str, Callable[[Problem], Allocation]] = {
     "free": free,
     "capped": capped,
     "layer": one_per_layer,
@@ -165,7 +158,7 @@ def _by_optimum(solver: str) -> Callable[[Problem, np.ndarray, np.ndarray], np.n
     def align(problem: Problem, wanted: np.ndarray, most: np.ndarray) -> np.ndarray:
         degree, name = problem.objective
         options = problem.options
-        weights = choose(WEIGHTS, options.weights or name, "weights")(problem.scores, options)
+        weights = IMPORTANCE[options.weights or name](problem.scores, options)
         coverage = coverage_by_blocks(problem.scores.channel, problem.block)
         values = block_values(coverage, weights, degree=degree, rho_max=options.rho_max)
         return problem.block * aligned_optimum(
@@ -190,8 +183,8 @@ ALIGNMENTS: dict[str, Callable[[Problem, np.ndarray, np.ndarray], np.ndarray]] =
 
 
 def with_layer_budgets(
-    problem: Problem, fixed: Mapping[int, int], policy: Callable[[Problem], Widths]
-) -> Widths:
+    problem: Problem, fixed: Mapping[int, int], policy: Callable[[Problem], Allocation]
+) -> Allocation:
     """Apply a policy, some layers having a budget of their own.
 
     Args:
@@ -225,7 +218,7 @@ def with_layer_budgets(
     if others.size:
         left = problem.budget - int(counts.sum())
         room = int(problem.most[others].sum())
-        needed = int(problem.reserved[others].sum()) * problem.least
+        needed = int(problem.floor[others].sum())
         if not needed <= left <= room:
             raise InputError(
                 f"the layers of a fixed rate leave {left} channels of the budget for the others, "
@@ -233,12 +226,12 @@ def with_layer_budgets(
             )
         rest = policy(problem.of_layers(others, left))
         counts[others], wanted[others] = rest.counts, rest.unaligned
-    return Widths(counts, wanted)
+    return Allocation(counts, wanted)
 
 
-def _too_narrow(problem: Problem, most: np.ndarray) -> ValueError:
+def _too_narrow(problem: Problem, most: np.ndarray) -> InputError:
     channels = problem.scores.channel.size
-    return ValueError(
+    return InputError(
         f"the budget of {problem.budget} channels exceeds the {int(most.sum())} that the experts "
         f"may keep; the nearest feasible prune rate is {1.0 - most.sum() / channels:.6f}"
     )

@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal
 from moe_jax.errors import InputError
 from pruning.recipe.exports import GROUP_SIZES, Export
 from pruning.recipe.group import About, Options
-from pruning.recipe.plan_options import BUDGETS, PlanOptions
+from pruning.recipe.plan_options import BUDGETS, LayerLoss, PlanOptions
+from pruning.recipe.values import check_share
 
 __all__ = [
     "BUDGETS",
     "EVALUATION_TOKENS",
     "ExportOptions",
+    "LayerLoss",
     "PlanOptions",
     "RunOptions",
     "ScoreOptions",
@@ -140,8 +142,8 @@ class ScoreOptions(Options):
 
     def check(self) -> None:
         """Raise InputError if the overlap is no share."""
-        if self.until_stable is not None and not 0 < self.until_stable <= 1:
-            raise InputError(f"until_stable={self.until_stable} must lie in (0, 1]; choose 0.98")
+        if self.until_stable is not None:
+            check_share("until_stable", self.until_stable, "choose 0.98")
 
     @property
     def groups(self) -> frozenset[str]:

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 from moe_jax.errors import InputError
 from pruning.recipe.group import About, Options
 from pruning.recipe.names import ATTRIBUTIONS, CRITERIA, PLANNERS, SMOOTHINGS, WEIGHTS
-from pruning.recipe.values import layer_rates
+from pruning.recipe.values import check_rate, check_share, layer_rates
 
 BUDGETS = ("prune_rate", "target_parameters", "target_bytes")  # one of them at most
+LayerLoss = Literal["energy", "attribution", "nll_ig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class PlanOptions(Options):
         About("coverage beyond which a channel is worth nothing, in (0, 1]", shown="SHARE"),
     ] = 1.0
     layer_loss: Annotated[
-        Literal["energy", "attribution", "nll_ig"],
+        LayerLoss,
         About(
             "what weighs layers, for planners that do: the share of the residual stream that "
             'their experts write ("energy"), the sum of their "attribution", or the end-to-end '
@@ -128,16 +129,14 @@ class PlanOptions(Options):
 
     def check(self) -> None:
         """Raise InputError if a share is out of range or options contradict each other."""
-        if self.prune_rate is not None and not 0 <= self.prune_rate < 1:
-            raise InputError(f"prune_rate={self.prune_rate} must lie in [0, 1); choose e.g. 0.25")
+        if self.prune_rate is not None:
+            check_rate("prune_rate", self.prune_rate)
         given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
         if len(given) > 1:
             listed = ", ".join(f"{name}={value}" for name, value in given.items())
             raise InputError(f"{listed} exclude each other; give one of them")
-        if not 0 <= self.expert_rate < 1:
-            raise InputError(f"expert_rate={self.expert_rate} must lie in [0, 1); choose e.g. 0.25")
-        if not 0 < self.rho_max <= 1:
-            raise InputError(f"rho_max={self.rho_max} must lie in (0, 1]; the paper uses 1")
+        check_rate("expert_rate", self.expert_rate)
+        check_share("rho_max", self.rho_max, "the paper uses 1")
         for given_for, name, unset in (("capped", "cap", None), ("combined", "expert_rate", 0.0)):
             if getattr(self, name) != unset and self.width != given_for:
                 raise InputError(

@@ -1,5 +1,6 @@
 """Values of recipe fields as YAML, flags and Python give them, brought to the field's type."""
 
+import difflib
 import numbers
 import os
 import re
@@ -18,6 +19,18 @@ NEEDS_TEXT: dict[str, Any] = {
     "quantizer": "rtn",
 }  # fmt: skip
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raise InputError unless a rate at which something is removed leaves some of it."""
+    if not 0 <= rate < 1:
+        raise InputError(f"{name}={rate} must lie in [0, 1); choose e.g. 0.25")
+
+
+def check_share(name: str, share: float, hint: str) -> None:
+    """Raise InputError unless a share is some or all."""
+    if not 0 < share <= 1:
+        raise InputError(f"{name}={share} must lie in (0, 1]; {hint}")
 
 
 def parse_amount(name: str, text: str) -> int:
@@ -80,8 +93,10 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         return tuple(typed(name, one, inner[0]) for one in value)
     if origin is Literal:
         if type(value) is not type(inner[0]) or value not in inner:
+            near = difflib.get_close_matches(str(value), [one for one in inner if type(one) is str])
+            hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"{name}={value!r} is unknown; choose among {', '.join(map(repr, inner))}"
+                f"{name}={value!r} is unknown; {hint}choose among {', '.join(map(repr, inner))}"
             )
         return value
     if kind is str and isinstance(value, os.PathLike):

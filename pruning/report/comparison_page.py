@@ -1,5 +1,6 @@
 """A comparison as one self-contained page: loss against prune rate, and the ranking."""
 
+import collections
 import math
 from collections.abc import Sequence
 
@@ -12,10 +13,11 @@ from pruning.report.comparison import Comparison, Line
 from pruning.report.compression_page import document, figure_html, long_section, section_html
 from pruning.report.compression_tables import TextTable
 
-COLOURS = {
+# A family of a user's own has one more colour.
+COLOURS = collections.defaultdict(lambda: "#0b7a75", {
     "paper's rule": "#2f6fb0", "one level": "#c0392b", "top-k": "#7d3c98", "uniform": "#d9a400",
     "whole experts": "#2e8b57", "random": "#777777",
-}  # fmt: skip
+})  # fmt: skip
 WIDTH = 8.0  # inches
 RANKING = (
     "All rules at one prune rate, best on top. Colours as above. A bar across a point spans its "

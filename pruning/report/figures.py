@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from pruning.budget.smoothing import smooth_layer_loss
+from pruning.budget.importance import smooth_layer_loss
 
 WIDTH = 8.0  # inches, a page
 GREY, BLUE, RED, GOLD = "#777777", "#2f6fb0", "#c0392b", "#d9a400"

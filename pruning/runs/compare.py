@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import InputError
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
-from pruning.budget.rules import GROUPS, RULES, check_needs, select_rules
+from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, Windows, quality_of
 from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.values import check_rate
 from pruning.report.comparison import Comparison, Result
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
@@ -68,7 +69,7 @@ def compare(
     steps = steps or Steps()
     names = select_rules(rules, RULES)
     if "all" in rules:
-        recipe = dataclasses.replace(recipe, **{g.replace("-", "_"): True for g in GROUPS})
+        recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))
         steps.say("all rules need gradients, expert details and weight gradients: scoring takes "
                   "several times as long as for the standard rules, once")  # fmt: skip
     check_needs(names, recipe.groups)
@@ -87,8 +88,7 @@ def compare(
     tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
     done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}
     tasks = [task for task in tasks if (task.rule, task.rate, task.seed) not in done]
-    seen = seen_shares(job.calibration, texts)
-    found = dataclasses.replace(found, sizes=_sizes(job), seen=seen)
+    found = dataclasses.replace(found, sizes=_sizes(job), seen=seen_shares(job.calibration, texts))
     if tasks:
         found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
     shown = found.only(names, list(budgets))
@@ -121,8 +121,7 @@ def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
     shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
     found = {}
     for rate in rates:
-        if not 0.0 < rate < 1.0:
-            raise InputError(f"prune_rate={rate} must lie in (0, 1); choose e.g. 0.25")
+        check_rate("prune_rate", rate)
         budget = common_budget(shape, rate, job.recipe.block)
         found[round(1.0 - budget / math.prod(shape), 6)] = budget
     return found
@@ -267,7 +266,7 @@ def _plan(
         experts_per_token=c.moe.experts_per_token,
         layer_indices=c.moe_layers,
         seed=job.recipe.seed + task.seed,
-        provenance={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
+        notes={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.generate import generate
 from pruning.budget.decide import PruningPlan
-from pruning.budget.importance import LAYER_LOSSES, layer_weights
+from pruning.budget.importance import LAYER_LOSSES, PlannerOptions, layer_weights
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.compression import CompressionReport
@@ -225,7 +225,7 @@ def _report(
     )
     fractions, curves = concentration(scores.channel)
     windows = next(iter(job.evaluation.values()), None)
-    options = planning.planner_arguments(recipe, job.base)["options"]
+    options = PlannerOptions.of(recipe)
     return CompressionReport(
         model={
             "path": recipe.model,

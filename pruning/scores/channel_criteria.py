@@ -1,34 +1,44 @@
 """Channel scores: one function of the statistics each, non-negative, [L, E, F].
 
-A new score is one function and one line of the registry.
+A new score is one function and one line of the registry, which a user's own code can add as well.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_jax.errors import InputError
-
 if TYPE_CHECKING:
     from pruning.scores.statistics import ChannelStatistics
 
-Criterion = Callable[["ChannelStatistics"], np.ndarray]
 
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """A score of channels [L, E, F], non-negative, or of experts [L, E], of any sign.
 
-def collected(statistics: "ChannelStatistics", name: str, group: str) -> np.ndarray:
-    """A field of the statistics that is there only if its group was asked for.
-
-    Raises:
-      InputError: it was not collected; names the flag that collects it.
+    Attributes:
+      score: statistics -> scores, float64; higher is worth more.
+      needs: what has to be collected for it beyond the forward sums, a name of
+        `pruning.scores.statistics.GROUPS`.
+      whole_text: reads what only finished statistics have, so that parts of a text cannot be
+        ranked by it.
+      data_free: reads weights alone: every channel has a score whether or not a token ever reached
+        its expert.
+      chance: `score` takes a `seed` too. Such a score is a baseline, which nothing guards.
+      about: what it is and where it comes from, one line.
     """
-    value = getattr(statistics, name)
-    if value is None:
-        raise InputError(
-            f"{name!r} was not collected in these statistics; score the model again with --{group} "
-            "or choose a criterion that needs none, e.g. 'weight'"
-        )
-    return value
+
+    score: Callable[..., np.ndarray]
+    needs: str | None = None
+    whole_text: bool = False
+    data_free: bool = False
+    chance: bool = False
+    about: str = ""
+
+    def __call__(self, statistics: "ChannelStatistics", seed: int = 0) -> np.ndarray:
+        """The scores; raises InputError if what they are made of was not collected."""
+        return self.score(statistics, seed=seed) if self.chance else self.score(statistics)
 
 
 def mean_norm(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
@@ -53,7 +63,7 @@ def weight_norm(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
 
 def noise(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     """The channel's share of its expert's output on noise, clamped at zero; needs no data."""
-    return np.maximum(collected(statistics, "noise", "weights-only"), 0.0)
+    return np.maximum(statistics["noise"], 0.0)
 
 
 def energy(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
@@ -73,17 +83,17 @@ def shapley(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
 
 def taylor(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     """|sum over tokens of h dL/dh| per token. Source: arXiv 1906.10771."""
-    return np.abs(collected(statistics, "taylor", "gradients")) / statistics.total_tokens
+    return np.abs(statistics["taylor"]) / statistics.total_tokens
 
 
 def abs_taylor(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     """Sum over tokens of |h dL/dh| per token: no cancellation between tokens."""
-    return collected(statistics, "abs_taylor", "gradients") / statistics.total_tokens
+    return statistics["abs_taylor"] / statistics.total_tokens
 
 
 def fisher(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     """Sum over tokens of (h dL/dh)^2 per token."""
-    return collected(statistics, "fisher", "gradients") / statistics.total_tokens
+    return statistics["fisher"] / statistics.total_tokens
 
 
 def saliency(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
@@ -91,8 +101,8 @@ def saliency(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
 
     At the up projection that is |h dL/dh| once more, because h is linear in it.
     """
-    hidden = collected(statistics, "abs_taylor", "gradients")
-    gate = collected(statistics, "gate_saliency", "gradients")
+    hidden = statistics["abs_taylor"]
+    gate = statistics["gate_saliency"]
     return (2.0 * hidden + gate) / (3.0 * statistics.total_tokens)
 
 
@@ -101,7 +111,7 @@ def heapr(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
 
     <v, dL/dz> is dL/dh, so that the form is the mean of (dL/dh)^2. Source: repository LLIKKE/HEAPr.
     """
-    square = collected(statistics, "gradient_square", "gradients")
+    square = statistics["gradient_square"]
     routed = np.maximum(statistics.tokens, 1.0)[:, :, None]
     return statistics.hidden_square / routed * (square / routed)
 
@@ -109,13 +119,13 @@ def heapr(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
 def wanda(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     """Mean over the three projections of sum |W| x norm of its input. Source: arXiv 2306.11695."""
     down = statistics.down_l1 * np.sqrt(statistics.hidden_square)
-    up = collected(statistics, "wanda_up", "expert-details")
-    return (down + up + collected(statistics, "wanda_gate", "expert-details")) / 3.0
+    up = statistics["wanda_up"]
+    return (down + up + statistics["wanda_gate"]) / 3.0
 
 
 def weight_times_gradient(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     """Mean over the three projections of sum |W dL/dW|, the gradient of the whole text."""
-    return collected(statistics, "weight_gradient", "weight-gradients") / 3.0
+    return statistics["weight_gradient"] / 3.0
 
 
 def random_channels(statistics: "ChannelStatistics", *, seed: int = 0) -> np.ndarray:  # [L, E, F]
@@ -124,22 +134,43 @@ def random_channels(statistics: "ChannelStatistics", *, seed: int = 0) -> np.nda
 
 
 CHANNEL_CRITERIA: dict[str, Criterion] = {
-    "act": mean_norm,
-    "hidden": hidden_norm,
-    "weight": weight_norm,
-    "noise": noise,
-    "energy": energy,
-    "amp": amplitude,
-    "shapley": shapley,
-    "taylor": taylor,
-    "abs_taylor": abs_taylor,
-    "fisher": fisher,
-    "heapr": heapr,
-    "saliency": saliency,
-    "wanda": wanda,
-    "wg": weight_times_gradient,
-    "random": random_channels,
+    "act": Criterion(mean_norm, about="mean of three activation norms, arXiv 2606.18304"),
+    "hidden": Criterion(hidden_norm, about="norm of the activation"),
+    "weight": Criterion(weight_norm, data_free=True, about="norms of the weights, no data"),
+    "noise": Criterion(
+        noise, needs="weights-only", data_free=True, about="share of the output on noise, no data"
+    ),
+    "energy": Criterion(energy, about="squared gated output of the channel, ours"),
+    "amp": Criterion(amplitude, about="gated output norm, ours"),
+    "shapley": Criterion(shapley, about="the channel's share of the attribution, ours"),
+    "taylor": Criterion(taylor, needs="gradients", about="|sum of h dL/dh|, arXiv 1906.10771"),
+    "abs_taylor": Criterion(
+        abs_taylor, needs="gradients", about="sum of |h dL/dh|, after arXiv 1906.10771"
+    ),
+    "fisher": Criterion(
+        fisher, needs="gradients", about="sum of (h dL/dh)^2, after arXiv 1906.10771"
+    ),
+    "heapr": Criterion(
+        heapr,
+        needs="gradients",
+        about="activation times output gradient, repository LLIKKE/HEAPr",
+    ),
+    "saliency": Criterion(
+        saliency, needs="gradients", about="activation times gradient, arXiv 2606.18304"
+    ),
+    "wanda": Criterion(
+        wanda,
+        needs="expert-details",
+        whole_text=True,
+        about="weights times input norm, arXiv 2306.11695",
+    ),
+    "wg": Criterion(
+        weight_times_gradient,
+        needs="weight-gradients",
+        whole_text=True,
+        about="weight times weight gradient",
+    ),
+    "random": Criterion(
+        random_channels, data_free=True, chance=True, about="chance, which every score must beat"
+    ),
 }
-
-# These need no text: they score every channel whether or not a token ever reached its expert.
-DATA_FREE = frozenset({"noise", "weight", "random"})

@@ -21,6 +21,7 @@ from pruning.scores.layer import (
     loss_and_gradient,
 )
 from pruning.scores.noise import noise_rows, noise_worth
+from pruning.scores.own import STATISTICS
 from pruning.scores.states import States, projection_room, row_slices
 from pruning.scores.statistics import ChannelStatistics, field_shapes
 
@@ -81,7 +82,8 @@ def collect_statistics(
         if states is not None:
             _backward_sweep(source, part, mask, sums, batch, last, states, visit)
         sums["total_tokens"] += mask.sum()
-    statistics = ChannelStatistics(**sums, similarity=detail.similarity if detail else None)
+    more = {"similarity": detail.similarity} if detail else {}
+    statistics = ChannelStatistics.from_arrays(sums | more)
     return with_wanda(source, statistics, visit) if wanda else statistics
 
 
@@ -128,7 +130,7 @@ def collect_weights(source: LayerSource, visit: Visit = lambda: None) -> Channel
         _weight_facts(layer, sums, slot)
         worth[slot] = noise_worth(layer, rows)
         visit()
-    return ChannelStatistics(**sums, noise=worth)
+    return ChannelStatistics.from_arrays({**sums, "noise": worth})
 
 
 def _empty_sums(source: LayerSource, groups) -> Sums:
@@ -159,6 +161,7 @@ def _forward_sweep(
     """Add the forward sums, keep `states` if there are any; returns the last hidden states."""
     places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
     x = [embed(source, tokens[rows], dtype) for rows in parts]
+    own = tuple(STATISTICS.items())
     slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
     for index in range(len(source)):
         layer = source.layer(index)
@@ -168,7 +171,7 @@ def _forward_sweep(
         for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
             keep = states is not None and slot is not None and states.room > 0
             before = jnp.asarray(x[i])
-            middle, out, batch_sums, kept = layer_statistics(layer, before, place, keep)
+            middle, out, batch_sums, kept = layer_statistics(layer, before, place, keep, own)
             if states is not None:
                 states.put(index, rows, x[i], middle)
                 if keep:

@@ -5,18 +5,14 @@ because a float32 prefix sum over 1e5 channels loses the digits that decide a ti
 """
 
 import functools
+from collections.abc import Mapping
 
 import flax.struct
 import numpy as np
 
 from moe_jax.errors import InputError, choose
-from pruning.scores.channel_criteria import (
-    CHANNEL_CRITERIA,
-    DATA_FREE,
-    random_channels,
-    weight_norm,
-)
-from pruning.scores.expert_criteria import DATA_FREE_EXPERTS, expert_criterion
+from pruning.scores.channel_criteria import CHANNEL_CRITERIA, Criterion, weight_norm
+from pruning.scores.expert_criteria import EXPERT_CRITERIA, expert_criterion
 from pruning.scores.statistics import ChannelStatistics
 
 
@@ -53,7 +49,7 @@ def channel_scores(
       statistics: sums over the calibration tokens.
       criterion: a name of `CHANNEL_CRITERIA`.
       attribution: a name of `EXPERT_CRITERIA` or "S(b,alpha,beta)"; negative values count as 0.
-      seed: only read by criterion "random".
+      seed: only read by scores of chance, such as "random".
 
     Returns:
       Scores; `layer` is the mean relative energy of the layer's routed output, which is the
@@ -65,21 +61,19 @@ def channel_scores(
     """
     score = choose(CHANNEL_CRITERIA, criterion, "criterion")
     attribute = expert_criterion(attribution)
-    if criterion == "random":
-        score = functools.partial(random_channels, seed=seed)
     layer = statistics.layer_energy / np.maximum(statistics.total_tokens, 1.0)
     if not statistics.total_tokens > 0:
-        if not (criterion in DATA_FREE and attribution in DATA_FREE_EXPERTS):
+        if not (score.data_free and attribute.data_free):
             raise InputError(
                 f"total_tokens={statistics.total_tokens} must be positive for criterion "
                 f"{criterion!r} with attribution {attribution!r}; collect statistics on text, or "
-                f"use {', '.join(sorted(DATA_FREE))} with {', '.join(sorted(DATA_FREE_EXPERTS))}"
+                f"use {_data_free(CHANNEL_CRITERIA)} with {_data_free(EXPERT_CRITERIA)}"
             )
         layer = np.ones_like(layer)  # nothing without text says how much a layer adds
-    channel = np.where(_dead(statistics), 0.0, score(statistics))
+    channel = np.where(_dead(statistics), 0.0, score(statistics, seed))
     scores = ChannelScores(
         channel=_rank_unscored_by_weight(channel, statistics),
-        expert=np.maximum(attribute(statistics), 0.0),
+        expert=np.maximum(attribute(statistics, seed), 0.0),
         layer=layer,
         layer_nll=_layer_nll(statistics),
     )
@@ -88,15 +82,21 @@ def channel_scores(
 
 
 def require_data_free(criterion: str, attribution: str) -> None:
-    """Raise ValueError unless weights alone give both scores; names those that do."""
-    for name, value, known in (
-        ("criterion", criterion, DATA_FREE), ("attribution", attribution, DATA_FREE_EXPERTS)
+    """Raise InputError unless weights alone give both scores; names those that do."""
+    for name, value, entry, known in (
+        ("criterion", criterion, choose(CHANNEL_CRITERIA, criterion, "criterion"),
+         CHANNEL_CRITERIA),
+        ("attribution", attribution, expert_criterion(attribution), EXPERT_CRITERIA),
     ):  # fmt: skip
-        if value not in known:
+        if not entry.data_free:
             raise InputError(
                 f"{name}={value!r} needs calibration text, weights_only reads none; choose among "
-                f"{', '.join(sorted(known))}, or give --calibration instead of --weights-only"
+                f"{_data_free(known)}, or give --calibration instead of --weights-only"
             )
+
+
+def _data_free(registry: Mapping[str, Criterion]) -> str:
+    return ", ".join(sorted(name for name, entry in registry.items() if entry.data_free))
 
 
 def _layer_nll(statistics: ChannelStatistics) -> np.ndarray | None:  # [L]

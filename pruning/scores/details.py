@@ -13,8 +13,8 @@ from moe_jax.experts.swiglu import expert_rows
 from moe_jax.norm import rms_norm
 from moe_jax.quant import dequantize
 from moe_jax.transformer import DecoderLayer
-from pruning.budget.clusters import linear_cka
 from pruning.scores.layer import EPS
+from pruning.scores.similarity import linear_cka
 
 SAMPLE = 512  # tokens on which the outputs of all experts are compared
 CLIP = 0.01  # share of an expert's tokens whose contribution the paper's release clips

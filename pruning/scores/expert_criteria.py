@@ -1,6 +1,7 @@
 """Expert scores: one function of the statistics each, [L, E], higher is worth more."""
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -8,13 +9,14 @@ from moe_jax.errors import InputError, choose
 from pruning.scores.channel_criteria import (
     Criterion,
     abs_taylor,
-    collected,
     energy,
     fisher,
     shapley,
     weight_norm,
 )
 from pruning.scores.statistics import ChannelStatistics
+
+Score = Callable[[ChannelStatistics], np.ndarray]
 
 # Scale of the expert outputs at which the paper differentiates its reconstruction loss.
 LOCAL_SCALE = 0.9
@@ -32,15 +34,15 @@ def clipped_attribution(statistics: ChannelStatistics) -> np.ndarray:  # [L, E]
 
     It forgets experts that matter on few tokens, and depends on the batches.
     """
-    return collected(statistics, "clipped_phi", "expert-details") / statistics.total_tokens
+    return statistics["clipped_phi"] / statistics.total_tokens
 
 
 def gate_gradient(statistics: ChannelStatistics) -> np.ndarray:  # [L, E]
     """First-order loss increase when the expert's output is scaled down; noisy at an optimum."""
-    return -collected(statistics, "taylor", "gradients").sum(axis=2) / statistics.total_tokens
+    return -statistics["taylor"].sum(axis=2) / statistics.total_tokens
 
 
-def family(b: float, alpha: float, beta: float) -> Criterion:
+def family(b: float, alpha: float, beta: float) -> Score:
     """S(b, alpha, beta) = n^-b sum over routed tokens of w^alpha |z|^beta, n the routed tokens.
 
     Raises:
@@ -83,58 +85,73 @@ def mone(statistics: ChannelStatistics) -> np.ndarray:  # [L, E]
     Source: arXiv 2507.00390.
     """
     routed = np.maximum(statistics.tokens, 1.0)
-    mean = collected(statistics, "output_sum", "expert-details") / routed[:, :, None]
-    square = (
-        collected(statistics, "output_coordinate_square", "expert-details") / routed[:, :, None]
-    )
+    mean = statistics["output_sum"] / routed[:, :, None]
+    square = statistics["output_coordinate_square"] / routed[:, :, None]
     variance = np.maximum(square - np.square(mean), 0.0)
     return np.sqrt(variance.sum(axis=2)) * statistics.probability_mass / statistics.total_tokens
 
 
-def _end_to_end(field: str) -> Criterion:
+def _per_token(field: str) -> Score:
+    return lambda statistics: statistics[field] / statistics.total_tokens
+
+
+def _channel_mass(criterion: Score) -> Score:
+    return lambda statistics: criterion(statistics).sum(axis=2)
+
+
+def _end_to_end(field: str, about: str) -> Criterion:
     """Loss increase per token without the expert, as measured by the sweep of that name."""
     flag = field.replace("_", "-")
-    return lambda statistics: collected(statistics, field, flag) / statistics.total_tokens
-
-
-def _per_token(field: str) -> Criterion:
-    return lambda statistics: getattr(statistics, field) / statistics.total_tokens
-
-
-def _channel_mass(criterion: Criterion) -> Criterion:
-    return lambda statistics: criterion(statistics).sum(axis=2)
+    return Criterion(_per_token(field), needs=flag, whole_text=True, about=about)
 
 
 # `ala` is the paper's attribution in closed form (method 2(b)); `energy`, `shapley`, `abs_taylor`
 # and `fisher` add up the channel score of that name.
 EXPERT_CRITERIA: dict[str, Criterion] = {
-    "ala": _per_token("phi"),
-    "ala_clipped": clipped_attribution,
-    "ala2": second_order,
-    "self": _per_token("kappa"),
-    "nll_grad": gate_gradient,
-    "nll_grad2": _end_to_end("nll_grad2"),
-    "nll_ig": _end_to_end("nll_ig"),
-    "nll_ablate": _end_to_end("nll_ablate"),
-    "usage": _per_token("tokens"),
-    "router": _per_token("probability_mass"),
-    "seer": _per_token("gate_mass"),
-    "ean": _per_token("output_norm"),
-    "reap": family(1, 1, 1),
-    "man": family(1, 0, 1),
-    "msan": family(1, 0, 2),
-    "mone": mone,
-    "energy": _channel_mass(energy),
-    "shapley": _channel_mass(shapley),
-    "abs_taylor": _channel_mass(abs_taylor),
-    "fisher": _channel_mass(fisher),
-    "aimer": aimer,
-    "weight": _channel_mass(weight_norm),
-    "uniform": lambda statistics: np.ones_like(statistics.phi),
+    "ala": Criterion(_per_token("phi"), about="attribution, arXiv 2606.18304"),
+    "ala_clipped": Criterion(
+        clipped_attribution,
+        needs="expert-details",
+        about="attribution with 1 % clipped, as released",
+    ),
+    "ala2": Criterion(second_order, about="local loss without the expert, exact to second order"),
+    "self": Criterion(_per_token("kappa"), about="squared output share, no interaction"),
+    "nll_grad": Criterion(
+        gate_gradient, needs="gradients", about="end-to-end loss without the expert, first order"
+    ),
+    "nll_grad2": _end_to_end("nll_grad2", "end-to-end loss without the expert, second order"),
+    "nll_ig": _end_to_end("nll_ig", "end-to-end loss without the expert, integrated gradients"),
+    "nll_ablate": _end_to_end("nll_ablate", "end-to-end loss without the expert, exact"),
+    "usage": Criterion(_per_token("tokens"), about="routed tokens"),
+    "router": Criterion(_per_token("probability_mass"), about="mean router probability"),
+    "seer": Criterion(_per_token("gate_mass"), about="summed routing weight, arXiv 2606.15716"),
+    "ean": Criterion(_per_token("output_norm"), about="summed output norm, arXiv 2606.15716"),
+    "reap": Criterion(family(1, 1, 1), about="mean weighted output norm, arXiv 2510.13999"),
+    "man": Criterion(family(1, 0, 1), about="mean output norm, arXiv 2606.15716"),
+    "msan": Criterion(family(1, 0, 2), about="mean squared output norm, arXiv 2606.15716"),
+    "mone": Criterion(
+        mone,
+        needs="expert-details",
+        about="spread of the output times routing score, arXiv 2507.00390",
+    ),
+    "energy": Criterion(_channel_mass(energy), about="sum of the channels' energy"),
+    "shapley": Criterion(_channel_mass(shapley), about="sum of the channels' shapley"),
+    "abs_taylor": Criterion(
+        _channel_mass(abs_taylor), needs="gradients", about="sum of the channels' abs_taylor"
+    ),
+    "fisher": Criterion(
+        _channel_mass(fisher), needs="gradients", about="sum of the channels' fisher"
+    ),
+    "aimer": Criterion(
+        aimer, data_free=True, about="rms over mean weight, no data, arXiv 2603.18492"
+    ),
+    "weight": Criterion(
+        _channel_mass(weight_norm), data_free=True, about="sum of the channels' weight norms"
+    ),
+    "uniform": Criterion(
+        lambda statistics: np.ones_like(statistics.phi), data_free=True, about="all alike"
+    ),
 }
-
-# These need no calibration text.
-DATA_FREE_EXPERTS = frozenset({"aimer", "weight", "uniform"})
 
 _FAMILY = re.compile(r"S\(([\d.]+),([\d.]+),([\d.]+)\)")
 
@@ -147,5 +164,5 @@ def expert_criterion(name: str) -> Criterion:
     """
     member = _FAMILY.fullmatch(name.replace(" ", ""))
     if member:
-        return family(*map(float, member.groups()))
+        return Criterion(family(*map(float, member.groups())))
     return choose(EXPERT_CRITERIA, name, "attribution")

@@ -19,6 +19,7 @@ from moe_jax.experts.swiglu import Projections, routed_experts
 from moe_jax.experts.weights import routing_matrix
 from moe_jax.transformer import DecoderLayer, Head
 from pruning.scores.experts import observe_experts, output_sums
+from pruning.scores.own import HiddenRows, Own, own_sums
 
 EPS = 1e-6  # of q = 1 / (|H|^2 + eps), arXiv 2606.18304's released loss
 GRADIENT_SCORES = ("taylor", "abs_taylor", "fisher", "gate_saliency", "gradient_square")
@@ -111,11 +112,11 @@ def _bias_attribution(bias: Array, trace: MoETrace, q: Array, y: Array) -> Array
     return jnp.sum(q[:, None] * routing * pulled, axis=0)
 
 
-@partial(jax.jit, static_argnames="keep")
+@partial(jax.jit, static_argnames=("keep", "own"))
 def layer_statistics(
-    layer: DecoderLayer, x: Array, context: Context, keep: bool = False
+    layer: DecoderLayer, x: Array, context: Context, keep: bool = False, own: Own = ()
 ) -> tuple[Array, Array, dict[str, Array], Kept | None]:
-    """One layer on one batch [B, T, D].
+    """One layer on one batch [B, T, D]; `own` are items of `STATISTICS` to add to the sums.
 
     Returns:
       (hidden states between attention and feed-forward, output, forward sums if it has experts,
@@ -126,7 +127,12 @@ def layer_statistics(
     if trace is None or not isinstance(layer.mlp, MoE):
         return middle, out, {}, None
     kept = Kept(expert=trace.expert, projections=trace.kept.projections) if keep else None
-    return middle, out, _layer_sums(layer.mlp, out.reshape(-1, out.shape[-1]), trace), kept
+    sums = _layer_sums(layer.mlp, out.reshape(-1, out.shape[-1]), trace)
+    if own:
+        seen = trace.kept
+        rows = HiddenRows(seen.hidden.astype(jnp.float32), trace.row_weight, seen.out_square)
+        sums |= own_sums(own, rows, trace.dispatch, trace.expert.size)
+    return middle, out, sums, kept
 
 
 @jax.jit

@@ -1,55 +1,38 @@
 """What one sweep over the calibration text collects: sums that serve every criterion and budget."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import struct
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, choose
 from moe_jax.files import replace_file, replace_text
+from pruning.scores.own import PREFIX, STATISTICS
 
 ALWAYS = "always"
-# Axes of every sum over tokens, by what has to be asked for to get it.
-SUMS: dict[str, dict[str, str]] = {
-    ALWAYS: {
-        **dict.fromkeys(("hidden_square", "up_square", "gate_square"), "LEF"),
-        **dict.fromkeys(("weighted_square", "energy", "shapley"), "LEF"),
-        **dict.fromkeys(("phi", "kappa", "tokens", "gate_mass", "probability_mass"), "LE"),
-        **dict.fromkeys(("output_norm", "weighted_output_norm"), "LE"),
-        **dict.fromkeys(("output_square", "weighted_output_square"), "LE"),
-        **dict.fromkeys(("layer_energy", "router_entropy"), "L"),
-        "total_tokens": "",
-    },
-    "gradients": {
-        **dict.fromkeys(("taylor", "abs_taylor", "fisher", "gate_saliency"), "LEF"),
-        "gradient_square": "LEF",
-        "loss_sum": "",
-    },
-    "expert-details": {
-        **dict.fromkeys(("input_square", "output_sum", "output_coordinate_square"), "LED"),
-        "output_gram": "LEG",
-        "clipped_phi": "LE",
-    },
-    "nll-ig": {"nll_ig": "LE"},
-    "nll-ablate": {"nll_ablate": "LE"},
-    "nll-grad2": {"nll_grad2": "LE"},
-}
-# Facts about the weights, equal for every text: not sums.
-WEIGHTS: dict[str, str] = dict.fromkeys(
-    ("down_norm", "up_norm", "gate_norm", "down_l1", "up_l1", "gate_l1"), "LEF"
-)
-# What is no sum over tokens: it needs the whole text, or none.
-FINISHED: dict[str, dict[str, str]] = {
-    "expert-details": {"similarity": "LEG", "wanda_up": "LEF", "wanda_gate": "LEF"},
-    "weight-gradients": {"weight_gradient": "LEF"},
-    "weights-only": {"noise": "LEF"},
-}
 FORMAT = 2
+
+
+def _array(kind: str, axes: str, group: str = ALWAYS) -> Any:
+    # An array by what merging does with it, its axes, and what has to be asked for to get it.
+    facts = {"kind": kind, "axes": axes, "group": group}
+    if group == ALWAYS:
+        return dataclasses.field(metadata=facts)
+    return dataclasses.field(default=None, metadata=facts)
+
+
+# A sum over tokens; a fact about the weights, equal for every text; what is made once the whole
+# text is in, so that two texts have none together; what the first text has, which stands for all.
+_sum, _norm, _finished, _first = (
+    functools.partial(_array, kind) for kind in ("sum", "norm", "finished", "first")
+)
 
 
 @struct.dataclass
@@ -90,52 +73,56 @@ class ChannelStatistics:
     None unless no text was read: `noise` [L, E, F], the mean of h <v, z> over noise instead of
     tokens, see pruning.scores.noise.
 
+    `extra` holds by name what `pruning.scores.own.STATISTICS` had registered; like everything else
+    it can be read as `statistics[name]`.
+
     Source: design method 2(a), 2(b); phi and S are Propositions 1 and 2.
     """
 
-    hidden_square: np.ndarray
-    up_square: np.ndarray
-    gate_square: np.ndarray
-    weighted_square: np.ndarray
-    energy: np.ndarray
-    shapley: np.ndarray
-    down_norm: np.ndarray
-    up_norm: np.ndarray
-    gate_norm: np.ndarray
-    down_l1: np.ndarray
-    up_l1: np.ndarray
-    gate_l1: np.ndarray
-    phi: np.ndarray
-    kappa: np.ndarray
-    tokens: np.ndarray
-    gate_mass: np.ndarray
-    probability_mass: np.ndarray
-    output_norm: np.ndarray
-    weighted_output_norm: np.ndarray
-    output_square: np.ndarray
-    weighted_output_square: np.ndarray
-    layer_energy: np.ndarray
-    router_entropy: np.ndarray
-    total_tokens: np.ndarray
-    taylor: np.ndarray | None = None
-    abs_taylor: np.ndarray | None = None
-    fisher: np.ndarray | None = None
-    gate_saliency: np.ndarray | None = None
-    gradient_square: np.ndarray | None = None
-    loss_sum: np.ndarray | None = None
-    input_square: np.ndarray | None = None
-    output_sum: np.ndarray | None = None
-    output_coordinate_square: np.ndarray | None = None
-    output_gram: np.ndarray | None = None
-    clipped_phi: np.ndarray | None = None
-    similarity: np.ndarray | None = None
-    wanda_up: np.ndarray | None = None
-    wanda_gate: np.ndarray | None = None
-    weight_gradient: np.ndarray | None = None
-    nll_ig: np.ndarray | None = None
-    nll_ablate: np.ndarray | None = None
-    nll_grad2: np.ndarray | None = None
-    noise: np.ndarray | None = None
+    hidden_square: np.ndarray = _sum("LEF")
+    up_square: np.ndarray = _sum("LEF")
+    gate_square: np.ndarray = _sum("LEF")
+    weighted_square: np.ndarray = _sum("LEF")
+    energy: np.ndarray = _sum("LEF")
+    shapley: np.ndarray = _sum("LEF")
+    down_norm: np.ndarray = _norm("LEF")
+    up_norm: np.ndarray = _norm("LEF")
+    gate_norm: np.ndarray = _norm("LEF")
+    down_l1: np.ndarray = _norm("LEF")
+    up_l1: np.ndarray = _norm("LEF")
+    gate_l1: np.ndarray = _norm("LEF")
+    phi: np.ndarray = _sum("LE")
+    kappa: np.ndarray = _sum("LE")
+    tokens: np.ndarray = _sum("LE")
+    gate_mass: np.ndarray = _sum("LE")
+    probability_mass: np.ndarray = _sum("LE")
+    output_norm: np.ndarray = _sum("LE")
+    weighted_output_norm: np.ndarray = _sum("LE")
+    output_square: np.ndarray = _sum("LE")
+    weighted_output_square: np.ndarray = _sum("LE")
+    layer_energy: np.ndarray = _sum("L")
+    router_entropy: np.ndarray = _sum("L")
+    total_tokens: np.ndarray = _sum("")
+    taylor: np.ndarray | None = _sum("LEF", "gradients")
+    abs_taylor: np.ndarray | None = _sum("LEF", "gradients")
+    fisher: np.ndarray | None = _sum("LEF", "gradients")
+    gate_saliency: np.ndarray | None = _sum("LEF", "gradients")
+    gradient_square: np.ndarray | None = _sum("LEF", "gradients")
+    loss_sum: np.ndarray | None = _sum("", "gradients")
+    input_square: np.ndarray | None = _sum("LED", "expert-details")
+    output_sum: np.ndarray | None = _sum("LED", "expert-details")
+    output_coordinate_square: np.ndarray | None = _sum("LED", "expert-details")
+    output_gram: np.ndarray | None = _sum("LEG", "expert-details")
+    clipped_phi: np.ndarray | None = _sum("LE", "expert-details")
+    similarity: np.ndarray | None = _first("LEG", "expert-details")
+    wanda_up: np.ndarray | None = _finished("LEF", "expert-details")
+    wanda_gate: np.ndarray | None = _finished("LEF", "expert-details")
+    weight_gradient: np.ndarray | None = _finished("LEF", "weight-gradients")
+    nll_ig: np.ndarray | None = _sum("LE", "nll-ig")
+    nll_ablate: np.ndarray | None = _sum("LE", "nll-ablate")
+    nll_grad2: np.ndarray | None = _sum("LE", "nll-grad2")
+    noise: np.ndarray | None = _first("LEF", "weights-only")
+    extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -145,22 +132,45 @@ class ChannelStatistics:
 
     @property
     def groups(self) -> frozenset[str]:
-        """What was asked for beyond the forward sums, names of `SUMS` and `FINISHED`."""
-        present = {
-            "gradients": self.taylor,
-            "expert-details": self.output_sum,
-            "weight-gradients": self.weight_gradient,
-            "nll-ig": self.nll_ig,
-            "nll-ablate": self.nll_ablate,
-            "nll-grad2": self.nll_grad2,
-            "weights-only": self.noise,
-        }
-        return frozenset(name for name, value in present.items() if value is not None)
+        """What was asked for beyond the forward sums, names of `GROUPS`."""
+        there = (name for name in DECLARED if getattr(self, name) is not None)
+        return frozenset(DECLARED[name]["group"] for name in there) - {ALWAYS}
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether gradients were asked for."""
-        return "gradients" in self.groups
+    def covers(self, groups: Iterable[str]) -> bool:
+        """Whether all of these groups, and all that is registered now, were collected."""
+        return self.groups >= set(groups) and self.extra.keys() >= STATISTICS.keys()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """An array by its name, one of `STATISTICS` included.
+
+        Raises:
+          InputError: it was not collected; names what collects it.
+        """
+        if name not in DECLARED and name not in self.extra:
+            choose({**DECLARED, **STATISTICS, **self.extra}, name, "statistic")
+            raise InputError(
+                f"{name!r} was not collected in these statistics; score the model again while "
+                "pruning.STATISTICS has it"
+            )
+        value = self.extra[name] if name in self.extra else getattr(self, name)
+        if value is None:
+            raise InputError(
+                f"{name!r} was not collected in these statistics; score the model again with "
+                f"--{DECLARED[name]['group']} or choose a criterion that needs none, e.g. 'weight'"
+            )
+        return value
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ChannelStatistics":
+        """Statistics from arrays named as in a file: those of one's own have a prefix."""
+        own = {n.removeprefix(PREFIX): a for n, a in arrays.items() if n.startswith(PREFIX)}
+        return cls(**{n: a for n, a in arrays.items() if not n.startswith(PREFIX)}, extra=own)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that was collected, named as in a file."""
+        found = {name: getattr(self, name) for name in DECLARED}
+        found |= {PREFIX + name: value for name, value in self.extra.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def merge(self, other: "ChannelStatistics") -> "ChannelStatistics":
         """Statistics of both calibration texts together; what is no sum of both is dropped.
@@ -168,18 +178,40 @@ class ChannelStatistics:
         Raises:
           InputError: if the two were not collected from one model in one mode.
         """
-        if self.shape != other.shape or self.groups != other.groups:
+        ours, theirs = (s.groups | s.extra.keys() for s in (self, other))
+        if self.shape != other.shape or ours != theirs:
             raise InputError(
-                f"statistics of shape {self.shape} with {sorted(self.groups)} cannot be merged "
-                f"with {other.shape} with {sorted(other.groups)}; collect both from one model in "
+                f"statistics of shape {self.shape} with {sorted(ours)} cannot be merged "
+                f"with {other.shape} with {sorted(theirs)}; collect both from one model in "
                 "one mode"
             )
-        if not all(np.array_equal(getattr(self, n), getattr(other, n)) for n in WEIGHTS):
+        if not all(np.array_equal(getattr(self, n), getattr(other, n)) for n in NORMS):
             raise InputError("the two statistics have different weight norms: other model weights")
         names = [name for group in (ALWAYS, *self.groups) for name in SUMS.get(group, ())]
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
-        dropped: dict = dict.fromkeys(("wanda_up", "wanda_gate", "weight_gradient"))
-        return dataclasses.replace(self, **sums, **dropped)
+        dropped = {n: None for n, facts in DECLARED.items() if facts["kind"] == "finished"}
+        extra = {name: value + other.extra[name] for name, value in self.extra.items()}
+        return dataclasses.replace(self, **sums, **dropped, extra=extra)
+
+
+# Facts about every array, from its declaration above.
+DECLARED: dict[str, Mapping[str, str]] = {
+    field.name: field.metadata for field in dataclasses.fields(ChannelStatistics) if field.metadata
+}
+GROUPS = tuple(dict.fromkeys(f["group"] for f in DECLARED.values() if f["group"] != ALWAYS))
+
+
+def _axes(*kinds: str) -> dict[str, dict[str, str]]:
+    # Group -> name -> axes of the arrays of some kinds.
+    found: dict[str, dict[str, str]] = {}
+    for name, facts in DECLARED.items():
+        if facts["kind"] in kinds:
+            found.setdefault(facts["group"], {})[name] = facts["axes"]
+    return found
+
+
+SUMS, FINISHED = _axes("sum"), _axes("finished", "first")
+NORMS = _axes("norm")[ALWAYS]
 
 
 def field_shapes(
@@ -196,14 +228,14 @@ def field_shapes(
     Args:
       layers, experts, channels: L, E, F.
       d_model: D, needed for "expert-details".
-      groups: what is asked for beyond the forward sums, names of `SUMS` and `FINISHED`.
+      groups: what is asked for beyond the forward sums, names of `GROUPS`.
       finished: include what is computed after the sweep.
 
     Returns:
-      Name -> shape.
+      Name -> shape; those of `STATISTICS` with a prefix.
     """
     sizes = {"L": layers, "E": experts, "F": channels, "D": d_model, "G": experts}
-    axes = dict(WEIGHTS)
+    axes = NORMS | {PREFIX + name: statistic.axes for name, statistic in STATISTICS.items()}
     for group in (ALWAYS, *groups):
         axes |= SUMS.get(group, {}) | (FINISHED.get(group, {}) if finished else {})
     return {name: tuple(sizes[axis] for axis in letters) for name, letters in axes.items()}
@@ -218,11 +250,7 @@ def save_statistics(path: str | Path, statistics: ChannelStatistics, provenance:
       provenance: JSON-compatible facts about model and texts.
     """
     path = Path(path)
-    arrays = {
-        field.name: np.asarray(value, order="C")
-        for field in dataclasses.fields(statistics)
-        if (value := getattr(statistics, field.name)) is not None
-    }
+    arrays = {n: np.asarray(value, order="C") for n, value in statistics.arrays().items()}
     header = {"format": FORMAT, **provenance}
     # Arrays without notes count as absent: a run killed in between leaves no wrong pair behind.
     path.with_suffix(".json").unlink(missing_ok=True)
@@ -254,12 +282,11 @@ def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
             f"{notes}: format={provenance.get('format')!r}, expected {FORMAT}; score again with "
             "this version"
         )
-    known = {field.name for field in dataclasses.fields(ChannelStatistics)}
-    missing, unexpected = set(SUMS[ALWAYS]) | set(WEIGHTS), set(arrays) - known
-    missing -= set(arrays)
+    missing = (set(SUMS[ALWAYS]) | set(NORMS)) - set(arrays)
+    unexpected = {name for name in arrays if name not in DECLARED and not name.startswith(PREFIX)}
     if missing or unexpected:
         raise InputError(
             f"{path}: missing {sorted(missing)}, unexpected {sorted(unexpected)}; score again "
             "with this version"
         )
-    return ChannelStatistics(**arrays), provenance
+    return ChannelStatistics.from_arrays(arrays), provenance

@@ -15,9 +15,8 @@ from moe_jax.errors import InputError, choose
 from moe_jax.stream import LayerSource
 from pruning.budget.alignment import check_block
 from pruning.budget.decide import PruningPlan
-from pruning.budget.importance import WEIGHTS
+from pruning.budget.importance import PlannerOptions
 from pruning.budget.planners import PLANNERS
-from pruning.budget.smoothing import SMOOTHINGS
 from pruning.demo import DEMO
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, Windows, evaluate, make_windows
@@ -123,9 +122,7 @@ def require_possible(recipe: ResolvedRecipe, base: Description) -> None:
     if recipe.weights_only:
         require_data_free(recipe.criterion, recipe.attribution)
     choose(PLANNERS, recipe.planner, "planner")
-    if recipe.weights is not None:
-        choose(WEIGHTS, recipe.weights, "weights")
-    choose(SMOOTHINGS, recipe.smoothing, "smoothing")
+    PlannerOptions.of(recipe)
     check_block(recipe.block or 1, c.moe.d_expert)
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from pruning.kit.progress import Steps
+from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.collect import collect_statistics
+from pruning.scores.expert_criteria import expert_criterion
 from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
 from pruning.stages import plan as planning
 from pruning.stages.job import Job
 
 PARTS, PARTS_UNTIL_STABLE = 4, 16
 PART_WINDOWS = 64  # at most, so that a part is one reading of the model
-# Criteria and attributions that parts cannot be ranked by.
-NEEDS_WHOLE_TEXT = {"wanda", "wg", "nll_ig", "nll_ablate", "nll_grad2"}
 
 
 def rows_of_parts(windows: int, until_stable: bool) -> list[np.ndarray]:
@@ -90,7 +90,7 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
     if path.is_file() and path.with_suffix(".json").is_file():
         found, notes = load_statistics(path)
         same = all(notes.get(key) == value for key, value in identity.items())
-        if same and found.groups >= job.recipe.groups & {"gradients", "expert-details"}:
+        if same and found.covers(job.recipe.groups & {"gradients", "expert-details"}):
             return found
     with steps.bar(f"score {identity['part'] + 1}/{identity['parts']}") as on_step:
         found = collect_statistics(
@@ -111,7 +111,8 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
 
 
 def _kept_set(job: Job) -> Callable[[ChannelStatistics], np.ndarray | None]:
-    if NEEDS_WHOLE_TEXT & {job.recipe.criterion, job.recipe.attribution}:
+    scores = CHANNEL_CRITERIA[job.recipe.criterion], expert_criterion(job.recipe.attribution)
+    if any(score.whole_text for score in scores):
         return lambda statistics: None
     notes = {"model_hash": job.base.fingerprint}
     return lambda statistics: planning.plan(job.recipe, statistics, notes, job.base).keep

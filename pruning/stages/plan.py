@@ -1,15 +1,14 @@
-"""The plan stage: what a recipe says, as arguments of the planner, and sizes as budgets."""
+"""The plan stage: plans of a recipe, and sizes as budgets."""
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from convert.description import Description
 from convert.export import export_bytes
-from pruning.budget.budgets import nested_plans
-from pruning.budget.decide import PruningPlan, plan_pruning
-from pruning.budget.importance import PlannerOptions
-from pruning.budget.targets import plan_for_target
+from pruning.budget.budgets import nested_plans, plan_for_target
+from pruning.budget.decide import plan_pruning
+from pruning.budget.plan import PruningPlan
+from pruning.recipe.options import PlanOptions, part_of
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages.sizes import expert_widths, form_of, weight_count
@@ -20,34 +19,6 @@ SCORING = (
     "gradients", "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2",
 )  # fmt: skip
 TEXT_FACTS = ("sha256", "weight", "documents", "tokens")
-
-
-def planner_arguments(recipe: ResolvedRecipe, base: Description) -> dict[str, Any]:
-    """Keyword arguments of `plan_pruning` that a resolved recipe decides, all but the budget."""
-    return {
-        "criterion": recipe.criterion,
-        "attribution": recipe.attribution,
-        "planner": recipe.planner,
-        "options": PlannerOptions(
-            rho_max=recipe.rho_max,
-            weights=recipe.weights,
-            layer_loss=recipe.layer_loss,
-            smoothing=recipe.smoothing,
-            passes=recipe.passes,
-        ),
-        "width": recipe.width,
-        "cap": recipe.cap,
-        "expert_rate": recipe.expert_rate,
-        "align": recipe.align,
-        "per_layer": recipe.per_layer,
-        "block": recipe.block,
-        "minimum": recipe.minimum,
-        "layer_rates": recipe.layer_rates,
-        "emptied": recipe.emptied,
-        "experts_per_token": base.config.moe.experts_per_token,
-        "layer_indices": base.config.moe_layers,
-        "seed": recipe.seed,
-    }
 
 
 def plan(
@@ -63,10 +34,15 @@ def plan(
     """
     notes = _notes(recipe, statistics, provenance)
     made = functools.partial(
-        plan_pruning, statistics, **planner_arguments(recipe, base), provenance=notes
+        plan_pruning,
+        statistics,
+        part_of(recipe, PlanOptions),
+        experts_per_token=base.config.moe.experts_per_token,
+        layer_indices=base.config.moe_layers,
+        notes=notes,
     )
     if recipe.prune_rate is not None:
-        return made(prune_rate=recipe.prune_rate)
+        return made()
     fewest, most, step = _budget_range(recipe, base)
     unit = "bytes" if recipe.target_bytes is not None else "parameters"
     target = recipe.target_bytes or recipe.target_parameters
@@ -90,9 +66,14 @@ def plans_of_rates(
     base: Description,
 ) -> list[PruningPlan]:
     """One plan per prune rate, each within the next larger one; the recipe's own rate is unused."""
-    notes = _notes(recipe, statistics, provenance)
-    arguments = planner_arguments(recipe, base)
-    return nested_plans(statistics, rates, **arguments, provenance=notes)
+    return nested_plans(
+        statistics,
+        rates,
+        part_of(recipe, PlanOptions),
+        experts_per_token=base.config.moe.experts_per_token,
+        layer_indices=base.config.moe_layers,
+        notes=_notes(recipe, statistics, provenance),
+    )
 
 
 def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: dict) -> dict:

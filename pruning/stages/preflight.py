@@ -94,8 +94,8 @@ def rehearsed_plan(recipe: ResolvedRecipe, base: Description) -> PruningPlan:
     # Every sum is one, without memory: nothing is degenerate, and no layer differs from another.
     # Without a text there are no sums, only weights.
     values = {name: float(name not in SUMS[ALWAYS] or not recipe.weights_only) for name in shapes}
-    statistics = ChannelStatistics(
-        **{name: np.broadcast_to(values[name], shape) for name, shape in shapes.items()}
+    statistics = ChannelStatistics.from_arrays(
+        {name: np.broadcast_to(values[name], shape) for name, shape in shapes.items()}
     )
     return planning.plan(recipe, statistics, {"model_hash": None, "tokens": 0}, base)
 

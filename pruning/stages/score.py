@@ -69,7 +69,7 @@ def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
         return None
     statistics, found = load_statistics(path)
     same = all(found.get(key) == value for key, value in identity(job).items())
-    return (statistics, found) if same and statistics.groups >= job.recipe.groups else None
+    return (statistics, found) if same and statistics.covers(job.recipe.groups) else None
 
 
 def identity(job: Job) -> dict:

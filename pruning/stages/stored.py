@@ -12,6 +12,7 @@ from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
+from pruning.recipe.values import check_rate
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import job as stages
 from pruning.stages import plan as planning
@@ -40,8 +41,7 @@ def stored_plans(
       (recipe resolved, plan) per rate, and the statistics.
     """
     for rate in rates:
-        if not 0 <= rate < 1:
-            raise InputError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
+        check_rate("prune_rate", rate)
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
     one = stages.resolved(one, base)
     statistics, provenance = scoring.stored_statistics(folder, base)

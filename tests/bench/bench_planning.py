@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pruning.budget.alignment import best_channels, redistribute
 from pruning.budget.optimum import best_known, block_values, coverage_by_blocks
 from pruning.budget.planners import PLANNERS
+from pruning.budget.problem import Problem
 from pruning.scores.criteria import ChannelScores
 
 LAYERS, EXPERTS, CHANNELS, PER_TOKEN, BLOCK = 48, 128, 768, 8, 64
@@ -34,13 +35,19 @@ def main() -> None:
     scores = synthetic_scores()
     budget = round(0.75 * scores.channel.size)
     reserved = np.argsort(np.argsort(-scores.expert, axis=1), axis=1) < PER_TOKEN
-    floor = np.where(reserved, BLOCK, 0)
+    problem = Problem(
+        scores=scores,
+        budget=budget,
+        floor=np.where(reserved, BLOCK, 0),
+        most=np.full(reserved.shape, CHANNELS),
+        planner=PLANNERS["fair"],
+    )
     print(f"{'planner':18}{'first ms':>10}{'best ms':>10}{'align ms':>10}{'mask ms':>10}")
     for name, planner in PLANNERS.items():
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
-            counts = planner(scores, budget, floor)
+            counts = planner(problem)
             seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
         aligned = redistribute(

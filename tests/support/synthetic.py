@@ -22,4 +22,4 @@ def statistics(
     fields |= {"tokens": rng.integers(1, 90, (L, E)) * 1.0, "total_tokens": np.asarray(100.0)}
     if gradients:
         fields["loss_sum"] = np.asarray(250.0)
-    return ChannelStatistics(**{**fields, **changes})
+    return ChannelStatistics.from_arrays({**fields, **changes})

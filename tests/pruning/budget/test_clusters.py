@@ -3,19 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pruning.budget.apportion import apportion
 from pruning.budget.clusters import (
     GrapeRules,
-    cosine_similarity,
     default_fewest,
-    layer_budgets,
     layer_prior,
-    linear_cka,
     merge_experts,
-    mse_similarity,
-    redundancy,
     representatives,
 )
-from pruning.budget.decide import plan_pruning
+from tests.support.plans import plan_of
 from tests.support.synthetic import statistics
 
 PRINTED = {"retire_merged": False, "follow_redundancy": False, "fewest": 1}
@@ -118,53 +114,11 @@ def test_clusters_become_experts_weights_and_budgets():
             assert kept[layer, members].sum() == 1
             best = members[kept[layer, members]][0]
             assert stats.phi[layer, best] == stats.phi[layer, members].max()
-    plan = plan_pruning(stats, prune_rate=1 / 3, width="experts", experts=kept, experts_per_token=2)
+    plan = plan_of(stats, prune_rate=1 / 3, width="experts", experts=kept, experts_per_token=2)
     np.testing.assert_array_equal(plan.counts, np.where(kept, 12, 0))
     assert layer_prior(clusters).mean() == pytest.approx(1.0)
-    for budget in range(0, 145, 7):
-        assert layer_budgets(clusters, budget, 0, 48).sum() == budget
-    shared = plan_pruning(
-        stats, prune_rate=0.5, layer_shares=layer_prior(clusters), experts_per_token=2
-    )
-    np.testing.assert_array_equal(shared.counts.sum(axis=1), layer_budgets(clusters, 72, 0, 48))
-
-
-def test_similarity_by_explicit_kernels():
-    rng = np.random.default_rng(0)
-    for tokens, width in ((9, 4), (4, 9)):
-        outputs = rng.normal(size=(3, tokens, width))
-        got = linear_cka(outputs)
-        centre = np.eye(tokens) - 1.0 / tokens
-        kernels = [centre @ x @ x.T @ centre for x in outputs]
-        for i, one in enumerate(kernels):
-            for j, two in enumerate(kernels):
-                expected = np.trace(one @ two) / (np.linalg.norm(one) * np.linalg.norm(two))
-                assert got[i, j] == pytest.approx(expected, rel=1e-10)
-    np.testing.assert_allclose(np.diagonal(got), 1.0)
-
-
-def test_cka_ignores_rotation_and_scale_and_a_constant_expert_is_like_none():
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(12, 5))
-    rotation = np.linalg.qr(rng.normal(size=(5, 5)))[0]
-    got = linear_cka(np.stack([x, 3.0 * x @ rotation + 7.0, np.ones((12, 5))]))
-    np.testing.assert_allclose(got[:2, :2], 1.0, rtol=1e-10)
-    np.testing.assert_array_equal(got[2], 0.0)
-
-
-def test_cosine_and_squared_difference_by_hand():
-    outputs = np.array([[[1.0, 0.0]], [[0.0, 2.0]], [[3.0, 0.0]]])
-    np.testing.assert_allclose(cosine_similarity(outputs), [[1, 0, 1], [0, 1, 0], [1, 0, 1]])
-    # Mean squared differences 2.5, 2, 6.5.
-    expected = [[1, 4 / 6.5, 4.5 / 6.5], [4 / 6.5, 1, 0], [4.5 / 6.5, 0, 1]]
-    np.testing.assert_allclose(mse_similarity(outputs), expected)
-    np.testing.assert_array_equal(mse_similarity(np.ones((2, 3))), np.ones((2, 2)))
-
-
-def test_redundancy_is_the_mean_over_different_experts():
-    similarity = np.array([[[1.0, 0.2, 0.4], [0.2, 1.0, 0.6], [0.4, 0.6, 1.0]]])
-    np.testing.assert_allclose(redundancy(similarity), [0.4])
-    np.testing.assert_array_equal(redundancy(np.ones((2, 1, 1))), [0.0, 0.0])
+    shared = plan_of(stats, prune_rate=0.5, layer_shares=layer_prior(clusters), experts_per_token=2)
+    np.testing.assert_array_equal(shared.counts.sum(axis=1), apportion(clusters.counts, 72, 0, 48))
 
 
 def test_bad_arguments_are_refused():

@@ -14,7 +14,7 @@ from convert import load_model, open_checkpoint
 from convert.export import ExportFormat, export_bytes, export_checkpoint
 from convert.layout import BFLOAT16
 from moe_jax.stream import forward_hidden
-from pruning.budget.decide import PruningPlan, plan_pruning
+from pruning.budget.plan import PruningPlan
 from pruning.measure.quality import logits
 from pruning.runs.apply import apply_plan
 from pruning.scores.statistics import ChannelStatistics, field_shapes, load_statistics
@@ -25,6 +25,7 @@ from pruning.stages.sizes import kept_widths, parameters_left
 from tests.convert.families.test_families import TOKENS, plan_for
 from tests.support import tiny
 from tests.support.command import given, refused, run
+from tests.support.plans import plan_of
 
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3")
 
@@ -256,11 +257,9 @@ def test_what_has_no_place_for_constants_or_lacks_them_is_refused(models, texts,
 def test_statistics_without_mean_outputs_cannot_replace_experts():
     ones = {name: np.ones(shape) for name, shape in field_shapes(1, 2, 4, 8, ()).items()}
     with pytest.raises(ValueError, match="--expert-details"):
-        plan_pruning(ChannelStatistics(**ones), prune_rate=0.5, emptied="mean", experts_per_token=1)
+        plan_of(ChannelStatistics(**ones), prune_rate=0.5, emptied="mean", experts_per_token=1)
     with pytest.raises(ValueError, match="emptied"):
-        plan_pruning(
-            ChannelStatistics(**ones), prune_rate=0.5, emptied="median", experts_per_token=1
-        )
+        plan_of(ChannelStatistics(**ones), prune_rate=0.5, emptied="median", experts_per_token=1)
 
 
 def test_a_ragged_folder_says_what_emptied_experts_add(model, tmp_path):

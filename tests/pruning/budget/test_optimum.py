@@ -15,8 +15,8 @@ from pruning.budget.optimum import (
     coverage_by_blocks,
     weighted_coverage,
 )
-from pruning.budget.planners import PLANNERS
 from pruning.scores.criteria import ChannelScores
+from tests.support.plans import planned
 
 UTILITIES = {
     0.0: lambda r: r,
@@ -158,7 +158,7 @@ def test_alignment_loses_what_the_design_measured_and_hull_equals_the_table(
     reserved = np.zeros((1, experts), bool)
     for share in (0.25, 0.5, 0.75):
         budget = round(share * scores.channel.size)
-        counts = PLANNERS["paper"](scores, budget, np.zeros((1, experts), np.int64))
+        counts = planned("paper", scores, budget)
         options = {"d_expert": channels, "block": block, "minimum": minimum}
         options |= {"attribution": scores.expert}
         rule = redistribute(counts, **options)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.budget.importance import (
-    WEIGHTS,
+    IMPORTANCE,
     PlannerOptions,
     attribution_weights,
     layer_weights,
@@ -18,6 +18,7 @@ from pruning.budget.importance import (
 from pruning.budget.objectives import FAIR_OFFSET, fair, linear, max_min, prioritize, utility
 from pruning.budget.planners import PLANNERS, select
 from pruning.scores.criteria import ChannelScores
+from tests.support.plans import planned
 
 L, E, F = 2, 3, 5
 NO_FLOOR = np.zeros((L, E), np.int64)
@@ -199,7 +200,7 @@ def test_the_papers_planner_equals_bisection_at_both_levels(seed, share):
         weights = np.sqrt(scores.expert[layer])
         weights = np.maximum(weights / weights.sum(), 1e-3 / 6)
         expected.append(bisected_counts(scores.channel[layer], weights, total))
-    got = PLANNERS["paper"](scores, budget, np.zeros((4, 6), np.int64))
+    got = planned("paper", scores, budget)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -224,18 +225,18 @@ def test_every_planner_spends_the_budget_exactly_above_its_floors(
     # layer_topk splits the budget evenly over layers, so its floors must fit each half.
     if floor.sum(axis=1).max() > budget // L:
         floor = NO_FLOOR
-    counts = PLANNERS[planner](scores, budget, floor)
+    counts = planned(planner, scores, budget, floor)
     assert counts.dtype == np.int64 and counts.shape == (L, E)
     assert counts.sum() == budget
     assert (floor <= counts).all() and (counts <= F).all()
-    np.testing.assert_array_equal(counts, PLANNERS[planner](scores, budget, floor))
+    np.testing.assert_array_equal(counts, planned(planner, scores, budget, floor))
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_a_larger_budget_never_takes_channels_away(planner):
     scores = random_scores(7)
     floor = np.array([[1, 0, 0], [0, 2, 0]])
-    counts = [PLANNERS[planner](scores, budget, floor) for budget in range(4, L * E * F + 1)]
+    counts = [planned(planner, scores, budget, floor) for budget in range(4, L * E * F + 1)]
     assert (np.diff(counts, axis=0) >= 0).all()
     np.testing.assert_array_equal(counts[-1], np.full((L, E), F))
 
@@ -249,14 +250,14 @@ def test_channels_without_score_come_after_all_others(planner):
     budget = int(positive.sum())
     if planner == "paper":  # the layer level must hand over what each layer can use
         np.testing.assert_array_equal(positive.sum(axis=1), [10, 9])
-    np.testing.assert_array_equal(PLANNERS[planner](scores, budget, NO_FLOOR), positive)
+    np.testing.assert_array_equal(planned(planner, scores, budget, NO_FLOOR), positive)
 
 
 @pytest.mark.parametrize("planner", ["paper", "maxmin", "uniform"])
 def test_equal_scores_and_weights_give_equal_widths(planner):
     scores = ChannelScores(channel=np.ones((L, E, F)), expert=np.ones((L, E)), layer=np.ones(L))
     for width in range(F + 1):
-        counts = PLANNERS[planner](scores, width * L * E, NO_FLOOR)
+        counts = planned(planner, scores, width * L * E, NO_FLOOR)
         np.testing.assert_array_equal(counts, np.full((L, E), width))
 
 
@@ -267,13 +268,13 @@ def test_a_budget_below_one_channel_each_goes_to_the_experts_of_largest_gain():
         / scores.channel.sum(axis=2)
         * paper_weights(scores, PlannerOptions())
     )
-    counts = PLANNERS["maxmin"](scores, 2, NO_FLOOR)
+    counts = planned("maxmin", scores, 2, NO_FLOOR)
     assert set(np.flatnonzero(counts)) == set(np.argsort(gain, axis=None)[-2:])
 
 
 def test_ties_go_to_the_lower_layer_then_the_lower_expert():
     scores = ChannelScores(channel=np.ones((L, E, F)), expert=np.ones((L, E)), layer=np.ones(L))
-    counts = PLANNERS["maxmin"](scores, 2 * L * E + 4, NO_FLOOR)
+    counts = planned("maxmin", scores, 2 * L * E + 4, NO_FLOOR)
     assert counts.tolist() == [[3, 3, 3], [3, 2, 2]]
 
 
@@ -281,22 +282,20 @@ def test_global_selection_is_the_best_of_the_sorted_pool():
     scores = random_scores(3)
     threshold = np.sort(scores.channel, axis=None)[-11]
     expected = (scores.channel >= threshold).sum(axis=2)
-    np.testing.assert_array_equal(PLANNERS["global_topk"](scores, 11, NO_FLOOR), expected)
+    np.testing.assert_array_equal(planned("global_topk", scores, 11, NO_FLOOR), expected)
 
 
 def test_normalized_selection_ignores_the_scale_of_a_layer():
     scores = random_scores(3)
     scaled = scores.replace(channel=scores.channel * np.array([1.0, 1e6])[:, None, None])
-    one, two = (PLANNERS["normalized_topk"](s, 11, NO_FLOOR) for s in (scores, scaled))
+    one, two = (planned("normalized_topk", s, 11, NO_FLOOR) for s in (scores, scaled))
     np.testing.assert_array_equal(one, two)
-    np.testing.assert_array_equal(
-        PLANNERS["global_topk"](scaled, 15, NO_FLOOR).sum(axis=1), [0, 15]
-    )
+    np.testing.assert_array_equal(planned("global_topk", scaled, 15, NO_FLOOR).sum(axis=1), [0, 15])
 
 
 def test_layer_selection_keeps_the_best_of_each_layer():
     scores = random_scores(3)
-    counts = PLANNERS["layer_topk"](scores, 13, NO_FLOOR)
+    counts = planned("layer_topk", scores, 13, NO_FLOOR)
     for layer, total in enumerate((7, 6)):
         pool = [(-s, e) for e, row in enumerate(scores.channel[layer]) for s in row]
         kept = [e for _, e in sorted(pool)[:total]]
@@ -305,9 +304,9 @@ def test_layer_selection_keeps_the_best_of_each_layer():
 
 def test_random_counts_follow_the_seed_and_are_fair_on_average():
     scores = random_scores(0)
-    draws = [PLANNERS["random"](scores, 12, NO_FLOOR, seed=seed) for seed in range(400)]
+    draws = [planned("random", scores, 12, NO_FLOOR, seed=seed) for seed in range(400)]
     assert any((draws[0] != draw).any() for draw in draws)
-    np.testing.assert_array_equal(draws[3], PLANNERS["random"](scores, 12, NO_FLOOR, seed=3))
+    np.testing.assert_array_equal(draws[3], planned("random", scores, 12, NO_FLOOR, seed=3))
     # Mean 2 channels, standard deviation below 1.1: five standard errors are 0.28.
     np.testing.assert_allclose(np.mean(draws, axis=0), 2.0, atol=0.28)
 
@@ -336,10 +335,6 @@ def test_one_level_weights_carry_the_layer():
     np.testing.assert_allclose(
         paper_weights(scores, PlannerOptions()), [[2 / 3, 1 / 3], [0.5, 0.5]]
     )
-
-
-def planned(name, scores, budget, **options):
-    return PLANNERS[name](scores, budget, NO_FLOOR, options=PlannerOptions(**options))
 
 
 def test_linear_coverage_weighted_by_its_own_mass_is_the_pooled_ranking():
@@ -396,7 +391,7 @@ def test_layer_weights_follow_the_options():
         st.tuples(st.integers(0, F), st.integers(0, F)).map(sorted), min_size=6, max_size=6
     ),
     part=st.floats(0.0, 1.0),
-    weights=st.sampled_from([None, *WEIGHTS]),
+    weights=st.sampled_from([None, *IMPORTANCE]),
     rho_max=st.sampled_from([0.7, 1.0]),
 )
 def test_every_planner_keeps_within_floors_and_ceilings(
@@ -404,8 +399,8 @@ def test_every_planner_keeps_within_floors_and_ceilings(
 ):
     floor, most = np.moveaxis(np.reshape(bounds, (L, E, 2)), 2, 0)
     budget = round(floor.sum() + part * (most.sum() - floor.sum()))
-    options = PlannerOptions(weights=weights, rho_max=rho_max)
-    allocate = functools.partial(PLANNERS[planner], random_scores(seed), options=options)
+    options = {"weights": weights, "rho_max": rho_max}
+    allocate = functools.partial(planned, planner, random_scores(seed), **options)
     counts = allocate(budget, floor, most)
     assert counts.sum() == budget
     assert (floor <= counts).all() and (counts <= most).all()
@@ -420,7 +415,7 @@ def test_every_planner_keeps_within_floors_and_ceilings(
         ({"rho_max": 1.5}, "rho_max=1.5 must lie"),
         ({"weights": "papr"}, "weights='papr' is unknown; did you mean 'paper'"),
         ({"smoothing": "x"}, "smoothing='x' is unknown"),
-        ({"passes": -1}, "passes=-1 must be 0 or more"),
+        ({"passes": -1}, "passes=-1 must be at least 0"),
         ({"layer_loss": "x"}, "layer_loss='x' is unknown"),
         ({"loss_scale": 0.0}, r"loss_scale=0\.0 must be positive"),
         ({"layer_weights": (1.0, 0.0)}, "must be positive and finite"),
@@ -436,7 +431,7 @@ def test_bad_planner_options_name_value_and_expectation(options, message):
 @given(st.integers(0, 1000), st.integers(0, L * E * F))
 def test_moe_i2_widths_are_in_proportion_to_importance(seed, budget):
     scores = random_scores(seed)
-    counts = PLANNERS["moe_i2"](scores, budget, NO_FLOOR)
+    counts = planned("moe_i2", scores, budget, NO_FLOOR)
     # Divisor rule: no channel would move to another group by the ratio of half-ranks to weight.
     for shares, widths, most in [
         (scores.expert.sum(axis=1), counts.sum(axis=1), E * F),
@@ -454,7 +449,7 @@ def test_cd_moe_condenses_the_least_divergent_layers_to_their_always_on_experts(
         layer=np.array([0.3, 0.1, 0.2]),
     )
     floor = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]])
-    counts = PLANNERS["cd_moe"](scores, 24, floor)
+    counts = planned("cd_moe", scores, 24, floor)
     # Layer 1 keeps its best expert, then layer 2 loses its worst and the budget is met.
     assert counts.tolist() == [[4, 4, 4], [4, 0, 0], [4, 0, 4]]
-    assert PLANNERS["cd_moe"](scores, 21, floor)[2].tolist() == [1, 0, 4]
+    assert planned("cd_moe", scores, 21, floor)[2].tolist() == [1, 0, 4]

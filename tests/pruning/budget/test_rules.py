@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from pruning.budget.rule import common_budget, make_plan
-from pruning.budget.rules import GROUPS, RULES, STANDARD, check_needs, select_rules
+from pruning.budget.rule import Rule, common_budget, make_plan
+from pruning.budget.rules import RULES, STANDARD, check_needs, select_rules, switches
+from pruning.recipe.options import PlanOptions
 from tests.support.synthetic import statistics
 
 L, E, F, BLOCK = 3, 4, 8, 2
@@ -23,7 +24,7 @@ def test_every_rule_keeps_the_budget_exactly_and_leaves_enough_experts(name):
     assert plan.keep.sum() == budget == 72
     assert (plan.counts % BLOCK == 0).all()
     assert ((plan.counts > 0).sum(axis=1) >= 2).all()
-    if RULES[name].options.get("width") == "experts":
+    if RULES[name].options.width == "experts":
         assert set(np.unique(plan.counts)) == {0, F}
 
 
@@ -39,12 +40,23 @@ def test_a_rule_needs_no_statistics_but_those_it_names(name):
                            "similarity", "wanda_up", "wanda_gate", "input_square"),
         "weight-gradients": ("weight_gradient",),
     }  # fmt: skip
-    assert set(owners) == set(GROUPS)
-    for group in set(GROUPS) - RULES[name].needs:
+    assert set(owners) >= RULES[name].needs
+    for group in set(owners) - RULES[name].needs:
         stats = stats.replace(**dict.fromkeys(owners[group]))
     arguments = {"block": BLOCK, "experts_per_token": 1, "layer_indices": range(L)}
     plan = make_plan(RULES[name], stats, budget=72, **arguments)
     assert plan.keep.sum() == 72
+
+
+def test_all_that_rules_need_is_switched_on_but_no_rule_turns_the_text_off(monkeypatch):
+    assert switches(RULES) == ["expert_details", "gradients", "weight_gradients"]
+    assert switches(["random", "uniform-wg"]) == ["weight_gradients"]
+    for name, options in (("bare", {"criterion": "noise"}), ("ig", {"attribution": "nll_ig"})):
+        rule = Rule(about=name, family="own", options=PlanOptions(**options))
+        monkeypatch.setitem(RULES, name, rule)
+        assert switches([name]) == [] and len(rule.needs) == 1
+        with pytest.raises(ValueError, match=f"{name} need .*add --{next(iter(rule.needs))}"):
+            check_needs([name], frozenset())
 
 
 def test_names_and_patterns_select_rules_once():

@@ -6,14 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.budget.whole_experts import (
-    condensed_experts,
-    greedy_layers,
     keep_experts,
-    mone_scores,
     naee,
-    removal_loss,
     replacement_vectors,
 )
+from pruning.scores.expert_criteria import EXPERT_CRITERIA
+from tests.support.synthetic import statistics
 
 
 def outputs(seed, experts, tokens=20, width=6):
@@ -21,13 +19,6 @@ def outputs(seed, experts, tokens=20, width=6):
     u = np.random.default_rng(seed).normal(size=(experts, tokens, width))
     u *= np.random.default_rng(seed + 1).lognormal(size=(experts, 1, 1))
     return u, np.einsum("itd,jtd->ij", u, u)
-
-
-def test_the_removal_loss_is_the_squared_change_of_the_output():
-    u, gram = outputs(0, 5)
-    removed = np.array([True, False, True, False, True])
-    changed = u.sum(axis=0) - u[~removed].sum(axis=0)
-    assert removal_loss(gram, removed) == pytest.approx((changed**2).sum(), rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -96,36 +87,17 @@ def test_the_experts_of_largest_value_stay(values, reserved, kept, per_layer):
         assert np.flatnonzero(got).tolist() == sorted(order[:n])
 
 
-def test_layers_are_condensed_in_the_order_of_the_joint_divergence():
-    # Layers 0 and 1 cancel each other: together they cost nothing.
-    together = {(0,): 3.0, (1,): 2.0, (2,): 2.5, (0, 1): 0.0, (1, 2): 5.0, (0, 2): 6.0}
-
-    def divergence(chosen):
-        return together.get(tuple(sorted(chosen)), 9.0)
-
-    assert greedy_layers(divergence, 3) == (1, 0, 2)
-
-
-def test_condensed_layers_keep_their_best_experts_and_the_last_is_cut_in_part():
-    value = np.array([[3.0, 1.0, 2.0, 4.0], [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
-    kept = condensed_experts((2, 0, 1), value, 5, 1)
-    assert kept.tolist() == [
-        [True, False, False, True],
-        [True] * 4,
-        [True, False, False, False],
-    ]
-    assert condensed_experts((2, 0, 1), value, 9, 1).sum(axis=1).tolist() == [1, 1, 1]
-    with pytest.raises(ValueError, match=r"removed=10 experts must lie in \[0, 9\]"):
-        condensed_experts((2, 0, 1), value, 10, 1)
-
-
 def test_constant_experts_score_zero_and_are_replaced_by_their_constant():
     rng = np.random.default_rng(0)
     z = rng.normal(size=(2, 7, 5))
     z[1] = z[1, 0]
     sums, squares = z.sum(axis=1)[None], (z**2).sum(axis=1)[None]
     tokens, mass = np.full((1, 2), 7.0), np.array([[2.0, 3.0]])
-    scores = mone_scores(sums, squares, tokens, mass, 10.0)
+    stats = statistics(
+        1, 2, 4, output_sum=sums, output_coordinate_square=squares, tokens=tokens,
+        probability_mass=mass, total_tokens=10.0,
+    )  # fmt: skip
+    scores = EXPERT_CRITERIA["mone"](stats)
     assert scores[0, 0] == pytest.approx(np.linalg.norm(z[0].std(axis=0)) * 0.2)
     assert scores[0, 1] == pytest.approx(0.0, abs=1e-7)
     (vectors,) = replacement_vectors(sums, tokens, np.array([[3, 0]]))

@@ -5,19 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.budget.decide import plan_pruning
-from pruning.budget.importance import PlannerOptions
-from pruning.budget.planners import OBJECTIVES, PLANNERS
+from pruning.budget.planners import PLANNERS
 from pruning.budget.widths import ALIGNMENTS, WIDTHS
 from pruning.scores.criteria import channel_scores
+from tests.support.plans import plan_of
 from tests.support.synthetic import statistics
 
 L, E, F = 3, 4, 12
+OBJECTIVES = [name for name, planner in PLANNERS.items() if planner.objective]
 
 
 def plan(stats=None, **changes):
     options = {"prune_rate": 0.5, "experts_per_token": 2} | changes
-    return plan_pruning(statistics(L, E, F) if stats is None else stats, **options)
+    return plan_of(statistics(L, E, F) if stats is None else stats, **options)
 
 
 @settings(max_examples=200, deadline=None)
@@ -73,8 +73,7 @@ def test_the_optimum_covers_more_than_the_rule_and_the_plan_says_by_how_much():
 
 def test_recorded_coverage_is_the_weighted_mean_of_the_experts_coverage():
     stats = statistics(L, E, F)
-    options = PlannerOptions(weights="attribution")
-    result = plan(stats, planner="linear", block=4, options=options)
+    result = plan(stats, planner="linear", block=4, weights="attribution")
     scores = channel_scores(stats)
     weights = scores.expert
     expected = (weights * result.expert_coverage(scores.channel)).sum() / weights.sum()
@@ -97,6 +96,15 @@ def test_one_width_per_layer(planner, block):
         assert (counts % block == 0).all() and (counts >= block).all()
         # What is left does not pay for another block of all experts of a layer.
         assert 0 <= result.provenance["unspent"] < E * block
+
+
+def test_the_end_to_end_loss_of_layers_reaches_layers_of_one_width_and_of_fixed_rates():
+    stats = statistics(L, E, F, nll_ig=np.full((L, E), [[1.0], [9.0], [4.0]]))
+    options = {"criterion": "energy", "planner": "paper", "layer_loss": "nll_ig", "passes": 0}
+    counts = plan(stats, width="layer", **options).counts[:, 0]
+    assert counts.argmax() == 1 and counts.argmin() == 0
+    fixed = plan(stats, layer_rates={0: 0.5}, **options).counts.sum(axis=1)
+    assert fixed[0] == E * F / 2 and fixed[1] > fixed[2]
 
 
 def test_one_width_per_layer_serves_the_better_layer_first():
@@ -139,7 +147,9 @@ def test_a_choice_of_experts_is_followed_or_refused():
 def test_too_narrow_a_cap_names_the_nearest_rate():
     with pytest.raises(ValueError, match=r"exceeds the 48 .*feasible prune rate is 0\.6666"):
         plan(width="capped", cap=4, prune_rate=0.5)
-    with pytest.raises(ValueError, match=r"cap=None must lie in \[1, 12\]"):
+    with pytest.raises(ValueError, match=r"cap=13 must lie in \[1, 12\]"):
+        plan(width="capped", cap=13)
+    with pytest.raises(ValueError, match=r"width='capped' needs a cap"):
         plan(width="capped")
     with pytest.raises(ValueError, match=r"expert_rate=1\.0 must lie"):
         plan(width="combined", expert_rate=1.0)
@@ -164,7 +174,7 @@ def test_layers_of_a_fixed_rate_keep_it_and_the_others_make_up_the_rest(planner,
 def test_impossible_layer_rates_are_refused():
     with pytest.raises(ValueError, match=r"layer_rates names layers \[3\], those with experts"):
         plan(layer_rates={3: 0.5})
-    with pytest.raises(ValueError, match=r"layer_rates\[0\]=1\.5 must lie"):
+    with pytest.raises(ValueError, match=r"layer_rate='0=1\.5' must be .* a rate in \[0, 1\)"):
         plan(layer_rates={0: 1.5})
     with pytest.raises(ValueError, match=r"leave 72 channels .* others, which keep 2 to 48"):
         plan(layer_rates={0: 0.5, 1: 0.0}, prune_rate=0.0)

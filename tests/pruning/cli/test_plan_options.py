@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from convert.checkpoint import open_checkpoint
-from pruning.budget.decide import PruningPlan, plan_pruning
 from pruning.budget.outliers import super_channels
+from pruning.budget.plan import PruningPlan
 from tests.support.command import run
+from tests.support.plans import plan_of
 from tests.support.synthetic import statistics
 
 WIDTH, EXPERTS, LAYERS = 64, 8, 2
@@ -102,9 +103,7 @@ def test_a_planted_super_channel_is_found_kept_and_named():
     expert[1] = [5.0, 4.0, 0.0, 3.0]
     stats = stats.replace(hidden_square=hidden, phi=expert)
     for block in (1, 3):
-        plan = plan_pruning(
-            stats, criterion="act", prune_rate=0.8, experts_per_token=1, block=block
-        )
+        plan = plan_of(stats, criterion="act", prune_rate=0.8, experts_per_token=1, block=block)
         assert plan.provenance["super_channels"] == [[1, 2, 5]]
         assert plan.provenance["super_channels_removed"] == 0 and plan.keep[1, 2, 5]
 
@@ -117,12 +116,12 @@ def test_a_criterion_blind_to_outputs_still_keeps_the_channel_that_carries_a_lay
     norm[1, 2, 5] *= 1e-3  # by its weights the least of all
     stats = stats.replace(energy=energy, up_norm=norm)
     given = {"prune_rate": 0.5, "experts_per_token": 1, "width": width}
-    plan = plan_pruning(stats, criterion="weight", **given)
+    plan = plan_of(stats, criterion="weight", **given)
     assert plan.provenance["super_channels"] == [[1, 2, 5]] and plan.keep[1, 2, 5]
-    bare = plan_pruning(stats.replace(energy=np.array(statistics(3, 4, 12).energy)),
+    bare = plan_of(stats.replace(energy=np.array(statistics(3, 4, 12).energy)),
                         criterion="weight", **given)  # fmt: skip
     assert not bare.keep[1, 2, 5] and bare.counts.sum() == plan.counts.sum()
-    chance = plan_pruning(stats, criterion="random", **given)
+    chance = plan_of(stats, criterion="random", **given)
     assert chance.provenance["super_channels"] == []
 
 
@@ -136,6 +135,6 @@ def test_experts_that_saw_few_tokens_are_listed():
     stats = statistics(2, 4, 12)
     tokens = np.full((2, 4), 50.0)
     tokens[1, 3], tokens[0, 0] = 31.0, 0.0
-    plan = plan_pruning(stats.replace(tokens=tokens), prune_rate=0.5, experts_per_token=1)
+    plan = plan_of(stats.replace(tokens=tokens), prune_rate=0.5, experts_per_token=1)
     assert plan.provenance["starved_experts"] == [[0, 0], [1, 3]]
     assert plan.provenance["starved_share"] == 0.25

@@ -1,8 +1,9 @@
 """What `--help` lists of registries that it may not import."""
 
+from pruning.budget.smoothing import SMOOTHINGS
+
 from pruning.budget.importance import WEIGHTS
 from pruning.budget.planners import PLANNERS
-from pruning.budget.smoothing import SMOOTHINGS
 from pruning.recipe import names
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.expert_criteria import EXPERT_CRITERIA

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import choose
-from pruning.scores.channel_criteria import CHANNEL_CRITERIA, DATA_FREE
+from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import channel_scores
-from pruning.scores.expert_criteria import DATA_FREE_EXPERTS, EXPERT_CRITERIA
-from pruning.scores.statistics import field_shapes
+from pruning.scores.expert_criteria import EXPERT_CRITERIA, expert_criterion
+from pruning.scores.statistics import DECLARED, GROUPS, field_shapes
 from tests.support.synthetic import statistics
 
 GRADIENT_CRITERIA = ("taylor", "abs_taylor", "fisher", "heapr", "saliency", "wg")
@@ -78,7 +78,9 @@ def test_scores_are_finite_non_negative_and_double_precision(criterion, attribut
         assert np.isfinite(array).all() and (array >= 0.0).all()
 
 
-@pytest.mark.parametrize("criterion", sorted(set(CHANNEL_CRITERIA) - DATA_FREE))
+@pytest.mark.parametrize(
+    "criterion", sorted(n for n, c in CHANNEL_CRITERIA.items() if not c.data_free)
+)
 def test_a_never_routed_expert_is_ranked_by_weight_below_every_routed_channel(criterion):
     stats = unrouted(statistics(2, 3, 6), 1, 2)
     # Positive, so that "shapley" clamps nothing to zero.
@@ -102,7 +104,7 @@ def test_a_channel_without_weights_scores_exactly_zero(criterion, norm):
 def test_a_never_routed_expert_has_finite_attribution(name):
     stats = unrouted(statistics(2, 3, 4, end_to_end=True), 0, 1)
     expert = channel_scores(stats, attribution=name).expert
-    assert (expert[0, 1] > 0.0) == (name in DATA_FREE_EXPERTS | {"router"})
+    assert (expert[0, 1] > 0.0) == (EXPERT_CRITERIA[name].data_free or name == "router")
 
 
 def test_second_order_attribution_is_the_loss_of_removing_an_expert_from_the_scaled_model():
@@ -202,3 +204,34 @@ def test_scoring_leaves_the_statistics_untouched():
         channel_scores(stats, criterion=criterion)
     for name, value in before.items():
         np.testing.assert_array_equal(getattr(stats, name), value, err_msg=name)
+
+
+@pytest.mark.parametrize("registry", [CHANNEL_CRITERIA, EXPERT_CRITERIA], ids=["c", "e"])
+def test_a_criterion_reads_what_it_says_it_needs_and_nothing_else(registry):
+    everything = statistics(2, 3, 4, end_to_end=True)
+    for name, criterion in registry.items():
+        assert criterion.about and criterion.needs in (None, *GROUPS), name
+        others = {
+            n for n, facts in DECLARED.items() if facts["group"] not in ("always", criterion.needs)
+        }
+        criterion(everything.replace(**dict.fromkeys(others)))
+        if criterion.needs:
+            lacking = dict.fromkeys(n for n, f in DECLARED.items() if f["group"] == criterion.needs)
+            with pytest.raises(ValueError, match=f"not collected.*--{criterion.needs}"):
+                criterion(everything.replace(**lacking))
+
+
+def test_data_free_criteria_see_no_text_and_whole_text_ones_no_part_of_it():
+    bare = statistics(2, 3, 4, total_tokens=0.0, tokens=np.zeros((2, 3)))
+    for name, registry in (("noise", CHANNEL_CRITERIA), ("aimer", EXPERT_CRITERIA)):
+        for other, criterion in registry.items():
+            names = {"criterion": "weight", "attribution": "uniform"}
+            names["criterion" if name == "noise" else "attribution"] = other
+            if criterion.data_free:
+                channel_scores(bare, **names)
+            else:
+                with pytest.raises(ValueError, match=r"total_tokens=0\.0 must be positive"):
+                    channel_scores(bare, **names)
+    whole = {n for r in (CHANNEL_CRITERIA, EXPERT_CRITERIA) for n, c in r.items() if c.whole_text}
+    assert whole == {"wanda", "wg", "nll_ig", "nll_ablate", "nll_grad2"}
+    assert not expert_criterion("S(1,1,1)").whole_text

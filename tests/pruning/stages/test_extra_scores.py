@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 
-from pruning.budget.decide import plan_pruning
 from pruning.budget.importance import PlannerOptions, layer_weights
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import load_statistics
 from pruning.stages import extra_scores
 from tests.support import command, synthetic
+from tests.support.plans import plan_of
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,8 @@ def test_layers_may_be_weighed_by_their_end_to_end_loss():
     options = PlannerOptions(layer_loss="nll_ig", passes=0)
     weights = layer_weights(channel_scores(statistics), options)
     np.testing.assert_allclose(weights, np.array([4.0, 16.0, 0.0]) / (20.0 / 3.0))
-    kept = plan_pruning(statistics, prune_rate=0.5, options=options, experts_per_token=1).counts
+    given = {"layer_loss": "nll_ig", "passes": 0, "prune_rate": 0.5, "experts_per_token": 1}
+    kept = plan_of(statistics, **given).counts
     assert kept.sum(axis=1).argmax() == 1 and kept.sum(axis=1).argmin() == 2
 
 

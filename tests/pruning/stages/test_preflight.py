@@ -18,8 +18,8 @@ from pruning.budget.decide import PruningPlan
 from pruning.budget.planners import PLANNERS
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.scores.channel_criteria import CHANNEL_CRITERIA, DATA_FREE
-from pruning.scores.expert_criteria import DATA_FREE_EXPERTS, EXPERT_CRITERIA
+from pruning.scores.channel_criteria import CHANNEL_CRITERIA
+from pruning.scores.expert_criteria import EXPERT_CRITERIA
 from pruning.stages import preflight
 from pruning.stages.job import open_job, resolved
 from pruning.stages.sizes import most_bytes, statistics_bytes
@@ -101,7 +101,9 @@ def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, 
         preflight.rehearsed_plan(one, job.base)
     folders = {"model": job.recipe.model, "output": job.recipe.output}
     without = resolved(CompressionRecipe(**folders, planner=planner, weights_only=True), job.base)
-    for criterion, attribution in itertools.product(DATA_FREE, DATA_FREE_EXPERTS):
+    free = ([n for n, entry in registry.items() if entry.data_free]
+            for registry in (CHANNEL_CRITERIA, EXPERT_CRITERIA))  # fmt: skip
+    for criterion, attribution in itertools.product(*free):
         one = dataclasses.replace(without, criterion=criterion, attribution=attribution)
         preflight.rehearsed_plan(one, job.base)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.budget.smoothing import SMOOTHINGS, smooth_layer_loss
+from pruning.budget.importance import SMOOTHINGS, smooth_layer_loss
 
 
 def test_smoothing_one_pass_by_hand():
