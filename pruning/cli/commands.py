@@ -20,10 +20,11 @@ from pruning.measure.quality import make_windows
 from pruning.recipe.exports import EXPORTS
 from pruning.recipe.options import PlanOptions, fields_of
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.report import compression_page, rates_page
 from pruning.report.audit_page import audit_tables
 from pruning.report.compression import CompressionReport
-from pruning.report.compression_tables import as_rich, terminal_table
 from pruning.report.cost_tables import estimate_tables
+from pruning.report.table import as_rich
 from pruning.runs import apply as apply_stage
 from pruning.runs import audit as audit_stage
 from pruning.runs import compare as comparing
@@ -49,7 +50,7 @@ PLANNING = tuple(name for name in fields_of(PlanOptions) if name != "prune_rate"
 def compress(options: Options) -> None:
     """Everything; prints the table."""
     report = pipeline.compress(options.recipe, Steps(quiet=options.quiet))
-    Console().print(terminal_table(report))
+    Console().print(report.terminal_table())
     sample = report.sample
     shown = (("prompt", "prompt"), ("dense", "dense"), (sample["export"], "compressed"))
     for label, key in shown if sample["prompt"] else ():
@@ -122,7 +123,9 @@ def _save_sweep(
 ) -> None:
     rates = [one.prune_rate for one, _ in plans if one.prune_rate is not None]
     made = [result for _, result in plans]
-    sweep_stage.sweep_of(plans[0][0], rates, made, statistics, base, quality).save(folder)
+    found = sweep_stage.sweep_of(plans[0][0], rates, made, statistics, base, quality)
+    found.save(folder)
+    rates_page.save(found, folder)
     steps.say(f"{folder}/sweep.html")
 
 
@@ -277,8 +280,8 @@ def audit(options: Options) -> None:
 def report(options: Options) -> None:
     """Print a finished run's table and write report.html again."""
     found = CompressionReport.load(options.folder / "report.json")
-    found.save(options.folder)
-    Console().print(terminal_table(found))
+    compression_page.save(found, options.folder)
+    Console().print(found.terminal_table())
 
 
 def compare(options: Options) -> None:

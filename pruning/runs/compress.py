@@ -1,25 +1,21 @@
 """The whole story: score, plan, export, verify, evaluate, report."""
 
 import dataclasses
-import datetime
-import importlib.metadata
-import os
-import platform
 
-import jax
 import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
+from moe_jax.errors import InputError
 from moe_jax.generate import generate
+from moe_jax.stream import LayerSource
 from pruning.budget.decide import PruningPlan
-from pruning.budget.importance import LAYER_LOSSES, layer_weights
 from pruning.kit.progress import Steps
+from pruning.kit.words import amount
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
-from pruning.report.figures import concentration
-from pruning.scores.criteria import channel_scores
+from pruning.runs.assemble import Outcome, Qualities, assemble
 from pruning.scores.statistics import ChannelStatistics
-from pruning.shrink.gptq_model import layer_errors
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import job as stages
@@ -28,19 +24,13 @@ from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.card import write_card
 from pruning.stages.job import Job
-from pruning.stages.sizes import (
-    active_parameters,
-    export_sizes,
-    folder_bytes,
-    form_of,
-    mtp_parameters,
-    parameter_count,
-)
+from pruning.stages.sizes import export_sizes, folder_bytes, form_of
 from pruning.stages.verify import PROBE_TOKENS, PROBE_WINDOWS, random_probe, require_verified
-from pruning.text.held_out import seen_shares
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
 SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
+SAMPLES = 8  # texts that are continued, at most
+RANDOM_SEED = 0  # of the channels that every choice must beat
 
 
 def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> CompressionReport:
@@ -78,13 +68,19 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
             stages.export(job.base, plan, form, target, steps, codes=codes)
         with steps.bar(f"verify {name}"):
             checks += stages.verify(job.base, plan, form, target, probe_tokens(job), codes)
-    quality = _measure(job, plan, steps)
-    sample = _sample(job, steps)
-    report = _report(job, statistics, plan, sizes, quality, sample, checks, steps)
-    report.calibration["stability"] = provenance.get("stability")
-    report.quantization.extend(layer_errors(codes))
+    not_run: dict[str, str] = {}
+    quality, random = _measure(job, statistics, plan, not_run, steps)
+    samples = _samples(job, not_run, steps)
+    report = assemble(
+        Outcome(
+            asked=dataclasses.asdict(recipe), job=job, statistics=statistics,
+            provenance=provenance, plan=plan, sizes=sizes, codes=codes, checks=checks,
+            quality=quality, random=random, samples=samples, stages=steps.stages, not_run=not_run,
+        )
+    )  # fmt: skip
     # Before the report, whose presence says that all else is there.
     _write_cards(job, plan, report)
+    compression_page.save(report, job.output)
     report.save(job.output)
     require_verified(checks)
     return report
@@ -101,20 +97,72 @@ def probe_tokens(job: Job) -> np.ndarray:
     return job.calibration.tokens[rows, :length]
 
 
-def _measure(job: Job, plan: PruningPlan, steps: Steps) -> dict[str, dict[str, dict]]:
-    """Quality per text and variant: the dense model, the pruned one, and every export on disk."""
+def _measure(
+    job: Job,
+    statistics: ChannelStatistics,
+    plan: PruningPlan,
+    not_run: dict[str, str],
+    steps: Steps,
+) -> tuple[Qualities, dict]:
+    """Quality per text of the dense model, the pruned one and every export on disk; and of random
+    channels at the same size, {} with a reason in `not_run` if that is not to be had."""
     references: dict = {}
-    variants = {"dense": job.base, "pruned": stages.pruned_source(job.base, plan, None)}
+
+    def measured(name: str, source: LayerSource) -> dict[str, dict]:
+        how = {"batch": job.recipe.batch, "dtype": job.dtype}
+        found = stages.measure(source, job.evaluation, references, steps, name, **how)
+        return {text: value.to_dict() for text, value in found.items()}
+
+    variants: dict[str, LayerSource] = {"dense": job.base}
+    variants["pruned"] = stages.pruned_source(job.base, plan, None)
     for name in job.recipe.export:
         variants[name] = open_checkpoint(job.output / "exports" / name, dtype=None)
-    quality: dict[str, dict[str, dict]] = {text: {} for text in job.evaluation}
-    for name, source in variants.items():
-        found = stages.measure(
-            source, job.evaluation, references, steps, name, batch=job.recipe.batch, dtype=job.dtype
-        )
-        for text, value in found.items():
-            quality[text][name] = value.to_dict()
-    return quality
+    by_model = {name: measured(name, source) for name, source in variants.items()}
+    quality = {
+        text: {name: found[text] for name, found in by_model.items()} for text in job.evaluation
+    }
+    if not job.evaluation:
+        not_run["random"] = "no text was named to measure on"
+        return quality, {}
+    try:
+        other = random_plan(job, statistics, plan)
+    except InputError as error:
+        not_run["random"] = str(error)
+        return quality, {}
+    found = measured("random channels", stages.pruned_source(job.base, other, None))
+    return quality, {"seed": RANDOM_SEED, "kept": int(other.counts.sum()), "quality": found}
+
+
+def random_plan(job: Job, statistics: ChannelStatistics, plan: PruningPlan) -> PruningPlan:
+    """Random channels, as many as a plan keeps, under the same width policy.
+
+    Where whole experts go, the plan's widths are dealt to the experts of each layer at random.
+
+    Raises:
+      InputError: the plan removes nothing, or no random plan suits the recipe.
+    """
+    if plan.keep.all():
+        raise InputError("nothing was removed, so there is no choice to compare")
+    if job.recipe.width in ("experts", "combined"):
+        rng = np.random.default_rng(RANDOM_SEED)
+        widths = rng.permuted(plan.counts, axis=1)[:, :, None]  # [L, E, 1]
+        rank = rng.random(plan.keep.shape).argsort(axis=2).argsort(axis=2)
+        return PruningPlan(rank < widths, plan.layer_indices, {"model_hash": job.base.fingerprint})
+    recipe = dataclasses.replace(
+        job.recipe,
+        criterion="random",
+        attribution="uniform",
+        planner="random",
+        weights=None,
+        layer_loss="energy",
+        align="paper",
+        emptied="zero",
+        seed=RANDOM_SEED,
+        target_bytes=None,
+        target_parameters=None,
+        prune_rate=1.0 - int(plan.counts.sum()) / plan.keep.size,
+    )
+    return planning.plan(recipe, statistics, {"model_hash": job.base.fingerprint}, job.base)
 
 
 def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None:
@@ -127,125 +175,33 @@ def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None
         )  # fmt: skip
 
 
-def _sample(job: Job, steps: Steps) -> dict:
-    """The same prompt continued by the dense model and by the smallest export."""
+def _samples(job: Job, not_run: dict[str, str], steps: Steps) -> list[dict[str, str]]:
+    """The start of every text continued by the dense model and by the smallest export; [] with a
+    reason in `not_run` for a large model or without a text."""
     folders = [job.output / "exports" / name for name in job.recipe.export]
     folder = min(folders, key=folder_bytes)
-    windows = next(iter(job.evaluation.values()), None)
-    shown = job.calibration if windows is None else windows
-    if folder_bytes(job.base.folder) > SAMPLE_BYTES or not len(shown.tokens):
-        return {"prompt": "", "dense": "", "compressed": "", "export": folder.name}
-    prompt = shown.tokens[0, shown.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
-    room = job.base.config.max_position - len(prompt)
+    shown = dict(list(job.evaluation.items())[:SAMPLES]) or {"calibration": job.calibration}
+    starts = {
+        text: windows.tokens[0, windows.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
+        for text, windows in shown.items()
+        if len(windows.tokens)
+    }
+    size = folder_bytes(job.base.folder)
+    if size > SAMPLE_BYTES or not starts:
+        large = f"the model has {amount(size)}, and those above {amount(SAMPLE_BYTES)} write slowly"
+        not_run["samples"] = large if size > SAMPLE_BYTES else "there was no text to continue"
+        return []
     stop = () if job.codec.end is None else (job.codec.end,)
-    texts = {}
+    written: dict[str, dict[str, str]] = {}
     with steps.bar("sample"):
         for name, path in (("dense", job.base.folder), ("compressed", folder)):
             model = load_model(path)
-            new = generate(model, [prompt], max_new_tokens=min(SAMPLE_NEW_TOKENS, room), stop=stop)[
-                0
-            ]
-            texts[name] = job.codec.decode(new)
-    return {"prompt": job.codec.decode(prompt), **texts, "export": folder.name}
-
-
-def _environment() -> dict:
-    """Where and when a run happened, for the report."""
-    installed = importlib.metadata.distributions(name="moe-jax")
-    return {
-        "moe-jax": next((package.version for package in installed), "source tree"),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
-def _routers(statistics: ChannelStatistics) -> dict[str, list]:
-    """Mean entropy and usage of the routers, nothing where no token was seen."""
-    routed = statistics.tokens.sum(axis=1, keepdims=True)
-    if not routed.all():
-        return {}
-    return {
-        "router_entropy": (statistics.router_entropy / statistics.total_tokens).tolist(),
-        "usage": (statistics.tokens / routed).tolist(),
-    }
-
-
-def _sizes(job: Job, statistics: ChannelStatistics, plan: PruningPlan, planned) -> dict:
-    """What was written and what is left, for the report."""
-    exports = {}
-    for name, size in planned.items():
-        written = folder_bytes(job.output / "exports" / name)
-        bits = written * 8 / size["parameters"]
-        exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
-        exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
-    whole = np.full_like(plan.counts, plan.keep.shape[2])
-    return {
-        "source_bytes": folder_bytes(job.base.folder),
-        "channels": int(plan.keep.size),
-        "channels_kept": int(plan.counts.sum()),
-        "active_parameters": {
-            "source": active_parameters(job.base, whole, statistics),
-            "exports": active_parameters(job.base, plan.counts, statistics),
-        },
-        "exports": exports,
-    }
-
-
-def _report(
-    job: Job,
-    statistics: ChannelStatistics,
-    plan: PruningPlan,
-    sizes,
-    quality,
-    sample,
-    checks,
-    steps,
-) -> CompressionReport:
-    recipe = job.recipe
-    scores = channel_scores(
-        statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
-    )
-    fractions, curves = concentration(scores.channel)
-    windows = next(iter(job.evaluation.values()), None)
-    options = planning.planner_arguments(recipe, job.base)["options"]
-    return CompressionReport(
-        model={
-            "path": recipe.model,
-            "family": job.base.family.model_type,
-            "fingerprint": job.base.fingerprint,
-            "parameters": parameter_count(job.base) + mtp_parameters(job.base),
-            "bytes": folder_bytes(job.base.folder),
-        },
-        recipe={k: list(v) if isinstance(v, tuple) else v
-                for k, v in dataclasses.asdict(recipe).items()},
-        environment=_environment(),
-        calibration={
-            "tokens": int(statistics.total_tokens),
-            "sources": list(job.calibration.sources),
-            **_routers(statistics),
-        },
-        plan=dict(plan.provenance),
-        layer_indices=list(plan.layer_indices),
-        d_expert=int(plan.keep.shape[2]),
-        counts=plan.counts.tolist(),
-        attribution=scores.expert.tolist(),
-        expert_coverage=plan.expert_coverage(scores.channel).tolist(),
-        layer_coverage=plan.layer_coverage(scores.channel).tolist(),
-        layer_loss={"raw": LAYER_LOSSES[recipe.layer_loss](scores).tolist(),
-                    "smoothed": layer_weights(scores, options).tolist()},
-        concentration={"fractions": fractions.tolist(), "curves": curves.tolist()},
-        quantization=[],
-        sizes=_sizes(job, statistics, plan, sizes),
-        quality=quality,
-        evaluation={
-            "window": recipe.window,
-            "stride": windows.stride if windows else None,
-            "seen": seen_shares(job.calibration, job.evaluation),
-        },
-        stages=steps.stages,
-        sample=sample,
-        verification=[dataclasses.asdict(check) for check in checks],
-    )  # fmt: skip
+            for text, prompt in starts.items():
+                room = min(SAMPLE_NEW_TOKENS, job.base.config.max_position - len(prompt))
+                # One by one: in a batch the last bits of a sum, and so a token, may differ.
+                (new,) = generate(model, [prompt], max_new_tokens=room, stop=stop)
+                written.setdefault(text, {})[name] = job.codec.decode(new)
+    return [
+        {"text": text, "prompt": job.codec.decode(prompt), **written[text], "export": folder.name}
+        for text, prompt in starts.items()
+    ]

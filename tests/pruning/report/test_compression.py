@@ -9,11 +9,13 @@ import pytest
 from rich.console import Console
 
 from pruning.budget.widths import WIDTHS
+from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
-from pruning.report.compression_page import figures, page, section_html
-from pruning.report.compression_tables import headlines, tables, terminal_table
+from pruning.report.compression_page import main_figures, other_figures, page
+from pruning.report.compression_tables import POLICIES, allocation_table
 from pruning.report.figures import concentration
-from pruning.report.table import POLICIES, TextTable, allocation_table
+from pruning.report.html import section_html
+from pruning.report.table import TextTable
 
 L, E, F = 3, 4, 8
 
@@ -51,8 +53,13 @@ def report(**changes) -> CompressionReport:
     return CompressionReport(**{**fields, **changes})
 
 
+def figures(found: CompressionReport) -> list:
+    return [*main_figures(found), *other_figures(found)]
+
+
 def test_a_saved_report_loads_equal(tmp_path):
     report().save(tmp_path)
+    compression_page.save(report(), tmp_path)
     assert CompressionReport.load(tmp_path / "report.json") == report()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["report.html", "report.json"]
 
@@ -127,7 +134,7 @@ def test_a_report_without_text_says_so_everywhere():
     assert "No calibration text was read: the weights alone decided (criterion weight" in text
     assert "<p>No text.</p>" in text and "all layers count alike" in text
     assert text.count("data:image/png") == 4
-    assert headlines(found)[2].number == "no text"
+    assert found.headlines()[2].number == "no text"
     assert "No calibration text" not in page(report())
 
 
@@ -176,7 +183,7 @@ def measured() -> CompressionReport:
 
 
 def test_the_headline_is_the_mean_over_all_tokens_of_the_smallest_export():
-    smaller, lost, tokens = headlines(measured())
+    smaller, lost, tokens = measured().headlines()
     assert smaller.number == "4.00" and "ragged-int4" in smaller.detail
     assert lost.number == "+0.300"  # (300 * 0.2 + 100 * 0.6) / 400
     assert "1.350" in lost.detail and "80.0%" in lost.detail  # exp(0.3); 0.75 * 90 + 0.25 * 50
@@ -184,7 +191,7 @@ def test_the_headline_is_the_mean_over_all_tokens_of_the_smallest_export():
 
 
 def test_the_headline_says_so_when_nothing_was_measured():
-    _, lost, tokens = headlines(report(quality={}))
+    _, lost, tokens = report(quality={}).headlines()
     assert "--evaluation" in lost.detail and "none" in tokens.detail
 
 
@@ -192,7 +199,7 @@ def test_parameters_and_those_that_a_token_meets_stand_beside_what_they_were():
     sizes = report().sizes | {"active_parameters": {"source": 2_500_000, "exports": 1_234_567}}
     sizes["exports"] = {"ragged-int4": sizes["exports"]["ragged-int4"] | {"parameters": 4_000_000}}
     model = report().model | {"parameters": 9_990_000}
-    rows = allocation_table(report(sizes=sizes, model=model)).rows
+    rows = allocation_table({}, sizes, model).rows
     assert rows[0] == ["parameters", "4.00 M", "of 9.99 M"]
     assert rows[1][:2] == ["active parameters", "1.23 M"] and "2.50 M" in rows[1][2]
 
@@ -200,7 +207,7 @@ def test_parameters_and_those_that_a_token_meets_stand_beside_what_they_were():
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_a_narrow_terminal_folds_names_and_cuts_nothing(columns):
     console = Console(width=columns, file=io.StringIO(), record=True)
-    console.print(terminal_table(measured()))
+    console.print(measured().terminal_table())
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= columns
     text = "\n".join(lines)
@@ -211,7 +218,7 @@ def test_a_narrow_terminal_folds_names_and_cuts_nothing(columns):
 
 
 def test_numbers_stand_on_the_right_and_words_on_the_left():
-    quality = next(table for table in tables(measured()) if table.title == "Quality")
+    quality = next(table for table in measured().tables() if table.title == "Quality")
     kinds = {name: quality.is_number(i) for i, name in enumerate(quality.header)}
     words = {name for name, number in kinds.items() if not number}
     assert words == {"text", "model"}

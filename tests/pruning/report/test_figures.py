@@ -7,9 +7,8 @@ from matplotlib.figure import Figure
 
 from pruning.report import audit_figures as token_plots
 from pruning.report import figures as plots
-from pruning.report.alignment_plots import plot_alignment
 from pruning.report.comparison import Comparison, Result
-from pruning.report.comparison_page import COLOURS, comparison_page, plot_pareto
+from pruning.report.comparison_page import FAMILY_COLOURS, comparison_page, plot_pareto
 
 L, E = 3, 4
 LAYERS = [1, 2, 4]
@@ -120,7 +119,7 @@ def test_routers_show_entropy_in_nats_and_a_mark_for_each_expert():
 
 def test_alignment_has_one_line_per_block_over_the_least_widths_it_has():
     grid = {(8, 16): 3.0, (8, 32): 2.0, (32, 32): 1.0}
-    figure = plot_alignment({"a, %": grid, "b, nats": grid, "c": grid})
+    figure = plots.plot_alignment({"a, %": grid, "b, nats": grid, "c": grid})
     first, *_, unused = figure.axes
     lines = by_label(first)
     np.testing.assert_array_equal(lines["blocks of 8"].get_xydata(), [[0, 3], [1, 2]])
@@ -135,10 +134,14 @@ def comparison(**changes) -> Comparison:
         ("paper-act", 0.25): 0.3, ("paper-act", 0.5): 0.6, ("paper-energy", 0.25): 0.2,
         ("paper-energy", 0.5): 0.9, ("experts-ala", 0.25): 0.5,
     }  # fmt: skip
+    families = {"paper": "paper's rule", "experts": "whole experts"}
     results = tuple(
-        Result(rule, rate, quality={"t": {"nll": 2 + nats, "tokens": 10, "kl": nats, "top1": 0.5}})
+        Result(
+            rule, rate, family=families[rule.partition("-")[0]], about=f"about {rule}",
+            quality={"t": {"nll": 2 + nats, "tokens": 10, "kl": nats, "top1": 0.5}},
+        )
         for (rule, rate), nats in added.items()
-    )
+    )  # fmt: skip
     dense = {"t": {"nll": 2.0, "tokens": 10}}
     fields = {"key": {}, "dense": dense, "results": results, "refused": (),
               "sizes": {"dense": 100_000_000, "experts": 80_000_000}}  # fmt: skip
@@ -153,7 +156,7 @@ def test_the_pareto_figure_shows_the_best_rule_of_each_family_by_size():
     np.testing.assert_allclose(
         lines["whole experts: experts-ala"].get_xydata(), [[100, 0], [80, 0.5]]
     )
-    assert to_hex(paper.get_color()) == COLOURS["paper's rule"]
+    assert to_hex(paper.get_color()) == FAMILY_COLOURS["paper's rule"]
     assert not any("paper-energy" in label for label in lines)
     assert axes.get_xlabel().endswith("MB") and axes.get_ylabel().startswith("nats")
 
@@ -181,7 +184,7 @@ def test_every_figure_fits_a_page():
         token_plots.plot_router_entropy({"a": values[0]}, LAYERS, E),
         plots.plot_smoothing(values[:, 0, 0], LAYERS),
         plots.plot_routers(values[0, :3, 0], values[:, :, 0], LAYERS),
-        plot_alignment({"a": {(1, 1): 2.0}}),
+        plots.plot_alignment({"a": {(1, 1): 2.0}}),
         plot_pareto(comparison()),
     ]
     for figure in figures:
