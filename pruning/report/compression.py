@@ -208,7 +208,7 @@ class CompressionReport:
             lost = Headline("?", "quality lost", "not measured; name a text with --evaluation")
             return [smaller, lost, tokens]
         added, of_random = self.added_loss(), self.of_random()
-        beside = "" if of_random is None else f"; pruning loses {of_random:.2f} of random's loss"
+        beside = "" if of_random is None else f"; pruning adds {of_random:.2f} of what random does"
         lost = Headline(
             f"{added:+.3f}",
             "nats per token",
