@@ -66,7 +66,7 @@ def causes_table(sizes: Part, alone: Part) -> TextTable:
             found.append(("pruning", name, size["bytes"]))
     rows = [[what, form, megabytes(size), f"{source / size:.2f}"] for what, form, size in found]
     known = "computed from shapes, not written" if alone else "unknown to this report"
-    note = f"What one of the two does alone is {known}. pruning alone: the same channels in 16 bits."
+    note = f"What one of the two does alone is {known}; pruning alone stores 16 bits."
     return TextTable("What makes it smaller", ["by", "format", "MB", "times smaller"], rows, note)
 
 
@@ -114,8 +114,8 @@ def losses_table(quality: Part, random: Part) -> TextTable:
             word = "" if name in ("dense", "random channels") else severity(added, of_random)
             share = f"{of_random:.2f}" if name == "pruned" and of_random is not None else ""
             rows.append(
-                [text if number == 0 else "", name, f"{q['perplexity']:.2f}",
-                 "" if name == "dense" else f"{added:+.4f}", share, word]
+                [text if number == 0 else "", name, word,
+                 "" if name == "dense" else f"{added:+.4f}", share, f"{q['perplexity']:.2f}"]
             )  # fmt: skip
     note = (
         "pruned: the kept channels in 16 bits; exports as read from disk. ÷ random: what pruning "
@@ -124,7 +124,7 @@ def losses_table(quality: Part, random: Part) -> TextTable:
     )
     if quality and not random:
         note += " Random channels were not measured."
-    header = ["text", "model", "perplexity", "+nats", "÷ random", "loss"]
+    header = ["text", "model", "loss", "+nats", "÷ random", "perplexity"]
     return TextTable("Losses", header, rows, note)
 
 

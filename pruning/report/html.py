@@ -26,7 +26,17 @@ def _yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
 
 
+def _code(text: str) -> Markup:
+    """Prose whose words between backticks are code, as in Markdown."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else part
+        for number, part in enumerate(parts)
+    )
+
+
 TEMPLATES.filters |= {
+    "code": _code,
     "cell": lambda text: text.replace("|", "\\|"),  # of a table in Markdown
     "count": "{:,}".format,
     "oneline": lambda text: " ".join(text.split()),

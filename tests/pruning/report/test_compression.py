@@ -328,7 +328,8 @@ def test_the_page_answers_in_the_order_of_a_users_questions():
         "Noticeable: ragged-int4 adds 0.105 nats per token to 2 texts",
         "0.23 of what random channels",
         "moe-compress compress &#39;my model&#39; --output out",
-        "&lt;i&gt;Once", "AutoModelForCausalLM.from_pretrained", "a reason",
+        "&lt;i&gt;Once", "<code>trust_remote_code</code>",
+        "AutoModelForCausalLM.from_pretrained", "a reason",
     ):  # fmt: skip
         assert words in text
     assert "vllm serve" not in text
@@ -351,10 +352,10 @@ def test_every_text_has_a_word_for_each_model_and_random_channels_beside_them():
     found = whole()
     table = losses_table(found.quality, found.random["quality"])
     rows = {(text, row[1]): row for text, row in zip("llllssss", table.rows, strict=True)}
-    assert rows["s", "random channels"][3:] == ["+0.4000", "", ""]
-    assert rows["s", "pruned"][3:] == ["+0.1000", "0.25", "noticeable"]
-    assert rows["s", "ragged-int4"][3:] == ["+0.3000", "", "severe"]
-    assert rows["l", "ragged-int4"][5] == "small" and SCALE.words() in table.note
+    assert rows["s", "random channels"][2:5] == ["", "+0.4000", ""]
+    assert rows["s", "pruned"][2:5] == ["noticeable", "+0.1000", "0.25"]
+    assert rows["s", "ragged-int4"][2:5] == ["severe", "+0.3000", ""]
+    assert rows["l", "ragged-int4"][2] == "small" and SCALE.words() in table.note
     assert "not measured" in losses_table(found.quality, {}).note
 
 
