@@ -15,6 +15,7 @@ from moe_jax.files import replace_text
 from pruning.budget.decide import PruningPlan
 from pruning.cli.flags import recipe_from
 from pruning.cli.option_checks import check_estimate, check_evaluation
+from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.measure.quality import make_windows
 from pruning.recipe.exports import EXPORTS
@@ -69,7 +70,7 @@ def score(options: Options) -> None:
 
 def inspect(options: Options) -> dict:
     """What a checkpoint is, as JSON."""
-    base = open_checkpoint(stages.model_folder(options.model))
+    base = open_checkpoint(model_folder(options.model))
     c = base.config
     routed = sum(map(sum, base.widths)) * 3 * c.d_model
     total = parameter_count(base)
@@ -99,7 +100,7 @@ def inspect(options: Options) -> dict:
 def estimate(options: Options) -> None:
     """What a compression gives and costs; prints tables, one set per prune rate."""
     check_estimate(options)
-    base = estimating.open_description(stages.model_folder(options.recipe.model))
+    base = estimating.open_description(model_folder(options.recipe.model))
     found = estimating.estimates(
         base, options.recipe, options.rates,
         tensor_parallel=options.tensor_parallel,
@@ -218,7 +219,7 @@ def evaluate(options: Options) -> dict | None:
         for one, result in plans:
             sources[f"prune-rate {one.prune_rate}"] = stages.pruned_source(base, result, None)
     else:
-        base = open_checkpoint(stages.model_folder(str(options.folder)))
+        base = open_checkpoint(model_folder(str(options.folder)))
         sources = {"model": base}
     codec = open_codec(base.folder, base.config.vocab_size)
     window = min(options.window or 2048, base.config.max_position)

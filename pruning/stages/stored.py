@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
+from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.scores.statistics import ChannelStatistics
@@ -28,7 +29,7 @@ def stored_recipe(folder: Path, options: argparse.Namespace, *names: str) -> Com
 
 def stored_base(recipe: CompressionRecipe) -> Checkpoint:
     """The dense model that a recipe names, its weights read in 16 bits."""
-    return open_checkpoint(stages.model_folder(recipe.model), dtype=jnp.bfloat16)
+    return open_checkpoint(model_folder(recipe.model), dtype=jnp.bfloat16)
 
 
 def stored_plans(

@@ -16,13 +16,13 @@ from convert.checkpoint import open_checkpoint
 from convert.export import ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.cli import main
+from pruning.demo import DEMO
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import load_recipe
 from pruning.runs.compress import random_plan
 from pruning.scores.statistics import load_statistics
 from pruning.stages import job as stages
 from pruning.stages import plan as planning
-from pruning.stages.job import DEMO
 from pruning.stages.sizes import folder_bytes
 
 TEXTS = sorted(str(path) for path in (DEMO / "text").glob("evaluation-*.txt"))

@@ -12,8 +12,8 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 from pruning.budget.planners import PLANNERS
+from pruning.demo import demo_texts
 from pruning.scores.statistics import load_statistics
-from pruning.stages.job import demo_texts
 from tests.pruning.scores.test_noise import worth_by_hand
 from tests.support.command import given, refused, run
 
