@@ -44,7 +44,7 @@ def layer_colours(layers: int) -> tuple[np.ndarray, list[int]]:
 
 
 def limit_height(axes: Axes, values: Sequence[float]) -> None:
-    """Cut the y axis where a few values would flatten all others."""
+    """Cut the y axis where one value, such as that of a broken model, would flatten all others."""
     ordered = sorted(values)
     typical = ordered[math.floor(0.9 * (len(ordered) - 1))]
     if ordered[-1] > 3 * typical > 0:

@@ -11,6 +11,7 @@ from moe_jax.stream import LayerSource
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
+from pruning.measure.quality import Reference
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
@@ -68,14 +69,17 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
             stages.export(job.base, plan, form, target, steps, codes=codes)
         with steps.bar(f"verify {name}"):
             checks += stages.verify(job.base, plan, form, target, probe_tokens(job), codes)
-    not_run: dict[str, str] = {}
-    quality, random = _measure(job, statistics, plan, not_run, steps)
-    samples = _samples(job, not_run, steps)
+    references: dict[str, Reference] = {}
+    quality = _measure(job, plan, references, steps)
+    random, no_random = _measure_random(job, statistics, plan, references, steps)
+    samples, no_samples = _samples(job, steps)
+    reasons = {"random": no_random, "samples": no_samples}
     report = assemble(
         Outcome(
             asked=dataclasses.asdict(recipe), job=job, statistics=statistics,
             provenance=provenance, plan=plan, sizes=sizes, codes=codes, checks=checks,
-            quality=quality, random=random, samples=samples, stages=steps.stages, not_run=not_run,
+            quality=quality, random=random, samples=samples, stages=steps.stages,
+            not_run={name: why for name, why in reasons.items() if why},
         )
     )  # fmt: skip
     # Before the report, whose presence says that all else is there.
@@ -98,39 +102,47 @@ def probe_tokens(job: Job) -> np.ndarray:
 
 
 def _measure(
-    job: Job,
-    statistics: ChannelStatistics,
-    plan: PruningPlan,
-    not_run: dict[str, str],
-    steps: Steps,
-) -> tuple[Qualities, dict]:
-    """Quality per text of the dense model, the pruned one and every export on disk; and of random
-    channels at the same size, {} with a reason in `not_run` if that is not to be had."""
-    references: dict = {}
-
-    def measured(name: str, source: LayerSource) -> dict[str, dict]:
-        how = {"batch": job.recipe.batch, "dtype": job.dtype}
-        found = stages.measure(source, job.evaluation, references, steps, name, **how)
-        return {text: value.to_dict() for text, value in found.items()}
-
+    job: Job, plan: PruningPlan, references: dict[str, Reference], steps: Steps
+) -> Qualities:
+    """Quality per text and variant: the dense model, the pruned one, and every export on disk."""
     variants: dict[str, LayerSource] = {"dense": job.base}
     variants["pruned"] = stages.pruned_source(job.base, plan, None)
     for name in job.recipe.export:
         variants[name] = open_checkpoint(job.output / "exports" / name, dtype=None)
-    by_model = {name: measured(name, source) for name, source in variants.items()}
-    quality = {
+    by_model = {
+        name: _qualities(job, source, references, steps, name) for name, source in variants.items()
+    }
+    return {
         text: {name: found[text] for name, found in by_model.items()} for text in job.evaluation
     }
+
+
+def _measure_random(
+    job: Job,
+    statistics: ChannelStatistics,
+    plan: PruningPlan,
+    references: dict[str, Reference],
+    steps: Steps,
+) -> tuple[dict, str]:
+    """Random channels at the same size for the report, or {} and the reason why not."""
     if not job.evaluation:
-        not_run["random"] = "no text was named to measure on"
-        return quality, {}
+        return {}, "no text was named to measure on"
     try:
         other = random_plan(job, statistics, plan)
-    except InputError as error:
-        not_run["random"] = str(error)
-        return quality, {}
-    found = measured("random channels", stages.pruned_source(job.base, other, None))
-    return quality, {"seed": RANDOM_SEED, "kept": int(other.counts.sum()), "quality": found}
+    except ValueError as error:  # the run's own plan is made, and its exports: they go on
+        return {}, str(error)
+    source = stages.pruned_source(job.base, other, None)
+    found = _qualities(job, source, references, steps, "random channels")
+    return {"seed": RANDOM_SEED, "kept": int(other.counts.sum()), "quality": found}, ""
+
+
+def _qualities(
+    job: Job, source: LayerSource, references: dict[str, Reference], steps: Steps, name: str
+) -> dict[str, dict]:
+    """Quality of one model per text; the first model becomes the reference of the others."""
+    how = {"batch": job.recipe.batch, "dtype": job.dtype}
+    found = stages.measure(source, job.evaluation, references, steps, name, **how)
+    return {text: value.to_dict() for text, value in found.items()}
 
 
 def random_plan(job: Job, statistics: ChannelStatistics, plan: PruningPlan) -> PruningPlan:
@@ -175,9 +187,9 @@ def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None
         )  # fmt: skip
 
 
-def _samples(job: Job, not_run: dict[str, str], steps: Steps) -> list[dict[str, str]]:
-    """The start of every text continued by the dense model and by the smallest export; [] with a
-    reason in `not_run` for a large model or without a text."""
+def _samples(job: Job, steps: Steps) -> tuple[list[dict[str, str]], str]:
+    """The start of every text continued by the dense model and by the smallest export; [] and the
+    reason why not for a large model or without a text."""
     folders = [job.output / "exports" / name for name in job.recipe.export]
     folder = min(folders, key=folder_bytes)
     shown = dict(list(job.evaluation.items())[:SAMPLES]) or {"calibration": job.calibration}
@@ -187,10 +199,10 @@ def _samples(job: Job, not_run: dict[str, str], steps: Steps) -> list[dict[str, 
         if len(windows.tokens)
     }
     size = folder_bytes(job.base.folder)
-    if size > SAMPLE_BYTES or not starts:
-        large = f"the model has {amount(size)}, and those above {amount(SAMPLE_BYTES)} write slowly"
-        not_run["samples"] = large if size > SAMPLE_BYTES else "there was no text to continue"
-        return []
+    if not starts:
+        return [], "there was no text to continue"
+    if size > SAMPLE_BYTES:
+        return [], f"the model has {amount(size)}; those above {amount(SAMPLE_BYTES)} write slowly"
     stop = () if job.codec.end is None else (job.codec.end,)
     written: dict[str, dict[str, str]] = {}
     with steps.bar("sample"):
@@ -201,7 +213,8 @@ def _samples(job: Job, not_run: dict[str, str], steps: Steps) -> list[dict[str, 
                 # One by one: in a batch the last bits of a sum, and so a token, may differ.
                 (new,) = generate(model, [prompt], max_new_tokens=room, stop=stop)
                 written.setdefault(text, {})[name] = job.codec.decode(new)
-    return [
+    samples = [
         {"text": text, "prompt": job.codec.decode(prompt), **written[text], "export": folder.name}
         for text, prompt in starts.items()
     ]
+    return samples, ""
