@@ -1,5 +1,8 @@
 """Figures draw the numbers they are given, and say what their axes are."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -170,6 +173,27 @@ def test_a_comparison_of_an_earlier_version_has_a_page_without_sizes(tmp_path):
     assert comparison_page(comparison()).count("<img") == comparison_page(found).count("<img") + 1
     with pytest.raises(ValueError, match="compare again"):
         plot_pareto(found)
+
+
+def test_a_rule_is_what_its_result_says_and_an_earlier_file_says_nothing(tmp_path):
+    text = comparison_page(comparison())
+    assert "about paper-act" in text
+    assert comparison().csv().splitlines()[1].startswith("paper-act,paper's rule,0.25,")
+    found = comparison()
+    own = dataclasses.replace(found, results=tuple(
+        dataclasses.replace(r, family="mine") if r.rule == "paper-act" else r for r in found.results
+    ))  # fmt: skip
+    mine = by_label(plot_pareto(own).axes[0])["mine: paper-act"]
+    assert to_hex(mine.get_color()) not in FAMILY_COLOURS.values()
+    found.save(tmp_path)
+    path = tmp_path / "compare.json"
+    stored = json.loads(path.read_text())
+    for result in stored["results"]:
+        del result["family"], result["about"]
+    path.write_text(json.dumps(stored))
+    earlier = Comparison.load(path)
+    assert comparison_page(earlier).count("<img") == text.count("<img")
+    assert "other: paper-act" in by_label(plot_pareto(earlier).axes[0])
 
 
 def test_a_comparison_shows_its_table_in_a_notebook():
