@@ -19,12 +19,13 @@ from pruning.cli.tables import (
     plans_table,
     quality_table,
 )
+from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import ExportOptions, PlanOptions
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.report import compression_page
 from pruning.report.audit_page import audit_tables
 from pruning.report.compression import CompressionReport
-from pruning.report.compression_tables import terminal_table
 from pruning.report.cost_tables import estimate_tables
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
@@ -36,7 +37,6 @@ from pruning.runs import export as exporting
 from pruning.runs import plan as planning
 from pruning.runs import score as scoring
 from pruning.runs import verify as verifying
-from pruning.stages.job import model_folder
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import folder_bytes, mtp_parameters, parameter_count
 
@@ -53,7 +53,7 @@ def compress(options: Options) -> Outcome:
         lines.append(f"{label}: {sample[key]!r}")
     values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     pages = [folder / "exports" / name for name in report.sizes["exports"]]
-    parts = [terminal_table(report), *lines, ""]
+    parts = [report.terminal_table(), *lines, ""]
     return Outcome(values, parts, [*pages, folder / "report.html"])
 
 
@@ -203,8 +203,9 @@ def report(options: Options) -> Outcome:
     path = options.folder / "report.json"
     found = CompressionReport.load(path)
     found.save(options.folder)
+    compression_page.save(found, options.folder)
     values = json.loads(path.read_text(encoding="utf-8"))
-    return Outcome(values, [terminal_table(found), ""], [options.folder / "report.html"])
+    return Outcome(values, [found.terminal_table(), ""], [options.folder / "report.html"])
 
 
 def compare(options: Options) -> Outcome:

@@ -11,8 +11,7 @@ from rich.console import Console, RenderableType
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
-from pruning.report.compression_tables import as_rich
-from pruning.report.table import TextTable
+from pruning.report.table import TextTable, as_rich
 
 PIPED = 100_000  # columns where nobody looks: no table is folded or cut
 

@@ -1,4 +1,5 @@
 """Values become tables, figures, pages and model cards; nothing is measured here.
 
-Imports `kit`, `recipe`, `scores`, `budget`, `measure`.
+Imports `kit`, `recipe`, `text`, `scores`, `budget`, `measure`; a page imports its value, never the
+other way round.
 """

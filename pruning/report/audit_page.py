@@ -3,18 +3,20 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pruning.measure.tokens import TokenView
 from pruning.report.audit_figures import (
     plot_expert_norms,
     plot_loss_curves,
+    plot_misalign,
     plot_router_entropy,
     typical_experts,
 )
-from pruning.report.audit_plots import plot_misalign
-from pruning.report.compression_page import document, figure_html, section_html
-from pruning.report.compression_tables import TextTable
+from pruning.report.drawing import figure_html
+from pruning.report.html import document, section_html, text_html
+from pruning.report.table import TextTable
 
 # The paper's figure 2: what people rank experts by, and the attribution.
 SHOWN = {"router": "router weight", "usage": "token usage", "ala": "attribution (ala)"}
@@ -34,10 +36,12 @@ def audit_page(report: dict, figures: Iterable[tuple[Figure, str]] = ()) -> str:
     """
     experts, channels = report["experts"], report["channels"]
     parts = [
-        "<h1>Audit of the scores</h1>",
-        f"<p>{experts['count']} experts and {channels['count']} channels were taken out of the "
-        f"model one at a time; without any removal its loss on {report['predicted']:,} predicted "
-        f"tokens is {report['dense_nll']:.4f} nats per token.</p>",
+        text_html("Audit of the scores", "h1"),
+        text_html(
+            f"{experts['count']} experts and {channels['count']} channels were taken out of the "
+            f"model one at a time; without any removal its loss on {report['predicted']:,} "
+            f"predicted tokens is {report['dense_nll']:.4f} nats per token."
+        ),
     ]
     if experts["count"]:
         rows = experts["rows"]
@@ -56,7 +60,7 @@ def audit_page(report: dict, figures: Iterable[tuple[Figure, str]] = ()) -> str:
     parts += map(section_html, audit_tables(report))
     shown = [figure_html(*figure) for figure in figures]
     if shown:
-        parts += ["<h2>What routers and experts do</h2>", *shown]
+        parts += [text_html("What routers and experts do", "h2"), *shown]
     return document("Audit of the scores", parts)
 
 
@@ -119,11 +123,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _harm(experts: dict) -> str:
+def _harm(experts: dict) -> Markup:
     both = experts["masked_and_rerouted"]["global"]
-    return (
-        f"<p>Harmful experts, without which the loss is lower: "
+    return text_html(
+        f"Harmful experts, without which the loss is lower: "
         f"{experts['harmful_masked']:.0%} when their output is zeroed, "
         f"{experts['harmful_rerouted']:.0%} when their tokens go to other experts. The two "
-        f"measurements rank the experts alike with Spearman {_number(both)}.</p>"
+        f"measurements rank the experts alike with Spearman {_number(both)}."
     )

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
-from pruning.budget.rules import RULES
-from pruning.report.compression_tables import TextTable
+from pruning.kit.words import percent
+from pruning.report.html import section_html
+from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
 
 SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
@@ -35,6 +36,8 @@ class Result:
       emptied: experts without channels.
       quality: text -> nll, perplexity, tokens, kl, top1.
       reason: why there is no plan; empty if there is one.
+      family, about: of the rule, see `pruning.budget.rule.Rule`; empty in a file of an earlier
+        version.
     """
 
     rule: str
@@ -44,6 +47,8 @@ class Result:
     emptied: int = 0
     quality: dict[str, dict] = field(default_factory=dict)
     reason: str = ""
+    family: str = ""
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Line:
       kl: nats per token.
       top1: share of positions whose most likely token is the dense model's.
       emptied: experts without channels.
+      family, about: of the rule.
     """
 
     rule: str
@@ -67,6 +73,8 @@ class Line:
     kl: float
     top1: float
     emptied: float
+    family: str
+    about: str
 
 
 @dataclass(frozen=True)
@@ -110,15 +118,7 @@ class Comparison:
         replace_text(folder / "compare.json", json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         replace_text(folder / "compare.csv", self.csv())
 
-    def save_page(self, folder: Path) -> None:
-        """Write compare.html, one page that loads nothing."""
-        from pruning.report.comparison_page import comparison_page  # draws: slow to import
-
-        replace_text(folder / "compare.html", comparison_page(self))
-
     def _repr_html_(self) -> str:
-        from pruning.report.compression_page import section_html  # draws: slow to import
-
         return section_html(self.table())
 
     def with_results(self, results: Iterable[Result], refused: Iterable[Result]) -> "Comparison":
@@ -180,6 +180,8 @@ class Comparison:
             kl=mean["kl"],
             top1=mean["top1"],
             emptied=float(np.mean([result.emptied for result in group])),
+            family=group[0].family,
+            about=group[0].about,
         )
 
     def ranked(self) -> list[str]:
@@ -206,7 +208,7 @@ class Comparison:
     def rate_table(self, rate: float) -> TextTable:
         """The rules at one rate, best first, and what they are."""
         rows = [
-            [str(place), line.rule, *_cells(line), _about(line.rule)]
+            [str(place), line.rule, *_cells(line), line.about]
             for place, line in enumerate((x for x in self.lines() if x.rate == rate), 1)
         ]
         title = f"Rules at prune rate {rate:.4g}, best first"
@@ -230,11 +232,10 @@ class Comparison:
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
                       "added", "kl", "top1"])  # fmt: skip
         for r in self.results:
-            family = RULES[r.rule].family if r.rule in RULES else ""
+            what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
                 added = q["nll"] - self.dense[text]["nll"]
-                out.writerow([r.rule, family, r.rate, r.seed, r.kept, r.emptied, text, q["tokens"],
-                              q["nll"], added, q["kl"], q["top1"]])  # fmt: skip
+                out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"]])
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:
@@ -269,8 +270,4 @@ def _cells(line: Line | None) -> list[str]:
         return ["-", "-", "-", "-"]
     spread = f" ±{line.spread:.3f}" if line.spread else ""
     of_random = "-" if math.isnan(line.of_random) else f"{line.of_random:.2f}"
-    return [f"{line.added:.4f}{spread}", of_random, f"{line.kl:.4f}", f"{line.top1:.1%}"]
-
-
-def _about(rule: str) -> str:
-    return RULES[rule].about if rule in RULES else ""  # a file of another version may have more
+    return [f"{line.added:.4f}{spread}", of_random, f"{line.kl:.4f}", percent(line.top1)]

@@ -1,24 +1,34 @@
 """A comparison as one self-contained page: loss against prune rate, and the ranking."""
 
-import collections
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from moe_jax.errors import InputError
-from pruning.budget.rules import RULES
+from moe_jax.files import replace_text
 from pruning.report.comparison import Comparison, Line
-from pruning.report.compression_page import document, figure_html, long_section, section_html
-from pruning.report.compression_tables import TextTable
+from pruning.report.drawing import (
+    BLUE,
+    GOLD,
+    GREEN,
+    GREY,
+    PURPLE,
+    RED,
+    WIDTH,
+    figure_html,
+    limit_height,
+    plain,
+)
+from pruning.report.html import document, long_section, section_html, text_html
+from pruning.report.table import TextTable
 
-# A family of a user's own has one more colour.
-COLOURS = collections.defaultdict(lambda: "#0b7a75", {
-    "paper's rule": "#2f6fb0", "one level": "#c0392b", "top-k": "#7d3c98", "uniform": "#d9a400",
-    "whole experts": "#2e8b57", "random": "#777777",
-})  # fmt: skip
-WIDTH = 8.0  # inches
+FAMILY_COLOURS = {
+    "paper's rule": BLUE, "one level": RED, "top-k": PURPLE, "uniform": GOLD,
+    "whole experts": GREEN, "random": GREY,
+}  # fmt: skip
+OTHER = "#222222"  # of families that are not ours, and of rules that do not say theirs
 RANKING = (
     "All rules at one prune rate, best on top. Colours as above. A bar across a point spans its "
     "seeds; smaller differences than that mean nothing."
@@ -30,10 +40,15 @@ PARETO = (
 )
 
 
+def save(found: Comparison, folder: Path) -> None:
+    """Write compare.html, whole or not at all."""
+    replace_text(folder / "compare.html", comparison_page(found))
+
+
 def comparison_page(found: Comparison) -> str:
     """The whole page."""
     parts = [
-        "<h1>Which rule loses least?</h1>",
+        text_html("Which rule loses least?", "h1"),
         figure_html(
             plot_rates(found),
             "One line per rule. Lower is better. All rules keep the same number of channels at a "
@@ -62,21 +77,20 @@ def plot_rates(found: Comparison) -> Figure:
             for rate in {line.rate for line in found.lines()}}  # fmt: skip
     families = set()
     for rule in reversed(found.ranked()):
-        points = [(line.rate, line.added) for line in found.lines() if line.rule == rule]
-        family = _family(rule)
-        label = None if family in families else family
+        lines = [line for line in found.lines() if line.rule == rule]
+        points, family = [(line.rate, line.added) for line in lines], lines[0].family
+        label = None if family in families else family or "other"
         families.add(family)
         leads = rule in best.values()
         axes.plot(
             *zip((0.0, 0.0), *points, strict=True), marker="o", markersize=4, label=label,
-            color=COLOURS[family], linewidth=2.4 if leads else 0.8, alpha=1.0 if leads else 0.5,
+            color=_colour(family), linewidth=2.4 if leads else 0.8, alpha=1.0 if leads else 0.5,
         )  # fmt: skip
     for rate, rule in best.items():
         added = min(line.added for line in found.lines() if line.rate == rate)
         axes.annotate(rule, (rate, added), xytext=(6, -10), textcoords="offset points", fontsize=8)
-    _plain(figure)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    _limit(axes, [line.added for line in found.lines()])
+    plain(axes, "x")
+    limit_height(axes, [line.added for line in found.lines()])
     axes.margins(x=0.12)
     axes.set(xlabel="expert channels removed", ylabel="nats per token added")
     axes.set_title("Loss against prune rate", loc="left")
@@ -97,29 +111,29 @@ def plot_pareto(found: Comparison) -> Figure:
     axes = figure.subplots()
     dense = found.sizes["dense"] / 1e6
     shown = []
-    for rule in _best_of_families(lines):
+    for best in _best_of_families(lines):
         points = [
             ((found.sizes["dense"] - line.rate * found.sizes["experts"]) / 1e6, line.added)
-            for line in lines if line.rule == rule
+            for line in lines if line.rule == best.rule
         ]  # fmt: skip
         shown += [added for _, added in points]
-        axes.plot(*zip((dense, 0.0), *points, strict=True), "o-", color=COLOURS[_family(rule)],
-                  markersize=5, label=f"{_family(rule)}: {rule}")  # fmt: skip
-    _plain(figure)
-    axes.axhline(0, color="#777777", linewidth=0.8)
-    _limit(axes, shown)
+        axes.plot(*zip((dense, 0.0), *points, strict=True), "o-", color=_colour(best.family),
+                  markersize=5, label=f"{best.family or 'other'}: {best.rule}")  # fmt: skip
+    plain(axes)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    limit_height(axes, shown)
     axes.set(xlabel="size of the model in 16 bit, MB", ylabel="nats per token added")
     axes.set_title("Size against loss, best rule of each family", loc="left")
     axes.legend(frameon=False, loc="upper right")
     return figure
 
 
-def _best_of_families(lines: Sequence[Line]) -> list[str]:
+def _best_of_families(lines: Sequence[Line]) -> list[Line]:
     """The rule of each family with the least loss at the highest rate it is measured at."""
     best: dict[str, Line] = {}
     for line in sorted(lines, key=lambda line: (-line.rate, line.added)):
-        best.setdefault(_family(line.rule), line)
-    return [line.rule for line in best.values()]
+        best.setdefault(line.family, line)
+    return list(best.values())
 
 
 def plot_ranking(found: Comparison, rate: float) -> Figure:
@@ -127,7 +141,7 @@ def plot_ranking(found: Comparison, rate: float) -> Figure:
     lines = [line for line in found.lines() if line.rate == rate]
     figure = Figure(figsize=(WIDTH, 1.2 + 0.19 * len(lines)), layout="constrained")
     axes = figure.subplots()
-    colours = [COLOURS[_family(line.rule)] for line in lines]
+    colours = [_colour(line.family) for line in lines]
     added = [line.added for line in lines]
     places = range(len(lines))
     axes.hlines(places, 0, added, color=colours, linewidth=0.8, alpha=0.4)
@@ -136,29 +150,14 @@ def plot_ranking(found: Comparison, rate: float) -> Figure:
     axes.scatter(added, places, color=colours, s=24, zorder=3)
     axes.set_yticks(places, [line.rule for line in lines], fontsize=8)
     axes.set_ylim(len(lines) - 0.4, -0.6)
-    _plain(figure, axis="x")
+    plain(axes, grid="x")
     axes.set(xlabel="nats per token added")
     axes.set_title(f"Ranking at prune rate {rate:.4g}", loc="left")
     return figure
 
 
-def _limit(axes, values: list[float]) -> None:
-    # One rule that breaks the model must not flatten all others.
-    ordered = sorted(values)
-    typical = ordered[math.floor(0.9 * (len(ordered) - 1))]
-    if ordered[-1] > 3 * typical > 0:
-        axes.set_ylim(min(0.0, ordered[0]), 1.5 * typical)
-
-
-def _family(rule: str) -> str:
-    return RULES[rule].family if rule in RULES else "random"
-
-
-def _plain(figure: Figure, axis: str = "y") -> None:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x" if axis == "x" else "y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+def _colour(family: str) -> str:
+    return FAMILY_COLOURS.get(family, OTHER)
 
 
 def _refused(found: Comparison) -> TextTable:

@@ -1,17 +1,42 @@
-"""What a run did, as a file: report.json for programs, report.html for people."""
+"""What a run did, as a value and as report.json; `compression_page` makes report.html of it."""
 
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_jax.errors import InputError
+import numpy as np
+from rich.console import Group
+from rich.text import Text
+
+from moe_jax.errors import InputError, choose
 from moe_jax.files import replace_text
-from pruning.report.compression_page import fragment, page
+from pruning.kit.words import megabytes, percent
+from pruning.report.compression_tables import (
+    allocation_table,
+    quality_table,
+    seen_warning,
+    sizes_table,
+    stages_table,
+    verification_table,
+)
+from pruning.report.html import fragment
+from pruning.report.severity import Severity, severity
+from pruning.report.table import TextTable, as_rich
 
 VERSION = 3
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number that people ask for first, and the words around it."""
+
+    number: str
+    unit: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -19,7 +44,7 @@ class CompressionReport:
     """The schema of report.json: these fields and "version"; all values are plain JSON.
 
     L layers with experts, E experts, K points of a curve. Sizes are bytes, times seconds, losses
-    nats per token.
+    nats per token. The fields after `verification` are empty in a report of an earlier version.
 
     Attributes:
       model: path, family, fingerprint, parameters, bytes (of its weight files).
@@ -52,6 +77,14 @@ class CompressionReport:
       sample: prompt, dense, compressed, export (which one wrote it); "" for huge models or
         without a text.
       verification: per check export, check, ok, detail.
+      samples: the same of the first texts that are measured, each with the text's name.
+      random: seed, and quality per text of random channels at the same size, in 16 bits: what
+        every choice of channels must beat.
+      alone: per export what pruning alone (pruned_bytes, 16 bits) and rounding alone
+        (rounded_bytes, nothing pruned; null for a 16-bit export) would give.
+      loading: per export the fields of `pruning.report.loading.Loading`.
+      command: the command line that repeats the run.
+      not_run: why there is no "random", no "samples" and so on, by the name of the field.
     """
 
     model: dict[str, Any]
@@ -74,20 +107,142 @@ class CompressionReport:
     stages: list[dict[str, Any]]
     sample: dict[str, str]
     verification: list[dict[str, Any]]
+    samples: list[dict[str, str]] = field(default_factory=list)
+    random: dict[str, Any] = field(default_factory=dict)
+    alone: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    loading: dict[str, dict[str, Any]] = field(default_factory=dict)
+    command: str = ""
+    not_run: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         broken = [f.name for f in dataclasses.fields(self) if not _finite(getattr(self, f.name))]
         if broken:
             raise InputError(f"the report's {', '.join(broken)} hold NaN or infinity")
 
+    @property
+    def smallest_export(self) -> str:
+        """Name of the export with the fewest bytes."""
+        exports = self.sizes["exports"]
+        return min(exports, key=lambda name: exports[name]["bytes"])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weight files of the smallest export."""
+        return self.sizes["exports"][self.smallest_export]["bytes"]
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the routed-expert channels that is kept, in [0, 1]."""
+        return self.sizes["channels_kept"] / self.sizes["channels"]
+
+    def times_smaller(self, export: str | None = None) -> float:
+        """Bytes of the source over those of an export, by default of the smallest.
+
+        Raises:
+          InputError: no such export.
+        """
+        exports = self.sizes["exports"]
+        size = choose(exports, export or self.smallest_export, "export")
+        return self.sizes["source_bytes"] / size["bytes"]
+
+    def perplexity(self, text: str | None = None, model: str | None = None) -> float:
+        """Perplexity of a model on a text; arguments and errors as for `loss`."""
+        return math.exp(self.loss(text, model))
+
+    def added_loss(self, text: str | None = None, model: str | None = None) -> float:
+        """Nats per token that a model loses to the dense one; as for `loss`."""
+        return self.loss(text, model) - self.loss(text, "dense")
+
+    def loss(self, text: str | None = None, model: str | None = None) -> float:
+        """Mean loss of a model, nats per token.
+
+        Args:
+          text: name of an evaluation text; default the mean over the tokens of all texts.
+          model: an export, default the smallest; or "dense", "pruned" (before rounding to 4 bits),
+            "random" (random channels at the same size).
+
+        Raises:
+          InputError: nothing was measured, or no such text or model.
+        """
+        return self._mean("nll", text, model or self.smallest_export)
+
+    def of_random(self, text: str | None = None) -> float | None:
+        """What pruning adds over what random channels add, both before rounding.
+
+        None if that was not measured, or random channels add nothing.
+        """
+        if not self.quality or not self.random:
+            return None
+        chance = self.added_loss(text, RANDOM)
+        return self.added_loss(text, "pruned") / chance if chance > 0 else None
+
+    def severity(self, text: str | None = None, model: str | None = None) -> Severity:
+        """The loss of a model in one word, see `pruning.report.severity`; as for `loss`."""
+        return severity(self.added_loss(text, model), self.of_random(text))
+
+    def _mean(self, key: str, text: str | None, model: str) -> float:
+        if not self.quality:
+            raise InputError("no text was measured; compress again with --evaluation")
+        texts = self.quality if text is None else {text: choose(self.quality, text, "text")}
+        chance = self.random.get("quality", {})
+        found = [
+            choose(models | ({RANDOM: chance[name]} if name in chance else {}), model, "model")
+            for name, models in texts.items()
+        ]
+        return float(np.average([q[key] for q in found], weights=[q["tokens"] for q in found]))
+
+    def headlines(self) -> list[Headline]:
+        """Times smaller, quality lost and tokens, all of the smallest export."""
+        name, source = self.smallest_export, self.sizes["source_bytes"]
+        smaller = Headline(
+            f"{self.times_smaller():.2f}",
+            "times smaller",
+            f"{megabytes(source)} MB become {megabytes(self.bytes)} MB ({name})",
+        )
+        evaluated = sum(models["dense"]["tokens"] for models in self.quality.values())
+        measured = f"{evaluated:,} tokens evaluated" if evaluated else "none evaluated"
+        tokens = Headline(f"{self.calibration['tokens']:,}", "tokens scored", measured)
+        if not self.calibration["tokens"]:
+            tokens = Headline("no text", "scored", f"the weights alone decided; {measured}")
+        if not self.quality or any(name not in models for models in self.quality.values()):
+            lost = Headline("?", "quality lost", "not measured; name a text with --evaluation")
+            return [smaller, lost, tokens]
+        added, of_random = self.added_loss(), self.of_random()
+        beside = "" if of_random is None else f"; pruning adds {of_random:.2f} of what random does"
+        lost = Headline(
+            f"{added:+.3f}",
+            "nats per token",
+            f"{self.severity()}: perplexity times {math.exp(added):.3f}{beside}; same top token as "
+            f"dense at {percent(self._mean('top1', None, name))}",
+        )
+        return [smaller, lost, tokens]
+
+    def tables(self) -> list[TextTable]:
+        """Sizes, quality, allocation, verification and stages."""
+        return [
+            sizes_table(self.sizes, self.model),
+            quality_table(self.quality, self.evaluation),
+            allocation_table(self.plan, self.sizes, self.model),
+            verification_table(self.verification),
+            stages_table(self.stages),
+        ]
+
+    def terminal_table(self) -> Group:
+        """Headlines and tables for a terminal; names fold where it is narrow, none is cut."""
+        parts: list = []
+        for line in self.headlines():
+            parts.append(Text.assemble((f"{line.number} {line.unit}", "bold"), f"  {line.detail}"))
+        if warning := seen_warning(self.evaluation):
+            parts.append(Text(warning))
+        return Group(*parts, *map(as_rich, self.tables()))
+
     def save(self, folder: Path) -> None:
-        """Write report.json and report.html, each atomically."""
+        """Write report.json, whole or not at all."""
         values = {"version": VERSION, **dataclasses.asdict(self)}
         replace_text(Path(folder) / "report.json", json.dumps(values, indent=2) + "\n")
-        replace_text(Path(folder) / "report.html", page(self))
 
     def _repr_html_(self) -> str:
-        return fragment(self)
+        return fragment(self.headlines(), self.tables())
 
     @classmethod
     def load(cls, path: Path) -> "CompressionReport":
@@ -103,8 +258,9 @@ class CompressionReport:
             version = values.pop("version", None)
         except (json.JSONDecodeError, AttributeError) as error:
             raise InputError(f"{path} is not a report ({error}); compress again") from None
-        names = {field.name for field in dataclasses.fields(cls)}
-        if version != VERSION or set(values) != names:
+        names = [one.name for one in dataclasses.fields(cls)]
+        old = names[: names.index("samples")]  # those of every version
+        if version != VERSION or not set(old) <= set(values) <= set(names):
             raise InputError(f"{path} is not a report of version {VERSION}; compress again")
         return cls(**values)
 

@@ -1,92 +1,37 @@
-"""A report's numbers as text: what the terminal prints and the page shows."""
+"""Tables of the parts of report.json: what the terminal prints and the page shows."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
-from pruning.report.table import TextTable, allocation_table
+from pruning.kit.words import megabytes, millions, percent
+from pruning.report.severity import SCALE, severity
+from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
 
-if TYPE_CHECKING:
-    from pruning.report.compression import CompressionReport
+Part = Mapping[str, Any]  # a field of the report
+NAMED = 12  # experts or channels named in a table; report.json has them all
+POLICIES = {
+    "free": "every expert has a width of its own",
+    "capped": "every expert has a width of its own, up to --cap",
+    "layer": "the experts of a layer have one width",
+    "uniform": "all experts of the model have one width",
+    "experts": "experts go whole or stay whole",
+    "combined": "some experts go whole, others lose channels",
+}
 
 
-@dataclass(frozen=True)
-class Headline:
-    """One number that people ask for first, and the words around it."""
-
-    number: str
-    unit: str
-    detail: str
-
-
-def headlines(report: "CompressionReport") -> list[Headline]:
-    """Times smaller, quality lost and tokens, all of the smallest export."""
-    name = smallest_export(report)
-    size, source = report.sizes["exports"][name], report.sizes["source_bytes"]
-    smaller = Headline(
-        f"{source / size['bytes']:.2f}",
-        "times smaller",
-        f"{source / 1e6:,.1f} MB become {size['bytes'] / 1e6:,.1f} MB ({name})",
-    )
-    pairs = [(v["dense"], v[name]) for v in report.quality.values() if {"dense", name} <= set(v)]
-    evaluated = sum(dense["tokens"] for dense, _ in pairs)
-    measured = f"{evaluated:,} tokens evaluated" if evaluated else "none evaluated"
-    tokens = Headline(
-        f"{report.calibration['tokens']:,}",
-        "tokens scored",
-        measured,
-    )
-    if not report.calibration["tokens"]:
-        tokens = Headline("no text", "scored", f"the weights alone decided; {measured}")
-    if not pairs:
-        lost = Headline("?", "quality lost", "not measured; name a text with --evaluation")
-        return [smaller, lost, tokens]
-    added = _mean(pairs, lambda dense, small: small["nll"] - dense["nll"])
-    top1 = _mean(pairs, lambda dense, small: small["top1"])
-    lost = Headline(
-        f"{added:+.3f}",
-        "nats per token",
-        f"perplexity times {np.exp(added):.3f}; same top token as dense at {100 * top1:.1f}%",
-    )
-    return [smaller, lost, tokens]
-
-
-def smallest_export(report: "CompressionReport") -> str:
-    """Name of the export with the fewest bytes."""
-    exports = report.sizes["exports"]
-    return min(exports, key=lambda name: exports[name]["bytes"])
-
-
-def _mean(pairs, value) -> float:
-    """Mean over the tokens of all texts."""
-    weights = [dense["tokens"] for dense, _ in pairs]
-    return float(np.average([value(*pair) for pair in pairs], weights=weights))
-
-
-def tables(report: "CompressionReport") -> list[TextTable]:
-    """Sizes, quality, allocation, verification and stages."""
-    return [
-        _sizes(report), _quality(report), allocation_table(report), _verification(report),
-        _stages(report),
-    ]  # fmt: skip
-
-
-def _sizes(report: "CompressionReport") -> TextTable:
-    source, sizes = report.sizes["source_bytes"], report.sizes
-    bits = source * 8 / report.model["parameters"]
-    rows = [["source", f"{sizes['channels']:,}", _megabytes(source), "", "1.00", f"{bits:.2f}"]]
+def sizes_table(sizes: Part, model: Part) -> TextTable:
+    """Bytes of the source and of every export."""
+    source = sizes["source_bytes"]
+    bits = source * 8 / model["parameters"]
+    rows = [["source", f"{sizes['channels']:,}", megabytes(source), "", "1.00", f"{bits:.2f}"]]
     for name, size in sizes["exports"].items():
         padded = size["padded_bytes"]
         rows.append(
-            [name, f"{sizes['channels_kept']:,}", _megabytes(size["bytes"]),
-             _megabytes(padded) if padded else "", f"{source / size['bytes']:.2f}",
+            [name, f"{sizes['channels_kept']:,}", megabytes(size["bytes"]),
+             megabytes(padded) if padded else "", f"{source / size['bytes']:.2f}",
              f"{size['bits_per_parameter']:.2f}"]
         )  # fmt: skip
     header = ["folder", "channels kept", "MB written", "MB if padded", "times smaller",
@@ -98,32 +43,95 @@ def _sizes(report: "CompressionReport") -> TextTable:
     return TextTable("Sizes", header, rows, note)
 
 
-def _quality(report: "CompressionReport") -> TextTable:
+def causes_table(sizes: Part, alone: Part) -> TextTable:
+    """How much smaller every export is, and what pruning and rounding do alone.
+
+    Args:
+      sizes: of the report.
+      alone: export -> pruned_bytes (at 16 bits) and rounded_bytes (nothing pruned, None for a
+        16-bit export); empty in a report of an earlier version.
+    """
+    source = sizes["source_bytes"]
+    found: list[tuple[str, str, int]] = [("as it was", "", source)]
+    for name, size in sizes["exports"].items():
+        known = alone.get(name)
+        rounded = None if known is None else known["rounded_bytes"]
+        if known is not None and rounded is not None:
+            found += [("pruning alone", f"{name.partition('-')[0]}-bf16", known["pruned_bytes"]),
+                      ("rounding alone", f"{name}, nothing pruned", rounded),
+                      ("pruning and rounding", name, size["bytes"])]  # fmt: skip
+        elif known is None and not name.endswith("bf16"):
+            found.append(("pruning and rounding", name, size["bytes"]))
+        else:
+            found.append(("pruning", name, size["bytes"]))
+    rows = [[what, form, megabytes(size), f"{source / size:.2f}"] for what, form, size in found]
+    known = "computed from shapes, not written" if alone else "unknown to this report"
+    note = f"What one of the two does alone is {known}; pruning alone stores 16 bits."
+    return TextTable("What makes it smaller", ["by", "format", "MB", "times smaller"], rows, note)
+
+
+def quality_table(quality: Part, evaluation: Part) -> TextTable:
+    """Likelihood of every text under every model, and agreement with the dense one."""
     rows = []
-    for text, variants in report.quality.items():
+    for text, variants in quality.items():
         for number, (variant, q) in enumerate(variants.items()):
-            top1 = "" if q["top1"] is None else f"{100 * q['top1']:.1f}%"
             kl = "" if q["kl"] is None else f"{q['kl']:.4f}"
             rows.append(
                 [text if number == 0 else "", variant, f"{q['nll']:.4f}", f"{q['perplexity']:.2f}",
-                 kl, top1, f"{q['tokens']:,}"]
+                 kl, percent(q["top1"]), f"{q['tokens']:,}"]
             )  # fmt: skip
     header = ["text", "model", "nats/token", "perplexity", "KL", "top-1", "tokens"]
     note = (
-        f"Windows of {report.evaluation['window']:,} tokens. KL: divergence of the dense model's "
+        f"Windows of {evaluation['window']:,} tokens. KL: divergence of the dense model's "
         "predictions from this model's, nats per token. top-1: positions with the same most likely "
         "token as the dense model."
     )
-    return TextTable("Quality", header, rows, f"{_warning(report)} {note}".lstrip())
+    return TextTable("Quality", header, rows, f"{seen_warning(evaluation)} {note}".lstrip())
 
 
-def _warning(report: "CompressionReport") -> str:
-    return not_held_out(report.evaluation.get("seen", {}))
+def seen_warning(evaluation: Part) -> str:
+    """Which texts are not held out, "" if all are."""
+    return not_held_out(evaluation.get("seen", {}))
 
 
-def _verification(report: "CompressionReport") -> TextTable:
+def losses_table(quality: Part, random: Part) -> TextTable:
+    """What every model loses on every text, as a share of what random channels lose, in a word.
+
+    Args:
+      quality: text -> model -> nll, perplexity and so on; "dense" and "pruned" among the models.
+      random: the same of random channels: text -> nll and so on; empty if that was not measured.
+    """
+    rows = []
+    for text, models in quality.items():
+        dense, pruned = models["dense"], models.get("pruned")
+        chance = random.get(text)
+        of_random = None
+        if chance and pruned and chance["nll"] > dense["nll"]:
+            of_random = (pruned["nll"] - dense["nll"]) / (chance["nll"] - dense["nll"])
+        shown = models | ({"random channels": chance} if chance else {})
+        for number, (name, q) in enumerate(shown.items()):
+            added = q["nll"] - dense["nll"]
+            word = "" if name in ("dense", "random channels") else severity(added, of_random)
+            share = f"{of_random:.2f}" if name == "pruned" and of_random is not None else ""
+            rows.append(
+                [text if number == 0 else "", name, word,
+                 "" if name == "dense" else f"{added:+.4f}", share, f"{q['perplexity']:.2f}"]
+            )  # fmt: skip
+    note = (
+        "pruned: the kept channels in 16 bits; exports as read from disk. ÷ random: what pruning "
+        "adds over what random channels add at the same size, both before rounding. "
+        f"Scale: {SCALE.words()}"
+    )
+    if quality and not random:
+        note += " Random channels were not measured."
+    header = ["text", "model", "loss", "+nats", "÷ random", "perplexity"]
+    return TextTable("Losses", header, rows, note)
+
+
+def verification_table(verification: Sequence[Part]) -> TextTable:
+    """Every check of every export."""
     rows, last = [], None
-    for check in report.verification:
+    for check in verification:
         name = check["export"] if check["export"] != last else ""
         last = check["export"]
         result = "ok" if check["ok"] else "FAILED"
@@ -131,8 +139,8 @@ def _verification(report: "CompressionReport") -> TextTable:
     return TextTable("Verification", ["export", "check", "result", "detail"], rows)
 
 
-def _stages(report: "CompressionReport") -> TextTable:
-    stages = report.stages
+def stages_table(stages: Sequence[Part]) -> TextTable:
+    """Time and memory of every stage."""
     rows = [
         [stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_memory_bytes'] / 1e6:,.0f}"]
         for stage in stages
@@ -144,51 +152,67 @@ def _stages(report: "CompressionReport") -> TextTable:
     return TextTable("Stages", ["stage", "seconds", "peak MB"], rows, note)
 
 
-def layer_table(report: "CompressionReport") -> TextTable:
+def layer_table(
+    counts: Sequence[Sequence[int]],
+    coverage: Sequence[float],
+    layer_indices: Sequence[int],
+    d_expert: int,
+    criterion: str = "channel",
+) -> TextTable:
     """What every layer keeps; as long as the model is deep, so for the page only."""
     rows = []
-    for slot, (layer, counts) in enumerate(zip(report.layer_indices, report.counts, strict=True)):
-        kept = np.asarray(counts)
+    for layer, row, covered in zip(layer_indices, counts, coverage, strict=True):
+        kept = np.asarray(row)
         rows.append(
-            [str(layer), f"{kept.sum():,}", f"{100 * kept.mean() / report.d_expert:.1f}%",
-             f"{kept.min():,}", f"{kept.max():,}", str((kept == 0).sum()),
-             f"{100 * report.layer_coverage[slot]:.1f}%"]
+            [str(layer), f"{kept.sum():,}", percent(kept.mean() / d_expert), f"{kept.min():,}",
+             f"{kept.max():,}", str((kept == 0).sum()), percent(covered)]
         )  # fmt: skip
     header = ["layer", "channels kept", "share kept", "narrowest expert", "widest expert",
               "empty experts", "score covered"]  # fmt: skip
-    criterion = report.recipe.get("criterion", "channel")
     note = f"Score covered: share of the layer's {criterion} score that the kept channels hold."
     return TextTable("Layer by layer", header, rows, note)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f}"
+def allocation_table(plan: Part, sizes: Part, model: Part) -> TextTable:
+    """Parameters; coverage of the planner, its aligned widths and the optimum; unusual experts."""
+    policy = str(plan.get("width", "free"))
+    rows = [*_parameters(sizes, model), ["width policy", policy, POLICIES.get(policy, "")]]
+    if "coverage_optimum" in plan:
+        before, aligned, optimum = (
+            plan[f"coverage_{name}"] for name in ("before", "aligned", "optimum")
+        )
+        rows += [
+            ["coverage wanted", f"{before:.4f}", "before widths became whole blocks"],
+            ["coverage reached", f"{aligned:.4f}", f"alignment {plan.get('align', 'paper')!r}"],
+            ["coverage of the optimum", f"{optimum:.4f}", "best free widths in whole blocks"],
+            ["gap to the optimum", f"{optimum - aligned:.4f}", "of the weighted score"],
+        ]
+    starved = plan.get("starved_experts", [])
+    share = plan.get("starved_share", 0.0)
+    named = ", ".join(f"{layer}.{expert}" for layer, expert in starved[:NAMED])
+    more = f" and {len(starved) - NAMED} more" if len(starved) > NAMED else ""
+    channels = plan.get("super_channels", [])
+    shown = ", ".join(".".join(map(str, one)) for one in channels[:NAMED])
+    rows += [
+        ["emptied experts", str(plan.get("emptied_experts", 0)), "keep no channel"],
+        ["harmful experts", str(plan.get("harmful_experts", 0)), "negative attribution"],
+        ["starved experts", str(len(starved)),
+         f"fewer than 32 routed tokens, {share:.1%} of all; {named or 'none'}{more}"],
+        ["super-channels", str(len(channels)),
+         f"{plan.get('super_channels_removed', 0)} of them removed; {shown or 'none'}"],
+    ]  # fmt: skip
+    note = (
+        "Coverage: share of the channel score that is kept, experts weighted as the planner does. "
+        "Super-channels have a score or energy above 1000 times their layer's median and 1% of its "
+        "total; they are kept wherever the width policy allows. Named by layer.expert(.channel)."
+    )
+    return TextTable("Allocation", ["what", "value", "detail"], rows, note)
 
 
-def terminal_table(report: "CompressionReport") -> Group:
-    """The headline and the tables for a terminal; names fold where it is narrow, none is cut."""
-    parts: list = []
-    for line in headlines(report):
-        parts.append(Text.assemble((f"{line.number} {line.unit}", "bold"), f"  {line.detail}"))
-    if warning := _warning(report):
-        parts.append(Text(warning))
-    return Group(*parts, *map(as_rich, tables(report)))
-
-
-def as_rich(table: TextTable) -> Table:
-    """A table for a terminal."""
-    shown = Table(
-        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-        pad_edge=False, padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    for column, name in enumerate(table.header):
-        numbers = table.is_number(column)
-        # Names of formats and variants stay whole; longer ones, such as files', may fold.
-        least = min(13, max(len(row[column]) for row in table.rows)) if table.rows else None
-        shown.add_column(
-            name, justify="right" if numbers else "left", overflow="fold",
-            min_width=None if numbers else least,
-        )  # fmt: skip
-    for row in table.rows:
-        shown.add_row(*map(escape, row))
-    return shown
+def _parameters(sizes: Part, model: Part) -> list[list[str]]:
+    left = min(size["parameters"] for size in sizes["exports"].values())
+    rows = [["parameters", millions(left), f"of {millions(model['parameters'])}"]]
+    if active := sizes.get("active_parameters"):  # unknown to earlier versions
+        met = f"of {millions(active['source'])} that a token meets on average"
+        rows.append(["active parameters", millions(active["exports"]), met])
+    return rows

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pruning.kit.words import duration, megabytes
 from pruning.report.table import TextTable
 
 PLACES = ("total", "routed", "shared", "attention", "embeddings", "other", "mtp", "active")
@@ -27,7 +28,7 @@ def _parameters(found: dict[str, Any]) -> TextTable:
 def _sizes(found: dict[str, Any]) -> TextTable:
     rows = []
     for name, one in found["exports"].items():
-        sizes = [_megabytes(one[key]) for key in ("bytes", "fewest_bytes", "most_bytes")]
+        sizes = [megabytes(one[key]) for key in ("bytes", "fewest_bytes", "most_bytes")]
         group, width = one["group_size"], one["width"]
         own = "its layer's" if name.startswith("layered") else "its own"
         stored = own if width is None else f"{width:,}"
@@ -82,15 +83,15 @@ def _rules(found: dict[str, Any]) -> TextTable:
 
 def _costs(found: dict[str, Any]) -> TextTable:
     disk, seconds = found["disk"], found["scoring_seconds"]
-    written = " + ".join(f"{name} {_megabytes(size)}" for name, size in disk["parts"].items())
+    written = " + ".join(f"{name} {megabytes(size)}" for name, size in disk["parts"].items())
     scored = f"{found['tokens']:,} tokens" if found["tokens"] else "the weights"
-    time = "not probed" if seconds is None else f"about {_duration(seconds)}"
+    time = "not probed" if seconds is None else f"about {duration(seconds)}"
     rows = [
-        ["memory to score", f"about {_megabytes(found['memory']['scoring'])} MB"],
-        ["memory to export", f"about {_megabytes(found['memory']['export'])} MB"],
+        ["memory to score", f"about {megabytes(found['memory']['scoring'])} MB"],
+        ["memory to export", f"about {megabytes(found['memory']['export'])} MB"],
         [f"time to score {scored}", time],
-        ["disk needed", f"at most {_megabytes(disk['needed_bytes'])} MB: {written} + spare"],
-        ["disk free", f"{_megabytes(disk['free_bytes'])} MB"],
+        ["disk needed", f"at most {megabytes(disk['needed_bytes'])} MB: {written} + spare"],
+        ["disk free", f"{megabytes(disk['free_bytes'])} MB"],
     ]
     note = (
         "Memory of `score` and of `export`; `compress` also loads small exports whole in "
@@ -98,14 +99,3 @@ def _costs(found: dict[str, Any]) -> TextTable:
         "measuring quality come on top of the time."
     )
     return TextTable("Costs", ["what", "how much"], rows, note)
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f}"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} s"

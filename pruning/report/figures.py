@@ -1,39 +1,23 @@
 """The paper's figures as functions of arrays."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from pruning.budget.importance import smooth_layer_loss
+from pruning.report.drawing import BLUE, COLOURS, GOLD, GREY, RED, WIDTH, layer_colours, plain
 
-WIDTH = 8.0  # inches, a page
-GREY, BLUE, RED, GOLD = "#777777", "#2f6fb0", "#c0392b", "#d9a400"
-COLOURS = (BLUE, RED, GOLD, "#2e8b57", "#7d3c98")
+# (block, least width of a kept expert) -> a measured value.
+Grid = Mapping[tuple[int, int], float]
 # The paper's; other powers lie between these.
 SHOWN_SMOOTHINGS = {
     "sqrt": "root", "log5": "log(1 + 5x)", "log20": "log(1 + 20x)", "clip": "clip 0.5 sd",
     "huber": "Huber tail",
 }  # fmt: skip
-
-
-def plain(axes: Axes, percent: str = "") -> None:
-    """Only the two axes that carry numbers, a quiet grid; the named axes count in percent."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for name in percent:
-        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1))
-
-
-def layer_colours(layers: int) -> tuple[np.ndarray, list[int]]:
-    """A colour for every layer, and those in a legend: all if few, else first, middle, last."""
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))
-    few = layers <= 6
-    return colours, list(range(layers)) if few else [0, layers // 2, layers - 1]
 
 
 def concentration(channel: np.ndarray, points: int = 33) -> tuple[np.ndarray, np.ndarray]:
@@ -270,4 +254,35 @@ def plot_expert_bars(
     axes.set_title(f"Experts of layer {layer}", loc="left")
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     plain(axes, "y")
+    return figure
+
+
+def plot_alignment(panels: Mapping[str, Grid]) -> Figure:
+    """Values against the least width, one line per block (figure 10).
+
+    Args:
+      panels: name with unit, for example "tokens per second" -> the values of each pair of block
+        and least width. Pairs may be missing: a least width is at least one block.
+
+    Returns:
+      Two panels a row.
+    """
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(WIDTH, 0.6 + 2.5 * rows), layout="constrained")
+    grid = np.asarray(figure.subplots(rows, 2, squeeze=False)).ravel()
+    for axes, (name, values) in zip(grid, panels.items(), strict=False):
+        minima = sorted({minimum for _, minimum in values})
+        for colour, block in zip(
+            itertools.cycle(COLOURS), sorted({b for b, _ in values}), strict=False
+        ):
+            own = [(minima.index(m), values[b, m]) for b, m in sorted(values) if b == block]
+            axes.plot(*zip(*own, strict=True), "o-", color=colour, label=f"blocks of {block}")
+        axes.set_xticks(range(len(minima)), [str(minimum) for minimum in minima])
+        axes.set(xlabel="least channels of a kept expert", ylabel=name)
+        axes.margins(y=0.15)
+        plain(axes)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
     return figure

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from moe_jax.files import replace_text
-from pruning.report.compression_tables import TextTable
+from pruning.kit.words import percent
+from pruning.report.html import section_html
+from pruning.report.table import TextTable
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ class Sweep:
         return float(np.mean([self.added(point, text) for text in self.texts]))
 
     def save(self, folder: Path) -> None:
-        """Write sweep.csv and sweep.html, each whole or not at all."""
-        from pruning.report.rates_page import sweep_page  # draws: slow to import
-
+        """Write sweep.csv, whole or not at all."""
         replace_text(folder / "sweep.csv", self.csv())
-        replace_text(folder / "sweep.html", sweep_page(self))
+
+    def _repr_html_(self) -> str:
+        return section_html(self.table())
 
     def csv(self) -> str:
         """One row per model, or per model and text where losses were measured."""
@@ -90,7 +92,7 @@ class Sweep:
         rows = []
         for point in (self.dense, *self.points):
             rate = "dense" if point is self.dense else f"{point.rate:.4g}"
-            row = [rate, f"{point.kept:,}", f"{point.coverage:.1%}"]
+            row = [rate, f"{point.kept:,}", percent(point.coverage)]
             row += [f"{size / 1e6:,.2f}" for size in point.sizes.values()]
             if self.texts and point is self.dense:
                 row += ["0", "", ""]
@@ -99,7 +101,7 @@ class Sweep:
                     np.mean([point.quality[text][name] for text in self.texts])
                     for name in ("kl", "top1")
                 )
-                row += [f"{self.mean_added(point):+.4f}", f"{kl:.4f}", f"{top1:.1%}"]
+                row += [f"{self.mean_added(point):+.4f}", f"{kl:.4f}", percent(float(top1))]
             rows.append(row)
         note = f"Score covered: share of {self.criterion} that is kept, mean over layers. "
         note += "MB: tensors of an export, predicted from shapes. "

@@ -4,13 +4,18 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from pruning.report.compression_page import document, figure_html, section_html
-from pruning.report.figures import BLUE, GOLD, GREY, RED, WIDTH, plain
-from pruning.report.rates import Sweep
+from moe_jax.files import replace_text
+from pruning.report.drawing import COLOURS, GREY, WIDTH, figure_html, plain
+from pruning.report.html import document, section_html, text_html
+from pruning.report.rates import Sweep, SweepPoint
 
-COLOURS = (BLUE, RED, GOLD, "#2e8b57", "#7d3c98", GREY)
+LINES = (*COLOURS, GREY)
+
+
+def save(found: Sweep, folder: Path) -> None:
+    """Write sweep.html, whole or not at all."""
+    replace_text(folder / "sweep.html", sweep_page(found))
 
 
 def sweep_page(found: Sweep) -> str:
@@ -31,7 +36,7 @@ def sweep_page(found: Sweep) -> str:
     figures = [(plot_sizes(found), size)]
     if len(found.texts) > 1:
         figures.append((plot_texts(found), "One line per text. Lower is better."))
-    parts = [f"<h1>{title}</h1>", *(figure_html(*one) for one in figures)]
+    parts = [text_html(title, "h1"), *(figure_html(*one) for one in figures)]
     return document(title, [*parts, section_html(found.table())])
 
 
@@ -40,7 +45,7 @@ def plot_sizes(found: Sweep) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     smallest = min(found.dense.sizes, key=lambda name: found.points[-1].sizes[name])
-    for name, colour in zip(found.dense.sizes, COLOURS, strict=False):
+    for name, colour in zip(found.dense.sizes, LINES, strict=False):
         # On the outer side, where no other format's line passes.
         side = -1 if name == smallest else 1
         points = [(point.sizes[name] / 1e6, _lost(found, point)) for point in found.points]
@@ -67,19 +72,18 @@ def plot_texts(found: Sweep) -> Figure:
     for number, text in enumerate(found.texts):
         added = [0.0, *(found.added(point, text) for point in found.points)]
         axes.plot(
-            rates, added, marker="o", color=COLOURS[number % len(COLOURS)], label=Path(text).name,
-            markersize=5, linestyle="-" if number < len(COLOURS) else "--",
+            rates, added, marker="o", color=LINES[number % len(LINES)], label=Path(text).name,
+            markersize=5, linestyle="-" if number < len(LINES) else "--",
         )  # fmt: skip
     _from_zero(axes)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="expert channels removed", ylabel="nats per token added")
     axes.set_title("Loss of every text", loc="left")
     axes.legend(frameon=False, loc="upper left")
-    plain(axes)
+    plain(axes, "x")
     return figure
 
 
-def _lost(found: Sweep, point) -> float:
+def _lost(found: Sweep, point: SweepPoint) -> float:
     return found.mean_added(point) if found.texts else 1.0 - point.coverage
 
 

@@ -13,6 +13,7 @@ from convert.export import check_widths
 from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.budget.record import recorded_options
+from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.exports import Export
 from pruning.recipe.options import BUDGETS
@@ -65,7 +66,7 @@ def apply_plan(
     with steps.bar("open"):
         found = PruningPlan.load(source)
         # 16-bit weights, as in every other stage: the exports store these.
-        base = open_checkpoint(stages.model_folder(model), dtype=jnp.bfloat16)
+        base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
         _require_fit(found, base)
     given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
     given |= {"mtp": mtp, "overwrite": overwrite}

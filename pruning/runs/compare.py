@@ -18,6 +18,7 @@ from pruning.measure.quality import Quality, Reference, Windows, quality_of
 from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_rate
+from pruning.report import comparison_page
 from pruning.report.comparison import Comparison, Result
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
@@ -92,7 +93,7 @@ def compare(
     if tasks:
         found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
     shown = found.only(names, list(budgets))
-    shown.save_page(job.output)
+    comparison_page.save(shown, job.output)
     return shown
 
 
@@ -292,4 +293,6 @@ def _result(task: Task, plan: PruningPlan, found: Mapping[str, Quality]) -> Resu
         kept=int(plan.keep.sum()),
         emptied=int((plan.counts == 0).sum()),
         quality={name: quality.to_dict() for name, quality in found.items()},
+        family=RULES[task.rule].family,
+        about=RULES[task.rule].about,
     )

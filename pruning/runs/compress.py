@@ -1,26 +1,23 @@
 """The whole story: score, plan, export, verify, evaluate, report."""
 
 import dataclasses
-import datetime
-import importlib.metadata
-import os
-import platform
 
-import jax
 import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
+from moe_jax.errors import InputError
 from moe_jax.generate import generate
+from moe_jax.stream import LayerSource
 from pruning.budget.decide import PruningPlan
-from pruning.budget.importance import LAYER_LOSSES, PlannerOptions, layer_weights
 from pruning.kit.progress import Steps
+from pruning.kit.words import amount
+from pruning.measure.quality import Reference
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
-from pruning.report.figures import concentration
+from pruning.runs.assemble import Outcome, Qualities, assemble
 from pruning.runs.score import open_for
-from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
-from pruning.shrink.gptq_model import layer_errors
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import job as stages
@@ -29,14 +26,7 @@ from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.card import write_card
 from pruning.stages.job import Job
-from pruning.stages.sizes import (
-    active_parameters,
-    export_sizes,
-    folder_bytes,
-    form_of,
-    mtp_parameters,
-    parameter_count,
-)
+from pruning.stages.sizes import export_sizes, folder_bytes, form_of
 from pruning.stages.verify import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
@@ -44,10 +34,11 @@ from pruning.stages.verify import (
     random_probe,
     require_verified,
 )
-from pruning.text.held_out import seen_shares
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
 SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
+SAMPLES = 8  # texts that are continued, at most
+RANDOM_SEED = 0  # of the channels that every choice must beat
 
 
 def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> CompressionReport:
@@ -93,13 +84,22 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
             stages.export(job.base, plan, form, target, steps, codes=codes)
         with steps.bar(f"verify {name}"):
             checks += stages.verify(job.base, plan, form, target, probe_tokens(job), codes)
-    quality = _measure(job, plan, steps)
-    sample = _sample(job, steps)
-    report = _report(job, statistics, plan, sizes, quality, sample, checks, steps)
-    report.calibration["stability"] = provenance.get("stability")
-    report.quantization.extend(layer_errors(codes))
+    references: dict[str, Reference] = {}
+    quality = _measure(job, plan, references, steps)
+    random, no_random = _measure_random(job, statistics, plan, references, steps)
+    samples, no_samples = _samples(job, steps)
+    reasons = {"random": no_random, "samples": no_samples}
+    report = assemble(
+        Outcome(
+            asked=dataclasses.asdict(recipe), job=job, statistics=statistics,
+            provenance=provenance, plan=plan, sizes=sizes, codes=codes, checks=checks,
+            quality=quality, random=random, samples=samples, stages=steps.stages,
+            not_run={name: why for name, why in reasons.items() if why},
+        )
+    )  # fmt: skip
     # Before the report, whose presence says that all else is there.
     _write_cards(job, plan, report)
+    compression_page.save(report, job.output)
     report.save(job.output)
     require_verified(checks)
     return report
@@ -116,20 +116,80 @@ def probe_tokens(job: Job) -> np.ndarray:
     return job.calibration.tokens[rows, :length]
 
 
-def _measure(job: Job, plan: PruningPlan, steps: Steps) -> dict[str, dict[str, dict]]:
+def _measure(
+    job: Job, plan: PruningPlan, references: dict[str, Reference], steps: Steps
+) -> Qualities:
     """Quality per text and variant: the dense model, the pruned one, and every export on disk."""
-    references: dict = {}
-    variants = {"dense": job.base, "pruned": stages.pruned_source(job.base, plan, None)}
+    variants: dict[str, LayerSource] = {"dense": job.base}
+    variants["pruned"] = stages.pruned_source(job.base, plan, None)
     for name in job.recipe.export:
         variants[name] = open_checkpoint(job.output / "exports" / name, dtype=None)
-    quality: dict[str, dict[str, dict]] = {text: {} for text in job.evaluation}
-    for name, source in variants.items():
-        found = stages.measure(
-            source, job.evaluation, references, steps, name, batch=job.recipe.batch, dtype=job.dtype
-        )
-        for text, value in found.items():
-            quality[text][name] = value.to_dict()
-    return quality
+    by_model = {
+        name: _qualities(job, source, references, steps, name) for name, source in variants.items()
+    }
+    return {
+        text: {name: found[text] for name, found in by_model.items()} for text in job.evaluation
+    }
+
+
+def _measure_random(
+    job: Job,
+    statistics: ChannelStatistics,
+    plan: PruningPlan,
+    references: dict[str, Reference],
+    steps: Steps,
+) -> tuple[dict, str]:
+    """Random channels at the same size for the report, or {} and the reason why not."""
+    if not job.evaluation:
+        return {}, "no text was named to measure on"
+    try:
+        other = random_plan(job, statistics, plan)
+    except ValueError as error:  # the run's own plan is made, and its exports: they go on
+        return {}, str(error)
+    source = stages.pruned_source(job.base, other, None)
+    found = _qualities(job, source, references, steps, "random channels")
+    return {"seed": RANDOM_SEED, "kept": int(other.counts.sum()), "quality": found}, ""
+
+
+def _qualities(
+    job: Job, source: LayerSource, references: dict[str, Reference], steps: Steps, name: str
+) -> dict[str, dict]:
+    """Quality of one model per text; the first model becomes the reference of the others."""
+    how = {"batch": job.recipe.batch, "dtype": job.dtype}
+    found = stages.measure(source, job.evaluation, references, steps, name, **how)
+    return {text: value.to_dict() for text, value in found.items()}
+
+
+def random_plan(job: Job, statistics: ChannelStatistics, plan: PruningPlan) -> PruningPlan:
+    """Random channels, as many as a plan keeps, under the same width policy.
+
+    Where whole experts go, the plan's widths are dealt to the experts of each layer at random.
+
+    Raises:
+      InputError: the plan removes nothing, or no random plan suits the recipe.
+    """
+    if plan.keep.all():
+        raise InputError("nothing was removed, so there is no choice to compare")
+    if job.recipe.width in ("experts", "combined"):
+        rng = np.random.default_rng(RANDOM_SEED)
+        widths = rng.permuted(plan.counts, axis=1)[:, :, None]  # [L, E, 1]
+        rank = rng.random(plan.keep.shape).argsort(axis=2).argsort(axis=2)
+        return PruningPlan(rank < widths, plan.layer_indices, {"model_hash": job.base.fingerprint})
+    recipe = dataclasses.replace(
+        job.recipe,
+        criterion="random",
+        attribution="uniform",
+        planner="random",
+        weights=None,
+        layer_loss="energy",
+        align="paper",
+        emptied="zero",
+        seed=RANDOM_SEED,
+        target_bytes=None,
+        target_parameters=None,
+        prune_rate=1.0 - int(plan.counts.sum()) / plan.keep.size,
+    )
+    return planning.plan(recipe, statistics, {"model_hash": job.base.fingerprint}, job.base)
 
 
 def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None:
@@ -142,125 +202,34 @@ def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None
         )  # fmt: skip
 
 
-def _sample(job: Job, steps: Steps) -> dict:
-    """The same prompt continued by the dense model and by the smallest export."""
+def _samples(job: Job, steps: Steps) -> tuple[list[dict[str, str]], str]:
+    """The start of every text continued by the dense model and by the smallest export; [] and the
+    reason why not for a large model or without a text."""
     folders = [job.output / "exports" / name for name in job.recipe.export]
     folder = min(folders, key=folder_bytes)
-    windows = next(iter(job.evaluation.values()), None)
-    shown = job.calibration if windows is None else windows
-    if folder_bytes(job.base.folder) > SAMPLE_BYTES or not len(shown.tokens):
-        return {"prompt": "", "dense": "", "compressed": "", "export": folder.name}
-    prompt = shown.tokens[0, shown.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
-    room = job.base.config.max_position - len(prompt)
+    shown = dict(list(job.evaluation.items())[:SAMPLES]) or {"calibration": job.calibration}
+    starts = {
+        text: windows.tokens[0, windows.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
+        for text, windows in shown.items()
+        if len(windows.tokens)
+    }
+    size = folder_bytes(job.base.folder)
+    if not starts:
+        return [], "there was no text to continue"
+    if size > SAMPLE_BYTES:
+        return [], f"the model has {amount(size)}; those above {amount(SAMPLE_BYTES)} write slowly"
     stop = () if job.codec.end is None else (job.codec.end,)
-    texts = {}
+    written: dict[str, dict[str, str]] = {}
     with steps.bar("sample"):
         for name, path in (("dense", job.base.folder), ("compressed", folder)):
             model = load_model(path)
-            new = generate(model, [prompt], max_new_tokens=min(SAMPLE_NEW_TOKENS, room), stop=stop)[
-                0
-            ]
-            texts[name] = job.codec.decode(new)
-    return {"prompt": job.codec.decode(prompt), **texts, "export": folder.name}
-
-
-def _environment() -> dict:
-    """Where and when a run happened, for the report."""
-    installed = importlib.metadata.distributions(name="moe-jax")
-    return {
-        "moe-jax": next((package.version for package in installed), "source tree"),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
-def _routers(statistics: ChannelStatistics) -> dict[str, list]:
-    """Mean entropy and usage of the routers, nothing where no token was seen."""
-    routed = statistics.tokens.sum(axis=1, keepdims=True)
-    if not routed.all():
-        return {}
-    return {
-        "router_entropy": (statistics.router_entropy / statistics.total_tokens).tolist(),
-        "usage": (statistics.tokens / routed).tolist(),
-    }
-
-
-def _sizes(job: Job, statistics: ChannelStatistics, plan: PruningPlan, planned) -> dict:
-    """What was written and what is left, for the report."""
-    exports = {}
-    for name, size in planned.items():
-        written = folder_bytes(job.output / "exports" / name)
-        bits = written * 8 / size["parameters"]
-        exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
-        exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
-    whole = np.full_like(plan.counts, plan.keep.shape[2])
-    return {
-        "source_bytes": folder_bytes(job.base.folder),
-        "channels": int(plan.keep.size),
-        "channels_kept": int(plan.counts.sum()),
-        "active_parameters": {
-            "source": active_parameters(job.base, whole, statistics),
-            "exports": active_parameters(job.base, plan.counts, statistics),
-        },
-        "exports": exports,
-    }
-
-
-def _report(
-    job: Job,
-    statistics: ChannelStatistics,
-    plan: PruningPlan,
-    sizes,
-    quality,
-    sample,
-    checks,
-    steps,
-) -> CompressionReport:
-    recipe = job.recipe
-    scores = channel_scores(
-        statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
-    )
-    fractions, curves = concentration(scores.channel)
-    windows = next(iter(job.evaluation.values()), None)
-    options = PlannerOptions.of(recipe)
-    return CompressionReport(
-        model={
-            "path": recipe.model,
-            "family": job.base.family.model_type,
-            "fingerprint": job.base.fingerprint,
-            "parameters": parameter_count(job.base) + mtp_parameters(job.base),
-            "bytes": folder_bytes(job.base.folder),
-        },
-        recipe={k: list(v) if isinstance(v, tuple) else v
-                for k, v in dataclasses.asdict(recipe).items()},
-        environment=_environment(),
-        calibration={
-            "tokens": int(statistics.total_tokens),
-            "sources": list(job.calibration.sources),
-            **_routers(statistics),
-        },
-        plan=dict(plan.provenance),
-        layer_indices=list(plan.layer_indices),
-        d_expert=int(plan.keep.shape[2]),
-        counts=plan.counts.tolist(),
-        attribution=scores.expert.tolist(),
-        expert_coverage=plan.expert_coverage(scores.channel).tolist(),
-        layer_coverage=plan.layer_coverage(scores.channel).tolist(),
-        layer_loss={"raw": LAYER_LOSSES[recipe.layer_loss](scores).tolist(),
-                    "smoothed": layer_weights(scores, options).tolist()},
-        concentration={"fractions": fractions.tolist(), "curves": curves.tolist()},
-        quantization=[],
-        sizes=_sizes(job, statistics, plan, sizes),
-        quality=quality,
-        evaluation={
-            "window": recipe.window,
-            "stride": windows.stride if windows else None,
-            "seen": seen_shares(job.calibration, job.evaluation),
-        },
-        stages=steps.stages,
-        sample=sample,
-        verification=[dataclasses.asdict(check) for check in checks],
-    )  # fmt: skip
+            for text, prompt in starts.items():
+                room = min(SAMPLE_NEW_TOKENS, job.base.config.max_position - len(prompt))
+                # One by one: in a batch the last bits of a sum, and so a token, may differ.
+                (new,) = generate(model, [prompt], max_new_tokens=room, stop=stop)
+                written.setdefault(text, {})[name] = job.codec.decode(new)
+    samples = [
+        {"text": text, "prompt": job.codec.decode(prompt), **written[text], "export": folder.name}
+        for text, prompt in starts.items()
+    ]
+    return samples, ""

@@ -12,6 +12,7 @@ from moe_jax.files import replace_text
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.report import rates_page
 from pruning.runs.rates import sweep_of
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
@@ -66,4 +67,6 @@ def save_sweep(
     """Write sweep.csv and sweep.html for the plans of several rates; `quality` as in `sweep_of`."""
     rates = [one.prune_rate for one, _ in plans if one.prune_rate is not None]
     made = [plan for _, plan in plans]
-    sweep_of(plans[0][0], rates, made, statistics, base, quality).save(folder)
+    found = sweep_of(plans[0][0], rates, made, statistics, base, quality)
+    found.save(folder)
+    rates_page.save(found, folder)

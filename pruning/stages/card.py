@@ -17,8 +17,15 @@ from moe_jax.files import replace_text
 from pruning.budget.decide import PruningPlan
 from pruning.budget.record import tool_version
 from pruning.demo import DEMO
-from pruning.report.card import model_card
-from pruning.report.card_facts import CardFacts, Quality
+from pruning.report.card import (
+    BaseFacts,
+    CardFacts,
+    FolderFacts,
+    PlanFacts,
+    Quality,
+    model_card,
+)
+from pruning.report.loading import Loading
 from pruning.stages.sizes import (
     folder_bytes,
     kept_widths,
@@ -78,47 +85,80 @@ def card_facts(
     evaluation: Mapping[str, Any] | None = None,
 ) -> CardFacts:
     """What the card of an export says, from shapes, the plan and the base folder alone."""
-    widths, counts = kept_widths(plan, base), plan.counts
-    repository, revision = hub_origin(base.folder)
-    packed = form.is_packed
-    plain = dataclasses.replace(form, name=f"{form.name.partition('-')[0]}-bf16")
-    stored = (shape for _, shape in export_specs(base, widths, plain).values())
-    verdicts = client_table(base, widths, form)
     return CardFacts(
-        model=repository or _folder_name(base.folder),
-        repository=repository,
-        revision=revision,
-        inherited=_inherited(base.folder / CARD),
-        has_base_card=(base.folder / CARD).is_file(),
-        model_hash=base.fingerprint,
-        plan_hash=plan.tensors_hash,
-        provenance=plan.provenance,
-        family=base.family.model_type,
-        written_as=export_config(base, widths, form)["model_type"],
-        form=form.name,
-        group_size=form.group_size if packed else None,
-        quantizer=("rtn" if form.is_float4 else quantizer) if packed else None,
-        channels=int(plan.keep.size),
-        channels_kept=int(counts.sum()),
-        widths=(int(counts.min()), int(counts.max())),
-        experts=int(counts.size),
-        emptied=int((counts == 0).sum()),
-        has_constants=plan.constants is not None,
-        parameters=parameter_count(base) + mtp_parameters(base),
-        parameters_left=parameters_left(base, plan, form),
-        parameters_stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),
-        source_bytes=folder_bytes(base.folder),
-        written_bytes=export_bytes(base, widths, form),
-        clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
-        mtp=form.mtp if base.mtp else None,
-        mtp_width=mtp_width(base, widths, form),
-        has_linear_attention=bool(base.config.linear_layers),
-        has_latent_attention=isinstance(base.config.attention, LatentAttentionConfig),
-        has_tokenizer=any(base.folder.glob("tokenizer*")),
+        base=_base_facts(base),
+        plan=_plan_facts(plan),
+        folder=_folder_facts(base, plan, form, quantizer),
+        loading=loading(base, plan, form),
         quality=quality,
         evaluation=evaluation or {},
         version=tool_version(),
     )
+
+
+def loading(base: Checkpoint, plan: PruningPlan, form: ExportFormat) -> Loading:
+    """What decides how programs load an export."""
+    verdicts = client_table(base, kept_widths(plan, base), form)
+    return Loading(
+        form=form.name,
+        clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
+        has_tokenizer=any(base.folder.glob("tokenizer*")),
+        has_latent_attention=isinstance(base.config.attention, LatentAttentionConfig),
+        has_linear_attention=bool(base.config.linear_layers),
+    )
+
+
+def _base_facts(base: Checkpoint) -> BaseFacts:
+    repository, revision = hub_origin(base.folder)
+    return BaseFacts(
+        name=repository or _folder_name(base.folder),
+        repository=repository,
+        revision=revision,
+        inherited=_inherited(base.folder / CARD),
+        has_card=(base.folder / CARD).is_file(),
+        hash=base.fingerprint,
+        family=base.family.model_type,
+        parameters=parameter_count(base) + mtp_parameters(base),
+        bytes=folder_bytes(base.folder),
+    )
+
+
+def _plan_facts(plan: PruningPlan) -> PlanFacts:
+    counts = plan.counts
+    return PlanFacts(
+        hash=plan.tensors_hash,
+        provenance=plan.provenance,
+        channels=int(plan.keep.size),
+        kept=int(counts.sum()),
+        fewest=int(counts.min()),
+        most=int(counts.max()),
+        experts=int(counts.size),
+        emptied=int((counts == 0).sum()),
+        has_constants=plan.constants is not None,
+    )
+
+
+def _folder_facts(
+    base: Checkpoint, plan: PruningPlan, form: ExportFormat, quantizer: str
+) -> FolderFacts:
+    widths, packed = kept_widths(plan, base), form.is_packed
+    stored = (shape for _, shape in export_specs(base, widths, in_16_bits(form)).values())
+    return FolderFacts(
+        written_as=export_config(base, widths, form)["model_type"],
+        form=form.name,
+        group_size=form.group_size if packed else None,
+        quantizer=("rtn" if form.is_float4 else quantizer) if packed else None,
+        parameters=parameters_left(base, plan, form),
+        stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),
+        bytes=export_bytes(base, widths, form),
+        mtp=form.mtp if base.mtp else None,
+        mtp_width=mtp_width(base, widths, form),
+    )
+
+
+def in_16_bits(form: ExportFormat) -> ExportFormat:
+    """The format of the same layout without rounding."""
+    return dataclasses.replace(form, name=f"{form.name.partition('-')[0]}-bf16")
 
 
 def hub_origin(folder: Path) -> tuple[str | None, str | None]:

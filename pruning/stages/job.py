@@ -17,7 +17,7 @@ from pruning.budget.alignment import check_block
 from pruning.budget.decide import PruningPlan
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.planners import PLANNERS
-from pruning.demo import DEMO
+from pruning.demo import demo_texts, model_folder
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, Windows, evaluate, make_windows
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
@@ -61,17 +61,6 @@ class Job:
     def dtype(self):
         """Dtype of the activations."""
         return DTYPES[self.recipe.dtype]
-
-
-def model_folder(model: str) -> Path:
-    """The checkpoint folder a recipe names; "demo" is the embedded model."""
-    return DEMO / "model" if model == "demo" else Path(model)
-
-
-def demo_texts(kind: str) -> tuple[str, ...]:
-    """Paths of the embedded texts: kind "calibration" or "evaluation"."""
-    names = sorted((DEMO / "text").glob(f"{kind}*"))
-    return tuple(str(name) for name in names)
 
 
 def open_job(recipe: CompressionRecipe) -> Job:

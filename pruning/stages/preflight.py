@@ -14,6 +14,7 @@ from convert.writer import SPARE_BYTES, remove_leftovers
 from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps
+from pruning.kit.words import amount
 from pruning.recipe.exports import EXPORTS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.statistics import ALWAYS, SUMS, ChannelStatistics, field_shapes
@@ -121,10 +122,10 @@ def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> Non
     """Raise OSError unless `parts`, bytes by name, fit once `replaced` bytes are gone."""
     needed, free = sum(parts.values()) + SPARE_BYTES, free_space(folder) + replaced
     if free < needed:
-        listed = ", ".join(f"{name} {_amount(size)}" for name, size in parts.items())
+        listed = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
         raise OSError(
-            f"{folder} has {_amount(free)} free but up to {_amount(needed)} are needed "
-            f"({listed}, spare {_amount(SPARE_BYTES)}); free some space or choose another disk"
+            f"{folder} has {amount(free)} free but up to {amount(needed)} are needed "
+            f"({listed}, spare {amount(SPARE_BYTES)}); free some space or choose another disk"
         )
 
 
@@ -164,9 +165,9 @@ def check_exports(
 def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
     """One line per export with its exact size."""
     for name, size in sizes.items():
-        line = f"{name}: {_amount(size['bytes'])}"
+        line = f"{name}: {amount(size['bytes'])}"
         if not name.startswith("padded"):
-            line += f" (padded to one width for stock clients: {_amount(size['padded_bytes'])})"
+            line += f" (padded to one width for stock clients: {amount(size['padded_bytes'])})"
         steps.say(line)
 
 
@@ -181,7 +182,7 @@ def _say_padding(job: Job, steps: Steps) -> None:
         form = form_of(recipe, name)
         if not pads(recipe, form):
             continue
-        mean, most = (_amount(equal_bytes(base, recipe, name, w)) for w in (width, widest))
+        mean, most = (amount(equal_bytes(base, recipe, name, w)) for w in (width, widest))
         of, one, cure = ("the widest", "one expert", "uniform")
         if form.is_layered:
             of, one, cure = ("the widest of its layer", "one expert of every layer", "layer")
@@ -205,7 +206,3 @@ def say_mtp(base: Checkpoint, recipe: CompressionRecipe, steps: Steps) -> None:
             f"{len(base.mtp)} tensors such as {next(iter(base.mtp))} predict further tokens; they "
             f"are {words[recipe.mtp]}"
         )
-
-
-def _amount(size: float) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e7 else f"{size / 1e3:.1f} kB"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
+from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.recipe.values import check_rate
@@ -29,7 +30,7 @@ def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
 
 def stored_base(recipe: CompressionRecipe) -> Checkpoint:
     """The dense model that a recipe names, its weights read in 16 bits."""
-    return open_checkpoint(stages.model_folder(recipe.model), dtype=jnp.bfloat16)
+    return open_checkpoint(model_folder(recipe.model), dtype=jnp.bfloat16)
 
 
 def stored_plans(

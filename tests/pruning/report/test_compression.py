@@ -8,12 +8,27 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pruning.budget.planners import PLANNERS
 from pruning.budget.widths import WIDTHS
+from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
-from pruning.report.compression_page import figures, page, section_html
-from pruning.report.compression_tables import headlines, tables, terminal_table
+from pruning.report.compression_page import (
+    ONE_LEVEL,
+    checks_table,
+    main_figures,
+    other_figures,
+    page,
+)
+from pruning.report.compression_tables import (
+    POLICIES,
+    allocation_table,
+    causes_table,
+    losses_table,
+)
 from pruning.report.figures import concentration
-from pruning.report.table import POLICIES, TextTable, allocation_table
+from pruning.report.html import section_html
+from pruning.report.severity import SCALE
+from pruning.report.table import TextTable
 
 L, E, F = 3, 4, 8
 
@@ -51,8 +66,13 @@ def report(**changes) -> CompressionReport:
     return CompressionReport(**{**fields, **changes})
 
 
+def figures(found: CompressionReport) -> list:
+    return [*main_figures(found), *other_figures(found)]
+
+
 def test_a_saved_report_loads_equal(tmp_path):
     report().save(tmp_path)
+    compression_page.save(report(), tmp_path)
     assert CompressionReport.load(tmp_path / "report.json") == report()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["report.html", "report.json"]
 
@@ -127,7 +147,7 @@ def test_a_report_without_text_says_so_everywhere():
     assert "No calibration text was read: the weights alone decided (criterion weight" in text
     assert "<p>No text.</p>" in text and "all layers count alike" in text
     assert text.count("data:image/png") == 4
-    assert headlines(found)[2].number == "no text"
+    assert found.headlines()[2].number == "no text"
     assert "No calibration text" not in page(report())
 
 
@@ -176,7 +196,7 @@ def measured() -> CompressionReport:
 
 
 def test_the_headline_is_the_mean_over_all_tokens_of_the_smallest_export():
-    smaller, lost, tokens = headlines(measured())
+    smaller, lost, tokens = measured().headlines()
     assert smaller.number == "4.00" and "ragged-int4" in smaller.detail
     assert lost.number == "+0.300"  # (300 * 0.2 + 100 * 0.6) / 400
     assert "1.350" in lost.detail and "80.0%" in lost.detail  # exp(0.3); 0.75 * 90 + 0.25 * 50
@@ -184,7 +204,7 @@ def test_the_headline_is_the_mean_over_all_tokens_of_the_smallest_export():
 
 
 def test_the_headline_says_so_when_nothing_was_measured():
-    _, lost, tokens = headlines(report(quality={}))
+    _, lost, tokens = report(quality={}).headlines()
     assert "--evaluation" in lost.detail and "none" in tokens.detail
 
 
@@ -192,7 +212,7 @@ def test_parameters_and_those_that_a_token_meets_stand_beside_what_they_were():
     sizes = report().sizes | {"active_parameters": {"source": 2_500_000, "exports": 1_234_567}}
     sizes["exports"] = {"ragged-int4": sizes["exports"]["ragged-int4"] | {"parameters": 4_000_000}}
     model = report().model | {"parameters": 9_990_000}
-    rows = allocation_table(report(sizes=sizes, model=model)).rows
+    rows = allocation_table({}, sizes, model).rows
     assert rows[0] == ["parameters", "4.00 M", "of 9.99 M"]
     assert rows[1][:2] == ["active parameters", "1.23 M"] and "2.50 M" in rows[1][2]
 
@@ -200,7 +220,7 @@ def test_parameters_and_those_that_a_token_meets_stand_beside_what_they_were():
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_a_narrow_terminal_folds_names_and_cuts_nothing(columns):
     console = Console(width=columns, file=io.StringIO(), record=True)
-    console.print(terminal_table(measured()))
+    console.print(measured().terminal_table())
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= columns
     text = "\n".join(lines)
@@ -211,7 +231,7 @@ def test_a_narrow_terminal_folds_names_and_cuts_nothing(columns):
 
 
 def test_numbers_stand_on_the_right_and_words_on_the_left():
-    quality = next(table for table in tables(measured()) if table.title == "Quality")
+    quality = next(table for table in measured().tables() if table.title == "Quality")
     kinds = {name: quality.is_number(i) for i, name in enumerate(quality.header)}
     words = {name for name, number in kinds.items() if not number}
     assert words == {"text", "model"}
@@ -230,3 +250,176 @@ def test_names_are_not_broken_at_their_hyphens_and_paths_may_be():
 def test_the_page_has_a_row_for_every_layer():
     table = page(measured()).split("Layer by layer")[1].split("</table>")[0]
     assert table.count("<tr>") == 1 + L
+
+
+def value(nll: float, tokens: int = 100, **more) -> dict:
+    quality = {"nll": nll, "perplexity": np.exp(nll), "tokens": tokens, "kl": 0.1, "top1": 0.9}
+    return quality | more
+
+
+def whole(**changes) -> CompressionReport:
+    """Everything that a report of today holds: one text lost much, the other little."""
+    dense = {"kl": None, "top1": None}
+    quality = {
+        "long": {"dense": value(2.0, 300, **dense), "pruned": value(2.02, 300),
+                 "ragged-int4": value(2.04, 300)},
+        "short": {"dense": value(3.0, **dense), "pruned": value(3.1),
+                  "ragged-int4": value(3.3)},
+    }  # fmt: skip
+    fields = {
+        "recipe": {"model": "m", "output": "out", "prune_rate": 0.5},
+        "quality": quality,
+        "random": {"seed": 0, "kept": 48,
+                   "quality": {"long": value(2.1, 300), "short": value(3.4)}},
+        "alone": {"ragged-int4": {"pruned_bytes": 500, "rounded_bytes": 400}},
+        "samples": [{"text": "long", "prompt": "<i>Once", "dense": " upon", "compressed": " a",
+                     "export": "ragged-int4"},
+                    {"text": "short", "prompt": "Two", "dense": "x", "compressed": "y",
+                     "export": "ragged-int4"}],
+        "loading": {"ragged-int4": {
+            "form": "ragged-int4", "has_tokenizer": True, "has_latent_attention": False,
+            "has_linear_attention": False,
+            "clients": {"transformers 5": ["slower", "a loop"], "vLLM": ["no", "a reason"]},
+        }},
+        "command": "moe-compress compress 'my model' --output out",
+    }  # fmt: skip
+    return report(**{**fields, **changes})
+
+
+def test_the_numbers_that_everybody_asks_for_first():
+    found = whole()
+    assert found.times_smaller() == found.times_smaller("ragged-int4") == 4.0
+    assert found.bytes == 250 and found.kept_share == 0.5
+    assert found.added_loss("short") == pytest.approx(0.3)
+    assert found.added_loss() == pytest.approx((300 * 0.04 + 100 * 0.3) / 400)
+    assert found.added_loss("long", "pruned") == pytest.approx(0.02)
+    assert found.perplexity("short", "dense") == pytest.approx(np.exp(3.0))
+    assert found.loss(model="random") == pytest.approx((300 * 2.1 + 100 * 3.4) / 400)
+    # before rounding: 0.04 of 0.175
+    assert found.of_random() == pytest.approx(0.04 / 0.175)
+    assert found.of_random("short") == pytest.approx(0.25)
+    assert [found.severity(text) for text in (None, "long", "short")] == [
+        "noticeable", "small", "severe",
+    ]  # fmt: skip
+
+
+def test_what_was_not_measured_is_refused_by_name():
+    with pytest.raises(ValueError, match="compress again with --evaluation"):
+        report(quality={}).perplexity()
+    with pytest.raises(ValueError, match="did you mean 'short'"):
+        whole().added_loss("shrot")
+    with pytest.raises(ValueError, match="model='random' is unknown"):
+        whole(random={}).added_loss(model="random")
+    with pytest.raises(ValueError, match="export='padded-int4' is unknown"):
+        whole().times_smaller("padded-int4")
+    assert whole(random={}).of_random() is None
+    helpful = whole().random | {"quality": {"long": value(1.9, 300), "short": value(3.0)}}
+    assert whole(random=helpful).of_random() is None  # random channels lose nothing
+
+
+def test_the_page_answers_in_the_order_of_a_users_questions():
+    text = page(whole())
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert titles == [
+        "How much smaller, and by what", "How much worse", "What it writes", "How to load it",
+        "How to repeat it", "What was checked", "What is kept", "Words",
+    ]  # fmt: skip
+    for words in (
+        "Noticeable: ragged-int4 adds 0.105 nats per token to 2 texts",
+        "0.23 of what random channels",
+        "moe-compress compress &#39;my model&#39; --output out",
+        "&lt;i&gt;Once", "<code>trust_remote_code</code>",
+        "AutoModelForCausalLM.from_pretrained", "a reason",
+    ):  # fmt: skip
+        assert words in text
+    assert "vllm serve" not in text
+
+
+def test_sizes_of_pruning_and_of_rounding_alone_stand_beside_both():
+    found = whole()
+    rows = causes_table(found.sizes, found.alone).rows
+    assert [(row[0], row[3]) for row in rows] == [
+        ("as it was", "1.00"), ("pruning alone", "2.00"), ("rounding alone", "2.50"),
+        ("pruning and rounding", "4.00"),
+    ]  # fmt: skip
+    assert rows[1][1] == "ragged-bf16"
+    sizes = found.sizes | {"exports": {"ragged-bf16": found.sizes["exports"]["ragged-int4"]}}
+    rows = causes_table(sizes, {"ragged-bf16": {"pruned_bytes": 250, "rounded_bytes": None}}).rows
+    assert [row[0] for row in rows] == ["as it was", "pruning"]
+
+
+def test_every_text_has_a_word_for_each_model_and_random_channels_beside_them():
+    found = whole()
+    table = losses_table(found.quality, found.random["quality"])
+    rows = {(text, row[1]): row for text, row in zip("llllssss", table.rows, strict=True)}
+    assert rows["s", "random channels"][2:5] == ["", "+0.4000", ""]
+    assert rows["s", "pruned"][2:5] == ["noticeable", "+0.1000", "0.25"]
+    assert rows["s", "ragged-int4"][2:5] == ["severe", "+0.3000", ""]
+    assert rows["l", "ragged-int4"][2] == "small" and SCALE.words() in table.note
+    assert "not measured" in losses_table(found.quality, {}).note
+
+
+def test_a_report_of_an_earlier_version_renders_and_says_what_it_lacks(tmp_path):
+    report().save(tmp_path)
+    file = tmp_path / "report.json"
+    stored = json.loads(file.read_text())
+    for name in ("samples", "random", "alone", "loading", "command", "not_run"):
+        del stored[name]
+    file.write_text(json.dumps(stored))
+    found = CompressionReport.load(file)
+    assert found == report()
+    text = page(found)
+    assert "not measured: the report is of an earlier version" in text
+    assert "does not say; the README.md of every export does" in text
+    assert "moe-compress compress &#39;&lt;b&gt;m&lt;/b&gt;&#39; --prune-rate 0.5" in text
+    assert "&lt;script&gt;" in text  # the one sample that it has
+    del stored["counts"]
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="version 3"):
+        CompressionReport.load(file)
+
+
+def test_what_was_not_run_says_why():
+    found = whole(
+        quality={}, random={}, samples=[], verification=[], sample=dict.fromkeys(
+            ("prompt", "dense", "compressed", "export"), ""),
+        not_run={"random": "no text was named", "samples": "the model is too large"},
+    )  # fmt: skip
+    results = {row[0]: row[1:] for row in checks_table(found).rows}
+    assert results["every export holds what was planned"] == ["not run", "not run"]
+    assert results["loss on text"][0] == "not run"
+    assert results["loss of random channels"] == ["not run", "no text was named"]
+    assert results["text written by both models"] == ["not run", "the model is too large"]
+    assert results["the choice repeats on other text"][0] == "not run"
+    text = page(found)
+    assert "No sample: the model is too large." in text and "Not measured: there was no" in text
+    failed = [{"export": "ragged-int4", "check": "reload", "ok": False, "detail": ""}]
+    assert checks_table(whole(verification=failed)).rows[0][1] == "1 FAILED"
+
+
+def test_figures_that_do_not_matter_for_the_planner_are_folded():
+    smoothings = "under each smoothing"
+    for planner, weights, shown in (
+        ("paper", None, True), ("mine", None, True), ("fair", None, False), ("fair", "paper", True),
+    ):  # fmt: skip
+        found = report(recipe={"prune_rate": 0.5, "planner": planner, "weights": weights})
+        assert any(smoothings in caption for _, caption in main_figures(found)) == shown
+        assert any(smoothings in caption for _, caption in other_figures(found)) != shown
+    one_width = report(plan={"width": "uniform"})
+    assert not any("widest first" in caption for _, caption in main_figures(one_width))
+    assert set(PLANNERS) >= ONE_LEVEL
+    text = page(report())
+    for title in ("More figures", "Allocation", "Stages"):
+        assert f"<details><summary>{title}" in text
+
+
+def test_links_to_words_lead_to_the_glossary():
+    text = page(whole())
+    links = set(re.findall('href="#(.*?)"', text))
+    assert len(links) > 5 and links <= set(re.findall('<dt id="(.*?)"', text))
+
+
+def test_a_report_shows_headlines_and_tables_in_a_notebook():
+    shown = report()._repr_html_()
+    assert shown.startswith("<p><b>4.00 times smaller</b>") and "<h2>Quality</h2>" in shown
+    assert "a &lt; b" in shown

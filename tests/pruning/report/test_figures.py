@@ -1,5 +1,8 @@
 """Figures draw the numbers they are given, and say what their axes are."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -7,9 +10,8 @@ from matplotlib.figure import Figure
 
 from pruning.report import audit_figures as token_plots
 from pruning.report import figures as plots
-from pruning.report.alignment_plots import plot_alignment
 from pruning.report.comparison import Comparison, Result
-from pruning.report.comparison_page import COLOURS, comparison_page, plot_pareto
+from pruning.report.comparison_page import FAMILY_COLOURS, comparison_page, plot_pareto
 
 L, E = 3, 4
 LAYERS = [1, 2, 4]
@@ -120,7 +122,7 @@ def test_routers_show_entropy_in_nats_and_a_mark_for_each_expert():
 
 def test_alignment_has_one_line_per_block_over_the_least_widths_it_has():
     grid = {(8, 16): 3.0, (8, 32): 2.0, (32, 32): 1.0}
-    figure = plot_alignment({"a, %": grid, "b, nats": grid, "c": grid})
+    figure = plots.plot_alignment({"a, %": grid, "b, nats": grid, "c": grid})
     first, *_, unused = figure.axes
     lines = by_label(first)
     np.testing.assert_array_equal(lines["blocks of 8"].get_xydata(), [[0, 3], [1, 2]])
@@ -135,10 +137,14 @@ def comparison(**changes) -> Comparison:
         ("paper-act", 0.25): 0.3, ("paper-act", 0.5): 0.6, ("paper-energy", 0.25): 0.2,
         ("paper-energy", 0.5): 0.9, ("experts-ala", 0.25): 0.5,
     }  # fmt: skip
+    families = {"paper": "paper's rule", "experts": "whole experts"}
     results = tuple(
-        Result(rule, rate, quality={"t": {"nll": 2 + nats, "tokens": 10, "kl": nats, "top1": 0.5}})
+        Result(
+            rule, rate, family=families[rule.partition("-")[0]], about=f"about {rule}",
+            quality={"t": {"nll": 2 + nats, "tokens": 10, "kl": nats, "top1": 0.5}},
+        )
         for (rule, rate), nats in added.items()
-    )
+    )  # fmt: skip
     dense = {"t": {"nll": 2.0, "tokens": 10}}
     fields = {"key": {}, "dense": dense, "results": results, "refused": (),
               "sizes": {"dense": 100_000_000, "experts": 80_000_000}}  # fmt: skip
@@ -153,7 +159,7 @@ def test_the_pareto_figure_shows_the_best_rule_of_each_family_by_size():
     np.testing.assert_allclose(
         lines["whole experts: experts-ala"].get_xydata(), [[100, 0], [80, 0.5]]
     )
-    assert to_hex(paper.get_color()) == COLOURS["paper's rule"]
+    assert to_hex(paper.get_color()) == FAMILY_COLOURS["paper's rule"]
     assert not any("paper-energy" in label for label in lines)
     assert axes.get_xlabel().endswith("MB") and axes.get_ylabel().startswith("nats")
 
@@ -169,6 +175,27 @@ def test_a_comparison_of_an_earlier_version_has_a_page_without_sizes(tmp_path):
         plot_pareto(found)
 
 
+def test_a_rule_is_what_its_result_says_and_an_earlier_file_says_nothing(tmp_path):
+    text = comparison_page(comparison())
+    assert "about paper-act" in text
+    assert comparison().csv().splitlines()[1].startswith("paper-act,paper's rule,0.25,")
+    found = comparison()
+    own = dataclasses.replace(found, results=tuple(
+        dataclasses.replace(r, family="mine") if r.rule == "paper-act" else r for r in found.results
+    ))  # fmt: skip
+    mine = by_label(plot_pareto(own).axes[0])["mine: paper-act"]
+    assert to_hex(mine.get_color()) not in FAMILY_COLOURS.values()
+    found.save(tmp_path)
+    path = tmp_path / "compare.json"
+    stored = json.loads(path.read_text())
+    for result in stored["results"]:
+        del result["family"], result["about"]
+    path.write_text(json.dumps(stored))
+    earlier = Comparison.load(path)
+    assert comparison_page(earlier).count("<img") == text.count("<img")
+    assert "other: paper-act" in by_label(plot_pareto(earlier).axes[0])
+
+
 def test_a_comparison_shows_its_table_in_a_notebook():
     shown = comparison()._repr_html_()
     assert shown.index("paper-energy") < shown.index("paper-act") and "+nats 0.25" in shown
@@ -181,7 +208,7 @@ def test_every_figure_fits_a_page():
         token_plots.plot_router_entropy({"a": values[0]}, LAYERS, E),
         plots.plot_smoothing(values[:, 0, 0], LAYERS),
         plots.plot_routers(values[0, :3, 0], values[:, :, 0], LAYERS),
-        plot_alignment({"a": {(1, 1): 2.0}}),
+        plots.plot_alignment({"a": {(1, 1): 2.0}}),
         plot_pareto(comparison()),
     ]
     for figure in figures:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.measure.agreement import agreement, audit_report, sample_ablations, spearman
-from pruning.report.audit_plots import BLUE, ORANGE, plot_misalign
+from pruning.report.audit_figures import plot_misalign
+from pruning.report.drawing import BLUE, ORANGE
 from pruning.runs import audit as audit_stage
 from pruning.scores.ablation import Ablation
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA

@@ -12,6 +12,7 @@ from convert.checkpoint import open_checkpoint
 from moe_jax.norm import rms_norm
 from moe_jax.stream import contexts, embed, forward_hidden, layer_forward
 from pruning.budget.decide import PruningPlan
+from pruning.budget.rules import RULES as KNOWN_RULES
 from pruning.budget.whole_experts import replacement_vectors
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
@@ -113,6 +114,9 @@ def whole(recipe, tmp_path_factory) -> Comparison:
 
 def test_all_rules_keep_the_same_channels_and_are_ranked_by_their_loss(whole):
     assert len(whole.results) == 2 * (3 + len(RULES) - 1) and not whole.refused
+    for result in whole.results:
+        known = KNOWN_RULES[result.rule]
+        assert (result.family, result.about) == (known.family, known.about)
     for rate in whole.rates:
         assert len({result.kept for result in whole.results if result.rate == rate}) == 1
     added = [line.added for line in whole.lines() if line.rate == 0.25]

@@ -6,13 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from convert.checkpoint import open_checkpoint
+from convert.export import ExportFormat
+from pruning.budget.plan import PruningPlan
 from pruning.cli import main
-from pruning.stages.job import DEMO
+from pruning.demo import DEMO
+from pruning.kit.progress import Steps
+from pruning.recipe.recipe import load_recipe
+from pruning.runs.compress import random_plan
+from pruning.scores.statistics import load_statistics
+from pruning.stages import job as stages
+from pruning.stages import plan as planning
+from pruning.stages.sizes import folder_bytes
 
 TEXTS = sorted(str(path) for path in (DEMO / "text").glob("evaluation-*.txt"))
 CALIBRATION = str(DEMO / "text" / "calibration.jsonl")
@@ -99,6 +110,96 @@ def test_the_report_says_what_is_on_disk_and_every_check_holds(output):
     assert quality["ragged-int4"]["kl"] > 0
     # 16-bit weights on disk are those in memory
     assert quality["ragged-bf16"]["nll"] == pytest.approx(quality["pruned"]["nll"], abs=1e-4)
+
+
+def test_the_report_knows_what_pruning_and_rounding_do_alone(output, tmp_path):
+    """By the bytes of folders that do one of the two."""
+    alone = json.loads((output / "report.json").read_text())["alone"]
+    pruned = folder_bytes(output / "exports" / "ragged-bf16")
+    base = open_checkpoint(DEMO / "model", dtype=jnp.bfloat16)
+    whole = PruningPlan(np.ones((4, 16, 128), bool), (0, 1, 2, 3))
+    rounded = stages.export(
+        base, whole, ExportFormat("ragged-int4"), tmp_path / "whole", Steps(quiet=True)
+    )
+    assert alone == {
+        "ragged-int4": {"pruned_bytes": pruned, "rounded_bytes": folder_bytes(rounded)},
+        "ragged-bf16": {"pruned_bytes": pruned, "rounded_bytes": None},
+    }
+
+
+def test_random_channels_are_measured_on_the_same_text_at_the_same_size(output):
+    report = json.loads((output / "report.json").read_text())
+    ((text, quality),) = report["quality"].items()
+    random = report["random"]
+    assert random["kept"] == report["sizes"]["channels_kept"] and random["seed"] == 0
+    assert random["quality"][text]["tokens"] == quality["pruned"]["tokens"]
+    assert random["quality"][text]["nll"] > quality["dense"]["nll"]
+    assert random["quality"][text]["nll"] != quality["pruned"]["nll"]
+    assert "evaluate random channels" in [stage["name"] for stage in report["stages"]]
+    assert report["not_run"] == {}
+
+
+def test_every_text_has_a_sample_and_the_first_is_the_one_that_was_always_there(output):
+    report = json.loads((output / "report.json").read_text())
+    (sample,) = report["samples"]
+    assert sample["text"] == "held-out" and sample["export"] == "ragged-int4"
+    assert sample["prompt"] and sample["dense"] and sample["compressed"]
+    assert report["sample"] == {key: sample[key] for key in report["sample"]}
+
+
+def test_the_page_says_how_to_load_and_how_to_repeat(output, text):
+    report = json.loads((output / "report.json").read_text())
+    assert report["command"] == (
+        f"moe-compress compress demo --output {output} --evaluation {text} --max-tokens 16384 "
+        "--batch 4 --export ragged-int4 ragged-bf16"
+    )
+    page = (output / "report.html").read_text()
+    assert report["command"] in page
+    for name in ("ragged-int4", "ragged-bf16"):
+        card = (output / "exports" / name / "README.md").read_text()
+        clients = report["loading"][name]["clients"]
+        for client, (verdict, rule) in clients.items():
+            said = {"slower": "yes, slowly"}.get(verdict, verdict)
+            assert f"| {client} | {said} | {rule} |" in card and rule in page
+    assert "vllm serve . --trust-remote-code --enforce-eager" in page
+
+
+@pytest.mark.parametrize(
+    ("width", "more"),
+    [("free", {}), ("capped", {"cap": 48}), ("layer", {}), ("uniform", {}), ("experts", {}),
+     ("combined", {"expert_rate": 0.25}), ("free", {"layer_rate": ("0=0.25",)})],
+)  # fmt: skip
+def test_random_channels_obey_the_width_policy_and_choose_by_nothing(scored, width, more):
+    recipe = load_recipe(scored / "recipe.yaml", width=width, prune_rate=0.5, **more)
+    job = stages.open_job(recipe)
+    statistics, notes = load_statistics(scored / "statistics.safetensors")
+    plan = planning.plan(job.recipe, statistics, notes, job.base)
+    found = random_plan(job, statistics, plan)
+    assert found.keep.sum() == plan.keep.sum() and (found.keep != plan.keep).any()
+    counts, size = found.counts, found.keep.shape[2]
+    if width in ("experts", "combined"):
+        np.testing.assert_array_equal(np.sort(counts), np.sort(plan.counts))
+        assert (found.counts != plan.counts).any()
+    if width in ("layer", "uniform"):
+        assert (counts == counts[:, :1]).all()
+    if width == "capped":
+        assert counts.max() <= 48
+    if "layer_rate" in more:
+        assert counts[0].sum() == 0.75 * 8 * size
+    score = np.asarray(statistics.shapley)
+    if width != "experts":  # of channels, rather than of experts
+        kept = [np.mean([score[i][keep[i]].mean() for i in range(2)])
+                for keep in (plan.keep, found.keep)]  # fmt: skip
+        assert kept[1] < kept[0]
+    np.testing.assert_array_equal(random_plan(job, statistics, plan).keep, found.keep)
+
+
+def test_a_plan_that_removes_nothing_is_not_compared_with_chance(scored):
+    job = stages.open_job(load_recipe(scored / "recipe.yaml"))
+    statistics, _ = load_statistics(scored / "statistics.safetensors")
+    whole = PruningPlan(np.ones(statistics.shape, bool), (0, 1))
+    with pytest.raises(ValueError, match="nothing was removed"):
+        random_plan(job, statistics, whole)
 
 
 def test_the_model_card_of_an_export_says_what_was_measured_of_it(output):

@@ -12,8 +12,8 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 from pruning.budget.planners import PLANNERS
+from pruning.demo import demo_texts
 from pruning.scores.statistics import load_statistics
-from pruning.stages.job import demo_texts
 from tests.pruning.scores.test_noise import worth_by_hand
 from tests.support.command import given, refused, run
 
@@ -82,6 +82,9 @@ def test_the_run_exports_verifies_and_says_that_no_text_was_read(finished):
     assert (finished / "exports" / "ragged-bf16" / "model.safetensors").is_file()
     page = (finished / "report.html").read_text()
     assert "No calibration text was read" in page
+    assert report["not_run"] == {"random": "no text was named to measure on",
+                                 "samples": "there was no text to continue"}  # fmt: skip
+    assert all(reason in page for reason in report["not_run"].values())
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     assert recipe["weights_only"] is True
     statistics, notes = load_statistics(finished / "statistics.safetensors")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pruning.demo import model_folder
 from pruning.stages import job as stages
 from pruning.text.calibration import (
     TextSource,
@@ -110,7 +111,7 @@ def test_held_out_windows_are_not_calibrated_on_and_none_is_lost(windows, expect
 
 
 def test_evaluation_reads_json_lines_like_calibration_and_plain_text_whole(tmp_path):
-    demo = stages.model_folder("demo")
+    demo = model_folder("demo")
     codec = open_codec(demo, 4096)
     (tmp_path / "a.jsonl").write_text('{"answer": "one two"}\n"three"\n')
     (tmp_path / "a.txt").write_text("one two")
