@@ -192,12 +192,3 @@ def quality_of(model: Reference, windows: Windows, reference: Reference | None =
 
 def _total(values: Array, count: int) -> float:
     return float(np.asarray(values, np.float64)[:count].sum())
-
-
-def logits(source: LayerSource, tokens: np.ndarray, *, batch: int = 1, dtype=jnp.float32):
-    """Logits float32 [B, T, V] of a few short sequences, for comparing models."""
-    valid = np.ones(tokens.shape, bool)
-    hidden = forward_hidden(source, pad_rows(tokens, batch), pad_rows(valid, batch), batch=batch,
-                            dtype=dtype)  # fmt: skip
-    head = source.head
-    return np.stack([np.asarray(head(x)) for x in hidden[: len(tokens)]])

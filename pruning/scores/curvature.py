@@ -7,11 +7,11 @@ from jax import Array
 
 from moe_jax.attention.context import make_context
 from moe_jax.errors import InputError
-from moe_jax.stream import LayerSource, pad_rows
+from moe_jax.stream import LayerSource, pad_rows, row_slices
 from moe_jax.transformer import Transformer
-from pruning.scores.end_to_end import OnStep, gated
+from pruning.kit.progress import OnStep
+from pruning.scores.end_to_end import gated
 from pruning.scores.layer import row_loss
-from pruning.scores.states import row_slices
 
 
 def nll_grad2(

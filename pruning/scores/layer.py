@@ -4,10 +4,12 @@ Forward: the closed-form attributions need no gradient at all. Backward: the cot
 that the experts carry is the sum of the channel scores, so no per-token score array ever exists.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
@@ -17,6 +19,7 @@ from moe_jax.experts.dispatch import Dispatch, gather_rows, sum_by_expert
 from moe_jax.experts.moe import Experts, MoE, MoETrace, RunExperts
 from moe_jax.experts.swiglu import Projections, routed_experts
 from moe_jax.experts.weights import routing_matrix
+from moe_jax.stream import Batches
 from moe_jax.transformer import DecoderLayer, Head
 from pruning.scores.experts import observe_experts, output_sums
 
@@ -191,3 +194,31 @@ def loss_and_gradient(
 
     losses, gradient = jax.lax.map(one, (x, tokens, valid))
     return losses.sum(), gradient
+
+
+def loss_gradient(
+    head: Head,
+    text: Batches,
+    last: list[np.ndarray],
+    on_loss: Callable[[float], None] | None = None,
+) -> list[np.ndarray]:
+    """Where a way down begins: the loss gradient at a text's last hidden states.
+
+    Args:
+      head: of the model.
+      text: the batches.
+      last: last hidden states [b, T, D] of each batch; replaced by their gradients.
+      on_loss: receives each batch's summed loss, nats.
+
+    Returns:
+      `last`.
+    """
+
+    def run(x: Array, place: Context, rows: slice) -> Array:
+        words = jnp.asarray(text.tokens[rows]), jnp.asarray(text.valid[rows])
+        loss, d_x = loss_and_gradient(head, x, *words)
+        if on_loss:
+            on_loss(float(loss))
+        return d_x
+
+    return text.each(last, run)
