@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pruning.budget.plan import PruningPlan
     from pruning.budget.targets import plan_for_target
     from pruning.kit.progress import Steps
-    from pruning.measure.quality import Quality, make_windows
+    from pruning.measure.quality import Quality
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
     from pruning.report import figures as plots
     from pruning.runs.apply import apply_plan
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pruning.stages.job import export, open_job
     from pruning.stages.sizes import form_of
     from pruning.text.calibration import TextSource, TokenBatch, calibration_batch
+    from pruning.text.windows import make_windows
 
 __all__ = [
     "ChannelScores",
@@ -64,7 +65,8 @@ _HOMES = {
     "scores.collect": ("collect_statistics", "collect_weights"),
     "text.calibration": ("TextSource", "TokenBatch", "calibration_batch"),
     "scores.criteria": ("ChannelScores", "channel_scores"),
-    "measure.quality": ("Quality", "make_windows"),
+    "measure.quality": ("Quality",),
+    "text.windows": ("make_windows",),
     "runs.compress": ("compress",),
     "budget.decide": ("plan_pruning",),
     "budget.plan": ("PruningPlan",),

@@ -94,7 +94,10 @@ def walk_tiles(dispatch: Dispatch, pool: Pool, step, carry):
         if pool.block == pool.width:
             return step(carry, row, expert, 0)
         blocks = -(-pool.count[expert] // pool.block)
-        inner = lambda j, carry: step(carry, row, expert, j * pool.block)  # noqa: E731
+
+        def inner(j, carry):
+            return step(carry, row, expert, j * pool.block)
+
         return jax.lax.fori_loop(0, blocks, inner, carry)
 
     return jax.lax.fori_loop(0, dispatch.num_tiles, tile_step, carry)

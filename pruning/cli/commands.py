@@ -16,7 +16,6 @@ from pruning.budget.decide import PruningPlan
 from pruning.cli.flags import recipe_from
 from pruning.cli.option_checks import check_estimate, check_evaluation
 from pruning.kit.progress import Steps
-from pruning.measure.quality import make_windows
 from pruning.recipe.exports import EXPORTS
 from pruning.recipe.options import PlanOptions, fields_of
 from pruning.recipe.recipe import ResolvedRecipe
@@ -40,6 +39,7 @@ from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.stages.verify import random_probe, require_verified, written_mtp
 from pruning.text.calibration import TextSource
 from pruning.text.tokenizer import open_codec
+from pruning.text.windows import make_windows
 
 Options = argparse.Namespace
 # What `moe-compress plan` can decide anew from the same statistics.

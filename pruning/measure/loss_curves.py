@@ -8,7 +8,8 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import gather_rows, sum_by_expert
 from moe_jax.experts.grouped_matmul import contract
-from moe_jax.experts.moe import MoE, gated_experts
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.run import gated_experts
 from moe_jax.experts.weights import row_expert
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource

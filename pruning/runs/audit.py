@@ -14,7 +14,6 @@ from moe_jax.files import replace_text
 from pruning.kit.progress import Steps
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
-from pruning.measure.quality import Windows
 from pruning.measure.tokens import view_tokens
 from pruning.report.audit_page import audit_page, token_figures
 from pruning.scores.ablation import Ablation, ablate, layer_visits
@@ -22,6 +21,7 @@ from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages.job import Job
 from pruning.text.calibration import TokenBatch
+from pruning.text.windows import Windows
 
 RECORD = "ablations.jsonl"
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions

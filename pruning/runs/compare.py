@@ -15,7 +15,7 @@ from pruning.budget.decide import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
 from pruning.budget.rules import GROUPS, RULES, check_needs, select_rules
 from pruning.kit.progress import OnStep, Steps
-from pruning.measure.quality import Quality, Reference, Windows, quality_of
+from pruning.measure.quality import Quality, Reference, quality_of
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.comparison import Comparison, Result
 from pruning.scores.statistics import ChannelStatistics
@@ -26,6 +26,7 @@ from pruning.stages import score as scoring
 from pruning.stages.job import Job
 from pruning.stages.sizes import parameter_count, weight_count
 from pruning.text.held_out import seen_shares
+from pruning.text.windows import Windows
 
 STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
 GROUP = 16  # plans per group at most: results are saved after each

@@ -12,8 +12,10 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import Experts, MoE
-from moe_jax.experts.swiglu import no_score, routed_experts
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import run_experts
+from moe_jax.quant import dequantize
 from moe_jax.stream import (
     Batches,
     LayerSource,
@@ -218,14 +220,10 @@ def masked(
     output biases of the experts that `speaks` [E] leaves."""
 
     def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
-        weights = experts.weights
-        down = jnp.where(keep[:, None], weights.down, 0)
-        bias = weights.down_bias
+        down, bias = dequantize(experts.w_down), experts.b_down
         bias = None if bias is None else jnp.where(speaks[:, None], bias, 0)
-        weights = dataclasses.replace(weights, down=down, down_bias=bias)
-        probe = jnp.zeros((0, experts.count.shape[0], experts.width))
-        args = (x, row_weight, weights, probe, dispatch, experts.pool)
-        return routed_experts(no_score, *args), None
+        left = dataclasses.replace(experts, w_down=jnp.where(keep[:, None], down, 0), b_down=bias)
+        return run_experts(left, x, row_weight, dispatch)
 
     return layer.feed_forward(middle, context, run)[0]
 

@@ -15,8 +15,9 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import Experts, RunExperts
-from moe_jax.experts.swiglu import no_score, routed_experts
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import RunExperts, run_experts
+from moe_jax.experts.weights import row_expert
 from moe_jax.stream import (
     Batches,
     LayerSource,
@@ -39,10 +40,7 @@ def gated(gate: Array) -> RunExperts:
     """Run the experts with their outputs multiplied by `gate` float32 [E]; differentiable."""
 
     def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
-        owner = jnp.repeat(dispatch.tile_expert, dispatch.tile)  # [P]
-        probe = jnp.zeros((0, experts.count.shape[0], experts.width))
-        args = (experts.weights, probe, dispatch, experts.pool)
-        return routed_experts(no_score, x, row_weight * gate[owner], *args), None
+        return run_experts(experts, x, row_weight * gate[row_expert(dispatch)], dispatch)
 
     return run
 

@@ -16,7 +16,9 @@ from jax import Array
 
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import Dispatch, gather_rows, sum_by_expert
-from moe_jax.experts.moe import Experts, MoE, MoETrace, RunExperts
+from moe_jax.experts.moe import MoE, MoETrace
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import RunExperts
 from moe_jax.experts.swiglu import Projections, routed_experts
 from moe_jax.experts.weights import routing_matrix
 from moe_jax.stream import Batches

@@ -9,9 +9,10 @@ from jax import Array
 
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import Experts, MoE
-from moe_jax.experts.swiglu import no_score, routed_experts
-from moe_jax.experts.weights import Weights
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import run_experts
+from moe_jax.experts.weights import ExpertWeights
 from moe_jax.stream import (
     Batches,
     LayerSource,
@@ -108,14 +109,12 @@ _add = jax.jit(lambda whole, part: jax.tree.map(jnp.add, whole, part))
 @jax.jit
 def _weight_gradient(
     layer: DecoderLayer, middle: Array, context: Context, d_out: Array
-) -> Weights:  # float32
+) -> ExpertWeights:  # float32
     assert isinstance(layer.mlp, MoE)
 
-    def half(weights: Weights) -> Array:
+    def half(weights: ExpertWeights) -> Array:
         def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
-            probe = jnp.zeros((0, experts.count.shape[0], experts.width))
-            pool = experts.pool
-            return routed_experts(no_score, x, row_weight, weights, probe, dispatch, pool), None
+            return run_experts(experts, x, row_weight, dispatch, weights=weights)
 
         return layer.feed_forward(middle, context, run)[0]
 
@@ -124,7 +123,7 @@ def _weight_gradient(
 
 
 @jax.jit
-def _magnitude(layer: DecoderLayer, gradient: Weights) -> Array:  # [C]
+def _magnitude(layer: DecoderLayer, gradient: ExpertWeights) -> Array:  # [C]
     assert isinstance(layer.mlp, MoE)
     products = jax.tree.map(
         lambda w, d: jnp.sum(jnp.abs(w.astype(jnp.float32) * d), axis=-1),

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.experts.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.experts.dense import DenseMLP, SharedExpert
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
 from moe_jax.quant import QTensor, Weight, dequantize, pack_nibbles, unpack_nibbles
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import layer_attend

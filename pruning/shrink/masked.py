@@ -15,7 +15,9 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import Experts, MoE, run_experts
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import run_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer

@@ -7,8 +7,8 @@ import numpy as np
 from jax import Array
 
 from moe_jax.errors import InputError
-from moe_jax.experts.moe import Experts, MoE
-from moe_jax.experts.pool import pooled_experts
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts, pooled_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer

@@ -20,7 +20,7 @@ from pruning.budget.planners import PLANNERS
 from pruning.budget.smoothing import SMOOTHINGS
 from pruning.demo import DEMO
 from pruning.kit.progress import Steps
-from pruning.measure.quality import Quality, Reference, Windows, evaluate, make_windows
+from pruning.measure.quality import Quality, Reference, evaluate
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
@@ -39,6 +39,7 @@ from pruning.text.calibration import (
     token_stream,
 )
 from pruning.text.tokenizer import TextCodec, open_codec
+from pruning.text.windows import Windows, make_windows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

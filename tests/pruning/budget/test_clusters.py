@@ -9,7 +9,6 @@ from pruning.budget.clusters import (
     default_fewest,
     layer_budgets,
     layer_prior,
-    linear_cka,
     merge_experts,
     mse_similarity,
     redundancy,
@@ -127,29 +126,6 @@ def test_clusters_become_experts_weights_and_budgets():
         stats, prune_rate=0.5, layer_shares=layer_prior(clusters), experts_per_token=2
     )
     np.testing.assert_array_equal(shared.counts.sum(axis=1), layer_budgets(clusters, 72, 0, 48))
-
-
-def test_similarity_by_explicit_kernels():
-    rng = np.random.default_rng(0)
-    for tokens, width in ((9, 4), (4, 9)):
-        outputs = rng.normal(size=(3, tokens, width))
-        got = linear_cka(outputs)
-        centre = np.eye(tokens) - 1.0 / tokens
-        kernels = [centre @ x @ x.T @ centre for x in outputs]
-        for i, one in enumerate(kernels):
-            for j, two in enumerate(kernels):
-                expected = np.trace(one @ two) / (np.linalg.norm(one) * np.linalg.norm(two))
-                assert got[i, j] == pytest.approx(expected, rel=1e-10)
-    np.testing.assert_allclose(np.diagonal(got), 1.0)
-
-
-def test_cka_ignores_rotation_and_scale_and_a_constant_expert_is_like_none():
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(12, 5))
-    rotation = np.linalg.qr(rng.normal(size=(5, 5)))[0]
-    got = linear_cka(np.stack([x, 3.0 * x @ rotation + 7.0, np.ones((12, 5))]))
-    np.testing.assert_allclose(got[:2, :2], 1.0, rtol=1e-10)
-    np.testing.assert_array_equal(got[2], 0.0)
 
 
 def test_cosine_and_squared_difference_by_hand():
