@@ -62,10 +62,32 @@ def replace_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     try:
         fill(partial)
         _sync(partial)
-        _move_into_place(partial, folder)
+        move_into_place(partial, folder, _beside(folder, "old"))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def move_into_place(fresh: Path, target: Path, old: Path) -> None:
+    """Rename a folder that is whole; what is in its way is set aside first and removed last.
+
+    Args:
+      fresh: the folder, beside its place.
+      target: its place.
+      old: where what lies there is kept until then.
+    """
+    if not target.exists():
+        os.replace(fresh, target)
+        _sync(target.parent)
+        return
+    os.replace(target, old)
+    try:
+        os.replace(fresh, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -98,20 +120,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _move_into_place(temporary: Path, target: Path) -> None:
-    """Rename; a folder in the way is set aside first and removed last."""
-    if not target.exists():
-        os.replace(temporary, target)
-        _sync(target.parent)
-        return
-    old = _beside(target, "old")
-    os.replace(target, old)
-    try:
-        os.replace(temporary, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(old) if old.is_dir() else old.unlink()

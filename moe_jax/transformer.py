@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
@@ -122,6 +123,23 @@ class Head(nnx.Module):
         """Logits of the next token."""
         with jax.named_scope("head"):
             return linear(rms_norm(x, self.norm, self.norm_eps), self.weight).astype(jnp.float32)
+
+
+def next_token_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:
+    """Summed next-token loss of one sequence.
+
+    Args:
+      head: of the model.
+      x: [T, D], hidden states before the head.
+      tokens: int32 [T].
+      valid: bool [T]; a prediction counts where its token and the next are both valid.
+
+    Returns:
+      float32 scalar, nats.
+    """
+    logits = head(x[:-1])
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
+    return jnp.sum(jnp.where(valid[:-1] & valid[1:], nll, 0.0))
 
 
 @module

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
-from moe_jax.generate import generate
+from moe_jax.generation import generate
 from pruning.budget.decide import PruningPlan
 from pruning.budget.importance import LAYER_LOSSES, layer_weights
 from pruning.kit.progress import Steps

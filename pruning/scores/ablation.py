@@ -24,9 +24,8 @@ from moe_jax.stream import (
     layer_forward,
     sweep,
 )
-from moe_jax.transformer import DecoderLayer, Head
+from moe_jax.transformer import DecoderLayer, Head, next_token_loss
 from pruning.kit.progress import OnStep, counter
-from pruning.scores.layer import row_loss
 from pruning.scores.states import MEMORY_STATES
 
 
@@ -186,7 +185,7 @@ def batch_loss(
     head: Head, x: Array, tokens: Array, valid: Array
 ) -> Array:  # [B, T, D], [B, T], [B, T]
     """Summed next-token loss (nats), one sequence at a time: logits are the largest array."""
-    return jax.lax.map(lambda row: row_loss(head, *row), (x, tokens, valid)).sum()
+    return jax.lax.map(lambda row: next_token_loss(head, *row), (x, tokens, valid)).sum()
 
 
 def _ablated(

@@ -10,7 +10,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 from jax import Array
 
@@ -22,7 +21,7 @@ from moe_jax.experts.run import RunExperts
 from moe_jax.experts.swiglu import Projections, routed_experts
 from moe_jax.experts.weights import routing_matrix
 from moe_jax.stream import Batches
-from moe_jax.transformer import DecoderLayer, Head
+from moe_jax.transformer import DecoderLayer, Head, next_token_loss
 from pruning.scores.experts import observe_experts, output_sums
 
 EPS = 1e-6  # of q = 1 / (|H|^2 + eps), arXiv 2606.18304's released loss
@@ -175,13 +174,6 @@ def layer_backward(
     return attention_backward(layer, x, context, d_middle)
 
 
-def row_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:  # [T, D], [T], [T]
-    """Summed next-token loss of one sequence, nats."""
-    logits = head(x[:-1])
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
-    return jnp.sum(jnp.where(valid[:-1] & valid[1:], nll, 0.0))
-
-
 @jax.jit
 def loss_and_gradient(
     head: Head, x: Array, tokens: Array, valid: Array
@@ -192,7 +184,7 @@ def loss_and_gradient(
     """
 
     def one(row):
-        return jax.value_and_grad(lambda x: row_loss(head, x, row[1], row[2]))(row[0])
+        return jax.value_and_grad(lambda x: next_token_loss(head, x, row[1], row[2]))(row[0])
 
     losses, gradient = jax.lax.map(one, (x, tokens, valid))
     return losses.sum(), gradient

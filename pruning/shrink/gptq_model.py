@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import InputError
+from moe_jax.files import replace_file, replace_folder, replace_text
 from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
@@ -58,7 +59,8 @@ def quantize_model(
       source: the model, pruned if it is to be; at most one of its layers is held.
       tokens: int32 [B, T] calibration windows, B at least 2; one in eight is held out.
       valid: bool [B, T].
-      folder: where codes and scales go, a file per layer; replaced if it exists.
+      folder: where codes and scales go, a file per layer; replaced if it exists, and absent until
+        it is whole.
       group_size: weights per scale.
       provenance: what the codes depend on, kept in the folder.
       batch: windows per step.
@@ -72,26 +74,47 @@ def quantize_model(
       InputError: fewer than two windows.
     """
     learn, check = _windows(len(tokens))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    seen, held = (in_batches(source, tokens[rows], valid[rows], batch) for rows in (learn, check))
+    shutil.rmtree(folder, ignore_errors=True)  # of other codes; the disk need not hold both
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    errors = []
+
+    def fill(partial: Path) -> None:
+        seen = in_batches(source, tokens[learn], valid[learn], batch)
+        held = in_batches(source, tokens[check], valid[check], batch)
+        errors.extend(_fill(partial, source, seen, held, group_size, dtype, on_layer))
+        summary = {
+            "provenance": provenance,
+            "group_size": group_size,
+            "layers": [dataclasses.asdict(one) for one in errors],
+        }
+        replace_text(partial / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    replace_folder(folder, fill)
+    return errors
+
+
+def _fill(
+    folder: Path,
+    source: LayerSource,
+    seen: Batches,
+    held: Batches,
+    group_size: int,
+    dtype,
+    on_layer,
+) -> list[LayerErrors]:
+    """Write the codes of every layer, learnt from `seen`; returns the errors on `held`."""
     errors = []
 
     def step(index: int, layer: DecoderLayer, x: Texts) -> Texts:
-        quantised, solved = gptq_layer(layer, list(zip(x[0], seen.places, strict=True)), group_size)
+        inputs = list(zip(x[0], seen.places, strict=True))
+        quantised, solved = gptq_layer(layer, inputs, group_size)
         errors.append(_errors(layer, quantised, held, x[1], solved, group_size))
-        save_file(_stored(quantised), _layer_file(folder, index))
+        arrays = _stored(quantised)
+        replace_file(_layer_file(folder, index), lambda partial: save_file(arrays, partial))
         return _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
 
     first = seen.embedded(source, dtype), held.embedded(source, dtype)
     sweep(source, first, step, on_layer=on_layer)
-    summary = {
-        "provenance": provenance,
-        "group_size": group_size,
-        "layers": [dataclasses.asdict(one) for one in errors],
-    }
-    # Last, so that a folder with a summary is whole.
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return errors
 
 

@@ -227,3 +227,19 @@ def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
     again = load_file(moved / "exports" / "ragged-int4" / "model.safetensors")
     assert first.keys() == again.keys()
     assert all(first[name].tobytes() == again[name].tobytes() for name in first)
+
+
+def test_a_run_that_dies_leaves_no_folder_that_looks_whole(tmp_path):
+    source = init(CONFIG, jax.random.key(0))
+    tokens = np.zeros((2, 8), np.int32)
+
+    def die(index: int) -> None:
+        (partial,) = tmp_path.iterdir()
+        assert len(list(partial.iterdir())) == index + 1
+        if index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(source, tokens, tokens == 0, tmp_path / "codes", group_size=4,
+                       provenance={}, on_layer=die)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []

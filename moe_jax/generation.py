@@ -57,14 +57,9 @@ def generate(
             f"{longest} prompt tokens + max_new_tokens={max_new_tokens} exceed the context of "
             f"{c.max_position} positions; shorten one of them"
         )
-    tokens = np.zeros((len(prompts), longest), np.int32)
-    valid = np.zeros((len(prompts), longest), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = prompt
-        valid[row, longest - len(prompt) :] = True
+    current, mask = _left_padded(prompts, longest)
     caches = init_caches(c, len(prompts), slots, dtype)
     key, position = jax.random.key(seed), jnp.zeros(len(prompts), jnp.int32)
-    current, mask = tokens, valid
     written: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
         context = make_context(c.attention, c.max_position, mask, position, slots)
@@ -82,6 +77,18 @@ def generate(
         position = context.position[:, -1] + 1
         current, mask = chosen[:, None], jnp.ones((len(prompts), 1), bool)
     return written
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], longest: int
+) -> tuple[np.ndarray, np.ndarray | Array]:
+    """Tokens int32 [B, T] and which of them are no padding, bool [B, T]."""
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    valid = np.zeros((len(prompts), longest), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = prompt
+        valid[row, longest - len(prompt) :] = True
+    return tokens, valid
 
 
 @jax.jit
