@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +133,8 @@ def in_batches(source: LayerSource, tokens: np.ndarray, valid: np.ndarray, batch
     Returns:
       The batches; the last is filled with rows of padding.
     """
+    chex.assert_rank(tokens, 2)
+    chex.assert_equal_shape([tokens, valid])
     tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
     rows = row_slices(len(tokens), batch)
     c = source.config

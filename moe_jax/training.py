@@ -46,7 +46,10 @@ class TrainingConfig:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, self.steps, self.learning_rate / 10
         )
-        is_matrix = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)  # noqa: E731
+
+        def is_matrix(tree):
+            return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay, mask=is_matrix),

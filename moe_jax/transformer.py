@@ -22,9 +22,8 @@ from moe_jax.attention.delta_net import (
 from moe_jax.attention.grouped import Attention, init_attention
 from moe_jax.attention.latent import LatentAttention, init_latent_attention
 from moe_jax.config import LatentAttentionConfig, ModelConfig
-from moe_jax.experts.dense import DenseMLP, SharedExpert
-from moe_jax.experts.moe import MoE, MoETrace
-from moe_jax.experts.pool import dense_experts
+from moe_jax.experts.dense import DenseMLP, init_dense
+from moe_jax.experts.moe import MoE, MoETrace, init_moe
 from moe_jax.experts.run import RunExperts, run_experts
 from moe_jax.linear import linear
 from moe_jax.module import module
@@ -278,43 +277,14 @@ def _layer(draw: _Draw, index: int) -> DecoderLayer:
     else:
         window = config.window(index)
         attention = init_attention(a, d, window, draw.normal, draw.norm, draw.out_scale)
-    dense = index in config.dense_layers
+    if index in config.dense_layers:
+        mlp = init_dense(config.d_dense, d, draw.normal, draw.out_scale)
+    else:
+        mlp = init_moe(config.moe, d, draw.normal, draw.out_scale)
     return DecoderLayer(
         attention_norm=draw.norm(d),
         attention=attention,
         mlp_norm=draw.norm(d),
-        mlp=_dense(draw, config.d_dense) if dense else _moe(draw),
+        mlp=mlp,
         norm_eps=config.norm_eps,
-    )
-
-
-def _dense(draw: _Draw, width: int) -> DenseMLP:
-    d = draw.config.d_model
-    return DenseMLP(
-        w_gate=draw.normal(width, d),
-        w_up=draw.normal(width, d),
-        w_down=draw.normal(d, width, scale=draw.out_scale),
-    )
-
-
-def _moe(draw: _Draw) -> MoE:
-    d, m = draw.config.d_model, draw.config.moe
-    rows, shared = m.num_experts * m.d_expert, None
-    if m.d_shared:
-        gate = draw.normal(1, d) if m.shared_gate else None
-        shared = SharedExpert(mlp=_dense(draw, m.d_shared), gate=gate)
-    return MoE(
-        router=draw.normal(m.num_experts, d),
-        experts=dense_experts(
-            draw.normal(rows, d),
-            draw.normal(rows, d),
-            draw.normal(rows, d, scale=draw.out_scale),
-            m.num_experts,
-            biased=m.expert_bias,
-            activation=m.activation,
-        ),
-        logit_bias=jnp.zeros(m.num_experts, draw.dtype) if m.logit_bias else None,
-        shared=shared,
-        router_bias=jnp.zeros(m.num_experts) if m.correction_bias else None,
-        config=m,
     )

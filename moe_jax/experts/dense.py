@@ -1,5 +1,7 @@
 """Gated networks that every token visits: a dense layer's, and a shared expert."""
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 from jax import Array
@@ -36,3 +38,14 @@ class SharedExpert(nnx.Module):
         """Add nothing but the expert: the caller adds the result to the routed output."""
         out = self.mlp(x)
         return out if self.gate is None else jax.nn.sigmoid(linear(x, self.gate)) * out
+
+
+def init_dense(
+    width: int, d_model: int, normal: Callable[..., Array], out_scale: float
+) -> DenseMLP:
+    """A random network: weights from `normal(*shape, scale=...)`."""
+    return DenseMLP(
+        w_gate=normal(width, d_model),
+        w_up=normal(width, d_model),
+        w_down=normal(d_model, width, scale=out_scale),
+    )

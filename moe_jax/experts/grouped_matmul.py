@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -29,6 +30,7 @@ def expand(x: Array, weight: Array, dispatch: Dispatch, pool: Pool) -> Array:
     Returns:
       [P, width] in the dtype of `x`; columns beyond an expert's count are zero.
     """
+    chex.assert_shape(x, (*dispatch.row_copy.shape, weight.shape[1]))
     return form().expand(x, weight, dispatch, pool)
 
 
@@ -45,6 +47,7 @@ def contract(h: Array, weight: Array, dispatch: Dispatch, pool: Pool) -> Array:
     Returns:
       [P, D] in the dtype of `h`.
     """
+    chex.assert_shape(h, (*dispatch.row_copy.shape, pool.width))
     return form().contract(h, weight, dispatch, pool)
 
 

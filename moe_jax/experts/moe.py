@@ -8,17 +8,19 @@ shared expert (`dense`) sees every token beside them. What else can be done to t
 way, `run` says.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax import Array
 
 from moe_jax.config import MoEConfig, Score
-from moe_jax.experts.dense import SharedExpert
+from moe_jax.experts.dense import SharedExpert, init_dense
 from moe_jax.experts.dispatch import Dispatch, gather_rows, make_dispatch, tile_height
-from moe_jax.experts.pool import Experts
+from moe_jax.experts.pool import Experts, dense_experts
 from moe_jax.experts.router import route, router_probability
 from moe_jax.experts.run import RunExperts, run_experts
 from moe_jax.linear import linear
@@ -92,6 +94,8 @@ class MoE(nnx.Module):
           ([N, D] routed plus shared output, the trace).
         """
         c = self.config
+        chex.assert_shape(x, (None, self.router.shape[1]))
+        chex.assert_shape(valid, x.shape[:1])
         with jax.named_scope("router"):
             logits = self._logits(x)
             weight, expert = route(logits, c, self.router_bias, expert)
@@ -122,3 +126,29 @@ class MoE(nnx.Module):
         precise = x.astype(jnp.float32) if self.config.float32_router else x
         logits = linear(precise, self.router, self.logit_bias).astype(jnp.float32)
         return logits if self.alive is None else jnp.where(self.alive[None], logits, -jnp.inf)
+
+
+def init_moe(
+    config: MoEConfig, d_model: int, normal: Callable[..., Array], out_scale: float
+) -> MoE:
+    """A random layer: weights from `normal(*shape, scale=...)`, biases zero."""
+    c, shared = config, None
+    if c.d_shared:
+        gate = normal(1, d_model) if c.shared_gate else None
+        shared = SharedExpert(mlp=init_dense(c.d_shared, d_model, normal, out_scale), gate=gate)
+    router, rows = normal(c.num_experts, d_model), c.num_experts * c.d_expert
+    return MoE(
+        router=router,
+        experts=dense_experts(
+            normal(rows, d_model),
+            normal(rows, d_model),
+            normal(rows, d_model, scale=out_scale),
+            c.num_experts,
+            biased=c.expert_bias,
+            activation=c.activation,
+        ),
+        logit_bias=jnp.zeros(c.num_experts, router.dtype) if c.logit_bias else None,
+        shared=shared,
+        router_bias=jnp.zeros(c.num_experts) if c.correction_bias else None,
+        config=c,
+    )

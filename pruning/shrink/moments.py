@@ -95,7 +95,10 @@ def expert_moments(
         def add(tile: Array, sums: Array) -> Array:
             expert = d.tile_expert[tile] - first
             inside = (expert >= 0) & (expert < size)
-            grow = lambda sums: sums.at[expert].add(_gram(tiles[tile]))  # noqa: E731
+
+            def grow(sums: Array) -> Array:
+                return sums.at[expert].add(_gram(tiles[tile]))
+
             return jax.lax.cond(inside, grow, lambda sums: sums, sums)
 
         empty = jnp.zeros((size, values.shape[-1], values.shape[-1]))
