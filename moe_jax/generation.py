@@ -29,7 +29,7 @@ def generate(
     stop: Sequence[int] = (),
     dtype=jnp.float32,
 ) -> list[list[int]]:
-    """Continue prompts.
+    """Continue prompts; long by its arguments, the loop itself is short.
 
     Args:
       model: the model; layers that are not in memory are read again for every token.
@@ -48,16 +48,14 @@ def generate(
       InputError: if a prompt is empty or the text would not fit the model's context.
     """
     c = model.config
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if not prompts or min(len(prompt) for prompt in prompts) == 0:
-        raise InputError("every prompt needs at least one token; start with the model's bos token")
+    current, mask = _left_padded(prompts)
+    longest = current.shape[1]
     slots = longest + max_new_tokens
     if slots > c.max_position:
         raise InputError(
             f"{longest} prompt tokens + max_new_tokens={max_new_tokens} exceed the context of "
             f"{c.max_position} positions; shorten one of them"
         )
-    current, mask = _left_padded(prompts, longest)
     caches = init_caches(c, len(prompts), slots, dtype)
     key, position = jax.random.key(seed), jnp.zeros(len(prompts), jnp.int32)
     written: list[list[int]] = [[] for _ in prompts]
@@ -79,10 +77,11 @@ def generate(
     return written
 
 
-def _left_padded(
-    prompts: Sequence[Sequence[int]], longest: int
-) -> tuple[np.ndarray, np.ndarray | Array]:
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | Array]:
     """Tokens int32 [B, T] and which of them are no padding, bool [B, T]."""
+    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+        raise InputError("every prompt needs at least one token; start with the model's bos token")
+    longest = max(len(prompt) for prompt in prompts)
     tokens = np.zeros((len(prompts), longest), np.int32)
     valid = np.zeros((len(prompts), longest), bool)
     for row, prompt in enumerate(prompts):

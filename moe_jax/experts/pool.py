@@ -104,7 +104,7 @@ def pooled_experts(
     down_bias: Array | None = None,
     activation: Activation = SWIGLU,
 ) -> Experts:
-    """Lay experts of different widths one after the other.
+    """Lay experts of different widths one after the other (long for the list of what is kept).
 
     Args:
       gate, up, down: per expert [n_e, D], one row per channel (w_down transposed); n_e may be 0.
@@ -126,12 +126,12 @@ def pooled_experts(
     if width % block or width < max(counts) or rows < sum(counts) + block:
         raise InputError(
             f"a pool of rows={rows}, width={width}, block={block} cannot hold experts of widths "
-            f"{counts}: width must be a multiple of block and cover the widest expert, rows must "
-            f"be at least {sum(counts) + block}"
+            f"{counts}: width must be a multiple of block and cover the widest expert, rows must be "
+            f"at least {sum(counts) + block}"
         )
 
     def pool(weights: Sequence[Array | np.ndarray]) -> Array:
-        parts = [np.asarray(weight) for weight in weights]
+        parts = list(map(np.asarray, weights))
         fill = np.zeros((rows - sum(counts), *parts[0].shape[1:]), parts[0].dtype)
         return jax.device_put(np.concatenate([*parts, fill]))
 

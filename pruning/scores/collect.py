@@ -1,6 +1,7 @@
 """One sweep over the layers collects every statistic; a second, backward, adds the gradients."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +74,7 @@ def collect_statistics(
     wanda = expert_details and finish
     backward = len(source) - source.config.moe_layers[0] if gradients else 0
     visits = len(starts) * (len(source) + backward) + wanda * len(source)
-    count = counter(visits, on_step)
-
-    def visit() -> None:
-        count(1)
-
+    visit = partial(counter(visits, on_step), 1)
     for start in starts:
         part = slice(start, start + chunk)
         text = in_batches(source, tokens[part], valid[part], batch)
