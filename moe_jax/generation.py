@@ -29,7 +29,7 @@ def generate(
     stop: Sequence[int] = (),
     dtype=jnp.float32,
 ) -> list[list[int]]:
-    """Continue prompts; long by its arguments, the loop itself is short.
+    """Continue prompts.
 
     Args:
       model: the model; layers that are not in memory are read again for every token.
@@ -47,8 +47,7 @@ def generate(
     Raises:
       InputError: if a prompt is empty or the text would not fit the model's context.
     """
-    c = model.config
-    current, mask = _left_padded(prompts)
+    c, (current, mask) = model.config, _left_padded(prompts)
     longest = current.shape[1]
     slots = longest + max_new_tokens
     if slots > c.max_position:
@@ -64,9 +63,8 @@ def generate(
         x = model.embedding(current, dtype)
         for index in range(len(model)):
             x, caches[index] = _step(model.layer(index), x, context, caches[index])
-        logits = _next_logits(model.head, x)
         key, now = jax.random.split(key)
-        chosen = _choose(logits, now, temperature, top_k)
+        chosen = _choose(_next_logits(model.head, x), now, temperature, top_k)
         for row, token in zip(written, np.asarray(chosen).tolist(), strict=True):
             if not (row and row[-1] in stop):
                 row.append(token)

@@ -104,7 +104,7 @@ def pooled_experts(
     down_bias: Array | None = None,
     activation: Activation = SWIGLU,
 ) -> Experts:
-    """Lay experts of different widths one after the other (long for the list of what is kept).
+    """Lay experts of different widths one after the other.
 
     Args:
       gate, up, down: per expert [n_e, D], one row per channel (w_down transposed); n_e may be 0.
@@ -123,12 +123,7 @@ def pooled_experts(
       InputError: if the sizes do not fit.
     """
     counts = [len(weight) for weight in gate]
-    if width % block or width < max(counts) or rows < sum(counts) + block:
-        raise InputError(
-            f"a pool of rows={rows}, width={width}, block={block} cannot hold experts of widths "
-            f"{counts}: width must be a multiple of block and cover the widest expert, rows must be "
-            f"at least {sum(counts) + block}"
-        )
+    _check_sizes(counts, width, rows, block)
 
     def pool(weights: Sequence[Array | np.ndarray]) -> Array:
         parts = list(map(np.asarray, weights))
@@ -147,3 +142,12 @@ def pooled_experts(
         width=width,
         block=block,
     )
+
+
+def _check_sizes(counts: list[int], width: int, rows: int, block: int) -> None:
+    if width % block or width < max(counts) or rows < sum(counts) + block:
+        raise InputError(
+            f"a pool of rows={rows}, width={width}, block={block} cannot hold experts of widths "
+            f"{counts}: width must be a multiple of block and cover the widest expert, rows must "
+            f"be at least {sum(counts) + block}"
+        )
