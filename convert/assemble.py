@@ -14,7 +14,9 @@ from moe_jax.attention.delta_net import LinearAttention
 from moe_jax.attention.grouped import Attention
 from moe_jax.attention.latent import LatentAttention
 from moe_jax.config import LatentAttentionConfig, ModelConfig
-from moe_jax.experts.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.experts.dense import DenseMLP, SharedExpert
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
 from moe_jax.norm import Centred
 from moe_jax.transformer import DecoderLayer
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from convert.interleaved import fuse_experts
 from convert.rules import Family, Rule
-from moe_jax.experts.moe import Experts, MoE
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
 from moe_jax.quant import QTensor, Weight, dequantize, unpack_nibbles
 from moe_jax.transformer import DecoderLayer
 

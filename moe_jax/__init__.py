@@ -8,28 +8,41 @@ if TYPE_CHECKING:
     from moe_jax.checkpointing import restore_model, save_model
     from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
     from moe_jax.errors import InputError
+    from moe_jax.generation import generate
     from moe_jax.quant import QTensor
-    from moe_jax.transformer import DecoderLayer, Transformer, init
+    from moe_jax.stream import Batches, LayerSource, forward_hidden, in_batches, mapped, sweep
+    from moe_jax.transformer import DecoderLayer, Transformer, abstract, init, next_token_loss
 
 __all__ = [
     "AttentionConfig",
+    "Batches",
     "DecoderLayer",
     "InputError",
+    "LayerSource",
     "MoEConfig",
     "ModelConfig",
     "QTensor",
     "RopeConfig",
     "Transformer",
+    "abstract",
+    "forward_hidden",
+    "generate",
+    "in_batches",
     "init",
+    "mapped",
+    "next_token_loss",
     "restore_model",
     "save_model",
+    "sweep",
 ]
 
 _HOMES = {
     "checkpointing": ("restore_model", "save_model"),
     "config": ("AttentionConfig", "ModelConfig", "MoEConfig", "RopeConfig"),
     "errors": ("InputError",),
+    "generation": ("generate",),
     "quant": ("QTensor",),
-    "transformer": ("DecoderLayer", "Transformer", "init"),
+    "stream": ("Batches", "LayerSource", "forward_hidden", "in_batches", "mapped", "sweep"),
+    "transformer": ("DecoderLayer", "Transformer", "abstract", "init", "next_token_loss"),
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)

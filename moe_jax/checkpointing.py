@@ -5,7 +5,6 @@ path, `structure/` the JSON of `structure.describe`.
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
 from moe_jax.errors import InputError
+from moe_jax.files import move_into_place
 from moe_jax.sharding import Placement, placement
 from moe_jax.structure import VERSION, describe, named_leaves, rebuild
 from moe_jax.transformer import Transformer
@@ -59,7 +59,7 @@ def save_model(path: Path | str, model: Transformer, *, overwrite: bool = False)
         checkpointer.save(fresh, args=ocp.args.Composite(**items))
     if replaces:
         if jax.process_index() == 0:
-            _replace(fresh, target, target.with_name(f"{target.name}.old-{writer}"))
+            move_into_place(fresh, target, target.with_name(f"{target.name}.old-{writer}"))
         multihost_utils.sync_global_devices(f"moe_jax.save_model {target}")
     return target
 
@@ -150,7 +150,10 @@ def _check_arrays(folder: Path, checkpointer: ocp.Checkpointer, shapes: dict[str
         stored = (checkpointer.metadata(folder).item_metadata or {})[ARRAYS].tree
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{folder / ARRAYS} is damaged: {error!r}") from error
-    kind = lambda leaf: None if leaf is None else (str(leaf.dtype), tuple(leaf.shape))  # noqa: E731
+
+    def kind(leaf) -> tuple | None:
+        return None if leaf is None else (str(leaf.dtype), tuple(leaf.shape))
+
     wrong = [
         f"{name} is {kind(stored.get(name))} instead of {kind(shapes.get(name))}"
         for name in sorted(shapes.keys() | stored.keys())
@@ -165,13 +168,3 @@ def _check_arrays(folder: Path, checkpointer: ocp.Checkpointer, shapes: dict[str
 def _writer() -> int:
     """A number that no other writer's files carry, the same in all processes of this one."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
-
-
-def _replace(fresh: Path, target: Path, old: Path) -> None:
-    target.rename(old)
-    try:
-        fresh.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)

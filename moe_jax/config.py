@@ -1,7 +1,6 @@
 """Architecture of a Mixture-of-Experts transformer as frozen, hashable dataclasses."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_jax.errors import InputError
@@ -66,33 +65,22 @@ class AttentionConfig:
     output_gate: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
-        )
+        heads, shared = self.num_heads, self.num_kv_heads
+        message = f"num_heads={heads} must be a multiple of num_kv_heads={shared}"
+        _require(heads % shared == 0, message)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary pairs")
         pairs = int(self.head_dim * self.rope.fraction) // 2
         for name in ("short_factor", "long_factor") if self.rope.kind == "longrope" else ():
             given = len(getattr(self.rope, name))
-            _require(
-                given == pairs,
-                f"{name} has {given} numbers but must have one per rotary pair, {pairs}",
-            )
-
-    @property
-    def rope_dim(self) -> int:
-        """Width that `rope.fraction` is a share of."""
-        return self.head_dim
+            message = f"{name} has {given} numbers but must have one per rotary pair, {pairs}"
+            _require(given == pairs, message)
 
     @property
     def key_dim(self) -> int:
-        """Width of a key head."""
+        """Width of a key head; values are as wide, and `rope.fraction` is a share of it."""
         return self.head_dim
 
-    @property
-    def value_dim(self) -> int:
-        """Width of a value head."""
-        return self.head_dim
+    rope_dim = value_dim = key_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +141,9 @@ class LinearAttentionConfig:
         for name in ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "conv_width"):
             value = getattr(self, name)
             _require(value > 0, f"{name}={value} must be positive")
-        _require(
-            self.num_value_heads % self.num_key_heads == 0,
-            f"num_value_heads={self.num_value_heads} must be a multiple of "
-            f"num_key_heads={self.num_key_heads}",
-        )
+        heads, shared = self.num_value_heads, self.num_key_heads
+        message = f"num_value_heads={heads} must be a multiple of num_key_heads={shared}"
+        _require(heads % shared == 0, message)
 
     @property
     def values_per_key(self) -> int:
@@ -283,23 +269,17 @@ class ModelConfig:
             _require(value > 0, f"{name}={value} must be positive")
         for name in ("dense_layers", "sliding_layers", "linear_layers"):
             value = getattr(self, name)
-            _require(
-                set(value) <= set(range(self.num_layers)),
-                f"{name}={value} must be layer indices below {self.num_layers}",
-            )
+            inside = set(value) <= set(range(self.num_layers))
+            _require(inside, f"{name}={value} must be layer indices below {self.num_layers}")
         _require(
             not self.dense_layers or self.d_dense > 0,
             f"d_dense={self.d_dense} must be positive because layers {self.dense_layers} are dense",
         )
-        _require(
-            not self.sliding_layers or bool(self.sliding_window),
-            f"sliding_window={self.sliding_window} must be set because layers "
-            f"{self.sliding_layers} use it",
-        )
-        _require(
-            not self.linear_layers or self.linear_attention is not None,
-            f"linear_attention must be set because layers {self.linear_layers} use it",
-        )
+        needs = ("sliding_window", "linear_attention")
+        for name, layers in zip(needs, (self.sliding_layers, self.linear_layers), strict=True):
+            value = getattr(self, name)
+            missing = bool(layers) and not value
+            _require(not missing, f"{name}={value} must be set because layers {layers} use it")
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -316,4 +296,4 @@ class ModelConfig:
 
     def replace(self, **changes) -> "ModelConfig":
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        return replace(self, **changes)

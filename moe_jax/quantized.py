@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.moe import Experts
+from moe_jax.experts.pool import Experts
 from moe_jax.quant import QTensor, is_linear, quantize
 from moe_jax.transformer import DecoderLayer
 

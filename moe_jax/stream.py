@@ -1,8 +1,15 @@
-"""Running a model layer by layer: one layer of weights in memory, whatever the model's size."""
+"""Running a model layer by layer: one layer of weights in memory, whatever the model's size.
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+`sweep` is the one loop over layers. Everything that runs a text through a model (hidden states,
+statistics, gradients on their way back, masks, GPTQ) says what happens in a layer and leaves the
+padding to whole batches, the positions, the order and the transfers to it.
+"""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,30 +45,146 @@ class LayerSource(Protocol):
         ...
 
 
+# --- one layer on one batch; layers of equal shapes share one compilation ---
+
+
 @jax.jit
 def layer_forward(layer: DecoderLayer, x: Array, context: Context) -> Array:  # [B, T, D]
-    """One layer; layers of equal shapes share one compilation."""
+    """One layer."""
     return layer(x, context)
 
 
-def embed(source: LayerSource, tokens: np.ndarray, dtype) -> np.ndarray:
-    """First hidden states, [B, T, D] on the host."""
-    return np.asarray(source.embedding(tokens, dtype))
+@jax.jit
+def layer_attend(layer: DecoderLayer, x: Array, context: Context) -> Array:  # [B, T, D]
+    """The first half of a layer: its attention and the residual."""
+    return layer.attend(x, context)[0]
 
 
-def contexts(source: LayerSource, valid: np.ndarray, batch: int) -> list[Context]:
-    """Contexts of consecutive batches of `batch` rows of `valid` [B, T]."""
+@jax.jit
+def layer_feed_forward(layer: DecoderLayer, middle: Array, context: Context) -> Array:  # [B, T, D]
+    """The second half of a layer, from what `layer_attend` returned."""
+    return layer.feed_forward(middle, context)[0]
+
+
+# --- a text in batches ---
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """A text as batches of one shape, on the host: one shape is one compilation.
+
+    Attributes:
+      tokens: int32 [B, T]; B is a multiple of the batch, rows beyond the text's are zero.
+      valid: bool [B, T], False in those rows.
+      rows: which rows are each batch's.
+      places: where each batch's tokens stand.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    rows: tuple[slice, ...]
+    places: tuple[Context, ...]
+
+    def embedded(self, source: LayerSource, dtype) -> list[np.ndarray]:
+        """First hidden states of each batch, [b, T, D]."""
+        return [np.asarray(source.embedding(self.tokens[rows], dtype)) for rows in self.rows]
+
+    def each(
+        self, x: list[np.ndarray], run: Callable[[Array, Context, slice], Array]
+    ) -> list[np.ndarray]:
+        """Replace what every batch holds by what `run` makes of it.
+
+        Args:
+          x: an array per batch; changed in place, so that a text is held once.
+          run: (a batch's array, where its tokens stand, its rows) -> the new array.
+
+        Returns:
+          `x`.
+        """
+        for i, (rows, place) in enumerate(zip(self.rows, self.places, strict=True)):
+            x[i] = np.asarray(run(jnp.asarray(x[i]), place, rows))
+        return x
+
+    def joined(self, x: list[np.ndarray], out: np.ndarray) -> np.ndarray:
+        """Put what the batches hold together, without the rows of padding.
+
+        Args:
+          x: an array per batch; emptied on the way, so that a text is held once.
+          out: [B, ...] where it goes.
+
+        Returns:
+          `out`.
+        """
+        for rows in self.rows:
+            part = x.pop(0)
+            out[rows] = part[: len(out) - rows.start]
+        return out
+
+
+def in_batches(source: LayerSource, tokens: np.ndarray, valid: np.ndarray, batch: int) -> Batches:
+    """Cut a text into batches.
+
+    Args:
+      source: the model that will run it.
+      tokens: int32 [B, T].
+      valid: bool [B, T]; other positions are padding.
+      batch: rows per batch.
+
+    Returns:
+      The batches; the last is filled with rows of padding.
+    """
+    chex.assert_rank(tokens, 2)
+    chex.assert_equal_shape([tokens, valid])
+    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
+    rows = row_slices(len(tokens), batch)
     c = source.config
-    return [
-        make_context(c.attention, c.max_position, valid[i : i + batch])
-        for i in range(0, len(valid), batch)
-    ]
+    places = tuple(make_context(c.attention, c.max_position, valid[part]) for part in rows)
+    return Batches(tokens, valid, rows, places)
 
 
 def pad_rows(values: np.ndarray, batch: int) -> np.ndarray:
-    """Append zero rows until the row count is a multiple of `batch`: one shape, one compile."""
+    """Append zero rows until the row count is a multiple of `batch`."""
     missing = -len(values) % batch
     return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
+
+
+def row_slices(count: int, batch: int) -> tuple[slice, ...]:
+    """Consecutive batches of `count` rows."""
+    return tuple(slice(start, start + batch) for start in range(0, count, batch))
+
+
+# --- through the layers ---
+
+X = TypeVar("X")
+
+
+def sweep(
+    source: LayerSource,
+    x: X,
+    step: Callable[[int, DecoderLayer, X], X],
+    *,
+    layers: Iterable[int] | None = None,
+    on_layer: Callable[[int], None] | None = None,
+) -> X:
+    """Read each layer once and apply it to every batch.
+
+    Args:
+      source: the model; one of its layers is held at a time.
+      x: what enters, as a rule an array per batch: `Batches.embedded` on the way up, gradients on
+        the way down.
+      step: what happens in a layer, (its index, the layer, x) -> x, as a rule `Batches.each` of a
+        function of one batch.
+      layers: which layers, in this order; default all, upwards.
+      on_layer: called with the index of each finished layer.
+
+    Returns:
+      What the last step returned.
+    """
+    for index in range(len(source)) if layers is None else layers:
+        x = step(index, source.layer(index), x)
+        if on_layer:
+            on_layer(index)
+    return x
 
 
 def forward_hidden(
@@ -86,21 +209,50 @@ def forward_hidden(
     Returns:
       [B, T, D] on the host.
     """
-    rows = len(tokens)
-    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
-    places = contexts(source, valid, batch)
-    x = [embed(source, part, dtype) for part in _parts(tokens, batch)]
-    for index in range(len(source)):
-        layer = source.layer(index)
-        x = [
-            np.asarray(layer_forward(layer, part, place))
-            for part, place in zip(x, places, strict=True)
-        ]
-        if on_layer:
-            on_layer(index)
-    return np.concatenate(x)[:rows]
+    text = in_batches(source, tokens, valid, batch)
+
+    def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
+        return text.each(x, lambda part, place, rows: layer_forward(layer, part, place))
+
+    x = sweep(source, text.embedded(source, dtype), step, on_layer=on_layer)
+    return text.joined(x, np.empty((*tokens.shape, source.config.d_model), dtype))
 
 
-def _parts(values: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(values), batch):
-        yield values[start : start + batch]
+# --- sources made of others ---
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    base: LayerSource
+    change: Callable[[int, DecoderLayer], DecoderLayer]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.base.config
+
+    @property
+    def embedding(self) -> Embedding:
+        return self.base.embedding
+
+    @property
+    def head(self) -> Head:
+        return self.base.head
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def layer(self, index: int) -> DecoderLayer:
+        return self.change(index, self.base.layer(index))
+
+
+def mapped(source: LayerSource, change: Callable[[int, DecoderLayer], DecoderLayer]) -> LayerSource:
+    """A model whose layers are changed as they are read.
+
+    Args:
+      source: the model to change.
+      change: (index, layer) -> the layer in its place.
+
+    Returns:
+      A source with the config, embedding and head of `source`.
+    """
+    return _Mapped(source, change)

@@ -24,7 +24,9 @@ from moe_jax.config import (
     RopeConfig,
 )
 from moe_jax.errors import InputError
-from moe_jax.experts.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.experts.dense import DenseMLP, SharedExpert
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
 from moe_jax.norm import Centred
 from moe_jax.quant import QTensor
 from moe_jax.transformer import DecoderLayer, Embedding, Transformer

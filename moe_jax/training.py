@@ -46,7 +46,10 @@ class TrainingConfig:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup_steps, self.steps, self.learning_rate / 10
         )
-        is_matrix = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)  # noqa: E731
+
+        def is_matrix(tree):
+            return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay, mask=is_matrix),
@@ -145,15 +148,9 @@ def train(
         updates, state = optimizer.update(gradient, state, parameters)
         return optax.apply_updates(parameters, updates), state, metrics
 
-    state, start = optimizer.init(parameters), 0
     manager = _manager(checkpoints, config)
-    latest = None if manager is None else manager.latest_step()
-    if manager is not None and latest is not None:
-        start = latest
-        saved = manager.restore(
-            start, args=ocp.args.StandardRestore({"parameters": parameters, "state": state})
-        )
-        parameters, state = saved["parameters"], saved["state"]
+    start, parameters, state = _resumed(manager, parameters, optimizer.init(parameters))
+    if start:
         logger.info("resumed at step %d of %d", start, config.steps)
     window, clock = [], time.monotonic()
     for step in range(start, config.steps):
@@ -172,6 +169,18 @@ def train(
         manager.wait_until_finished()
         manager.close()
     return parameters
+
+
+def _resumed(
+    manager: ocp.CheckpointManager | None, parameters: Parameters, state: optax.OptState
+) -> tuple[int, Parameters, optax.OptState]:
+    """Steps done, parameters and optimiser of the last checkpoint; 0 and the given ones without."""
+    latest = None if manager is None else manager.latest_step()
+    if manager is None or latest is None:
+        return 0, parameters, state
+    wanted = {"parameters": parameters, "state": state}
+    saved = manager.restore(latest, args=ocp.args.StandardRestore(wanted))
+    return latest, saved["parameters"], saved["state"]
 
 
 def _manager(folder: Path | None, config: TrainingConfig) -> ocp.CheckpointManager | None:

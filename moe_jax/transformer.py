@@ -1,11 +1,14 @@
 """The decoder layer and the whole model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
@@ -18,16 +21,10 @@ from moe_jax.attention.delta_net import (
 )
 from moe_jax.attention.grouped import Attention, init_attention
 from moe_jax.attention.latent import LatentAttention, init_latent_attention
-from moe_jax.config import SWIGLU, Activation, LatentAttentionConfig, ModelConfig
-from moe_jax.experts.moe import (
-    DenseMLP,
-    Experts,
-    MoE,
-    MoETrace,
-    RunExperts,
-    SharedExpert,
-    run_experts,
-)
+from moe_jax.config import LatentAttentionConfig, ModelConfig
+from moe_jax.experts.dense import DenseMLP, init_dense
+from moe_jax.experts.moe import MoE, MoETrace, init_moe
+from moe_jax.experts.run import RunExperts, run_experts
 from moe_jax.linear import linear
 from moe_jax.module import module
 from moe_jax.norm import Centred, NormWeight, rms_norm
@@ -68,9 +65,12 @@ class DecoderLayer(nnx.Module):
         self, x: Array, context: Context, cache: Cache | None = None
     ) -> tuple[Array, Cache | None]:
         """The first half: attention behind its norm, added to the residual."""
-        normed = rms_norm(x, self.attention_norm, self.norm_eps)
-        attended, cache = self.attention(normed, context, cache)  # type: ignore[arg-type]
-        return x + attended, cache
+        with jax.named_scope("attention_norm"):
+            normed = rms_norm(x, self.attention_norm, self.norm_eps)
+        with jax.named_scope("attention"):
+            attended, cache = self.attention(normed, context, cache)  # type: ignore[arg-type]
+        with jax.named_scope("residual"):
+            return x + attended, cache
 
     def feed_forward(
         self,
@@ -83,12 +83,17 @@ class DecoderLayer(nnx.Module):
 
         `expert` [B * T, k] is a choice of experts made before; None lets the router choose.
         """
-        normed = rms_norm(x, self.mlp_norm, self.norm_eps)
+        with jax.named_scope("mlp_norm"):
+            normed = rms_norm(x, self.mlp_norm, self.norm_eps)
         if isinstance(self.mlp, DenseMLP):
-            return x + self.mlp(normed), None
-        flat = normed.reshape(-1, normed.shape[-1])
-        out, trace = self.mlp(flat, context.valid.reshape(-1), run, expert)
-        return x + out.reshape(x.shape), trace
+            with jax.named_scope("dense_mlp"):
+                out, trace = self.mlp(normed), None
+        else:
+            with jax.named_scope("moe"):
+                flat = normed.reshape(-1, normed.shape[-1])
+                out, trace = self.mlp(flat, context.valid.reshape(-1), run, expert)
+        with jax.named_scope("residual"):
+            return x + out.reshape(x.shape), trace
 
 
 @module
@@ -100,7 +105,8 @@ class Embedding(nnx.Module):
     @partial(jax.jit, static_argnames="dtype")
     def __call__(self, tokens: Array, dtype) -> Array:  # int [B, T] -> [B, T, D]
         """Look tokens up, in the activations' dtype."""
-        return self.weight[tokens].astype(dtype)
+        with jax.named_scope("embedding"):
+            return self.weight[tokens].astype(dtype)
 
 
 @module
@@ -114,7 +120,25 @@ class Head(nnx.Module):
     @jax.jit
     def __call__(self, x: Array) -> Array:  # [..., D] -> float32 [..., V]
         """Logits of the next token."""
-        return linear(rms_norm(x, self.norm, self.norm_eps), self.weight).astype(jnp.float32)
+        with jax.named_scope("head"):
+            return linear(rms_norm(x, self.norm, self.norm_eps), self.weight).astype(jnp.float32)
+
+
+def next_token_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:
+    """Summed next-token loss of one sequence.
+
+    Args:
+      head: of the model.
+      x: [T, D], hidden states before the head.
+      tokens: int32 [T].
+      valid: bool [T]; a prediction counts where its token and the next are both valid.
+
+    Returns:
+      float32 scalar, nats.
+    """
+    logits = head(x[:-1])
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
+    return jnp.sum(jnp.where(valid[:-1] & valid[1:], nll, 0.0))
 
 
 @module
@@ -183,35 +207,6 @@ def init_caches(config: ModelConfig, batch: int, slots: int, dtype) -> list[Cach
     ]
 
 
-def dense_experts(
-    w_gate: Weight,
-    w_up: Weight,
-    w_down: Weight,
-    num_experts: int,
-    *,
-    biased: bool = False,
-    activation: Activation = SWIGLU,
-) -> Experts:
-    """Experts of equal width from pools [E*F, D], w_down transposed to a row per channel.
-
-    `biased` ones have biases, all zero.
-    """
-    zeros = lambda *shape: jnp.zeros(shape, w_gate.dtype) if biased else None  # noqa: E731
-    width = w_gate.shape[0] // num_experts
-    return Experts(
-        w_gate=w_gate,
-        w_up=w_up,
-        w_down=w_down,
-        count=jnp.full(num_experts, width, jnp.int32),
-        width=width,
-        block=width,
-        b_gate=zeros(w_gate.shape[0]),
-        b_up=zeros(w_gate.shape[0]),
-        b_down=zeros(num_experts, w_gate.shape[1]),
-        activation=activation,
-    )
-
-
 def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
     """A model with random weights: normal with standard deviation 0.02, and depth-scaled outputs.
 
@@ -223,66 +218,73 @@ def init(config: ModelConfig, key: Array, *, dtype=jnp.float32) -> Transformer:
     Returns:
       The model.
     """
-    keys = iter(jax.random.split(key, 16 * config.num_layers + 2))
-    out_scale = 0.02 / math.sqrt(2 * config.num_layers)
-
-    def normal(*shape: int, scale: float = 0.02) -> Array:
-        return (jax.random.normal(next(keys), shape) * scale).astype(dtype)
-
-    def norm(size: int) -> NormWeight:
-        plain = jnp.ones(size, dtype)
-        return Centred(jnp.zeros_like(plain)) if config.centred_norms else plain
-
-    d, a, m = config.d_model, config.attention, config.moe
-
-    def mlp(width: int) -> DenseMLP:
-        return DenseMLP(
-            w_gate=normal(width, d), w_up=normal(width, d), w_down=normal(d, width, scale=out_scale)
-        )
-
-    def moe() -> MoE:
-        rows = m.num_experts * m.d_expert
-        shared = None
-        if m.d_shared:
-            gate = normal(1, d) if m.shared_gate else None
-            shared = SharedExpert(mlp=mlp(m.d_shared), gate=gate)
-        return MoE(
-            router=normal(m.num_experts, d),
-            experts=dense_experts(
-                normal(rows, d),
-                normal(rows, d),
-                normal(rows, d, scale=out_scale),
-                m.num_experts,
-                biased=m.expert_bias,
-                activation=m.activation,
-            ),
-            logit_bias=jnp.zeros(m.num_experts, dtype) if m.logit_bias else None,
-            shared=shared,
-            router_bias=jnp.zeros(m.num_experts) if m.correction_bias else None,
-            config=m,
-        )
-
-    def layer(index: int) -> DecoderLayer:
-        linear_attention = config.linear(index)
-        if linear_attention is not None:
-            attention = init_linear_attention(linear_attention, d, normal, out_scale)
-        elif isinstance(a, LatentAttentionConfig):
-            attention = init_latent_attention(a, d, normal, out_scale)
-        else:
-            attention = init_attention(a, d, config.window(index), normal, norm, out_scale)
-        return DecoderLayer(
-            attention_norm=norm(d),
-            attention=attention,
-            mlp_norm=norm(d),
-            mlp=mlp(config.d_dense) if index in config.dense_layers else moe(),
-            norm_eps=config.norm_eps,
-        )
-
-    layers: Sequence[DecoderLayer] = [layer(i) for i in range(config.num_layers)]
+    draw = _Draw(config, iter(jax.random.split(key, 16 * config.num_layers + 2)), dtype)
+    layers = tuple(_layer(draw, index) for index in range(config.num_layers))
     return Transformer(
-        embedding=Embedding(weight=normal(config.vocab_size, d)),
-        layers=tuple(layers),
-        final_norm=norm(d),
-        lm_head=None if config.tie_embeddings else normal(config.vocab_size, d),
+        embedding=Embedding(weight=draw.normal(config.vocab_size, config.d_model)),
+        layers=layers,
+        final_norm=draw.norm(config.d_model),
+        lm_head=None if config.tie_embeddings else draw.normal(config.vocab_size, config.d_model),
         config=config,
+    )
+
+
+def abstract(config: ModelConfig, *, dtype=jnp.float32) -> Transformer:
+    """A model without its numbers: every array is a `jax.ShapeDtypeStruct`.
+
+    For sizes, shardings and compilation of models that fit no memory at hand.
+
+    Args:
+      config: the architecture.
+      dtype: of every weight.
+
+    Returns:
+      What `init` returns, with shapes and dtypes for arrays.
+    """
+    return jax.eval_shape(partial(init, config, dtype=dtype), jax.random.key(0))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Random weights, one key after the other."""
+
+    config: ModelConfig
+    keys: Iterator[Array]
+    dtype: Any
+
+    @property
+    def out_scale(self) -> float:
+        """Standard deviation of what is added to the residual."""
+        return 0.02 / math.sqrt(2 * self.config.num_layers)
+
+    def normal(self, *shape: int, scale: float = 0.02) -> Array:
+        """A weight."""
+        return (jax.random.normal(next(self.keys), shape) * scale).astype(self.dtype)
+
+    def norm(self, size: int) -> NormWeight:
+        """A norm's scale of one."""
+        plain = jnp.ones(size, self.dtype)
+        return Centred(jnp.zeros_like(plain)) if self.config.centred_norms else plain
+
+
+def _layer(draw: _Draw, index: int) -> DecoderLayer:
+    config, a = draw.config, draw.config.attention
+    d, linear_attention = config.d_model, config.linear(index)
+    if linear_attention is not None:
+        attention = init_linear_attention(linear_attention, d, draw.normal, draw.out_scale)
+    elif isinstance(a, LatentAttentionConfig):
+        attention = init_latent_attention(a, d, draw.normal, draw.out_scale)
+    else:
+        window = config.window(index)
+        attention = init_attention(a, d, window, draw.normal, draw.norm, draw.out_scale)
+    if index in config.dense_layers:
+        mlp = init_dense(config.d_dense, d, draw.normal, draw.out_scale)
+    else:
+        mlp = init_moe(config.moe, d, draw.normal, draw.out_scale)
+    return DecoderLayer(
+        attention_norm=draw.norm(d),
+        attention=attention,
+        mlp_norm=draw.norm(d),
+        mlp=mlp,
+        norm_eps=config.norm_eps,
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pruning.budget.rules import RULES
     from pruning.kit.errors import VerificationError
     from pruning.kit.progress import Steps
-    from pruning.measure.quality import Quality, make_windows
+    from pruning.measure.quality import Quality
     from pruning.recipe.options import PlanOptions
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
     from pruning.report import figures as plots
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pruning.stages.job import export, open_job
     from pruning.stages.sizes import form_of
     from pruning.text.calibration import TextSource, TokenBatch, calibration_batch
+    from pruning.text.windows import make_windows
 
 __all__ = [
     "CHANNEL_CRITERIA",
@@ -125,7 +126,7 @@ _HOMES = {
     "budget.rules": ("RULES",),
     "kit.errors": ("VerificationError",),
     "kit.progress": ("Steps",),
-    "measure.quality": ("Quality", "make_windows"),
+    "measure.quality": ("Quality",),
     "recipe.options": ("PlanOptions",),
     "recipe.recipe": ("CompressionRecipe", "load_recipe"),
     "report.comparison": ("Comparison",),
@@ -151,6 +152,7 @@ _HOMES = {
     "stages.job": ("export", "open_job"),
     "stages.sizes": ("form_of",),
     "text.calibration": ("TextSource", "TokenBatch", "calibration_batch"),
+    "text.windows": ("make_windows",),
 }
 _MODULES = {
     "objectives": "budget.objectives",

@@ -64,15 +64,20 @@ class LinearAttention(nnx.Module):
         """
         c, valid = self.config, context.valid
         x = jnp.where(valid[..., None], x, 0)
-        mixed, gate = self._projected(x)
+        with jax.named_scope("qkv"):
+            mixed, gate = self._projected(x)
         start = init_linear_cache(c, x.shape[0], x.dtype) if cache is None else cache
-        inputs = jnp.concatenate([start.window.astype(x.dtype), mixed], axis=1)
-        q, k, v = self._heads(jax.nn.silu(self._convolved(inputs)))
-        log_decay, strength = self._rates(x, valid)
-        read, state = gated_delta_rule(q, k, v, log_decay, strength, start.state)
-        read = rms_norm(read.astype(x.dtype), self.out_norm, c.norm_eps).astype(jnp.float32)
-        gated = (read * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
-        out = linear(gated.reshape(*x.shape[:2], -1), self.out)
+        with jax.named_scope("convolution"):
+            inputs = jnp.concatenate([start.window.astype(x.dtype), mixed], axis=1)
+            q, k, v = self._heads(jax.nn.silu(self._convolved(inputs)))
+        with jax.named_scope("rates"):
+            log_decay, strength = self._rates(x, valid)
+        with jax.named_scope("delta_rule"):
+            read, state = gated_delta_rule(q, k, v, log_decay, strength, start.state)
+        with jax.named_scope("out"):
+            read = rms_norm(read.astype(x.dtype), self.out_norm, c.norm_eps).astype(jnp.float32)
+            gated = (read * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+            out = linear(gated.reshape(*x.shape[:2], -1), self.out)
         if cache is None:
             return out, None
         window = inputs[:, inputs.shape[1] - c.conv_width + 1 :]

@@ -44,8 +44,24 @@ class Attention(nnx.Module):
         Returns:
           ([B, T, D], the updated cache or None).
         """
-        c = self.config
-        lead = x.shape[:2]
+        c, lead = self.config, x.shape[:2]
+        with jax.named_scope("qkv"):
+            q, k, v, gate = self._projected(x)
+        with jax.named_scope("rope"):
+            q, k = apply_rope(q, context), apply_rope(k, context)
+        with jax.named_scope("softmax_attention"):
+            out, cache = attend_with_cache(
+                q, k, v, context, cache,
+                scale=c.head_dim**-0.5, window=self.window, sinks=self.sinks,
+            )  # fmt: skip
+        with jax.named_scope("out"):
+            if gate is not None:
+                out = out * jax.nn.sigmoid(gate)
+            return linear(out.reshape(*lead, -1), self.w_out, self.b_out), cache
+
+    def _projected(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], gates of the output if there are."""
+        c, lead = self.config, x.shape[:2]
         q, k = linear(x, self.w_q, self.b_q), linear(x, self.w_k, self.b_k)
         v = linear(x, self.w_v, self.b_v)
         gate = None
@@ -59,13 +75,7 @@ class Attention(nnx.Module):
         k, v = (part.reshape(*lead, c.num_kv_heads, c.head_dim) for part in (k, v))
         if not c.joint_qk_norm:
             q, k = self._normed(q, k)
-        q, k = apply_rope(q, context), apply_rope(k, context)
-        out, cache = attend_with_cache(
-            q, k, v, context, cache, scale=c.head_dim**-0.5, window=self.window, sinks=self.sinks
-        )
-        if gate is not None:
-            out = out * jax.nn.sigmoid(gate)
-        return linear(out.reshape(*lead, -1), self.w_out, self.b_out), cache
+        return q, k, v, gate
 
     def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
         if self.q_norm is None or self.k_norm is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -50,19 +51,23 @@ class LatentAttention(nnx.Module):
         """
         c = self.config
         lead = (*x.shape[:2], c.num_heads)
-        q = self._queries(x).reshape(*lead, c.key_dim)
-        compressed = linear(x, self.w_kv_down, self.b_kv_down)
-        latent, k_turned = compressed[..., : c.kv_rank], compressed[..., None, c.kv_rank :]
-        expanded = linear(rms_norm(latent, self.kv_norm, c.norm_eps), self.w_kv_up)
-        expanded = expanded.reshape(*lead, c.plain_dim + c.value_dim)
-        q_turned = apply_rope(q[..., c.plain_dim :], context, interleaved=c.interleaved)
-        k_turned = apply_rope(k_turned, context, interleaved=c.interleaved)  # [B, T, 1, R]
-        k_turned = jnp.broadcast_to(k_turned, (*lead, c.rope_dim))
-        q = jnp.concatenate([q[..., : c.plain_dim], q_turned], axis=-1)
-        k = jnp.concatenate([expanded[..., : c.plain_dim], k_turned], axis=-1)
-        v = expanded[..., c.plain_dim :]
-        out, cache = attend_with_cache(q, k, v, context, cache, scale=score_scale(c))
-        return linear(out.reshape(*x.shape[:2], -1), self.w_out, self.b_out), cache
+        with jax.named_scope("qkv"):
+            q = self._queries(x).reshape(*lead, c.key_dim)
+            compressed = linear(x, self.w_kv_down, self.b_kv_down)
+            latent, k_turned = compressed[..., : c.kv_rank], compressed[..., None, c.kv_rank :]
+            expanded = linear(rms_norm(latent, self.kv_norm, c.norm_eps), self.w_kv_up)
+            expanded = expanded.reshape(*lead, c.plain_dim + c.value_dim)
+        with jax.named_scope("rope"):
+            q_turned = apply_rope(q[..., c.plain_dim :], context, interleaved=c.interleaved)
+            k_turned = apply_rope(k_turned, context, interleaved=c.interleaved)  # [B, T, 1, R]
+            k_turned = jnp.broadcast_to(k_turned, (*lead, c.rope_dim))
+            q = jnp.concatenate([q[..., : c.plain_dim], q_turned], axis=-1)
+            k = jnp.concatenate([expanded[..., : c.plain_dim], k_turned], axis=-1)
+        with jax.named_scope("softmax_attention"):
+            v = expanded[..., c.plain_dim :]
+            out, cache = attend_with_cache(q, k, v, context, cache, scale=score_scale(c))
+        with jax.named_scope("out"):
+            return linear(out.reshape(*x.shape[:2], -1), self.w_out, self.b_out), cache
 
     def _queries(self, x: Array) -> Array:  # [B, T, D] -> [B, T, N*(P+R)]
         if self.w_q is not None:

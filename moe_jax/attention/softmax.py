@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -34,7 +35,8 @@ def attend(
     """Let every query see the valid keys at or before its position.
 
     Scores and their softmax are float32. Small problems are one product; larger ones loop over
-    sequences and blocks of queries, and recompute a block's scores in the backward pass.
+    sequences and blocks of queries, and recompute a block's scores in the backward pass. One long
+    function: its inner ones share the sizes of the blocks.
 
     Args:
       q: queries; N is a multiple of K, consecutive heads share a key head.
@@ -49,8 +51,12 @@ def attend(
     Returns:
       Weighted values in the dtype of `v`.
     """
-    batch, length, heads, _ = q.shape
+    batch, length, heads, width = q.shape
     shared = k.shape[2]
+    chex.assert_shape(k, (batch, None, shared, width))
+    chex.assert_shape(v, (*k.shape[:3], None))
+    chex.assert_shape(query_position, (batch, length))
+    chex.assert_shape([key_position, key_valid], k.shape[:2])
     size = min(length, max(1, BLOCK_SCORES // (heads * k.shape[1])))
     spare = -length % size  # queries that fill the last block and are cut off again
     at = jnp.pad(query_position, ((0, 0), (0, spare)))

@@ -108,7 +108,10 @@ def _put(ref, rows: Array, columns: Array, row_ok: Array | None, column_ok: Arra
 
 def _sum(steps, product, rows: int, columns: int) -> Array:
     """Sum of `product(k)`, float32 [rows, columns], over k below `steps`."""
-    add = lambda k, total: total + product(k)  # noqa: E731
+
+    def add(k, total):
+        return total + product(k)
+
     return jax.lax.fori_loop(0, steps, add, jnp.zeros((rows, columns), jnp.float32))
 
 

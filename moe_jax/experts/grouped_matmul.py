@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -29,6 +30,7 @@ def expand(x: Array, weight: Array, dispatch: Dispatch, pool: Pool) -> Array:
     Returns:
       [P, width] in the dtype of `x`; columns beyond an expert's count are zero.
     """
+    chex.assert_shape(x, (*dispatch.row_copy.shape, weight.shape[1]))
     return form().expand(x, weight, dispatch, pool)
 
 
@@ -45,6 +47,7 @@ def contract(h: Array, weight: Array, dispatch: Dispatch, pool: Pool) -> Array:
     Returns:
       [P, D] in the dtype of `h`.
     """
+    chex.assert_shape(h, (*dispatch.row_copy.shape, pool.width))
     return form().contract(h, weight, dispatch, pool)
 
 
@@ -94,7 +97,10 @@ def walk_tiles(dispatch: Dispatch, pool: Pool, step, carry):
         if pool.block == pool.width:
             return step(carry, row, expert, 0)
         blocks = -(-pool.count[expert] // pool.block)
-        inner = lambda j, carry: step(carry, row, expert, j * pool.block)  # noqa: E731
+
+        def inner(j, carry):
+            return step(carry, row, expert, j * pool.block)
+
         return jax.lax.fori_loop(0, blocks, inner, carry)
 
     return jax.lax.fori_loop(0, dispatch.num_tiles, tile_step, carry)

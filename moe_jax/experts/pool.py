@@ -1,15 +1,94 @@
-"""Building a pool of channels out of experts of different widths."""
+"""Routed experts as a pool of channels, and how one is made of experts of any widths."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from moe_jax.config import SWIGLU, Activation
 from moe_jax.errors import InputError
-from moe_jax.experts.moe import Experts
+from moe_jax.experts.dispatch import Pool
+from moe_jax.experts.weights import ExpertWeights
+from moe_jax.module import module
+from moe_jax.quant import Weight, dequantize
+
+
+@module
+class Experts(nnx.Module):
+    """Routed gated experts of one layer as a pool of channels, one row per channel.
+
+    Expert e owns `count[e]` consecutive rows; rows after the last expert's are zero. In the dense
+    model every count is F; pruning selects rows; an emptied expert owns none and adds zero, or
+    `b_down[e]` if there are biases.
+    """
+
+    w_gate: Weight = nnx.data()  # [C, D]
+    w_up: Weight = nnx.data()  # [C, D]
+    w_down: Weight = nnx.data()  # [C, D], transposed against Hugging Face
+    count: Array = nnx.data()  # int32 [E]
+    width: int = nnx.static()  # columns of the intermediate rows, at least every count
+    block: int = nnx.static()  # channels per step of the matmul loop
+    b_gate: Array | None = nnx.data(default=None)  # [C]
+    b_up: Array | None = nnx.data(default=None)  # [C]
+    b_down: Array | None = nnx.data(default=None)  # [E, D]
+    activation: Activation = nnx.static(default=SWIGLU)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The pools as plain arrays."""
+        pools = (self.w_gate, self.w_up, self.w_down)
+        return ExpertWeights(
+            *(dequantize(pool) for pool in pools),
+            gate_bias=None if self.b_gate is None else self.b_gate[:, None],
+            up_bias=None if self.b_up is None else self.b_up[:, None],
+            down_bias=self.b_down,
+            activation=self.activation,
+        )
+
+    @property
+    def pool(self) -> Pool:
+        """Where each expert's channels lie."""
+        return Pool(
+            offset=jnp.cumsum(self.count) - self.count,
+            count=self.count,
+            width=self.width,
+            block=self.block,
+        )
+
+
+def dense_experts(
+    w_gate: Weight,
+    w_up: Weight,
+    w_down: Weight,
+    num_experts: int,
+    *,
+    biased: bool = False,
+    activation: Activation = SWIGLU,
+) -> Experts:
+    """Experts of equal width from pools [E*F, D], w_down transposed to a row per channel.
+
+    `biased` ones have biases, all zero.
+    """
+
+    def zeros(*shape: int) -> Array | None:
+        return jnp.zeros(shape, w_gate.dtype) if biased else None
+
+    width = w_gate.shape[0] // num_experts
+    return Experts(
+        w_gate=w_gate,
+        w_up=w_up,
+        w_down=w_down,
+        count=jnp.full(num_experts, width, jnp.int32),
+        width=width,
+        block=width,
+        b_gate=zeros(w_gate.shape[0]),
+        b_up=zeros(w_gate.shape[0]),
+        b_down=zeros(num_experts, w_gate.shape[1]),
+        activation=activation,
+    )
 
 
 def pooled_experts(
@@ -44,15 +123,10 @@ def pooled_experts(
       InputError: if the sizes do not fit.
     """
     counts = [len(weight) for weight in gate]
-    if width % block or width < max(counts) or rows < sum(counts) + block:
-        raise InputError(
-            f"a pool of rows={rows}, width={width}, block={block} cannot hold experts of widths "
-            f"{counts}: width must be a multiple of block and cover the widest expert, rows must "
-            f"be at least {sum(counts) + block}"
-        )
+    _check_sizes(counts, width, rows, block)
 
     def pool(weights: Sequence[Array | np.ndarray]) -> Array:
-        parts = [np.asarray(weight) for weight in weights]
+        parts = list(map(np.asarray, weights))
         fill = np.zeros((rows - sum(counts), *parts[0].shape[1:]), parts[0].dtype)
         return jax.device_put(np.concatenate([*parts, fill]))
 
@@ -68,3 +142,12 @@ def pooled_experts(
         width=width,
         block=block,
     )
+
+
+def _check_sizes(counts: list[int], width: int, rows: int, block: int) -> None:
+    if width % block or width < max(counts) or rows < sum(counts) + block:
+        raise InputError(
+            f"a pool of rows={rows}, width={width}, block={block} cannot hold experts of widths "
+            f"{counts}: width must be a multiple of block and cover the widest expert, rows must "
+            f"be at least {sum(counts) + block}"
+        )

@@ -29,7 +29,7 @@ from moe_jax.experts.grouped_matmul import (
 from moe_jax.experts.weights import (
     COLUMNS,
     ROWS,
-    Weights,
+    ExpertWeights,
     project,
     real_rows,
     routing_matrix,
@@ -54,7 +54,7 @@ def routed_experts(
     score: ChannelScore,
     x: Array,
     row_weight: Array,
-    weights: Weights,
+    weights: ExpertWeights,
     probe: Array,
     dispatch: Dispatch,
     pool: Pool,
@@ -84,9 +84,10 @@ def routed_experts(
     if bias is None:
         return out
     # Outside the loop over channels, since an expert without any still has it.
-    routing = routing_matrix(row_weight, dispatch, x.shape[0])
-    added = jnp.dot(routing, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return out + added.astype(out.dtype)
+    with jax.named_scope("down_bias"):
+        routing = routing_matrix(row_weight, dispatch, x.shape[0])
+        added = jnp.dot(routing, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return out + added.astype(out.dtype)
 
 
 def _forward(score, x, row_weight, weights, probe, dispatch, pool, projections) -> Array:
@@ -122,12 +123,15 @@ def _forward_tiles(x, row_weight, weights, dispatch, pool):
         first = pool.offset[expert] + start
         index, tokens = tile_tokens(x, dispatch, row)
         weight = jax.lax.dynamic_slice_in_dim(row_weight, row, dispatch.tile)[:, None]
-        gate, up = project(bits, first, pool.block, tokens, real_rows(index, x))
-        hidden = gated(weights.activation, gate, up) * weight
-        hidden = jnp.where(live_channels(pool, expert, start), hidden, 0)
-        down = channel_block(bits.down, first, pool.block, x.dtype)
-        part = dot(hidden.astype(x.dtype), down, COLUMNS)
-        return out.at[index].add(part, mode="drop")
+        with jax.named_scope("gate_up"):
+            gate, up = project(bits, first, pool.block, tokens, real_rows(index, x))
+            hidden = gated(weights.activation, gate, up) * weight
+            hidden = jnp.where(live_channels(pool, expert, start), hidden, 0)
+        with jax.named_scope("down"):
+            down = channel_block(bits.down, first, pool.block, x.dtype)
+            part = dot(hidden.astype(x.dtype), down, COLUMNS)
+        with jax.named_scope("combine"):
+            return out.at[index].add(part, mode="drop")
 
     return walk_tiles(dispatch, pool, step, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
 
@@ -136,7 +140,7 @@ def _forward_tiles(x, row_weight, weights, dispatch, pool):
 class _Gradients:
     x: Array  # float32 [N, D]
     row_weight: Array  # float32 [P]
-    weights: Weights  # float32
+    weights: ExpertWeights  # float32
     probe: Array  # float32 [J, E, width]
 
 
@@ -145,7 +149,10 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool,
 
     def step(sums: _Gradients, row, expert, start):
         first = pool.offset[expert] + start
-        block = lambda pool_bits: channel_block(pool_bits, first, pool.block, x.dtype)  # noqa: E731
+
+        def block(pool_bits: Array) -> Array:
+            return channel_block(pool_bits, first, pool.block, x.dtype)
+
         index, tokens = tile_tokens(x, dispatch, row)
         _, d_tokens = tile_tokens(d_out, dispatch, row)
         weight = jax.lax.dynamic_slice_in_dim(row_weight, row, tile)[:, None]
@@ -163,9 +170,12 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool,
         d_row = jnp.sum(hidden * pulled, axis=1)
         narrow = [part.astype(x.dtype) for part in (d_gate, d_up)]
         d_x = dot(narrow[0], block(bits.gate), COLUMNS) + dot(narrow[1], block(bits.up), COLUMNS)
-        outer = lambda rows, columns: dot(rows.astype(x.dtype).T, columns, COLUMNS)  # noqa: E731
+
+        def outer(rows: Array, columns: Array) -> Array:
+            return dot(rows.astype(x.dtype).T, columns, COLUMNS)
+
         biased = weights.gate_bias is not None
-        d_weights = Weights(
+        d_weights = ExpertWeights(
             gate=outer(d_gate, tokens),
             up=outer(d_up, tokens),
             down=outer(hidden * weight, d_tokens),
@@ -215,7 +225,7 @@ class ExpertRows:
 
 def expert_rows(
     x: Array,
-    weights: Weights,
+    weights: ExpertWeights,
     dispatch: Dispatch,
     pool: Pool,
     channel_gate: Callable[[Array, Array, Array], Array] = lambda hidden, gate, up: hidden,
@@ -232,28 +242,32 @@ def expert_rows(
     Returns:
       The rows; under `jit`, stages that nobody uses cost nothing.
     """
-    rows = gather_rows(x, dispatch, dispatch.copies)
-    real = real_rows(dispatch.token, x)
+    with jax.named_scope("gather"):
+        rows = gather_rows(x, dispatch, dispatch.copies)
+        real = real_rows(dispatch.token, x)
 
     def projected(weight: Array, bias: Array | None) -> Array:
         out = expand(rows, weight, dispatch, pool)
         # Padding has no bias: its rows stay zero.
         return out if bias is None else out + expand(real, bias, dispatch, pool)
 
-    gate, up = projected(weights.gate, weights.gate_bias), projected(weights.up, weights.up_bias)
-    hidden = gated(weights.activation, gate, up)
-    out = contract(channel_gate(hidden, gate, up), weights.down, dispatch, pool)
-    if weights.down_bias is not None:
-        out += real * weights.down_bias.astype(out.dtype)[row_expert(dispatch)]
+    with jax.named_scope("gate_up"):
+        gate = projected(weights.gate, weights.gate_bias)
+        up = projected(weights.up, weights.up_bias)
+        hidden = gated(weights.activation, gate, up)
+    with jax.named_scope("down"):
+        out = contract(channel_gate(hidden, gate, up), weights.down, dispatch, pool)
+        if weights.down_bias is not None:
+            out += real * weights.down_bias.astype(out.dtype)[row_expert(dispatch)]
     return ExpertRows(x=rows, gate=gate, up=up, hidden=hidden, out=out)
 
 
 def combine(out: Array, row_weight: Array, tokens: int, dispatch: Dispatch) -> Array:
     """Sum weighted expert outputs [P, D] into [tokens, D], in the dtype of `out`."""
-    weighted = out * row_weight[:, None].astype(out.dtype)
-    return (
-        jnp.zeros((tokens, out.shape[1]), out.dtype).at[dispatch.token].add(weighted, mode="drop")
-    )
+    with jax.named_scope("combine"):
+        weighted = out * row_weight[:, None].astype(out.dtype)
+        empty = jnp.zeros((tokens, out.shape[1]), out.dtype)
+        return empty.at[dispatch.token].add(weighted, mode="drop")
 
 
 def routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool) -> Array:

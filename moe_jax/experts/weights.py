@@ -13,7 +13,7 @@ ROWS, COLUMNS = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # x @ w.T an
 
 
 @struct.dataclass
-class Weights:
+class ExpertWeights:
     """Parameters of a layer's experts.
 
     Attributes:
@@ -39,7 +39,7 @@ def tile_tokens(x: Array, dispatch: Dispatch, row: Array) -> tuple[Array, Array]
 
 
 def project(
-    bits: Weights, first: Array, block: int, tokens: Array, real: Array
+    bits: ExpertWeights, first: Array, block: int, tokens: Array, real: Array
 ) -> tuple[Array, Array]:
     """Gate and up rows of a tile before the activation.
 
@@ -53,7 +53,10 @@ def project(
     Returns:
       float32 [tile, block] twice.
     """
-    take = lambda pool_bits: channel_block(pool_bits, first, block, tokens.dtype)  # noqa: E731
+
+    def take(pool_bits) -> Array:
+        return channel_block(pool_bits, first, block, tokens.dtype)
+
     gate, up = dot(tokens, take(bits.gate), ROWS), dot(tokens, take(bits.up), ROWS)
     if bits.gate_bias is None:
         return gate, up

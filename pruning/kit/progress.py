@@ -12,7 +12,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-OnStep = Callable[[int, int], None]
+OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+def counter(total: int, on_step: OnStep | None) -> Callable[[int], None]:
+    """A function that counts so many more steps as done and says so to `on_step`."""
+    done = 0
+
+    def count(steps: int) -> None:
+        nonlocal done
+        done += steps
+        if on_step:
+            on_step(done, total)
+
+    return count
 
 
 def reset_peak_memory() -> bool:

@@ -8,7 +8,8 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import gather_rows, sum_by_expert
 from moe_jax.experts.grouped_matmul import contract
-from moe_jax.experts.moe import MoE, gated_experts
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.run import gated_experts
 from moe_jax.experts.weights import row_expert
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource
@@ -51,9 +52,15 @@ def expert_loss_curves(
     removed = np.rint(np.linspace(0, 1, points) * channels).astype(np.int32)
     # Rank 0 is the channel that goes first.
     rank = np.argsort(np.argsort(scores, axis=2, kind="stable"), axis=2).astype(np.int32)
-    see = lambda layer, slot, x, place: _losses(layer, x, place, rank[slot], removed)  # noqa: E731
-    seen = watch_layers(source, tokens, valid, see, batch=batch, dtype=dtype)
-    sums = [np.sum(parts, axis=0, dtype=np.float64).T for parts in seen]
+    sums = []
+
+    def see(layer: DecoderLayer, slot: int, x: Array, place: Context) -> tuple[Array, Array]:
+        return _losses(layer, x, place, rank[slot], removed)
+
+    def keep(slot: int, losses: list) -> None:
+        sums.append(np.sum(losses, axis=0, dtype=np.float64).T)
+
+    watch_layers(source, tokens, valid, see, keep, batch=batch, dtype=dtype)
     return removed / channels, np.array(sums) / valid.sum()
 
 

@@ -1,7 +1,7 @@
 """Quality on held-out text: likelihood, and agreement with the dense model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import jax
@@ -12,10 +12,10 @@ from jax import Array
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, forward_hidden, pad_rows
 from moe_jax.transformer import Head
+from pruning.text.windows import Windows
 
-POSITIONS = (
-    256  # logits in memory at once; a whole window of them is gigabytes for large vocabularies
-)
+# Logits in memory at once; a whole window of them is gigabytes for large vocabularies.
+POSITIONS = 256
 
 
 @dataclass(frozen=True)
@@ -39,60 +39,6 @@ class Quality:
     def to_dict(self) -> dict:
         """Plain values for JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """A text as overlapping windows whose scored positions cover every token but the first once.
-
-    Attributes:
-      tokens: int32 [B, T].
-      valid: bool [B, T].
-      scored: bool [B, T - 1], position t scores the prediction of token t + 1.
-      window, stride: tokens.
-    """
-
-    tokens: np.ndarray
-    valid: np.ndarray
-    scored: np.ndarray
-    window: int
-    stride: int
-
-
-def make_windows(
-    tokens: Sequence[int] | np.ndarray, *, window: int, stride: int | None = None
-) -> Windows:
-    """Cut a token stream into windows.
-
-    Args:
-      tokens: the text.
-      window: tokens a prediction may see, at most.
-      stride: tokens between window starts, below `window`; default half of it, so that every
-        prediction but the first window's sees at least half a window.
-
-    Returns:
-      The windows.
-
-    Raises:
-      InputError: fewer than two tokens, or a stride outside [1, window).
-    """
-    stride = max(1, window // 2) if stride is None else stride
-    if len(tokens) < 2:
-        raise InputError(f"the text has {len(tokens)} tokens; at least 2 are needed to score one")
-    if not 1 <= stride < window:
-        raise InputError(f"stride={stride} must lie in [1, window={window})")
-    rows, masks, scores = [], [], []
-    stream, reached, start = np.asarray(tokens, np.int32), 1, 0
-    while reached < len(stream):
-        end = min(start + window, len(stream))
-        row = np.zeros(window, np.int32)
-        row[: end - start] = stream[start:end]
-        target = start + 1 + np.arange(window - 1)
-        rows.append(row)
-        masks.append(np.arange(window) < end - start)
-        scores.append((target >= reached) & (target < end))
-        reached, start = end, start + stride
-    return Windows(np.stack(rows), np.stack(masks), np.stack(scores), window, stride)
 
 
 @jax.jit
@@ -192,12 +138,3 @@ def quality_of(model: Reference, windows: Windows, reference: Reference | None =
 
 def _total(values: Array, count: int) -> float:
     return float(np.asarray(values, np.float64)[:count].sum())
-
-
-def logits(source: LayerSource, tokens: np.ndarray, *, batch: int = 1, dtype=jnp.float32):
-    """Logits float32 [B, T, V] of a few short sequences, for comparing models."""
-    valid = np.ones(tokens.shape, bool)
-    hidden = forward_hidden(source, pad_rows(tokens, batch), pad_rows(valid, batch), batch=batch,
-                            dtype=dtype)  # fmt: skip
-    head = source.head
-    return np.stack([np.asarray(head(x)) for x in hidden[: len(tokens)]])

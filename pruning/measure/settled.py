@@ -13,7 +13,7 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.router import is_settled
-from moe_jax.stream import LayerSource, contexts, embed
+from moe_jax.stream import LayerSource, in_batches, sweep
 from moe_jax.transformer import DecoderLayer
 
 # Of router logits after many layers in float32, as a share of the largest. Measured against
@@ -48,14 +48,18 @@ def settled_logits(
     Returns:
       (float32 [B, T, V], bool [B, T]: no router is near a tie at this position or an earlier one).
     """
-    places = contexts(source, np.ones(tokens.shape, bool), 1)
-    x = [embed(source, row[None], jnp.float32) for row in tokens]
+    text = in_batches(source, tokens, np.ones(tokens.shape, bool), 1)
     settled = np.ones(tokens.shape, bool)
-    for index in range(len(source)):
-        layer = source.layer(index)
-        for row, place in enumerate(places):
-            out, stays = _layer(layer, x[row], place, rounding)
-            x[row], settled[row] = np.asarray(out), settled[row] & np.asarray(stays)[0]
+
+    def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
+        def run(x: Array, place: Context, rows: slice) -> Array:
+            out, stays = _layer(layer, x, place, rounding)
+            settled[rows] &= np.asarray(stays)
+            return out
+
+        return text.each(x, run)
+
+    x = sweep(source, text.embedded(source, jnp.float32), step)
     head = source.head
     logits = np.stack([np.asarray(head(row[0])) for row in x])
     return logits, np.logical_and.accumulate(settled, axis=1)

@@ -1,6 +1,6 @@
 """What single tokens show on their way through a model, for figures of distributions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,10 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
-from moe_jax.experts.moe import MoE
 from moe_jax.experts.weights import row_expert
-from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
+from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.scores.experts import observe_experts
-from pruning.scores.states import row_slices
 
 # (layer with experts, its place among these, input [B, T, D], context) -> (output, anything).
 See = Callable[[DecoderLayer, int, Array, Context], tuple[Array, Any]]
@@ -56,17 +54,29 @@ def view_tokens(
       The values of all valid tokens.
     """
     entropy, norms = [], []
-    see = lambda layer, slot, x, place: _view(layer, x, place)  # noqa: E731
-    for seen in watch_layers(source, tokens, valid, see, batch=batch, dtype=dtype):
+
+    def see(layer: DecoderLayer, slot: int, x: Array, place: Context):
+        return _view(layer, x, place)
+
+    def keep(slot: int, seen: list) -> None:
         every, real, norm, owner = (np.concatenate(part) for part in zip(*seen, strict=True))
         entropy.append(every[real])
         norms.append(tuple(norm[owner == e] for e in range(source.config.moe.num_experts)))
+
+    watch_layers(source, tokens, valid, see, keep, batch=batch, dtype=dtype)
     return TokenView(np.array(entropy), tuple(norms))
 
 
 def watch_layers(
-    source: LayerSource, tokens: np.ndarray, valid: np.ndarray, see: See, *, batch: int, dtype
-) -> Iterator[list]:
+    source: LayerSource,
+    tokens: np.ndarray,
+    valid: np.ndarray,
+    see: See,
+    keep: Callable[[int, list], None],
+    *,
+    batch: int,
+    dtype,
+) -> None:
     """Run a model layer by layer and show the layers that have experts.
 
     Args:
@@ -74,28 +84,28 @@ def watch_layers(
       tokens: int32 [B, T].
       valid: bool [B, T].
       see: runs one layer of experts on one batch and says what it saw.
+      keep: receives the place of each layer among those with experts, and what was seen of every
+        batch there, as arrays on the host.
       batch: sequences per step.
       dtype: of the activations.
-
-    Yields:
-      For each layer with experts, what was seen of every batch, as arrays on the host.
     """
-    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
-    places = contexts(source, valid, batch)
-    x = [embed(source, tokens[rows], dtype) for rows in row_slices(len(tokens), batch)]
-    slot = 0
-    for index in range(len(source)):
-        layer, seen = source.layer(index), []
-        for i, place in enumerate(places):
-            if isinstance(layer.mlp, MoE):
-                out, found = see(layer, slot, jnp.asarray(x[i]), place)
-                seen.append(jax.tree.map(np.asarray, found))
-            else:
-                out = layer_forward(layer, jnp.asarray(x[i]), place)
-            x[i] = np.asarray(out)
-        if isinstance(layer.mlp, MoE):
-            slot += 1
-            yield seen
+    text, slots = in_batches(source, tokens, valid, batch), source.config.moe_layers
+
+    def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
+        if index not in slots:
+            return text.each(x, lambda x, place, rows: layer_forward(layer, x, place))
+        slot, seen = slots.index(index), []
+
+        def run(x: Array, place: Context, rows: slice) -> Array:
+            out, found = see(layer, slot, x, place)
+            seen.append(jax.tree.map(np.asarray, found))
+            return out
+
+        text.each(x, run)
+        keep(slot, seen)
+        return x
+
+    sweep(source, text.embedded(source, dtype), step)
 
 
 @jax.jit

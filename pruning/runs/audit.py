@@ -15,7 +15,6 @@ from moe_jax.files import replace_text
 from pruning.kit.progress import Steps
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
-from pruning.measure.quality import Windows
 from pruning.measure.tokens import view_tokens
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.audit_page import audit_page, token_figures
@@ -27,6 +26,7 @@ from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.stored import stored_recipe
 from pruning.text.calibration import TokenBatch
+from pruning.text.windows import Windows
 
 RECORD = "ablations.jsonl"
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions

@@ -14,7 +14,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import Steps
-from pruning.measure.quality import Quality, Reference, Windows, quality_of
+from pruning.measure.quality import Quality, Reference, quality_of
 from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_rate
@@ -28,6 +28,7 @@ from pruning.stages import score as scoring
 from pruning.stages.job import Job
 from pruning.stages.sizes import parameter_count, weight_count
 from pruning.text.held_out import seen_shares
+from pruning.text.windows import Windows
 
 STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
 GROUP = 16  # plans per group at most: results are saved after each

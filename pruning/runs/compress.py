@@ -6,7 +6,7 @@ import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.errors import InputError
-from moe_jax.generate import generate
+from moe_jax.generation import generate
 from moe_jax.stream import LayerSource
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps

@@ -12,7 +12,6 @@ from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.measure.quality import Windows, make_windows
 from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.plan import save_sweep
@@ -20,6 +19,7 @@ from pruning.stages import job as stages
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.text.calibration import TextSource
 from pruning.text.tokenizer import open_codec
+from pruning.text.windows import Windows, make_windows
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.stream import LayerSource, contexts
+from moe_jax.stream import LayerSource, in_batches
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
@@ -36,7 +36,7 @@ def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     length = min(recipe.window, PROBE_TOKENS)
     rows = max(1, min(recipe.batch, PROBE_TOKENS // length))
     valid = np.ones((rows, length), bool)
-    (context,) = contexts(source, valid, rows)
+    (context,) = in_batches(source, np.zeros(valid.shape, np.int32), valid, rows).places
     x = jax.random.normal(jax.random.key(0), (*valid.shape, source.config.d_model), jnp.float32)
     x = x.astype(recipe.dtype)
     seconds = _seconds(layer_statistics, layer, x, context)

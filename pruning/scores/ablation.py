@@ -12,12 +12,21 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import Experts, MoE
-from moe_jax.experts.swiglu import no_score, routed_experts
-from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
-from moe_jax.transformer import DecoderLayer, Head
-from pruning.scores.layer import row_loss
-from pruning.scores.states import MEMORY_STATES, row_slices
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import run_experts
+from moe_jax.quant import dequantize
+from moe_jax.stream import (
+    Batches,
+    LayerSource,
+    in_batches,
+    layer_attend,
+    layer_forward,
+    sweep,
+)
+from moe_jax.transformer import DecoderLayer, Head, next_token_loss
+from pruning.kit.progress import OnStep, counter
+from pruning.scores.states import MEMORY_STATES
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def ablate(
     batch: int = 8,
     dtype=jnp.float32,
     memory: int = MEMORY_STATES,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[float, np.ndarray]:
     """Summed next-token loss of the model and of the model without each of some parts.
 
@@ -77,21 +86,14 @@ def ablate(
       InputError: an ablation names a layer, expert or channel that is not there.
     """
     _check(source, ablations)
-    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
-    size = tokens.size * source.config.d_model * jnp.dtype(dtype).itemsize
+    text = in_batches(source, tokens, valid, batch)
+    size = text.tokens.size * source.config.d_model * jnp.dtype(dtype).itemsize
     groups = _groups(ablations, max(1, memory // max(size, 1) - 1))
-    total, done = sum(layer_visits(ablations, len(source), g) for g in groups), 0
+    visit = counter(sum(layer_visits(ablations, len(source), g) for g in groups), on_step)
     losses, dense = np.zeros(len(ablations)), 0.0
-
-    def visit(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_step:
-            on_step(done, total)
-
     for group in groups:
         chosen = {number: ablations[number] for number in group}
-        dense, found = _pass(source, tokens, valid, chosen, batch, dtype, visit)
+        dense, found = _pass(source, text, chosen, dtype, visit)
         for number, loss in found.items():
             losses[number] = loss
     return dense, losses
@@ -138,37 +140,42 @@ def _groups(ablations: Sequence[Ablation], most: int) -> list[list[int]]:
 
 
 def _pass(
-    source, tokens, valid, chosen: dict[int, Ablation], batch, dtype, visit
+    source: LayerSource,
+    text: Batches,
+    chosen: dict[int, Ablation],
+    dtype,
+    visit: Callable[[int], None],
 ) -> tuple[float, dict[int, float]]:
     """Dense loss and the losses of the chosen ablations, by their numbers."""
-    places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
-    dense = [embed(source, tokens[rows], dtype) for rows in parts]
-    states: dict[int, list[np.ndarray]] = {}
-    for index in range(len(source)):
-        layer = source.layer(index)
-        for number, x in states.items():
-            states[number] = [
-                np.asarray(layer_forward(layer, jnp.asarray(part), place))
-                for part, place in zip(x, places, strict=True)
-            ]
+    states: dict[int, list[np.ndarray]] = {}  # of the ablated models behind their layers
+
+    def step(index: int, layer: DecoderLayer, dense: list[np.ndarray]) -> list[np.ndarray]:
+        def forward(x: Array, place: Context, rows: slice) -> Array:
+            return layer_forward(layer, x, place)
+
+        for x in states.values():
+            text.each(x, forward)
         here = {number: one for number, one in chosen.items() if one.layer == index}
-        for number in here:
-            states[number] = []
-        for i, place in enumerate(places):
-            x = jnp.asarray(dense[i])
+        states.update({number: [] for number in here})
+
+        def branch(x: Array, place: Context, rows: slice) -> Array:
             for number, out in _ablated(layer, x, place, here):
                 states[number].append(np.asarray(out))
-            dense[i] = np.asarray(layer_forward(layer, x, place))
+            return forward(x, place, rows)
+
+        text.each(dense, branch)
         visit(1 + len(states))
-    return _total(source.head, dense, tokens, valid, parts), {
-        number: _total(source.head, x, tokens, valid, parts) for number, x in states.items()
-    }
+        return dense
+
+    dense = sweep(source, text.embedded(source, dtype), step)
+    head = source.head
+    return _total(head, dense, text), {n: _total(head, x, text) for n, x in states.items()}
 
 
-def _total(head: Head, x: list[np.ndarray], tokens, valid, parts) -> float:
+def _total(head: Head, x: list[np.ndarray], text: Batches) -> float:
     losses = (
-        batch_loss(head, jnp.asarray(part), jnp.asarray(tokens[rows]), jnp.asarray(valid[rows]))
-        for part, rows in zip(x, parts, strict=True)
+        batch_loss(head, *map(jnp.asarray, (part, text.tokens[rows], text.valid[rows])))
+        for part, rows in zip(x, text.rows, strict=True)
     )
     return float(sum(map(float, losses)))
 
@@ -178,7 +185,7 @@ def batch_loss(
     head: Head, x: Array, tokens: Array, valid: Array
 ) -> Array:  # [B, T, D], [B, T], [B, T]
     """Summed next-token loss (nats), one sequence at a time: logits are the largest array."""
-    return jax.lax.map(lambda row: row_loss(head, *row), (x, tokens, valid)).sum()
+    return jax.lax.map(lambda row: next_token_loss(head, *row), (x, tokens, valid)).sum()
 
 
 def _ablated(
@@ -188,7 +195,7 @@ def _ablated(
     if not here:
         return
     assert isinstance(layer.mlp, MoE)
-    middle, experts = attend(layer, x, place), layer.mlp.experts
+    middle, experts = layer_attend(layer, x, place), layer.mlp.experts
     count = np.asarray(experts.count)
     first = np.cumsum(count) - count
     for number, one in here.items():
@@ -204,9 +211,6 @@ def _ablated(
         yield number, masked(layer, middle, place, jnp.asarray(keep), jnp.asarray(speaks))
 
 
-attend = jax.jit(lambda layer, x, context: layer.attend(x, context)[0])
-
-
 @jax.jit
 def masked(
     layer: DecoderLayer, middle: Array, context: Context, keep: Array, speaks: Array
@@ -215,14 +219,10 @@ def masked(
     output biases of the experts that `speaks` [E] leaves."""
 
     def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
-        weights = experts.weights
-        down = jnp.where(keep[:, None], weights.down, 0)
-        bias = weights.down_bias
+        down, bias = dequantize(experts.w_down), experts.b_down
         bias = None if bias is None else jnp.where(speaks[:, None], bias, 0)
-        weights = dataclasses.replace(weights, down=down, down_bias=bias)
-        probe = jnp.zeros((0, experts.count.shape[0], experts.width))
-        args = (x, row_weight, weights, probe, dispatch, experts.pool)
-        return routed_experts(no_score, *args), None
+        left = dataclasses.replace(experts, w_down=jnp.where(keep[:, None], down, 0), b_down=bias)
+        return run_experts(left, x, row_weight, dispatch)
 
     return layer.feed_forward(middle, context, run)[0]
 

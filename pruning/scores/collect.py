@@ -1,28 +1,31 @@
 """One sweep over the layers collects every statistic; a second, backward, adds the gradients."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moe_jax.attention.context import Context
 from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import Weight, dequantize
-from moe_jax.stream import LayerSource, contexts, embed, pad_rows
+from moe_jax.stream import Batches, LayerSource, in_batches, sweep
 from moe_jax.transformer import DecoderLayer
+from pruning.kit.progress import OnStep, counter
 from pruning.scores.details import DetailSums, wanda_sums
 from pruning.scores.layer import (
     GRADIENT_SCORES,
     attention_backward,
     feed_forward_backward,
     layer_statistics,
-    loss_and_gradient,
+    loss_gradient,
 )
 from pruning.scores.noise import noise_rows, noise_worth
 from pruning.scores.own import STATISTICS
-from pruning.scores.states import States, projection_room, row_slices
+from pruning.scores.states import States, projection_room
 from pruning.scores.statistics import ChannelStatistics, field_shapes
 
 CHUNK = 64  # sequences that go through all layers together
@@ -41,7 +44,7 @@ def collect_statistics(
     batch: int = 8,
     chunk: int = CHUNK,
     dtype=jnp.float32,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> ChannelStatistics:
     """Measure a model on calibration text: the one pass that every criterion and budget shares.
 
@@ -72,16 +75,16 @@ def collect_statistics(
     wanda = expert_details and finish
     backward = len(source) - source.config.moe_layers[0] if gradients else 0
     visits = len(starts) * (len(source) + backward) + wanda * len(source)
-    visit = _counter(visits, on_step)
+    visit = partial(counter(visits, on_step), 1)
     for start in starts:
-        part = pad_rows(tokens[start : start + chunk], batch)
-        mask = pad_rows(valid[start : start + chunk], batch)
-        room = projection_room(source.config, len(part) // batch, batch * part.shape[1])
-        states = States(source, part.shape, dtype, room) if gradients else None
-        last = _forward_sweep(source, part, mask, sums, batch, dtype, states, detail, visit)
+        part = slice(start, start + chunk)
+        text = in_batches(source, tokens[part], valid[part], batch)
+        room = projection_room(source.config, len(text.rows), batch * tokens.shape[1])
+        states = States(source, text.tokens.shape, dtype, room) if gradients else None
+        last = _forward_sweep(source, text, sums, dtype, states, detail, visit)
         if states is not None:
-            _backward_sweep(source, part, mask, sums, batch, last, states, visit)
-        sums["total_tokens"] += mask.sum()
+            _backward_sweep(source, text, sums, last, states, visit)
+        sums["total_tokens"] += text.valid.sum()
     more = {"similarity": detail.similarity} if detail else {}
     statistics = ChannelStatistics.from_arrays(sums | more)
     return with_wanda(source, statistics, visit) if wanda else statistics
@@ -102,7 +105,7 @@ def with_wanda(
     """
     assert statistics.input_square is not None
     found = {name: np.zeros(statistics.hidden_square.shape) for name in ("wanda_up", "wanda_gate")}
-    slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
+    slots = _slots(source)
     for index in range(len(source)):
         if index in slots:
             slot = slots[index]
@@ -143,46 +146,40 @@ def _empty_sums(source: LayerSource, groups) -> Sums:
     return {name: np.zeros(shape) for name, shape in shapes.items()}
 
 
-def _counter(total: int, on_step) -> Visit:
-    done = 0
-
-    def visit() -> None:
-        nonlocal done
-        done += 1
-        if on_step:
-            on_step(done, total)
-
-    return visit
-
-
 def _forward_sweep(
-    source, tokens, valid, sums, batch, dtype, states, detail, visit
+    source: LayerSource,
+    text: Batches,
+    sums: Sums,
+    dtype,
+    states: States | None,
+    detail: DetailSums | None,
+    visit: Visit,
 ) -> list[np.ndarray]:
     """Add the forward sums, keep `states` if there are any; returns the last hidden states."""
-    places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
-    x = [embed(source, tokens[rows], dtype) for rows in parts]
-    own = tuple(STATISTICS.items())
-    slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
-    for index in range(len(source)):
-        layer = source.layer(index)
+    slots, own = _slots(source), tuple(STATISTICS.items())
+
+    def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
         slot = slots.get(index)
         if slot is not None:
             _weight_facts(layer, sums, slot)
-        for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
+
+        def run(before: Array, place: Context, rows: slice) -> Array:
             keep = states is not None and slot is not None and states.room > 0
-            before = jnp.asarray(x[i])
             middle, out, batch_sums, kept = layer_statistics(layer, before, place, keep, own)
             if states is not None:
-                states.put(index, rows, x[i], middle)
+                states.put(index, rows, before, middle)
                 if keep:
                     states.keep(index, rows, kept)
-            x[i] = np.asarray(out)
             if slot is not None:
                 _add_batch(sums, slot, batch_sums)
                 if detail is not None:
                     detail.add(slot, layer, middle, out, place)
-        visit()
-    return x
+            return out
+
+        return text.each(x, run)
+
+    x = text.embedded(source, dtype)
+    return sweep(source, x, step, on_layer=lambda index: visit())
 
 
 def _add_batch(sums: Sums, slot: int, batch_sums: dict[str, Array]) -> None:
@@ -192,30 +189,41 @@ def _add_batch(sums: Sums, slot: int, batch_sums: dict[str, Array]) -> None:
         sums[name][slot] += value
 
 
-def _backward_sweep(source, tokens, valid, sums, batch, last, states, visit) -> None:
-    places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
-    slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
+def _backward_sweep(
+    source: LayerSource,
+    text: Batches,
+    sums: Sums,
+    last: list[np.ndarray],
+    states: States,
+    visit: Visit,
+) -> None:
+    slots = _slots(source)
     lowest = source.config.moe_layers[0]  # below it nothing is scored
-    head, gradient = source.head, []
-    for x, rows in zip(last, parts, strict=True):
-        loss, d_x = loss_and_gradient(
-            head, jnp.asarray(x), jnp.asarray(tokens[rows]), jnp.asarray(valid[rows])
-        )
-        sums["loss_sum"] += float(loss)
-        gradient.append(np.asarray(d_x))
-    for index in reversed(range(lowest, len(source))):
-        layer = source.layer(index)
-        for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
+
+    def add_loss(loss: float) -> None:
+        sums["loss_sum"] += loss
+
+    def step(index: int, layer: DecoderLayer, gradient: list[np.ndarray]) -> list[np.ndarray]:
+        def run(d_out: Array, place: Context, rows: slice) -> Array:
             x, middle = states.get(index, rows)
-            d_out, kept = jnp.asarray(gradient[i]), states.take(index, rows)
+            kept = states.take(index, rows)
             d_middle, scores = feed_forward_backward(layer, middle, place, d_out, kept)
-            if index > lowest:
-                gradient[i] = np.asarray(attention_backward(layer, x, place, d_middle))
             if scores is not None:
                 values = np.asarray(scores, np.float64)
                 for name, value in zip(GRADIENT_SCORES, values, strict=True):
                     sums[name][slots[index]] += value
-        visit()
+            return attention_backward(layer, x, place, d_middle) if index > lowest else d_middle
+
+        return text.each(gradient, run)
+
+    down = reversed(range(lowest, len(source)))
+    gradient = loss_gradient(source.head, text, last, add_loss)
+    sweep(source, gradient, step, layers=down, on_layer=lambda index: visit())
+
+
+def _slots(source: LayerSource) -> dict[int, int]:
+    """Place of each layer with experts among these."""
+    return {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
 
 
 def _weight_facts(layer: DecoderLayer, sums: Sums, slot: int) -> None:

@@ -7,11 +7,10 @@ from jax import Array
 
 from moe_jax.attention.context import make_context
 from moe_jax.errors import InputError
-from moe_jax.stream import LayerSource, pad_rows
-from moe_jax.transformer import Transformer
-from pruning.scores.end_to_end import OnStep, gated
-from pruning.scores.layer import row_loss
-from pruning.scores.states import row_slices
+from moe_jax.stream import LayerSource, pad_rows, row_slices
+from moe_jax.transformer import Transformer, next_token_loss
+from pruning.kit.progress import OnStep
+from pruning.scores.end_to_end import gated
 
 
 def nll_grad2(
@@ -79,7 +78,9 @@ def gated_loss(
             x = layer(x, context)
             continue
         x, slot = layer(x, context, gated(gates[slot])), slot + 1
-    loss = jax.checkpoint(lambda row: row_loss(model.head, *row))  # logits are the largest array
+    loss = jax.checkpoint(
+        lambda row: next_token_loss(model.head, *row)
+    )  # logits are the largest array
     return jax.lax.map(loss, (x, tokens, valid)).sum()
 
 

@@ -5,6 +5,7 @@ over the text. They differ in how far from the dense model they look, and in wha
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,32 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import Experts, MoE, RunExperts
-from moe_jax.experts.swiglu import no_score, routed_experts
-from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import RunExperts, run_experts
+from moe_jax.experts.weights import row_expert
+from moe_jax.stream import (
+    Batches,
+    LayerSource,
+    in_batches,
+    layer_attend,
+    layer_feed_forward,
+    layer_forward,
+    sweep,
+)
 from moe_jax.transformer import DecoderLayer
-from pruning.scores.ablation import Ablation, ablate, attend
-from pruning.scores.layer import layer_backward, loss_and_gradient
-from pruning.scores.states import States, row_slices
+from pruning.kit.progress import OnStep, counter
+from pruning.scores.ablation import Ablation, ablate
+from pruning.scores.layer import layer_backward, loss_gradient
+from pruning.scores.states import States
 
-OnStep = Callable[[int, int], None]
+Count = Callable[[int], None]
 
 
 def gated(gate: Array) -> RunExperts:
     """Run the experts with their outputs multiplied by `gate` float32 [E]; differentiable."""
 
     def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
-        owner = jnp.repeat(dispatch.tile_expert, dispatch.tile)  # [P]
-        probe = jnp.zeros((0, experts.count.shape[0], experts.width))
-        args = (experts.weights, probe, dispatch, experts.pool)
-        return routed_experts(no_score, x, row_weight * gate[owner], *args), None
+        return run_experts(experts, x, row_weight * gate[row_expert(dispatch)], dispatch)
 
     return run
 
@@ -125,31 +133,12 @@ def nll_ig(
         raise InputError(f"steps={steps} must be at least 1; 4 is enough for ranks")
     chunk = chunk or max(1, 64 // steps)
     starts = range(0, len(tokens), chunk)
-    total, done = ig_visits(source, steps) * len(starts), 0
+    count = counter(ig_visits(source, steps) * len(starts), on_step)
     sums = np.zeros((len(source.config.moe_layers), source.config.moe.num_experts))
-
-    def visit(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_step:
-            on_step(done, total)
-
     for start in starts:
-        part, mask = (pad_rows(v[start : start + chunk], batch) for v in (tokens, valid))
-        x = [embed(source, part[rows], dtype) for rows in row_slices(len(part), batch)]
-        places = contexts(source, mask, batch)
-        fading = _Fading(source, part, mask, steps, batch, dtype)
-        for index in range(len(source)):
-            layer = source.layer(index)
-            if index in source.config.moe_layers:
-                slot = source.config.moe_layers.index(index)
-                sums[slot] -= fading.gate_gradient(index, layer, x, visit) / steps
-                layer = source.layer(index)
-            x = [
-                np.asarray(layer_forward(layer, jnp.asarray(a), place))
-                for a, place in zip(x, places, strict=True)
-            ]
-            visit(1)
+        part = slice(start, start + chunk)
+        text = in_batches(source, tokens[part], valid[part], batch)
+        _add_chunk(sums, source, text, steps, dtype, count)
     return sums
 
 
@@ -159,70 +148,81 @@ def ig_visits(source: LayerSource, steps: int) -> int:
     return layers + 2 * steps * sum(layers - index for index in source.config.moe_layers)
 
 
+def _add_chunk(
+    sums: np.ndarray, source: LayerSource, text: Batches, steps: int, dtype, count: Count
+) -> None:
+    fading = _fading(source, text, steps, dtype, count)
+    slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
+
+    def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
+        if index in slots:
+            sums[slots[index]] -= fading.gate_gradient(index, x) / steps
+        return text.each(x, lambda x, place, rows: layer_forward(layer, x, place))
+
+    sweep(source, text.embedded(source, dtype), step, on_layer=lambda index: count(1))
+
+
+@dataclass(frozen=True, eq=False)
 class _Fading:
-    """The rest of the model behind one faded layer: all steps of the path go through together."""
+    """The rest of a model from one faded layer on: all steps of the path go through together.
 
-    def __init__(self, source, tokens, valid, steps: int, batch: int, dtype):
-        self.source, self.batch = source, batch
-        self.levels = np.repeat((np.arange(steps) + 0.5) / steps, len(tokens) // batch)
-        self.tokens, self.valid = np.tile(tokens, (steps, 1)), np.tile(valid, (steps, 1))
-        self.parts = row_slices(len(self.tokens), batch)
-        self.places = contexts(source, self.valid, batch)
-        self.states = States(source, self.tokens.shape, dtype)
+    Attributes:
+      text: the batches of a chunk, once for each step.
+      steps: of the path.
+      states: where the way up leaves what the way down needs.
+      count: counts passes of the chunk through a layer.
+    """
 
-    def gate_gradient(self, index: int, layer: DecoderLayer, dense, visit) -> np.ndarray:
-        """Gradient [E] at the gates of layer `index`, summed over levels, from its inputs."""
-        assert isinstance(layer.mlp, MoE)
-        x, count = [], layer.mlp.config.num_experts
-        for i, rows in enumerate(self.parts):
-            before = dense[i % len(dense)]
-            middle = attend(layer, jnp.asarray(before), self.places[i])
-            self.states.put(index, rows, before, middle)
-            level = jnp.full(count, self.levels[i], jnp.float32)
-            x.append(np.asarray(_faded(layer, middle, self.places[i], level)))
-        steps = len(self.parts) // len(dense)
-        visit(steps)
-        gradient = self._pull_back(index, self._go_on(index, x, steps, visit), steps, visit)
-        layer = self.source.layer(index)
-        found = np.zeros(count)
-        for i, rows in enumerate(self.parts):
-            middle = self.states.get(index, rows)[1]
-            level = jnp.full(count, self.levels[i], jnp.float32)
-            d_gate = _gate_gradient(layer, middle, self.places[i], level, jnp.asarray(gradient[i]))
-            found += np.asarray(d_gate, np.float64)
-        visit(steps)
+    source: LayerSource
+    text: Batches
+    steps: int
+    states: States
+    count: Count
+
+    def gate_gradient(self, faded: int, dense: list[np.ndarray]) -> np.ndarray:
+        """Gradient [E] at the gates of layer `faded`, summed over steps, from its inputs."""
+        source, text, states = self.source, self.text, self.states
+        found = np.zeros(source.config.moe.num_experts)
+
+        def up(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
+            def run(x: Array, place: Context, rows: slice) -> Array:
+                middle = layer_attend(layer, x, place)
+                states.put(index, rows, x, middle)
+                if index == faded:
+                    return _faded(layer, middle, place, self._gate(rows))
+                return layer_feed_forward(layer, middle, place)
+
+            return text.each(x, run)
+
+        def down(index: int, layer: DecoderLayer, gradient: list[np.ndarray]) -> list[np.ndarray]:
+            def run(d_out: Array, place: Context, rows: slice) -> Array:
+                before, middle = states.get(index, rows)
+                if index > faded:
+                    return layer_backward(layer, before, middle, place, d_out)
+                d_gate = _gate_gradient(layer, middle, place, self._gate(rows), d_out)
+                found[:] += np.asarray(d_gate, np.float64)
+                return d_out
+
+            return text.each(gradient, run)
+
+        layers, tell = range(faded, len(source)), lambda index: self.count(self.steps)
+        last = sweep(source, dense * self.steps, up, layers=layers, on_layer=tell)
+        gradient = loss_gradient(source.head, text, last)
+        sweep(source, gradient, down, layers=reversed(layers), on_layer=tell)
         return found
 
-    def _go_on(self, index: int, x: list[np.ndarray], steps: int, visit) -> list[np.ndarray]:
-        for number in range(index + 1, len(self.source)):
-            layer = self.source.layer(number)
-            for i, rows in enumerate(self.parts):
-                before = jnp.asarray(x[i])
-                middle = attend(layer, before, self.places[i])
-                self.states.put(number, rows, x[i], middle)
-                x[i] = np.asarray(_second_half(layer, middle, self.places[i]))
-            visit(steps)
-        return x
-
-    def _pull_back(self, index: int, x: list[np.ndarray], steps: int, visit) -> list[np.ndarray]:
-        head = self.source.head
-        gradient = []
-        for i, rows in enumerate(self.parts):
-            text = jnp.asarray(self.tokens[rows]), jnp.asarray(self.valid[rows])
-            d_x = loss_and_gradient(head, jnp.asarray(x[i]), *text)[1]
-            gradient.append(np.asarray(d_x))
-        for number in reversed(range(index + 1, len(self.source))):
-            layer = self.source.layer(number)
-            for i, rows in enumerate(self.parts):
-                before, middle = self.states.get(number, rows)
-                d_out = jnp.asarray(gradient[i])
-                d_x = layer_backward(layer, before, middle, self.places[i], d_out)
-                gradient[i] = np.asarray(d_x)
-            visit(steps)
-        return gradient
+    def _gate(self, rows: slice) -> Array:  # [E]
+        """Where the gates stand in a batch: its step is the one whose copy it is of."""
+        step = rows.start // (len(self.text.tokens) // self.steps)
+        experts = self.source.config.moe.num_experts
+        return jnp.full(experts, (step + 0.5) / self.steps, jnp.float32)
 
 
-_second_half = jax.jit(lambda layer, middle, context: layer.feed_forward(middle, context)[0])
+def _fading(source: LayerSource, text: Batches, steps: int, dtype, count: Count) -> _Fading:
+    tokens, valid = (np.tile(rows, (steps, 1)) for rows in (text.tokens, text.valid))
+    batch = text.rows[0].stop
+    copies = in_batches(source, tokens, valid, batch)
+    return _Fading(source, copies, steps, States(source, tokens.shape, dtype), count)
 
 
 @jax.jit
@@ -234,5 +234,4 @@ def _faded(layer: DecoderLayer, middle: Array, context: Context, gate: Array) ->
 def _gate_gradient(
     layer: DecoderLayer, middle: Array, context: Context, gate: Array, d_out: Array
 ) -> Array:  # [E]
-    half = lambda gate: layer.feed_forward(middle, context, gated(gate))[0]  # noqa: E731
-    return jax.vjp(half, gate)[1](d_out)[0]
+    return jax.vjp(lambda gate: _faded(layer, middle, context, gate), gate)[1](d_out)[0]

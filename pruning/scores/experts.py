@@ -21,7 +21,7 @@ from moe_jax.experts.grouped_matmul import (
     walk_tiles,
     weight_bits,
 )
-from moe_jax.experts.moe import Experts
+from moe_jax.experts.pool import Experts
 from moe_jax.experts.swiglu import Projections, combine, expert_rows
 from moe_jax.experts.weights import COLUMNS, ROWS, project, real_rows, tile_tokens
 

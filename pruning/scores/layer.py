@@ -4,20 +4,24 @@ Forward: the closed-form attributions need no gradient at all. Backward: the cot
 that the experts carry is the sum of the channel scores, so no per-token score array ever exists.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import struct
 from jax import Array
 
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import Dispatch, gather_rows, sum_by_expert
-from moe_jax.experts.moe import Experts, MoE, MoETrace, RunExperts
+from moe_jax.experts.moe import MoE, MoETrace
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import RunExperts
 from moe_jax.experts.swiglu import Projections, routed_experts
 from moe_jax.experts.weights import routing_matrix
-from moe_jax.transformer import DecoderLayer, Head
+from moe_jax.stream import Batches
+from moe_jax.transformer import DecoderLayer, Head, next_token_loss
 from pruning.scores.experts import observe_experts, output_sums
 from pruning.scores.own import HiddenRows, Own, own_sums
 
@@ -176,13 +180,6 @@ def layer_backward(
     return attention_backward(layer, x, context, d_middle)
 
 
-def row_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:  # [T, D], [T], [T]
-    """Summed next-token loss of one sequence, nats."""
-    logits = head(x[:-1])
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
-    return jnp.sum(jnp.where(valid[:-1] & valid[1:], nll, 0.0))
-
-
 @jax.jit
 def loss_and_gradient(
     head: Head, x: Array, tokens: Array, valid: Array
@@ -193,7 +190,35 @@ def loss_and_gradient(
     """
 
     def one(row):
-        return jax.value_and_grad(lambda x: row_loss(head, x, row[1], row[2]))(row[0])
+        return jax.value_and_grad(lambda x: next_token_loss(head, x, row[1], row[2]))(row[0])
 
     losses, gradient = jax.lax.map(one, (x, tokens, valid))
     return losses.sum(), gradient
+
+
+def loss_gradient(
+    head: Head,
+    text: Batches,
+    last: list[np.ndarray],
+    on_loss: Callable[[float], None] | None = None,
+) -> list[np.ndarray]:
+    """Where a way down begins: the loss gradient at a text's last hidden states.
+
+    Args:
+      head: of the model.
+      text: the batches.
+      last: last hidden states [b, T, D] of each batch; replaced by their gradients.
+      on_loss: receives each batch's summed loss, nats.
+
+    Returns:
+      `last`.
+    """
+
+    def run(x: Array, place: Context, rows: slice) -> Array:
+        words = jnp.asarray(text.tokens[rows]), jnp.asarray(text.valid[rows])
+        loss, d_x = loss_and_gradient(head, x, *words)
+        if on_loss:
+            on_loss(float(loss))
+        return d_x
+
+    return text.each(last, run)

@@ -57,9 +57,10 @@ class States:
         file = tempfile.TemporaryFile(prefix="moe-states-")
         self.values = np.memmap(file, dtype, "w+", shape=shape)
 
-    def put(self, layer: int, rows: slice, x: np.ndarray, middle: Array) -> None:
+    def put(self, layer: int, rows: slice, x: Array, middle: Array) -> None:
         """Keep a layer's input and its state after attention, each [B, T, D]."""
-        self.values[layer, 0, rows], self.values[layer, 1, rows] = x, np.asarray(middle)
+        for half, state in enumerate((x, middle)):
+            self.values[layer, half, rows] = np.asarray(state)
 
     def get(self, layer: int, rows: slice) -> tuple[Array, Array]:
         """What `put` kept."""
@@ -74,8 +75,3 @@ class States:
     def take(self, layer: int, rows: slice) -> Any:
         """What `keep` kept, once; None if it was not asked to."""
         return self._kept.pop((layer, rows.start), None)
-
-
-def row_slices(count: int, batch: int) -> list[slice]:
-    """Consecutive batches of `count` rows."""
-    return [slice(start, start + batch) for start in range(0, count, batch)]

@@ -9,13 +9,22 @@ from jax import Array
 
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import Experts, MoE
-from moe_jax.experts.swiglu import no_score, routed_experts
-from moe_jax.experts.weights import Weights
-from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import run_experts
+from moe_jax.experts.weights import ExpertWeights
+from moe_jax.stream import (
+    Batches,
+    LayerSource,
+    in_batches,
+    layer_attend,
+    layer_forward,
+    sweep,
+)
 from moe_jax.transformer import DecoderLayer
-from pruning.scores.layer import layer_backward, loss_and_gradient
-from pruning.scores.states import States, row_slices
+from pruning.kit.progress import OnStep, counter
+from pruning.scores.layer import layer_backward, loss_gradient
+from pruning.scores.states import States
 
 
 def weight_gradient_scores(
@@ -25,7 +34,7 @@ def weight_gradient_scores(
     *,
     batch: int = 8,
     dtype=jnp.float32,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Sum over a channel's weights in the three matrices of |W dloss/dW|.
 
@@ -43,58 +52,69 @@ def weight_gradient_scores(
     Returns:
       float64 [L, E, F], in nats summed over the text.
     """
+    text = in_batches(source, tokens, valid, batch)
+    states = States(source, text.tokens.shape, dtype)
+    lowest = source.config.moe_layers[0]  # below it nothing is scored
+    count = counter(2 * len(source) - lowest, on_step)
+
+    def up(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
+        def run(x: Array, place: Context, rows: slice) -> Array:
+            states.put(index, rows, x, layer_attend(layer, x, place))
+            return layer_forward(layer, x, place)
+
+        return text.each(x, run)
+
+    x = sweep(source, text.embedded(source, dtype), up, on_layer=lambda index: count(1))
+    gradient = loss_gradient(source.head, text, x)
+    return _pull_back(source, text, gradient, states, count)
+
+
+def _pull_back(
+    source: LayerSource,
+    text: Batches,
+    gradient: list[np.ndarray],
+    states: States,
+    count: Callable[[int], None],
+) -> np.ndarray:
+    """Scores [L, E, F] from the gradient at the last hidden states."""
     config = source.config
-    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
-    places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
-    states = States(source, tokens.shape, dtype)
-    x = [embed(source, tokens[rows], dtype) for rows in parts]
-    lowest = config.moe_layers[0]  # below it nothing is scored
-    total = 2 * len(source) - lowest
-    for index in range(len(source)):
-        layer = source.layer(index)
-        for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
-            middle = _attend(layer, jnp.asarray(x[i]), place)
-            states.put(index, rows, x[i], middle)
-            x[i] = np.asarray(layer_forward(layer, jnp.asarray(x[i]), place))
-        if on_step:
-            on_step(index + 1, total)
-    gradient = [
-        loss_and_gradient(source.head, jnp.asarray(part), tokens[rows], valid[rows])[1]
-        for part, rows in zip(x, parts, strict=True)
-    ]
-    scores = np.zeros((len(config.moe_layers), config.moe.num_experts, config.moe.d_expert))
-    slots = {layer: slot for slot, layer in enumerate(config.moe_layers)}
-    for index in reversed(range(lowest, len(source))):
-        layer, whole = source.layer(index), None
-        for i, (rows, place) in enumerate(zip(parts, places, strict=True)):
+    lowest, moe = config.moe_layers[0], config.moe
+    scores = np.zeros((len(config.moe_layers), moe.num_experts, moe.d_expert))
+
+    def down(index: int, layer: DecoderLayer, gradient: list[np.ndarray]) -> list[np.ndarray]:
+        whole = None
+
+        def run(d_out: Array, place: Context, rows: slice) -> Array:
+            nonlocal whole
             before, middle = states.get(index, rows)
-            if index in slots:
-                part = _weight_gradient(layer, middle, place, gradient[i])
+            if index in config.moe_layers:
+                part = _weight_gradient(layer, middle, place, d_out)
                 whole = part if whole is None else _add(whole, part)
-            if index > lowest:
-                gradient[i] = layer_backward(layer, before, middle, place, gradient[i])
+            return layer_backward(layer, before, middle, place, d_out) if index > lowest else d_out
+
+        text.each(gradient, run)
         if whole is not None:
-            scores[slots[index]] = np.asarray(_magnitude(layer, whole)).reshape(scores.shape[1:])
-        if on_step:
-            on_step(2 * len(source) - index, total)
+            slot = config.moe_layers.index(index)
+            scores[slot] = np.asarray(_magnitude(layer, whole)).reshape(scores.shape[1:])
+        return gradient
+
+    layers = reversed(range(lowest, len(source)))
+    sweep(source, gradient, down, layers=layers, on_layer=lambda index: count(1))
     return scores
 
 
-_attend = jax.jit(lambda layer, x, context: layer.attend(x, context)[0])
 _add = jax.jit(lambda whole, part: jax.tree.map(jnp.add, whole, part))
 
 
 @jax.jit
 def _weight_gradient(
     layer: DecoderLayer, middle: Array, context: Context, d_out: Array
-) -> Weights:  # float32
+) -> ExpertWeights:  # float32
     assert isinstance(layer.mlp, MoE)
 
-    def half(weights: Weights) -> Array:
+    def half(weights: ExpertWeights) -> Array:
         def run(experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch):
-            probe = jnp.zeros((0, experts.count.shape[0], experts.width))
-            pool = experts.pool
-            return routed_experts(no_score, x, row_weight, weights, probe, dispatch, pool), None
+            return run_experts(experts, x, row_weight, dispatch, weights=weights)
 
         return layer.feed_forward(middle, context, run)[0]
 
@@ -103,7 +123,7 @@ def _weight_gradient(
 
 
 @jax.jit
-def _magnitude(layer: DecoderLayer, gradient: Weights) -> Array:  # [C]
+def _magnitude(layer: DecoderLayer, gradient: ExpertWeights) -> Array:  # [C]
     assert isinstance(layer.mlp, MoE)
     products = jax.tree.map(
         lambda w, d: jnp.sum(jnp.abs(w.astype(jnp.float32) * d), axis=-1),

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.attention.context import Context
-from moe_jax.experts.moe import DenseMLP, Experts, MoE, SharedExpert
+from moe_jax.experts.dense import DenseMLP, SharedExpert
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
 from moe_jax.quant import QTensor, Weight, dequantize, pack_nibbles, unpack_nibbles
 from moe_jax.quantized import quantize_layer
+from moe_jax.stream import layer_attend
 from moe_jax.transformer import DecoderLayer
 from pruning.shrink.gptq_core import Coded, gptq
 from pruning.shrink.moments import (
@@ -36,7 +38,7 @@ MOMENT_BYTES = 1 << 30  # second moments of experts held at a time
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Solved:
     """How many matrices a layer has in 4 bits, and how many of them GPTQ could not do.
 
     A matrix falls back to rounding to nearest when fewer rows than it has inputs reached it, for
@@ -52,7 +54,7 @@ def gptq_layer(
     batches: Sequence[Batch],
     group_size: int,
     moment_bytes: int = MOMENT_BYTES,
-) -> tuple[DecoderLayer, Coverage]:
+) -> tuple[DecoderLayer, Solved]:
     """Quantise a layer's linear weights in the metric of their inputs.
 
     Args:
@@ -69,7 +71,7 @@ def gptq_layer(
     tokens = sum(int(np.asarray(context.valid).sum()) for _, context in batches)
     attention, failed = _attention(layer, rounded.attention, batches, tokens, group_size)
     half = dataclasses.replace(layer, attention=attention)
-    middle = [(np.asarray(_attend(half, jnp.asarray(x), c)), c) for x, c in batches]
+    middle = [(np.asarray(layer_attend(half, jnp.asarray(x), c)), c) for x, c in batches]
     if isinstance(layer.mlp, MoE):
         assert isinstance(rounded.mlp, MoE)
         experts, dropped = _experts(layer, rounded.mlp.experts, middle, group_size, moment_bytes)
@@ -84,12 +86,7 @@ def gptq_layer(
         matrices, failed = 3, failed + missed
     quantised = dataclasses.replace(rounded, attention=attention, mlp=mlp)
     matrices += sum(map(len, attention_groups(layer.attention)))
-    return quantised, Coverage(matrices=matrices, fallbacks=failed)
-
-
-@jax.jit
-def _attend(layer: DecoderLayer, x: Array, context: Context) -> Array:  # [B, T, D]
-    return layer.attend(x, context)[0]
+    return quantised, Solved(matrices=matrices, fallbacks=failed)
 
 
 def _attention(

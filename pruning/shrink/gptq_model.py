@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +13,16 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import InputError
+from moe_jax.files import replace_file, replace_folder, replace_text
 from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
-from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
-from moe_jax.transformer import DecoderLayer, Embedding, Head
-from pruning.shrink.gptq import Coverage, gptq_layer
-from pruning.shrink.moments import Batch
+from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
+from moe_jax.transformer import DecoderLayer
+from pruning.shrink.gptq import Solved, gptq_layer
 
 HELD_OUT = 8  # one window in so many measures errors and enters no second moment
 SUMMARY = "gptq.json"
+Texts = tuple[list[np.ndarray], list[np.ndarray]]  # what is learnt from and what is held out
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LayerErrors:
     Attributes:
       nearest, gptq: squared error of the output by rounding to nearest and by GPTQ, relative to
         the square of what the layer adds to its input.
-      matrices, fallbacks: see `Coverage`.
+      matrices, fallbacks: see `Solved`.
     """
 
     nearest: float
@@ -58,7 +59,8 @@ def quantize_model(
       source: the model, pruned if it is to be; at most one of its layers is held.
       tokens: int32 [B, T] calibration windows, B at least 2; one in eight is held out.
       valid: bool [B, T].
-      folder: where codes and scales go, a file per layer; replaced if it exists.
+      folder: where codes and scales go, a file per layer; replaced if it exists, and absent until
+        it is whole.
       group_size: weights per scale.
       provenance: what the codes depend on, kept in the folder.
       batch: windows per step.
@@ -72,26 +74,47 @@ def quantize_model(
       InputError: fewer than two windows.
     """
     learn, check = _windows(len(tokens))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    seen = batches(source, tokens[learn], valid[learn], batch, dtype)
-    held = batches(source, tokens[check], valid[check], batch, dtype)
+    shutil.rmtree(folder, ignore_errors=True)  # of other codes; the disk need not hold both
+    folder.parent.mkdir(parents=True, exist_ok=True)
     errors = []
-    for index in range(len(source)):
-        layer = source.layer(index)
-        quantised, coverage = gptq_layer(layer, seen, group_size)
-        errors.append(_errors(layer, quantised, held, coverage, group_size))
-        save_file(_stored(quantised), _layer_file(folder, index))
-        seen, held = _step(quantised, seen), _step(quantised, held)
-        if on_layer:
-            on_layer(index)
-    summary = {
-        "provenance": provenance,
-        "group_size": group_size,
-        "layers": [dataclasses.asdict(one) for one in errors],
-    }
-    # Last, so that a folder with a summary is whole.
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def fill(partial: Path) -> None:
+        seen = in_batches(source, tokens[learn], valid[learn], batch)
+        held = in_batches(source, tokens[check], valid[check], batch)
+        errors.extend(_fill(partial, source, seen, held, group_size, dtype, on_layer))
+        summary = {
+            "provenance": provenance,
+            "group_size": group_size,
+            "layers": [dataclasses.asdict(one) for one in errors],
+        }
+        replace_text(partial / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    replace_folder(folder, fill)
+    return errors
+
+
+def _fill(
+    folder: Path,
+    source: LayerSource,
+    seen: Batches,
+    held: Batches,
+    group_size: int,
+    dtype,
+    on_layer,
+) -> list[LayerErrors]:
+    """Write the codes of every layer, learnt from `seen`; returns the errors on `held`."""
+    errors = []
+
+    def step(index: int, layer: DecoderLayer, x: Texts) -> Texts:
+        inputs = list(zip(x[0], seen.places, strict=True))
+        quantised, solved = gptq_layer(layer, inputs, group_size)
+        errors.append(_errors(layer, quantised, held, x[1], solved, group_size))
+        arrays = _stored(quantised)
+        replace_file(_layer_file(folder, index), lambda partial: save_file(arrays, partial))
+        return _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
+
+    first = seen.embedded(source, dtype), held.embedded(source, dtype)
+    sweep(source, first, step, on_layer=on_layer)
     return errors
 
 
@@ -119,41 +142,35 @@ def _windows(number: int) -> tuple[np.ndarray, np.ndarray]:
     return np.setdiff1d(order, check), check
 
 
-def batches(
-    source: LayerSource, tokens: np.ndarray, valid: np.ndarray, batch: int, dtype
-) -> list[Batch]:
-    """Windows [B, T] as inputs of the first layer, `batch` rows at a time."""
-    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
-    places = contexts(source, valid, batch)
-    starts = range(0, len(tokens), batch)
-    return [
-        (embed(source, tokens[start : start + batch], dtype), place)
-        for start, place in zip(starts, places, strict=True)
-    ]
-
-
-def _step(layer: DecoderLayer, inputs: Sequence[Batch]) -> list[Batch]:
-    return [(np.asarray(layer_forward(layer, jnp.asarray(x), c)), c) for x, c in inputs]
+def _forward(layer: DecoderLayer, text: Batches, x: list[np.ndarray]) -> list[np.ndarray]:
+    return text.each(x, lambda x, place, rows: layer_forward(layer, x, place))
 
 
 def _errors(
     layer: DecoderLayer,
     quantised: DecoderLayer,
-    held: Sequence[Batch],
-    coverage: Coverage,
+    held: Batches,
+    x: list[np.ndarray],
+    solved: Solved,
     group_size: int,
 ) -> LayerErrors:
-    rounded, added, nearest, solved = quantize_layer(layer, group_size), 0.0, 0.0, 0.0
-    outputs = zip(
-        held, _step(layer, held), _step(rounded, held), _step(quantised, held), strict=True
+    """Errors of a layer whose input is `x`, left as it is."""
+    rounded = quantize_layer(layer, group_size)
+    exact, near, best = (_forward(each, held, list(x)) for each in (layer, rounded, quantised))
+
+    def square(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+        parts = zip(a, b, held.rows, strict=True)
+        return sum(
+            float(np.square(one - other, dtype=np.float64)[held.valid[rows]].sum())
+            for one, other, rows in parts
+        )
+
+    added = square(exact, x)
+    return LayerErrors(
+        nearest=square(near, exact) / added,
+        gptq=square(best, exact) / added,
+        **dataclasses.asdict(solved),
     )
-    for (x, context), (exact, _), (near, _), (best, _) in outputs:
-        valid = np.asarray(context.valid)
-        square = lambda a, b: float(np.square(a - b, dtype=np.float64)[valid].sum())  # noqa: E731, B023
-        added += square(exact, x)
-        nearest += square(near, exact)
-        solved += square(best, exact)
-    return LayerErrors(nearest / added, solved / added, **dataclasses.asdict(coverage))
 
 
 def _layer_file(folder: Path, index: int) -> Path:
@@ -178,45 +195,32 @@ def _stored(layer: DecoderLayer) -> dict[str, np.ndarray]:
     return arrays
 
 
-@dataclass(frozen=True)
-class CodedSource:
-    """A `LayerSource` whose linear weights are the 4-bit codes in a folder of `quantize_model`."""
+def with_codes(source: LayerSource, folder: Path, group_size: int) -> LayerSource:
+    """A model whose linear weights are the 4-bit codes in a folder of `quantize_model`.
 
-    base: LayerSource
-    folder: Path
-    group_size: int
+    Args:
+      source: the model that the codes were chosen for.
+      folder: of the codes.
+      group_size: weights per scale.
 
-    @property
-    def config(self):
-        """The architecture of the base model."""
-        return self.base.config
+    Returns:
+      The source; each layer's codes are read with it.
+    """
 
-    @property
-    def embedding(self) -> Embedding:
-        """The base model's embedding."""
-        return self.base.embedding
+    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
+        stored = load_file(_layer_file(folder, index))
 
-    @property
-    def head(self) -> Head:
-        """The base model's head."""
-        return self.base.head
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def layer(self, index: int) -> DecoderLayer:
-        """Layer `index` with the stored codes in place of its linear weights."""
-        stored = load_file(_layer_file(self.folder, index))
-
-        def coded(keys, leaf):
+        def code(keys, leaf):
             path = _path(keys)
             if path + ".packed" not in stored:
                 return leaf
             return QTensor(
                 packed=jnp.asarray(stored[path + ".packed"]),
                 scale=jnp.asarray(stored[path + ".scale"]),
-                group_size=self.group_size,
+                group_size=group_size,
                 axis=0 if path.endswith("experts.w_down") else 1,
             )
 
-        return jax.tree.map_with_path(coded, self.base.layer(index))
+        return jax.tree.map_with_path(code, layer)
+
+    return mapped(source, change)

@@ -15,13 +15,16 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import Experts, MoE, run_experts
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts
+from moe_jax.experts.run import run_experts
 from moe_jax.quant import dequantize
-from moe_jax.stream import LayerSource, contexts, embed, layer_forward, pad_rows
+from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.decide import PruningPlan
-from pruning.scores.states import row_slices
 from pruning.shrink.prune import output_bias
+
+Variants = list[list[np.ndarray]]  # of each plan, an array per batch
 
 
 @jax.jit
@@ -71,22 +74,26 @@ def masked_hidden(
     Raises:
       InputError: a plan is of another shape than the model's experts.
     """
-    rows = len(tokens)
-    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
-    places, parts = contexts(source, valid, batch), row_slices(len(tokens), batch)
-    first = np.concatenate([embed(source, tokens[part], dtype) for part in parts])
-    hidden = np.repeat(first[None], len(plans), axis=0)
-    for index in range(len(source)):
-        layer = source.layer(index)
-        for states, plan in zip(hidden, plans, strict=True):
+    text = in_batches(source, tokens, valid, batch)
+
+    def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
+        for x, plan in zip(variants, plans, strict=True):
             masks = _masks(layer, index, plan)
-            for part, place in zip(parts, places, strict=True):
-                x = jnp.asarray(states[part])
-                done = masked_forward(layer, x, place, *masks) if masks else None
-                states[part] = layer_forward(layer, x, place) if done is None else done
-        if on_layer:
-            on_layer(index)
-    return hidden[:, :rows]
+
+            def run(x: Array, place: Context, rows: slice, masks=masks) -> Array:
+                if masks is None:
+                    return layer_forward(layer, x, place)
+                return masked_forward(layer, x, place, *masks)
+
+            text.each(x, run)
+        return variants
+
+    first = text.embedded(source, dtype)
+    last = sweep(source, [list(first) for _ in plans], step, on_layer=on_layer)
+    hidden = np.empty((len(plans), *tokens.shape, source.config.d_model), dtype)
+    for x, out in zip(last, hidden, strict=True):
+        text.joined(x, out)
+    return hidden
 
 
 def _masks(layer: DecoderLayer, index: int, plan: PruningPlan) -> tuple[Array, Array | None] | None:

@@ -13,8 +13,10 @@ from moe_jax.attention.context import Context
 from moe_jax.attention.delta_net import LinearAttention
 from moe_jax.attention.grouped import Attention
 from moe_jax.attention.latent import LatentAttention
+from moe_jax.experts.dense import DenseMLP
 from moe_jax.experts.dispatch import gather_rows
-from moe_jax.experts.moe import DenseMLP, MoE, gated_experts
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.run import gated_experts
 from moe_jax.linear import linear
 from moe_jax.norm import rms_norm
 from moe_jax.transformer import DecoderLayer
@@ -93,7 +95,10 @@ def expert_moments(
         def add(tile: Array, sums: Array) -> Array:
             expert = d.tile_expert[tile] - first
             inside = (expert >= 0) & (expert < size)
-            grow = lambda sums: sums.at[expert].add(_gram(tiles[tile]))  # noqa: E731
+
+            def grow(sums: Array) -> Array:
+                return sums.at[expert].add(_gram(tiles[tile]))
+
             return jax.lax.cond(inside, grow, lambda sums: sums, sums)
 
         empty = jnp.zeros((size, values.shape[-1], values.shape[-1]))

@@ -7,11 +7,11 @@ import numpy as np
 from jax import Array
 
 from moe_jax.errors import InputError
-from moe_jax.experts.moe import Experts, MoE
-from moe_jax.experts.pool import pooled_experts
+from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import Experts, pooled_experts
 from moe_jax.quant import dequantize
-from moe_jax.stream import LayerSource
-from moe_jax.transformer import DecoderLayer, Embedding, Head
+from moe_jax.stream import LayerSource, mapped
+from moe_jax.transformer import DecoderLayer
 from pruning.budget.decide import PruningPlan
 
 
@@ -104,44 +104,29 @@ def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
     return layer.mlp
 
 
-@dataclasses.dataclass(frozen=True)
-class PrunedSource:
-    """A `LayerSource` that prunes each layer of another one as it is read."""
+def PrunedSource(base: LayerSource, plan: PruningPlan, block: int = 128) -> LayerSource:
+    """A model that is pruned layer by layer as it is read.
 
-    base: LayerSource
-    plan: PruningPlan
-    block: int = 128
+    Args:
+      base: the dense model.
+      plan: what each of its layers keeps; layers that it does not name stay as they are.
+      block: channels per step of the products, at most.
 
-    @property
-    def config(self):
-        """The architecture of the base model."""
-        return self.base.config
+    Returns:
+      The source, all of whose pruned layers have pools of one size and share one compilation.
+    """
 
-    @property
-    def embedding(self) -> Embedding:
-        """The base model's embedding."""
-        return self.base.embedding
-
-    @property
-    def head(self) -> Head:
-        """The base model's head."""
-        return self.base.head
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def layer(self, index: int) -> DecoderLayer:
-        """Layer `index`, pruned if the plan covers it."""
-        layer = self.base.layer(index)
-        if index not in self.plan.layer_indices:
+    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
+        if index not in plan.layer_indices:
             return layer
-        slot = self.plan.layer_indices.index(index)
-        keep = self.plan.keep[slot]
-        counts = self.plan.keep.sum(axis=2)  # [L, E]
+        slot = plan.layer_indices.index(index)
+        counts = plan.keep.sum(axis=2)  # [L, E]
         widest = max(1, int(counts.max()))  # a plan may empty every expert
-        block = min(self.block, widest)
-        width = -(-widest // block) * block
-        rows = int(counts.sum(axis=1).max()) + block
+        step = min(block, widest)
+        width = -(-widest // step) * step
+        rows = int(counts.sum(axis=1).max()) + step
         return prune_layer(
-            layer, keep, width=width, rows=rows, block=block, constants=self.plan.added(slot)
+            layer, plan.keep[slot], width=width, rows=rows, block=step, constants=plan.added(slot)
         )
+
+    return mapped(base, change)

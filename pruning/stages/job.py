@@ -19,12 +19,12 @@ from pruning.budget.importance import PlannerOptions
 from pruning.budget.planners import PLANNERS
 from pruning.demo import demo_texts, model_folder
 from pruning.kit.progress import Steps
-from pruning.measure.quality import Quality, Reference, Windows, evaluate, make_windows
+from pruning.measure.quality import Quality, Reference, evaluate
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
-from pruning.shrink.gptq_model import CodedSource
+from pruning.shrink.gptq_model import with_codes
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.card import card_files
@@ -38,6 +38,7 @@ from pruning.text.calibration import (
     token_stream,
 )
 from pruning.text.tokenizer import TextCodec, open_codec
+from pruning.text.windows import Windows, make_windows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -181,7 +182,7 @@ def pruned_source(
     if form is None or not form.is_packed:
         return pruned
     if codes is not None and not form.is_float4:
-        return CodedSource(pruned, codes, form.group_size)
+        return with_codes(pruned, codes, form.group_size)
     return QuantizedSource(pruned, form.group_size, float4=form.is_float4)
 
 

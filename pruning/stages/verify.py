@@ -24,7 +24,7 @@ from moe_jax.quant import MIN_SCALE
 from moe_jax.stream import LayerSource
 from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
-from pruning.shrink.rounding import RoundedExperts
+from pruning.shrink.rounding import bfloat16_experts
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def verify_folder(
             drafting = mtp_prefixes(base.family, base.hf_config)
             fuses = int(version("transformers").partition(".")[0]) >= 5  # experts, in bfloat16
             if fuses and form.is_packed and form.is_padded and not form.is_float4:
-                wanted, settled = settled_logits(RoundedExperts(expected), probe)
+                wanted, settled = settled_logits(bfloat16_experts(expected), probe)
             checks += _client_checks(folder, form, drafting, probe, wanted, settled)
         else:
             logger.info("%s is too large to load again through transformers", folder)

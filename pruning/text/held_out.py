@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pruning.measure.quality import Windows
 from pruning.text.calibration import TokenBatch
+from pruning.text.windows import Windows
 
 RUN = 13  # tokens; shorter runs are phrases that any two texts share
 MUCH = 0.1  # share of runs from which on a loss is not called one on held-out text

@@ -19,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.stream import forward_hidden
-from moe_jax.transformer import init
+from moe_jax.transformer import init, next_token_loss
 from pruning.scores import states
 from pruning.scores.collect import collect_statistics
-from pruning.scores.layer import row_loss
 from tests.bench.shapes import SHAPES, Shape
 
 
@@ -60,7 +59,9 @@ def main() -> None:
     tokens = tokens.astype(np.int32)
     valid = np.ones(tokens.shape, bool)
     losses = jax.jit(
-        lambda head, x: jax.lax.map(lambda row: row_loss(head, *row), (x, tokens, valid)).sum()
+        lambda head, x: jax.lax.map(
+            lambda row: next_token_loss(head, *row), (x, tokens, valid)
+        ).sum()
     )
 
     def with_loss() -> None:

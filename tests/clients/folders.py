@@ -14,10 +14,10 @@ from convert import open_checkpoint
 from convert.clients import Verdict, client_table
 from convert.export import ExportFormat, export_checkpoint
 from pruning.budget.decide import PruningPlan
-from pruning.measure.quality import logits
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from tests.support import tiny
+from tests.support.logits import logits
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (2, 10)).astype(np.int32)
 # Channels of the eight experts of two layers, whole groups: some without any, some with all, and

@@ -19,7 +19,7 @@ from moe_jax.config import (
     ModelConfig,
     MoEConfig,
 )
-from moe_jax.transformer import Transformer, init
+from moe_jax.transformer import Transformer, abstract, init
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -157,3 +157,20 @@ def test_eval_shape_builds_a_model_without_weights(model):
         assert isinstance(shape, jax.ShapeDtypeStruct)
         assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
     assert jax.eval_shape(Transformer.__call__, shapes, TOKENS).shape == (2, 5, 32)
+
+
+def test_an_abstract_model_has_the_shapes_and_dtypes_of_a_real_one_and_no_array(model):
+    real = init(CONFIG, jax.random.key(0), dtype=jnp.bfloat16)
+    found = abstract(CONFIG, dtype=jnp.bfloat16)
+    assert jax.tree.structure(found) == jax.tree.structure(real)
+    for shape, leaf in zip(jax.tree.leaves(found), jax.tree.leaves(real), strict=True):
+        assert isinstance(shape, jax.ShapeDtypeStruct)
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+    huge = CONFIG.replace(vocab_size=1 << 20, d_model=1 << 16)  # a quarter of a terabyte, unmade
+    assert abstract(huge).embedding.weight.shape == (1 << 20, 1 << 16)
+
+
+def test_the_face_lists_and_holds_its_names():
+    assert set(moe_jax.__all__) == set(dir(moe_jax))
+    for name in moe_jax.__all__:
+        assert getattr(moe_jax, name).__name__ == name

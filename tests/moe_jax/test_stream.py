@@ -1,6 +1,7 @@
 """Running layer by layer equals running the whole model, with few compilations."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.stream import forward_hidden, layer_forward, pad_rows
+from moe_jax.stream import forward_hidden, in_batches, layer_forward, mapped, pad_rows, sweep
 from moe_jax.transformer import Transformer, init
 
 CONFIG = ModelConfig(
@@ -114,3 +115,58 @@ def test_rows_are_padded_to_whole_batches_with_zeros():
     np.testing.assert_array_equal(padded[:5], values)
     np.testing.assert_array_equal(padded[5:], 0)
     assert pad_rows(values, 5).shape == (5, 2)
+
+
+def test_a_sweep_down_reads_the_layers_asked_for_in_their_order_and_hands_on_what_each_returns(
+    model,
+):
+    source, finished = Reading(model), []
+    step = lambda index, layer, x: [*x, (index, layer is model.layer(index))]  # noqa: E731
+    found = sweep(source, [], step, layers=reversed(range(1, 4)), on_layer=finished.append)
+    assert found == [(3, True), (2, True), (1, True)]
+    assert source.read == finished == [3, 2, 1]
+
+
+def test_a_sweep_lets_go_of_a_layer_before_it_reads_the_next(model):
+    """A layer of a large model is gigabytes: two at once would be twice the memory."""
+    alive: list[weakref.ref] = []
+
+    class Fresh(Reading):
+        def layer(self, index: int):
+            assert not any(ref() for ref in alive)
+            layer = dataclasses.replace(super().layer(index))
+            alive.append(weakref.ref(layer))
+            return layer
+
+    sweep(Fresh(model), None, lambda index, layer, x: None)
+    assert len(alive) == 4
+
+
+def test_batches_say_where_their_tokens_stand_and_join_without_the_padding(model, text):
+    tokens, valid = text
+    batches = in_batches(model, tokens, valid, 3)
+    assert batches.tokens.shape == (6, 9) and not batches.valid[5:].any()
+    assert batches.rows == (slice(0, 3), slice(3, 6))
+    for place, rows in zip(batches.places, batches.rows, strict=True):
+        np.testing.assert_array_equal(place.valid, batches.valid[rows])
+    x = batches.embedded(model, jnp.float32)
+    seen = []
+    again = batches.each(x, lambda part, place, rows: seen.append(rows) or part + 1)
+    assert again is x and seen == list(batches.rows)
+    joined = batches.joined(x, np.empty((5, 9, 16), np.float32))
+    np.testing.assert_array_equal(joined, model.embedding.weight[tokens] + 1)
+    assert x == []  # so that the text was never held twice
+
+
+def test_a_mapped_source_changes_layers_as_they_are_read_and_nothing_else(model):
+    base, changed = Reading(model), []
+
+    def change(index: int, layer):
+        changed.append(index)
+        return dataclasses.replace(layer, norm_eps=float(index))
+
+    source = mapped(base, change)
+    assert len(source) == 4 and source.config is model.config and changed == base.read == []
+    assert source.embedding is model.embedding
+    assert source.layer(2).norm_eps == 2.0 and base.read == changed == [2]
+    assert source.layer(2).mlp is model.layer(2).mlp

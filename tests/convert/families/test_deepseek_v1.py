@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from convert import find_family, layer_tensors, open_checkpoint, outer_tensors
 from convert.export import ExportFormat, export_checkpoint
 from pruning.budget.decide import PruningPlan
-from pruning.measure.quality import logits
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from tests.support import tiny
+from tests.support.logits import logits
 
 CONFIG = {
     "model_type": "deepseek",

@@ -15,11 +15,11 @@ from convert.export import ExportFormat, export_bytes, export_checkpoint
 from moe_jax.experts.router import route
 from moe_jax.quant import dequantize
 from pruning.budget.decide import PruningPlan
-from pruning.measure.quality import logits
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.sizes import kept_widths
 from tests.support import tiny
+from tests.support.logits import logits
 from tests.support.variants import EXPORTED, VARIANTS
 
 TOKENS = np.random.default_rng(1).integers(0, 96, (2, 12)).astype(np.int32)

@@ -18,7 +18,6 @@ from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, layer_forward
 from pruning.budget.decide import PruningPlan
 from pruning.budget.whole_experts import replacement_vectors
-from pruning.measure.quality import logits
 from pruning.scores.ablation import Ablation, ablate
 from pruning.scores.collect import collect_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
@@ -27,6 +26,7 @@ from pruning.shrink.prune import PrunedSource, mask_layer
 from tests.convert.families.test_families import unpack_float4
 from tests.support import tiny
 from tests.support.command import given, refused, run
+from tests.support.logits import logits
 
 EXPERTS, CHANNELS = 8, 32
 SIZES = {"intermediate_size": CHANNELS, "hidden_size": 32, "num_hidden_layers": 2}

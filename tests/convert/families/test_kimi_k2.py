@@ -12,9 +12,9 @@ import transformers
 from convert import open_checkpoint
 from convert.export import ExportFormat, export_checkpoint
 from pruning.budget.decide import PruningPlan
-from pruning.measure.quality import logits
 from pruning.shrink.prune import PrunedSource
 from tests.support import tiny
+from tests.support.logits import logits
 
 TOKENS = np.random.default_rng(2).integers(0, 96, (2, 9)).astype(np.int32)
 # Kimi-K2's own: one group of experts, and a YaRN ramp without any width.

@@ -20,7 +20,7 @@ from moe_jax.stream import forward_hidden
 from pruning.budget.decide import PruningPlan
 from pruning.scores.collect import collect_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
-from pruning.shrink.gptq_model import CodedSource, quantize_model
+from pruning.shrink.gptq_model import quantize_model, with_codes
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
 from tests.convert.families.test_families import unpack
@@ -225,7 +225,7 @@ def coded(plan, tmp_path_factory):
     found = quantize_model(
         pruned, tokens, np.ones(tokens.shape, bool), path / "codes", group_size=32, provenance={}
     )
-    return base, pruned, CodedSource(pruned, path / "codes", 32), found
+    return base, pruned, with_codes(pruned, path / "codes", 32), found
 
 
 def test_gptq_rounds_all_but_linear_attention(coded, plan):

@@ -11,7 +11,7 @@ import torch
 from convert import find_family, load_model
 from convert.families.hf_config import rope_config
 from moe_jax.attention.context import make_context
-from moe_jax.generate import generate
+from moe_jax.generation import generate
 from moe_jax.stream import layer_forward
 from tests.support import tiny
 

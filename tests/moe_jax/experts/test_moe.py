@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import MoEConfig
 from moe_jax.experts.moe import MoE
-from moe_jax.transformer import dense_experts
+from moe_jax.experts.pool import dense_experts
 
 E, D, F = 12, 8, 4
 SIZES = {"num_experts": E, "experts_per_token": 3, "d_expert": F}

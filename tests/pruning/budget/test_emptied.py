@@ -15,7 +15,6 @@ from convert.export import ExportFormat, export_bytes, export_checkpoint
 from convert.layout import BFLOAT16
 from moe_jax.stream import forward_hidden
 from pruning.budget.plan import PruningPlan
-from pruning.measure.quality import logits
 from pruning.runs.apply import apply_plan
 from pruning.scores.statistics import ChannelStatistics, field_shapes, load_statistics
 from pruning.shrink.masked import masked_hidden
@@ -25,6 +24,7 @@ from pruning.stages.sizes import kept_widths, parameters_left
 from tests.convert.families.test_families import TOKENS, plan_for
 from tests.support import tiny
 from tests.support.command import given, refused, run
+from tests.support.logits import logits
 from tests.support.plans import plan_of
 
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.transformer import init
-from pruning.measure.quality import evaluate, make_windows
+from pruning.measure.quality import evaluate
+from pruning.text.windows import make_windows
 from tests.pruning.scores.test_layer import CONFIG
 
 

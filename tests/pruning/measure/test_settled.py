@@ -15,11 +15,11 @@ from convert.checkpoint import open_checkpoint
 from convert.reader import SafetensorsFolder
 from moe_jax.config import MoEConfig
 from moe_jax.experts.router import SCORE_ROUNDING, is_settled, route
-from moe_jax.stream import contexts, embed
-from pruning.measure.quality import logits
+from moe_jax.stream import in_batches
 from pruning.measure.settled import settled_logits
 from pruning.stages.verify import logit_check
 from tests.support import command, tiny
+from tests.support.logits import logits
 
 E, K = 8, 3
 ROUTERS = {
@@ -83,11 +83,11 @@ def test_positions_behind_a_near_tie_in_their_window_are_not_settled(models):
     source = open_checkpoint(models / "single", dtype=jnp.float32)
     tokens = np.random.default_rng(0).integers(0, 300, (5, 12)).astype(np.int32)
     # By hand: half the gap at the edge of the selection, as a share of the token's largest logit.
-    places, margin = contexts(source, np.ones(tokens.shape, bool), 5), np.full(tokens.shape, np.inf)
-    x = jnp.asarray(embed(source, tokens, jnp.float32))
+    text = in_batches(source, tokens, np.ones(tokens.shape, bool), 5)
+    x, margin = jnp.asarray(text.embedded(source, jnp.float32)[0]), np.full(tokens.shape, np.inf)
     for index in range(len(source)):
         layer = source.layer(index)
-        x, trace = layer.trace(x, places[0])
+        x, trace = layer.trace(x, text.places[0])
         if trace is not None:
             ranked = np.sort(np.asarray(trace.logits, np.float64), axis=-1)
             k = source.config.moe.experts_per_token

@@ -1,8 +1,6 @@
 """What `--help` lists of registries that it may not import."""
 
-from pruning.budget.smoothing import SMOOTHINGS
-
-from pruning.budget.importance import WEIGHTS
+from pruning.budget.importance import IMPORTANCE, SMOOTHINGS
 from pruning.budget.planners import PLANNERS
 from pruning.recipe import names
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
@@ -13,5 +11,5 @@ def test_the_names_in_help_are_those_of_the_registries():
     assert names.CRITERIA == tuple(CHANNEL_CRITERIA)
     assert names.ATTRIBUTIONS == tuple(EXPERT_CRITERIA)
     assert names.PLANNERS == tuple(PLANNERS)
-    assert names.WEIGHTS == tuple(WEIGHTS)
+    assert names.WEIGHTS == tuple(IMPORTANCE)
     assert names.SMOOTHINGS == tuple(SMOOTHINGS)

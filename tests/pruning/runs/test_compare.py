@@ -10,7 +10,7 @@ from rich.console import Console
 
 from convert.checkpoint import open_checkpoint
 from moe_jax.norm import rms_norm
-from moe_jax.stream import contexts, embed, forward_hidden, layer_forward
+from moe_jax.stream import forward_hidden, in_batches, layer_forward
 from pruning.budget.decide import PruningPlan
 from pruning.budget.rules import RULES as KNOWN_RULES
 from pruning.budget.whole_experts import replacement_vectors
@@ -73,8 +73,8 @@ def test_a_constant_stands_in_with_the_routing_weight_of_its_expert(source):
 
 def routing_weights(source, tokens, valid) -> np.ndarray:
     # The last layer's router by numpy, on hidden states of the layers before it.
-    x = jnp.asarray(embed(source, tokens, jnp.float32))
-    (place,) = contexts(source, valid, len(tokens))
+    text = in_batches(source, tokens, valid, len(tokens))
+    x, place = jnp.asarray(text.embedded(source, jnp.float32)[0]), text.places[0]
     for index in range(len(source) - 1):
         x = layer_forward(source.layer(index), x, place)
     layer = source.layer(len(source) - 1)

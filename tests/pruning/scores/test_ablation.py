@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.transformer import Transformer, dense_experts
+from moe_jax.experts.pool import dense_experts
+from moe_jax.transformer import Transformer
 from pruning.scores.ablation import Ablation, ablate, layer_visits
 from tests.support.loud import loud_model, unequal_text
 

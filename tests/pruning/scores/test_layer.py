@@ -12,7 +12,7 @@ import pytest
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.experts.dispatch import sum_by_expert
 from moe_jax.experts.grouped_matmul import on_cpu
-from moe_jax.experts.moe import gated_experts
+from moe_jax.experts.run import gated_experts
 from moe_jax.transformer import Transformer, init
 from pruning.scores import states
 from pruning.scores.collect import collect_statistics

@@ -14,22 +14,27 @@ from convert.export import ExportFormat, export_checkpoint
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import dequantize
 from moe_jax.quantized import quantize_layer
-from moe_jax.stream import layer_forward
+from moe_jax.stream import in_batches, layer_forward
 from moe_jax.transformer import init
 from pruning.budget.decide import PruningPlan
-from pruning.measure.quality import logits
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.shrink.gptq import gptq_layer
-from pruning.shrink.gptq_model import CodedSource, batches, quantize_model, read_summary
-from pruning.shrink.moments import attention_moments, expert_moments
+from pruning.shrink.gptq_model import quantize_model, read_summary, with_codes
+from pruning.shrink.moments import Batch, attention_moments, expert_moments
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.job import open_job
 from tests.convert.families.test_families import unpack
 from tests.pruning.scores.test_layer import CONFIG
 from tests.support import tiny
 from tests.support.command import given, run
+from tests.support.logits import logits
 
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64}
+
+
+def first_inputs(source, tokens, valid, batch: int) -> list[Batch]:
+    text = in_batches(source, tokens, valid, batch)
+    return list(zip(text.embedded(source, jnp.float32), text.places, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def demo():
     """The first layer of the shipped model and real inputs of it."""
     job = open_job(CompressionRecipe(model="demo", output="unused", max_tokens=10240))
     tokens, valid = job.calibration.tokens, job.calibration.valid
-    inputs = batches(job.base, tokens, valid, 8, jnp.float32)
+    inputs = first_inputs(job.base, tokens, valid, 8)
     return job.base.layer(0), inputs[:4], inputs[4]
 
 
@@ -105,7 +110,7 @@ def test_starved_experts_are_rounded_to_nearest_and_counted():
     config, group = CONFIG, 4
     source = init(config, jax.random.key(0))
     tokens = np.arange(2 * 16).reshape(2, 16).astype(np.int32)
-    inputs = batches(source, tokens, np.ones((2, 16), bool), 2, jnp.float32)
+    inputs = first_inputs(source, tokens, np.ones((2, 16), bool), 2)
     layer = source.layer(0)
     assert isinstance(layer.mlp, MoE)
     quantised, coverage = gptq_layer(layer, inputs, group)
@@ -146,7 +151,7 @@ def coded(request, tmp_path_factory):
 @pytest.mark.parametrize("name", ["ragged-int4", "layered-int4", "padded-int4"])
 def test_an_export_holds_the_codes_bit_for_bit(coded, tmp_path, name):
     base, plan, codes, tokens = coded
-    source = CodedSource(PrunedSource(base, plan), codes, 32)
+    source = with_codes(PrunedSource(base, plan), codes, 32)
     widths = (tuple(plan.counts[0].tolist()), ())
     folder = export_checkpoint(source, base, widths, tmp_path / name, ExportFormat(name, 32))
     plain, layer = unpack(folder), source.layer(0)
@@ -176,7 +181,7 @@ def test_an_export_holds_the_codes_bit_for_bit(coded, tmp_path, name):
 
 def test_an_export_with_another_group_size_than_the_codes_is_refused(coded, tmp_path):
     base, plan, codes, _ = coded
-    source = CodedSource(PrunedSource(base, plan), codes, 32)
+    source = with_codes(PrunedSource(base, plan), codes, 32)
     full = tuple(64 if count else 0 for count in plan.counts[0].tolist())
     with pytest.raises(ValueError, match=r"one scale per 32 weights.*instead of 64"):
         export_checkpoint(source, base, (full, ()), tmp_path / "x", ExportFormat("ragged-int4", 64))
@@ -222,3 +227,19 @@ def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
     again = load_file(moved / "exports" / "ragged-int4" / "model.safetensors")
     assert first.keys() == again.keys()
     assert all(first[name].tobytes() == again[name].tobytes() for name in first)
+
+
+def test_a_run_that_dies_leaves_no_folder_that_looks_whole(tmp_path):
+    source = init(CONFIG, jax.random.key(0))
+    tokens = np.zeros((2, 8), np.int32)
+
+    def die(index: int) -> None:
+        (partial,) = tmp_path.iterdir()
+        assert len(list(partial.iterdir())) == index + 1
+        if index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(source, tokens, tokens == 0, tmp_path / "codes", group_size=4,
+                       provenance={}, on_layer=die)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.attention.context import make_context
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.experts.moe import gated_experts
+from moe_jax.experts.run import gated_experts
 from moe_jax.quant import QTensor, dequantize, quantize
 from moe_jax.stream import forward_hidden, layer_forward
 from moe_jax.transformer import Transformer, init

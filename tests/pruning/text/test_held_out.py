@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.measure.quality import make_windows
 from pruning.report.comparison import Comparison
 from pruning.text.calibration import TokenBatch
 from pruning.text.held_out import MUCH, RUN, not_held_out, seen_shares
+from pruning.text.windows import make_windows
 from tests.support import command
 
 

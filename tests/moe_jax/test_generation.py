@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import LatentAttentionConfig, LinearAttentionConfig
-from moe_jax.generate import generate
+from moe_jax.generation import generate
 from moe_jax.transformer import init
 from tests.pruning.scores.test_layer import CONFIG
 

@@ -47,33 +47,24 @@ def generate(
     Raises:
       InputError: if a prompt is empty or the text would not fit the model's context.
     """
-    c = model.config
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if not prompts or min(len(prompt) for prompt in prompts) == 0:
-        raise InputError("every prompt needs at least one token; start with the model's bos token")
+    c, (current, mask) = model.config, _left_padded(prompts)
+    longest = current.shape[1]
     slots = longest + max_new_tokens
     if slots > c.max_position:
         raise InputError(
             f"{longest} prompt tokens + max_new_tokens={max_new_tokens} exceed the context of "
             f"{c.max_position} positions; shorten one of them"
         )
-    tokens = np.zeros((len(prompts), longest), np.int32)
-    valid = np.zeros((len(prompts), longest), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = prompt
-        valid[row, longest - len(prompt) :] = True
     caches = init_caches(c, len(prompts), slots, dtype)
     key, position = jax.random.key(seed), jnp.zeros(len(prompts), jnp.int32)
-    current, mask = tokens, valid
     written: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
         context = make_context(c.attention, c.max_position, mask, position, slots)
         x = model.embedding(current, dtype)
         for index in range(len(model)):
             x, caches[index] = _step(model.layer(index), x, context, caches[index])
-        logits = _next_logits(model.head, x)
         key, now = jax.random.split(key)
-        chosen = _choose(logits, now, temperature, top_k)
+        chosen = _choose(_next_logits(model.head, x), now, temperature, top_k)
         for row, token in zip(written, np.asarray(chosen).tolist(), strict=True):
             if not (row and row[-1] in stop):
                 row.append(token)
@@ -82,6 +73,19 @@ def generate(
         position = context.position[:, -1] + 1
         current, mask = chosen[:, None], jnp.ones((len(prompts), 1), bool)
     return written
+
+
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | Array]:
+    """Tokens int32 [B, T] and which of them are no padding, bool [B, T]."""
+    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+        raise InputError("every prompt needs at least one token; start with the model's bos token")
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    valid = np.zeros((len(prompts), longest), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = prompt
+        valid[row, longest - len(prompt) :] = True
+    return tokens, valid
 
 
 @jax.jit

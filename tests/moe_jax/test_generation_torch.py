@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from convert import load_model
-from moe_jax.generate import generate
+from moe_jax.generation import generate
 from tests.support import tiny
 
 PROMPTS = [[3, 9, 27, 81, 17, 50, 4], [5], [60, 61, 62, 63]]

@@ -1,0 +1,62 @@
+"""A text as overlapping windows in which every token is predicted once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text as overlapping windows whose scored positions cover every token but the first once.
+
+    Attributes:
+      tokens: int32 [B, T].
+      valid: bool [B, T].
+      scored: bool [B, T - 1], position t scores the prediction of token t + 1.
+      window, stride: tokens.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    scored: np.ndarray
+    window: int
+    stride: int
+
+
+def make_windows(
+    tokens: Sequence[int] | np.ndarray, *, window: int, stride: int | None = None
+) -> Windows:
+    """Cut a token stream into windows.
+
+    Args:
+      tokens: the text.
+      window: tokens a prediction may see, at most.
+      stride: tokens between window starts, below `window`; default half of it, so that every
+        prediction but the first window's sees at least half a window.
+
+    Returns:
+      The windows.
+
+    Raises:
+      InputError: fewer than two tokens, or a stride outside [1, window).
+    """
+    stride = max(1, window // 2) if stride is None else stride
+    if len(tokens) < 2:
+        raise InputError(f"the text has {len(tokens)} tokens; at least 2 are needed to score one")
+    if not 1 <= stride < window:
+        raise InputError(f"stride={stride} must lie in [1, window={window})")
+    rows, masks, scores = [], [], []
+    stream, reached, start = np.asarray(tokens, np.int32), 1, 0
+    while reached < len(stream):
+        end = min(start + window, len(stream))
+        row = np.zeros(window, np.int32)
+        row[: end - start] = stream[start:end]
+        target = start + 1 + np.arange(window - 1)
+        rows.append(row)
+        masks.append(np.arange(window) < end - start)
+        scores.append((target >= reached) & (target < end))
+        reached, start = end, start + stride
+    return Windows(np.stack(rows), np.stack(masks), np.stack(scores), window, stride)
