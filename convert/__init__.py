@@ -13,9 +13,10 @@ if TYPE_CHECKING:
         outer_tensors,
     )
     from convert.families import FAMILIES, find_family
+    from convert.portable import portable_config
     from convert.reader import CheckpointError, SafetensorsFolder
     from convert.rules import Family, expected_tensors
-    from convert.writer import portable_config, write_folder
+    from convert.writer import write_folder
 
 __all__ = [
     "FAMILIES",
@@ -44,6 +45,7 @@ _HOMES = {
     "families": ("FAMILIES", "find_family"),
     "reader": ("CheckpointError", "SafetensorsFolder"),
     "rules": ("Family", "expected_tensors"),
-    "writer": ("portable_config", "write_folder"),
+    "portable": ("portable_config",),
+    "writer": ("write_folder",),
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)

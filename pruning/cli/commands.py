@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.export_format import FORMATS
 from convert.mtp import mtp_layers
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
@@ -17,7 +18,6 @@ from pruning.cli.flags import recipe_from
 from pruning.cli.option_checks import check_estimate, check_evaluation
 from pruning.kit.progress import Steps
 from pruning.measure.quality import make_windows
-from pruning.recipe.exports import EXPORTS
 from pruning.recipe.options import PlanOptions, fields_of
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.report.audit_page import audit_tables
@@ -35,7 +35,7 @@ from pruning.stages import gptq as gptq_stage
 from pruning.stages import job as stages
 from pruning.stages import preflight
 from pruning.stages import score as scoring
-from pruning.stages.sizes import folder_bytes, form_of, mtp_parameters, parameter_count
+from pruning.stages.sizes import folder_bytes, form_of
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.stages.verify import random_probe, require_verified, written_mtp
 from pruning.text.calibration import TextSource
@@ -69,17 +69,17 @@ def score(options: Options) -> None:
 def inspect(options: Options) -> dict:
     """What a checkpoint is, as JSON."""
     base = open_checkpoint(stages.model_folder(options.model))
-    c = base.config
-    routed = sum(map(sum, base.widths)) * 3 * c.d_model
-    total = parameter_count(base)
+    about, c = base.about, base.config
+    routed = sum(map(sum, about.widths)) * 3 * c.d_model
+    total = about.weights()
     return {
-        "folder": str(base.folder),
-        "family": base.family.model_type,
-        "bytes": folder_bytes(base.folder),
+        "folder": str(about.folder),
+        "family": about.family.model_type,
+        "bytes": folder_bytes(about.folder),
         "parameters": total,
-        "mtp_layers": mtp_layers(base.family, base.hf_config) if base.mtp else 0,
-        "mtp_tensors": len(base.mtp),
-        "mtp_parameters": mtp_parameters(base),
+        "mtp_layers": mtp_layers(about.family, about.hf_config) if about.mtp else 0,
+        "mtp_tensors": len(about.mtp),
+        "mtp_parameters": about.mtp_weights,
         "routed_expert_parameters": routed,
         "routed_share": round(routed / total, 4),
         "layers": c.num_layers,
@@ -98,7 +98,7 @@ def inspect(options: Options) -> dict:
 def estimate(options: Options) -> None:
     """What a compression gives and costs; prints tables, one set per prune rate."""
     check_estimate(options)
-    base = estimating.open_description(stages.model_folder(options.recipe.model))
+    base = estimating.open_described(stages.model_folder(options.recipe.model))
     found = estimating.estimates(
         base, options.recipe, options.rates,
         tensor_parallel=options.tensor_parallel,
@@ -189,14 +189,14 @@ def verify(options: Options) -> list[dict]:
     """Check every export of a folder."""
     recipe = stored_recipe(options.folder, options)
     base, result = stored_base(recipe), PruningPlan.load(options.folder)
-    folders = [path for name in EXPORTS if (path := options.folder / "exports" / name).is_dir()]
+    folders = [path for name in FORMATS if (path := options.folder / "exports" / name).is_dir()]
     if not folders:
         raise InputError(f"{options.folder}/exports holds nothing; run `moe-compress export` first")
     checks = []
     for target in folders:
         # `export` may have been told otherwise than the recipe.
         form = form_of(recipe, target.name, result)
-        form = dataclasses.replace(form, mtp=written_mtp(target, base))
+        form = dataclasses.replace(form, mtp=written_mtp(target, base.about))
         codes = stages.codes_folder(recipe)
         checks += stages.verify(base, result, form, target, random_probe(base), codes)
     require_verified(checks)
@@ -217,7 +217,7 @@ def evaluate(options: Options) -> dict | None:
     else:
         base = open_checkpoint(stages.model_folder(str(options.folder)))
         sources = {"model": base}
-    codec = open_codec(base.folder, base.config.vocab_size)
+    codec = open_codec(base.about.folder, base.config.vocab_size)
     window = min(options.window or 2048, base.config.max_position)
     texts = {}
     for path in options.text:

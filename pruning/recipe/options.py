@@ -9,8 +9,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from convert.export_format import GROUP_SIZES, FormatName
 from moe_jax.errors import InputError
-from pruning.recipe.exports import GROUP_SIZES, Export
 from pruning.recipe.values import layer_rates, typed
 
 BUDGETS = ("prune_rate", "target_parameters", "target_bytes")  # one of them at most
@@ -298,7 +298,7 @@ class ExportOptions(Options):
     """Export: the formats, and their bits."""
 
     export: Annotated[
-        tuple[Export, ...],
+        tuple[FormatName, ...],
         About("formats to write: ragged (a width per expert), layered (per layer) or padded (one)"),
     ] = ()
     bits: Annotated[Literal[4, 16], About("of the weights")] = 4

@@ -33,8 +33,6 @@ from pruning.stages.sizes import (
     export_sizes,
     folder_bytes,
     form_of,
-    mtp_parameters,
-    parameter_count,
 )
 from pruning.stages.verify import PROBE_TOKENS, PROBE_WINDOWS, random_probe, require_verified
 from pruning.text.held_out import seen_shares
@@ -65,10 +63,10 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     preflight.prepare(job, steps)
     statistics, provenance = scoring.score(job, steps)
     with steps.bar("plan"):
-        plan = planning.plan(job.recipe, statistics, provenance, job.base)
+        plan = planning.plan(job.recipe, statistics, provenance, job.base.about)
         output_folder.drop_stale_exports(job.output, plan)
         plan.save(job.output)
-    sizes = export_sizes(job.base, plan, job.recipe)
+    sizes = export_sizes(job.base.about, plan, job.recipe)
     preflight.say_sizes(sizes, steps)
     codes = gptq_stage.quantize(job, plan, steps)
     checks = []
@@ -133,14 +131,14 @@ def _sample(job: Job, steps: Steps) -> dict:
     folder = min(folders, key=folder_bytes)
     windows = next(iter(job.evaluation.values()), None)
     shown = job.calibration if windows is None else windows
-    if folder_bytes(job.base.folder) > SAMPLE_BYTES or not len(shown.tokens):
+    if folder_bytes(job.base.about.folder) > SAMPLE_BYTES or not len(shown.tokens):
         return {"prompt": "", "dense": "", "compressed": "", "export": folder.name}
     prompt = shown.tokens[0, shown.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
     room = job.base.config.max_position - len(prompt)
     stop = () if job.codec.end is None else (job.codec.end,)
     texts = {}
     with steps.bar("sample"):
-        for name, path in (("dense", job.base.folder), ("compressed", folder)):
+        for name, path in (("dense", job.base.about.folder), ("compressed", folder)):
             model = load_model(path)
             new = generate(model, [prompt], max_new_tokens=min(SAMPLE_NEW_TOKENS, room), stop=stop)[
                 0
@@ -183,12 +181,12 @@ def _sizes(job: Job, statistics: ChannelStatistics, plan: PruningPlan, planned) 
         exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
     whole = np.full_like(plan.counts, plan.keep.shape[2])
     return {
-        "source_bytes": folder_bytes(job.base.folder),
+        "source_bytes": folder_bytes(job.base.about.folder),
         "channels": int(plan.keep.size),
         "channels_kept": int(plan.counts.sum()),
         "active_parameters": {
-            "source": active_parameters(job.base, whole, statistics),
-            "exports": active_parameters(job.base, plan.counts, statistics),
+            "source": active_parameters(job.base.about, whole, statistics),
+            "exports": active_parameters(job.base.about, plan.counts, statistics),
         },
         "exports": exports,
     }
@@ -210,14 +208,14 @@ def _report(
     )
     fractions, curves = concentration(scores.channel)
     windows = next(iter(job.evaluation.values()), None)
-    options = planning.planner_arguments(recipe, job.base)["options"]
+    options = planning.planner_arguments(recipe, job.base.about)["options"]
     return CompressionReport(
         model={
             "path": recipe.model,
-            "family": job.base.family.model_type,
+            "family": job.base.about.family.model_type,
             "fingerprint": job.base.fingerprint,
-            "parameters": parameter_count(job.base) + mtp_parameters(job.base),
-            "bytes": folder_bytes(job.base.folder),
+            "parameters": job.base.about.weights() + job.base.about.mtp_weights,
+            "bytes": folder_bytes(job.base.about.folder),
         },
         recipe={k: list(v) if isinstance(v, tuple) else v
                 for k, v in dataclasses.asdict(recipe).items()},

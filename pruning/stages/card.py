@@ -10,8 +10,7 @@ import yaml
 
 from convert.checkpoint import Checkpoint
 from convert.clients import client_table
-from convert.export import ExportFormat, export_bytes, export_config, export_specs
-from convert.mtp import mtp_width
+from convert.export_format import ExportFormat
 from moe_jax.config import LatentAttentionConfig
 from moe_jax.files import replace_text
 from pruning.budget.decide import PruningPlan
@@ -19,13 +18,7 @@ from pruning.budget.record import tool_version
 from pruning.demo import DEMO
 from pruning.report.card import model_card
 from pruning.report.card_facts import CardFacts, Quality
-from pruning.stages.sizes import (
-    folder_bytes,
-    kept_widths,
-    mtp_parameters,
-    parameter_count,
-    parameters_left,
-)
+from pruning.stages.sizes import export_of, folder_bytes
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -36,8 +29,8 @@ def card_files(
 ) -> dict[str, str | Path]:
     """Files of a new export by name: its card, on which nothing is measured yet, and the base's."""
     files: dict[str, str | Path] = {CARD: model_card(card_facts(base, plan, form, quantizer))}
-    if (base.folder / CARD).is_file():
-        files[BASE_CARD] = base.folder / CARD
+    if (base.about.folder / CARD).is_file():
+        files[BASE_CARD] = base.about.folder / CARD
     return files
 
 
@@ -78,23 +71,24 @@ def card_facts(
     evaluation: Mapping[str, Any] | None = None,
 ) -> CardFacts:
     """What the card of an export says, from shapes, the plan and the base folder alone."""
-    widths, counts = kept_widths(plan, base), plan.counts
-    repository, revision = hub_origin(base.folder)
+    about, counts = base.about, plan.counts
+    folder, export = about.folder, export_of(about, plan, form)
+    repository, revision = hub_origin(folder)
     packed = form.is_packed
-    plain = dataclasses.replace(form, name=f"{form.name.partition('-')[0]}-bf16")
-    stored = (shape for _, shape in export_specs(base, widths, plain).values())
-    verdicts = client_table(base, widths, form)
+    plain = dataclasses.replace(export, form=form.like(storage="bf16"))
+    stored = (shape for _, shape in plain.specs.values())
+    verdicts = client_table(export)
     return CardFacts(
-        model=repository or _folder_name(base.folder),
+        model=repository or _folder_name(folder),
         repository=repository,
         revision=revision,
-        inherited=_inherited(base.folder / CARD),
-        has_base_card=(base.folder / CARD).is_file(),
+        inherited=_inherited(folder / CARD),
+        has_base_card=(folder / CARD).is_file(),
         model_hash=base.fingerprint,
         plan_hash=plan.tensors_hash,
         provenance=plan.provenance,
-        family=base.family.model_type,
-        written_as=export_config(base, widths, form)["model_type"],
+        family=about.family.model_type,
+        written_as=export.config["model_type"],
         form=form.name,
         group_size=form.group_size if packed else None,
         quantizer=("rtn" if form.is_float4 else quantizer) if packed else None,
@@ -104,17 +98,17 @@ def card_facts(
         experts=int(counts.size),
         emptied=int((counts == 0).sum()),
         has_constants=plan.constants is not None,
-        parameters=parameter_count(base) + mtp_parameters(base),
-        parameters_left=parameters_left(base, plan, form),
+        parameters=about.weights() + about.mtp_weights,
+        parameters_left=export.parameters,
         parameters_stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),
-        source_bytes=folder_bytes(base.folder),
-        written_bytes=export_bytes(base, widths, form),
+        source_bytes=folder_bytes(folder),
+        written_bytes=export.nbytes,
         clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
-        mtp=form.mtp if base.mtp else None,
-        mtp_width=mtp_width(base, widths, form),
+        mtp=form.mtp if about.mtp else None,
+        mtp_width=export.mtp_width,
         has_linear_attention=bool(base.config.linear_layers),
         has_latent_attention=isinstance(base.config.attention, LatentAttentionConfig),
-        has_tokenizer=any(base.folder.glob("tokenizer*")),
+        has_tokenizer=any(folder.glob("tokenizer*")),
         quality=quality,
         evaluation=evaluation or {},
         version=tool_version(),

@@ -114,4 +114,4 @@ def _kept_set(job: Job) -> Callable[[ChannelStatistics], np.ndarray | None]:
     if NEEDS_WHOLE_TEXT & {job.recipe.criterion, job.recipe.attribution}:
         return lambda statistics: None
     notes = {"model_hash": job.base.fingerprint}
-    return lambda statistics: planning.plan(job.recipe, statistics, notes, job.base).keep
+    return lambda statistics: planning.plan(job.recipe, statistics, notes, job.base.about).keep

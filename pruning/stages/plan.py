@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from convert.description import Description
-from convert.export import export_bytes
+from convert.export import Export
 from pruning.budget.budgets import nested_plans
 from pruning.budget.decide import PruningPlan, plan_pruning
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.targets import plan_for_target
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics
-from pruning.stages.sizes import expert_widths, form_of, weight_count
+from pruning.stages.sizes import expert_widths, form_of
 
 # Options of a recipe that decide what is scored, and how.
 SCORING = (
@@ -115,13 +115,12 @@ def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: di
 
 def _bytes(recipe: ResolvedRecipe, base: Description):
     form = form_of(recipe, recipe.export[0])
-    return lambda counts: export_bytes(
-        base, expert_widths(counts, base.config.moe_layers, base), form
-    )
+    layers = base.config.moe_layers
+    return lambda counts: Export(base, expert_widths(counts, layers, base), form).nbytes
 
 
 def _parameters(base: Description):
-    return lambda counts: weight_count(base, expert_widths(counts, base.config.moe_layers, base))
+    return lambda counts: base.weights(expert_widths(counts, base.config.moe_layers, base))
 
 
 def _budget_range(recipe: ResolvedRecipe, base: Description) -> tuple[int, int, int]:

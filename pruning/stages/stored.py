@@ -43,10 +43,10 @@ def stored_plans(
         if not 0 <= rate < 1:
             raise InputError(f"prune_rate={rate} must lie in [0, 1); choose e.g. 0.25")
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
-    one = stages.resolved(one, base)
+    one = stages.resolved(one, base.about)
     statistics, provenance = scoring.stored_statistics(folder, base)
     if not rates:
-        return [(one, planning.plan(one, statistics, provenance, base))], statistics
-    plans = planning.plans_of_rates(one, rates, statistics, provenance, base)
+        return [(one, planning.plan(one, statistics, provenance, base.about))], statistics
+    plans = planning.plans_of_rates(one, rates, statistics, provenance, base.about)
     recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates]
     return list(zip(recipes, plans, strict=True)), statistics
