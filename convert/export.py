@@ -20,7 +20,7 @@ from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
 from convert.portable import portable_config
-from convert.rules import EMBEDDING, Family, ruled_tensors
+from convert.rules import EMBEDDING, Family, Rule, ruled_tensors
 from convert.stored import Stored, stored_layer
 from convert.writer import write_folder
 from moe_jax.config import ModelConfig
@@ -60,19 +60,16 @@ class Export:
         config = ragged.emptied_model(source.config, form.constants)
         if form.is_padded:
             config = padded.padded_model(config, source.family, form.padded_width(self.widths))
+        packs, experts_only = form.is_packed, form.is_float4
+
+        def stored(shape: tuple[int, ...], rule: Rule | None) -> Stored:
+            if rule is None:
+                return Stored(shape, BFLOAT16, packed=False, of_expert=False)
+            packed = packs and rule.is_linear and (rule.is_of_expert or not experts_only)
+            return Stored(shape, FLOAT32 if rule.precise else BFLOAT16, packed, rule.is_of_expert)
+
         found = ruled_tensors(source.family, config, form.stored_widths(self.widths))
-        return {
-            name: Stored(
-                shape,
-                FLOAT32 if rule is not None and rule.precise else BFLOAT16,
-                rule is not None
-                and form.is_packed
-                and rule.is_linear
-                and (rule.is_of_expert or not form.is_float4),
-                rule is not None and rule.is_of_expert,
-            )
-            for name, shape, rule in found
-        }
+        return {name: stored(shape, rule) for name, shape, rule in found}
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
