@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.description import Description, describe
-from convert.layer_tensors import layer_on_disk
+from convert.disk_layer import layer_on_disk
 from convert.layout import BFLOAT16
 from convert.mtp import mtp_prefixes
 from convert.reader import CheckpointError, SafetensorsFolder

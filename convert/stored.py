@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convert.disk_layer import Codes, layer_codes, layer_to_hf
 from convert.export_format import ExportFormat
 from convert.formats import compressed_tensors, mxfp4
-from convert.layer_tensors import Codes, layer_codes, layer_to_hf
 from convert.layout import FLOAT32, Spec
 from convert.rules import Family
 from moe_jax.errors import InputError

@@ -105,7 +105,9 @@ def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, 
         one = dataclasses.replace(job.recipe, criterion=criterion, attribution=attribution)
         preflight.rehearsed_plan(one, job.base.about)
     folders = {"model": job.recipe.model, "output": job.recipe.output}
-    without = resolved(CompressionRecipe(**folders, planner=planner, weights_only=True), job.base)
+    without = resolved(
+        CompressionRecipe(**folders, planner=planner, weights_only=True), job.base.about
+    )
     for criterion, attribution in itertools.product(DATA_FREE, DATA_FREE_EXPERTS):
         one = dataclasses.replace(without, criterion=criterion, attribution=attribution)
         preflight.rehearsed_plan(one, job.base.about)
@@ -177,7 +179,7 @@ def test_plans_and_exports_agree_under_every_mix_of_flags(scored, tmp_path, widt
         "padded": ((max(map(max, widths)),) * EXPERTS,) * LAYERS,
     }
     for name in EXPORTS:
-        stored = open_checkpoint(out / "exports" / name).widths
+        stored = open_checkpoint(out / "exports" / name).about.widths
         assert stored == shapes[name.partition("-")[0]], name
 
 
