@@ -77,7 +77,7 @@ def test_layers_are_as_wide_as_their_widest_expert_and_shared_experts_stay(expor
     wanted[first], wanted[second] = 80, 1  # programs know no expert without channels
     assert config["moe_intermediate_size"] == wanted
     assert config["unpruned_intermediate_size"] == WIDTH
-    assert open_checkpoint(folder).widths == tuple(
+    assert open_checkpoint(folder).about.widths == tuple(
         (width,) * 8 if width else () for width in wanted
     )
     before, after = (load_file(path / "model.safetensors") for path in (base.about.folder, folder))
