@@ -1,7 +1,6 @@
 """Model families by the `model_type` of config.json."""
 
 import dataclasses
-import difflib
 
 from convert.families import (
     deepseek,
@@ -19,7 +18,7 @@ from convert.families import (
 from convert.formats.ragged import emptied_model, has_constants, stock_config
 from convert.rules import RAGGED, Family
 from moe_jax.config import ModelConfig
-from moe_jax.errors import InputError
+from moe_jax.errors import choose
 
 _STOCK = (
     qwen2_moe.FAMILY,
@@ -60,12 +59,6 @@ def find_family(model_type: str | None) -> Family:
     """The family of a model type.
 
     Raises:
-      InputError: if it is unknown; names the nearest and all known ones.
+      InputError: it is unknown; names the nearest and all known ones.
     """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
-    raise InputError(
-        f"model_type={model_type!r} is unknown; the nearest is {near[0]!r}, "
-        f"known are {', '.join(FAMILIES)}"
-    )
+    return choose(FAMILIES, str(model_type), "model_type")

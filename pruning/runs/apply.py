@@ -73,14 +73,22 @@ def apply_plan(
     missing = _prepare(recipe, found, source, base, steps)
     preflight.say_mtp(base.about, recipe, steps)
     found.save(recipe.output)
+    checks = _write(base, found, recipe, missing, steps)
+    require_verified(checks)
+    return checks
+
+
+def _write(
+    base: Checkpoint, plan: PruningPlan, recipe: ResolvedRecipe, missing: list[str], steps: Steps
+) -> list[Check]:
+    """Write the missing exports; checks of all."""
     checks = []
     for name in recipe.export:
-        form, target = form_of(recipe, name, found), Path(recipe.output) / "exports" / name
+        form, target = form_of(recipe, name, plan), Path(recipe.output) / "exports" / name
         if name in missing:
-            stages.export(base, found, form, target, steps)
+            stages.export(base, plan, form, target, steps)
         with steps.bar(f"verify {name}"):
-            checks += stages.verify(base, found, form, target, random_probe(base))
-    require_verified(checks)
+            checks += stages.verify(base, plan, form, target, random_probe(base))
     return checks
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from convert.checkpoint import load_model, open_checkpoint
+from convert.export_format import ExportFormat
 from moe_jax.generate import generate
 from pruning.budget.decide import PruningPlan
 from pruning.budget.importance import LAYER_LOSSES, layer_weights
@@ -178,7 +179,8 @@ def _sizes(job: Job, statistics: ChannelStatistics, plan: PruningPlan, planned) 
         written = folder_bytes(job.output / "exports" / name)
         bits = written * 8 / size["parameters"]
         exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
-        exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
+        if ExportFormat(name).is_padded:
+            exports[name]["padded_bytes"] = None
     whole = np.full_like(plan.counts, plan.keep.shape[2])
     return {
         "source_bytes": folder_bytes(job.base.about.folder),
