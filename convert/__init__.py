@@ -12,15 +12,21 @@ if TYPE_CHECKING:
         open_checkpoint,
         outer_tensors,
     )
+    from convert.export import Export
+    from convert.export_format import ExportFormat
     from convert.families import FAMILIES, find_family
+    from convert.portable import portable_config
     from convert.reader import CheckpointError, SafetensorsFolder
     from convert.rules import Family, expected_tensors
-    from convert.writer import portable_config, write_folder
+    from convert.save import save_pretrained
+    from convert.writer import write_folder
 
 __all__ = [
     "FAMILIES",
     "Checkpoint",
     "CheckpointError",
+    "Export",
+    "ExportFormat",
     "Family",
     "SafetensorsFolder",
     "expected_tensors",
@@ -30,6 +36,7 @@ __all__ = [
     "open_checkpoint",
     "outer_tensors",
     "portable_config",
+    "save_pretrained",
     "write_folder",
 ]
 
@@ -41,9 +48,13 @@ _HOMES = {
         "open_checkpoint",
         "outer_tensors",
     ),
+    "export": ("Export",),
+    "export_format": ("ExportFormat",),
     "families": ("FAMILIES", "find_family"),
     "reader": ("CheckpointError", "SafetensorsFolder"),
     "rules": ("Family", "expected_tensors"),
-    "writer": ("portable_config", "write_folder"),
+    "portable": ("portable_config",),
+    "save": ("save_pretrained",),
+    "writer": ("write_folder",),
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)

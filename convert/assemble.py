@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.export_format import Widths
 from convert.reader import aligned_empty
-from convert.rules import Rule, Widths, layer_rules, uniform_widths
+from convert.rules import Rule, layer_rules, uniform_widths
 from moe_jax.attention.delta_net import LinearAttention
 from moe_jax.attention.grouped import Attention
 from moe_jax.attention.latent import LatentAttention

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints as sources of layers."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -10,7 +11,7 @@ import numpy as np
 
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.description import Description, describe
-from convert.layer_tensors import layer_on_disk
+from convert.disk_layer import layer_on_disk
 from convert.layout import BFLOAT16
 from convert.mtp import mtp_prefixes
 from convert.reader import CheckpointError, SafetensorsFolder
@@ -19,7 +20,6 @@ from convert.rules import (
     FINAL_NORM,
     LM_HEAD,
     Family,
-    Widths,
     expected_tensors,
 )
 from convert.views import FLOATS, View, open_views
@@ -30,28 +30,41 @@ from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
 
 
-class Checkpoint(Description):
+class Checkpoint:
     """A checked folder that hands out layers, each read when asked for; a `LayerSource`.
 
     While layers are taken in order, upwards or downwards, one thread reads the next.
+
+    Attributes:
+      about: what it is, without its weights.
     """
 
     def __init__(
-        self, tensors: SafetensorsFolder, views: dict[str, View], hf_config: dict,
-        config: ModelConfig, family: Family, widths: Widths, dtype=None,
-        mtp: dict[str, View] | None = None,
-    ):  # fmt: skip
-        self._mtp = mtp or {}
-        specs = {name: (_stored_dtype(tensors, name), v.shape) for name, v in self._mtp.items()}
-        super().__init__(tensors.folder, hf_config, config, family, widths, specs)
+        self,
+        about: Description,
+        tensors: SafetensorsFolder,
+        views: dict[str, View],
+        mtp: dict[str, View],
+        dtype=None,
+    ):
+        self.about = about
         self._tensors = tensors
         self._views = views
-        self._pool = pool_shape(config, widths)
+        self._mtp = mtp
+        self._pool = pool_shape(about.config, about.widths)
         self._dtype = None if dtype is None else np.dtype(dtype)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._last: int | None = None
         self._checked = False
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.about.config
+
+    def __len__(self) -> int:
+        return len(self.about)
 
     @property
     def embedding(self) -> Embedding:
@@ -96,7 +109,7 @@ class Checkpoint(Description):
             arrays = ahead[1].result()
         else:
             arrays = self._read_layer(index)
-        layer = build_layer(arrays, self.config, index, self.widths[index], self._pool)
+        layer = build_layer(arrays, self.config, index, self.about.widths[index], self._pool)
         # only now: reading on while this layer is copied would hold a third one
         down = self._last is not None and index == self._last - 1
         following = index - 1 if down else index + 1
@@ -107,12 +120,12 @@ class Checkpoint(Description):
         return layer
 
     def read_mtp(self, name: str) -> np.ndarray:
-        """Read one tensor of `mtp`, in the dtype said there.
+        """Read one tensor of `about.mtp`, in the dtype said there.
 
         Raises:
           CheckpointError: it holds NaN or infinity.
         """
-        return self._finite(name, self._mtp[name]).astype(self.mtp[name][0], copy=False)
+        return self._finite(name, self._mtp[name]).astype(self.about.mtp[name][0], copy=False)
 
     def check_finite(
         self, on_tensor: Callable[[int, int], None] | None = None, *, mtp: bool = False
@@ -121,7 +134,7 @@ class Checkpoint(Description):
 
         Args:
           on_tensor: called with the tensors done and the tensors in all.
-          mtp: whether to read those of `mtp`, too.
+          mtp: whether to read those of `about.mtp`, too.
 
         Raises:
           CheckpointError: naming every tensor that holds NaN or infinity.
@@ -136,20 +149,20 @@ class Checkpoint(Description):
             if on_tensor:
                 on_tensor(done, len(views))
         if problems:
-            raise CheckpointError(self.folder, problems)
+            raise CheckpointError(self.about.folder, problems)
         self._checked = True
 
     def _finite(self, name: str, view: View) -> np.ndarray:
         array = view.read()
         if not self._checked and not _finite(array):
             raise CheckpointError(
-                self.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
+                self.about.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
             )
         return array
 
     def _read(self, name: str) -> np.ndarray:
         array = self._finite(name, self._views[name])
-        dtype = np.dtype(np.float32) if self.family.is_precise(name) else self._dtype
+        dtype = np.dtype(np.float32) if self.about.family.is_precise(name) else self._dtype
         return array if self._dtype is None else array.astype(dtype, copy=False)
 
     def _read_layer(self, index: int) -> Arrays:
@@ -162,10 +175,10 @@ class Checkpoint(Description):
                 problems.extend(error.problems)
                 return np.zeros(self._views[name].shape, np.float32)
 
-        counts, rows = self.widths[index], self._pool.rows
-        arrays = read_arrays(self.family.rules, self.config, index, counts, rows, read)
+        counts, rows = self.about.widths[index], self._pool.rows
+        arrays = read_arrays(self.about.family.rules, self.config, index, counts, rows, read)
         if problems:
-            raise CheckpointError(self.folder, problems)
+            raise CheckpointError(self.about.folder, problems)
         return arrays
 
 
@@ -209,17 +222,17 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
       CheckpointError: one message that lists the unsupported settings or every unmapped,
         missing, duplicate or misshaped tensor.
     """
-    folder = Path(path)
-    about = describe(folder)
-    hf, config, family, widths = about.hf_config, about.config, about.family, about.widths
-    tensors = SafetensorsFolder(folder)
-    views, problems = open_views(tensors, hf, alternating=family.interleaved)
-    prefixes = mtp_prefixes(family, hf)
+    about = describe(path)
+    tensors = SafetensorsFolder(about.folder)
+    views, problems = open_views(tensors, about.hf_config, alternating=about.family.interleaved)
+    prefixes = mtp_prefixes(about.family, about.hf_config)
     mtp = {name: views.pop(name) for name in list(views) if name.startswith(prefixes)}
-    problems += _mismatches(family, expected_tensors(family, config, widths), views)
+    expected = expected_tensors(about.family, about.config, about.widths)
+    problems += _mismatches(about.family, expected, views)
     if problems:
-        raise CheckpointError(folder, sorted(problems))
-    return Checkpoint(tensors, views, hf, config, family, widths, dtype, mtp)
+        raise CheckpointError(about.folder, sorted(problems))
+    specs = {name: (_stored_dtype(tensors, name), view.shape) for name, view in mtp.items()}
+    return Checkpoint(dataclasses.replace(about, mtp=specs), tensors, views, mtp, dtype)
 
 
 def load_model(path: Path | str, dtype=None) -> Transformer:
@@ -260,7 +273,7 @@ def layer_tensors(
       (name, array as on disk); nothing for an expert without channels. Experts of unequal width
       are never fused.
     """
-    family = source.family if isinstance(source, Checkpoint) else source
+    family = source.about.family if isinstance(source, Checkpoint) else source
     return layer_on_disk(family, layer, index)
 
 

@@ -1,12 +1,11 @@
-"""Which program loads which export, and the rule that decides."""
+"""Which program loads which export, and the facts that decide."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convert.description import Description
-from convert.export import ExportFormat, export_config
-from convert.rules import Widths
+from convert.export import Export
+from convert.export_format import ExportFormat
 from moe_jax.config import Activation, LatentAttentionConfig, ModelConfig, RopeConfig
 
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
@@ -40,14 +39,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a client loads an export: "yes", "no" or "slower", and the rule that says so."""
+    """Whether a client loads an export: "yes", "no" or "slower", and the fact that says so."""
 
     verdict: str
     rule: str
 
 
 @dataclass(frozen=True)
-class Rule:
+class Fact:
     """`when` it holds, these clients answer `verdict` because of `words`."""
 
     runtimes: tuple[str, ...]
@@ -128,102 +127,98 @@ def _yarn_mscale(case: Case) -> bool:
     return _is(case, "deepseek_v2") and rope.kind == "yarn" and bool(rope.mscale_all_dim)
 
 
-# The first rule that holds decides. Facts: programs run in 2026-11 on a CPU, but SGLang only as
+# The first that holds decides. Known from programs run in 2026-11 on a CPU, but SGLang only as
 # read in its source, and so for vLLM what its CPU build cannot run.
-RULES: tuple[Rule, ...] = (
-    Rule((LLAMA,), "no", _custom, "it has one expert width per model; export a padded format"),
-    Rule((SGLANG,), "no", _custom, "the modelling file was never run there; export a padded one"),
-    Rule((VLLM,), "no", lambda c: _custom(c) and c.tensor_parallel > 1,
+FACTS: tuple[Fact, ...] = (
+    Fact((LLAMA,), "no", _custom, "it has one expert width per model; export a padded format"),
+    Fact((SGLANG,), "no", _custom, "the modelling file was never run there; export a padded one"),
+    Fact((VLLM,), "no", lambda c: _custom(c) and c.tensor_parallel > 1,
          "the modelling file was never split over GPUs; export a padded format"),
-    Rule((LLAMA,), "no", lambda c: _is(c, "qwen2_moe") and bool(c.config.dense_layers),
+    Fact((LLAMA,), "no", lambda c: _is(c, "qwen2_moe") and bool(c.config.dense_layers),
          "its qwen2moe cannot have a dense layer"),
-    Rule((SGLANG, LLAMA), "no", _uneven_next,
+    Fact((SGLANG, LLAMA), "no", _uneven_next,
          "its Qwen3-Next has experts in every layer and softmax attention at one interval"),
-    Rule((SGLANG,), "no", lambda c: _linear(c) and "full_attention_interval" not in c.hf,
+    Fact((SGLANG,), "no", lambda c: _linear(c) and "full_attention_interval" not in c.hf,
          "config.json lacks full_attention_interval, by which alone it tells layers apart"),
-    Rule((LLAMA,), "no", _two_head_widths,
+    Fact((LLAMA,), "no", _two_head_widths,
          "its qwen3next has keys and values of linear attention of one width"),
-    Rule((*SERVERS, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
-    Rule((LLAMA,), "no", lambda c: _is(c, "olmoe") and _shares_keys(c),
+    Fact((*SERVERS, LLAMA), "no", _biased_next, "its Qwen3-Next has no biases in attention"),
+    Fact((LLAMA,), "no", lambda c: _is(c, "olmoe") and _shares_keys(c),
          "its olmoe has as many key as query heads"),
-    Rule((LLAMA,), "no", lambda c: _is(c, "gpt_oss") and not _rope(c).truncate,
+    Fact((LLAMA,), "no", lambda c: _is(c, "gpt_oss") and not _rope(c).truncate,
          "it truncates the bounds of YaRN whatever config.json says: other logits"),
-    Rule((VLLM,), "no", lambda c: _custom(c) and _linear(c),
+    Fact((VLLM,), "no", lambda c: _custom(c) and _linear(c),
          "its transformers backend refuses linear attention; export a padded format"),
-    Rule((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,
+    Fact((LLAMA,), "no", lambda c: _is(c, "qwen3_moe") and not c.config.moe.renormalize,
          "its qwen3moe renormalises routing weights whatever norm_topk_prob says: other logits"),
-    Rule((T4,), "no",
+    Fact((T4,), "no",
          lambda c: not _ragged(c) and _is(c, "gpt_oss") and c.config.moe.activation != GPT_OSS,
          "its activation is the published one whatever config.json says: other logits"),
-    Rule((T4,), "no", _yarn_mscale, "it leaves out mscale_all_dim of YaRN: other logits"),
-    Rule((VLLM, SGLANG), "no", lambda c: _is(c, "deepseek_v3") and c.hf.get("topk_method") is None,
+    Fact((T4,), "no", _yarn_mscale, "it leaves out mscale_all_dim of YaRN: other logits"),
+    Fact((VLLM, SGLANG), "no", lambda c: _is(c, "deepseek_v3") and c.hf.get("topk_method") is None,
          "config.json lacks topk_method='noaux_tc', without which vLLM has no router bias"),
-    Rule(SERVERS, "no", lambda c: not _splits_heads(c),
+    Fact(SERVERS, "no", lambda c: not _splits_heads(c),
          "the GPUs do not divide the number of attention heads, linear ones included"),
-    Rule(SERVERS, "no", _idle_gpu, "there are too few blocks of 32 in an expert for the GPUs"),
-    Rule(SERVERS, "no", lambda c: not (_ragged(c) or _float4(c)) and c.cuts(1),
+    Fact(SERVERS, "no", _idle_gpu, "there are too few blocks of 32 in an expert for the GPUs"),
+    Fact(SERVERS, "no", lambda c: not (_ragged(c) or _float4(c)) and c.cuts(1),
          "the GPUs do not divide the expert width"),
-    Rule(SERVERS, "no", lambda c: _integer4(c) and c.config.d_model % c.form.group_size != 0,
+    Fact(SERVERS, "no", lambda c: _integer4(c) and c.config.d_model % c.form.group_size != 0,
          "the group size does not divide the model width"),
-    Rule(SERVERS, "no", lambda c: _integer4(c) and c.cuts(c.form.group_size),
+    Fact(SERVERS, "no", lambda c: _integer4(c) and c.cuts(c.form.group_size),
          "the group size does not divide the expert width per GPU; use expert parallelism"),
-    Rule((VLLM,), "slower", lambda c: _custom(c) and _latent(c),
+    Fact((VLLM,), "slower", lambda c: _custom(c) and _latent(c),
          "trust_remote_code and VLLM_MLA_DISABLE=1: whole keys and values are cached, not latents"),
-    Rule((VLLM,), "slower", _ragged,
+    Fact((VLLM,), "slower", _ragged,
          "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
-    Rule(TORCH, "slower", _custom, "trust_remote_code; a loop over experts, no fused kernel"),
-    Rule(SERVERS, "slower", lambda c: _integer4(c) and c.config.d_model % 128 != 0,
+    Fact(TORCH, "slower", _custom, "trust_remote_code; a loop over experts, no fused kernel"),
+    Fact(SERVERS, "slower", lambda c: _integer4(c) and c.config.d_model % 128 != 0,
          "Marlin kernels need a model width that is a multiple of 128"),
-    Rule(SERVERS, "slower", lambda c: _integer4(c) and c.cuts(64),
+    Fact(SERVERS, "slower", lambda c: _integer4(c) and c.cuts(64),
          "expert width per GPU is no multiple of 64: padded at every step"),
-    Rule((T5,), "yes", _float4, "stock class; blocks are dequantised where no kernel reads them"),
-    Rule((T4,), "yes", _float4, "stock class; equal in bfloat16"),
-    Rule(SERVERS, "slower", lambda c: _float4(c) and c.cuts(c.form.group_size),
+    Fact((T5,), "yes", _float4, "stock class; blocks are dequantised where no kernel reads them"),
+    Fact((T4,), "yes", _float4, "stock class; equal in bfloat16"),
+    Fact(SERVERS, "slower", lambda c: _float4(c) and c.cuts(c.form.group_size),
          "blocks of 32 are dealt out unevenly over the GPUs and padded; read, not run"),
-    Rule(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
-    Rule(TORCH, "yes", _integer4,
+    Fact(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
+    Fact(TORCH, "yes", _integer4,
          "needs compressed-tensors and accelerate; dequantised at load, no memory saved"),
-    Rule((LLAMA,), "yes", _linear, "through its own converter, with --no-mtp"),
-    Rule((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
+    Fact((LLAMA,), "yes", _linear, "through its own converter, with --no-mtp"),
+    Fact((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
          "its converter dequantises; Q4_0 of its f16 file has the very same weights, if these were "
          "rounded to nearest"),
-    Rule((LLAMA,), "yes", _integer4,
+    Fact((LLAMA,), "yes", _integer4,
          "its converter dequantises; its own 4 bits round a second time"),
-    Rule((LLAMA,), "yes", lambda c: any(size % 256 for size in (*c.widths, c.config.d_model)),
+    Fact((LLAMA,), "yes", lambda c: any(size % 256 for size in (*c.widths, c.config.d_model)),
          "through its converter; K-quants need widths that are multiples of 256, else they are "
          "replaced per tensor"),
-    Rule((LLAMA,), "yes", lambda c: True, "through its own converter"),
-    Rule((VLLM,), "yes", _custom,
+    Fact((LLAMA,), "yes", lambda c: True, "through its own converter"),
+    Fact((VLLM,), "yes", _custom,
          "trust_remote_code; its transformers backend fuses the experts of a layer"),
-    Rule((VLLM,), "yes", _linear, "stock class; in bfloat16, which its linear attention needs"),
-    Rule((VLLM,), "yes", _latent,
+    Fact((VLLM,), "yes", _linear, "stock class; in bfloat16, which its linear attention needs"),
+    Fact((VLLM,), "yes", _latent,
          "stock class; latent attention was only read: its CPU build is wrong without pruning too"),
-    Rule((SGLANG,), "yes", lambda c: True, "stock class; read in its source, not run"),
-    Rule(RUNTIMES, "yes", lambda c: True, "stock class, no custom code"),
+    Fact((SGLANG,), "yes", lambda c: True, "stock class; read in its source, not run"),
+    Fact(RUNTIMES, "yes", lambda c: True, "stock class, no custom code"),
 )  # fmt: skip
 
 
 def decide(runtime: str, case: Case) -> Verdict:
-    """The first rule of the table that holds."""
-    rule = next(rule for rule in RULES if runtime in rule.runtimes and rule.when(case))
-    return Verdict(rule.verdict, rule.words)
+    """What the first fact that holds says."""
+    fact = next(fact for fact in FACTS if runtime in fact.runtimes and fact.when(case))
+    return Verdict(fact.verdict, fact.words)
 
 
-def client_table(
-    base: Description, widths: Widths, form: ExportFormat, tensor_parallel: int = 1
-) -> dict[str, Verdict]:
+def client_table(export: Export, tensor_parallel: int = 1) -> dict[str, Verdict]:
     """What every client says to an export.
 
     Args:
-      base: the dense model.
-      widths: channels kept per layer and expert, () for dense layers.
-      form: the format.
+      export: the folder, which need not be there.
       tensor_parallel: GPUs that share each layer.
 
     Returns:
       Client -> verdict.
     """
-    hf = export_config(base, widths, form)
-    stored = {count for counts in form.stored_widths(widths) for count in counts}
-    case = Case(form, base.config, hf, tuple(sorted(stored)), tensor_parallel)
+    form, config = export.form, export.base.config
+    stored = {count for counts in form.stored_widths(export.widths) for count in counts}
+    case = Case(form, config, export.config, tuple(sorted(stored)), tensor_parallel)
     return {runtime: decide(runtime, case) for runtime in RUNTIMES}

@@ -1,20 +1,22 @@
 """What config.json alone says about a checkpoint."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.export_format import Widths
 from convert.families import find_family
-from convert.formats.ragged import widths_from_hf
+from convert.formats.ragged import emptied_model, widths_from_hf
 from convert.layout import Spec
 from convert.mtp import mtp_tensors
 from convert.reader import CheckpointError, read_json
-from convert.rules import Family, Widths, uniform_widths
+from convert.rules import Family, ruled_tensors, uniform_widths
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Description:
     """A checkpoint as far as shapes and names go; its weights need not be there.
 
@@ -37,6 +39,22 @@ class Description:
 
     def __len__(self) -> int:
         return self.config.num_layers
+
+    def weights(self, widths: Widths | None = None, *, constants: bool = False) -> int:
+        """Weights of the model, those of `mtp` not counted.
+
+        Args:
+          widths: channels per layer and expert, default its own.
+          constants: whether experts without channels have what they add instead.
+        """
+        config = emptied_model(self.config, constants)
+        found = ruled_tensors(self.family, config, widths or self.widths)
+        return sum(math.prod(shape) for _, shape, _ in found)
+
+    @property
+    def mtp_weights(self) -> int:
+        """Weights of the layers that predict further tokens."""
+        return sum(math.prod(shape) for _, shape in self.mtp.values())
 
 
 def describe(folder: Path | str) -> Description:

@@ -1,54 +1,32 @@
-"""Writing a pruned model in one of the formats that other programs load."""
+"""A pruned model in one of the formats that other programs load: known first, then written."""
 
-import dataclasses
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, outer_tensors
+from convert.checkpoint import outer_tensors
 from convert.description import Description
-from convert.export_format import ExportFormat, check_constants, check_format, packed_format
+from convert.export_format import FORMATS, ExportFormat, Widths
 from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.interleaved import fuse_experts, fuse_specs
-from convert.layer_tensors import Codes, layer_codes, layer_to_hf
-from convert.layout import BFLOAT16, FLOAT32, Spec, weight_bytes
-from convert.mtp import check_mtp_width, mtp_arrays, mtp_prefixes, mtp_specs, mtp_width
-from convert.rules import EMBEDDING, Family, Widths, expected_tensors
-from convert.writer import portable_config, write_folder
+from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
+from convert.mtp import mtp_prefixes
+from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
+from convert.portable import portable_config
+from convert.rules import EMBEDDING, Family, Rule, ruled_tensors
+from convert.stored import Stored, stored_layer
+from convert.writer import write_folder
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
-from moe_jax.quant import MIN_SCALE
-from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
-
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor of the model as an export holds it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    packed: bool
-
-    def specs(self, name: str, form: ExportFormat) -> dict[str, Spec]:
-        """Names, dtypes and shapes of the tensors that stand for it."""
-        if not self.packed:
-            return {name: (self.dtype, self.shape)}
-        rows, columns = self.shape
-        stem = name.removesuffix("weight")
-        if form.is_float4:
-            found = mxfp4.packed_specs(rows, columns)
-            return {stem + suffix: spec for suffix, spec in found.items()}
-        packed = compressed_tensors.packed_specs(rows, columns, form.group_size)
-        return {stem + suffix: packed[suffix] for suffix in SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -61,251 +39,239 @@ class _Source:
     layer: Callable[[DecoderLayer], DecoderLayer]
 
 
-def _source(base: Description) -> _Source:
-    twin = base.family.twin
-    if twin is None:
-        hf_config = ragged.stock_config(base.hf_config, base.family)
-        return _Source(base.family, hf_config, base.config, lambda layer: layer)
-    family, hf_config = find_family(twin.model_type), twin.config(base.hf_config)
-    return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
+@dataclass(frozen=True, eq=False)
+class Export:
+    """What the folder of a pruned model holds, from shapes alone; each answer is found once.
 
-
-def _stored_tensors(base: Description, widths: Widths, form: ExportFormat) -> dict[str, _Stored]:
-    source = _source(base)
-    family, config = source.family, source.config
-    config = ragged.emptied_model(config, form.constants)
-    if form.is_padded:
-        config = padded.padded_model(config, family, form.padded_width(widths))
-    return {
-        name: _Stored(
-            shape,
-            FLOAT32 if family.is_precise(name) else BFLOAT16,
-            form.is_packed and family.is_linear(name) and (_of_expert(name) or not form.is_float4),
-        )
-        for name, shape in expected_tensors(family, config, form.stored_widths(widths)).items()
-    }
-
-
-def _of_expert(name: str) -> bool:
-    return ".experts." in name
-
-
-def _is_fused(family: Family, form: ExportFormat) -> bool:
-    return family.interleaved and form.is_padded
-
-
-def export_specs(base: Description, widths: Widths, form: ExportFormat) -> dict[str, Spec]:
-    """Names, dtypes and shapes of every tensor of an export, before any work.
-
-    Args:
+    Attributes:
       base: the dense model.
       widths: channels kept per layer and expert, () for dense layers.
       form: the format.
-
-    Returns:
-      Name -> (dtype, shape), in file order.
     """
-    specs: dict[str, Spec] = {}
-    for name, stored in _stored_tensors(base, widths, form).items():
-        specs |= stored.specs(name, form)
-    if _is_fused(_source(base).family, form):
-        specs = fuse_specs(specs, base.config.moe.num_experts)
-    return specs | mtp_specs(base, widths, form)
 
+    base: Description
+    widths: Widths
+    form: ExportFormat
 
-def export_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
-    """Bytes of the weight files and index of an export, headers included, from shapes alone."""
-    return weight_bytes(export_specs(base, widths, form))
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """The tensors of the model by public name, in file order; those that draft are apart."""
+        source, form = self._source, self.form
+        config = ragged.emptied_model(source.config, form.constants)
+        if form.is_padded:
+            config = padded.padded_model(config, source.family, form.padded_width(self.widths))
+        packs, experts_only = form.is_packed, form.is_float4
 
+        def stored(shape: tuple[int, ...], rule: Rule | None) -> Stored:
+            if rule is None:
+                return Stored(shape, BFLOAT16, packed=False, of_expert=False)
+            packed = packs and rule.is_linear and (rule.is_of_expert or not experts_only)
+            return Stored(shape, FLOAT32 if rule.precise else BFLOAT16, packed, rule.is_of_expert)
 
-def export_config(base: Description, widths: Widths, form: ExportFormat) -> dict[str, Any]:
-    """config.json of an export: the source's, edited, in both spellings of transformers."""
-    source = _source(base)
-    config = portable_config(source.hf_config, with_mtp=form.mtp != "drop")
-    config["dtype"] = config["torch_dtype"] = "bfloat16"
-    pruned = mtp_width(base, widths, form) if form.mtp == "prune" else None
-    if form.is_ragged:
-        counts = [list(row) for row in widths]
-        config = ragged.ragged_config(config, source.family, counts, form.constants, pruned)
-    elif form.is_layered:
-        layers = form.layer_widths(widths)
-        config = ragged.layered_config(config, source.family, layers, pruned)
-    else:
-        width = form.padded_width(widths)
-        config = padded.padded_config(config, source.config, source.family, width)
-    if form.is_float4:
-        config["quantization_config"] = mxfp4.quantization_config()
-    elif form.is_packed:
-        dense = [
+        found = ruled_tensors(source.family, config, form.stored_widths(self.widths))
+        return {name: stored(shape, rule) for name, shape, rule in found}
+
+    @cached_property
+    def specs(self) -> dict[str, Spec]:
+        """Name -> (dtype, shape) of every tensor in the folder, in file order."""
+        specs: dict[str, Spec] = {}
+        for name, stored in self.tensors.items():
+            specs |= stored.specs(name, self.form)
+        if self._is_fused:
+            specs = fuse_specs(specs, self.base.config.moe.num_experts)
+        return specs | self.mtp_specs
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the weight files and their index, headers included."""
+        return weight_bytes(self.specs)
+
+    @cached_property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensors alone."""
+        return sum(map(nbytes, self.specs.values()))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Weights of the pruned model and of its layers that draft, padding not counted."""
+        own = self.base.weights(self.widths, constants=self.form.constants)
+        return own + self.mtp_parameters
+
+    @cached_property
+    def mtp_parameters(self) -> int:
+        """Weights of the layers that predict further tokens, as they are stored."""
+        return sum(math.prod(shape) for _, shape in self.mtp_specs.values())
+
+    @cached_property
+    def mtp_specs(self) -> dict[str, Spec]:
+        """Name -> (dtype, shape) of the tensors that predict further tokens, if any are held."""
+        return mtp_specs(self.base, self.mtp_width, self.form)
+
+    @cached_property
+    def mtp_width(self) -> int:
+        """Channels of each expert in the layers that predict further tokens."""
+        return mtp_width(self.base, self.widths, self.form)
+
+    @cached_property
+    def packed_inputs(self) -> list[int]:
+        """Input widths of the linear layers that are stored in 4 bits, each once, ascending."""
+        return sorted({stored.shape[1] for stored in self.tensors.values() if stored.packed})
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json: the base's, edited, in both spellings of transformers."""
+        source, form = self._source, self.form
+        config = portable_config(source.hf_config, with_mtp=form.mtp != "drop")
+        config["dtype"] = config["torch_dtype"] = "bfloat16"
+        pruned = self.mtp_width if form.mtp == "prune" else None
+        if form.is_ragged:
+            counts = [list(row) for row in self.widths]
+            config = ragged.ragged_config(config, source.family, counts, form.constants, pruned)
+        elif form.is_layered:
+            layers = form.layer_widths(self.widths)
+            config = ragged.layered_config(config, source.family, layers, pruned)
+        else:
+            width = form.padded_width(self.widths)
+            config = padded.padded_config(config, source.config, source.family, width)
+        if form.is_float4:
+            config["quantization_config"] = mxfp4.quantization_config()
+        elif form.is_packed:
+            config["quantization_config"] = compressed_tensors.quantization_config(
+                self._unpacked_modules(), form.group_size
+            )
+        return config
+
+    def check(self) -> None:
+        """Refuse what no folder can hold.
+
+        Raises:
+          InputError: the family lacks the format, something has no place in it, a group of 4 bits
+            would be incomplete, or layers that predict further tokens are missing or do not fit.
+        """
+        form, config = self.form, self.base.config
+        if form.name not in self.base.family.formats:
+            raise InputError(
+                f"export={form.name!r} does not exist for {self.base.family.model_type}, because "
+                f"no program would read it; choose from {', '.join(self.base.family.formats)}"
+            )
+        if form.constants and not form.holds_constants(config.moe.expert_bias):
+            raise InputError(
+                f"export={form.name!r} has no place for constants of emptied experts, which stock "
+                "programs know nothing of; export ragged-bf16 or ragged-int4, or plan with "
+                "--emptied zero"
+            )
+        self.check_mtp()
+        kept = {count for counts in self.widths for count in counts}
+        if form.is_float4:
+            mxfp4.check_widths(sorted(kept), config.d_model)
+        elif form.is_packed:
+            compressed_tensors.check_group_size(form.group_size, [*self.packed_inputs, *kept])
+
+    def check_mtp(self) -> None:
+        """Raise InputError unless layers that predict further tokens are there and fit."""
+        check_mtp_width(self.base, self.widths, self.form)
+
+    def write(
+        self,
+        source: LayerSource,
+        target: Path | str,
+        *,
+        mtp: MtpSource | None = None,
+        extra_files: Mapping[str, str | Path] | None = None,
+        overwrite: bool = False,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Path:
+        """Write a model, one layer in memory at a time; the folder is complete or absent.
+
+        Args:
+          source: the pruned model in the order of `base`'s layers, as wide as `widths` say; in a
+            4-bit format weights that are `QTensor` keep their codes and scales, others are rounded
+            to nearest; MXFP4 always rounds, which leaves rounded weights as they are.
+          target: folder to make.
+          mtp: where the layers that predict further tokens come from, unless they are dropped.
+          extra_files: file name -> content, or path of a file to copy, such as a model card.
+          overwrite: replace an existing folder.
+          on_layer: called with the index of each finished layer.
+
+        Returns:
+          The folder.
+
+        Raises:
+          InputError: as of `check`, or `source` is another model.
+          FileExistsError: if the target exists.
+          OSError: if the disk is too small.
+        """
+        self.check()
+        file = ragged.MODELLING_FILE
+        modelling = {} if self.form.is_padded else {file.name: file}
+        return write_folder(
+            target,
+            self.specs,
+            self._arrays(source, mtp, on_layer),
+            self.config,
+            self.base.folder,
+            extra_files={**(extra_files or {}), **modelling},
+            overwrite=overwrite,
+        )
+
+    def mtp_arrays(self, mtp: MtpSource) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of `mtp_specs`, (name, array as on disk)."""
+        return mtp_arrays(self.base, self.mtp_specs, self.mtp_width, mtp)
+
+    @cached_property
+    def _source(self) -> _Source:
+        base, twin = self.base, self.base.family.twin
+        if twin is None:
+            hf_config = ragged.stock_config(base.hf_config, base.family)
+            return _Source(base.family, hf_config, base.config, lambda layer: layer)
+        family, hf_config = find_family(twin.model_type), twin.config(base.hf_config)
+        return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether the folder holds the experts of a layer together."""
+        return self._source.family.interleaved and self.form.is_padded
+
+    def _unpacked_modules(self) -> list[str]:
+        """The linear layers that stay 16-bit, as a quantisation config names them."""
+        modules = [
             name.removesuffix(".weight")
-            for name, stored in _stored_tensors(base, widths, form).items()
+            for name, stored in self.tensors.items()
             if name.endswith(".weight") and len(stored.shape) == 2 and not stored.packed
             and name != EMBEDDING
         ]  # fmt: skip
-        if source.config.tie_embeddings:
-            dense.append("lm_head")
-        if form.mtp != "drop":
+        if self._source.config.tie_embeddings:
+            modules.append("lm_head")
+        if self.form.mtp != "drop":
             # Not by exact names: vLLM asks for some of these modules under the name of several.
-            prefixes = mtp_prefixes(base.family, base.hf_config)
-            dense += [f"re:{re.escape(prefix)}" for prefix in prefixes]
-        config["quantization_config"] = compressed_tensors.quantization_config(
-            dense, form.group_size
-        )
-    return config
+            prefixes = mtp_prefixes(self.base.family, self.base.hf_config)
+            modules += [f"re:{re.escape(prefix)}" for prefix in prefixes]
+        return modules
+
+    def _arrays(
+        self, model: LayerSource, mtp: MtpSource | None, on_layer: Callable[[int], None] | None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        yield from ((name, value.astype(BFLOAT16)) for name, value in outer_tensors(model))
+        by_layer: dict[str, dict[str, Stored]] = {}
+        for name, stored in self.tensors.items():
+            by_layer.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
+        for index in range(len(model)):
+            layer = self._source.layer(model.layer(index))
+            tensors = by_layer[f"model.layers.{index}"]
+            parts = stored_layer(self._source.family, layer, index, tensors, self.form)
+            if self._is_fused:
+                parts = fuse_experts(parts, self.base.config.moe.num_experts)
+            yield from parts
+            if on_layer:
+                on_layer(index)
+        if self.mtp_specs:
+            if mtp is None:
+                raise InputError(f"mtp={self.form.mtp!r} needs the layers' weights; pass `mtp`")
+            yield from self.mtp_arrays(mtp)
 
 
-def packed_inputs(
-    base: Description, widths: Widths | None = None, form: ExportFormat | None = None
-) -> list[int]:
-    """Input widths of the linear layers that a 4-bit export packs, each once, ascending.
-
-    Args:
-      base: the dense model.
-      widths: channels kept per layer and expert, default all.
-      form: the format, default the family's own.
-    """
-    form = form or packed_format(base.family)
-    stored = _stored_tensors(base, widths or base.widths, form)
-    return sorted({tensor.shape[1] for tensor in stored.values() if tensor.packed})
-
-
-def check_widths(base: Description, widths: Widths, form: ExportFormat) -> None:
-    """Raise ValueError unless the family has the format, it has a place for everything, every group
-    of 4 bits is whole, and layers that predict further tokens are there and fit if wanted."""
-    check_format(base.family, form)
-    check_constants(base.config, form)
-    check_mtp_width(base, widths, form)
-    kept = {count for counts in widths for count in counts}
-    if form.is_float4:
-        mxfp4.check_widths(sorted(kept), base.config.d_model)
-    elif form.is_packed:
-        columns = [*packed_inputs(base, widths, form), *kept]
-        compressed_tensors.check_group_size(form.group_size, columns)
-
-
-def export_checkpoint(
-    source: LayerSource,
-    base: Checkpoint,
-    widths: Widths,
-    target: Path | str,
-    form: ExportFormat,
-    *,
-    extra_files: Mapping[str, str | Path] | None = None,
-    overwrite: bool = False,
-    on_layer: Callable[[int], None] | None = None,
-) -> Path:
-    """Write a model, one layer in memory at a time; the folder is complete or absent.
-
-    Args:
-      source: the pruned model in the order of `base`'s layers; in a 4-bit format weights that are
-        `QTensor` keep their codes and scales, others are rounded to nearest; MXFP4 always rounds,
-        which leaves rounded weights as they are.
-      base: the dense checkpoint, for names, config and tokenizer files.
-      widths: channels per layer and expert of `source`, () for dense layers.
-      target: folder to make.
-      form: the format.
-      extra_files: file name -> content, or path of a file to copy, such as a model card.
-      overwrite: replace an existing folder.
-      on_layer: called with the index of each finished layer.
-
-    Returns:
-      The folder.
-
-    Raises:
-      InputError: as of `check_widths`.
-      FileExistsError: if the target exists.
-      OSError: if the disk is too small.
-    """
-    check_widths(base, widths, form)
-    file = ragged.MODELLING_FILE
-    modelling = {} if form.is_padded else {file.name: file}
-    return write_folder(
-        target,
-        export_specs(base, widths, form),
-        _tensors(source, base, widths, form, on_layer),
-        export_config(base, widths, form),
-        base.folder,
-        extra_files={**(extra_files or {}), **modelling},
-        overwrite=overwrite,
-    )
-
-
-def _tensors(model: LayerSource, base: Checkpoint, widths: Widths, form: ExportFormat, on_layer):
-    yield from ((name, value.astype(BFLOAT16)) for name, value in outer_tensors(model))
-    source = _source(base)
-    by_layer: dict[str, dict[str, _Stored]] = {}
-    for name, stored in _stored_tensors(base, widths, form).items():
-        by_layer.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
-    for index in range(len(model)):
-        layer = source.layer(model.layer(index))
-        parts = _layer_parts(source.family, layer, index, by_layer[f"model.layers.{index}"], form)
-        if _is_fused(source.family, form):
-            parts = fuse_experts(parts, base.config.moe.num_experts)
-        yield from parts
-        if on_layer:
-            on_layer(index)
-    yield from mtp_arrays(base, widths, form)
-
-
-def _layer_parts(
-    family: Family,
-    layer: DecoderLayer,
-    index: int,
-    tensors: dict[str, _Stored],
-    form: ExportFormat,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of one layer as they go to disk, experts one by one."""
-    codes: dict[str, Codes] = {}
-    if form.is_packed and not form.is_float4:
-        layer = quantize_layer(layer, form.group_size)
-        codes = dict(layer_codes(family.rules, layer, index))
-    here = {n: v for n, v in layer_to_hf(family.rules, layer, index) if n not in codes}
-    _require_all(here.keys() | codes.keys(), tensors.keys(), form)
-    for name, stored in tensors.items():
-        if not stored.packed:
-            yield name, _padded(here.get(name), stored)
-        elif form.is_float4:
-            # Padded first: experts of one shape share a compilation.
-            weight = _padded(here.get(name), dataclasses.replace(stored, dtype=FLOAT32))
-            stem = name.removesuffix("weight")
-            yield from ((stem + key, part) for key, part in mxfp4.pack(weight).items())
-        else:
-            yield from _as_coded(name, codes.get(name), stored.shape, form.group_size)
-
-
-def _require_all(found: Set[str], wanted: Set[str], form: ExportFormat) -> None:
-    # Only what fills an expert up may be made here, not given.
-    missing = {name for name in wanted - found if form.is_ragged or not _of_expert(name)}
-    if missing or found - wanted:
-        raise InputError(
-            f"the model is another than the one that {form.name} is to hold: it lacks "
-            f"{sorted(missing)[:3]} and has {sorted(found - wanted)[:3]} beside; export it with "
-            "the widths and the constants that it has"
-        )
-
-
-def _padded(value: np.ndarray | None, stored: _Stored) -> np.ndarray:
-    """A tensor as it goes to disk; an emptied expert that is filled up is all zeros."""
-    full = np.zeros(stored.shape, stored.dtype)
-    if value is not None:
-        full[tuple(slice(size) for size in value.shape)] = value.astype(stored.dtype)
-    return full
-
-
-def _as_coded(
-    name: str, weight: Codes | None, shape: tuple[int, ...], group_size: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """A weight in 4 bits, bit for bit; padding is code 0 at the least scale."""
-    codes = np.zeros(shape, np.int8)
-    scale = np.full((shape[0], shape[1] // group_size), MIN_SCALE, np.float32)
-    if weight is not None:
-        own = weight.codes.shape[1] // weight.scale.shape[1]
-        if own != group_size:
-            raise InputError(
-                f"{name} has one scale per {own} weights; export it with that group size instead "
-                f"of {group_size}"
-            )
-        for full, part in ((codes, weight.codes), (scale, weight.scale)):
-            full[tuple(slice(size) for size in part.shape)] = part
-    parts = compressed_tensors.pack_codes(codes, scale)
-    yield from ((name.removesuffix("weight") + key, part) for key, part in parts.items())
+def packed_inputs(base: Description) -> list[int]:
+    """Input widths of the linear layers that the family's first 4-bit format packs."""
+    forms = (ExportFormat(name) for name in FORMATS if name in base.family.formats)
+    form = next(form for form in forms if form.is_packed)
+    return Export(base, base.widths, form).packed_inputs

@@ -1,14 +1,32 @@
-"""The formats of an export, and which family has which."""
+"""The formats of an export by name: what a folder looks like and how its weights are stored.
 
+Only names and whole numbers, without an array library: the options of a command line need them
+before anything is imported. No other module takes a format's name apart.
+"""
+
+import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from convert.rules import FORMATS, Family, Widths
-from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
-from moe_jax.mxfp4 import BLOCK
 
-MTP = ("drop", "keep", "prune")
+# What folders are made as; only those that some program reads.
+FormatName = Literal[
+    "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
+    "padded-mxfp4",
+]  # fmt: skip
+FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
+FLOAT4: FormatName = "padded-mxfp4"
+Layout = Literal["ragged", "layered", "padded"]  # a width per expert, per layer or per model
+Storage = Literal["bf16", "int4", "mxfp4"]  # of linear layers, or with mxfp4 of experts alone
+
+GROUP_SIZES = (128, 64, 32)  # weights per 4-bit scale to choose from
+FLOAT4_GROUP = 32  # of MXFP4, which knows no other
+MTP = ("drop", "keep", "prune")  # what becomes of layers that predict further tokens
+
+Widths = tuple[tuple[int, ...], ...]  # channels [layer][expert], () for a dense layer
 
 
 @dataclass(frozen=True)
@@ -16,11 +34,14 @@ class ExportFormat:
     """A folder layout: a width per expert, per layer or per model, 16 or 4 bits.
 
     Attributes:
-      name: one of `convert.rules.FORMATS`.
+      name: one of `FORMATS`, its layout and its storage.
       group_size: weights per 4-bit scale; MXFP4 knows 32 only.
       constants: whether experts without channels add constants (ragged folders, or in the place of
         the output's bias), or nothing.
       mtp: one of `MTP`: what becomes of layers that predict further tokens.
+
+    Raises:
+      InputError: a value is none of those.
     """
 
     name: str
@@ -29,38 +50,66 @@ class ExportFormat:
     mtp: str = "drop"
 
     def __post_init__(self) -> None:
+        if self.name not in FORMATS:
+            raise InputError(f"export={self.name!r} is unknown; choose among {', '.join(FORMATS)}")
         if self.mtp not in MTP:
             raise InputError(f"mtp={self.mtp!r} is unknown; choose among {', '.join(MTP)}")
-        if self.is_float4 and self.group_size != BLOCK:
+        if self.is_float4 and self.group_size != FLOAT4_GROUP:
             raise InputError(
-                f"group_size={self.group_size} must be {BLOCK} for {self.name}, whose blocks the "
-                "format fixes"
+                f"group_size={self.group_size} must be {FLOAT4_GROUP} for {self.name}, whose "
+                "blocks the format fixes"
             )
+
+    @property
+    def layout(self) -> Layout:
+        """What shares one width: all channels of an expert, of a layer or of the model."""
+        return typing.cast(Layout, self.name.partition("-")[0])
+
+    @property
+    def storage(self) -> Storage:
+        """How weights are stored."""
+        return typing.cast(Storage, self.name.partition("-")[2])
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored weight, 4 or 16."""
+        return 16 if self.storage == "bf16" else 4
 
     @property
     def is_ragged(self) -> bool:
         """Whether every expert keeps its own width."""
-        return self.name.startswith("ragged")
+        return self.layout == "ragged"
 
     @property
     def is_layered(self) -> bool:
         """Whether all experts of a layer have one width, and layers differ."""
-        return self.name.startswith("layered")
+        return self.layout == "layered"
 
     @property
     def is_padded(self) -> bool:
         """Whether all experts have one width, so that stock classes load the folder."""
-        return self.name.startswith("padded")
+        return self.layout == "padded"
 
     @property
     def is_packed(self) -> bool:
         """Whether linear layers are stored in 4 bits: all as integers, or experts as floats."""
-        return self.is_float4 or self.name.endswith("int4")
+        return self.bits == 4
 
     @property
     def is_float4(self) -> bool:
         """Whether experts are stored in MXFP4."""
-        return self.name.endswith("mxfp4")
+        return self.storage == "mxfp4"
+
+    def holds_constants(self, expert_bias: bool) -> bool:
+        """Whether there is a place for what emptied experts add, in a family with biases or not."""
+        return self.is_ragged or expert_bias
+
+    def like(
+        self, *, layout: Layout | None = None, storage: Storage | None = None
+    ) -> "ExportFormat":
+        """The same format but for its layout or its storage."""
+        name = f"{layout or self.layout}-{storage or self.storage}"
+        return dataclasses.replace(self, name=name)
 
     def stored_widths(self, widths: Widths) -> Widths:
         """Channels that the folder stores per layer and expert."""
@@ -83,28 +132,3 @@ class ExportFormat:
     def _filled(self, counts: Sequence[int]) -> int:
         widest = max(1, *counts)  # clients know no expert without channels
         return -(-widest // self.group_size) * self.group_size if self.is_packed else widest
-
-
-def packed_format(family: Family) -> ExportFormat:
-    """The first 4-bit format that a family can be exported in."""
-    forms = (ExportFormat(name) for name in FORMATS if name in family.formats)
-    return next(form for form in forms if form.is_packed)
-
-
-def check_format(family: Family, form: ExportFormat) -> None:
-    """Raise ValueError unless a family can be exported in a format."""
-    if form.name not in family.formats:
-        raise InputError(
-            f"export={form.name!r} does not exist for {family.model_type}, because no "
-            f"program would read it; choose from {', '.join(family.formats)}"
-        )
-
-
-def check_constants(config: ModelConfig, form: ExportFormat) -> None:
-    """Raise ValueError if a folder has no place for what emptied experts add."""
-    if form.constants and not (form.is_ragged or config.moe.expert_bias):
-        raise InputError(
-            f"export={form.name!r} has no place for constants of emptied experts, which stock "
-            "programs know nothing of; export ragged-bf16 or ragged-int4, or plan with "
-            "--emptied zero"
-        )

@@ -19,12 +19,12 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 def nbytes(spec: Spec) -> int:
     """Bytes of a tensor."""
-    return math.prod(spec[1]) * np.dtype(spec[0]).itemsize
+    return math.prod(spec[1]) * spec[0].itemsize
 
 
 def plan_shards(specs: Mapping[str, Spec], shard_bytes: float) -> list[list[str]]:
     """Names per shard, filled in order."""
-    unknown = sorted({str(d) for d, _ in specs.values() if np.dtype(d) not in _CODES})
+    unknown = sorted({str(d) for d, _ in specs.values() if d not in _CODES})
     if unknown or not specs:
         raise InputError(f"dtypes {unknown} cannot be written; use {', '.join(DTYPES)}")
     shards: list[list[str]] = [[]]
@@ -46,10 +46,10 @@ def lay_out(names: list[str], specs: Mapping[str, Spec]) -> tuple[bytes, dict[st
     """
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in sorted(names, key=lambda name: -np.dtype(specs[name][0]).itemsize):
+    for name in sorted(names, key=lambda name: -specs[name][0].itemsize):
         dtype, shape = specs[name]
         start, end = end, end + nbytes(specs[name])
-        code = _CODES[np.dtype(dtype)]
+        code = _CODES[dtype]
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

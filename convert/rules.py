@@ -3,9 +3,10 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
+from convert.export_format import FORMATS, ExportFormat, Widths
 from moe_jax.config import LatentAttentionConfig, ModelConfig
 from moe_jax.quant import is_linear
 from moe_jax.transformer import DecoderLayer
@@ -13,24 +14,11 @@ from moe_jax.transformer import DecoderLayer
 # How one tensor lies in ours: as it is, as an expert's part of a channel pool, whose rows are the
 # tensor's rows (gate, up: [F, D] or a bias [F]) or its columns (down: [D, F]), or as the row of an
 # expert, whatever its width or only if that is 0 (the bias of down: [D]).
-Layout = Literal["identity", "expert_rows", "expert_columns", "expert_vector", "emptied_vector"]
+Placing = Literal["identity", "expert_rows", "expert_columns", "expert_vector", "emptied_vector"]
 
-Widths = tuple[tuple[int, ...], ...]  # [layer][expert], () for a dense layer
-
-# Export formats: a width per expert, per layer or per model, and how the weights of linear layers
-# are stored.
-FORMATS = (
-    "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
-    "padded-mxfp4",
-)  # fmt: skip
 RAGGED = "ragged_"  # prefix of the model types of our custom export
 _LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+")
-
-
-@lru_cache(maxsize=1 << 17)  # an estimate asks for each of a model's names some fifty times
-def _with_open_numbers(name: str) -> str:
-    return _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
 
 
 @dataclass(frozen=True)
@@ -50,8 +38,18 @@ class Rule:
     ours: str
     shape: str
     needs: str = ""
-    layout: Layout = "identity"
+    layout: Placing = "identity"
     precise: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether 4-bit formats pack the tensor: the linear layers of `moe_jax.quant.is_linear`."""
+        return is_linear(self.ours)
+
+    @property
+    def is_of_expert(self) -> bool:
+        """Whether each routed expert has one."""
+        return self.layout != "identity"
 
     def has_expert(self, count: int) -> bool:
         """Whether an expert of `count` channels has this tensor."""
@@ -128,7 +126,7 @@ class Family:
     ragged: bool = False
     twin: Twin | None = None
     interleaved: bool = False
-    formats: tuple[str, ...] = tuple(name for name in FORMATS if not name.endswith("mxfp4"))
+    formats: tuple[str, ...] = tuple(n for n in FORMATS if not ExportFormat(n).is_float4)
 
     @property
     def public_type(self) -> str:
@@ -137,12 +135,8 @@ class Family:
 
     def rule(self, name: str) -> Rule | None:
         """The line of the table that a name on disk belongs to, if any."""
-        return self._by_pattern.get(_with_open_numbers(name))
-
-    def is_linear(self, name: str) -> bool:
-        """Whether 4-bit formats pack a tensor: the linear layers of `moe_jax.quant.is_linear`."""
-        rule = self.rule(name)
-        return rule is not None and is_linear(rule.ours)
+        pattern = _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
+        return self._by_pattern.get(pattern)
 
     def is_precise(self, name: str) -> bool:
         """Whether a tensor stays float32."""
@@ -246,32 +240,42 @@ def layer_rules(
             yield rule, rule.hf.replace("{layer}", str(layer))
 
 
-def expected_tensors(
+def ruled_tensors(
     family: Family, config: ModelConfig, widths: Widths | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors that a checkpoint must have, in file order.
+) -> Iterator[tuple[str, tuple[int, ...], Rule | None]]:
+    """All tensors that a checkpoint must have, in file order, each with its line of the table.
 
     Args:
       family: its rules.
       config: the architecture.
       widths: channels per layer and expert, default all `d_expert`; 0 means no tensors.
 
-    Returns:
-      Name -> shape on disk.
+    Yields:
+      (name, shape on disk, rule; None outside the decoder layers).
     """
     sizes = axis_sizes(config)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (sizes["V"], sizes["D"])}
+    yield EMBEDDING, (sizes["V"], sizes["D"]), None
     for layer, counts in enumerate(widths or uniform_widths(config)):
         for rule, name in layer_rules(family.rules, config, layer):
-            if rule.layout == "identity":
-                shapes[name] = tuple(sizes[axis] for axis in rule.shape)
+            if not rule.is_of_expert:
+                yield name, tuple(sizes[axis] for axis in rule.shape), rule
                 continue
+            before, _, behind = name.partition("{expert}")
+            shapes = {
+                count: tuple(count if axis == "F" else sizes[axis] for axis in rule.shape)
+                for count in set(counts)
+                if rule.has_expert(count)
+            }
             for expert, count in enumerate(counts):
-                if rule.has_expert(count):
-                    own = sizes | {"F": count}
-                    full = name.replace("{expert}", str(expert))
-                    shapes[full] = tuple(own[axis] for axis in rule.shape)
-    shapes[FINAL_NORM] = (sizes["D"],)
+                if count in shapes:
+                    yield f"{before}{expert}{behind}", shapes[count], rule
+    yield FINAL_NORM, (sizes["D"],), None
     if not config.tie_embeddings:
-        shapes[LM_HEAD] = (sizes["V"], sizes["D"])
-    return shapes
+        yield LM_HEAD, (sizes["V"], sizes["D"]), None
+
+
+def expected_tensors(
+    family: Family, config: ModelConfig, widths: Widths | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of `ruled_tensors`."""
+    return {name: shape for name, shape, _ in ruled_tensors(family, config, widths)}

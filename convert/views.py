@@ -72,16 +72,23 @@ def open_views(
             for part, view in _fused_views(folder, name, *fused.groups()):
                 add(part, view)
             continue
-        dtype, shape = folder.spec(name)
-        if dtype.name == _FLOAT8 and block:
-            add(name, _block_view(folder, name, block, problems))
-        elif name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in names and block:
-            continue
-        elif dtype.name not in FLOATS:
-            problems.append(f"{name} has dtype {dtype}; expected one of {', '.join(FLOATS)}")
-        else:
-            add(name, View(shape, lambda name=name: folder.read(name)))
+        add(name, _own_view(folder, name, block, problems))
     return views, problems
+
+
+def _own_view(
+    folder: SafetensorsFolder, name: str, block: tuple[int, int] | None, problems: list[str]
+) -> View | None:
+    """A tensor that stands for itself; None for the scales of another, or where it is unread."""
+    dtype, shape = folder.spec(name)
+    if dtype.name == _FLOAT8 and block:
+        return _block_view(folder, name, block, problems)
+    if block and name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in folder:
+        return None
+    if dtype.name not in FLOATS:
+        problems.append(f"{name} has dtype {dtype}; expected one of {', '.join(FLOATS)}")
+        return None
+    return View(shape, lambda: folder.read(name))
 
 
 def _fused_views(folder: SafetensorsFolder, name: str, prefix: str, kind: str):

@@ -1,7 +1,6 @@
 """Model families by the `model_type` of config.json."""
 
 import dataclasses
-import difflib
 
 from convert.families import (
     deepseek,
@@ -20,7 +19,7 @@ from convert.families.fields import read_fields
 from convert.formats.ragged import emptied_model, has_constants, stock_config
 from convert.rules import RAGGED, Family
 from moe_jax.config import ModelConfig
-from moe_jax.errors import InputError
+from moe_jax.errors import choose
 
 _STOCK = (
     qwen2_moe.FAMILY,
@@ -69,15 +68,10 @@ def find_family(model_type: str | None) -> Family:
     """The family of a model type.
 
     Raises:
-      InputError: if it is unknown; names the nearest and all known ones.
+      InputError: it is unknown; names the nearest and all known ones.
     """
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
-    plain = str(model_type).removeprefix(RAGGED)
-    if plain in FAMILIES:  # registered from outside
+    name = str(model_type)[:80]
+    plain = name.removeprefix(RAGGED)
+    if name not in FAMILIES and plain in FAMILIES:  # registered from outside
         return _ragged(FAMILIES[plain])
-    near = difflib.get_close_matches(str(model_type)[:80], FAMILIES, n=1, cutoff=0.0)
-    raise InputError(
-        f"model_type={str(model_type)[:80]!r} is unknown; the nearest is {near[0]!r}, "
-        f"known are {', '.join(FAMILIES)}"
-    )
+    return choose(FAMILIES, name, "model_type")

@@ -6,11 +6,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert.export_format import GROUP_SIZES
 from moe_jax.errors import InputError
 
 # transformers 5 gives dequantised fused experts the dtype of their scales, so it is the model's.
 SCALE = np.dtype(ml_dtypes.bfloat16)
-GROUP_SIZES = (128, 64, 32)
 
 
 def check_group_size(group_size: int, widths: Iterable[int]) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from convert.rules import RAGGED, Family, Widths
+from convert.export_format import Widths
+from convert.rules import RAGGED, Family
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 

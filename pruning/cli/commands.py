@@ -38,7 +38,7 @@ from pruning.runs import plan as planning
 from pruning.runs import score as scoring
 from pruning.runs import verify as verifying
 from pruning.stages.score import STATISTICS
-from pruning.stages.sizes import folder_bytes, mtp_parameters, parameter_count
+from pruning.stages.sizes import folder_bytes
 
 Options = argparse.Namespace
 
@@ -72,17 +72,17 @@ def score(options: Options) -> Outcome:
 def inspect(options: Options) -> Outcome:
     """What a checkpoint is."""
     base = open_checkpoint(model_folder(options.model))
-    c = base.config
-    routed = sum(map(sum, base.widths)) * 3 * c.d_model
-    total = parameter_count(base)
+    about, c = base.about, base.config
+    routed = sum(map(sum, about.widths)) * 3 * c.d_model
+    total = about.weights()
     found = {
-        "folder": str(base.folder),
-        "family": base.family.model_type,
-        "bytes": folder_bytes(base.folder),
+        "folder": str(about.folder),
+        "family": about.family.model_type,
+        "bytes": folder_bytes(about.folder),
         "parameters": total,
-        "mtp_layers": mtp_layers(base.family, base.hf_config) if base.mtp else 0,
-        "mtp_tensors": len(base.mtp),
-        "mtp_parameters": mtp_parameters(base),
+        "mtp_layers": mtp_layers(about.family, about.hf_config) if about.mtp else 0,
+        "mtp_tensors": len(about.mtp),
+        "mtp_parameters": about.mtp_weights,
         "routed_expert_parameters": routed,
         "routed_share": round(routed / total, 4),
         "layers": c.num_layers,

@@ -1,45 +1,35 @@
 """Which formats a recipe exports: those asked for, if the model's family and the bits allow."""
 
-import typing
 from collections.abc import Sequence
-from typing import Literal
 
+from convert.export_format import FLOAT4, FLOAT4_GROUP, FORMATS, ExportFormat, FormatName
 from moe_jax.errors import InputError
-
-Export = Literal[
-    "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
-    "padded-mxfp4",
-]  # fmt: skip
-EXPORTS: tuple[Export, ...] = typing.get_args(Export)
-GROUP_SIZES = (128, 64, 32)
-FLOAT4: Export = "padded-mxfp4"
-FLOAT4_GROUP = 32
 
 
 def is_packed(export: str) -> bool:
     """Whether an export has 4 bits."""
-    return not export.endswith("bf16")
+    return ExportFormat(export).is_packed
 
 
 def width_policy(exports: Sequence[str]) -> str:
     """The width policy whose plans these formats store without padding."""
-    shapes = {name.partition("-")[0] for name in exports}
-    if "padded" in shapes:
+    layouts = {ExportFormat(name).layout for name in exports}
+    if "padded" in layouts:
         return "uniform"
-    return "layer" if "layered" in shapes else "free"
+    return "layer" if "layered" in layouts else "free"
 
 
 def choose_exports(
-    asked: Sequence[Export],
+    asked: Sequence[FormatName],
     formats: Sequence[str],
     bits: int,
     group_size: int | None,
     quantizer: str,
-) -> tuple[Export, ...]:
+) -> tuple[FormatName, ...]:
     """The formats asked for, or the first of the family that has the bits.
 
     Args:
-      asked: names of `EXPORTS`, () for the default.
+      asked: names of `FORMATS`, () for the default.
       formats: those the model's family has.
       bits: 4 or 16.
       group_size: weights per scale, None if left open.
@@ -60,8 +50,8 @@ def choose_exports(
         raise InputError(
             f"bits=16 contradicts export={list(asked)}; give one of the two, or --bits 4"
         )
-    fitting: list[Export] = [
-        name for name in EXPORTS if name in formats and is_packed(name) == (bits == 4)
+    fitting: list[FormatName] = [
+        name for name in FORMATS if name in formats and is_packed(name) == (bits == 4)
     ]
     exports = tuple(asked or fitting[:1])
     if FLOAT4 in exports and group_size not in (None, FLOAT4_GROUP):

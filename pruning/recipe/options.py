@@ -8,8 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from convert.export_format import GROUP_SIZES, FormatName
 from moe_jax.errors import InputError
-from pruning.recipe.exports import GROUP_SIZES, Export
 from pruning.recipe.group import About, Options
 from pruning.recipe.plan_options import BUDGETS, LayerLoss, PlanOptions
 from pruning.recipe.values import check_share
@@ -165,7 +165,7 @@ class ExportOptions(Options):
     """Export: the formats, and their bits."""
 
     export: Annotated[
-        tuple[Export, ...],
+        tuple[FormatName, ...],
         About(
             "formats to write: ragged (a width per expert), layered (per layer) or padded (one); "
             "default ragged-int4, or what the model's family has",

@@ -8,16 +8,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from convert.export_format import FLOAT4, FORMATS, GROUP_SIZES, FormatName
 from moe_jax.errors import InputError, choose
-from pruning.recipe.exports import (
-    EXPORTS,
-    FLOAT4,
-    GROUP_SIZES,
-    Export,
-    choose_exports,
-    is_packed,
-    width_policy,
-)
+from pruning.recipe.exports import choose_exports, is_packed, width_policy
 from pruning.recipe.group import about
 from pruning.recipe.options import (
     BUDGETS,
@@ -57,7 +50,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         d_model: int,
         max_position: int,
         inputs: Iterable[int] = (),
-        formats: Sequence[str] = EXPORTS,
+        formats: Sequence[str] = FORMATS,
     ) -> "ResolvedRecipe":
         """The recipe with every default that depends on the model filled in.
 
@@ -95,7 +88,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         }
         return ResolvedRecipe(**{**given, **filled})
 
-    def _group(self, widths: Sequence[int], exports: Sequence[Export]) -> int:
+    def _group(self, widths: Sequence[int], exports: Sequence[FormatName]) -> int:
         # Weights per scale; the first width is an expert's.
         if self.group_size or FLOAT4 in exports:
             return self.group_size or GROUP_SIZES[-1]
@@ -117,7 +110,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
 class ResolvedRecipe(CompressionRecipe):
     """A recipe for one model: what depends on the model is decided, so nothing here is open."""
 
-    export: Annotated[tuple[Export, ...], about(ExportOptions, "export")] = ()
+    export: Annotated[tuple[FormatName, ...], about(ExportOptions, "export")] = ()
     group_size: Annotated[int, about(ExportOptions, "group_size")] = 32
     criterion: Annotated[str, about(PlanOptions, "criterion")] = "shapley"
     attribution: Annotated[str, about(PlanOptions, "attribution")] = "ala"

@@ -9,19 +9,18 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.export import check_widths
+from convert.export_format import FormatName
 from moe_jax.errors import InputError
 from pruning.budget.decide import PruningPlan
 from pruning.budget.record import recorded_options
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
-from pruning.recipe.exports import Export
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.stages import folder as output_folder
 from pruning.stages import job as stages
 from pruning.stages import preflight
-from pruning.stages.sizes import export_sizes, form_of, kept_widths
+from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import Check, random_probe, require_verified
 
 
@@ -30,7 +29,7 @@ def apply_plan(
     model: str,
     output: str | os.PathLike,
     *,
-    export: Sequence[Export] = (),
+    export: Sequence[FormatName] = (),
     bits: Literal[4, 16] = 4,
     group_size: int | None = None,
     mtp: Literal["drop", "keep", "prune"] = "drop",
@@ -73,16 +72,24 @@ def apply_plan(
     given |= {"group_size": group_size} if group_size else {}
     recipe = _recipe(source, found, base, given)
     missing = _prepare(recipe, found, source, base, steps)
-    preflight.say_mtp(base, recipe, steps)
+    preflight.say_mtp(base.about, recipe, steps)
     found.save(recipe.output)
+    checks = _write(base, found, recipe, missing, steps)
+    require_verified(checks)
+    return checks
+
+
+def _write(
+    base: Checkpoint, plan: PruningPlan, recipe: ResolvedRecipe, missing: list[str], steps: Steps
+) -> list[Check]:
+    """Write the missing exports; checks of all."""
     checks = []
     for name in recipe.export:
-        form, target = form_of(recipe, name, found), Path(recipe.output) / "exports" / name
+        form, target = form_of(recipe, name, plan), Path(recipe.output) / "exports" / name
         if name in missing:
-            stages.export(base, found, form, target, steps)
+            stages.export(base, plan, form, target, steps)
         with steps.bar(f"verify {name}"):
-            checks += stages.verify(base, found, form, target, random_probe(base))
-    require_verified(checks)
+            checks += stages.verify(base, plan, form, target, random_probe(base))
     return checks
 
 
@@ -97,8 +104,8 @@ def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
     if (plan.layer_indices, *plan.keep.shape[1:]) != wanted:
         raise InputError(
             f"the plan is for layers {plan.layer_indices} of {plan.keep.shape[1]} experts with "
-            f"{plan.keep.shape[2]} channels, {base.folder} has layers {wanted[0]} of {wanted[1]} "
-            f"experts with {wanted[2]}; give the model that the plan was made for"
+            f"{plan.keep.shape[2]} channels, {base.about.folder} has layers {wanted[0]} of "
+            f"{wanted[1]} experts with {wanted[2]}; give the model that the plan was made for"
         )
     if not plan.keep.any():
         raise InputError("the plan keeps no channel at all; make one with a lower prune rate")
@@ -116,7 +123,7 @@ def _recipe(
     beside = (source if source.is_dir() else source.parent) / output_folder.RECIPE
     fields = {**told, **given}
     asked = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
-    recipe = stages.resolved(asked, base)
+    recipe = stages.resolved(asked, base.about)
     assert all(getattr(recipe, name) is None for name in BUDGETS if name != "prune_rate")
     packed = any(form_of(recipe, name).is_packed for name in recipe.export)
     block = said.get("block")
@@ -131,12 +138,12 @@ def _prepare(
     """Check all that can be checked, make the output folder; returns the exports to write."""
     output = Path(recipe.output)
     resumed = output_folder.may_resume(
-        recipe, (base.folder, source), lambda: _holds_no_other(output, plan)
+        recipe, (base.about.folder, source), lambda: _holds_no_other(output, plan)
     )
     missing = [n for n in recipe.export if not (resumed and (output / "exports" / n).exists())]
     for name in missing:
-        check_widths(base, kept_widths(plan, base), form_of(recipe, name, plan))
-    sizes = export_sizes(base, plan, dataclasses.replace(recipe, export=missing))
+        export_of(base.about, plan, form_of(recipe, name, plan)).check()
+    sizes = export_sizes(base.about, plan, dataclasses.replace(recipe, export=missing))
     replaced = 0 if resumed else output_folder.replaced_bytes(output)
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
     preflight.say_sizes(sizes, steps)

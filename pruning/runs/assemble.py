@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.export import export_bytes
+from convert.export_format import ExportFormat
 from pruning.budget.decide import PruningPlan
 from pruning.budget.importance import LAYER_LOSSES, PlannerOptions, layer_weights
 from pruning.report.command import command_line
@@ -21,16 +21,9 @@ from pruning.report.figures import concentration
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.gptq_model import layer_errors
-from pruning.stages.card import in_16_bits, loading
+from pruning.stages.card import loading
 from pruning.stages.job import Job
-from pruning.stages.sizes import (
-    active_parameters,
-    folder_bytes,
-    form_of,
-    kept_widths,
-    mtp_parameters,
-    parameter_count,
-)
+from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of
 from pruning.stages.verify import Check
 from pruning.text.held_out import seen_shares
 
@@ -75,16 +68,16 @@ def assemble(found: Outcome) -> CompressionReport:
     """The report; sizes are read from the exports on disk."""
     job, plan = found.job, found.plan
     recipe = job.recipe
-    windows = next(iter(job.evaluation.values()), None)
+    about, windows = job.base.about, next(iter(job.evaluation.values()), None)
     smallest = min(recipe.export, key=lambda name: folder_bytes(job.output / "exports" / name))
     sample = found.samples[0] if found.samples else {"export": smallest}
     return CompressionReport(
         model={
             "path": recipe.model,
-            "family": job.base.family.model_type,
+            "family": about.family.model_type,
             "fingerprint": job.base.fingerprint,
-            "parameters": parameter_count(job.base) + mtp_parameters(job.base),
-            "bytes": folder_bytes(job.base.folder),
+            "parameters": about.weights() + about.mtp_weights,
+            "bytes": folder_bytes(about.folder),
         },
         recipe=_plain(dataclasses.asdict(recipe)),
         environment=_environment(),
@@ -180,15 +173,16 @@ def _sizes(found: Outcome) -> dict[str, Any]:
         written = folder_bytes(job.output / "exports" / name)
         bits = written * 8 / size["parameters"]
         exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
-        exports[name]["padded_bytes"] = None if name.startswith("padded") else size["padded_bytes"]
+        if ExportFormat(name).is_padded:
+            exports[name]["padded_bytes"] = None
     whole = np.full_like(plan.counts, plan.keep.shape[2])
     return {
-        "source_bytes": folder_bytes(job.base.folder),
+        "source_bytes": folder_bytes(job.base.about.folder),
         "channels": int(plan.keep.size),
         "channels_kept": int(plan.counts.sum()),
         "active_parameters": {
-            "source": active_parameters(job.base, whole, statistics),
-            "exports": active_parameters(job.base, plan.counts, statistics),
+            "source": active_parameters(job.base.about, whole, statistics),
+            "exports": active_parameters(job.base.about, plan.counts, statistics),
         },
         "exports": exports,
     }
@@ -196,13 +190,13 @@ def _sizes(found: Outcome) -> dict[str, Any]:
 
 def _alone(job: Job, plan: PruningPlan) -> dict[str, dict[str, int | None]]:
     """Bytes of each export if only channels were removed, or only weights rounded."""
-    widths, found = kept_widths(plan, job.base), {}
+    about, found = job.base.about, {}
     for name in job.recipe.export:
-        form = form_of(job.recipe, name, plan)
+        both = export_of(about, plan, form_of(job.recipe, name, plan))
+        pruned = dataclasses.replace(both, form=both.form.like(storage="bf16"))
+        rounded = dataclasses.replace(both, widths=about.widths)
         found[name] = {
-            "pruned_bytes": export_bytes(job.base, widths, in_16_bits(form)),
-            "rounded_bytes": export_bytes(job.base, job.base.widths, form)
-            if form.is_packed
-            else None,
+            "pruned_bytes": pruned.nbytes,
+            "rounded_bytes": rounded.nbytes if both.form.is_packed else None,
         }
     return found

@@ -121,7 +121,7 @@ def _audit(
     predicted = int((valid[:, :-1] & valid[:, 1:]).sum())
     increases = {one: (loss - dense) / predicted for one, (dense, loss) in losses.items()}
     found = {
-        "model": str(job.base.folder),
+        "model": str(job.base.about.folder),
         "model_hash": job.base.fingerprint,
         "seed": job.recipe.seed,
         "predicted": predicted,

@@ -26,7 +26,6 @@ from pruning.stages import job as stages
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job
-from pruning.stages.sizes import parameter_count, weight_count
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows
 
@@ -131,9 +130,9 @@ def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
 
 def _sizes(job: Job) -> dict[str, int]:
     # Of 16-bit weights; the experts' are what is gone if they keep no channel.
-    base, dense = job.base, parameter_count(job.base)
+    base, dense = job.base.about, job.base.about.weights()
     empty = tuple(tuple(0 for _ in counts) for counts in base.widths)
-    return {"dense": 2 * dense, "experts": 2 * (dense - weight_count(base, empty))}
+    return {"dense": 2 * dense, "experts": 2 * (dense - base.weights(empty))}
 
 
 def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:

@@ -71,10 +71,10 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     preflight.prepare(job, steps)
     statistics, provenance = scoring.score(job, steps)
     with steps.bar("plan"):
-        plan = planning.plan(job.recipe, statistics, provenance, job.base)
+        plan = planning.plan(job.recipe, statistics, provenance, job.base.about)
         output_folder.drop_stale_exports(job.output, plan)
         plan.save(job.output)
-    sizes = export_sizes(job.base, plan, job.recipe)
+    sizes = export_sizes(job.base.about, plan, job.recipe)
     preflight.say_sizes(sizes, steps)
     codes = gptq_stage.quantize(job, plan, steps)
     checks = []
@@ -189,7 +189,7 @@ def random_plan(job: Job, statistics: ChannelStatistics, plan: PruningPlan) -> P
         target_parameters=None,
         prune_rate=1.0 - int(plan.counts.sum()) / plan.keep.size,
     )
-    return planning.plan(recipe, statistics, {"model_hash": job.base.fingerprint}, job.base)
+    return planning.plan(recipe, statistics, {"model_hash": job.base.fingerprint}, job.base.about)
 
 
 def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None:
@@ -213,7 +213,7 @@ def _samples(job: Job, steps: Steps) -> tuple[list[dict[str, str]], str]:
         for text, windows in shown.items()
         if len(windows.tokens)
     }
-    size = folder_bytes(job.base.folder)
+    size = folder_bytes(job.base.about.folder)
     if not starts:
         return [], "there was no text to continue"
     if size > SAMPLE_BYTES:
@@ -221,7 +221,7 @@ def _samples(job: Job, steps: Steps) -> tuple[list[dict[str, str]], str]:
     stop = () if job.codec.end is None else (job.codec.end,)
     written: dict[str, dict[str, str]] = {}
     with steps.bar("sample"):
-        for name, path in (("dense", job.base.folder), ("compressed", folder)):
+        for name, path in (("dense", job.base.about.folder), ("compressed", folder)):
             model = load_model(path)
             for text, prompt in starts.items():
                 room = min(SAMPLE_NEW_TOKENS, job.base.config.max_position - len(prompt))

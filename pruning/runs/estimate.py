@@ -9,12 +9,12 @@ from typing import Any
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.clients import client_table
 from convert.description import Description, describe
-from convert.export import check_widths, export_bytes
-from convert.rules import EMBEDDING, LM_HEAD, Widths, expected_tensors
+from convert.export_format import ExportFormat, Widths
+from convert.rules import EMBEDDING, LM_HEAD, ruled_tensors
 from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import padded_rows
-from pruning.recipe.exports import is_packed
+from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.runs.probe import scoring_seconds
@@ -25,9 +25,8 @@ from pruning.stages import job as stages
 from pruning.stages.preflight import free_space, rehearsed_plan, written_bytes
 from pruning.stages.sizes import (
     byte_range,
+    export_of,
     form_of,
-    kept_widths,
-    mtp_parameters,
     statistics_bytes,
 )
 
@@ -35,7 +34,7 @@ PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
 
 
-def open_description(folder: Path) -> Description:
+def open_described(folder: Path) -> Checkpoint | Description:
     """A checkpoint with its headers checked; where no weights lie, what config.json says.
 
     Raises:
@@ -70,16 +69,17 @@ def estimate(
     """
     if tensor_parallel < 1:
         raise InputError(f"tensor_parallel={tensor_parallel} must be at least 1")
-    base = open_description(stages.model_folder(recipe.model))
+    base = open_described(model_folder(recipe.model))
     budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
     recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
-    found = [_estimate(base, one, tensor_parallel) for one in recipes or [recipe]]
+    about = base.about if isinstance(base, Checkpoint) else base
+    found = [_estimate(about, one, tensor_parallel) for one in recipes or [recipe]]
     seconds = None
     if isinstance(base, Checkpoint) if probe is None else probe:
         if not isinstance(base, Checkpoint):
-            raise InputError(f"{base.folder} has no weights to probe; leave out --probe")
+            raise InputError(f"{about.folder} has no weights to probe; leave out --probe")
         # The time is the same at every rate.
-        seconds = round(scoring_seconds(base, stages.resolved(recipe, base)), 1)
+        seconds = round(scoring_seconds(base, stages.resolved(recipe, about)), 1)
     return [{**one, "scoring_seconds": seconds} for one in found]
 
 
@@ -98,7 +98,7 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
         jobs = {
             name: stages.resolved(dataclasses.replace(recipe, export=(name,)), base)
             for name in base.family.formats
-            if recipe.bits == 4 or not is_packed(name)
+            if recipe.bits == 4 or not ExportFormat(name).is_packed
         }
         jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
     assert whole.window is not None
@@ -106,7 +106,7 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
     parts = written_bytes(base, whole, windows)
     return {
         "prune_rate": whole.prune_rate,
-        "parameters": parameters(base, base.widths, mtp_parameters(base)),
+        "parameters": parameters(base, base.widths, base.mtp_weights),
         "exports": {name: _export(base, one, name, tensor_parallel) for name, one in jobs.items()},
         "memory": memory(base, whole),
         "disk": {
@@ -122,11 +122,11 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
 def _holds(base: Description, recipe: ResolvedRecipe, name: str) -> bool:
     """Whether a format has a place for constants, and for layers that are kept as they are."""
     form, moe = form_of(recipe, name), base.config.moe
-    if form.constants and not (form.is_ragged or moe.expert_bias):
+    if form.constants and not form.holds_constants(moe.expert_bias):
         return False
     if form.mtp != "keep" or not form.is_padded:
         return True
-    widths = kept_widths(rehearsed_plan(recipe, base), base)
+    widths = export_of(base, rehearsed_plan(recipe, base), form).widths
     return form.padded_width(widths) == moe.d_expert
 
 
@@ -134,17 +134,17 @@ def _export(
     base: Description, recipe: ResolvedRecipe, name: str, tensor_parallel: int
 ) -> dict[str, Any]:
     plan, form = rehearsed_plan(recipe, base), form_of(recipe, name)
-    widths = kept_widths(plan, base)
-    check_widths(base, widths, form)
+    export = export_of(base, plan, form)
+    export.check()
     fewest, most = byte_range(base, recipe, name, int(plan.counts.sum()))
-    table = client_table(base, widths, form, tensor_parallel)
+    table = client_table(export, tensor_parallel)
     return {
-        "bytes": export_bytes(base, widths, form),
+        "bytes": export.nbytes,
         "fewest_bytes": fewest,
         "most_bytes": most,
         "group_size": form.group_size if form.is_packed else None,
-        "width": form.padded_width(widths) if form.is_padded else None,
-        "parameters": parameters(base, widths, mtp_parameters(base, widths, form)),
+        "width": form.padded_width(export.widths) if form.is_padded else None,
+        "parameters": parameters(base, export.widths, export.mtp_parameters),
         "clients": {client: dataclasses.asdict(found) for client, found in table.items()},
     }
 
@@ -158,8 +158,7 @@ def parameters(base: Description, widths: Widths, mtp: int) -> dict[str, int]:
     """
     places = ("routed", "shared", "attention", "embeddings", "other")
     found: dict[str, int] = dict.fromkeys(places, 0)
-    for name, shape in expected_tensors(base.family, base.config, widths).items():
-        rule = base.family.rule(name)
+    for name, shape, rule in ruled_tensors(base.family, base.config, widths):
         found[_place(name, rule.ours if rule else "")] += math.prod(shape)
     moe, main = base.config.moe, sum(found.values())
     picked = found["routed"] * moe.experts_per_token // moe.num_experts
@@ -185,10 +184,9 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     """
     c = base.config
     outer = (1 if c.tie_embeddings else 2) * c.vocab_size * c.d_model
-    shapes = expected_tensors(base.family, c, base.widths)
     layers = [0] * c.num_layers
-    for name, shape in shapes.items():
-        if name.startswith("model.layers."):
+    for name, shape, rule in ruled_tensors(base.family, c, base.widths):
+        if rule is not None:
             layers[int(name.split(".")[2])] += math.prod(shape)
     layer, item = max(layers), 2 if recipe.dtype == "bfloat16" else 4
     tokens = 0 if recipe.weights_only else recipe.max_tokens

@@ -114,7 +114,7 @@ def _windows(
     steps: Steps,
 ) -> dict[str, Windows]:
     """Windows by the name of their file."""
-    codec, found = open_codec(base.folder, base.config.vocab_size), {}
+    codec, found = open_codec(base.about.folder, base.config.vocab_size), {}
     for text in texts:
         tokens = stages.read_tokens(TextSource(Path(text), field), codec, most)
         if len(tokens) == most:

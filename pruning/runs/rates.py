@@ -39,7 +39,7 @@ def sweep_of(
     ).channel
 
     def point(rate: float | None, plan: PruningPlan) -> SweepPoint:
-        sizes = export_sizes(base, plan, recipe)
+        sizes = export_sizes(base.about, plan, recipe)
         return SweepPoint(
             rate=rate or 0.0,
             kept=int(plan.counts.sum()),

@@ -36,8 +36,9 @@ def open_for(recipe: CompressionRecipe, steps: Steps) -> Job:
     """Open what a recipe needs, as a step that says what was read."""
     with steps.bar("open"):
         job = open_job(recipe)
-    gigabytes = folder_bytes(job.base.folder) / 1e9
-    steps.detail(f"  model: {job.base.folder}, {job.base.family.model_type}, {gigabytes:,.3f} GB")
+    about = job.base.about
+    gigabytes = folder_bytes(about.folder) / 1e9
+    steps.detail(f"  model: {about.folder}, {about.family.model_type}, {gigabytes:,.3f} GB")
     shape = f"{len(job.calibration.tokens):,} windows of {job.recipe.window:,}"
     steps.detail(f"  calibration: {job.calibration.total:,} tokens in {shape}")
     for name, windows in job.evaluation.items():

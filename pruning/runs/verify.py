@@ -4,10 +4,10 @@ import dataclasses
 import os
 from pathlib import Path
 
+from convert.export_format import FORMATS
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.recipe.exports import EXPORTS
 from pruning.stages import job as stages
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
@@ -31,14 +31,14 @@ def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]
     folder, steps = Path(folder), steps or Steps()
     recipe = stored_recipe(folder)
     base, plan = stored_base(recipe), PruningPlan.load(folder)
-    folders = [path for name in EXPORTS if (path := folder / "exports" / name).is_dir()]
+    folders = [path for name in FORMATS if (path := folder / "exports" / name).is_dir()]
     if not folders:
         raise InputError(f"{folder}/exports holds nothing; run `moe-compress export` first")
     checks = []
     for target in folders:
         # `export` may have been told otherwise than the recipe.
         form = form_of(recipe, target.name, plan)
-        form = dataclasses.replace(form, mtp=written_mtp(target, base))
+        form = dataclasses.replace(form, mtp=written_mtp(target, base.about))
         codes = stages.codes_folder(recipe)
         with steps.bar(f"verify {target.name}"):
             checks += stages.verify(base, plan, form, target, random_probe(base), codes)

@@ -1,6 +1,6 @@
 """What channels do to noise: the worth of a channel where no text is at hand.
 
-The same rule as `convert.mtp.channel_worth`, for layers that are part of the model.
+In ordinary layers that beat chance, which products of weight norms did not.
 """
 
 import jax
@@ -51,3 +51,17 @@ def noise_worth(layer: DecoderLayer, noise: np.ndarray) -> Array:
     rows = expert_rows(x[liked.reshape(-1)], weights, dispatch, pool)
     pulled = expand(rows.out, weights.down, dispatch, pool)
     return sum_by_expert(rows.hidden * pulled, dispatch) / sent
+
+
+def worthiest_on_noise(layer: DecoderLayer, width: int) -> np.ndarray:
+    """The channels of largest `noise_worth`, of layers that no text reaches.
+
+    Args:
+      layer: with dense experts.
+      width: channels to keep of each.
+
+    Returns:
+      int [E, width], ascending; ties go to the lower index.
+    """
+    worth = np.asarray(noise_worth(layer, noise_rows(layer.mlp_norm.shape[0])))
+    return np.sort(np.argsort(-worth, axis=1, kind="stable")[:, :width], axis=1)

@@ -10,8 +10,7 @@ import yaml
 
 from convert.checkpoint import Checkpoint
 from convert.clients import client_table
-from convert.export import ExportFormat, export_bytes, export_config, export_specs
-from convert.mtp import mtp_width
+from convert.export_format import ExportFormat
 from moe_jax.config import LatentAttentionConfig
 from moe_jax.files import replace_text
 from pruning.budget.decide import PruningPlan
@@ -26,13 +25,7 @@ from pruning.report.card import (
     model_card,
 )
 from pruning.report.loading import Loading
-from pruning.stages.sizes import (
-    folder_bytes,
-    kept_widths,
-    mtp_parameters,
-    parameter_count,
-    parameters_left,
-)
+from pruning.stages.sizes import export_of, folder_bytes
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -43,8 +36,8 @@ def card_files(
 ) -> dict[str, str | Path]:
     """Files of a new export by name: its card, on which nothing is measured yet, and the base's."""
     files: dict[str, str | Path] = {CARD: model_card(card_facts(base, plan, form, quantizer))}
-    if (base.folder / CARD).is_file():
-        files[BASE_CARD] = base.folder / CARD
+    if (base.about.folder / CARD).is_file():
+        files[BASE_CARD] = base.about.folder / CARD
     return files
 
 
@@ -98,28 +91,29 @@ def card_facts(
 
 def loading(base: Checkpoint, plan: PruningPlan, form: ExportFormat) -> Loading:
     """What decides how programs load an export."""
-    verdicts = client_table(base, kept_widths(plan, base), form)
+    verdicts = client_table(export_of(base.about, plan, form))
     return Loading(
         form=form.name,
         clients={name: (found.verdict, found.rule) for name, found in verdicts.items()},
-        has_tokenizer=any(base.folder.glob("tokenizer*")),
+        has_tokenizer=any(base.about.folder.glob("tokenizer*")),
         has_latent_attention=isinstance(base.config.attention, LatentAttentionConfig),
         has_linear_attention=bool(base.config.linear_layers),
     )
 
 
 def _base_facts(base: Checkpoint) -> BaseFacts:
-    repository, revision = hub_origin(base.folder)
+    about, folder = base.about, base.about.folder
+    repository, revision = hub_origin(folder)
     return BaseFacts(
-        name=repository or _folder_name(base.folder),
+        name=repository or _folder_name(folder),
         repository=repository,
         revision=revision,
-        inherited=_inherited(base.folder / CARD),
-        has_card=(base.folder / CARD).is_file(),
+        inherited=_inherited(folder / CARD),
+        has_card=(folder / CARD).is_file(),
         hash=base.fingerprint,
-        family=base.family.model_type,
-        parameters=parameter_count(base) + mtp_parameters(base),
-        bytes=folder_bytes(base.folder),
+        family=about.family.model_type,
+        parameters=about.weights() + about.mtp_weights,
+        bytes=folder_bytes(folder),
     )
 
 
@@ -141,18 +135,19 @@ def _plan_facts(plan: PruningPlan) -> PlanFacts:
 def _folder_facts(
     base: Checkpoint, plan: PruningPlan, form: ExportFormat, quantizer: str
 ) -> FolderFacts:
-    widths, packed = kept_widths(plan, base), form.is_packed
-    stored = (shape for _, shape in export_specs(base, widths, in_16_bits(form)).values())
+    export, packed = export_of(base.about, plan, form), form.is_packed
+    plain = dataclasses.replace(export, form=form.like(storage="bf16"))
+    stored = (shape for _, shape in plain.specs.values())
     return FolderFacts(
-        written_as=export_config(base, widths, form)["model_type"],
+        written_as=export.config["model_type"],
         form=form.name,
         group_size=form.group_size if packed else None,
         quantizer=("rtn" if form.is_float4 else quantizer) if packed else None,
-        parameters=parameters_left(base, plan, form),
+        parameters=export.parameters,
         stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),
-        bytes=export_bytes(base, widths, form),
-        mtp=form.mtp if base.mtp else None,
-        mtp_width=mtp_width(base, widths, form),
+        bytes=export.nbytes,
+        mtp=form.mtp if base.about.mtp else None,
+        mtp_width=export.mtp_width,
     )
 
 

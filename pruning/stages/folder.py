@@ -5,9 +5,8 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from convert.writer import LEFTOVER, remove_leftovers
 from moe_jax.errors import InputError
-from moe_jax.files import replace_text
+from moe_jax.files import LEFTOVER, remove_leftovers, replace_text
 from pruning.budget.decide import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.stages.job import Job
@@ -29,7 +28,7 @@ def is_interrupted(job: Job) -> bool:
       InputError: it holds something else that may not be replaced.
     """
     texts = [TextSource.parse(text).path for text in job.recipe.calibration]
-    read = (job.base.folder, *texts, *map(Path, job.recipe.evaluation))
+    read = (job.base.about.folder, *texts, *map(Path, job.recipe.evaluation))
     return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
 
 

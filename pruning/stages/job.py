@@ -8,8 +8,9 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.description import Description
-from convert.export import ExportFormat, export_checkpoint, packed_inputs
-from convert.mtp import check_mtp
+from convert.export import packed_inputs
+from convert.export_format import ExportFormat
+from convert.mtp_export import MtpSource, check_mtp
 from convert.rules import uniform_widths
 from moe_jax.errors import InputError, choose
 from moe_jax.stream import LayerSource
@@ -24,11 +25,12 @@ from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
+from pruning.scores.noise import worthiest_on_noise
 from pruning.shrink.gptq_model import with_codes
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.card import card_files
-from pruning.stages.sizes import kept_widths
+from pruning.stages.sizes import export_of
 from pruning.stages.verify import Check, verify_folder
 from pruning.text.calibration import (
     TextSource,
@@ -74,8 +76,8 @@ def open_job(recipe: CompressionRecipe) -> Job:
     # 16-bit weights: the exports store these, so they are what is measured.
     base = open_checkpoint(folder, dtype=jnp.bfloat16)
     c = base.config
-    recipe = resolved(recipe, base)
-    require_possible(recipe, base)
+    recipe = resolved(recipe, base.about)
+    require_possible(recipe, base.about)
     codec = open_codec(folder, c.vocab_size)
     calibration = _calibration(recipe, codec, recipe.window)
     evaluation = recipe.evaluation
@@ -206,16 +208,19 @@ def export(
     source = pruned_source(base, plan, form, codes)
     target.parent.mkdir(parents=True, exist_ok=True)
     with steps.bar(f"export {form.name}") as on_step:
-        return export_checkpoint(
+        return export_of(base.about, plan, form).write(
             source,
-            base,
-            kept_widths(plan, base),
             target,
-            form,
+            mtp=mtp_source(base),
             extra_files=card_files(base, plan, form, quantizer="gptq" if codes else "rtn"),
             overwrite=overwrite,
             on_layer=lambda index: on_step(index + 1, len(base)),
         )
+
+
+def mtp_source(base: Checkpoint) -> MtpSource:
+    """Layers that predict further tokens; no text reaches them, so noise prunes them."""
+    return MtpSource(base.read_mtp, worthiest_on_noise)
 
 
 def verify(
@@ -229,9 +234,8 @@ def verify(
     """Check one export against its plan and the model in memory."""
     return verify_folder(
         target,
-        base=base,
-        widths=kept_widths(plan, base),
-        form=form,
+        export=export_of(base.about, plan, form),
+        mtp=mtp_source(base),
         expected=pruned_source(base, plan, form, codes),
         probe=probe,
     )

@@ -115,4 +115,4 @@ def _kept_set(job: Job) -> Callable[[ChannelStatistics], np.ndarray | None]:
     if any(score.whole_text for score in scores):
         return lambda statistics: None
     notes = {"model_hash": job.base.fingerprint}
-    return lambda statistics: planning.plan(job.recipe, statistics, notes, job.base).keep
+    return lambda statistics: planning.plan(job.recipe, statistics, notes, job.base.about).keep

@@ -4,14 +4,14 @@ import functools
 from pathlib import Path
 
 from convert.description import Description
-from convert.export import export_bytes
+from convert.export import Export
 from pruning.budget.budgets import nested_plans, plan_for_target
 from pruning.budget.decide import plan_pruning
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.options import PlanOptions, part_of
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics
-from pruning.stages.sizes import expert_widths, form_of, weight_count
+from pruning.stages.sizes import expert_widths, form_of
 
 # Options of a recipe that decide what is scored, and how.
 SCORING = (
@@ -96,13 +96,12 @@ def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: di
 
 def _bytes(recipe: ResolvedRecipe, base: Description):
     form = form_of(recipe, recipe.export[0])
-    return lambda counts: export_bytes(
-        base, expert_widths(counts, base.config.moe_layers, base), form
-    )
+    layers = base.config.moe_layers
+    return lambda counts: Export(base, expert_widths(counts, layers, base), form).nbytes
 
 
 def _parameters(base: Description):
-    return lambda counts: weight_count(base, expert_widths(counts, base.config.moe_layers, base))
+    return lambda counts: base.weights(expert_widths(counts, base.config.moe_layers, base))
 
 
 def _budget_range(recipe: ResolvedRecipe, base: Description) -> tuple[int, int, int]:

@@ -8,14 +8,14 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.description import Description
-from convert.export import ExportFormat, check_widths
-from convert.mtp import check_mtp_width
-from convert.writer import SPARE_BYTES, remove_leftovers
+from convert.export import Export
+from convert.export_format import FORMATS, ExportFormat
+from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
+from moe_jax.files import remove_leftovers
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
-from pruning.recipe.exports import EXPORTS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.statistics import ALWAYS, SUMS, ChannelStatistics, field_shapes
 from pruning.stages import folder as output_folder
@@ -25,10 +25,10 @@ from pruning.stages.job import Job
 from pruning.stages.parts import rows_of_parts
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import (
-    equal_bytes,
+    equal_export,
+    export_of,
     export_sizes,
     form_of,
-    kept_widths,
     mean_width,
     most_bytes,
     pads,
@@ -54,15 +54,16 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
     resumed = output_folder.is_interrupted(job)
     if resumed:
         output_folder.clear_leftovers(job.output)
-    plan = rehearsed_plan(job.recipe, job.base)
+    base = job.base.about
+    plan = rehearsed_plan(job.recipe, base)
     if exports:
         for name in job.recipe.export:
             form = form_of(job.recipe, name)
-            check_widths(job.base, job.base.widths, form)
+            Export(base, base.widths, form).check()
             _require_known_width(job.recipe, form)
-            check_mtp_width(job.base, kept_widths(plan, job.base), form)
-        _say_padding(job, steps)
-        say_mtp(job.base, job.recipe, steps)
+            export_of(base, plan, form).check_mtp()
+        _say_padding(base, job.recipe, steps)
+        say_mtp(base, job.recipe, steps)
     check_disk(job, resumed=resumed, exports=exports)
     if warning := not_held_out(seen_shares(job.calibration, job.evaluation)):
         steps.say(warning)
@@ -103,9 +104,9 @@ def rehearsed_plan(recipe: ResolvedRecipe, base: Description) -> PruningPlan:
 
 def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     """Raise OSError unless everything the run will write fits beside what is there."""
-    base, output = job.base, job.output
+    base, output = job.base.about, job.output
     parts = written_bytes(base, job.recipe, len(job.calibration.tokens))
-    for name, path in [("statistics", STATISTICS), *((n, f"exports/{n}") for n in EXPORTS)]:
+    for name, path in [("statistics", STATISTICS), *((n, f"exports/{n}") for n in FORMATS)]:
         if (resumed and (output / path).exists()) or not (exports or name == "statistics"):
             parts.pop(name, None)
     require_space(output, parts, 0 if resumed else output_folder.replaced_bytes(output))
@@ -155,9 +156,9 @@ def check_exports(
     if there and not overwrite:
         raise InputError(f"{', '.join(there)} already exist; add --overwrite to replace them")
     for name in recipe.export:
-        check_widths(base, kept_widths(plan, base), form_of(recipe, name, plan))
+        export_of(base.about, plan, form_of(recipe, name, plan)).check()
     remove_leftovers(folder)
-    sizes = export_sizes(base, plan, recipe)
+    sizes = export_sizes(base.about, plan, recipe)
     require_space(folder, {name: size["bytes"] for name, size in sizes.items()})
     say_sizes(sizes, steps)
 
@@ -166,14 +167,13 @@ def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
     """One line per export with its exact size."""
     for name, size in sizes.items():
         line = f"{name}: {amount(size['bytes'])}"
-        if not name.startswith("padded"):
+        if not ExportFormat(name).is_padded:
             line += f" (padded to one width for stock clients: {amount(size['padded_bytes'])})"
         steps.say(line)
 
 
-def _say_padding(job: Job, steps: Steps) -> None:
+def _say_padding(base: Description, recipe: ResolvedRecipe, steps: Steps) -> None:
     """Say what padding may cost, while nothing has been spent yet."""
-    recipe, base = job.recipe, job.base
     width, widest = mean_width(base, recipe, math.floor), base.config.moe.d_expert
     if recipe.width == "capped":
         assert recipe.cap is not None
@@ -182,7 +182,7 @@ def _say_padding(job: Job, steps: Steps) -> None:
         form = form_of(recipe, name)
         if not pads(recipe, form):
             continue
-        mean, most = (amount(equal_bytes(base, recipe, name, w)) for w in (width, widest))
+        mean, most = (amount(equal_export(base, form, w).nbytes) for w in (width, widest))
         of, one, cure = ("the widest", "one expert", "uniform")
         if form.is_layered:
             of, one, cure = ("the widest of its layer", "one expert of every layer", "layer")
@@ -193,7 +193,7 @@ def _say_padding(job: Job, steps: Steps) -> None:
         )
 
 
-def say_mtp(base: Checkpoint, recipe: CompressionRecipe, steps: Steps) -> None:
+def say_mtp(base: Description, recipe: CompressionRecipe, steps: Steps) -> None:
     """Say what becomes of the layers that predict further tokens, if the checkpoint has any."""
     words = {
         "drop": "left out, so programs cannot draft tokens with them; --mtp prune or keep writes "

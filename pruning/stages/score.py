@@ -42,7 +42,7 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
         with steps.bar("weight gradients") as on_step:
             gradient = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
         statistics = dataclasses.replace(statistics, weight_gradient=gradient)
-    load = lambda: load_model(job.base.folder, jnp.bfloat16)  # noqa: E731
+    load = lambda: load_model(job.base.about.folder, jnp.bfloat16)  # noqa: E731
     statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
     provenance = {**identity(job), "stability": stability}
     save_statistics(job.output / STATISTICS, statistics, provenance)
@@ -76,7 +76,7 @@ def identity(job: Job) -> dict:
     """What statistics must agree in to be those of a job."""
     return {
         "model_hash": job.base.fingerprint,
-        "model": str(job.base.folder),
+        "model": str(job.base.about.folder),
         "window": job.recipe.window,
         "dtype": job.recipe.dtype,
         "tokens": job.calibration.total,
@@ -96,6 +96,6 @@ def stored_statistics(folder: Path, base: Checkpoint) -> tuple[ChannelStatistics
     if provenance.get("model_hash") != base.fingerprint:
         raise InputError(
             f"{folder / STATISTICS} was measured on model {provenance.get('model_hash')}, but "
-            f"{base.folder} is {base.fingerprint}; score this model"
+            f"{base.about.folder} is {base.fingerprint}; score this model"
         )
     return statistics, provenance

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from convert.description import Description
-from convert.export import ExportFormat, export_bytes, export_specs
+from convert.export import Export
+from convert.export_format import ExportFormat, Widths
 from convert.families import find_family
-from convert.formats.ragged import emptied_model
-from convert.mtp import mtp_specs
-from convert.rules import Widths, expected_tensors
 from pruning.budget.decide import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics, field_shapes
@@ -35,19 +33,23 @@ def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = Non
     return ExportFormat(name, recipe.group_size or 32, constants, recipe.mtp)
 
 
+def export_of(base: Description, plan: PruningPlan, form: ExportFormat) -> Export:
+    """What the folder of a plan holds in this format."""
+    return Export(base, kept_widths(plan, base), form)
+
+
 def export_sizes(
     base: Description, plan: PruningPlan, recipe: CompressionRecipe
 ) -> dict[str, dict]:
     """Bytes and parameters of each requested export, and of its padded twin, before it is made."""
-    widths = kept_widths(plan, base)
     found = {}
     for name in recipe.export:
-        form = form_of(recipe, name, plan)
-        twin = dataclasses.replace(form, name=f"padded-{name.partition('-')[2]}")
+        export = export_of(base, plan, form_of(recipe, name, plan))
+        twin = dataclasses.replace(export, form=export.form.like(layout="padded"))
         found[name] = {
-            "bytes": export_bytes(base, widths, form),
-            "parameters": parameters_left(base, plan, form),
-            "padded_bytes": export_bytes(base, widths, twin),
+            "bytes": export.nbytes,
+            "parameters": export.parameters,
+            "padded_bytes": twin.nbytes,
         }
     return found
 
@@ -55,18 +57,6 @@ def export_sizes(
 def folder_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weight files and their index."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors*"))
-
-
-def parameter_count(base: Description) -> int:
-    """Weights of a checkpoint, from shapes alone."""
-    return weight_count(base, base.widths)
-
-
-def parameters_left(base: Description, plan: PruningPlan, form: ExportFormat) -> int:
-    """Weights of an export once a plan has cut channels out, padding not counted."""
-    widths = kept_widths(plan, base)
-    constants = plan.constants is not None
-    return weight_count(base, widths, constants) + mtp_parameters(base, widths, form)
 
 
 def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:
@@ -84,30 +74,13 @@ def active_parameters(base: Description, counts: np.ndarray, statistics: Channel
     even = np.full(counts.shape, c.moe.experts_per_token / c.moe.num_experts)
     share = statistics.tokens / total if total else even  # [L, E]
     empty = tuple(tuple(0 for _ in counts) for counts in base.widths)
-    without, channels = weight_count(base, empty), sum(map(sum, base.widths))
-    per_channel = (parameter_count(base) - without) // channels
+    without, channels = base.weights(empty), sum(map(sum, base.widths))
+    per_channel = (base.weights() - without) // channels
     # Of an expert's biases that of the output is no channel's.
     per_expert = c.d_model if c.moe.expert_bias else 0
     looked_up = 0 if c.tie_embeddings else c.vocab_size * c.d_model
     always = without - looked_up - per_expert * counts.size
     return always + round(float((share * (per_channel * counts + per_expert)).sum()))
-
-
-def weight_count(base: Description, widths: Widths, constants: bool = False) -> int:
-    """Weights of a model at these expert widths, from shapes alone.
-
-    With `constants` experts without channels have what they add instead.
-    """
-    config = emptied_model(base.config, constants)
-    return sum(map(math.prod, expected_tensors(base.family, config, widths).values()))
-
-
-def mtp_parameters(
-    base: Description, widths: Widths | None = None, form: ExportFormat | None = None
-) -> int:
-    """Weights of the layers that predict further tokens: of an export, else of the checkpoint."""
-    specs = base.mtp if form is None else mtp_specs(base, widths or base.widths, form)
-    return sum(math.prod(shape) for _, shape in specs.values())
 
 
 def statistics_bytes(base: Description, recipe: ResolvedRecipe) -> int:
@@ -128,13 +101,9 @@ def mean_width(base: Description, recipe: ResolvedRecipe, rounding=math.ceil) ->
     return max(block, block * rounding(round(mean / block, 9)))
 
 
-def equal_bytes(base: Description, recipe: ResolvedRecipe, name: str, width: int) -> int:
-    """Bytes of an export whose experts all have this width."""
-    return export_bytes(base, _equal_widths(base, width), form_of(recipe, name))
-
-
-def _equal_widths(base: Description, width: int) -> Widths:
-    return tuple(tuple(width for _ in counts) for counts in base.widths)
+def equal_export(base: Description, form: ExportFormat, width: int) -> Export:
+    """The export whose experts all have this width."""
+    return Export(base, tuple(tuple(width for _ in counts) for counts in base.widths), form)
 
 
 def most_bytes(base: Description, recipe: ResolvedRecipe, name: str) -> int:
@@ -150,8 +119,8 @@ def most_bytes(base: Description, recipe: ResolvedRecipe, name: str) -> int:
     if form.is_padded:
         block = recipe.block or 1
         width = max(range(block, width + 1, block), key=lambda w: (_stored_channels(base, w), w))
-    headers = _header_bytes(base, _equal_widths(base, widest), form)
-    most = _tensor_bytes(base, _equal_widths(base, width), form) + headers
+    most = equal_export(base, form, width).tensor_bytes
+    most += _header_bytes(equal_export(base, form, widest))
     if form.constants:  # of all experts that may be emptied, with their names in header and index
         moe = base.config.moe
         emptied = len(base.config.moe_layers) * (moe.num_experts - moe.experts_per_token)
@@ -199,7 +168,7 @@ def byte_range(
         stored = sorted(
             range(narrowest, highest + 1, block), key=lambda w: (_stored_channels(base, w), w)
         )
-        fewest, most = (equal_bytes(base, recipe, name, width) for width in (stored[0], stored[-1]))
+        fewest, most = (equal_export(base, form, width).nbytes for width in (stored[0], stored[-1]))
         return fewest, most
     equal = recipe.width in ("uniform", "layer")
     needed = max(-(-channels // widest), layers * c.moe.experts_per_token)
@@ -223,17 +192,16 @@ def _uneven_bytes(
     shape = (len(c.moe_layers), 1 if form.is_layered else c.moe.num_experts)
     place, room = np.arange(math.prod(shape)), c.moe.d_expert - block
     more = np.clip(channels - opened * block - place * room, 0, room)
+    all_experts = (shape[0], c.moe.num_experts)
     crowded, entries = (
-        expert_widths(
-            np.broadcast_to(
-                np.where(place < opened, counts, 0).reshape(shape), (shape[0], c.moe.num_experts)
-            ),
-            c.moe_layers,
-            base,
-        )
+        np.broadcast_to(np.where(place < opened, counts, 0).reshape(shape), all_experts)
         for counts in (block + more, digits)
     )
-    return _tensor_bytes(base, crowded, form) + _header_bytes(base, entries, form)
+    tensors, headers = (
+        Export(base, expert_widths(counts, c.moe_layers, base), form)
+        for counts in (crowded, entries)
+    )
+    return tensors.tensor_bytes + _header_bytes(headers)
 
 
 def _stored_channels(base: Description, width: int) -> int:
@@ -249,10 +217,5 @@ def _stored_channels(base: Description, width: int) -> int:
     return (moe.num_experts - (-moe.d_shared // width)) * width
 
 
-def _tensor_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
-    specs = export_specs(base, widths, form).values()
-    return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in specs)
-
-
-def _header_bytes(base: Description, widths: Widths, form: ExportFormat) -> int:
-    return export_bytes(base, widths, form) - _tensor_bytes(base, widths, form)
+def _header_bytes(export: Export) -> int:
+    return export.nbytes - export.tensor_bytes

@@ -44,10 +44,10 @@ def stored_plans(
     for rate in rates:
         check_rate("prune_rate", rate)
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
-    one = stages.resolved(one, base)
+    one = stages.resolved(one, base.about)
     statistics, provenance = scoring.stored_statistics(folder, base)
     if not rates:
-        return [(one, planning.plan(one, statistics, provenance, base))], statistics
-    plans = planning.plans_of_rates(one, list(rates), statistics, provenance, base)
+        return [(one, planning.plan(one, statistics, provenance, base.about))], statistics
+    plans = planning.plans_of_rates(one, list(rates), statistics, provenance, base.about)
     recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates]
     return list(zip(recipes, plans, strict=True)), statistics

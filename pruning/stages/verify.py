@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.export import ExportFormat, export_specs
+from convert.description import Description
+from convert.export import Export
+from convert.export_format import ExportFormat
 from convert.formats.ragged import MTP
-from convert.mtp import mtp_arrays, mtp_layers, mtp_prefixes
+from convert.mtp import mtp_layers, mtp_prefixes
+from convert.mtp_export import MtpSource
 from convert.reader import SafetensorsFolder, read_json
-from convert.rules import RAGGED, Widths
+from convert.rules import RAGGED
 from moe_jax.quant import MIN_SCALE
 from moe_jax.stream import LayerSource
 from pruning.kit.errors import VerificationError
@@ -65,35 +68,34 @@ def require_verified(checks: Sequence[Check]) -> None:
 def verify_folder(
     folder: Path,
     *,
-    base: Checkpoint,
-    widths: Widths,
-    form: ExportFormat,
+    export: Export,
+    mtp: MtpSource,
     expected: LayerSource,
     probe: np.ndarray,
 ) -> list[Check]:
     """Compare a folder with the plan and with the model in memory.
 
     Args:
-      folder: the export.
-      base: the dense checkpoint it came from.
-      widths: channels per layer and expert that the plan keeps.
-      form: the format it was written in.
+      folder: what was written.
+      export: what it should hold.
+      mtp: where layers that predict further tokens came from.
       expected: the pruned (and quantised) model whose function it must have.
       probe: int32 [B, T] tokens to compare logits on.
 
     Returns:
       The checks, in order; none is skipped after a failure that allows it.
     """
-    checks = [_tensor_check(folder, base, widths, form)]
+    form = export.form
+    checks = [_tensor_check(folder, export)]
     if form.mtp != "drop":
-        checks.append(_mtp_check(folder, base, widths, form))
+        checks.append(_mtp_check(folder, export, mtp))
     wanted, settled = settled_logits(expected, probe)
     found, _ = settled_logits(open_checkpoint(folder, dtype=jnp.float32), probe)
     checks.append(logit_check(form.name, "logits in JAX", found, wanted, settled))
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if size <= CLIENT_BYTES:
-            drafting = mtp_prefixes(base.family, base.hf_config)
+            drafting = mtp_prefixes(export.base.family, export.base.hf_config)
             fuses = int(version("transformers").partition(".")[0]) >= 5  # experts, in bfloat16
             if fuses and form.is_packed and form.is_padded and not form.is_float4:
                 wanted, settled = settled_logits(bfloat16_experts(expected), probe)
@@ -103,9 +105,8 @@ def verify_folder(
     return checks
 
 
-def _tensor_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFormat) -> Check:
-    stored = SafetensorsFolder(folder)
-    expected = export_specs(base, widths, form)
+def _tensor_check(folder: Path, export: Export) -> Check:
+    stored, expected = SafetensorsFolder(folder), export.specs
     wrong = sorted(set(expected) ^ set(stored.names))
     for name in set(expected) & set(stored.names):
         dtype, shape = stored.spec(name)
@@ -114,23 +115,23 @@ def _tensor_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFo
         elif name.endswith("_scale") and not np.all(abs(stored.read(name)) >= MIN_SCALE):
             wrong.append(name)
     detail = f"{len(expected)} tensors as planned" if not wrong else f"wrong: {wrong[:5]}"
-    return Check(form.name, "names, shapes, dtypes, scales", not wrong, detail)
+    return Check(export.form.name, "names, shapes, dtypes, scales", not wrong, detail)
 
 
-def _mtp_check(folder: Path, base: Checkpoint, widths: Widths, form: ExportFormat) -> Check:
+def _mtp_check(folder: Path, export: Export, mtp: MtpSource) -> Check:
     """Whether layers that predict further tokens are what the base's become, bit for bit."""
-    stored = SafetensorsFolder(folder)
+    stored, form = SafetensorsFolder(folder), export.form
     wrong = [
         name
-        for name, wanted in mtp_arrays(base, widths, form)
+        for name, wanted in export.mtp_arrays(mtp)
         if name not in stored or stored.read(name).tobytes() != wanted.tobytes()
     ]
     how = "as in the base" if form.mtp == "keep" else "of the base, experts pruned"
-    detail = f"wrong: {wrong[:5]}" if wrong else f"{len(base.mtp)} tensors {how}"
+    detail = f"wrong: {wrong[:5]}" if wrong else f"{len(export.base.mtp)} tensors {how}"
     return Check(form.name, "layers that predict further tokens", not wrong, detail)
 
 
-def written_mtp(folder: Path, base: Checkpoint) -> str:
+def written_mtp(folder: Path, base: Description) -> str:
     """What an export says has become of the layers that predict further tokens.
 
     Raises:

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from convert import open_checkpoint
 from convert.clients import Verdict, client_table
-from convert.export import ExportFormat, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from pruning.budget.decide import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
@@ -130,12 +131,13 @@ def cases(families: list[str], forms: list[str], work: Path) -> Iterator[Case]:
         counts = dict(zip(plan.layer_indices, plan.counts.tolist(), strict=True))
         widths = tuple(tuple(counts.get(index, ())) for index in range(len(base)))
         pruned = PrunedSource(base, plan)
-        for name in (name for name in base.family.formats if name in forms):
+        for name in (name for name in base.about.family.formats if name in forms):
             form = ExportFormat(name, 32)
             folder = work / f"{family}-{name}"
-            export_checkpoint(pruned, base, widths, folder, form)
+            export = Export(base.about, widths, form)
+            export.write(pruned, folder)
             source = QuantizedSource(pruned, 32, form.is_float4) if form.is_packed else pruned
-            verdicts = client_table(base, widths, form)
+            verdicts = client_table(export)
             yield Case(family, name, folder, logits(source, TOKENS), verdicts)
 
 

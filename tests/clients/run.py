@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from convert.rules import FORMATS
+from convert.export_format import FORMATS
 from tests.clients.environments import CLIENTS, ROUNDED, environment, run_client
 from tests.clients.folders import FAMILIES, TOKENS, Case, cases
 

@@ -48,7 +48,12 @@ def test_routers_norms_embeddings_and_head_stay_16_bit():
                  "mlp.shared_expert.up_proj.weight", "mlp.gate_proj.weight")  # fmt: skip
     kept = ("mlp.gate.weight", "mlp.shared_expert_gate.weight", "self_attn.q_proj.bias",
             "self_attn.q_norm.weight", "input_layernorm.weight")  # fmt: skip
-    is_linear = find_family("qwen2_moe").is_linear
+    family = find_family("qwen2_moe")
+
+    def is_linear(name: str) -> bool:
+        rule = family.rule(name)
+        return rule is not None and rule.is_linear
+
     assert all(is_linear(layer + name) for name in quantised)
     assert not any(is_linear(layer + name) for name in (*kept, "mlp.experts.x.up_proj.weight"))
     assert not is_linear("lm_head.weight")

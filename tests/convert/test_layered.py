@@ -10,7 +10,8 @@ import transformers
 from safetensors.numpy import load_file
 
 from convert import open_checkpoint
-from convert.export import ExportFormat, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from pruning.budget.decide import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.sizes import kept_widths
@@ -55,7 +56,7 @@ def exported(request, tmp_path_factory):
 
 def written(source, base, plan, folder, name="layered-bf16"):
     form = ExportFormat(name, 32)
-    return export_checkpoint(source, base, kept_widths(plan, base), folder, form)
+    return Export(base.about, kept_widths(plan, base.about), form).write(source, folder)
 
 
 def loaded(folder):
@@ -76,12 +77,12 @@ def test_layers_are_as_wide_as_their_widest_expert_and_shared_experts_stay(expor
     wanted[first], wanted[second] = 80, 1  # programs know no expert without channels
     assert config["moe_intermediate_size"] == wanted
     assert config["unpruned_intermediate_size"] == WIDTH
-    assert open_checkpoint(folder).widths == tuple(
+    assert open_checkpoint(folder).about.widths == tuple(
         (width,) * 8 if width else () for width in wanted
     )
-    before, after = (load_file(path / "model.safetensors") for path in (base.folder, folder))
+    before, after = (load_file(path / "model.safetensors") for path in (base.about.folder, folder))
     assert before.keys() == after.keys()
-    name = FAMILIES[base.family.model_type]
+    name = FAMILIES[base.about.family.model_type]
     shared = [key for key in before if name and f".{name}." in key]
     assert len(shared) == (6 if name else 0)
     for key in before:
@@ -96,7 +97,7 @@ def test_layers_are_as_wide_as_their_widest_expert_and_shared_experts_stay(expor
 def test_transformers_computes_the_pruned_model_and_saves_it_again(exported, tmp_path):
     base, plan, folder = exported
     reference = transformers.AutoModelForCausalLM.from_pretrained(
-        base.folder, dtype=torch.float32, attn_implementation="eager"
+        base.about.folder, dtype=torch.float32, attn_implementation="eager"
     )
     wanted = masked_logits(reference.eval(), plan)
     model = loaded(folder)

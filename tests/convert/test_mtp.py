@@ -14,7 +14,8 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
 from convert.checkpoint import open_checkpoint
-from convert.export import ExportFormat, check_widths, export_bytes, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from convert.reader import CheckpointError
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps
@@ -141,8 +142,10 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
     form = ExportFormat(name, 32, mtp=mtp)
     if mtp == "keep" and form.is_padded:
         plan = whole(plan)
-    widths, source = kept_widths(plan, base), PrunedSource(base, plan)
-    folder = export_checkpoint(source, base, widths, tmp_path / "with", form)
+    widths, source = kept_widths(plan, base.about), PrunedSource(base, plan)
+    folder = Export(base.about, widths, form).write(
+        source, tmp_path / "with", mtp=stages.mtp_source(base)
+    )
 
     stored = load_file(folder / "model.safetensors")
     if mtp == "keep":
@@ -150,14 +153,14 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
     else:
         width = WIDEST if form.is_padded else MEAN
         # 1 x 96 channels of DeepSeek's shared expert become 2 x 64 where 64 is the one width.
-        counted = base.family.shared_count_key and form.is_padded
+        counted = base.about.family.shared_count_key and form.is_padded
         shared = 128 if counted else base.config.moe.d_shared
         wanted = pruned_by_hand(extra, width, shared, centred=base.config.centred_norms)
     for key, value in wanted.items():
         assert (stored[key].dtype, stored[key].shape) == (value.dtype, value.shape), key
         assert stored[key].tobytes() == value.tobytes(), key
     written = (folder / "model.safetensors").stat().st_size
-    assert written == export_bytes(base, widths, form)
+    assert written == Export(base.about, widths, form).nbytes
 
     config = json.loads((folder / "config.json").read_text())
     assert config.get(KEEP_KEY, 1) == 1
@@ -167,7 +170,7 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
         own == width == stored[next(k for k in wanted if k.endswith("0.up_proj.weight"))].shape[0]
     )
 
-    without = export_checkpoint(source, base, widths, tmp_path / "without", ExportFormat(name, 32))
+    without = Export(base.about, widths, ExportFormat(name, 32)).write(source, tmp_path / "without")
     assert json.loads((without / "config.json").read_text())[KEEP_KEY] == 0
     plain = load_file(without / "model.safetensors")
     assert stored.keys() - plain.keys() == extra.keys() and plain.keys() <= stored.keys()
@@ -205,7 +208,9 @@ def test_layers_kept_at_another_width_than_the_one_of_a_padded_folder_are_refuse
         with pytest.raises(
             ValueError, match=f"96 channels wide .* {name} has one width, 64, .*mtp="
         ):
-            check_widths(base, kept_widths(plan, base), ExportFormat(name, 32, mtp="keep"))
+            Export(
+                base.about, kept_widths(plan, base.about), ExportFormat(name, 32, mtp="keep")
+            ).check()
     with pytest.raises(ValueError, match="mtp='kept' is unknown; choose among drop, keep, prune"):
         ExportFormat("padded-bf16", mtp="kept")
 
@@ -216,10 +221,10 @@ def test_an_estimate_counts_them_with_and_without_weights(checkpoint, tmp_path):
     base, plan, extra = checkpoint
     bare = tmp_path / "bare"
     bare.mkdir()
-    shutil.copy(base.folder / "config.json", bare)
+    shutil.copy(base.about.folder / "config.json", bare)
     for mtp in ("drop", "keep", "prune"):
         found = []
-        for folder in (base.folder, bare):
+        for folder in (base.about.folder, bare):
             flags = ("--mtp", mtp, "--prune-rate", 0.5, "--no-probe", "--group-size", 32)
             assert run("estimate", folder, *flags, "--json", tmp_path / "found.json") == 0
             found += json.loads((tmp_path / "found.json").read_text())
@@ -245,7 +250,7 @@ def test_an_estimate_counts_them_with_and_without_weights(checkpoint, tmp_path):
             assert one["bytes"] == pytest.approx(written, rel=0.01), name
             assert other["bytes"] == pytest.approx(written, rel=0.01), name
             assert one["fewest_bytes"] <= written <= one["most_bytes"]
-            if name.endswith("bf16") and not base.family.shared_count_key:
+            if name.endswith("bf16") and not base.about.family.shared_count_key:
                 assert one["parameters"]["total"] == sum(value.size for value in stored.values())
 
 
@@ -274,7 +279,9 @@ def test_8_bit_blocks_are_dequantised_and_other_dtypes_stay(folder, tmp_path):
     change_config(path, quantization_config=fp8)
     base = open_checkpoint(path, dtype=jnp.bfloat16)
     form = ExportFormat("padded-bf16", mtp="keep")
-    out = export_checkpoint(base, base, base.widths, tmp_path / "out", form)
+    out = Export(base.about, base.about.widths, form).write(
+        base, tmp_path / "out", mtp=stages.mtp_source(base)
+    )
     stored = load_torch(out / "model.safetensors")
     assert stored.keys() == {name for name in tensors if not name.endswith("_scale_inv")}
     for name, value in exact.items():

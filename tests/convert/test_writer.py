@@ -44,10 +44,10 @@ def all_tensors(source: Checkpoint):
 
 
 def copy_model(source: Checkpoint, target, **options):
-    shapes = expected_tensors(source.family, source.config)
+    shapes = expected_tensors(source.about.family, source.config)
     specs = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
-    config = portable_config(source.hf_config)
-    return write_folder(target, specs, all_tensors(source), config, source.folder, **options)
+    config = portable_config(source.about.hf_config)
+    return write_folder(target, specs, all_tensors(source), config, source.about.folder, **options)
 
 
 @pytest.mark.parametrize("shard_bytes", [5e9, 30])

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from convert import find_family, layer_tensors, open_checkpoint, outer_tensors
-from convert.export import ExportFormat, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from pruning.budget.decide import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
@@ -155,7 +156,7 @@ def test_logits_equal_a_plain_rewrite_in_torch(tmp_path, renormalise):
 
 
 def test_reading_and_writing_back_returns_every_byte_and_every_name(base):
-    original = load_file(base.folder / "model.safetensors")
+    original = load_file(base.about.folder / "model.safetensors")
     written = dict(outer_tensors(base))
     for index in range(3):
         written |= layer_tensors(base, base.layer(index), index)
@@ -167,7 +168,7 @@ def test_reading_and_writing_back_returns_every_byte_and_every_name(base):
 def test_an_export_is_a_qwen2_moe_that_computes_the_pruned_model(base, plan, tmp_path, name):
     form = ExportFormat(name, 32)
     widths = ((), *(tuple(row) for row in COUNTS.tolist()))
-    folder = export_checkpoint(PrunedSource(base, plan), base, widths, tmp_path / name, form)
+    folder = Export(base.about, widths, form).write(PrunedSource(base, plan), tmp_path / name)
     if form.is_packed:
         wanted = logits(QuantizedSource(PrunedSource(base, plan), 32), TOKENS)
     else:

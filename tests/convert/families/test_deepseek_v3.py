@@ -58,7 +58,7 @@ def test_weights_in_8_bit_blocks_read_as_codes_times_scales(plain, tmp_path):
     for index in range(2):
         for name, value in layer_tensors(source, source.layer(index), index):
             np.testing.assert_array_equal(value, exact[name].numpy(), err_msg=name)
-    assert "quantization_config" not in portable_config(source.hf_config)
+    assert "quantization_config" not in portable_config(source.about.hf_config)
 
     del tensors["model.layers.0.self_attn.o_proj.weight_scale_inv"]
     tensors["model.layers.0.self_attn.kv_b_proj.weight_scale_inv"] = torch.ones(1, 1)
@@ -83,11 +83,11 @@ def test_a_layer_that_predicts_on_is_left_out_and_its_config_fixed(plain, tmp_pa
     }
     folder = rewrite(plain, tmp_path / "mtp", tensors | extra, num_nextn_predict_layers=1)
     source = open_checkpoint(folder)
-    assert set(source.mtp) == set(extra)
+    assert set(source.about.mtp) == set(extra)
     assert len(source) == 2
     read = {name for i in range(2) for name, _ in layer_tensors(source, source.layer(i), i)}
     assert read == {name for name in tensors if ".layers." in name}
-    assert portable_config(source.hf_config)["num_nextn_predict_layers"] == 0
+    assert portable_config(source.about.hf_config)["num_nextn_predict_layers"] == 0
 
     without = rewrite(plain, tmp_path / "none", tensors | extra, num_nextn_predict_layers=0)
     with pytest.raises(CheckpointError, match=r"layers\.2\.enorm\.weight is not part of"):

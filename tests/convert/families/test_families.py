@@ -11,7 +11,8 @@ import transformers
 from safetensors.numpy import load_file
 
 from convert import FAMILIES, find_family, layer_tensors, load_model, open_checkpoint, outer_tensors
-from convert.export import ExportFormat, export_bytes, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from moe_jax.experts.router import route
 from moe_jax.quant import dequantize
 from pruning.budget.decide import PruningPlan
@@ -169,7 +170,7 @@ def masked_logits(reference, plan) -> np.ndarray:
 
 def expert_weight(base, layer: int, expert: int, part: str) -> str:
     """Name on disk of an expert's "w_gate", "w_up" or "w_down"."""
-    (rule,) = (r for r in base.family.rules if r.ours == f"mlp.experts.{part}")
+    (rule,) = (r for r in base.about.family.rules if r.ours == f"mlp.experts.{part}")
     return rule.hf.format(layer=layer, expert=expert)
 
 
@@ -236,12 +237,14 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
     base, plan, reference = pruned
     form = ExportFormat(name, 32)
     counts = dict(zip(plan.layer_indices, plan.counts.tolist(), strict=True))
-    widths = kept_widths(plan, base)
-    folder = export_checkpoint(PrunedSource(base, plan), base, widths, tmp_path / name, form)
+    widths = kept_widths(plan, base.about)
+    folder = Export(base.about, widths, form).write(PrunedSource(base, plan), tmp_path / name)
 
     stored = load_file(folder / "model.safetensors")
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
-    assert written == export_bytes(base, widths, form) > sum(v.nbytes for v in stored.values())
+    assert (
+        written == Export(base.about, widths, form).nbytes > sum(v.nbytes for v in stored.values())
+    )
     biases = [value.dtype for key, value in stored.items() if key.endswith("correction_bias")]
     assert biases == [np.float32] * (2 if base.config.moe.correction_bias else 0)
     config = json.loads((folder / "config.json").read_text())

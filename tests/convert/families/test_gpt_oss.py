@@ -12,7 +12,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from convert import CheckpointError, find_family, layer_tensors, load_model, open_checkpoint
-from convert.export import ExportFormat, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from moe_jax.attention.context import make_context
 from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, layer_forward
@@ -107,9 +108,8 @@ def test_logits_of_a_four_bit_folder_equal_those_of_transformers(float4):
 def test_a_four_bit_folder_comes_out_as_it_went_in(float4, tmp_path):
     """Whole plan: other scales may be chosen, the values are the same, bit for bit."""
     base = open_checkpoint(float4, dtype=jnp.bfloat16)
-    folder = export_checkpoint(
-        base, base, base.widths, tmp_path / "out", ExportFormat("padded-mxfp4")
-    )
+    form = ExportFormat("padded-mxfp4")
+    folder = Export(base.about, base.about.widths, form).write(base, tmp_path / "out")
     before, after = (load_file(path / "model.safetensors") for path in (float4, folder))
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -356,21 +356,23 @@ def test_an_ablated_expert_is_silent_bias_and_all(model, reference, batch):
 def test_formats_that_no_program_reads_are_refused(float4, tmp_path, name):
     base = open_checkpoint(float4, dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match=rf"'{name}' does not exist for gpt_oss.*padded-mxfp4"):
-        export_checkpoint(base, base, base.widths, tmp_path / "out", ExportFormat(name))
+        Export(base.about, base.about.widths, ExportFormat(name)).write(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_other_families_have_no_four_bit_floats(tmp_path):
     base = open_checkpoint(tiny.tiny_qwen3_moe(tmp_path / "model"), dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="'padded-mxfp4' does not exist for qwen3_moe"):
-        export_checkpoint(base, base, base.widths, tmp_path / "out", ExportFormat("padded-mxfp4"))
+        Export(base.about, base.about.widths, ExportFormat("padded-mxfp4")).write(
+            base, tmp_path / "out"
+        )
 
 
 def test_incomplete_blocks_are_refused(float4, tmp_path):
     base = open_checkpoint(float4, dtype=jnp.bfloat16)
     widths = ((32,) * 7 + (16,),) * 2
     with pytest.raises(ValueError, match="blocks of 32, which do not divide the expert width 16"):
-        export_checkpoint(base, base, widths, tmp_path / "out", ExportFormat("padded-mxfp4"))
+        Export(base.about, widths, ExportFormat("padded-mxfp4")).write(base, tmp_path / "out")
     with pytest.raises(ValueError, match="group_size=64 must be 32 for padded-mxfp4"):
         ExportFormat("padded-mxfp4", 64)
 

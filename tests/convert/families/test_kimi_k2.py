@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from convert import open_checkpoint
-from convert.export import ExportFormat, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from pruning.budget.decide import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from tests.support import tiny
@@ -60,7 +61,7 @@ def torch_logits(folder, **options) -> np.ndarray:
 def test_logits_equal_those_of_the_stock_model_with_the_same_weights(folders):
     kimi, stock = folders
     source = open_checkpoint(kimi)
-    assert source.family.model_type == "kimi_k2"
+    assert source.about.family.model_type == "kimi_k2"
     wanted = torch_logits(stock)
     assert np.abs(wanted).max() > 0.1
     np.testing.assert_allclose(logits(source, TOKENS), wanted, atol=1e-5)
@@ -76,7 +77,7 @@ def test_an_export_is_a_deepseek_v3_that_computes_the_pruned_model(folders, tmp_
     widths = tuple(kept if i in layers else () for i in range(len(source)))
     pruned = PrunedSource(source, PruningPlan(keep, layers, {"model_hash": source.fingerprint}))
     form = ExportFormat(name, 32)
-    folder = export_checkpoint(pruned, source, widths, tmp_path / name, form)
+    folder = Export(source.about, widths, form).write(pruned, tmp_path / name)
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == ("" if form.is_padded else "ragged_") + "deepseek_v3"
     assert "kimi" not in json.dumps(config) and "configuration_deepseek" not in json.dumps(config)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
 from convert import CheckpointError, find_family, load_model, open_checkpoint, portable_config
-from convert.export import ExportFormat, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import QTensor
 from moe_jax.stream import forward_hidden
@@ -82,9 +83,9 @@ def folder(tmp_path_factory):
 def test_tensors_that_draft_tokens_are_left_out_and_named(folder):
     source = open_checkpoint(folder)
     stored = load_file(folder / "model.safetensors")
-    assert set(source.mtp) == {name for name in stored if name.startswith("mtp.")}
-    assert len(source.mtp) > 2
-    assert portable_config(source.hf_config)["num_nextn_predict_layers"] == 0
+    assert set(source.about.mtp) == {name for name in stored if name.startswith("mtp.")}
+    assert len(source.about.mtp) > 2
+    assert portable_config(source.about.hf_config)["num_nextn_predict_layers"] == 0
     assert source.config.linear_layers == (0, 1, 2)
 
 
@@ -247,8 +248,8 @@ def test_untouched_tensors_are_exported_byte_for_byte(coded, plan, tmp_path, nam
     form = ExportFormat(name, 32)
     widths = tuple(map(tuple, plan.counts.tolist()))
     model = source if form.is_packed else pruned
-    folder = export_checkpoint(model, base, widths, tmp_path / name, form)
-    before = load_file(base.folder / "model.safetensors")
+    folder = Export(base.about, widths, form).write(model, tmp_path / name)
+    before = load_file(base.about.folder / "model.safetensors")
     after = load_file(folder / "model.safetensors")
     rounded = re.compile(r"experts?\.(\d+\.)?(gate|up|down)_proj|self_attn\.[qkvo]_proj")
     same = {n for n in before if not (rounded.search(n) and (form.is_packed or ".experts." in n))}

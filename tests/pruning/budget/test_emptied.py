@@ -11,7 +11,8 @@ import torch
 from safetensors.numpy import load_file
 
 from convert import load_model, open_checkpoint
-from convert.export import ExportFormat, export_bytes, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from convert.layout import BFLOAT16
 from moe_jax.stream import forward_hidden
 from pruning.budget.plan import PruningPlan
@@ -20,7 +21,7 @@ from pruning.scores.statistics import ChannelStatistics, field_shapes, load_stat
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
-from pruning.stages.sizes import kept_widths, parameters_left
+from pruning.stages.sizes import export_of, kept_widths
 from tests.convert.families.test_families import TOKENS, plan_for
 from tests.support import tiny
 from tests.support.command import given, refused, run
@@ -82,17 +83,17 @@ def test_a_pruned_model_adds_the_constants(model):
 @pytest.mark.parametrize("name", ["ragged-bf16", "ragged-int4"])
 def test_a_ragged_folder_keeps_the_constants(model, tmp_path, name):
     base, plan, wanted = model
-    form, widths = ExportFormat(name, 32, constants=True), kept_widths(plan, base)
+    form, widths = ExportFormat(name, 32, constants=True), kept_widths(plan, base.about)
     source = PrunedSource(base, plan)
     if form.is_packed:
         source = QuantizedSource(source, 32)
         wanted = logits(source, TOKENS)
-    folder = export_checkpoint(source, base, widths, tmp_path / name, form)
+    folder = Export(base.about, widths, form).write(source, tmp_path / name)
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
-    assert written == export_bytes(base, widths, form)
+    assert written == Export(base.about, widths, form).nbytes
     stored = load_file(folder / "model.safetensors")
     if not form.is_packed:
-        assert parameters_left(base, plan, form) == sum(v.size for v in stored.values())
+        assert export_of(base.about, plan, form).parameters == sum(v.size for v in stored.values())
     names = {key: value for key, value in stored.items() if key.endswith(".constant")}
     assert len(names) == 3
     for slot, index in enumerate(plan.layer_indices):
@@ -117,7 +118,7 @@ def test_gpt_oss_has_a_place_for_constants_in_its_biases(tmp_path, name):
     constants = tuple(rng.normal(size=(int(row.sum()), 64)).astype(np.float32) for row in gone)
     plan = dataclasses.replace(plan, constants=constants)
     form, source = ExportFormat(name, constants=True), PrunedSource(base, plan)
-    folder = export_checkpoint(source, base, kept_widths(plan, base), tmp_path / "out", form)
+    folder = Export(base.about, kept_widths(plan, base.about), form).write(source, tmp_path / "out")
     stored = load_file(folder / "model.safetensors")
     for slot, index in enumerate(plan.layer_indices):
         stem = f"model.layers.{index}.mlp.experts."
@@ -127,7 +128,8 @@ def test_gpt_oss_has_a_place_for_constants_in_its_biases(tmp_path, name):
             found = stored[stem + "down_proj_bias"][gone[slot]]
         np.testing.assert_array_equal(found, constants[slot].astype(BFLOAT16))
     bare = dataclasses.replace(plan, constants=None)
-    assert parameters_left(base, plan, form) == parameters_left(base, bare, form)
+    without = export_of(base.about, bare, ExportFormat(name))
+    assert export_of(base.about, plan, form).parameters == without.parameters
     ours = logits(source, TOKENS)
     theirs, info = tiny.load_export(folder, trust=not form.is_padded)
     assert not any(info.values()), info
@@ -226,8 +228,8 @@ def test_a_model_that_is_not_what_the_folder_is_to_hold_is_refused(model, tmp_pa
     for source, constants in ((bare, True), (plan, False)):
         form = ExportFormat("ragged-bf16", constants=constants)
         with pytest.raises(ValueError, match="another than the one that ragged-bf16 is to hold"):
-            export_checkpoint(
-                PrunedSource(base, source), base, kept_widths(plan, base), tmp_path / "x", form
+            Export(base.about, kept_widths(plan, base.about), form).write(
+                PrunedSource(base, source), tmp_path / "x"
             )
         assert not (tmp_path / "x").exists()
 
@@ -265,8 +267,8 @@ def test_statistics_without_mean_outputs_cannot_replace_experts():
 def test_a_ragged_folder_says_what_emptied_experts_add(model, tmp_path):
     base, plan, _ = model
     form = ExportFormat("ragged-bf16", constants=True)
-    folder = export_checkpoint(
-        PrunedSource(base, plan), base, kept_widths(plan, base), tmp_path / "x", form
+    folder = Export(base.about, kept_widths(plan, base.about), form).write(
+        PrunedSource(base, plan), tmp_path / "x"
     )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"emptied_experts": "mode"}))

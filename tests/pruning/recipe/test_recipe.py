@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convert.export_format import FORMATS, GROUP_SIZES
 from pruning.cli.flags import recipe_from
 from pruning.cli.main import build_parser
-from pruning.recipe.exports import EXPORTS, GROUP_SIZES
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1)
@@ -32,7 +32,7 @@ recipes = st.builds(
     block=maybe,
     minimum=maybe,
     gradients=st.booleans(),
-    export=st.lists(st.sampled_from(EXPORTS), unique=True),
+    export=st.lists(st.sampled_from(FORMATS), unique=True),
     seed=st.integers(0, 2**32),
     overwrite=st.booleans(),
 )
@@ -202,7 +202,7 @@ def test_a_sixteen_bit_recipe_with_a_four_bit_export_contradicts_itself():
         recipe.resolved(128, 128, 64)
 
 
-@pytest.mark.parametrize("export", EXPORTS)
+@pytest.mark.parametrize("export", FORMATS)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_resolving_fills_every_default_and_is_idempotent(export, bits):
     packed = not export.endswith("bf16")

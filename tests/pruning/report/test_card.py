@@ -15,7 +15,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
-from convert.export import ExportFormat
+from convert.export_format import ExportFormat
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.stages import job as stages

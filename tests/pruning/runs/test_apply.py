@@ -59,7 +59,7 @@ def test_the_kept_channels_of_a_packed_export_are_those_of_the_plan(models, trav
     )
     assert all(check.ok for check in checks) and len(checks) >= 4
     keep = load_file(travelled / "plan.safetensors")
-    stored = open_checkpoint(tmp_path / "out" / "exports" / "ragged-int4").widths
+    stored = open_checkpoint(tmp_path / "out" / "exports" / "ragged-int4").about.widths
     assert stored == tuple(tuple(keep[f"keep.{i}"].sum(axis=1).tolist()) for i in range(2))
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from convert.checkpoint import open_checkpoint
 from convert.description import describe
-from convert.export import ExportFormat, export_bytes
+from convert.export import Export
+from convert.export_format import ExportFormat
 from pruning.budget.decide import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
@@ -67,14 +68,14 @@ def test_sizes_are_within_one_percent_of_what_the_default_rule_writes(family, tm
     folder = saved(family, tmp_path / "model")
     (found,) = estimated(folder, tmp_path, "--prune-rate", RATE, "--group-size", 32)
     base = open_checkpoint(folder, dtype=jnp.bfloat16)
-    assert tuple(found["exports"]) == base.family.formats
+    assert tuple(found["exports"]) == base.about.family.formats
     for name, one in found["exports"].items():
         recipe = CompressionRecipe(
             model=str(folder), output="o", export=(name,), prune_rate=RATE, group_size=32
         )
-        recipe = stages.resolved(recipe, base)
+        recipe = stages.resolved(recipe, base.about)
         provenance = {"model_hash": base.fingerprint}
-        plan = planning.plan(recipe, uneven_statistics(), provenance, base)
+        plan = planning.plan(recipe, uneven_statistics(), provenance, base.about)
         assert (plan.counts == 0).any() == name.startswith("ragged")
         out = stages.export(base, plan, form_of(recipe, name), tmp_path / name, Steps(quiet=True))
         written = sum(file.stat().st_size for file in out.glob("*.safetensors*"))
@@ -108,7 +109,7 @@ def test_no_plan_is_outside_of_the_range(bare, name, width, data):
         ]
     widths = tuple(tuple(32 * blocks for blocks in row) for row in layers)
     fewest, most = byte_range(base, recipe, name, sum(map(sum, widths)))
-    assert fewest <= export_bytes(base, widths, form) <= most
+    assert fewest <= Export(base, widths, form).nbytes <= most
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +188,12 @@ def test_active_parameters_are_what_the_tokens_of_the_text_met(scored, models):
             dense += tensor.size * share[layer][expert]
         elif "embed_tokens" not in name:
             met, dense = met + tensor.size, dense + tensor.size
-    assert abs(active_parameters(base, plan.counts, sums) - met) <= 1
+    assert abs(active_parameters(base.about, plan.counts, sums) - met) <= 1
     whole = np.full_like(plan.counts, d_expert)
-    assert abs(active_parameters(base, whole, sums) - dense) <= 1
+    assert abs(active_parameters(base.about, whole, sums) - dense) <= 1
     blank = sums.replace(tokens=0 * sums.tokens, total_tokens=np.zeros(()))
     (found,) = estimated(models / "single", scored.parent, "--prune-rate", 0.5)
-    assert active_parameters(base, whole, blank) == found["parameters"]["active"]
+    assert active_parameters(base.about, whole, blank) == found["parameters"]["active"]
     assert round(dense) == found["parameters"]["active"]  # each token meets two experts, always
 
 
@@ -203,7 +204,10 @@ def test_active_parameters_agree_with_the_estimate_where_no_text_says_otherwise(
     sums = statistics(len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, D=c.d_model)
     blank = sums.replace(tokens=0 * sums.tokens, total_tokens=np.zeros(()))
     whole = np.full(blank.tokens.shape, c.moe.d_expert)
-    assert active_parameters(base, whole, blank) == parameters(base, base.widths, 0)["active"]
+    assert (
+        active_parameters(base.about, whole, blank)
+        == parameters(base.about, base.about.widths, 0)["active"]
+    )
 
 
 def test_scoring_time_is_probed_where_weights_are_and_grows_with_the_tokens(models, tmp_path):

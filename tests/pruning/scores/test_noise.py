@@ -86,7 +86,7 @@ def test_worth_equals_loops_over_rows_and_experts_and_is_the_same_twice(family, 
     found = collect_weights(base)
     assert found.noise is not None and found.groups == {"weights-only"}
     for slot, layer in enumerate(base.config.moe_layers):
-        expected = worth_by_hand(base.folder, layer, 8, centred=family == "qwen3_next")
+        expected = worth_by_hand(base.about.folder, layer, 8, centred=family == "qwen3_next")
         atol = 1e-5 * np.abs(expected).max()
         np.testing.assert_allclose(found.noise[slot], expected, rtol=1e-4, atol=atol)
     np.testing.assert_array_equal(collect_weights(base).noise, found.noise)

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import open_checkpoint
-from convert.export import ExportFormat, export_checkpoint
+from convert.export import Export
+from convert.export_format import ExportFormat
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import dequantize
 from moe_jax.quantized import quantize_layer
@@ -153,7 +154,7 @@ def test_an_export_holds_the_codes_bit_for_bit(coded, tmp_path, name):
     base, plan, codes, tokens = coded
     source = with_codes(PrunedSource(base, plan), codes, 32)
     widths = (tuple(plan.counts[0].tolist()), ())
-    folder = export_checkpoint(source, base, widths, tmp_path / name, ExportFormat(name, 32))
+    folder = Export(base.about, widths, ExportFormat(name, 32)).write(source, tmp_path / name)
     plain, layer = unpack(folder), source.layer(0)
     moe, start = layer.mlp, 0
     for expert, count in enumerate(plan.counts[0].tolist()):
@@ -184,7 +185,9 @@ def test_an_export_with_another_group_size_than_the_codes_is_refused(coded, tmp_
     source = with_codes(PrunedSource(base, plan), codes, 32)
     full = tuple(64 if count else 0 for count in plan.counts[0].tolist())
     with pytest.raises(ValueError, match=r"one scale per 32 weights.*instead of 64"):
-        export_checkpoint(source, base, (full, ()), tmp_path / "x", ExportFormat("ragged-int4", 64))
+        Export(base.about, (full, ()), ExportFormat("ragged-int4", 64)).write(
+            source, tmp_path / "x"
+        )
     assert not (tmp_path / "x").exists()
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from convert import find_family
 from convert.checkpoint import open_checkpoint
-from convert.export import ExportFormat, export_bytes
+from convert.export import Export
+from convert.export_format import ExportFormat
 from pruning.budget.decide import PruningPlan
 from pruning.budget.planners import PLANNERS
 from pruning.kit.progress import Steps
@@ -54,7 +55,9 @@ def test_no_plan_exceeds_the_bound_that_is_checked_against_the_disk(models, data
         most = min(WIDTH // block, blocks - counts.sum() // block)
         counts[expert] = block * data.draw(st.integers(0, most))
     widths = tuple(tuple(row) for row in counts.reshape(LAYERS, EXPERTS).tolist())
-    assert export_bytes(base, widths, ExportFormat(name, 32)) <= most_bytes(base, options, name)
+    assert Export(base.about, widths, ExportFormat(name, 32)).nbytes <= most_bytes(
+        base.about, options, name
+    )
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -66,14 +69,16 @@ def test_the_bound_is_reached_by_some_plan(models, name):
     equal = ((32,) * EXPERTS,) * LAYERS
     uneven = ((WIDTH,) + (0,) * (EXPERTS - 1),) * LAYERS
     widths = equal if name.startswith("ragged") else uneven
-    exact = export_bytes(base, widths, ExportFormat(name, 32))
+    exact = Export(base.about, widths, ExportFormat(name, 32)).nbytes
     # headers are bounded apart: a few digits per tensor are allowed for
-    assert exact <= most_bytes(base, options, name) < 1.01 * exact
+    assert exact <= most_bytes(base.about, options, name) < 1.01 * exact
 
 
 def test_statistics_are_as_large_as_foretold(models, scored):
     size = (scored / "statistics.safetensors").stat().st_size
-    header = size - statistics_bytes(open_checkpoint(models / "single"), recipe(models / "single"))
+    header = size - statistics_bytes(
+        open_checkpoint(models / "single").about, recipe(models / "single")
+    )
     assert 0 < header < 8192
 
 
@@ -98,14 +103,15 @@ def test_every_rule_that_can_be_planned_is_let_through(models, texts, tmp_path, 
     rules += [(name, "ala") for name in CHANNEL_CRITERIA if name != "noise"]
     for criterion, attribution in rules:
         one = dataclasses.replace(job.recipe, criterion=criterion, attribution=attribution)
-        preflight.rehearsed_plan(one, job.base)
+        preflight.rehearsed_plan(one, job.base.about)
     folders = {"model": job.recipe.model, "output": job.recipe.output}
-    without = resolved(CompressionRecipe(**folders, planner=planner, weights_only=True), job.base)
+    asked = CompressionRecipe(**folders, planner=planner, weights_only=True)
+    without = resolved(asked, job.base.about)
     free = ([n for n, entry in registry.items() if entry.data_free]
             for registry in (CHANNEL_CRITERIA, EXPERT_CRITERIA))  # fmt: skip
     for criterion, attribution in itertools.product(*free):
         one = dataclasses.replace(without, criterion=criterion, attribution=attribution)
-        preflight.rehearsed_plan(one, job.base)
+        preflight.rehearsed_plan(one, job.base.about)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,7 @@ def test_padding_uneven_widths_is_said_to_waste_before_any_work(
         )
         assert (found is None) == (name in silent), shown
         for text, stored in zip(found.groups() if found else (), (32, wasteful), strict=False):
-            exact = export_bytes(base, ((stored,) * EXPERTS,) * LAYERS, ExportFormat(name))
+            exact = Export(base.about, ((stored,) * EXPERTS,) * LAYERS, ExportFormat(name)).nbytes
             assert float(text) == pytest.approx(exact / 1e3, abs=0.051)
     assert "ragged-bf16 with" not in shown
 
@@ -174,7 +180,7 @@ def test_plans_and_exports_agree_under_every_mix_of_flags(scored, tmp_path, widt
         "padded": ((max(map(max, widths)),) * EXPERTS,) * LAYERS,
     }
     for name in EXPORTS:
-        stored = open_checkpoint(out / "exports" / name).widths
+        stored = open_checkpoint(out / "exports" / name).about.widths
         assert stored == shapes[name.partition("-")[0]], name
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from convert.checkpoint import open_checkpoint
-from convert.writer import remove_leftovers
+from moe_jax.files import remove_leftovers
 from pruning.budget.decide import PruningPlan
 from pruning.stages import folder as output_folder
 from tests.support.command import given, run
