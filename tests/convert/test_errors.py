@@ -167,7 +167,7 @@ def test_a_layer_with_nan_or_infinity_is_refused_by_tensor_name(single, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3_mo"}, "nearest is 'qwen3_moe'"),
+        ({"model_type": "qwen3_mo"}, "did you mean 'qwen3_moe'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_experts": None}, "lacks num_experts"),
