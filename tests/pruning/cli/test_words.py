@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from convert.export_format import FORMATS
 from pruning.cli.flags import recipe_from
 from pruning.cli.grammar import build_parser
 from pruning.cli.main import main
 from pruning.recipe import names
-from pruning.recipe.exports import EXPORTS
 from pruning.recipe.recipe import CompressionRecipe
 
 
@@ -67,7 +67,7 @@ def test_a_command_shows_only_what_it_reads(monkeypatch, command, without):
 def test_the_values_of_a_choice_are_listed(monkeypatch):
     shown = " ".join(help_of("compress", monkeypatch).split())
     for listed in (names.CRITERIA, names.ATTRIBUTIONS, names.PLANNERS, names.WEIGHTS,
-                   names.SMOOTHINGS, EXPORTS):  # fmt: skip
+                   names.SMOOTHINGS, FORMATS):  # fmt: skip
         assert f"one of {', '.join(listed)}" in shown
 
 
