@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from convert.reader import DTYPES, SINGLE
+from convert.headers import DTYPES
+from convert.reader import SINGLE
 from moe_jax.errors import InputError
 
 Spec = tuple[np.dtype, tuple[int, ...]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from pruning.cli.flags import add_group, value_of
 from pruning.cli.parser import Parser
 from pruning.recipe.options import (
-    EVALUATION_TOKENS,
+    WHOLE_TEXT,
     ExportOptions,
     PlanOptions,
     RunOptions,
@@ -133,8 +133,8 @@ def evaluate(command: Parser) -> None:
     )  # fmt: skip
     tokens: dict = {"dest": "evaluation_tokens", "type": value_of(int), "metavar": "N"}
     place.add_argument(
-        "--evaluation-tokens", **tokens, default=EVALUATION_TOKENS,
-        help=f"most tokens measured of each text (default {EVALUATION_TOKENS})",
+        "--evaluation-tokens", **tokens, default=WHOLE_TEXT,
+        help=f"most tokens measured of each text (default {WHOLE_TEXT})",
     )  # fmt: skip
     place.add_argument("--max-tokens", **tokens, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     numbers = (

@@ -17,6 +17,7 @@ from pruning.recipe.values import check_share
 __all__ = [
     "BUDGETS",
     "EVALUATION_TOKENS",
+    "WHOLE_TEXT",
     "ExportOptions",
     "LayerLoss",
     "PlanOptions",
@@ -27,7 +28,8 @@ __all__ = [
     "part_of",
 ]
 
-EVALUATION_TOKENS = 16384  # of each text, wherever quality is measured
+EVALUATION_TOKENS = 16384  # of each text, beside other work
+WHOLE_TEXT = 1 << 20  # tokens of each text where measuring is the work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,13 +61,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     steps = steps or Steps()
     job = open_for(recipe, steps)
     if output_folder.is_finished(job):
-        report = CompressionReport.load(job.output / "report.json")
-        steps.say(
-            f"this run is finished since {report.environment['date']}: {job.output}/report.html; "
-            "--overwrite runs it again"
-        )
-        require_verified([Check(**check) for check in report.verification])
-        return report
+        return _finished(job, steps)
     preflight.prepare(job, steps)
     statistics, provenance = scoring.score(job, steps)
     with steps.bar("plan"):
@@ -102,6 +96,17 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     compression_page.save(report, job.output)
     report.save(job.output)
     require_verified(checks)
+    return report
+
+
+def _finished(job: Job, steps: Steps) -> CompressionReport:
+    """The report of a run that is done already."""
+    report = CompressionReport.load(job.output / "report.json")
+    steps.say(
+        f"this run is finished since {report.environment['date']}: {job.output}/report.html; "
+        "--overwrite runs it again"
+    )
+    require_verified([Check(**check) for check in report.verification])
     return report
 
 

@@ -12,7 +12,7 @@ from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.recipe.options import EVALUATION_TOKENS
+from pruning.recipe.options import WHOLE_TEXT
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.plan import save_sweep
 from pruning.stages import job as stages
@@ -30,7 +30,7 @@ def evaluate(
     text_field: str = "text",
     window: int | None = None,
     stride: int | None = None,
-    evaluation_tokens: int = EVALUATION_TOKENS,
+    evaluation_tokens: int = WHOLE_TEXT,
     batch: int = 8,
     steps: Steps | None = None,
 ) -> dict[str, Any]:
