@@ -1,4 +1,4 @@
-"""The formats of an export by name: what a folder looks like and how its weights are stored.
+"""The formats of an export by name: the widths a folder stores and how its weights are stored.
 
 Only names and whole numbers, without an array library: the options of a command line need them
 before anything is imported. No other module takes a format's name apart.

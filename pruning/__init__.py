@@ -12,7 +12,6 @@ from moe_jax.facade import lazy_face
 
 if TYPE_CHECKING:
     from pruning.budget import objectives, planners
-    from pruning.budget.budgets import nested_plans, plan_for_target
     from pruning.budget.decide import plan_pruning
     from pruning.budget.importance import IMPORTANCE, PlannerOptions
     from pruning.budget.plan import PruningPlan
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from pruning.budget.problem import Limits, Objective, Planner, Problem
     from pruning.budget.rule import Rule
     from pruning.budget.rules import RULES
+    from pruning.budget.several_budgets import nested_plans, plan_for_target
     from pruning.kit.errors import VerificationError
     from pruning.kit.progress import Steps
     from pruning.measure.quality import Quality
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
     from pruning.shrink.prune import PrunedSource, mask_layer, prune_layer
     from pruning.shrink.rounding import QuantizedSource
-    from pruning.stages.job import export, open_job
+    from pruning.stages.export import export
+    from pruning.stages.job import open_job
     from pruning.stages.sizes import form_of
     from pruning.text.calibration import TextSource, TokenBatch, calibration_batch
     from pruning.text.windows import make_windows
@@ -116,7 +117,7 @@ __all__ = [
 
 # Names are imported when they are used: `--help` and the checks of options need no jax.
 _HOMES = {
-    "budget.budgets": ("nested_plans", "plan_for_target"),
+    "budget.several_budgets": ("nested_plans", "plan_for_target"),
     "budget.decide": ("plan_pruning",),
     "budget.importance": ("IMPORTANCE", "PlannerOptions"),
     "budget.plan": ("PruningPlan",),
@@ -149,7 +150,8 @@ _HOMES = {
     "scores.statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
     "shrink.prune": ("PrunedSource", "mask_layer", "prune_layer"),
     "shrink.rounding": ("QuantizedSource",),
-    "stages.job": ("export", "open_job"),
+    "stages.export": ("export",),
+    "stages.job": ("open_job",),
     "stages.sizes": ("form_of",),
     "text.calibration": ("TextSource", "TokenBatch", "calibration_batch"),
     "text.windows": ("make_windows",),

@@ -1,4 +1,7 @@
-"""Padded folders: one width for the whole model, so that stock classes load them."""
+"""Padded folders: one width for the whole model, so that stock classes load them.
+
+The width is decided in `ExportFormat.padded_width`, that of a plan in `pruning.budget.widths`.
+"""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Budget allocation: how many channels each expert keeps.
+"""The coverage rule and its kin: how many channels each expert keeps.
 
 Every planner is one priority per channel (`pruning.budget.objectives`) and one shared selection
 that keeps the `total` smallest priorities exactly. Sorting and prefix sums stay in numpy (sorting

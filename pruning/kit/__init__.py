@@ -1,4 +1,4 @@
-"""What every room leans on: registries, progress, errors, words for bytes and shares.
+"""What every room leans on: progress, errors, words for bytes and shares.
 
 Imports nothing of `pruning`.
 """

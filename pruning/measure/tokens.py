@@ -13,7 +13,7 @@ from moe_jax.attention.context import Context
 from moe_jax.experts.weights import row_expert
 from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
-from pruning.scores.experts import observe_experts
+from pruning.scores.expert_sums import observe_experts
 
 # (layer with experts, its place among these, input [B, T, D], context) -> (output, anything).
 See = Callable[[DecoderLayer, int, Array, Context], tuple[Array, Any]]

@@ -1,5 +1,7 @@
 """The options of a run in groups; each is declared once, with help, range and default.
 
+Those of a plan are in `plan_options`; arguments that no recipe has in `pruning.cli.arguments`.
+
 Command line, YAML and Python share them: a flag is made from a field (`pruning.cli.flags`), a
 recipe inherits all groups (`pruning.recipe.recipe`), and a function takes the group that it reads.
 """

@@ -11,17 +11,18 @@ import jax.numpy as jnp
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export_format import FormatName
 from moe_jax.errors import InputError
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.budget.record import recorded_options
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.stages import folder as output_folder
-from pruning.stages import job as stages
 from pruning.stages import preflight
+from pruning.stages.export import export
+from pruning.stages.job import resolved
 from pruning.stages.sizes import export_of, export_sizes, form_of
-from pruning.stages.verify import Check, random_probe, require_verified
+from pruning.stages.verify import Check, random_probe, require_verified, verify_export
 
 
 def apply_plan(
@@ -87,9 +88,9 @@ def _write(
     for name in recipe.export:
         form, target = form_of(recipe, name, plan), Path(recipe.output) / "exports" / name
         if name in missing:
-            stages.export(base, plan, form, target, steps)
+            export(base, plan, form, target, steps)
         with steps.bar(f"verify {name}"):
-            checks += stages.verify(base, plan, form, target, random_probe(base))
+            checks += verify_export(base, plan, form, target, random_probe(base))
     return checks
 
 
@@ -123,7 +124,7 @@ def _recipe(
     beside = (source if source.is_dir() else source.parent) / output_folder.RECIPE
     fields = {**told, **given}
     asked = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
-    recipe = stages.resolved(asked, base.about)
+    recipe = resolved(asked, base.about)
     assert all(getattr(recipe, name) is None for name in BUDGETS if name != "prune_rate")
     packed = any(form_of(recipe, name).is_packed for name in recipe.export)
     block = said.get("block")

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from convert.export_format import ExportFormat
-from pruning.budget.decide import PruningPlan
 from pruning.budget.importance import LAYER_LOSSES, PlannerOptions, layer_weights
+from pruning.budget.plan import PruningPlan
 from pruning.report.command import command_line
 from pruning.report.compression import CompressionReport
 from pruning.report.figures import concentration

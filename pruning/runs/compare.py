@@ -22,10 +22,10 @@ from pruning.report import comparison_page
 from pruning.report.comparison import Comparison, Result
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
-from pruning.stages import job as stages
 from pruning.stages import preflight
 from pruning.stages import score as scoring
-from pruning.stages.job import Job
+from pruning.stages.job import Job, open_job
+from pruning.stages.measure import measure
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows
 
@@ -101,7 +101,7 @@ def _open(recipe: CompressionRecipe) -> Job:
     """The job of a recipe, its texts ending with the window that has the last token wanted."""
     wanted = recipe.evaluation_tokens
     read = wanted + (recipe.window or 2048)
-    job = stages.open_job(dataclasses.replace(recipe, evaluation_tokens=read))
+    job = open_job(dataclasses.replace(recipe, evaluation_tokens=read))
     texts = {name: first_tokens(windows, wanted) for name, windows in job.evaluation.items()}
     # The key says how much was measured; the stored recipe is that of a folder scored before.
     stored = dataclasses.replace(job.recipe, evaluation_tokens=EVALUATION_TOKENS)
@@ -183,7 +183,7 @@ def _measure(
 ) -> Comparison:
     references: dict[str, Reference] = {}
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
-    dense = stages.measure(job.base, texts, references, steps, "dense", **how)
+    dense = measure(job.base, texts, references, steps, "dense", **how)
     found = dataclasses.replace(found, dense={n: q.to_dict() for n, q in dense.items()})
     size, layers = _group_size(job, texts), len(job.base)
     with steps.bar(f"compare {len(tasks)} plans") as on_step:

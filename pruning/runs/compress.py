@@ -8,7 +8,7 @@ from convert.checkpoint import load_model, open_checkpoint
 from moe_jax.errors import InputError
 from moe_jax.generation import generate
 from moe_jax.stream import LayerSource
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
 from pruning.measure.quality import Reference
@@ -20,12 +20,13 @@ from pruning.runs.score import open_for
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
-from pruning.stages import job as stages
 from pruning.stages import plan as planning
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.card import write_card
+from pruning.stages.export import export, pruned_source
 from pruning.stages.job import Job
+from pruning.stages.measure import measure
 from pruning.stages.sizes import export_sizes, folder_bytes, form_of
 from pruning.stages.verify import (
     PROBE_TOKENS,
@@ -33,6 +34,7 @@ from pruning.stages.verify import (
     Check,
     random_probe,
     require_verified,
+    verify_export,
 )
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
@@ -75,9 +77,9 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     for name in job.recipe.export:
         form, target = form_of(job.recipe, name, plan), job.output / "exports" / name
         if not target.exists():
-            stages.export(job.base, plan, form, target, steps, codes=codes)
+            export(job.base, plan, form, target, steps, codes=codes)
         with steps.bar(f"verify {name}"):
-            checks += stages.verify(job.base, plan, form, target, probe_tokens(job), codes)
+            checks += verify_export(job.base, plan, form, target, probe_tokens(job), codes)
     references: dict[str, Reference] = {}
     quality = _measure(job, plan, references, steps)
     random, no_random = _measure_random(job, statistics, plan, references, steps)
@@ -126,7 +128,7 @@ def _measure(
 ) -> Qualities:
     """Quality per text and variant: the dense model, the pruned one, and every export on disk."""
     variants: dict[str, LayerSource] = {"dense": job.base}
-    variants["pruned"] = stages.pruned_source(job.base, plan, None)
+    variants["pruned"] = pruned_source(job.base, plan, None)
     for name in job.recipe.export:
         variants[name] = open_checkpoint(job.output / "exports" / name, dtype=None)
     by_model = {
@@ -151,7 +153,7 @@ def _measure_random(
         other = random_plan(job, statistics, plan)
     except ValueError as error:  # the run's own plan is made, and its exports: they go on
         return {}, str(error)
-    source = stages.pruned_source(job.base, other, None)
+    source = pruned_source(job.base, other, None)
     found = _qualities(job, source, references, steps, "random channels")
     return {"seed": RANDOM_SEED, "kept": int(other.counts.sum()), "quality": found}, ""
 
@@ -161,7 +163,7 @@ def _qualities(
 ) -> dict[str, dict]:
     """Quality of one model per text; the first model becomes the reference of the others."""
     how = {"batch": job.recipe.batch, "dtype": job.dtype}
-    found = stages.measure(source, job.evaluation, references, steps, name, **how)
+    found = measure(source, job.evaluation, references, steps, name, **how)
     return {text: value.to_dict() for text, value in found.items()}
 
 

@@ -21,7 +21,7 @@ from pruning.runs.probe import scoring_seconds
 from pruning.scores.collect import CHUNK
 from pruning.scores.noise import ROWS_PER_EXPERT
 from pruning.scores.states import projection_bytes, projection_room
-from pruning.stages import job as stages
+from pruning.stages.job import require_possible, resolved
 from pruning.stages.preflight import free_space, rehearsed_plan, written_bytes
 from pruning.stages.sizes import (
     byte_range,
@@ -79,7 +79,7 @@ def estimate(
         if not isinstance(base, Checkpoint):
             raise InputError(f"{about.folder} has no weights to probe; leave out --probe")
         # The time is the same at every rate.
-        seconds = round(scoring_seconds(base, stages.resolved(recipe, about)), 1)
+        seconds = round(scoring_seconds(base, resolved(recipe, about)), 1)
     return [{**one, "scoring_seconds": seconds} for one in found]
 
 
@@ -90,13 +90,13 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
     that the family, the bits and `mtp` allow, each planned as if it were the only one. A target in
     bytes is one of a single format, so it leaves the one that `compress` would choose.
     """
-    whole = stages.resolved(recipe, base)
-    stages.require_possible(whole, base)
+    whole = resolved(recipe, base)
+    require_possible(whole, base)
     if recipe.export or recipe.target_bytes is not None:
         jobs = dict.fromkeys(whole.export, whole)
     else:
         jobs = {
-            name: stages.resolved(dataclasses.replace(recipe, export=(name,)), base)
+            name: resolved(dataclasses.replace(recipe, export=(name,)), base)
             for name in base.family.formats
             if recipe.bits == 4 or not ExportFormat(name).is_packed
         }

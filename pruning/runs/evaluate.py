@@ -11,11 +11,13 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
+from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import WHOLE_TEXT
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.plan import save_sweep
-from pruning.stages import job as stages
+from pruning.stages.export import pruned_source
+from pruning.stages.measure import measure, read_tokens
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.text.calibration import TextSource
 from pruning.text.tokenizer import open_codec
@@ -63,13 +65,13 @@ def evaluate(
         base = stored_base(recipe)
         plans, statistics = stored_plans(folder, recipe, base, rates)
     else:
-        base = open_checkpoint(stages.model_folder(str(folder)))
+        base = open_checkpoint(model_folder(str(folder)))
     window = min(window or 2048, base.config.max_position)
     opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
     references, found = {}, {}
     how: dict[str, Any] = {"batch": batch, "dtype": jnp.float32}
     for name, source in _sources(base, plans).items():
-        measured = stages.measure(source, opened, references, steps, name, **how)
+        measured = measure(source, opened, references, steps, name, **how)
         found[name] = {text: quality.to_dict() for text, quality in measured.items()}
     if statistics is not None and len(plans) > 1:
         quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
@@ -116,7 +118,7 @@ def _windows(
     """Windows by the name of their file."""
     codec, found = open_codec(base.about.folder, base.config.vocab_size), {}
     for text in texts:
-        tokens = stages.read_tokens(TextSource(Path(text), field), codec, most)
+        tokens = read_tokens(TextSource(Path(text), field), codec, most)
         if len(tokens) == most:
             steps.say(
                 f"{text}: the first {most:,} tokens are measured; --evaluation-tokens takes more"
@@ -131,5 +133,5 @@ def _sources(
     """Models by name: the folder's own, or the dense one and one for every plan."""
     if not plans:
         return {"model": base}
-    pruned = {f"prune-rate {o.prune_rate}": stages.pruned_source(base, p, None) for o, p in plans}
+    pruned = {f"prune-rate {o.prune_rate}": pruned_source(base, p, None) for o, p in plans}
     return {"dense": base, **pruned}

@@ -7,8 +7,9 @@ from typing import Any
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.stages import gptq as gptq_stage
-from pruning.stages import job as stages
 from pruning.stages import preflight
+from pruning.stages.export import codes_folder, export
+from pruning.stages.job import open_job
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
 
@@ -41,9 +42,9 @@ def export_folder(
     exports = folder / "exports"
     preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
     codes = None
-    if stages.codes_folder(recipe) is not None:
-        codes = gptq_stage.quantize(stages.open_job(recipe), plan, steps)
+    if codes_folder(recipe) is not None:
+        codes = gptq_stage.quantize(open_job(recipe), plan, steps)
     for name in recipe.export:
         form, target = form_of(recipe, name, plan), exports / name
-        stages.export(base, plan, form, target, steps, codes=codes, overwrite=overwrite)
+        export(base, plan, form, target, steps, codes=codes, overwrite=overwrite)
     return [exports / name for name in recipe.export]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.report.rates import Sweep, SweepPoint
 from pruning.scores.criteria import channel_scores

@@ -8,10 +8,10 @@ from convert.export_format import FORMATS
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.stages import job as stages
+from pruning.stages.export import codes_folder
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
-from pruning.stages.verify import Check, random_probe, require_verified, written_mtp
+from pruning.stages.verify import Check, random_probe, require_verified, verify_export, written_mtp
 
 
 def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]:
@@ -39,8 +39,8 @@ def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]
         # `export` may have been told otherwise than the recipe.
         form = form_of(recipe, target.name, plan)
         form = dataclasses.replace(form, mtp=written_mtp(target, base.about))
-        codes = stages.codes_folder(recipe)
+        codes = codes_folder(recipe)
         with steps.bar(f"verify {target.name}"):
-            checks += stages.verify(base, plan, form, target, random_probe(base), codes)
+            checks += verify_export(base, plan, form, target, random_probe(base), codes)
     require_verified(checks)
     return checks

@@ -67,7 +67,7 @@ def noise(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
 
 
 def energy(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
-    """Squared output the channel contributes, routing weight included, per token."""
+    """Squared output that the channel adds, sum over tokens of q w^2 h^2 |v|^2, per token."""
     return statistics.energy / statistics.total_tokens
 
 
@@ -77,7 +77,11 @@ def amplitude(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
 
 
 def shapley(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
-    """The channel's share of its expert's attribution per token, clamped at zero."""
+    """The channel's share of its expert's attribution per token, clamped at zero.
+
+    That is sum over tokens of q w h <v, y> (see `ChannelStatistics`), which the sweep collects in
+    `pruning.scores.expert_sums`.
+    """
     return np.maximum(statistics.shapley, 0.0) / statistics.total_tokens
 
 

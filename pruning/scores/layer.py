@@ -22,7 +22,7 @@ from moe_jax.experts.swiglu import Projections, routed_experts
 from moe_jax.experts.weights import routing_matrix
 from moe_jax.stream import Batches
 from moe_jax.transformer import DecoderLayer, Head, next_token_loss
-from pruning.scores.experts import observe_experts, output_sums
+from pruning.scores.expert_sums import observe_experts, output_sums
 from pruning.scores.own import HiddenRows, Own, own_sums
 
 EPS = 1e-6  # of q = 1 / (|H|^2 + eps), arXiv 2606.18304's released loss

@@ -21,7 +21,7 @@ from moe_jax.experts.run import run_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.shrink.prune import output_bias
 
 Variants = list[list[np.ndarray]]  # of each plan, an array per batch

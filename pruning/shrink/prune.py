@@ -12,7 +12,7 @@ from moe_jax.experts.pool import Experts, pooled_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 
 
 def prune_layer(

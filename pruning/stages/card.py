@@ -13,7 +13,7 @@ from convert.clients import client_table
 from convert.export_format import ExportFormat
 from moe_jax.config import LatentAttentionConfig
 from moe_jax.files import replace_text
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.budget.record import tool_version
 from pruning.demo import DEMO
 from pruning.report.card import (

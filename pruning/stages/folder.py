@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_jax.errors import InputError
 from moe_jax.files import LEFTOVER, remove_leftovers, replace_text
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.stages.job import Job
 from pruning.stages.score import find_statistics

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.shrink.gptq_model import LayerErrors, quantize_model, read_summary
 from pruning.shrink.prune import PrunedSource
-from pruning.stages import job as stages
+from pruning.stages.export import codes_folder
+from pruning.stages.job import Job
 from pruning.stages.sizes import form_of
 
 
-def quantize(job: stages.Job, plan: PruningPlan, steps: Steps) -> Path | None:
+def quantize(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
     """Choose the codes of a plan, or find those an earlier run chose for the same one.
 
     Args:
@@ -22,10 +23,10 @@ def quantize(job: stages.Job, plan: PruningPlan, steps: Steps) -> Path | None:
       steps: where progress goes.
 
     Returns:
-      The folder that `stages.pruned_source` takes; None if the recipe rounds to nearest or
+      The folder that `pruned_source` takes; None if the recipe rounds to nearest or
       exports no 4-bit format.
     """
-    recipe, folder = job.recipe, stages.codes_folder(job.recipe)
+    recipe, folder = job.recipe, codes_folder(job.recipe)
     packed = any(form_of(recipe, name).is_packed for name in recipe.export)
     if folder is None or not packed:
         return None

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from convert.description import Description
 from convert.export import Export
-from pruning.budget.budgets import nested_plans, plan_for_target
 from pruning.budget.decide import plan_pruning
 from pruning.budget.plan import PruningPlan
+from pruning.budget.several_budgets import nested_plans, plan_for_target
 from pruning.recipe.options import PlanOptions, part_of
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics

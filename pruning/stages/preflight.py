@@ -13,7 +13,7 @@ from convert.export_format import FORMATS, ExportFormat
 from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe

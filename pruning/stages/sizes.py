@@ -11,7 +11,7 @@ from convert.description import Description
 from convert.export import Export
 from convert.export_format import ExportFormat, Widths
 from convert.families import find_family
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics, field_shapes
 

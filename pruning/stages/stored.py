@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.recipe.values import check_rate
 from pruning.scores.statistics import ChannelStatistics
-from pruning.stages import job as stages
 from pruning.stages import plan as planning
 from pruning.stages import score as scoring
+from pruning.stages.job import resolved
 
 
 def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
@@ -44,7 +44,7 @@ def stored_plans(
     for rate in rates:
         check_rate("prune_rate", rate)
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
-    one = stages.resolved(one, base.about)
+    one = resolved(one, base.about)
     statistics, provenance = scoring.stored_statistics(folder, base)
     if not rates:
         return [(one, planning.plan(one, statistics, provenance, base.about))], statistics

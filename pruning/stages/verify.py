@@ -25,9 +25,12 @@ from convert.reader import SafetensorsFolder, read_json
 from convert.rules import RAGGED
 from moe_jax.quant import MIN_SCALE
 from moe_jax.stream import LayerSource
+from pruning.budget.plan import PruningPlan
 from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
 from pruning.shrink.rounding import bfloat16_experts
+from pruning.stages.export import mtp_source, pruned_source
+from pruning.stages.sizes import export_of
 
 logger = logging.getLogger(__name__)
 
@@ -233,3 +236,21 @@ def _client_logits(folder: Path, form: ExportFormat, probe: np.ndarray) -> tuple
     model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
     with torch.no_grad():
         return info, model(torch.from_numpy(probe).long()).logits.float().numpy()
+
+
+def verify_export(
+    base: Checkpoint,
+    plan: PruningPlan,
+    form: ExportFormat,
+    target: Path,
+    probe: np.ndarray,
+    codes: Path | None = None,
+) -> list[Check]:
+    """Check one export against its plan and the model in memory."""
+    return verify_folder(
+        target,
+        export=export_of(base.about, plan, form),
+        mtp=mtp_source(base),
+        expected=pruned_source(base, plan, form, codes),
+        probe=probe,
+    )

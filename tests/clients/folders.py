@@ -14,7 +14,7 @@ from convert import open_checkpoint
 from convert.clients import Verdict, client_table
 from convert.export import Export
 from convert.export_format import ExportFormat
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from tests.support import tiny

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from convert import open_checkpoint
 from convert.export import Export
 from convert.export_format import ExportFormat
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.sizes import kept_widths
 from tests.convert.families.test_families import TOKENS, masked_logits

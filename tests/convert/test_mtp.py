@@ -17,10 +17,10 @@ from convert.checkpoint import open_checkpoint
 from convert.export import Export
 from convert.export_format import ExportFormat
 from convert.reader import CheckpointError
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.shrink.prune import PrunedSource
-from pruning.stages import job as stages
+from pruning.stages.export import export, mtp_source
 from pruning.stages.sizes import kept_widths
 from tests.convert.families.test_deepseek_v3 import BLOCK, to_blocks
 from tests.convert.families.test_families import TOKENS, plan_for
@@ -143,9 +143,7 @@ def test_an_export_holds_the_layers_and_programs_load_the_same_model(
     if mtp == "keep" and form.is_padded:
         plan = whole(plan)
     widths, source = kept_widths(plan, base.about), PrunedSource(base, plan)
-    folder = Export(base.about, widths, form).write(
-        source, tmp_path / "with", mtp=stages.mtp_source(base)
-    )
+    folder = Export(base.about, widths, form).write(source, tmp_path / "with", mtp=mtp_source(base))
 
     stored = load_file(folder / "model.safetensors")
     if mtp == "keep":
@@ -244,7 +242,7 @@ def test_an_estimate_counts_them_with_and_without_weights(checkpoint, tmp_path):
             keep = np.arange(96) < counts[..., None]
             own = PruningPlan(keep, plan.layer_indices, plan.provenance)
             form = ExportFormat(name, 32, mtp=mtp)
-            out = stages.export(base, own, form, tmp_path / mtp / name, Steps(quiet=True))
+            out = export(base, own, form, tmp_path / mtp / name, Steps(quiet=True))
             stored = load_file(out / "model.safetensors")
             written = (out / "model.safetensors").stat().st_size
             assert one["bytes"] == pytest.approx(written, rel=0.01), name
@@ -280,7 +278,7 @@ def test_8_bit_blocks_are_dequantised_and_other_dtypes_stay(folder, tmp_path):
     base = open_checkpoint(path, dtype=jnp.bfloat16)
     form = ExportFormat("padded-bf16", mtp="keep")
     out = Export(base.about, base.about.widths, form).write(
-        base, tmp_path / "out", mtp=stages.mtp_source(base)
+        base, tmp_path / "out", mtp=mtp_source(base)
     )
     stored = load_torch(out / "model.safetensors")
     assert stored.keys() == {name for name in tensors if not name.endswith("_scale_inv")}

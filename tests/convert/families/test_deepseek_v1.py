@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from convert import find_family, layer_tensors, open_checkpoint, outer_tensors
 from convert.export import Export
 from convert.export_format import ExportFormat
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from tests.support import tiny

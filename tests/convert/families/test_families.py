@@ -15,7 +15,7 @@ from convert.export import Export
 from convert.export_format import ExportFormat
 from moe_jax.experts.router import route
 from moe_jax.quant import dequantize
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.sizes import kept_widths

@@ -17,7 +17,7 @@ from convert.export_format import ExportFormat
 from moe_jax.attention.context import make_context
 from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, layer_forward
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.budget.whole_experts import replacement_vectors
 from pruning.scores.ablation import Ablation, ablate
 from pruning.scores.collect import collect_statistics

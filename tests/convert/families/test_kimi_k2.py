@@ -12,7 +12,7 @@ import transformers
 from convert import open_checkpoint
 from convert.export import Export
 from convert.export_format import ExportFormat
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from tests.support import tiny
 from tests.support.logits import logits

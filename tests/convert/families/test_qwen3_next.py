@@ -18,7 +18,7 @@ from convert.export_format import ExportFormat
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import QTensor
 from moe_jax.stream import forward_hidden
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.scores.collect import collect_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
 from pruning.shrink.gptq_model import quantize_model, with_codes

@@ -10,7 +10,7 @@ from moe_jax.experts.dispatch import gather_rows, make_dispatch
 from moe_jax.experts.grouped_matmul import on_cpu
 from moe_jax.experts.pool import pooled_experts
 from moe_jax.experts.swiglu import expert_rows, no_score, routed_experts, routed_experts_by_rows
-from pruning.scores.experts import (
+from pruning.scores.expert_sums import (
     observe_by_rows,
     observe_experts,
     output_sums,

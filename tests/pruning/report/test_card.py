@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
 from convert.export_format import ExportFormat
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.stages import job as stages
+from pruning.stages.export import export
 from tests.support import tiny
 from tests.support.command import run
 
@@ -196,7 +196,7 @@ def test_the_lines_for_other_programs_have_the_options_that_these_need(
     file.write_text(json.dumps(config | {"topk_method": "noaux_tc"}))
     base = open_checkpoint(tmp_path / "model", dtype=jnp.bfloat16)
     plan = PruningPlan(np.ones((2, 8, 16), bool), (0, 1))
-    folder = stages.export(base, plan, ExportFormat(form), tmp_path / "out", Steps(quiet=True))
+    folder = export(base, plan, ExportFormat(form), tmp_path / "out", Steps(quiet=True))
     lines = "".join(blocks(card_of(folder)[1], "sh")).splitlines()
     assert (line in lines) if line else not any("vllm" in found for found in lines)
 
@@ -207,7 +207,7 @@ def test_a_plan_that_says_nothing_of_itself_gets_a_card_that_invents_nothing(tmp
     base = open_checkpoint(tiny.save(model, tmp_path / "model"), dtype=jnp.bfloat16)
     for name, kept in (("whole", 64), ("half", 32)):
         plan = PruningPlan(np.tile(np.arange(64) < kept, (2, 8, 1)), (0, 1))
-        folder = stages.export(base, plan, ExportFormat(PADDED), tmp_path / name, Steps(quiet=True))
+        folder = export(base, plan, ExportFormat(PADDED), tmp_path / name, Steps(quiet=True))
         front, text = card_of(folder)
         assert ("pruned" in front["tags"]) == (kept == 32)
         assert ("not pruned, bf16" in text) == (kept == 64)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import pruning
 from convert.checkpoint import open_checkpoint
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from tests.pruning.stages.test_folder import set_free
 from tests.support.command import given, poison, refused, run
 

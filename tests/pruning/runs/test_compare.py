@@ -11,7 +11,7 @@ from rich.console import Console
 from convert.checkpoint import open_checkpoint
 from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, in_batches, layer_forward
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.budget.rules import RULES as KNOWN_RULES
 from pruning.budget.whole_experts import replacement_vectors
 from pruning.kit.progress import Steps

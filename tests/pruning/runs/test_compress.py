@@ -21,8 +21,9 @@ from pruning.kit.progress import Steps
 from pruning.recipe.recipe import load_recipe
 from pruning.runs.compress import random_plan
 from pruning.scores.statistics import load_statistics
-from pruning.stages import job as stages
 from pruning.stages import plan as planning
+from pruning.stages.export import export
+from pruning.stages.job import open_job
 from pruning.stages.sizes import folder_bytes
 
 TEXTS = sorted(str(path) for path in (DEMO / "text").glob("evaluation-*.txt"))
@@ -118,7 +119,7 @@ def test_the_report_knows_what_pruning_and_rounding_do_alone(output, tmp_path):
     pruned = folder_bytes(output / "exports" / "ragged-bf16")
     base = open_checkpoint(DEMO / "model", dtype=jnp.bfloat16)
     whole = PruningPlan(np.ones((4, 16, 128), bool), (0, 1, 2, 3))
-    rounded = stages.export(
+    rounded = export(
         base, whole, ExportFormat("ragged-int4"), tmp_path / "whole", Steps(quiet=True)
     )
     assert alone == {
@@ -171,7 +172,7 @@ def test_the_page_says_how_to_load_and_how_to_repeat(output, text):
 )  # fmt: skip
 def test_random_channels_obey_the_width_policy_and_choose_by_nothing(scored, width, more):
     recipe = load_recipe(scored / "recipe.yaml", width=width, prune_rate=0.5, **more)
-    job = stages.open_job(recipe)
+    job = open_job(recipe)
     statistics, notes = load_statistics(scored / "statistics.safetensors")
     plan = planning.plan(job.recipe, statistics, notes, job.base)
     found = random_plan(job, statistics, plan)
@@ -195,7 +196,7 @@ def test_random_channels_obey_the_width_policy_and_choose_by_nothing(scored, wid
 
 
 def test_a_plan_that_removes_nothing_is_not_compared_with_chance(scored):
-    job = stages.open_job(load_recipe(scored / "recipe.yaml"))
+    job = open_job(load_recipe(scored / "recipe.yaml"))
     statistics, _ = load_statistics(scored / "statistics.safetensors")
     whole = PruningPlan(np.ones(statistics.shape, bool), (0, 1))
     with pytest.raises(ValueError, match="nothing was removed"):

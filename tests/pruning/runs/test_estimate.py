@@ -15,13 +15,14 @@ from convert.checkpoint import open_checkpoint
 from convert.description import describe
 from convert.export import Export
 from convert.export_format import ExportFormat
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.runs.estimate import parameters
 from pruning.scores.statistics import load_statistics
-from pruning.stages import job as stages
 from pruning.stages import plan as planning
+from pruning.stages.export import export
+from pruning.stages.job import resolved
 from pruning.stages.sizes import active_parameters, byte_range, form_of
 from tests.support import tiny
 from tests.support.command import refused, run
@@ -73,11 +74,11 @@ def test_sizes_are_within_one_percent_of_what_the_default_rule_writes(family, tm
         recipe = CompressionRecipe(
             model=str(folder), output="o", export=(name,), prune_rate=RATE, group_size=32
         )
-        recipe = stages.resolved(recipe, base.about)
+        recipe = resolved(recipe, base.about)
         provenance = {"model_hash": base.fingerprint}
         plan = planning.plan(recipe, uneven_statistics(), provenance, base.about)
         assert (plan.counts == 0).any() == name.startswith("ragged")
-        out = stages.export(base, plan, form_of(recipe, name), tmp_path / name, Steps(quiet=True))
+        out = export(base, plan, form_of(recipe, name), tmp_path / name, Steps(quiet=True))
         written = sum(file.stat().st_size for file in out.glob("*.safetensors*"))
         assert one["bytes"] == pytest.approx(written, rel=0.01), name
         assert one["fewest_bytes"] <= written <= one["most_bytes"], name
@@ -97,7 +98,7 @@ def test_no_plan_is_outside_of_the_range(bare, name, width, data):
     """Widths drawn at random, as some statistics might ask for, and not by a planner."""
     base = describe(bare)
     recipe = CompressionRecipe(model="m", output="o", export=(name,), width=width, group_size=32)
-    recipe, form = stages.resolved(recipe, base), ExportFormat(name, 32)
+    recipe, form = resolved(recipe, base), ExportFormat(name, 32)
     full = st.integers(1, WIDTH // 32)
     if width == "layer":
         layers = [[data.draw(full)] * 8 for _ in range(2)]

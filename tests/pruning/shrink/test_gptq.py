@@ -17,7 +17,7 @@ from moe_jax.quant import dequantize
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import in_batches, layer_forward
 from moe_jax.transformer import init
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.shrink.gptq import gptq_layer
 from pruning.shrink.gptq_model import quantize_model, read_summary, with_codes

@@ -13,7 +13,7 @@ from moe_jax.experts.run import gated_experts
 from moe_jax.quant import QTensor, dequantize, quantize
 from moe_jax.stream import forward_hidden, layer_forward
 from moe_jax.transformer import Transformer, init
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.scores.collect import collect_statistics
 from pruning.shrink.prune import PrunedSource, mask_layer, prune_layer
 

@@ -15,7 +15,7 @@ from convert import find_family
 from convert.checkpoint import open_checkpoint
 from convert.export import Export
 from convert.export_format import ExportFormat
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.budget.planners import PLANNERS
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe

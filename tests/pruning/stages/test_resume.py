@@ -13,7 +13,7 @@ import pytest
 
 from convert.checkpoint import open_checkpoint
 from moe_jax.files import remove_leftovers
-from pruning.budget.decide import PruningPlan
+from pruning.budget.plan import PruningPlan
 from pruning.stages import folder as output_folder
 from tests.support.command import given, run
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.demo import model_folder
-from pruning.stages import job as stages
+from pruning.stages.measure import read_tokens
 from pruning.text.calibration import (
     TextSource,
     TokenBatch,
@@ -115,8 +115,8 @@ def test_evaluation_reads_json_lines_like_calibration_and_plain_text_whole(tmp_p
     codec = open_codec(demo, 4096)
     (tmp_path / "a.jsonl").write_text('{"answer": "one two"}\n"three"\n')
     (tmp_path / "a.txt").write_text("one two")
-    lines = stages.read_tokens(TextSource(tmp_path / "a.jsonl", field="answer"), codec, 64).tolist()
-    assert stages.read_tokens(TextSource(tmp_path / "a.txt"), codec, 64).tolist() == codec.encode(
+    lines = read_tokens(TextSource(tmp_path / "a.jsonl", field="answer"), codec, 64).tolist()
+    assert read_tokens(TextSource(tmp_path / "a.txt"), codec, 64).tolist() == codec.encode(
         "one two"
     )
     assert codec.end is not None

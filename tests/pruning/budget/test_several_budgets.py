@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.budget.budgets import nested_plans, plan_for_target
 from pruning.budget.planners import PLANNERS
+from pruning.budget.several_budgets import nested_plans, plan_for_target
 from pruning.budget.widths import ALIGNMENTS, WIDTHS
 from tests.support.plans import arguments, plan_of
 from tests.support.synthetic import statistics
