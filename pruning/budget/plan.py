@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
+from moe_jax.json_files import read_json
 
 FORMAT_VERSION = 1
 
@@ -154,7 +155,7 @@ class PruningPlan:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing; make it with `moe-compress plan`")
         try:
-            content = json.loads(description.read_text(encoding="utf-8"))
+            content = read_json(description)
             version, indices = content["format_version"], content["layer_indices"]
             counts, provenance = np.asarray(content["counts"]), content["provenance"]
             named = load_file(tensors)

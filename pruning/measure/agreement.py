@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from pruning.scores.ablation import Ablation
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.expert_criteria import EXPERT_CRITERIA
@@ -85,7 +86,7 @@ def proxies(
     for name, criterion in registry.items():
         try:
             found[name] = np.asarray(criterion(statistics), np.float64)
-        except ValueError:  # its sums were not collected
+        except InputError:  # its sums were not collected
             continue
     return found
 

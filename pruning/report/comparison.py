@@ -17,6 +17,7 @@ from rich.table import Table
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
+from moe_jax.json_files import read_json
 from pruning.kit.words import percent
 from pruning.report.html import section_html
 from pruning.report.table import TextTable
@@ -106,7 +107,7 @@ class Comparison:
           InputError: it is damaged.
         """
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             parts = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}
             sizes, seen = found.get("sizes", {}), found.get("seen", {})
             return cls(key=found["key"], dense=found["dense"], sizes=sizes, seen=seen, **parts)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from moe_jax.errors import InputError, choose
 from moe_jax.files import replace_text
+from moe_jax.json_files import read_json
 from pruning.kit.words import megabytes, percent
 from pruning.report.compression_tables import (
     allocation_table,
@@ -254,10 +255,10 @@ class CompressionReport:
         if not Path(path).is_file():
             raise InputError(f"{path} does not exist; run `moe-compress compress` first")
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = values.pop("version", None)
-        except (json.JSONDecodeError, AttributeError) as error:
+            values = read_json(Path(path))
+        except InputError as error:
             raise InputError(f"{path} is not a report ({error}); compress again") from None
+        version = values.pop("version", None)
         names = [one.name for one in dataclasses.fields(cls)]
         old = names[: names.index("samples")]  # those of every version
         if version != VERSION or not set(old) <= set(values) <= set(names):

@@ -98,7 +98,7 @@ apply = apply_plan  # its name on the command line
 
 
 def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
-    """Raise ValueError unless the plan names this model and has its shape."""
+    """Raise InputError unless the plan names this model and has its shape."""
     plan.require_model(base.fingerprint)
     c = base.config
     wanted = (c.moe_layers, c.moe.num_experts, c.moe.d_expert)
@@ -159,5 +159,5 @@ def _holds_no_other(output: Path, plan: PruningPlan) -> bool:
         return PruningPlan.load(output).is_same(plan)
     except FileNotFoundError:  # killed before the plan was whole
         return True
-    except ValueError:
+    except InputError:
         return False

@@ -232,7 +232,7 @@ def _run_group(
     for task in group:
         try:
             planned.append((task, _plan(job, statistics, provenance, task, budgets[task.rate])))
-        except ValueError as error:
+        except InputError as error:
             # A budget may be too small for whole experts: the other rules go on.
             refused.append(Result(task.rule, task.rate, task.seed, reason=str(error)))
     if not planned:

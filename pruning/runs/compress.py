@@ -151,7 +151,7 @@ def _measure_random(
         return {}, "no text was named to measure on"
     try:
         other = random_plan(job, statistics, plan)
-    except ValueError as error:  # the run's own plan is made, and its exports: they go on
+    except InputError as error:  # the run's own plan is made, and its exports: they go on
         return {}, str(error)
     source = pruned_source(job.base, other, None)
     found = _qualities(job, source, references, steps, "random channels")

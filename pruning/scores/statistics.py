@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import InputError, choose
 from moe_jax.files import replace_file, replace_text
+from moe_jax.json_files import read_json
 from pruning.scores.own import PREFIX, STATISTICS
 
 ALWAYS = "always"
@@ -273,7 +274,7 @@ def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
         if not file.is_file():
             raise InputError(f"{file} does not exist; write it with `moe-compress score`")
     try:
-        provenance = json.loads(notes.read_text(encoding="utf-8"))
+        provenance = read_json(notes)
         arrays = load_file(path)
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it and score again") from None

@@ -83,7 +83,7 @@ def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
     try:
         stored = load_recipe(path, overwrite=recipe.overwrite)
         return dataclasses.asdict(stored) == dataclasses.asdict(recipe)
-    except ValueError:  # of another version, or edited
+    except InputError:  # of another version, or edited
         return False
 
 
@@ -124,7 +124,7 @@ def drop_stale_exports(output: Path, plan: PruningPlan) -> None:
     """Remove the exports in an output folder unless its stored plan is this one."""
     try:
         stored = PruningPlan.load(output)
-    except (ValueError, OSError):
+    except (InputError, OSError):
         stored = None
     if stored is None or not stored.is_same(plan):
         shutil.rmtree(output / "exports", ignore_errors=True)
