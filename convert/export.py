@@ -273,5 +273,5 @@ class Export:
 def packed_inputs(base: Description) -> list[int]:
     """Input widths of the linear layers that the family's first 4-bit format packs."""
     forms = (ExportFormat(name) for name in FORMATS if name in base.family.formats)
-    form = next(form for form in forms if form.is_packed)
-    return Export(base, base.widths, form).packed_inputs
+    form = next((form for form in forms if form.is_packed), None)
+    return [] if form is None else Export(base, base.widths, form).packed_inputs

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from convert.export_format import FORMATS, ExportFormat, Widths
+from convert.fields import read_fields
 from moe_jax.config import LatentAttentionConfig, ModelConfig
 from moe_jax.quant import is_linear
 from moe_jax.transformer import DecoderLayer
@@ -96,8 +97,8 @@ class Family:
     Attributes:
       model_type: of config.json.
       stem: of the names of its classes in transformers.
-      config_from_hf: config.json -> ModelConfig; raises InputError. In the registry its input is
-        checked and what it leaves out filled in first (`convert.families.fields`).
+      read_config: config.json, its fields checked and what it leaves out filled in
+        (`convert.fields`), -> ModelConfig; raises InputError.
       rules: tensors of a decoder layer.
       width_key: key of config.json for the experts' width.
       count_keys: keys for the number of experts, all written since each version reads its own.
@@ -115,7 +116,7 @@ class Family:
 
     model_type: str
     stem: str
-    config_from_hf: Callable[[dict], ModelConfig]
+    read_config: Callable[[dict], ModelConfig]
     rules: tuple[Rule, ...]
     width_key: str = "moe_intermediate_size"
     count_keys: tuple[str, ...] = ("num_experts",)
@@ -127,6 +128,17 @@ class Family:
     twin: Twin | None = None
     interleaved: bool = False
     formats: tuple[str, ...] = tuple(n for n in FORMATS if not ExportFormat(n).is_float4)
+
+    def config_from_hf(self, hf: Mapping[str, Any]) -> ModelConfig:
+        """config.json -> ModelConfig.
+
+        Raises:
+          InputError: a field has another type or an unsupported value, or is missing.
+        """
+        fields = read_fields(hf, self.defaults)
+        if self.mtp is not None:
+            fields.get(self.mtp.count_key)  # read by `convert.mtp`
+        return self.read_config(fields)
 
     @property
     def public_type(self) -> str:

@@ -15,7 +15,6 @@ from convert.families import (
     qwen3_moe,
     qwen3_next,
 )
-from convert.families.fields import read_fields
 from convert.formats.ragged import emptied_model, has_constants, stock_config
 from convert.rules import RAGGED, Family
 from moe_jax.config import ModelConfig
@@ -43,20 +42,13 @@ def _ragged(family: Family) -> Family:
     return dataclasses.replace(
         family,
         model_type=RAGGED + family.model_type,
-        config_from_hf=config_from_hf,
+        read_config=config_from_hf,
         ragged=True,
         interleaved=False,
     )
 
 
-def _typed(family: Family) -> Family:
-    def config_from_hf(hf: dict) -> ModelConfig:
-        return family.config_from_hf(read_fields(hf, family.defaults))
-
-    return dataclasses.replace(family, config_from_hf=config_from_hf)
-
-
-FAMILIES: dict[str, Family] = {family.model_type: _typed(family) for family in _STOCK}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _STOCK}
 FAMILIES |= {
     RAGGED + name: _ragged(family)
     for name, family in FAMILIES.items()

@@ -67,7 +67,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
 
 
 def _dense_layers(hf: dict) -> list[int]:
-    first, every = hf["first_k_dense_replace"], hf["moe_layer_freq"]
+    first, every = hf["first_k_dense_replace"] or 0, hf["moe_layer_freq"] or 1
     return [i for i in range(hf["num_hidden_layers"]) if i < first or i % every]
 
 
@@ -109,7 +109,7 @@ def _double(weight: Weight) -> Weight:
 FAMILY = Family(
     model_type="deepseek",
     stem="Deepseek",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS + ATTENTION + DENSE + EXPERTS + SHARED,
     count_keys=("n_routed_experts",),

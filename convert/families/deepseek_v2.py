@@ -81,6 +81,8 @@ def config_from_hf(hf: dict) -> ModelConfig:
     require_value(hf, "norm_topk_prob", False)
     require_value(hf, "mlp_bias", False)
     grouped = hf["topk_method"] == "group_limited_greedy"
+    if grouped:
+        hf_config.require(hf, "n_group", "topk_group")
     moe = MoEConfig(
         num_experts=hf_config.num_experts(hf),
         experts_per_token=hf["num_experts_per_tok"],
@@ -103,7 +105,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
 FAMILY = Family(
     model_type="deepseek_v2",
     stem="DeepseekV2",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS + LATENT_ATTENTION + DENSE + EXPERTS + SHARED,
     count_keys=("n_routed_experts",),

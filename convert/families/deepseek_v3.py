@@ -86,7 +86,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
 FAMILY = Family(
     model_type="deepseek_v3",
     stem="DeepseekV3",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS + LATENT_ATTENTION + DENSE + EXPERTS + CORRECTION_BIAS + SHARED,
     count_keys=("n_routed_experts",),

@@ -63,7 +63,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
 FAMILY = Family(
     model_type="glm4_moe",
     stem="Glm4Moe",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS + ATTENTION + QK_NORM + DENSE + EXPERTS + CORRECTION_BIAS + SHARED,
     count_keys=("n_routed_experts",),

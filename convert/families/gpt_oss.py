@@ -83,7 +83,7 @@ def _sliding_layers(hf: dict) -> list[int]:
 FAMILY = Family(
     model_type="gpt_oss",
     stem="GptOss",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS + ATTENTION + SINKS + expert_rules(router="router") + BIASES,
     width_key="intermediate_size",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from convert.families.fields import EXPERT_COUNTS
+from convert.fields import EXPERT_COUNTS
 from moe_jax.config import ModelConfig, MoEConfig, RopeConfig
 from moe_jax.errors import InputError
 

@@ -48,7 +48,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
 FAMILY = Family(
     model_type="mixtral",
     stem="Mixtral",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS
     + ATTENTION

@@ -53,7 +53,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
 FAMILY = Family(
     model_type="olmoe",
     stem="Olmoe",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS + ATTENTION + JOINT_QK_NORM + EXPERTS,
     width_key="intermediate_size",

@@ -72,7 +72,7 @@ def _sliding_layers(hf: dict) -> list[int]:
 FAMILY = Family(
     model_type="qwen2_moe",
     stem="Qwen2Moe",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS + ATTENTION + DENSE + EXPERTS + GATED_SHARED,
 )

@@ -61,7 +61,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
 FAMILY = Family(
     model_type="qwen3_moe",
     stem="Qwen3Moe",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=NORMS + ATTENTION + QK_NORM + DENSE + EXPERTS,
     count_keys=("num_experts", "num_local_experts"),

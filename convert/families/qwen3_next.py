@@ -88,7 +88,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     attention = AttentionConfig(
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
-        head_dim=hf["head_dim"],
+        head_dim=hf["head_dim"] or DEFAULTS["head_dim"],
         rope=hf_config.rope_config(hf, ROPE, partial=True),
         qk_norm=True,
         qkv_bias=bias,
@@ -146,7 +146,7 @@ def _linear_layers(hf: dict) -> tuple[int, ...]:
 FAMILY = Family(
     model_type="qwen3_next",
     stem="Qwen3Next",
-    config_from_hf=config_from_hf,
+    read_config=config_from_hf,
     defaults=DEFAULTS,
     rules=(CENTRED_NORMS + GATED_ATTENTION + GATED_DELTA_NET + DENSE + EXPERTS + GATED_SHARED),
     rope=ROPE,

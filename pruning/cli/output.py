@@ -38,7 +38,11 @@ def stdout() -> Console:
 
 def check_json(path: str | None) -> None:
     """Raise InputError, before any work, if the numbers have no place to go."""
-    if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+    if path in (None, "-"):
+        return
+    if Path(path).is_dir():
+        raise InputError(f"json={path} is a folder; name a file in it")
+    if not Path(path).absolute().parent.is_dir():
         raise InputError(f"json={path} lies in no existing folder; make it first")
 
 

@@ -18,6 +18,7 @@ from pruning.recipe.values import check_share
 
 __all__ = [
     "BUDGETS",
+    "COMPARED_TOKENS",
     "EVALUATION_TOKENS",
     "WHOLE_TEXT",
     "ExportOptions",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 EVALUATION_TOKENS = 16384  # of each text, beside other work
+COMPARED_TOKENS = 4096  # of each text, under many plans
 WHOLE_TEXT = 1 << 20  # tokens of each text where measuring is the work
 
 
@@ -75,8 +77,13 @@ class TextOptions(Options):
         ),
     ] = ()
     evaluation_tokens: Annotated[
-        int, About("most tokens measured of each evaluation text", least=2)
-    ] = EVALUATION_TOKENS
+        int | None,
+        About(
+            f"most tokens measured of each evaluation text; default {EVALUATION_TOKENS}, of compare "
+            f"{COMPARED_TOKENS}",
+            least=2,
+        ),
+    ] = None
     max_tokens: Annotated[
         int, About("most tokens of calibration text, all files together", least=1)
     ] = 131072

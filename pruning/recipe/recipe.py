@@ -14,6 +14,7 @@ from pruning.recipe.exports import choose_exports, is_packed, width_policy
 from pruning.recipe.group import about
 from pruning.recipe.options import (
     BUDGETS,
+    EVALUATION_TOKENS,
     ExportOptions,
     PlanOptions,
     RunOptions,
@@ -85,6 +86,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
             "width": self.width or width_policy(exports),
             "window": min(self.window or 2048, max_position),
+            "evaluation_tokens": self.evaluation_tokens or EVALUATION_TOKENS,
         }
         return ResolvedRecipe(**{**given, **filled})
 
@@ -121,6 +123,7 @@ class ResolvedRecipe(CompressionRecipe):
         about(PlanOptions, "width"),
     ] = "free"
     window: Annotated[int, about(TextOptions, "window")] = 2048
+    evaluation_tokens: Annotated[int, about(TextOptions, "evaluation_tokens")] = EVALUATION_TOKENS
 
 
 def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
@@ -131,7 +134,7 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} must be a mapping of option: value")

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from pruning.recipe.group import about
 from pruning.recipe.recipe import CompressionRecipe
 
 
@@ -20,7 +21,8 @@ def command_line(recipe: Mapping[str, Any]) -> str:
         value = tuple(value) if isinstance(value, list) else value
         if field.name == "model" or value == default:
             continue
-        flag = f"--{field.name.replace('_', '-')}"
+        name = about(CompressionRecipe, field.name).flag or field.name
+        flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(flag)
         else:

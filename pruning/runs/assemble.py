@@ -26,6 +26,7 @@ from pruning.stages.job import Job
 from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of
 from pruning.stages.verify import Check
 from pruning.text.held_out import seen_shares
+from pruning.text.windows import text_hashes
 
 Qualities = dict[str, dict[str, dict[str, Any]]]  # text -> model -> field -> value
 
@@ -94,6 +95,7 @@ def assemble(found: Outcome) -> CompressionReport:
             "window": recipe.window,
             "stride": windows.stride if windows else None,
             "seen": seen_shares(job.calibration, job.evaluation),
+            "texts": text_hashes(job.evaluation),
         },
         stages=found.stages,
         sample={key: sample.get(key, "") for key in ("prompt", "dense", "compressed", "export")},

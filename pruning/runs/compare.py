@@ -15,7 +15,7 @@ from pruning.budget.rule import common_budget, make_plan
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, quality_of
-from pruning.recipe.options import EVALUATION_TOKENS
+from pruning.recipe.options import COMPARED_TOKENS
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_rate
 from pruning.report import comparison_page
@@ -99,12 +99,11 @@ def compare(
 
 def _open(recipe: CompressionRecipe) -> Job:
     """The job of a recipe, its texts ending with the window that has the last token wanted."""
-    wanted = recipe.evaluation_tokens
+    wanted = recipe.evaluation_tokens or COMPARED_TOKENS
     read = wanted + (recipe.window or 2048)
     job = open_job(dataclasses.replace(recipe, evaluation_tokens=read))
     texts = {name: first_tokens(windows, wanted) for name, windows in job.evaluation.items()}
-    # The key says how much was measured; the stored recipe is that of a folder scored before.
-    stored = dataclasses.replace(job.recipe, evaluation_tokens=EVALUATION_TOKENS)
+    stored = dataclasses.replace(job.recipe, evaluation_tokens=wanted)
     return dataclasses.replace(job, recipe=stored, evaluation=texts)
 
 

@@ -31,7 +31,7 @@ from pruning.stages.sizes import (
 )
 
 PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
-LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/test_convert_memory.py
+LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
 
 
 def open_described(folder: Path) -> Checkpoint | Description:
@@ -101,7 +101,6 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
             if recipe.bits == 4 or not ExportFormat(name).is_packed
         }
         jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
-    assert whole.window is not None
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
     parts = written_bytes(base, whole, windows)
     return {

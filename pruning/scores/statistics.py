@@ -153,7 +153,7 @@ class ChannelStatistics:
                 f"{name!r} was not collected in these statistics; score the model again while "
                 "pruning.STATISTICS has it"
             )
-        value = self.extra[name] if name in self.extra else getattr(self, name)
+        value = getattr(self, name) if name in DECLARED else self.extra[name]
         if value is None:
             raise InputError(
                 f"{name!r} was not collected in these statistics; score the model again with "

@@ -13,7 +13,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import InputError
-from moe_jax.files import replace_file, replace_folder, replace_text
+from moe_jax.files import remove_leftovers, replace_file, replace_folder, replace_text
+from moe_jax.json_files import read_json
 from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
@@ -89,6 +90,7 @@ def quantize_model(
         }
         replace_text(partial / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
+    remove_leftovers(folder.parent)  # of runs that were killed: codes are large
     replace_folder(folder, fill)
     return errors
 
@@ -121,7 +123,7 @@ def _fill(
 def read_summary(folder: Path) -> dict | None:
     """Provenance, group size and errors of a finished folder; None if there is none."""
     path = folder / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def layer_errors(folder: Path | None) -> list[dict]:

@@ -151,11 +151,6 @@ def _folder_facts(
     )
 
 
-def in_16_bits(form: ExportFormat) -> ExportFormat:
-    """The format of the same layout without rounding."""
-    return dataclasses.replace(form, name=f"{form.name.partition('-')[0]}-bf16")
-
-
 def hub_origin(folder: Path) -> tuple[str | None, str | None]:
     """Repository and commit of a folder in the Hub's cache, (None, None) of any other.
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from moe_jax.errors import InputError
 from moe_jax.files import LEFTOVER, remove_leftovers, replace_text
+from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.stages.job import Job
 from pruning.stages.score import find_statistics
 from pruning.text.calibration import TextSource
+from pruning.text.windows import text_hashes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
 # finished, so what a killed removal leaves is never taken for an interrupted run.
@@ -40,7 +42,15 @@ def is_finished(job: Job) -> bool:
         and all((job.output / name).exists() for name in written)
         and _same_recipe(job.output / RECIPE, recipe)
         and find_statistics(job) is not None
+        and _reported_texts(job.output) == text_hashes(job.evaluation)
     )
+
+
+def _reported_texts(output: Path) -> dict[str, str] | None:
+    try:
+        return read_json(output / "report.json").get("evaluation", {}).get("texts")
+    except (InputError, OSError, AttributeError):
+        return None
 
 
 def may_resume(
@@ -82,7 +92,9 @@ def may_resume(
 def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
     try:
         stored = load_recipe(path, overwrite=recipe.overwrite)
-        return dataclasses.asdict(stored) == dataclasses.asdict(recipe)
+        # How much of the evaluation texts is read decides no earlier stage.
+        same = dataclasses.replace(stored, evaluation_tokens=recipe.evaluation_tokens)
+        return dataclasses.asdict(same) == dataclasses.asdict(recipe)
     except InputError:  # of another version, or edited
         return False
 

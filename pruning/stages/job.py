@@ -103,7 +103,7 @@ def require_possible(recipe: ResolvedRecipe, base: Description) -> None:
         require_data_free(recipe.criterion, recipe.attribution)
     choose(PLANNERS, recipe.planner, "planner")
     PlannerOptions.of(recipe)
-    check_block(recipe.block or 1, c.moe.d_expert)
+    check_block(recipe.block, c.moe.d_expert)
 
 
 def _calibration(recipe: ResolvedRecipe, codec: TextCodec, window: int) -> TokenBatch:

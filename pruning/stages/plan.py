@@ -111,7 +111,7 @@ def _budget_range(recipe: ResolvedRecipe, base: Description) -> tuple[int, int, 
     size = moe.num_experts * moe.d_expert
     steps = {"experts": moe.d_expert, "layer": moe.num_experts * recipe.block}
     steps["uniform"] = len(layers) * moe.num_experts * recipe.block
-    step = steps.get(recipe.width or "free", recipe.block)
+    step = steps.get(recipe.width, recipe.block)
     narrow, opened = least, moe.experts_per_token
     if recipe.width in ("uniform", "layer"):
         opened = moe.num_experts

@@ -92,7 +92,7 @@ def statistics_bytes(base: Description, recipe: ResolvedRecipe) -> int:
 
 def mean_width(base: Description, recipe: ResolvedRecipe, rounding=math.ceil) -> int:
     """Channels per expert if all keep the same share of the budget, in whole blocks."""
-    d_expert, block = base.config.moe.d_expert, recipe.block or 1
+    d_expert, block = base.config.moe.d_expert, recipe.block
     # Under a target the plan may keep anything up to the whole model.
     mean = (1 - (recipe.prune_rate or 0.0)) * d_expert
     if recipe.width == "experts":  # as many whole ones as come nearest
@@ -117,7 +117,7 @@ def most_bytes(base: Description, recipe: ResolvedRecipe, name: str) -> int:
     form, widest = form_of(recipe, name), base.config.moe.d_expert
     width = widest if pads(recipe, form) else mean_width(base, recipe)
     if form.is_padded:
-        block = recipe.block or 1
+        block = recipe.block
         width = max(range(block, width + 1, block), key=lambda w: (_stored_channels(base, w), w))
     most = equal_export(base, form, width).tensor_bytes
     most += _header_bytes(equal_export(base, form, widest))
@@ -152,7 +152,7 @@ def byte_range(
       name: the format.
       channels: routed-expert channels kept, of all layers.
     """
-    form, c, block = form_of(recipe, name), base.config, recipe.block or 1
+    form, c, block = form_of(recipe, name), base.config, recipe.block
     layers, experts, widest = len(c.moe_layers), c.moe.num_experts, c.moe.d_expert
     if form.is_layered:
         # The sum of the layers' widths: least if all experts of a layer keep as many channels.

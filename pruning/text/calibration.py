@@ -112,7 +112,7 @@ def _document(line: str, source: TextSource, number: int) -> str:
         known = ", ".join(value) if isinstance(value, dict) else type(value).__name__
         raise InputError(
             f"{source.path}:{number} has no text in field {source.field!r} (found: {known}); name "
-            "the right field with --calibration-field (--text-field of eval)"
+            "the right field with --text-field"
         )
     return value[source.field]
 

@@ -1,7 +1,8 @@
 """A text as overlapping windows in which every token is predicted once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -60,3 +61,12 @@ def make_windows(
         scores.append((target >= reached) & (target < end))
         reached, start = end, start + stride
     return Windows(np.stack(rows), np.stack(masks), np.stack(scores), window, stride)
+
+
+def text_hashes(texts: Mapping[str, Windows]) -> dict[str, str]:
+    """SHA-256 of the tokens of each text, of what is scored of them, and of how they are cut."""
+    return {
+        name: sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+        for name, windows in texts.items()
+        for parts in [(np.array(windows.tokens.shape), windows.tokens, windows.scored)]
+    }

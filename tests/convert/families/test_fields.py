@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from convert import FAMILIES, CheckpointError, find_family, load_model, open_checkpoint
-from convert.families.fields import FIELDS
+from convert.fields import FIELDS
 from tests.support import tiny
 
 # What transformers has no class for is read by the published code of the model, or by that of the

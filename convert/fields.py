@@ -1,6 +1,7 @@
 """The typed reading of config.json: each field that any family reads, with its kind and range.
 
-A field of another type or out of range is refused here, by name, before anything is made of it:
+A field of another type or out of range is refused when it is read, by name, before anything is
+made of it:
 `"no"` is no boolean, 4096.5 no size, and a million layers no model. What config.json leaves out is
 what transformers has for the family (`Family.defaults`), which differs from family to family.
 """
@@ -151,48 +152,65 @@ FIELDS: dict[str, Field] = {
 }
 
 
-def read_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with every field that we read checked, and what it leaves out filled in.
+class Fields(dict[str, Any]):
+    """config.json with what it leaves out filled in; a field is checked when it is read.
+
+    Other models' fields may be anything: many a config.json holds zeros for parts that it lacks.
+
+    Raises:
+      InputError: when a field is read that has another type, is out of range, or is missing.
+    """
+
+    def __init__(self, hf: Mapping[str, Any], defaults: Mapping[str, Any]):
+        super().__init__({**defaults, **hf})
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise InputError(f"config.json lacks {name}")
+        return self.get(name)
+
+    def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+        """The value, or the default where there is none."""
+        if name not in self:
+            return default
+        value = _checked(name, super().__getitem__(name), FIELDS.get(name))
+        if isinstance(value, dict) and name in ("rope_scaling", "rope_parameters"):
+            return {n: _checked(f"{name}.{n}", v, ROPE_FIELDS.get(n)) for n, v in value.items()}
+        return value
+
+
+def read_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> Fields:
+    """config.json as a family reads it, refused where it describes more than any model is.
 
     Args:
       hf: config.json.
       defaults: of the family, for the fields that it leaves out.
 
-    Returns:
-      A new dict.
-
     Raises:
-      InputError: naming each value of another type or out of range, and what is expected.
+      InputError: naming what is wrong and what is expected.
     """
-    # null where a value is needed says no more than leaving the field out.
-    needed = {name for name, field in FIELDS.items() if not field.null and name not in defaults}
-    hf = {name: value for name, value in hf.items() if value is not None or name not in needed}
-    faults = _faults(hf, FIELDS, "")
-    for name in ("rope_scaling", "rope_parameters"):
-        value = hf.get(name)
-        if isinstance(value, dict):
-            faults += _faults(value, ROPE_FIELDS, f"{name}.")
-    if not faults:
-        layers, types = hf.get("num_hidden_layers", 1), hf.get("layer_types")
-        if types is not None and len(types) != layers:
-            faults.append(f"layer_types has {len(types)} entries, the model has {layers} layers")
-        experts = max(hf.get(name) or 0 for name in EXPERT_COUNTS)
-        if layers * experts > MOST_EXPERTS_IN_ALL:
-            faults.append(
-                f"{layers} layers of {experts} experts are more than {MOST_EXPERTS_IN_ALL} in all"
-            )
-    if faults:
-        raise InputError("; ".join(faults[:10]) + "; get config.json of the published model again")
-    return {**defaults, **hf}
+    fields = Fields(hf, defaults)
+    layers, types = fields["num_hidden_layers"], fields.get("layer_types")
+    if types is not None and len(types) != (layers or 0):
+        raise InputError(f"layer_types has {len(types)} entries, the model has {layers} layers")
+    experts = max(fields.get(name) or 0 for name in EXPERT_COUNTS)
+    if (layers or 0) * experts > MOST_EXPERTS_IN_ALL:
+        raise InputError(
+            f"{layers} layers of {experts} experts are more than {MOST_EXPERTS_IN_ALL} in all"
+        )
+    fields.get("quantization_config")  # read by `convert.views`
+    return fields
 
 
-def _faults(values: Mapping[str, Any], fields: Mapping[str, Field], prefix: str) -> list[str]:
-    return [
-        f"{prefix}{name}={_shown(values[name])} must be {field.words}"
-        for name, field in fields.items()
-        if name in values
-        and not (field.fits(values[name]) if values[name] is not None else field.null)
-    ]
+def _checked(name: str, value: Any, field: Field | None) -> Any:
+    if field is None or (value is None and field.null) or (value is not None and field.fits(value)):
+        return value
+    if value is None and field is SWITCH:
+        return False  # what every program makes of null there
+    if value is None:
+        raise InputError(f"config.json lacks {name}: it is null, expected {field.words}")
+    cure = "get config.json of the published model again"
+    raise InputError(f"{name}={_shown(value)} must be {field.words}; {cure}")
 
 
 def _shown(value: Any) -> str:
