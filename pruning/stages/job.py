@@ -20,7 +20,7 @@ from pruning.budget.importance import PlannerOptions
 from pruning.budget.planners import PLANNERS
 from pruning.demo import demo_texts, model_folder
 from pruning.kit.progress import Steps
-from pruning.measure.quality import Quality, Reference, evaluate
+from pruning.measure.quality import Quality, Reference, measure_quality
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
@@ -255,7 +255,7 @@ def measure(
     found, total = {}, len(texts) * len(source)
     with steps.bar(f"evaluate {name}") as on_step:
         for number, (text, windows) in enumerate(texts.items()):
-            quality, own = evaluate(
+            quality, own = measure_quality(
                 source,
                 windows,
                 reference=references.get(text),
