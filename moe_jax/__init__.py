@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moe_jax.generation import generate
     from moe_jax.quant import QTensor
     from moe_jax.stream import Batches, LayerSource, forward_hidden, in_batches, mapped, sweep
+    from moe_jax.training import TrainingConfig, language_model_loss, split_parameters, train
     from moe_jax.transformer import DecoderLayer, Transformer, abstract, init, next_token_loss
 
 __all__ = [
@@ -23,17 +24,21 @@ __all__ = [
     "ModelConfig",
     "QTensor",
     "RopeConfig",
+    "TrainingConfig",
     "Transformer",
     "abstract",
     "forward_hidden",
     "generate",
     "in_batches",
     "init",
+    "language_model_loss",
     "mapped",
     "next_token_loss",
     "restore_model",
     "save_model",
+    "split_parameters",
     "sweep",
+    "train",
 ]
 
 _HOMES = {
@@ -43,6 +48,7 @@ _HOMES = {
     "generation": ("generate",),
     "quant": ("QTensor",),
     "stream": ("Batches", "LayerSource", "forward_hidden", "in_batches", "mapped", "sweep"),
+    "training": ("TrainingConfig", "language_model_loss", "split_parameters", "train"),
     "transformer": ("DecoderLayer", "Transformer", "abstract", "init", "next_token_loss"),
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)

@@ -13,7 +13,7 @@ from moe_jax.facade import lazy_face
 if TYPE_CHECKING:
     from pruning.budget import objectives, planners
     from pruning.budget.decide import plan_pruning
-    from pruning.budget.importance import IMPORTANCE, PlannerOptions
+    from pruning.budget.importance import IMPORTANCE, PlannerOptions, smooth_layer_loss
     from pruning.budget.plan import PruningPlan
     from pruning.budget.planners import PLANNERS
     from pruning.budget.problem import Limits, Objective, Planner, Problem
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from pruning.budget.several_budgets import nested_plans, plan_for_target
     from pruning.kit.errors import VerificationError
     from pruning.kit.progress import Steps
-    from pruning.measure.quality import Quality
+    from pruning.measure.agreement import sample_ablations, spearman
+    from pruning.measure.loss_curves import expert_loss_curves
+    from pruning.measure.quality import Quality, measure_quality
+    from pruning.measure.tokens import TokenView, view_tokens
     from pruning.recipe.options import PlanOptions
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
+    from pruning.report import audit_figures as audit_plots
+    from pruning.report import comparison_page as comparison_plots
     from pruning.report import figures as plots
     from pruning.report.comparison import Comparison
     from pruning.report.compression import CompressionReport
@@ -38,12 +43,14 @@ if TYPE_CHECKING:
     from pruning.runs.plan import plan_folder
     from pruning.runs.score import score
     from pruning.runs.verify import verify
+    from pruning.scores.ablation import Ablation, ablate
     from pruning.scores.channel_criteria import CHANNEL_CRITERIA, Criterion
     from pruning.scores.collect import collect_statistics, collect_weights
     from pruning.scores.criteria import ChannelScores, channel_scores
     from pruning.scores.expert_criteria import EXPERT_CRITERIA
     from pruning.scores.own import STATISTICS, HiddenRows, Statistic
     from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
+    from pruning.scores.weight_gradient import weight_gradient_scores
     from pruning.shrink.prune import PrunedSource, mask_layer, prune_layer
     from pruning.shrink.rounding import QuantizedSource
     from pruning.stages.export import export
@@ -59,6 +66,7 @@ __all__ = [
     "PLANNERS",
     "RULES",
     "STATISTICS",
+    "Ablation",
     "ChannelScores",
     "ChannelStatistics",
     "Comparison",
@@ -82,18 +90,23 @@ __all__ = [
     "Steps",
     "TextSource",
     "TokenBatch",
+    "TokenView",
     "VerificationError",
+    "ablate",
     "apply",
     "apply_plan",
     "audit",
+    "audit_plots",
     "calibration_batch",
     "channel_scores",
     "collect_statistics",
     "collect_weights",
     "compare",
+    "comparison_plots",
     "compress",
     "estimate",
     "evaluate",
+    "expert_loss_curves",
     "export",
     "export_folder",
     "form_of",
@@ -101,6 +114,7 @@ __all__ = [
     "load_statistics",
     "make_windows",
     "mask_layer",
+    "measure_quality",
     "nested_plans",
     "objectives",
     "open_job",
@@ -110,16 +124,21 @@ __all__ = [
     "planners",
     "plots",
     "prune_layer",
+    "sample_ablations",
     "save_statistics",
     "score",
+    "smooth_layer_loss",
+    "spearman",
     "verify",
+    "view_tokens",
+    "weight_gradient_scores",
 ]
 
 # Names are imported when they are used: `--help` and the checks of options need no jax.
 _HOMES = {
     "budget.several_budgets": ("nested_plans", "plan_for_target"),
     "budget.decide": ("plan_pruning",),
-    "budget.importance": ("IMPORTANCE", "PlannerOptions"),
+    "budget.importance": ("IMPORTANCE", "PlannerOptions", "smooth_layer_loss"),
     "budget.plan": ("PruningPlan",),
     "budget.planners": ("PLANNERS",),
     "budget.problem": ("Limits", "Objective", "Planner", "Problem"),
@@ -127,7 +146,10 @@ _HOMES = {
     "budget.rules": ("RULES",),
     "kit.errors": ("VerificationError",),
     "kit.progress": ("Steps",),
-    "measure.quality": ("Quality",),
+    "measure.agreement": ("sample_ablations", "spearman"),
+    "measure.loss_curves": ("expert_loss_curves",),
+    "measure.quality": ("Quality", "measure_quality"),
+    "measure.tokens": ("TokenView", "view_tokens"),
     "recipe.options": ("PlanOptions",),
     "recipe.recipe": ("CompressionRecipe", "load_recipe"),
     "report.comparison": ("Comparison",),
@@ -142,12 +164,14 @@ _HOMES = {
     "runs.plan": ("plan_folder",),
     "runs.score": ("score",),
     "runs.verify": ("verify",),
+    "scores.ablation": ("Ablation", "ablate"),
     "scores.channel_criteria": ("CHANNEL_CRITERIA", "Criterion"),
     "scores.collect": ("collect_statistics", "collect_weights"),
     "scores.criteria": ("ChannelScores", "channel_scores"),
     "scores.expert_criteria": ("EXPERT_CRITERIA",),
     "scores.own": ("STATISTICS", "HiddenRows", "Statistic"),
     "scores.statistics": ("ChannelStatistics", "load_statistics", "save_statistics"),
+    "scores.weight_gradient": ("weight_gradient_scores",),
     "shrink.prune": ("PrunedSource", "mask_layer", "prune_layer"),
     "shrink.rounding": ("QuantizedSource",),
     "stages.export": ("export",),
@@ -157,6 +181,8 @@ _HOMES = {
     "text.windows": ("make_windows",),
 }
 _MODULES = {
+    "audit_plots": "report.audit_figures",
+    "comparison_plots": "report.comparison_page",
     "objectives": "budget.objectives",
     "planners": "budget.planners",
     "plots": "report.figures",

@@ -65,7 +65,7 @@ class Reference:
     hidden: np.ndarray  # [B, T, D]
 
 
-def evaluate(
+def measure_quality(
     source: LayerSource,
     windows: Windows,
     *,

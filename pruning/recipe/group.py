@@ -1,6 +1,7 @@
 """What a group of options is: a frozen dataclass whose fields say what they mean."""
 
 import dataclasses
+import functools
 import typing
 from dataclasses import dataclass
 
@@ -27,10 +28,26 @@ class About:
     flag: str | None = None
 
 
+@functools.cache
+def kinds(group: type) -> dict[str, typing.Any]:
+    """Type of every field of an option group, by name."""
+    return typing.get_type_hints(group)
+
+
+@functools.cache
+def _descriptions(group: type) -> dict[str, About]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    return {
+        name: extra
+        for name, hint in hints.items()
+        for extra in typing.get_args(hint)[1:]
+        if isinstance(extra, About)
+    }
+
+
 def about(group: type, name: str) -> About:
     """The description of a field of an option group."""
-    hint = typing.get_type_hints(group, include_extras=True)[name]
-    return next(extra for extra in typing.get_args(hint)[1:] if isinstance(extra, About))
+    return _descriptions(group)[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +59,7 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self)).items():
+        for name, kind in kinds(type(self)).items():
             object.__setattr__(self, name, typed(name, getattr(self, name), kind))
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), about(type(self), field.name).least

@@ -79,8 +79,8 @@ class TextOptions(Options):
     evaluation_tokens: Annotated[
         int | None,
         About(
-            f"most tokens measured of each evaluation text; default {EVALUATION_TOKENS}, of compare "
-            f"{COMPARED_TOKENS}",
+            f"most tokens measured of each evaluation text; default {EVALUATION_TOKENS}, of "
+            f"compare {COMPARED_TOKENS}",
             least=2,
         ),
     ] = None

@@ -46,8 +46,8 @@ def plot_sizes(found: Sweep) -> Figure:
     axes = figure.subplots()
     smallest = min(found.dense.sizes, key=lambda name: found.points[-1].sizes[name])
     for name, colour in zip(found.dense.sizes, LINES, strict=False):
-        # On the outer side, where no other format's line passes.
-        side = -1 if name == smallest else 1
+        # On the outer side of several formats, where no line passes; above a single, falling one.
+        side = -1 if name == smallest and len(found.dense.sizes) > 1 else 1
         points = [(point.sizes[name] / 1e6, _lost(found, point)) for point in found.points]
         dense = (found.dense.sizes[name] / 1e6, 0.0)
         axes.plot(*zip(dense, *points, strict=True), "o-", color=colour, label=name, markersize=5)

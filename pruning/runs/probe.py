@@ -14,7 +14,7 @@ from pruning.scores.noise import noise_rows, noise_worth
 from pruning.stages.extra_scores import costs
 
 PROBE_TOKENS = 512
-# Times the plain sweep: gradients by tests/bench/bench_statistics.py, the others as the options say.
+# Times the plain sweep: gradients by tests/bench/bench_statistics.py, others as options say.
 TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0}
 
 

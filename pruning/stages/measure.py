@@ -7,7 +7,7 @@ import numpy as np
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import Steps
-from pruning.measure.quality import Quality, Reference, evaluate
+from pruning.measure.quality import Quality, Reference, measure_quality
 from pruning.text.calibration import (
     TextSource,
     token_stream,
@@ -63,7 +63,7 @@ def measure(
     found, total = {}, len(texts) * len(source)
     with steps.bar(f"evaluate {name}") as on_step:
         for number, (text, windows) in enumerate(texts.items()):
-            quality, own = evaluate(
+            quality, own = measure_quality(
                 source,
                 windows,
                 reference=references.get(text),

@@ -96,7 +96,7 @@ def test_the_plan_follows_the_registered_names(compressed):
     (export,) = (compressed / "exports").iterdir()
     config = json.loads((export / "config.json").read_text())
     assert config["model_type"].endswith("my_moe")
-    assert open_checkpoint(export).family.model_type == config["model_type"]
+    assert open_checkpoint(export).about.family.model_type == config["model_type"]
 
 
 def test_the_command_line_accepts_registered_names(compressed, tmp_path):
@@ -118,8 +118,8 @@ def test_a_planner_of_ones_own_and_the_same_importance_by_name_plan_alike(shown,
 
 def test_a_rule_of_ones_own_is_compared(shown, model, texts, tmp_path):
     found = compare(
-        recipe(model, texts, tmp_path / "out"), [0.5], ["mine", "random"],
-        evaluation_tokens=60, steps=Steps(quiet=True),
+        recipe(model, texts, tmp_path / "out", evaluation_tokens=60), [0.5], ["mine", "random"],
+        steps=Steps(quiet=True),
     )  # fmt: skip
     assert {result.rule for result in found.results} == {"mine", "random"} and not found.refused
     assert "mean |h|, rooted" in (tmp_path / "out" / "compare.html").read_text()
@@ -130,7 +130,7 @@ def test_a_mask_of_ones_own_becomes_a_model(shown, model, tmp_path, monkeypatch)
     shutil.copytree(model, "model")
     exec(shown[-1], {})
     (export,) = (tmp_path / "out" / "exports").iterdir()
-    assert open_checkpoint(export).widths == ((48,) * 8,) * 2
+    assert open_checkpoint(export).about.widths == ((48,) * 8,) * 2
 
 
 def test_earlier_statistics_without_a_registered_sum_are_collected_again(shown):

@@ -1,5 +1,7 @@
 """What config.json leaves out is what transformers has for the family; what it says has a type."""
 
+import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +10,9 @@ import torch
 import transformers
 
 from convert import FAMILIES, CheckpointError, find_family, load_model, open_checkpoint
+from convert.families import qwen3_moe
 from convert.fields import FIELDS
+from moe_jax.errors import InputError
 from tests.support import tiny
 
 # What transformers has no class for is read by the published code of the model, or by that of the
@@ -157,7 +161,7 @@ def test_another_value_than_the_default_is_read(family, key, tmp_path):
         ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000 must be a whole number from 1"),
         ({"num_hidden_layers": 2000, "num_experts": 16000}, "2000 layers of 16000 experts are"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 must be true or false"),
-        ({"tie_word_embeddings": None}, "tie_word_embeddings=None must be true or false"),
+        ({"rms_norm_eps": None}, "lacks rms_norm_eps: it is null, expected a number above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a number above 0"),
         ({"mlp_only_layers": [0.5]}, r"mlp_only_layers=\[0.5\] must be a list"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be an object"),
@@ -176,10 +180,42 @@ def test_a_value_of_another_kind_is_refused_by_name(changes, message, tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_all_wrong_values_are_named_together(tmp_path):
-    tiny.tiny_qwen2_moe(tmp_path)
+def test_a_field_that_the_family_does_not_read_may_hold_anything(tmp_path):
+    """Qwen3-Coder's config.json has a shared expert of width 0, which its family has not."""
+    tiny.tiny_qwen3_moe(tmp_path)
     path = tmp_path / "config.json"
-    wrong = {"vocab_size": "96", "qkv_bias": 1}
-    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
-    with pytest.raises(CheckpointError, match=r"vocab_size='96'.*; qkv_bias=1 must be true or"):
+    other = {"shared_expert_intermediate_size": 0, "kv_lora_rank": 0, "topk_method": 7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    assert len(open_checkpoint(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_every_field_gone_or_null_is_read_or_refused(family):
+    """Neither a KeyError nor a TypeError comes out, whatever is left out of a config.json."""
+    source = {"kimi_k2": "deepseek_v3", "deepseek": "deepseek_v2"}.get(family, family)
+    grouped = {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
+    more = {"n_shared_experts": 1, "moe_layer_freq": 1, "first_k_dense_replace": 0}
+    whole = transformers.AutoConfig.for_model(source, **{**tiny.SIZES, **tiny.OWN_SIZES[source]})
+    whole = whole.to_dict() | (grouped if source == "deepseek_v2" else {}) | more
+    if family == "deepseek":
+        whole = {k: v for k, v in whole.items() if k not in grouped}
+    read = find_family(family).config_from_hf
+    read(dict(whole))
+    for key in whole:
+        for changed in ({k: v for k, v in whole.items() if k != key}, whole | {key: None}):
+            with contextlib.suppress(InputError):
+                read(changed)
+
+
+def test_a_family_put_in_from_outside_is_read_by_type_too(tmp_path, monkeypatch):
+    own = dataclasses.replace(qwen3_moe.FAMILY, model_type="my_moe")
+    monkeypatch.setitem(FAMILIES, "my_moe", own)
+    tiny.tiny_qwen3_moe(tmp_path)
+    path = tmp_path / "config.json"
+    said = json.loads(path.read_text()) | {"model_type": "my_moe"}
+    said.pop("use_sliding_window", None)
+    path.write_text(json.dumps(said))
+    assert open_checkpoint(tmp_path).about.family.model_type == "my_moe"
+    path.write_text(json.dumps(said | {"norm_topk_prob": "no"}))
+    with pytest.raises(CheckpointError, match="norm_topk_prob='no' must be true or false"):
         open_checkpoint(tmp_path)

@@ -39,7 +39,7 @@ DAMAGES = {
     ),
     "unknown family": (
         lambda folder: change_config(folder, model_type="qwen2_mo"),
-        r"model_type='qwen2_mo' is unknown; the nearest is 'qwen2_moe', known are",
+        r"model_type='qwen2_mo' is unknown; did you mean 'qwen2_moe'\? choose one of: qwen2_moe,",
     ),
     "NaN and infinity": (
         poison,

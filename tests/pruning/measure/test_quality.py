@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.transformer import init
-from pruning.measure.quality import evaluate
+from pruning.measure.quality import measure_quality
 from pruning.text.windows import make_windows
 from tests.pruning.scores.test_layer import CONFIG
 
@@ -30,7 +30,7 @@ def model():
 def test_nll_equals_a_softmax_by_hand_and_a_model_agrees_with_itself(model):
     tokens = np.random.default_rng(0).integers(0, 64, 40)
     windows = make_windows(tokens, window=16, stride=15)
-    quality, reference = evaluate(model, windows, batch=2)
+    quality, reference = measure_quality(model, windows, batch=2)
     forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
     logits = np.asarray(
         forward(model, jnp.asarray(windows.tokens), jnp.asarray(windows.valid)), np.float64
@@ -41,15 +41,15 @@ def test_nll_equals_a_softmax_by_hand_and_a_model_agrees_with_itself(model):
             total += np.log(np.exp(row[t]).sum()) - row[t, text[t + 1]]
     assert quality.nll == pytest.approx(total / 39, rel=1e-5)
     assert quality.tokens == 39
-    again, _ = evaluate(model, windows, reference=reference, batch=2)
+    again, _ = measure_quality(model, windows, reference=reference, batch=2)
     assert again.kl == pytest.approx(0, abs=1e-6)
     assert again.top1 == 1.0
 
 
 def test_another_model_disagrees(model):
     windows = make_windows(np.arange(30), window=16)
-    _, reference = evaluate(model, windows)
-    other, _ = evaluate(init(CONFIG, jax.random.key(2)), windows, reference=reference)
+    _, reference = measure_quality(model, windows)
+    other, _ = measure_quality(init(CONFIG, jax.random.key(2)), windows, reference=reference)
     assert other.kl > 0 and other.top1 < 1
 
 
@@ -57,8 +57,8 @@ def test_divergence_and_agreement_equal_those_of_the_logits_by_hand(model):
     tokens = np.random.default_rng(1).integers(0, 64, 300)  # more than one block of positions
     windows = make_windows(tokens, window=16, stride=15)
     other = init(CONFIG, jax.random.key(2))
-    _, reference = evaluate(model, windows)
-    quality, _ = evaluate(other, windows, reference=reference)
+    _, reference = measure_quality(model, windows)
+    quality, _ = measure_quality(other, windows, reference=reference)
     forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
     dense, small = (
         np.asarray(forward(m, jnp.asarray(windows.tokens), jnp.asarray(windows.valid)), np.float64)
