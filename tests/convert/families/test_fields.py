@@ -159,7 +159,10 @@ def test_another_value_than_the_default_is_read(family, key, tmp_path):
         ({"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be a whole number from 1"),
         ({"moe_intermediate_size": -8}, "moe_intermediate_size=-8 must be a whole number from 1"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000 must be a whole number from 1"),
-        ({"num_hidden_layers": 2000, "num_experts": 16000}, "2000 layers of 16000 experts are"),
+        (
+            {"num_hidden_layers": 2000, "num_experts": 16000, "layer_types": None},
+            "2000 layers of 16000",
+        ),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 must be true or false"),
         ({"rms_norm_eps": None}, "lacks rms_norm_eps: it is null, expected a number above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a number above 0"),
