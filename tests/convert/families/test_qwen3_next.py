@@ -94,7 +94,7 @@ def test_tensors_that_draft_tokens_are_left_out_and_named(folder):
     [
         (
             {"layer_types": ["linear_attention"] * 3},
-            "layer_types has 3 entries, the model has 4 layers",
+            "has 3 entries, the model has 4 layers",
         ),
         ({"layer_types": ["sliding_attention"] * 4}, "must name 'linear_attention' or"),
         ({"linear_num_value_heads": 3}, "num_value_heads=3 must be a multiple of num_key_heads=2"),
