@@ -146,6 +146,10 @@ def evaluate(command: Parser) -> None:
         place.add_argument(
             f"--{name}", type=value_of(int), default=default, metavar="N", help=words
         )
+    place.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="type of the activations (default float32)",
+    )  # fmt: skip
     sweep = command.add_argument_group("Plans of an output folder")
     _rates(sweep, "measure plans of the stored statistics instead, at these rates in [0, 1)")
 

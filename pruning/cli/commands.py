@@ -173,6 +173,7 @@ def evaluate(options: Options) -> Outcome:
         stride=options.stride,
         evaluation_tokens=options.evaluation_tokens,
         batch=options.batch,
+        dtype=options.dtype,
         steps=_steps(options),
     )
     pages = [options.folder / "sweep.html"] if len(options.rates or ()) > 1 else []

@@ -3,9 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jax.numpy as jnp
+from typing import Any, Literal
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
@@ -17,6 +15,7 @@ from pruning.recipe.options import WHOLE_TEXT
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
+from pruning.stages.job import DTYPES
 from pruning.stages.measure import measure, read_tokens
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.text.calibration import TextSource
@@ -34,6 +33,7 @@ def evaluate(
     stride: int | None = None,
     evaluation_tokens: int = WHOLE_TEXT,
     batch: int = 8,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     steps: Steps | None = None,
 ) -> dict[str, Any]:
     """Measure the likelihood of texts.
@@ -48,6 +48,7 @@ def evaluate(
       stride: tokens between windows; default half a window.
       evaluation_tokens: most tokens measured of each text.
       batch: windows per step.
+      dtype: of the activations.
       steps: where progress goes; default stderr.
 
     Returns:
@@ -69,7 +70,7 @@ def evaluate(
     window = min(window or 2048, base.config.max_position)
     opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
     references, found = {}, {}
-    how: dict[str, Any] = {"batch": batch, "dtype": jnp.float32}
+    how: dict[str, Any] = {"batch": batch, "dtype": DTYPES[dtype]}
     for name, source in _sources(base, plans).items():
         measured = measure(source, opened, references, steps, name, **how)
         found[name] = {text: quality.to_dict() for text, quality in measured.items()}

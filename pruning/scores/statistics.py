@@ -236,6 +236,8 @@ def field_shapes(
       Name -> shape; those of `STATISTICS` with a prefix.
     """
     sizes = {"L": layers, "E": experts, "F": channels, "D": d_model, "G": experts}
+    if taken := sorted(STATISTICS.keys() & DECLARED.keys()):
+        raise InputError(f"pruning.STATISTICS names {taken}, which are ours; choose other names")
     axes = NORMS | {PREFIX + name: statistic.axes for name, statistic in STATISTICS.items()}
     for group in (ALWAYS, *groups):
         axes |= SUMS.get(group, {}) | (FINISHED.get(group, {}) if finished else {})

@@ -16,6 +16,7 @@ from pruning import CompressionRecipe, Steps, compress, load_statistics
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rules import check_needs
 from pruning.runs.compare import compare
+from pruning.scores.statistics import field_shapes
 from tests.support import command, plans, synthetic
 
 README = Path(pruning.__file__).parent / "README.md"
@@ -160,3 +161,12 @@ def test_a_statistic_of_another_shape_than_its_axes_is_refused(shown, model, tex
         del pruning.STATISTICS["wrong"]
     assert found["wrong"].shape == found.shape[:2]
     assert found.merge(found)["wrong"].sum() == 2 * found["wrong"].sum()
+
+
+def test_a_statistic_under_one_of_our_names_is_refused(monkeypatch):
+    ours = synthetic.statistics(2, 3, 4)
+    monkeypatch.setitem(pruning.STATISTICS, "phi", pruning.Statistic(lambda rows: rows.hidden))
+    with pytest.raises(pruning.InputError, match=r"names \['phi'\], which are ours"):
+        field_shapes(2, 3, 4)
+    shadowed = ours.replace(extra={"phi": np.zeros((2, 3))})
+    np.testing.assert_array_equal(shadowed["phi"], ours.phi)

@@ -115,8 +115,10 @@ def test_debug_shows_where_bad_input_was_found(tmp_path, capsys):
 
 
 def test_a_finished_run_repeated_shows_its_report(models, texts, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
+    out, text = tmp_path / "out", tmp_path / "evaluation.txt"
+    text.write_text("The lazy dog sleeps. " * 20)
     arguments = ("compress", models / "single", *given(texts, out), "--bits", 16)
+    arguments += ("--evaluation", text)
     assert run(*arguments) == 0
     first, written = capsys.readouterr(), (out / "report.json").read_bytes()
     assert first.out.splitlines()[-1] == str(out / "report.html")
@@ -132,7 +134,12 @@ def test_a_finished_run_repeated_shows_its_report(models, texts, tmp_path, capsy
     report.save(out)
     assert run(*arguments) == 1
     assert "verification failed" in capsys.readouterr().err
-    # Another recipe, or an export that is gone: the folder is in the way, as ever.
+    # Another text under the same name, another recipe, or an export that is gone: the folder is in
+    # the way, as ever.
+    text.write_text("The quick fox jumps. " * 20)
+    assert run(*arguments) == 2
+    text.write_text("The lazy dog sleeps. " * 20)
+    assert run(*arguments) == 1
     assert run(*arguments, "--prune-rate", 0.5) == 2
     shutil.rmtree(out / "exports")
     assert run(*arguments) == 2

@@ -92,3 +92,11 @@ def test_the_face_imports_no_jax_until_a_name_is_used():
         "import pruning, sys; dir(pruning); pruning.InputError; assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_activations_in_bfloat16_are_measured_as_such(out, texts, capsys):
+    exact = pruning.evaluate(out / "exports" / "ragged-bf16", [texts / "good.txt"], steps=QUIET)
+    text = ("--text", texts / "good.txt", "--dtype", "bfloat16")
+    rounded = printed(capsys, "eval", out / "exports" / "ragged-bf16", *text)
+    (one,), (two,) = exact["texts"].values(), rounded["texts"].values()
+    assert one["nll"] != two["nll"] and one["nll"] == pytest.approx(two["nll"], rel=0.02)
