@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.export_format import Widths
 from convert.reader import aligned_empty
-from convert.rules import Rule, layer_rules, uniform_widths
+from convert.rules import TensorRule, layer_rules, uniform_widths
 from moe_jax.attention.delta_net import LinearAttention
 from moe_jax.attention.grouped import Attention
 from moe_jax.attention.latent import LatentAttention
@@ -47,7 +47,7 @@ def pool_shape(config: ModelConfig, widths: Widths) -> PoolShape:
 
 
 def read_arrays(
-    rules: tuple[Rule, ...],
+    rules: tuple[TensorRule, ...],
     config: ModelConfig,
     index: int,
     counts: tuple[int, ...],

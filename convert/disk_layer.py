@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.interleaved import fuse_experts
-from convert.rules import Family, Rule
+from convert.rules import Family, TensorRule
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.quant import QTensor, Weight, dequantize, unpack_nibbles
@@ -15,7 +15,7 @@ from moe_jax.transformer import DecoderLayer
 
 
 def layer_to_hf(
-    rules: Iterable[Rule], layer: DecoderLayer, index: int
+    rules: Iterable[TensorRule], layer: DecoderLayer, index: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors of a decoder layer under their names on disk; the inverse of reading.
 
@@ -50,7 +50,7 @@ class Codes:
 
 
 def layer_codes(
-    rules: Iterable[Rule], layer: DecoderLayer, index: int
+    rules: Iterable[TensorRule], layer: DecoderLayer, index: int
 ) -> Iterator[tuple[str, Codes]]:
     """The 4-bit weights of a decoder layer under their names on disk, exactly as they are."""
     for rule in rules:
@@ -68,7 +68,7 @@ def layer_codes(
 
 
 def _named_parts(
-    rule: Rule, layer: DecoderLayer, index: int, array: np.ndarray, channels_per_row: int
+    rule: TensorRule, layer: DecoderLayer, index: int, array: np.ndarray, channels_per_row: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """An array of the layer cut into what lies on disk; experts' rows follow each other."""
     name = rule.hf.replace("{layer}", str(index))

@@ -20,7 +20,7 @@ from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
 from convert.portable import portable_config
-from convert.rules import EMBEDDING, Family, Rule, ruled_tensors
+from convert.rules import EMBEDDING, Family, TensorRule, ruled_tensors
 from convert.stored import Stored, stored_layer
 from convert.writer import write_folder
 from moe_jax.config import ModelConfig
@@ -62,7 +62,7 @@ class Export:
             config = padded.padded_model(config, source.family, form.padded_width(self.widths))
         packs, experts_only = form.is_packed, form.is_float4
 
-        def stored(shape: tuple[int, ...], rule: Rule | None) -> Stored:
+        def stored(shape: tuple[int, ...], rule: TensorRule | None) -> Stored:
             if rule is None:
                 return Stored(shape, BFLOAT16, packed=False, of_expert=False)
             packed = packs and rule.is_linear and (rule.is_of_expert or not experts_only)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convert.layout import BFLOAT16, FLOAT32, Spec
-from convert.rules import Family, Rule, axis_sizes, layer_rules
+from convert.rules import Family, TensorRule, axis_sizes, layer_rules
 from moe_jax.config import ModelConfig
 
 
@@ -30,7 +30,7 @@ def mtp_prefixes(family: Family, hf: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"model.layers.{first + i}." for i in range(mtp_layers(family, hf)))
 
 
-def mtp_rule(family: Family, name: str) -> Rule | None:
+def mtp_rule(family: Family, name: str) -> TensorRule | None:
     """The line of the table for a tensor that an ordinary layer has, too."""
     prefix = family.mtp.prefix if family.mtp else None
     return family.rule(name if prefix is None else f"model.{name.removeprefix(prefix)}")
@@ -44,7 +44,9 @@ def mtp_stem(family: Family, config: ModelConfig, number: int) -> str:
     return f"{prefix}layers.{number}."
 
 
-def mtp_layer_names(family: Family, config: ModelConfig, number: int) -> Iterator[tuple[Rule, str]]:
+def mtp_layer_names(
+    family: Family, config: ModelConfig, number: int
+) -> Iterator[tuple[TensorRule, str]]:
     """The rules of the ordinary part of such a layer with names on disk, `{expert}` left open."""
     index = config.num_layers + number
     ordinary, own = f"model.layers.{index}.", mtp_stem(family, config, number)

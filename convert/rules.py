@@ -23,7 +23,7 @@ _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+")
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """One invertible line of a family's table.
 
     Attributes:
@@ -81,7 +81,7 @@ class Mtp:
       default: their number if config.json does not say.
       prefix: of the names of their tensors, if they are not numbered on from the last layer.
       tensors: what they have beside the tensors of an ordinary layer: name behind the prefix, or
-        behind that of each layer -> axes as in `Rule.shape`, K being twice the model's width.
+        behind that of each layer -> axes as in `TensorRule.shape`, K being twice the model's width.
     """
 
     count_key: str
@@ -117,7 +117,7 @@ class Family:
     model_type: str
     stem: str
     read_config: Callable[[dict], ModelConfig]
-    rules: tuple[Rule, ...]
+    rules: tuple[TensorRule, ...]
     width_key: str = "moe_intermediate_size"
     count_keys: tuple[str, ...] = ("num_experts",)
     shared_count_key: str | None = None
@@ -145,7 +145,7 @@ class Family:
         """The model type of the stock family."""
         return self.model_type.removeprefix(RAGGED)
 
-    def rule(self, name: str) -> Rule | None:
+    def rule(self, name: str) -> TensorRule | None:
         """The line of the table that a name on disk belongs to, if any."""
         pattern = _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
         return self._by_pattern.get(pattern)
@@ -156,7 +156,7 @@ class Family:
         return rule is not None and rule.precise
 
     @cached_property
-    def _by_pattern(self) -> dict[str, Rule]:
+    def _by_pattern(self) -> dict[str, TensorRule]:
         return {rule.hf: rule for rule in self.rules}
 
 
@@ -166,7 +166,7 @@ LM_HEAD = "lm_head.weight"
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the axis letters of `Rule.shape`, but for F, which an expert may own.
+    """Sizes of the axis letters of `TensorRule.shape`, but for F, which an expert may own.
 
     A and B are all query and all key/value heads' coordinates, O those of all heads' values, N the
     query heads, G all queries' coordinates and gates, I the width of a dense layer, S that of the
@@ -243,8 +243,8 @@ def uniform_widths(config: ModelConfig) -> Widths:
 
 
 def layer_rules(
-    rules: Iterable[Rule], config: ModelConfig, layer: int
-) -> Iterator[tuple[Rule, str]]:
+    rules: Iterable[TensorRule], config: ModelConfig, layer: int
+) -> Iterator[tuple[TensorRule, str]]:
     """The rules of one layer with their names on disk, `{expert}` left open."""
     here = parts(config, layer)
     for rule in rules:
@@ -254,7 +254,7 @@ def layer_rules(
 
 def ruled_tensors(
     family: Family, config: ModelConfig, widths: Widths | None = None
-) -> Iterator[tuple[str, tuple[int, ...], Rule | None]]:
+) -> Iterator[tuple[str, tuple[int, ...], TensorRule | None]]:
     """All tensors that a checkpoint must have, in file order, each with its line of the table.
 
     Args:

@@ -6,19 +6,21 @@ by its sum over the chosen, which is how it is computed here.
 
 from convert.families import hf_config
 from convert.families.tables import ATTENTION, NORMS, expert_rules
-from convert.rules import Family, Rule
+from convert.rules import Family, TensorRule
 from moe_jax.config import Activation, AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 
 ROPE = {"rope_theta": 150000.0}
 _EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
 
-SINKS = (Rule("model.layers.{layer}.self_attn.sinks", "attention.sinks", "N", "sinks"),)
+SINKS = (TensorRule("model.layers.{layer}.self_attn.sinks", "attention.sinks", "N", "sinks"),)
 BIASES = (
-    Rule("model.layers.{layer}.mlp.router.bias", "mlp.logit_bias", "E", "logit_bias"),
-    Rule(_EXPERT + "gate_proj.bias", "mlp.experts.b_gate", "F", "expert_bias", "expert_rows"),
-    Rule(_EXPERT + "up_proj.bias", "mlp.experts.b_up", "F", "expert_bias", "expert_rows"),
-    Rule(_EXPERT + "down_proj.bias", "mlp.experts.b_down", "D", "expert_bias", "expert_vector"),
+    TensorRule("model.layers.{layer}.mlp.router.bias", "mlp.logit_bias", "E", "logit_bias"),
+    TensorRule(_EXPERT + "gate_proj.bias", "mlp.experts.b_gate", "F", "expert_bias", "expert_rows"),
+    TensorRule(_EXPERT + "up_proj.bias", "mlp.experts.b_up", "F", "expert_bias", "expert_rows"),
+    TensorRule(
+        _EXPERT + "down_proj.bias", "mlp.experts.b_down", "D", "expert_bias", "expert_vector"
+    ),
 )
 
 # What config.json may leave out, as in transformers.

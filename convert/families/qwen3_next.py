@@ -6,7 +6,7 @@ leave them in 16 bits.
 
 from convert.families import hf_config
 from convert.families.tables import DENSE, EXPERTS, GATED_SHARED
-from convert.rules import Family, Mtp, Rule
+from convert.rules import Family, Mtp, TensorRule
 from moe_jax.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
 from moe_jax.errors import InputError
 
@@ -29,29 +29,29 @@ _SELF = _LAYER + "self_attn."
 _LINEAR = _LAYER + "linear_attn."
 
 CENTRED_NORMS = (
-    Rule(_LAYER + "input_layernorm.weight", "attention_norm.offset", "D"),
-    Rule(_LAYER + "post_attention_layernorm.weight", "mlp_norm.offset", "D"),
+    TensorRule(_LAYER + "input_layernorm.weight", "attention_norm.offset", "D"),
+    TensorRule(_LAYER + "post_attention_layernorm.weight", "mlp_norm.offset", "D"),
 )
 GATED_ATTENTION = (
-    Rule(_SELF + "q_proj.weight", "attention.w_q", "GD", "softmax_attention"),
-    Rule(_SELF + "k_proj.weight", "attention.w_k", "BD", "softmax_attention"),
-    Rule(_SELF + "v_proj.weight", "attention.w_v", "BD", "softmax_attention"),
-    Rule(_SELF + "o_proj.weight", "attention.w_out", "DA", "softmax_attention"),
-    Rule(_SELF + "q_proj.bias", "attention.b_q", "G", "qkv_bias"),
-    Rule(_SELF + "k_proj.bias", "attention.b_k", "B", "qkv_bias"),
-    Rule(_SELF + "v_proj.bias", "attention.b_v", "B", "qkv_bias"),
-    Rule(_SELF + "o_proj.bias", "attention.b_out", "D", "out_bias"),
-    Rule(_SELF + "q_norm.weight", "attention.q_norm.offset", "H", "qk_norm"),
-    Rule(_SELF + "k_norm.weight", "attention.k_norm.offset", "H", "qk_norm"),
+    TensorRule(_SELF + "q_proj.weight", "attention.w_q", "GD", "softmax_attention"),
+    TensorRule(_SELF + "k_proj.weight", "attention.w_k", "BD", "softmax_attention"),
+    TensorRule(_SELF + "v_proj.weight", "attention.w_v", "BD", "softmax_attention"),
+    TensorRule(_SELF + "o_proj.weight", "attention.w_out", "DA", "softmax_attention"),
+    TensorRule(_SELF + "q_proj.bias", "attention.b_q", "G", "qkv_bias"),
+    TensorRule(_SELF + "k_proj.bias", "attention.b_k", "B", "qkv_bias"),
+    TensorRule(_SELF + "v_proj.bias", "attention.b_v", "B", "qkv_bias"),
+    TensorRule(_SELF + "o_proj.bias", "attention.b_out", "D", "out_bias"),
+    TensorRule(_SELF + "q_norm.weight", "attention.q_norm.offset", "H", "qk_norm"),
+    TensorRule(_SELF + "k_norm.weight", "attention.k_norm.offset", "H", "qk_norm"),
 )
 GATED_DELTA_NET = (
-    Rule(_LINEAR + "in_proj_qkvz.weight", "attention.in_qkvz", "WD", "linear_attention"),
-    Rule(_LINEAR + "in_proj_ba.weight", "attention.in_ba", "MD", "linear_attention"),
-    Rule(_LINEAR + "conv1d.weight", "attention.convolution", "X1T", "linear_attention"),
-    Rule(_LINEAR + "A_log", "attention.log_rate", "Y", "linear_attention"),
-    Rule(_LINEAR + "dt_bias", "attention.time_bias", "Y", "linear_attention"),
-    Rule(_LINEAR + "norm.weight", "attention.out_norm", "P", "linear_attention"),
-    Rule(_LINEAR + "out_proj.weight", "attention.out", "DZ", "linear_attention"),
+    TensorRule(_LINEAR + "in_proj_qkvz.weight", "attention.in_qkvz", "WD", "linear_attention"),
+    TensorRule(_LINEAR + "in_proj_ba.weight", "attention.in_ba", "MD", "linear_attention"),
+    TensorRule(_LINEAR + "conv1d.weight", "attention.convolution", "X1T", "linear_attention"),
+    TensorRule(_LINEAR + "A_log", "attention.log_rate", "Y", "linear_attention"),
+    TensorRule(_LINEAR + "dt_bias", "attention.time_bias", "Y", "linear_attention"),
+    TensorRule(_LINEAR + "norm.weight", "attention.out_norm", "P", "linear_attention"),
+    TensorRule(_LINEAR + "out_proj.weight", "attention.out", "DZ", "linear_attention"),
 )
 
 # What config.json may leave out, as in transformers.
