@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from convert import FAMILIES, CheckpointError, find_family, load_model, open_checkpoint
+from convert.export import packed_inputs
 from convert.families import qwen3_moe
 from convert.fields import FIELDS
 from moe_jax.errors import InputError
@@ -222,3 +223,12 @@ def test_a_family_put_in_from_outside_is_read_by_type_too(tmp_path, monkeypatch)
     path.write_text(json.dumps(said | {"norm_topk_prob": "no"}))
     with pytest.raises(CheckpointError, match="norm_topk_prob='no' must be true or false"):
         open_checkpoint(tmp_path)
+
+
+def test_a_family_without_4_bit_formats_packs_nothing(tmp_path, monkeypatch):
+    own = dataclasses.replace(qwen3_moe.FAMILY, model_type="my_moe", formats=("padded-bf16",))
+    monkeypatch.setitem(FAMILIES, "my_moe", own)
+    tiny.tiny_qwen3_moe(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "my_moe"}))
+    assert packed_inputs(open_checkpoint(tmp_path).about) == []

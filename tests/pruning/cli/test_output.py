@@ -144,3 +144,8 @@ def test_a_finished_run_repeated_shows_its_report(models, texts, tmp_path, capsy
     shutil.rmtree(out / "exports")
     assert run(*arguments) == 2
     assert "add --overwrite" in capsys.readouterr().err
+
+
+def test_numbers_into_a_folder_are_refused_before_any_work(tmp_path, capsys):
+    assert run("inspect", tmp_path / "absent", "--json", tmp_path) == 2
+    assert f"json={tmp_path} is a folder; name a file in it" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.export_format import FORMATS, GROUP_SIZES
+from moe_jax.errors import InputError
 from pruning.cli.flags import recipe_from
 from pruning.cli.main import build_parser
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
@@ -189,6 +190,13 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
     path = tmp_path / "given.yaml"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+
+
+def test_a_recipe_that_is_no_utf_8_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("model: Über".encode("latin-1"))
+    with pytest.raises(InputError, match=r"recipe\.yaml cannot be read: .*utf-8"):
         load_recipe(path)
 
 
