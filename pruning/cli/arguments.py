@@ -56,6 +56,7 @@ def _others(group: type, *names: str) -> tuple[str, ...]:
 
 
 def compress(command: Parser) -> None:
+    """Arguments of `compress`."""
     _model(command, required=False)
     _recipe(command)
     for group in (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions):
@@ -63,6 +64,7 @@ def compress(command: Parser) -> None:
 
 
 def score(command: Parser) -> None:
+    """Arguments of `score`."""
     _model(command, required=False)
     _recipe(command)
     for group in (RunOptions, TextOptions, ScoreOptions):
@@ -74,6 +76,7 @@ def score(command: Parser) -> None:
 
 
 def estimate(command: Parser) -> None:
+    """Arguments of `estimate`."""
     _model(command, required=False, more="; config.json alone suffices")
     _recipe(command)
     place = command.add_argument_group("Estimate")
@@ -97,6 +100,7 @@ def estimate(command: Parser) -> None:
 
 
 def plan(command: Parser) -> None:
+    """Arguments of `plan`."""
     _folder(command, "output folder of score or compress")
     place = command.add_argument_group("Prune rates")
     _rates(place, "one or several fractions of the expert channels to remove, in [0, 1)")
@@ -104,12 +108,14 @@ def plan(command: Parser) -> None:
 
 
 def export(command: Parser) -> None:
+    """Arguments of `export`."""
     _folder(command, "folder with plan.json")
     add_group(command, ExportOptions, "export", "mtp")
     add_group(command, RunOptions, "overwrite", title="Output")
 
 
 def apply(command: Parser) -> None:
+    """Arguments of `apply`."""
     command.add_argument(
         "plan", type=Path, metavar="PLAN", help="folder with plan.json, or plan.json itself"
     )
@@ -119,6 +125,7 @@ def apply(command: Parser) -> None:
 
 
 def evaluate(command: Parser) -> None:
+    """Arguments of `eval`."""
     _folder(command, "checkpoint folder, or output folder of score")
     place = command.add_argument_group("Text")
     texts: dict = {"dest": "text", "type": Path, "nargs": "+", "action": "extend"}
@@ -155,6 +162,7 @@ def evaluate(command: Parser) -> None:
 
 
 def audit(command: Parser) -> None:
+    """Arguments of `audit`."""
     command.add_argument("model", metavar="MODEL_OR_FOLDER", help=f"{MODEL}; or output of score")
     place = command.add_argument_group("Sample")
     for name, default, words in (
@@ -178,14 +186,17 @@ def audit(command: Parser) -> None:
 
 
 def report(command: Parser) -> None:
+    """Arguments of `report`."""
     _folder(command, "output folder of compress")
 
 
 def verify(command: Parser) -> None:
+    """Arguments of `verify`."""
     _folder(command, "folder with plan.json and exports/")
 
 
 def compare(command: Parser) -> None:
+    """Arguments of `compare`."""
     _model(command)
     place = command.add_argument_group("Comparison")
     place.add_argument(
@@ -203,9 +214,11 @@ def compare(command: Parser) -> None:
 
 
 def completion(command: Parser) -> None:
+    """Arguments of `completion`."""
     command.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     command.add_argument("-h", "--help", action="help", help="show this help and exit")
 
 
 def inspect(command: Parser) -> None:
+    """Arguments of `inspect`."""
     _model(command)

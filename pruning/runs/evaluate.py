@@ -47,8 +47,7 @@ def evaluate(
       window: tokens per window; default the model's context, at most 2048.
       stride: tokens between windows; default half a window.
       evaluation_tokens: most tokens measured of each text.
-      batch: windows per step.
-      dtype: of the activations.
+      batch, dtype: windows per step, and the type of their activations.
       steps: where progress goes; default stderr.
 
     Returns:
