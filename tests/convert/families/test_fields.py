@@ -94,7 +94,9 @@ def same_logits(model, folder, length: int) -> None:
     valid = np.ones(tokens.shape, bool)
     wanted = tiny.torch_logits(model, tokens, valid)
     found = np.asarray(load_model(folder)(tokens, valid))
-    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+    assert np.abs(wanted).max() > 0.5  # else the tolerance would say nothing
+    # float32 sums in another order: 9e-5 was measured where queries pass a rank of 1536, the default
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", WITH_CLASS)
