@@ -95,7 +95,7 @@ def same_logits(model, folder, length: int) -> None:
     wanted = tiny.torch_logits(model, tokens, valid)
     found = np.asarray(load_model(folder)(tokens, valid))
     assert np.abs(wanted).max() > 0.5  # else the tolerance would say nothing
-    # float32 sums in another order: 9e-5 was measured where queries pass a rank of 1536, the default
+    # float32 sums in another order: 9e-5 was measured where queries pass a rank of 1536
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-4)
 
 
