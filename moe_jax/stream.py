@@ -17,6 +17,7 @@ from jax import Array
 
 from moe_jax.attention.context import Context, make_context
 from moe_jax.config import ModelConfig
+from moe_jax.programs import free_programs
 from moe_jax.transformer import DecoderLayer, Embedding, Head
 
 
@@ -180,6 +181,7 @@ def sweep(
     Returns:
       What the last step returned.
     """
+    free_programs()  # comparisons and audits sweep thousands of times, each with shapes of its own
     for index in range(len(source)) if layers is None else layers:
         x = step(index, source.layer(index), x)
         if on_layer:

@@ -26,9 +26,17 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 
+from moe_jax.programs import free_programs
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_files():
+    """A worker that kept every file's programs would run out of memory maps in some ten minutes."""
+    free_programs()
 
 
 def pytest_collection_modifyitems(items):
