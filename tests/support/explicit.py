@@ -80,7 +80,9 @@ def total_loss(model, tokens: np.ndarray, valid: np.ndarray, gates=None) -> torc
     return nll[torch.tensor(valid[:, :-1] & valid[:, 1:])].sum()
 
 
-def write_out(model, tokens: np.ndarray, valid: np.ndarray, top_k: int) -> tuple[list[Block], float]:
+def write_out(
+    model, tokens: np.ndarray, valid: np.ndarray, top_k: int
+) -> tuple[list[Block], float]:
     """Every block of a qwen2_moe model in float64, and the summed next-token loss."""
     seen: dict[int, dict] = {layer: {} for layer in range(len(model.model.layers))}
     handles = []
@@ -137,7 +139,5 @@ def _block(layer, x, out, gradient, valid, top_k: int) -> Block:
         block.sequence.append(int(b))
         for e in chosen:
             w = float(probability[e])
-            block.rows[e].append(
-                Row(int(b), token, w, *parts[e], d_z=w * gradient[b, t], y=y, q=q)
-            )
+            block.rows[e].append(Row(int(b), token, w, *parts[e], d_z=w * gradient[b, t], y=y, q=q))
     return block
