@@ -318,7 +318,8 @@ def test_a_smoothing_is_its_formula(how, passes):
 def test_a_layer_loss_is_what_its_name_says():
     scores = scores_of(1)
     for name, loss in (
-        ("energy", scores.layer), ("attribution", scores.expert.sum(1)), ("nll_ig", scores.layer_nll),
+        ("energy", scores.layer), ("attribution", scores.expert.sum(1)),
+        ("nll_ig", scores.layer_nll),
     ):  # fmt: skip
         found = layer_weights(scores, PlannerOptions(layer_loss=name, passes=0))
         np.testing.assert_allclose(found, loss * L / sum(loss), rtol=1e-12)
