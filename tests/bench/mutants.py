@@ -65,14 +65,14 @@ TESTS = {
     "pruning/scores/noise.py": "scores/test_noise scores/test_formulas",
     "pruning/budget/planners.py": "budget/test_values budget/test_planners",
     "pruning/budget/objectives.py": "budget/test_values budget/test_planners",
-    "pruning/budget/importance.py": "budget/test_values budget/test_importance budget/test_planners",
+    "pruning/budget/importance.py": "budget/test_values budget/test_importance",
     "pruning/budget/alignment.py": "budget/test_alignment budget/test_values",
     "pruning/budget/widths.py": "budget/test_values budget/test_widths",
     "pruning/budget/apportion.py": "budget/test_apportion budget/test_widths",
     "pruning/budget/optimum.py": "budget/test_optimum budget/test_values",
     "pruning/budget/clusters.py": "budget/test_clusters budget/test_rules",
     "pruning/budget/whole_experts.py": "budget/test_whole_experts budget/test_values",
-    "pruning/budget/outliers.py": "budget/test_decide",
+    "pruning/budget/outliers.py": "budget/test_outliers",
     "pruning/budget/decide.py": "budget/test_decide budget/test_widths",
     "pruning/budget/record.py": "budget/test_decide budget/test_values",
     "pruning/budget/rule.py": "budget/test_rules",
@@ -85,7 +85,8 @@ TESTS = {
     "pruning/runs/compare.py": "runs/test_compare",
     "pruning/stages/sizes.py": "stages/test_sizes runs/test_estimate stages/test_preflight",
     "pruning/stages/verify.py": "stages/test_verify runs/test_compress",
-    "convert/formats.py": "../convert/test_formats",
+    "convert/formats/*.py": "../convert/test_formats ../convert/test_writer",
+    "convert/export_format.py": "../convert/test_formats",
     "convert/families/*.py": "../convert/families ../convert/test_errors",
 }
 
@@ -105,7 +106,7 @@ def operators() -> list[str]:
     """Names of cosmic-ray's operators without those that do little but raise TypeError."""
 
     def wanted(name: str) -> bool:
-        kind, *pair = name.removeprefix("core/").split("_")
+        _, *pair = name.removeprefix("core/").split("_")
         if any(part in name for part in LEFT_OUT):
             return False
         return len(pair) < 2 or pair[0] == "Delete" or pair[1] in KIN.get(pair[0], "").split()
@@ -211,7 +212,7 @@ def warm_up() -> None:
 
 
 def run(module: str, text: str, files: list[str], limit: float) -> tuple[str, float, str]:
-    """(killed, survived or timeout, seconds, the end of the output) of tests on a mutated module."""
+    """Run tests on a mutated module: (killed, survived or timeout; seconds; end of the output)."""
     began, log = time.monotonic(), tempfile.TemporaryFile()
     child = os.fork()
     if child == 0:
@@ -250,8 +251,8 @@ def run(module: str, text: str, files: list[str], limit: float) -> tuple[str, fl
 
 def main() -> None:
     """Run what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("modules", nargs="*", help="paths or patterns of modules of the library")
     parser.add_argument("--sample", type=int, metavar="N", help="places per module; default all")
     parser.add_argument("--seed", type=int, default=0)
