@@ -233,10 +233,11 @@ def unpack(folder) -> dict[str, np.ndarray]:
     return plain
 
 
-def check_codes(folder, base, plan) -> None:
+def check_codes(folder, base, plan, *, shared_down_doubled: bool = False) -> None:
     """Every packed matrix holds the nearest multiples of its scales to the base model's own rows.
 
     The base is read from its file, channels are taken by the plan; no part of a quantiser is used.
+    A shared expert behind a gate of one half has its down projection doubled.
     """
     stored = load_file(folder / "model.safetensors")
     original = load_file(base.about.folder / "model.safetensors")
@@ -250,6 +251,8 @@ def check_codes(folder, base, plan) -> None:
     for stem in stems:
         name = stem if stem in original else stem.replace("shared_expert.", "shared_experts.")
         wanted = original[name].astype(np.float64)
+        if shared_down_doubled and stem.endswith("shared_expert.down_proj.weight"):
+            wanted *= 2
         if stem in channels:
             keep, axis = channels[stem]
             wanted = np.compress(keep, wanted, axis=axis)

@@ -34,7 +34,7 @@ def planned(out, *flags) -> PruningPlan:
         ["--layer-loss", "attribution", "--planner", "paper"],
         ["--align", "dp", "--per-layer"],
         ["--align", "hull", "--planner", "fair2"],
-        ["--align", "paper_scores", "--block", 4],
+        ["--align", "paper_scores", "--block", 8, "--minimum", 8],
     ],
 )
 def test_planner_options_reach_the_plan_and_keep_the_budget(out, flags):
