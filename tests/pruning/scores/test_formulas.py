@@ -37,6 +37,7 @@ class Model:
     torch_model: torch.nn.Module
     text: tuple[np.ndarray, np.ndarray]
     found: ChannelStatistics
+    merged: ChannelStatistics  # of the first two sequences and the third
 
     @property
     def tokens(self) -> int:
@@ -61,8 +62,11 @@ def model(tmp_path_factory) -> Model:
         patch.setattr(details, "SAMPLE", SAMPLE)
         for name, statistic in own.items():
             patch.setitem(STATISTICS, name, statistic)
-        found = collect_statistics(
-            ours, tokens, valid, gradients=True, expert_details=True, batch=BATCH
+        found, first, second = (
+            collect_statistics(
+                ours, tokens[part], valid[part], gradients=True, expert_details=True, batch=BATCH
+            )
+            for part in (slice(None), slice(BATCH), slice(BATCH, None))
         )
     found = found.replace(
         weight_gradient=weight_gradient_scores(ours, tokens, valid, batch=BATCH),
@@ -71,7 +75,7 @@ def model(tmp_path_factory) -> Model:
         nll_grad2=nll_grad2(ours, tokens, valid, batch=BATCH),
         noise=collect_weights(ours).noise,
     )
-    return Model(blocks, loss, torch_model, (tokens, valid), found)
+    return Model(blocks, loss, torch_model, (tokens, valid), found, first.merge(second))
 
 
 def slope(row: Row) -> np.ndarray:  # [F]
@@ -424,13 +428,13 @@ EXPERTS = {
 }
 
 
-def close(found, expected) -> None:
+def close(found, expected, name: str = "") -> None:
     """float32 layers and float64 loops: 2e-4, and what cancels is measured by the largest."""
     expected = np.asarray(expected, np.float64)
-    assert np.shape(found) == expected.shape
+    assert np.shape(found) == expected.shape, name
     largest = np.abs(expected).max()
     assert largest > 0
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 * largest)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 * largest, err_msg=name)
 
 
 def test_every_entry_has_its_formula():
@@ -453,6 +457,17 @@ def test_a_statistic_is_its_sum_over_tokens(model, name):
 @pytest.mark.parametrize("name", OWN)
 def test_a_statistic_of_ones_own_is_its_sum_over_tokens(model, name):
     close(model.found[name], OWN[name](model))
+
+
+def test_statistics_of_two_texts_merge_to_those_of_both_in_every_sum(model):
+    swept = {"always", "gradients", "expert-details"}
+    for name, facts in DECLARED.items():
+        if facts["kind"] == "finished":
+            assert getattr(model.merged, name) is None, name
+        elif facts["group"] in swept:
+            close(model.merged[name], FIELDS[name](model), name)
+    for name, expected in OWN.items():
+        close(model.merged[name], expected(model), name)
 
 
 @pytest.mark.parametrize("name", CHANNEL_CRITERIA)
