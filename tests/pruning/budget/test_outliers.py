@@ -82,6 +82,8 @@ def test_nobody_goes_below_its_own_need_or_the_least_width():
     assert widened([[2, 6, 2], [2, 2, 2]], {(0, 0): 8, (0, 1): 5}) == [[2, 6, 2], [2, 2, 2]]
     assert widened([[4, 8, 4], [4, 4, 4]], {(0, 0): 8}, least=4) == [[8, 4, 4], [4, 4, 4]]
     assert widened([[4, 6, 6], [4, 4, 4]], {(0, 0): 8}, least=4) == [[8, 4, 4], [4, 4, 4]]
+    tight = widened([[1, 2, 1], [1, 1, 1]], {(0, 0): 3, (0, 1): 2}, block=1, least=1)
+    assert tight == [[1, 2, 1], [1, 1, 1]]
     most = np.array([[5, 8, 8], [8, 8, 8]])
     assert widened([[2, 8, 8], [2, 2, 2]], {(0, 0): 8}, most=most) == [[4, 6, 8], [2, 2, 2]]
 
