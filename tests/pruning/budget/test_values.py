@@ -98,7 +98,9 @@ WEIGHTS = {
         [smooth * share for share in root_shares(s.expert[layer])]
         for layer, smooth in enumerate(smoothed(s))
     ],
-    "attribution": lambda s: s.expert,
+    "attribution": lambda s: [
+        [max(value, 1e-3 / E * sum(layer)) for value in layer] for layer in s.expert
+    ],
     "mass": lambda s: [[sum(s.channel[layer, e]) for e in range(E)] for layer in range(L)],
     "normalized_mass": lambda s: [
         [sum(s.channel[layer, e]) * s.channel[layer].size / s.channel[layer].sum()
