@@ -525,3 +525,12 @@ def test_coverage_of_experts_and_layers_of_unequal_totals_is_their_own_share():
     np.testing.assert_allclose(plan.expert_coverage(channel), experts, rtol=1e-12)
     np.testing.assert_allclose(plan.layer_coverage(channel), layers, rtol=1e-12)
     assert np.abs(experts.mean(axis=1) - layers).min() > 0.01, "equal totals tell nothing apart"
+
+
+def test_a_layer_without_attribution_or_score_counts_its_experts_alike():
+    scores = scores_of(3)
+    scores.expert[1], scores.channel[0] = 0.0, 0.0
+    paper = IMPORTANCE["paper"](scores, PlannerOptions())
+    np.testing.assert_allclose(paper[1], [smoothed(scores)[1] / E] * E, rtol=1e-12)
+    normalized = IMPORTANCE["normalized_mass"](scores, PlannerOptions())
+    assert normalized[0].tolist() == [0.0] * E and normalized[1].sum() == pytest.approx(E * F)
