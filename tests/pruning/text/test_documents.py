@@ -101,9 +101,8 @@ limit = pages * resource.getpagesize() + (1 << 30)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for name in sys.argv[1:]:
     try:
-        batch = calibration_batch(
-            [TextSource(Path(name))], lambda text: [ord(c) for c in text], length=64, max_tokens=9999
-        )
+        given = [TextSource(Path(name))]
+        batch = calibration_batch(given, lambda text: [*map(ord, text)], length=64, max_tokens=9999)
         print(batch.total, batch.sources[0].get("part"))
     except ValueError as error:
         print(error)
