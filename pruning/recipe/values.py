@@ -18,7 +18,17 @@ NEEDS_TEXT: dict[str, Any] = {
     "nll_ig": None, "nll_ablate": False, "nll_grad2": False, "until_stable": None,
     "quantizer": "rtn",
 }  # fmt: skip
+# Beyond every size there is, and small enough that products of two of them are exact.
+MOST = 1 << 40
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def check_whole(name: str, value: int, least: int, most: int = MOST, cure: str = "") -> None:
+    """Raise InputError unless a whole number lies in a range."""
+    if value < least:
+        raise InputError(f"{name}={value} must be at least {least}{cure}")
+    if value > most:
+        raise InputError(f"{name}={value} must be at most {most}{cure}")
 
 
 def check_rate(name: str, rate: float) -> None:
@@ -45,9 +55,9 @@ def parse_amount(name: str, text: str) -> int:
     try:
         number = float(found[1] if found else "none")
         return round(number * SUFFIXES[found[2] if found else ""])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(
-            f"{name}={text!r} must be a number with or without a suffix, such as 6GB, 500MB or 3B"
+            f"{name}={text[:80]!r} must be a number with or without a suffix, such as 6GB, 500MB or 3B"
         ) from None
 
 
