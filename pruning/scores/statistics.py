@@ -279,10 +279,11 @@ def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
         provenance = read_json(notes)
         arrays = load_file(path)
     except (ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it and score again") from None
+        told = str(error)[:1000]
+        raise InputError(f"{path} is damaged ({told}); remove it and score again") from None
     if provenance.get("format") != FORMAT:
         raise InputError(
-            f"{notes}: format={provenance.get('format')!r}, expected {FORMAT}; score again with "
+            f"{notes}: format={str(provenance.get('format'))[:80]}, expected {FORMAT}; score again with "
             "this version"
         )
     missing = (set(SUMS[ALWAYS]) | set(NORMS)) - set(arrays)

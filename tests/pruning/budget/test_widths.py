@@ -107,7 +107,7 @@ def test_whole_experts_cannot_go_and_be_kept(width):
 
 
 def test_too_small_a_budget_for_all_experts_is_refused_with_the_cure():
-    with pytest.raises(InputError, match="4 experts of 8 channels.*lower the prune rate, the min"):
+    with pytest.raises(InputError, match=r"4 experts of 8 channels.*lower the prune rate, the min"):
         plan(minimum=8, keep_experts=True)
 
 

@@ -28,9 +28,8 @@ def test_every_command_tells_them_apart(beside, capsys):
 
     for name, family in (("demo", "qwen3_moe"), ("./demo", "qwen2_moe")):
         assert told("inspect", name)["family"] == family
-    estimates = [
-        told("estimate", name, "--weights-only", "--no-probe") for name in ("demo", "./demo")
-    ]
+    names = ("demo", "./demo")
+    estimates = [told("estimate", name, "--weights-only", "--no-probe") for name in names]
     assert estimates[0] != estimates[1]
     own = json.loads(Path("demo/config.json").read_text())
     windows = [told("eval", name, "--text", beside)["window"] for name in names]
