@@ -24,7 +24,7 @@ from pruning.report.html import section_html
 from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
 
-MEASURED = {"nll", "kl", "top1"}
+MEASURED = {"nll", "kl", "top1", "tokens"}
 SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
 EXPENDABLE = ("top-1", "KL")  # columns that a narrow terminal leaves out, in turn
 
@@ -127,8 +127,12 @@ class Comparison:
                 if any(misfits(Result, result) for result in results):
                     raise InputError("a result holds something else")
             measured = [found["dense"], *(result["quality"] for result in found["results"])]
-            all_texts = [one for by_text in measured for one in by_text.values()]
-            if any(not MEASURED <= one.keys() or one["nll"] is None for one in all_texts):
+            texts = [one for by_text in measured for one in by_text.values()]
+            if (
+                not found["dense"]
+                or any(by_text.keys() != found["dense"].keys() for by_text in measured)
+                or any(not MEASURED <= one.keys() or one["nll"] is None for one in texts)
+            ):
                 raise InputError("a result lacks what was measured")
             results, refused = (
                 tuple(Result(**r) for r in found.pop(n)) for n in ("results", "refused")

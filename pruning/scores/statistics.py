@@ -283,8 +283,8 @@ def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
         raise InputError(f"{path} is damaged ({told}); remove it and score again") from None
     if provenance.get("format") != FORMAT:
         raise InputError(
-            f"{notes}: format={str(provenance.get('format'))[:80]}, expected {FORMAT}; score again with "
-            "this version"
+            f"{notes}: format={str(provenance.get('format'))[:80]}, expected {FORMAT}; score again "
+            "with this version"
         )
     missing = (set(SUMS[ALWAYS]) | set(NORMS)) - set(arrays)
     unexpected = {name for name in arrays if name not in DECLARED and not name.startswith(PREFIX)}
