@@ -56,7 +56,7 @@ class Checkpoint:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._last: int | None = None
-        self._checked = False
+        self._checked: frozenset[str] = frozenset()
 
     @property
     def config(self) -> ModelConfig:
@@ -150,11 +150,11 @@ class Checkpoint:
                 on_tensor(done, len(views))
         if problems:
             raise CheckpointError(self.about.folder, problems)
-        self._checked = True
+        self._checked |= views.keys()
 
     def _finite(self, name: str, view: View) -> np.ndarray:
         array = view.read()
-        if not self._checked and not _finite(array):
+        if name not in self._checked and not _finite(array):
             raise CheckpointError(
                 self.about.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
             )

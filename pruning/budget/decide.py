@@ -109,7 +109,8 @@ def _problem(
     check_block(options.block, d_expert)
     least = legal_minimum(options.minimum, options.block, d_expert)
     budget = _budget(options, channels, math.prod(shape))
-    _check_floor(experts_per_token, shape, least, budget)
+    always = experts if options.keep_experts else experts_per_token
+    _check_floor(always, shape, least, budget)
     planner = _planner(options)
     scores = channel_scores(
         statistics,
@@ -123,9 +124,9 @@ def _problem(
     limits.check_experts((layers, experts), experts_per_token)
     outliers = _outliers(scores.channel, statistics, options.criterion)
     reserved = reserve(
-        rank < experts_per_token,
+        rank < always,
         outliers & (most >= least)[:, :, None],
-        (budget - layers * experts_per_token * least) // least,
+        (budget - layers * always * least) // least,
     )
     problem = Problem(
         scores=scores,

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save, save_file
 from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
 from moe_jax.json_files import read_json
+from pruning.kit.fitting import fits
 
 FORMAT_VERSION = 1
 
@@ -158,11 +159,18 @@ class PruningPlan:
             content = read_json(description)
             version, indices = content["format_version"], content["layer_indices"]
             counts, provenance = np.asarray(content["counts"]), content["provenance"]
+            if not fits(indices, list[int]) or not fits(provenance, dict[str, Any]):
+                raise InputError("layer_indices or provenance hold something else")
             named = load_file(tensors)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise InputError(f"{description.parent} holds no readable plan ({error})") from error
+            told = str(error)[:1000]
+            raise InputError(
+                f"{description.parent} holds no readable plan ({told}); plan again"
+            ) from error
         if version != FORMAT_VERSION:
-            raise InputError(f"{description} has format {version}, expected {FORMAT_VERSION}")
+            raise InputError(
+                f"{description} has format {str(version)[:80]}, expected {FORMAT_VERSION}"
+            )
         expected = {f"keep.{index}" for index in indices}
         more = {f"constant.{index}" for index in indices}
         if set(named) not in (expected, expected | more) or (

@@ -152,7 +152,9 @@ def cd_moe(problem: Problem) -> Counts:
     experts, channels = scores.channel.shape[1:]
     layer_rank = np.argsort(np.argsort(-scores.layer, kind="stable"), kind="stable")
     expert_rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
-    order = np.where(problem.reserved, -1.0, layer_rank[:, None] * experts + expert_rank)
+    # Where no expert may go, none is always on in the sense of the rule.
+    always_on = problem.reserved & ~problem.reserved.all()
+    order = np.where(always_on, -1.0, layer_rank[:, None] * experts + expert_rank)
     return _of_all(problem, np.repeat(order.reshape(-1, 1), channels, axis=1))
 
 

@@ -126,7 +126,9 @@ def apply(command: Parser) -> None:
 
 def evaluate(command: Parser) -> None:
     """Arguments of `eval`."""
-    _folder(command, "checkpoint folder, or output folder of score")
+    command.add_argument(  # text, because ./demo is not demo
+        "folder", help=f"{MODEL}; or output folder of score", metavar="FOLDER"
+    )
     place = command.add_argument_group("Text")
     texts: dict = {"dest": "text", "type": Path, "nargs": "+", "action": "extend"}
     place.add_argument(

@@ -115,7 +115,7 @@ def plan(options: Options) -> Outcome:
     given = given_options(options, PlanOptions)
     plans = planning.plan_folder(options.folder, options.rates or (), **given)
     values = [{"plan": f"{folder}/plan.json", **one.provenance} for folder, one in plans]
-    pages = [options.folder / "sweep.html"] if len(plans) > 1 else [plans[0][0] / "plan.json"]
+    pages = [Path(options.folder, "sweep.html")] if len(plans) > 1 else [plans[0][0] / "plan.json"]
     return Outcome(values, [plans_table(plans)], pages)
 
 
@@ -176,14 +176,14 @@ def evaluate(options: Options) -> Outcome:
         dtype=options.dtype,
         steps=_steps(options),
     )
-    pages = [options.folder / "sweep.html"] if len(options.rates or ()) > 1 else []
+    pages = [Path(options.folder, "sweep.html")] if len(options.rates or ()) > 1 else []
     return Outcome(found, [quality_table(found)], pages)
 
 
 def audit(options: Options) -> Outcome:
     """Rank correlation of every score with the true ablation; shows the best of them."""
     source, output = Path(options.model), getattr(options, "output", None)
-    given, is_scored = {}, (source / STATISTICS).is_file()
+    given, is_scored = {}, options.model != "demo" and (source / STATISTICS).is_file()
     if is_scored:
         asked = given_options(options, CompressionRecipe)
         given = {name: asked[name] for name in ("batch", "seed") if name in asked}

@@ -20,6 +20,7 @@ __all__ = [
     "BUDGETS",
     "COMPARED_TOKENS",
     "EVALUATION_TOKENS",
+    "MOST_BATCH",
     "WHOLE_TEXT",
     "ExportOptions",
     "LayerLoss",
@@ -33,6 +34,7 @@ __all__ = [
 
 EVALUATION_TOKENS = 16384  # of each text, beside other work
 COMPARED_TOKENS = 4096  # of each text, under many plans
+MOST_BATCH = 4096  # windows a step: a batch is filled up to so many
 WHOLE_TEXT = 1 << 20  # tokens of each text where measuring is the work
 
 
@@ -124,6 +126,7 @@ class ScoreOptions(Options):
             "also collect attribution nll_ig with this many steps, e.g. 4: an expert's worth to "
             "the end-to-end loss, at several times the time",
             least=1,
+            most=1024,
         ),
     ] = None
     nll_ablate: Annotated[
@@ -148,7 +151,7 @@ class ScoreOptions(Options):
             shown="OVERLAP",
         ),
     ] = None
-    batch: Annotated[int, About("windows per step", least=1)] = 8
+    batch: Annotated[int, About("windows per step", least=1, most=MOST_BATCH)] = 8
     dtype: Annotated[Literal["float32", "bfloat16"], About("type of the activations")] = "float32"
 
     def check(self) -> None:

@@ -134,7 +134,7 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} must be a mapping of option: value")

@@ -14,6 +14,7 @@ from rich.text import Text
 from moe_jax.errors import InputError, choose
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
+from pruning.kit.fitting import misfits
 from pruning.kit.words import megabytes, percent
 from pruning.report.compression_tables import (
     allocation_table,
@@ -263,6 +264,8 @@ class CompressionReport:
         old = names[: names.index("samples")]  # those of every version
         if version != VERSION or not set(old) <= set(values) <= set(names):
             raise InputError(f"{path} is not a report of version {VERSION}; compress again")
+        if wrong := misfits(cls, values):
+            raise InputError(f"{path} is damaged ({', '.join(wrong)}); compress again")
         return cls(**values)
 
 

@@ -21,6 +21,7 @@ from pruning.stages import folder as output_folder
 from pruning.stages import preflight
 from pruning.stages.export import export
 from pruning.stages.job import resolved
+from pruning.stages.remarks import say_nothing_saved
 from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
 
@@ -144,10 +145,12 @@ def _prepare(
     missing = [n for n in recipe.export if not (resumed and (output / "exports" / n).exists())]
     for name in missing:
         export_of(base.about, plan, form_of(recipe, name, plan)).check()
-    sizes = export_sizes(base.about, plan, dataclasses.replace(recipe, export=missing))
+    wanted = dataclasses.replace(recipe, export=missing)
+    sizes = export_sizes(base.about, plan, wanted)
     replaced = 0 if resumed else output_folder.replaced_bytes(output)
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
     preflight.say_sizes(sizes, steps)
+    say_nothing_saved(plan, wanted, steps)
     with steps.bar("check weights") as on_step:
         base.check_finite(on_step, mtp=recipe.mtp != "drop")
     output_folder.make_output(recipe, resumed=resumed)

@@ -17,6 +17,7 @@ from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
 from pruning.measure.tokens import view_tokens
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.values import check_whole
 from pruning.report.audit_page import audit_page, token_figures
 from pruning.scores.ablation import Ablation, ablate, layer_visits
 from pruning.scores.criteria import channel_scores
@@ -43,9 +44,8 @@ def check_sample(*, experts: int, channels: int, tokens: int) -> None:
     for name, value, least in (
         ("experts", experts, 0), ("channels", channels, 0), ("tokens", tokens, 2),
     ):  # fmt: skip
-        if value < least:
-            flag = "sample-tokens" if name == "tokens" else name
-            raise InputError(f"{name}={value} must be at least {least}; change --{flag}")
+        flag = "sample-tokens" if name == "tokens" else name
+        check_whole(name, value, least, cure=f"; change --{flag}")
     if experts + channels == 0:
         raise InputError("experts=0 and channels=0 leave nothing to measure; give --experts 32")
 

@@ -27,6 +27,7 @@ from pruning.stages.card import write_card
 from pruning.stages.export import export, pruned_source
 from pruning.stages.job import Job
 from pruning.stages.measure import measure
+from pruning.stages.remarks import say_nothing_saved
 from pruning.stages.sizes import export_sizes, folder_bytes, form_of
 from pruning.stages.verify import (
     PROBE_TOKENS,
@@ -72,6 +73,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
         plan.save(job.output)
     sizes = export_sizes(job.base.about, plan, job.recipe)
     preflight.say_sizes(sizes, steps)
+    say_nothing_saved(plan, job.recipe, steps)
     codes = gptq_stage.quantize(job, plan, steps)
     checks = []
     for name in job.recipe.export:

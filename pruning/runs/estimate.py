@@ -17,6 +17,7 @@ from moe_jax.experts.dispatch import padded_rows
 from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
+from pruning.recipe.values import check_whole
 from pruning.runs.probe import scoring_seconds
 from pruning.scores.collect import CHUNK
 from pruning.scores.noise import ROWS_PER_EXPERT
@@ -67,8 +68,7 @@ def estimate(
     Raises:
       InputError: the recipe is impossible, in the words of `compress`.
     """
-    if tensor_parallel < 1:
-        raise InputError(f"tensor_parallel={tensor_parallel} must be at least 1")
+    check_whole("tensor_parallel", tensor_parallel, 1)
     base = open_described(model_folder(recipe.model))
     budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
     recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]

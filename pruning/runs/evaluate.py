@@ -11,14 +11,15 @@ from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
-from pruning.recipe.options import WHOLE_TEXT
+from pruning.recipe.options import MOST_BATCH, WHOLE_TEXT
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.recipe.values import MOST, check_whole
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
 from pruning.stages.job import DTYPES
 from pruning.stages.measure import measure, read_tokens
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
-from pruning.text.calibration import TextSource
+from pruning.text.documents import TextSource
 from pruning.text.tokenizer import open_codec
 from pruning.text.windows import Windows, make_windows
 
@@ -57,7 +58,8 @@ def evaluate(
     Raises:
       InputError: a number is out of range, or a text or the folder cannot be read.
     """
-    folder, steps = Path(folder), steps or Steps()
+    # A path forgets whether it began with "./".
+    model, folder, steps = folder, Path(folder), steps or Steps()
     _check(folder, texts, rates, window, stride, evaluation_tokens, batch)
     plans, statistics = [], None
     if rates:
@@ -65,7 +67,7 @@ def evaluate(
         base = stored_base(recipe)
         plans, statistics = stored_plans(folder, recipe, base, rates)
     else:
-        base = open_checkpoint(model_folder(str(folder)))
+        base = open_checkpoint(model_folder(model))
     window = min(window or 2048, base.config.max_position)
     opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
     references, found = {}, {}
@@ -92,16 +94,15 @@ def _check(
 ) -> None:
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --text")
-    least = {
-        "window": (window, 2),
-        "stride": (stride, 1),
-        "evaluation_tokens": (evaluation_tokens, 2),
-        "batch": (batch, 1),
+    ranges = {
+        "window": (window, 2, MOST),
+        "stride": (stride, 1, MOST),
+        "evaluation_tokens": (evaluation_tokens, 2, MOST),
+        "batch": (batch, 1, MOST_BATCH),
     }
-    for name, (value, smallest) in least.items():
-        if value is not None and value < smallest:
-            flag = name.replace("_", "-")
-            raise InputError(f"{name}={value} must be at least {smallest}; change --{flag}")
+    for name, (value, least, most) in ranges.items():
+        if value is not None:
+            check_whole(name, value, least, most, f"; change --{name.replace('_', '-')}")
     if len(rates) > 1 and not os.access(folder, os.W_OK):
         raise InputError(f"{folder} gets sweep.csv and sweep.html; make it writable first")
 

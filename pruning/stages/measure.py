@@ -8,10 +8,8 @@ from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, measure_quality
-from pruning.text.calibration import (
-    TextSource,
-    token_stream,
-)
+from pruning.text.calibration import token_stream
+from pruning.text.documents import TextSource
 from pruning.text.tokenizer import TextCodec
 from pruning.text.windows import Windows, make_windows
 
@@ -40,7 +38,7 @@ def read_tokens(source: TextSource, codec: TextCodec, max_tokens: int) -> np.nda
     Raises:
       InputError: the file cannot be read as text or holds fewer than two tokens.
     """
-    tokens, _ = token_stream(source, codec.encode, max_tokens, codec.end)
+    tokens = token_stream(source, codec.encode, max_tokens, codec.end).tokens
     if len(tokens) < 2:
         raise InputError(
             f"evaluation text {source.path} has {len(tokens)} tokens, at least 2 are needed to "

@@ -23,6 +23,7 @@ from pruning.stages import plan as planning
 from pruning.stages import score as scoring
 from pruning.stages.job import Job
 from pruning.stages.parts import rows_of_parts
+from pruning.stages.remarks import say_nothing_saved, say_texts
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import (
     equal_export,
@@ -65,6 +66,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
         _say_padding(base, job.recipe, steps)
         say_mtp(base, job.recipe, steps)
     check_disk(job, resumed=resumed, exports=exports)
+    say_texts(job, steps, evaluates=exports)
     if warning := not_held_out(seen_shares(job.calibration, job.evaluation)):
         steps.say(warning)
     if not resumed or scoring.find_statistics(job) is None:
@@ -161,6 +163,7 @@ def check_exports(
     sizes = export_sizes(base.about, plan, recipe)
     require_space(folder, {name: size["bytes"] for name, size in sizes.items()})
     say_sizes(sizes, steps)
+    say_nothing_saved(plan, recipe, steps)
 
 
 def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
@@ -178,6 +181,7 @@ def _say_padding(base: Description, recipe: ResolvedRecipe, steps: Steps) -> Non
     if recipe.width == "capped":
         assert recipe.cap is not None
         widest = recipe.cap - recipe.cap % recipe.block
+    unpruned = ", as without pruning" if widest == base.config.moe.d_expert else ""
     for name in recipe.export:
         form = form_of(recipe, name)
         if not pads(recipe, form):
@@ -188,7 +192,7 @@ def _say_padding(base: Description, recipe: ResolvedRecipe, steps: Steps) -> Non
             of, one, cure = ("the widest of its layer", "one expert of every layer", "layer")
         steps.say(
             f"{name} with --width {recipe.width} stores every expert as wide as {of}: {mean} if "
-            f"all have {width} channels, {most} if {one} keeps {widest}; "
+            f"all have {width} channels, {most} if {one} keeps {widest}{unpruned}; "
             f"--width {cure} ensures the smaller size, ragged exports store no padding"
         )
 
