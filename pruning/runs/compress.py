@@ -206,6 +206,7 @@ def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None
             job.output / "exports" / name, job.base, plan,
             form_of(job.recipe, name, plan),
             quantizer=job.recipe.quantizer, quality=report.quality, evaluation=report.evaluation,
+            verification=report.verification,
         )  # fmt: skip
 
 

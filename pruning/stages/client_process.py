@@ -16,6 +16,7 @@ Each line of standard output is the exit code of a fork, negative for a signal. 
 with its standard input, which is with the process that started it, or after a minute without work.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -39,7 +40,12 @@ def serve() -> None:
     with tempfile.TemporaryDirectory(prefix="moe-client-") as modules:
         # Code of a checkpoint is copied there to be imported.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
-        import transformers.modeling_utils  # noqa: F401  # for all forks
+        # Once for all forks: what every folder needs, and what those of 4 bits do.
+        import transformers.generation
+        import transformers.modeling_utils  # noqa: F401
+
+        with contextlib.suppress(ImportError):
+            import compressed_tensors.quantization  # noqa: F401
 
         while select.select([0], [], [], IDLE)[0] and (line := sys.stdin.readline()):
             child = os.fork()
