@@ -104,8 +104,9 @@ def verify_export(
     problems = file_problems(target, export)
     fine = "code, config.json, tokenizer and all else that programs read: as planned"
     checks = [Check(form.name, "files", not problems, in_words(problems) or fine)]
-    chosen = codes is not None and form.is_packed and not form.is_float4
-    lost = chosen and not codes.is_dir()
+    if not form.is_packed or form.is_float4:
+        codes = None  # GPTQ has none for it
+    lost = codes is not None and not codes.is_dir()
     expected = pruned_source(base, plan, form, None if lost else codes)
     try:
         comparison = TensorComparison(target, export, with_codes=not lost)
