@@ -39,7 +39,7 @@ def file_problems(folder: Path, export: Export) -> list[str]:
             problems.append(f"{name} is missing")
         elif not filecmp.cmp(folder / name, path, shallow=False):
             problems.append(f"{name} is not that of {path}")
-    problems += _config_problems(folder, export)
+    problems += config_problems(folder, export)
     known = {*ours, "config.json", INDEX}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -49,7 +49,8 @@ def file_problems(folder: Path, export: Export) -> list[str]:
     return problems
 
 
-def _config_problems(folder: Path, export: Export) -> list[str]:
+def config_problems(folder: Path, export: Export) -> list[str]:
+    """How config.json differs from the one that an export writes."""
     try:
         found = read_json(folder / "config.json")
     except CheckpointError as error:

@@ -1,5 +1,6 @@
 """Re-reading an exported folder and comparing it with what was meant to be written."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,11 +13,9 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.description import Description
 from convert.export import Export
 from convert.export_format import ExportFormat
-from convert.formats.ragged import MTP
-from convert.mtp import mtp_layers, mtp_prefixes
+from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource
-from convert.reader import CheckpointError, read_json
-from convert.rules import RAGGED
+from convert.reader import CheckpointError
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
@@ -25,7 +24,7 @@ from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
 from pruning.shrink.rounding import bfloat16_experts
 from pruning.stages.client import Answer, client_answer
-from pruning.stages.content import TensorComparison, file_problems, in_words
+from pruning.stages.content import TensorComparison, config_problems, file_problems, in_words
 from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.sizes import export_of
 
@@ -195,18 +194,19 @@ def _client_checks(export: Export, answer: Answer, wanted: Logits) -> list[Check
     return [*checks, logit_check(form.name, IN_TRANSFORMERS, answer.logits, *wanted)]
 
 
-def written_mtp(folder: Path, base: Description) -> str:
-    """What an export says has become of the layers that predict further tokens.
+def written_form(
+    folder: Path, base: Description, plan: PruningPlan, form: ExportFormat
+) -> ExportFormat:
+    """A format, with what an export did to layers that predict further tokens.
 
-    Raises:
-      CheckpointError: config.json cannot be read.
+    `export` may have been told otherwise than the recipe: what config.json says decides, if it is
+    one that an export writes.
     """
-    hf, family = read_json(folder / "config.json"), base.family
-    if not (base.mtp and mtp_layers(family, hf)):
-        return "drop"
-    own = base.config.moe.d_expert
-    stored = own if hf["model_type"].startswith(RAGGED) else hf[family.width_key]
-    return "keep" if hf.get(MTP, stored) == own else "prune"
+    for mtp in (form.mtp, "drop", "keep", "prune"):
+        one = dataclasses.replace(form, mtp=mtp)
+        if not config_problems(folder, export_of(base, plan, one)):
+            return one
+    return form
 
 
 def logit_check(
