@@ -123,9 +123,8 @@ class Comparison:
             found = read_json(path)
             if wrong := misfits(_Stored, found):
                 raise InputError(f"{', '.join(wrong)} hold something else")
-            for results in (found["results"], found["refused"]):
-                if any(misfits(Result, result) for result in results):
-                    raise InputError("a result holds something else")
+            if any(misfits(Result, one) for one in (*found["results"], *found["refused"])):
+                raise InputError("a result holds something else")
             measured = [found["dense"], *(result["quality"] for result in found["results"])]
             texts = [one for by_text in measured for one in by_text.values()]
             if (
@@ -134,10 +133,8 @@ class Comparison:
                 or any(not MEASURED <= one.keys() or one["nll"] is None for one in texts)
             ):
                 raise InputError("a result lacks what was measured")
-            results, refused = (
-                tuple(Result(**r) for r in found.pop(n)) for n in ("results", "refused")
-            )
-            return cls(**found, results=results, refused=refused)
+            parts: Any = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}
+            return cls(**found | parts)
         except (ValueError, KeyError, TypeError) as error:
             told = str(error)[:1000]
             raise InputError(f"{path} is damaged ({told}); remove it and compare again") from None
