@@ -93,6 +93,9 @@ def _costs(found: dict[str, Any]) -> TextTable:
         ["disk needed", f"at most {megabytes(disk['needed_bytes'])} MB: {written} + spare"],
         ["disk free", f"{megabytes(disk['free_bytes'])} MB"],
     ]
+    if apart := disk.get("scratch"):
+        needed, free = (megabytes(apart[name]) for name in ("needed_bytes", "free_bytes"))
+        rows.append(["scratch disk", f"at most {needed} MB, {free} MB free"])
     note = (
         "Memory of `score` and of `export`; `compress` also loads small exports whole in "
         "transformers, if that is installed, which takes more. Reading weights, compiling and "

@@ -26,6 +26,7 @@ from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.measure import measure
+from pruning.stages.writer import only_writer
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows
 
@@ -65,9 +66,16 @@ def compare(
       The comparison, which is also in the output folder.
 
     Raises:
-      InputError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work, or another process writes there.
+      FullDiskError: the disk is full; what is finished stays.
     """
-    steps = steps or Steps()
+    with only_writer(recipe.output):
+        return _compare(recipe, rates, rules, steps or Steps())
+
+
+def _compare(
+    recipe: CompressionRecipe, rates: Sequence[float], rules: Sequence[str], steps: Steps
+) -> Comparison:
     names = select_rules(rules, RULES)
     if "all" in rules:
         recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))
