@@ -203,8 +203,8 @@ def audit(options: Options) -> Outcome:
 def report(options: Options) -> Outcome:
     """Show a finished run's report and write report.html again."""
     path = options.folder / "report.json"
-    found = CompressionReport.load(path)
     with only_writer(options.folder):
+        found = CompressionReport.load(path)
         found.save(options.folder)
         compression_page.save(found, options.folder)
     values = json.loads(path.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from pruning.recipe.options import WHOLE_TEXT
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
+from pruning.stages.folder import clear_leftovers
 from pruning.stages.job import DTYPES
 from pruning.stages.measure import measure, read_tokens
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
@@ -78,6 +79,7 @@ def evaluate(
             measured = measure(source, opened, references, steps, name, **how)
             found[name] = {text: quality.to_dict() for text, quality in measured.items()}
         if statistics is not None and len(plans) > 1:
+            clear_leftovers(folder)
             quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
             quality[None] = found["dense"]
             save_sweep(folder, base, plans, statistics, quality)

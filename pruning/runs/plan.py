@@ -50,6 +50,7 @@ def _plan_folder(
     if asked := [name for name in BUDGETS if rates and options.get(name) is not None]:
         raise InputError(f"{asked[0]} and prune rates exclude each other; give one of them")
     recipe = stored_recipe(folder, **options)
+    clear_leftovers(folder)
     base = stored_base(recipe)
     plans, statistics = stored_plans(folder, recipe, base, rates)
     single, made = len(plans) == 1, []
