@@ -13,7 +13,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from moe_jax.errors import InputError
-from moe_jax.files import naming_full_disk, replace_text
+from moe_jax.files import naming_full_disk
 from moe_jax.json_files import read_json
 
 # All are gone once the writer has ended in order.
@@ -65,7 +65,8 @@ def _held(folder: Path) -> Iterator[None]:
     try:
         if lock.lock_counter == 1:
             facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
-            replace_text(holder, json.dumps(facts) + "\n")
+            # In its place, so that no kill leaves a part elsewhere; who reads half of it says less.
+            holder.write_text(json.dumps(facts) + "\n", encoding="utf-8")
         yield
     finally:
         if lock.lock_counter == 1:

@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-EVENTS = ("replace", "fsync", "unlink", "mkdir", "rmdir", "posix_fallocate")
+WRITES = ("replace", "fsync", "posix_fallocate")  # what a full disk refuses
+EVENTS = (*WRITES, "mkdir", "unlink", "rmdir")
 
 
 class Killed(BaseException):
@@ -15,14 +16,17 @@ class Killed(BaseException):
 
 
 @contextmanager
-def counting(folder: Path, at: int, act: Callable[[str], None]) -> Iterator[list[str]]:
+def counting(
+    folder: Path, at: int, act: Callable[[str], None], kinds: Sequence[str] = EVENTS
+) -> Iterator[list[str]]:
     """Call `act` in the place of the file event number `at` (from 1) below a folder.
 
     Args:
-      folder: other events do not count.
+      folder: events elsewhere do not count.
       at: 0 for none.
       act: gets the event's name. If it raises `Killed`, no later event happens either, so that
         `finally` and `except` clean nothing up.
+      kinds: the events that count.
 
     Yields:
       Names of the events so far.
@@ -40,8 +44,8 @@ def counting(folder: Path, at: int, act: Callable[[str], None]) -> Iterator[list
             if "dir_fd" not in named and is_below(place):
                 if dead:
                     return
-                seen.append(name)
-                if len(seen) == at:
+                seen.extend([name] if name in kinds else [])
+                if len(seen) == at and name in kinds:
                     try:
                         act(name)
                     except Killed:

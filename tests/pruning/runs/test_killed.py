@@ -11,7 +11,7 @@ import pytest
 from pruning.runs import audit, compare
 from pruning.scores import states
 from tests.support.command import given, run
-from tests.support.killing import Killed, contents, counting
+from tests.support.killing import EVENTS, WRITES, Killed, contents, counting
 
 STAGES = {
     "score": ("--gradients", "--expert-details", "--weight-gradients", "--nll-ig", 2),
@@ -65,7 +65,8 @@ def test_a_disturbed_stage_ends_like_an_undisturbed_one(
     for act in (kill, fill_disk, kill, fill_disk, kill):
         capsys.readouterr()
         # Early in what is left to do, so that each attempt has something to end.
-        with counting(out, int(random.integers(1, 2 + len(events) // 4)), act):
+        at = int(random.integers(1, 2 + len(events) // 8))
+        with counting(out, at, act, EVENTS if act is kill else WRITES):
             try:
                 ended.append(go(out))
             except Killed:
