@@ -4,7 +4,7 @@
 
 Each point is a process of its own that sends itself SIGKILL in the place of a file event (rename,
 fsync, allocation, new folder, removal) below the output folder; then the same command runs to its
-end, and all files are compared byte for byte, paths and dates aside. About 15 s a point on two cores.
+end, and all files are compared byte for byte, paths and dates aside. A point takes about 15 s.
 """
 
 import argparse
