@@ -68,7 +68,7 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     Raises:
       OSError: the disk is full or not writable; the old file, if any, is still whole.
     """
-    partial = beside(file, "tmp")
+    partial = _beside(file, "tmp")
     try:
         with naming_full_disk(file):
             write(partial)
@@ -109,9 +109,9 @@ def scratch_file(folder: Path, size: int) -> BinaryIO:
     Raises:
       FullDiskError: there is no room for it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = beside(folder / "scratch", "tmp")
+    path = _beside(folder / "scratch", "tmp")
     with naming_full_disk(folder / f"a scratch file of {size:,} bytes"):
+        folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "x+b")
         try:
             path.unlink()
@@ -140,13 +140,13 @@ def replace_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     Raises:
       OSError: the disk is full or not writable; what was there, if anything, is still whole.
     """
-    partial = beside(folder, "tmp")
+    partial = _beside(folder, "tmp")
     try:
         with naming_full_disk(folder):
             partial.mkdir()
             fill(partial)
             _sync(partial)
-            move_into_place(partial, folder, beside(folder, "old"))
+            move_into_place(partial, folder, _beside(folder, "old"))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -193,7 +193,7 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def beside(target: Path, kind: str) -> Path:
+def _beside(target: Path, kind: str) -> Path:
     """A new name for what is not yet (tmp) or no longer (old) in its place."""
     return target.with_name(f"{target.name}.{kind}-{secrets.token_hex(8)}")
 

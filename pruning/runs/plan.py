@@ -56,7 +56,6 @@ def _plan_folder(
     single, made = len(plans) == 1, []
     for one, plan in plans:
         target = folder if single else folder / f"plans/{one.prune_rate}"
-        clear_leftovers(target)
         plan.save(target)
         if not single:
             # `export` and `verify` take the plans of a sweep like any other folder.

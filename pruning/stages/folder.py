@@ -152,6 +152,8 @@ def _remove_empty(folder: Path) -> None:
 
 def clear_leftovers(output: Path) -> None:
     """Remove what writes that were killed left in an output folder; its writer is the caller."""
+    for plan in (output / "plans").glob("*/"):
+        clear_leftovers(plan)
     for folder in (output, *(output / name for name in FOLDERS)):
         remove_leftovers(folder)
 
