@@ -90,7 +90,7 @@ def estimate(command: Parser) -> None:
         action=argparse.BooleanOptionalAction,
         help="time one layer to foretell the time of scoring (default: if weights are there)",
     )
-    add_group(command, RunOptions, "output")
+    add_group(command, RunOptions, "output", "scratch")
     add_group(command, RunOptions, "overwrite", hidden=True)
     add_group(command, TextOptions, "max_tokens", "window")
     add_group(command, TextOptions, *NOT_ESTIMATED, hidden=True)
@@ -120,7 +120,7 @@ def apply(command: Parser) -> None:
         "plan", type=Path, metavar="PLAN", help="folder with plan.json, or plan.json itself"
     )
     _model(command)
-    add_group(command, RunOptions, title="Output")
+    add_group(command, RunOptions, "output", "overwrite", title="Output")
     add_group(command, ExportOptions, "export", "bits", "group_size", "mtp")
 
 

@@ -39,6 +39,7 @@ from pruning.runs import score as scoring
 from pruning.runs import verify as verifying
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import folder_bytes
+from pruning.stages.writer import only_writer
 
 Options = argparse.Namespace
 
@@ -202,9 +203,10 @@ def audit(options: Options) -> Outcome:
 def report(options: Options) -> Outcome:
     """Show a finished run's report and write report.html again."""
     path = options.folder / "report.json"
-    found = CompressionReport.load(path)
-    found.save(options.folder)
-    compression_page.save(found, options.folder)
+    with only_writer(options.folder):
+        found = CompressionReport.load(path)
+        found.save(options.folder)
+        compression_page.save(found, options.folder)
     values = json.loads(path.read_text(encoding="utf-8"))
     return Outcome(values, [found.terminal_table(), ""], [options.folder / "report.html"])
 

@@ -8,6 +8,7 @@ recipe inherits all groups (`pruning.recipe.recipe`), and a function takes the g
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from convert.export_format import GROUP_SIZES, FormatName
@@ -47,11 +48,23 @@ class RunOptions(Options):
     ]
     output: Annotated[str, About("folder to write", shown="FOLDER")]
     overwrite: Annotated[bool, About("replace an existing output folder")] = False
+    scratch: Annotated[
+        str | None,
+        About(
+            "folder for temporary files that do not fit in memory; default the output folder",
+            shown="FOLDER",
+        ),
+    ] = None
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Where temporary files go."""
+        return Path(self.scratch or self.output)
 
     def check(self) -> None:
         """Raise InputError if a folder has no name."""
-        for name in ("model", "output"):
-            if not getattr(self, name):
+        for name in ("model", "output", "scratch"):
+            if getattr(self, name) == "":
                 raise InputError(f"{name}='' must name a folder")
 
 

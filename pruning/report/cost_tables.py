@@ -105,6 +105,9 @@ def _costs(found: dict[str, Any]) -> TextTable:
         ["disk needed", f"at most {megabytes(disk['needed_bytes'])} MB: {written} + spare"],
         ["disk free", f"{megabytes(disk['free_bytes'])} MB"],
     ]
+    if apart := disk.get("scratch"):
+        needed, free = (megabytes(apart[name]) for name in ("needed_bytes", "free_bytes"))
+        rows.append(["scratch disk", f"at most {needed} MB, {free} MB free"])
     note = (
         "Transformers is asked in a process of its own, and only where it is installed and so "
         "much memory is free. Reading weights, compiling and measuring quality come on top of the "

@@ -24,6 +24,7 @@ from pruning.stages.job import resolved
 from pruning.stages.remarks import say_nothing_saved
 from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
+from pruning.stages.writer import only_writer
 
 
 def apply_plan(
@@ -58,20 +59,24 @@ def apply_plan(
       The checks of all exports, all passed.
 
     Raises:
-      InputError: the plan is another model's, its widths do not fit the format, or the output
-        folder is in the way; nothing has been written then.
+      InputError: the plan is another model's, its widths do not fit the format, the output folder
+        is in the way, or another process writes there; nothing has been written then.
       OSError: the plan is missing, or the disk is too small.
       VerificationError: an export differs from the model in memory; it is kept.
     """
-    steps, source = steps or Steps(), Path(plan)
+    given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
+    given |= {"mtp": mtp, "overwrite": overwrite}
+    given |= {"group_size": group_size} if group_size else {}
+    with only_writer(output):
+        return _apply(Path(plan), model, given, steps or Steps())
+
+
+def _apply(source: Path, model: str, given: dict[str, Any], steps: Steps) -> list[Check]:
     with steps.bar("open"):
         found = PruningPlan.load(source)
         # 16-bit weights, as in every other stage: the exports store these.
         base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
         _require_fit(found, base)
-    given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
-    given |= {"mtp": mtp, "overwrite": overwrite}
-    given |= {"group_size": group_size} if group_size else {}
     recipe = _recipe(source, found, base, given)
     missing = _prepare(recipe, found, source, base, steps)
     preflight.say_mtp(base.about, recipe, steps)

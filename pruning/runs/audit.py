@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_jax.errors import InputError
-from moe_jax.files import replace_text
+from moe_jax.files import remove_leftovers, replace_text
 from pruning.kit.progress import Steps
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
@@ -26,6 +26,7 @@ from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.stored import stored_recipe
+from pruning.stages.writer import only_writer
 from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows
 
@@ -77,15 +78,28 @@ def audit(
       What audit.json holds.
 
     Raises:
-      InputError: a number is out of range, or the folder was scored without text.
+      InputError: a number is out of range, the folder was scored without text, or another process
+        writes where the results go.
     """
     check_sample(experts=experts, channels=channels, tokens=tokens)
-    steps = steps or Steps()
+    sample = {"experts": experts, "channels": channels, "tokens": tokens}
+    target = source.output if isinstance(source, CompressionRecipe) else output or source
+    with only_writer(target):
+        return _opened(source, Path(target), sample, steps or Steps(), options)
+
+
+def _opened(
+    source: CompressionRecipe | str | os.PathLike,
+    target: Path,
+    sample: dict[str, int],
+    steps: Steps,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Open what is audited, scored if it is a recipe, and audit it."""
     if isinstance(source, CompressionRecipe):
         job = open_job(source)
         preflight.prepare(job, steps, exports=False)
         statistics, _ = scoring.score(job, steps)
-        target = job.output
     else:
         folder = Path(source)
         recipe = stored_recipe(folder, **options)
@@ -96,8 +110,7 @@ def audit(
             )
         job = open_job(recipe)
         statistics, _ = scoring.stored_statistics(folder, job.base)
-        target = Path(output or folder)
-    sample = {"experts": experts, "channels": channels, "tokens": tokens}
+    remove_leftovers(target)
     return _audit(job, statistics, target, steps, **sample)
 
 

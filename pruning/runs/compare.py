@@ -25,7 +25,8 @@ from pruning.shrink.masked import masked_hidden
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
-from pruning.stages.measure import measure
+from pruning.stages.measure import first_tokens, measure
+from pruning.stages.writer import only_writer
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows
 
@@ -65,9 +66,16 @@ def compare(
       The comparison, which is also in the output folder.
 
     Raises:
-      InputError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work, or another process writes there.
+      FullDiskError: the disk is full; what is finished stays.
     """
-    steps = steps or Steps()
+    with only_writer(recipe.output):
+        return _compare(recipe, rates, rules, steps or Steps())
+
+
+def _compare(
+    recipe: CompressionRecipe, rates: Sequence[float], rules: Sequence[str], steps: Steps
+) -> Comparison:
     names = select_rules(rules, RULES)
     if "all" in rules:
         recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))
@@ -105,14 +113,6 @@ def _open(recipe: CompressionRecipe) -> Job:
     texts = {name: first_tokens(windows, wanted) for name, windows in job.evaluation.items()}
     stored = dataclasses.replace(job.recipe, evaluation_tokens=wanted)
     return dataclasses.replace(job, recipe=stored, evaluation=texts)
-
-
-def first_tokens(windows: Windows, tokens: int) -> Windows:
-    """The first windows of a text, until so many tokens are scored."""
-    scored = np.cumsum(windows.scored.sum(axis=1))
-    rows = 1 + int(np.searchsorted(scored, min(tokens, int(scored[-1]))))
-    parts = {name: getattr(windows, name)[:rows] for name in ("tokens", "valid", "scored")}
-    return dataclasses.replace(windows, **parts)
 
 
 def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:

@@ -45,6 +45,7 @@ from pruning.stages.verify import (
     require_verified,
     verify_export,
 )
+from pruning.stages.writer import only_writer
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
 SAMPLES = 8  # texts that are continued, at most
@@ -65,10 +66,15 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
       The report, which is also in the output folder.
 
     Raises:
-      InputError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work, or another process writes there.
+      FullDiskError: the disk is full; what is finished stays.
       VerificationError: an export differs from the model in memory.
     """
-    steps = steps or Steps()
+    with only_writer(recipe.output):
+        return _compress(recipe, steps or Steps())
+
+
+def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
     job = open_for(recipe, steps)
     if output_folder.is_finished(job):
         return _finished(job, steps)

@@ -20,7 +20,13 @@ from pruning.recipe.values import check_whole
 from pruning.runs.memory import memory
 from pruning.runs.probe import scoring_seconds
 from pruning.stages.job import require_possible, resolved
-from pruning.stages.preflight import free_space, rehearsed_plan, written_bytes
+from pruning.stages.preflight import (
+    SCRATCH,
+    free_space,
+    is_elsewhere,
+    rehearsed_plan,
+    written_bytes,
+)
 from pruning.stages.sizes import (
     byte_range,
     export_of,
@@ -96,6 +102,10 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
         jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
     parts = written_bytes(base, whole, windows)
+    apart = {}  # on another disk
+    if SCRATCH in parts and is_elsewhere(whole):
+        free = free_space(whole.scratch_folder)
+        apart = {"needed_bytes": parts.pop(SCRATCH) + SPARE_BYTES, "free_bytes": free}
     return {
         "prune_rate": whole.prune_rate,
         "parameters": parameters(base, base.widths, base.mtp_weights),
@@ -105,6 +115,7 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
             "needed_bytes": sum(parts.values()) + SPARE_BYTES,
             "free_bytes": free_space(Path(whole.output)),
             "parts": parts,
+            **({"scratch": apart} if apart else {}),
         },
         "tokens": 0 if whole.weights_only else whole.max_tokens,
         "tensor_parallel": tensor_parallel,

@@ -15,7 +15,9 @@ from pruning.recipe.recipe import ResolvedRecipe
 from pruning.report import rates_page
 from pruning.runs.rates import sweep_of
 from pruning.scores.statistics import ChannelStatistics
+from pruning.stages.folder import clear_leftovers
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
+from pruning.stages.writer import only_writer
 
 
 def plan_folder(
@@ -35,12 +37,20 @@ def plan_folder(
       (folder of the plan, plan) per rate, in the order of `rates`.
 
     Raises:
-      InputError: nothing was scored there, or no plan satisfies the options.
+      InputError: nothing was scored there, no plan satisfies the options, or another process
+        writes there.
     """
-    folder = Path(folder)
+    with only_writer(folder):
+        return _plan_folder(Path(folder), rates, options)
+
+
+def _plan_folder(
+    folder: Path, rates: Sequence[float], options: dict[str, Any]
+) -> list[tuple[Path, PruningPlan]]:
     if asked := [name for name in BUDGETS if rates and options.get(name) is not None]:
         raise InputError(f"{asked[0]} and prune rates exclude each other; give one of them")
     recipe = stored_recipe(folder, **options)
+    clear_leftovers(folder)
     base = stored_base(recipe)
     plans, statistics = stored_plans(folder, recipe, base, rates)
     single, made = len(plans) == 1, []

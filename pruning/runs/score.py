@@ -7,6 +7,7 @@ from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.sizes import folder_bytes
+from pruning.stages.writer import only_writer
 
 
 def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStatistics:
@@ -23,9 +24,14 @@ def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStati
       The statistics, which are also in the output folder.
 
     Raises:
-      InputError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work, or another process writes there.
+      FullDiskError: the disk is full; what is finished stays.
     """
-    steps = steps or Steps()
+    with only_writer(recipe.output):
+        return _score(recipe, steps or Steps())
+
+
+def _score(recipe: CompressionRecipe, steps: Steps) -> ChannelStatistics:
     job = open_for(recipe, steps)
     preflight.prepare(job, steps, exports=False)
     statistics, _ = scoring.score(job, steps)

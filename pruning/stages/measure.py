@@ -1,5 +1,6 @@
 """Evaluation texts as windows, and the quality of models on them."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,14 @@ def read_tokens(source: TextSource, codec: TextCodec, max_tokens: int) -> np.nda
             "score one; give more text"
         )
     return tokens
+
+
+def first_tokens(windows: Windows, tokens: int) -> Windows:
+    """The first windows of a text, until so many tokens are scored."""
+    scored = np.cumsum(windows.scored.sum(axis=1))
+    rows = 1 + int(np.searchsorted(scored, min(tokens, int(scored[-1]))))
+    parts = {name: getattr(windows, name)[:rows] for name in ("tokens", "valid", "scored")}
+    return dataclasses.replace(windows, **parts)
 
 
 def measure(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,11 @@ from convert.export_format import ExportFormat, Widths
 from convert.families import find_family
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
+from pruning.scores import states
+from pruning.scores.collect import CHUNK
+from pruning.scores.end_to_end import ig_chunk
 from pruning.scores.statistics import ChannelStatistics, field_shapes
+from pruning.shrink.gptq_model import progress_bytes
 
 SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
 
@@ -106,6 +110,42 @@ def statistics_bytes(base: Description, recipe: ResolvedRecipe) -> int:
     c = base.config
     sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
     return 8 * sum(map(math.prod, field_shapes(*sizes, recipe.groups).values()))
+
+
+def scratch_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> int:
+    """Bytes of the largest scratch file that scoring so many windows takes; 0 if none is."""
+    texts = []  # (windows, copies) whose states are held at once
+    if recipe.gradients:
+        texts.append((min(windows, CHUNK), 1))
+    if recipe.weight_gradients:
+        texts.append((windows, 1))
+    if steps := recipe.nll_ig:
+        texts.append((min(windows, ig_chunk(steps)), steps))
+    shapes = [
+        (copies * math.ceil(count / recipe.batch) * recipe.batch, recipe.window)
+        for count, copies in texts
+    ]
+    sizes = [states.scratch_bytes(base.config, shape, recipe.dtype) for shape in shapes]
+    return max(sizes, default=0)
+
+
+def gptq_bytes(
+    base: Description, recipe: CompressionRecipe, windows: int, exports: Mapping[str, int]
+) -> int:
+    """Most bytes of the folder in which GPTQ chooses codes, while at work; 0 if it does not.
+
+    Args:
+      base: the dense model.
+      recipe: a resolved one, or one stored by a run.
+      windows: of calibration text.
+      exports: bytes of each export.
+    """
+    packed = [size for name, size in exports.items() if form_of(recipe, name).is_packed]
+    if recipe.quantizer != "gptq" or not packed:
+        return 0
+    text = windows, recipe.window or 2048
+    # An export has the same codes and scales, and more.
+    return min(packed) + progress_bytes(base.config, text, recipe.batch, recipe.dtype)
 
 
 def mean_width(base: Description, recipe: ResolvedRecipe, rounding=math.ceil) -> int:
