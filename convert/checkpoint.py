@@ -22,7 +22,8 @@ from convert.rules import (
     Family,
     expected_tensors,
 )
-from convert.views import FLOATS, View, open_views
+from convert.view import FLOATS, View
+from convert.views import open_views
 from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
 from moe_jax.quant import dequantize
@@ -224,7 +225,7 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     """
     about = describe(path)
     tensors = SafetensorsFolder(about.folder)
-    views, problems = open_views(tensors, about.hf_config, alternating=about.family.interleaved)
+    views, problems = open_views(tensors, about.quantization, alternating=about.family.interleaved)
     prefixes = mtp_prefixes(about.family, about.hf_config)
     mtp = {name: views.pop(name) for name in list(views) if name.startswith(prefixes)}
     expected = expected_tensors(about.family, about.config, about.widths)

@@ -9,7 +9,9 @@ from convert.export_format import Widths
 from convert.families import find_family
 from convert.formats.ragged import emptied_model, widths_from_hf
 from convert.layout import Spec
+from convert.model_card import original_model
 from convert.mtp import mtp_tensors
+from convert.quantized.config import Quantization, UnreadFormat, read_quantization
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, ruled_tensors, uniform_widths
 from moe_jax.config import ModelConfig
@@ -28,6 +30,7 @@ class Description:
       widths: channels per layer and expert; () for a dense layer.
       mtp: dtypes and shapes of the tensors of layers that predict further tokens, as an export
         keeps them; no part of all of the above.
+      quantization: how weights are stored in few bits, None if they are not.
     """
 
     folder: Path
@@ -36,6 +39,7 @@ class Description:
     family: Family
     widths: Widths
     mtp: dict[str, Spec]
+    quantization: Quantization | None
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -61,7 +65,8 @@ def describe(folder: Path | str) -> Description:
     """Read config.json.
 
     Raises:
-      CheckpointError: it is missing, or has an unsupported setting.
+      CheckpointError: it is missing, or has an unsupported setting; weights in a format that is
+        not read are refused with the name of the model that has them in 16 bits.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -69,8 +74,14 @@ def describe(folder: Path | str) -> Description:
     hf = read_json(folder / "config.json")
     try:
         family = find_family(hf.get("model_type"))
+        quantization = read_quantization(hf, interleaved=family.interleaved)
         config = family.config_from_hf(hf)
         widths = widths_from_hf(hf, config) if family.ragged else uniform_widths(config)
+    except UnreadFormat as error:
+        original = original_model(folder) or "that it was made from"
+        cure = f"give the 16-bit model {original}"
+        raise CheckpointError(folder, [f"config.json: {error}; {cure}"]) from error
     except InputError as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
-    return Description(folder, hf, config, family, widths, mtp_tensors(family, hf, config))
+    mtp = mtp_tensors(family, hf, config)
+    return Description(folder, hf, config, family, widths, mtp, quantization)

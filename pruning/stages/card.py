@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from convert.checkpoint import Checkpoint
 from convert.clients import client_table
 from convert.export_format import ExportFormat
+from convert.model_card import CARD, front_matter
 from moe_jax.config import LatentAttentionConfig
 from moe_jax.files import replace_text
 from pruning.budget.plan import PruningPlan
@@ -27,7 +27,7 @@ from pruning.report.card import (
 from pruning.report.loading import Loading
 from pruning.stages.sizes import export_of, folder_bytes
 
-CARD, BASE_CARD = "README.md", "BASE_README.md"
+BASE_CARD = "BASE_README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -108,7 +108,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
         name=repository or _folder_name(folder),
         repository=repository,
         revision=revision,
-        inherited=_inherited(folder / CARD),
+        inherited=_inherited(folder),
         has_card=(folder / CARD).is_file(),
         hash=base.fingerprint,
         family=about.family.model_type,
@@ -166,16 +166,7 @@ def _folder_name(folder: Path) -> str:
     return "demo" if folder == DEMO / "model" else folder.resolve().name
 
 
-def _inherited(card: Path) -> dict[str, Any]:
+def _inherited(folder: Path) -> dict[str, Any]:
     """Licence and languages in the front matter of the base's card, if it has any."""
-    if not card.is_file():
-        return {}
-    before, *parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    try:
-        # Strings only: YAML takes the language "no" for a truth value.
-        fenced = not before and len(parts) == 2
-        found = yaml.load(parts[0], yaml.BaseLoader) if fenced else None
-    except yaml.YAMLError:  # people write cards; an unreadable one states no licence
-        found = None
-    values = found if isinstance(found, dict) else {}
+    values = front_matter(folder)
     return {name: values[name] for name in INHERITED if name in values}
