@@ -120,6 +120,12 @@ class Checkpoint:
         self._last = index
         return layer
 
+    def read_codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a weight that `about.is_native`, see `View.codes`."""
+        codes = self._views[name].codes
+        assert codes is not None
+        return codes()
+
     def read_mtp(self, name: str) -> np.ndarray:
         """Read one tensor of `about.mtp`, in the dtype said there.
 
@@ -233,7 +239,10 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     if problems:
         raise CheckpointError(about.folder, sorted(problems))
     specs = {name: (_stored_dtype(tensors, name), view.shape) for name, view in mtp.items()}
-    return Checkpoint(dataclasses.replace(about, mtp=specs), tensors, views, mtp, dtype)
+    about = dataclasses.replace(about, mtp=specs)
+    if any(view.codes is None for name, view in views.items() if about.is_native(name)):
+        about = dataclasses.replace(about, native=None)  # scales are not bfloat16, as exports have
+    return Checkpoint(about, tensors, views, mtp, dtype)
 
 
 def load_model(path: Path | str, dtype=None) -> Transformer:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.export_format import Widths
+from convert.export_format import GROUP_SIZES, Widths
 from convert.families import find_family
 from convert.formats.ragged import emptied_model, widths_from_hf
 from convert.layout import Spec
 from convert.model_card import original_model
 from convert.mtp import mtp_tensors
-from convert.quantized.config import Quantization, UnreadFormat, read_quantization
+from convert.quantized.config import Quantization, Scheme, UnreadFormat, read_quantization
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, ruled_tensors, uniform_widths
 from moe_jax.config import ModelConfig
@@ -31,6 +31,8 @@ class Description:
       mtp: dtypes and shapes of the tensors of layers that predict further tokens, as an export
         keeps them; no part of all of the above.
       quantization: how weights are stored in few bits, None if they are not.
+      native: how it stores every routed expert's weights, if an export in 4-bit integers can take
+        their codes over: symmetric, in groups of 32, 64 or 128. None of any other model.
     """
 
     folder: Path
@@ -40,9 +42,16 @@ class Description:
     widths: Widths
     mtp: dict[str, Spec]
     quantization: Quantization | None
+    native: Scheme | None
 
     def __len__(self) -> int:
         return self.config.num_layers
+
+    def is_native(self, name: str) -> bool:
+        """Whether a weight, by its name on disk, is stored as `native` says."""
+        if self.native is None or self.quantization is None:
+            return False
+        return self.quantization.scheme(name.removesuffix(".weight")) == self.native
 
     def weights(self, widths: Widths | None = None, *, constants: bool = False) -> int:
         """Weights of the model, those of `mtp` not counted.
@@ -84,4 +93,20 @@ def describe(folder: Path | str) -> Description:
     except InputError as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
     mtp = mtp_tensors(family, hf, config)
-    return Description(folder, hf, config, family, widths, mtp, quantization)
+    native = None if quantization is None else _native(family, config, quantization)
+    return Description(folder, hf, config, family, widths, mtp, quantization, native)
+
+
+def _native(family: Family, config: ModelConfig, quantization: Quantization) -> Scheme | None:
+    twin = family if family.twin is None else find_family(family.twin.model_type)
+    if twin.rules != family.rules:  # the export has other names
+        return None
+    schemes = {
+        quantization.scheme(name.removesuffix(".weight"))
+        for name, _, rule in ruled_tensors(family, config)
+        if rule is not None and rule.is_of_expert and rule.is_linear
+    }
+    scheme = schemes.pop() if len(schemes) == 1 else None
+    if scheme is None or not (scheme.packed and scheme.bits == 4 and scheme.symmetric):
+        return None
+    return scheme if scheme.group_size in GROUP_SIZES else None

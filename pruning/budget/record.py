@@ -57,6 +57,7 @@ def plan_record(
         "per_layer": options.per_layer,
         "block": options.block,
         "minimum": problem.least,
+        "grid": options.grid,
         "layer_rates": {str(layer): rate for layer, rate in options.layer_rates.items()},
         "experts_per_token": experts_per_token,
         "emptied": options.emptied,

@@ -118,6 +118,14 @@ class PlanOptions(Options):
     minimum: Annotated[
         int | None, About("least width of a kept expert; default one block", least=1)
     ] = None
+    grid: Annotated[
+        int | None,
+        About(
+            "channels stay or go in whole groups of so many neighbours; default 1, or the group "
+            "size of a model that is stored in 4-bit groups whose codes an export takes over",
+            least=1,
+        ),
+    ] = None
     emptied: Annotated[
         Literal["zero", "mean"],
         About(

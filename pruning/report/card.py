@@ -87,6 +87,10 @@ class FolderFacts:
       bytes: of weight files and index.
       mtp: what has become of the layers that predict further tokens, None if the base has none.
       mtp_width: channels of each of their experts.
+      native: whether the codes of a base in 4 bits were taken over.
+      requantize: whether that was refused.
+      rounded_again: relative squared error of rounding weights that the base stores in few bits, 0
+        if none was; None if it stores 16 bits, or the folder does.
     """
 
     written_as: str
@@ -98,6 +102,9 @@ class FolderFacts:
     bytes: int
     mtp: str | None
     mtp_width: int
+    native: bool
+    requantize: bool
+    rounded_again: float | None
 
     @property
     def shape(self) -> str:
@@ -135,6 +142,20 @@ class CardFacts:
     version: str
 
 
+def second_rounding(error: float) -> str:
+    """A sentence on weights that the model stores in few bits: how exactly an export has them.
+
+    Args:
+      error: relative squared error, 0 if nothing was rounded again.
+    """
+    if not error:
+        return "what the model stores in few bits is taken over bit for bit"
+    return (
+        "weights that the model stores in few bits were rounded a second time, with a relative "
+        f"squared error of {error:.2g}"
+    )
+
+
 def model_card(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter."""
     return render(
@@ -147,6 +168,9 @@ def model_card(facts: CardFacts) -> str:
         sizes=_sizes(facts),
         quality=_quality(facts.quality or {}),
         evaluation=facts.evaluation,
+        rounded_again=""
+        if facts.folder.rounded_again is None
+        else second_rounding(facts.folder.rounded_again),
         seen_warning=not_held_out(facts.evaluation.get("seen", {})),
         made=_made(facts),
         recipe=_recipe(facts),
@@ -233,4 +257,5 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values |= {"export": [folder.form], "bits": 16 if folder.group_size is None else 4}
     if folder.group_size is not None:
         values |= {"group_size": folder.group_size, "quantizer": folder.quantizer}
+        values |= {"requantize": True} if folder.requantize else {}
     return values

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pruning.kit.words import megabytes, millions, percent
+from pruning.report.card import second_rounding
 from pruning.report.severity import SCALE, severity
 from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
@@ -40,7 +41,12 @@ def sizes_table(sizes: Part, model: Part) -> TextTable:
         "MB if padded: the same plan stored at the width of its widest expert, for programs that "
         "know one width only. Bits count all bytes written over the parameters that are left."
     )
-    return TextTable("Sizes", header, rows, note)
+    again = [
+        f" {name}: {second_rounding(size['rounded_again'])}."
+        for name, size in sizes["exports"].items()
+        if "rounded_again" in size
+    ]
+    return TextTable("Sizes", header, rows, note + "".join(again))
 
 
 def causes_table(sizes: Part, alone: Part) -> TextTable:

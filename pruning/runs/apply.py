@@ -33,6 +33,7 @@ def apply_plan(
     export: Sequence[FormatName] = (),
     bits: Literal[4, 16] = 4,
     group_size: int | None = None,
+    requantize: bool = False,
     mtp: Literal["drop", "keep", "prune"] = "drop",
     overwrite: bool = False,
     steps: Steps | None = None,
@@ -49,6 +50,7 @@ def apply_plan(
       export: formats to write; default ragged-int4, or ragged-bf16 where `bits` is 16.
       bits: 4 or 16; 4-bit weights are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
+      requantize: round what the model stores in 4-bit groups a second time, as in a recipe.
       mtp: what becomes of layers that predict further tokens, as in a recipe.
       overwrite: replace an output folder of ours.
       steps: where progress goes; default stderr.
@@ -69,7 +71,7 @@ def apply_plan(
         base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
         _require_fit(found, base)
     given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
-    given |= {"mtp": mtp, "overwrite": overwrite}
+    given |= {"mtp": mtp, "overwrite": overwrite, "requantize": requantize}
     given |= {"group_size": group_size} if group_size else {}
     recipe = _recipe(source, found, base, given)
     missing = _prepare(recipe, found, source, base, steps)
