@@ -48,8 +48,9 @@ class Description:
         return self.config.num_layers
 
     def is_native(self, name: str) -> bool:
-        """Whether a weight, by its name on disk, is stored as `native` says."""
-        if self.native is None or self.quantization is None:
+        """Whether a linear layer's weight, by its name on disk, is stored as `native` says."""
+        rule = self.family.rule(name)
+        if self.native is None or self.quantization is None or rule is None or not rule.is_linear:
             return False
         return self.quantization.scheme(name.removesuffix(".weight")) == self.native
 
