@@ -47,8 +47,11 @@ def with_native_codes(
     for rule, name in layer_rules(about.family.rules, about.config, index):
         if rule.is_linear and rule.is_of_expert:
             assert isinstance(layer.mlp, MoE)
+            counts = np.asarray(layer.mlp.experts.count)
+            if not counts.any():  # a layer that lost all its experts
+                continue
             pool = getattr(layer.mlp.experts, rule.ours.rpartition(".")[2])
-            experts = _Experts(base, name, np.asarray(layer.mlp.experts.count), keep, group)
+            experts = _Experts(base, name, counts, keep, group)
             rows = rule.layout == "expert_rows"
             parts = experts.rows() if rows else experts.columns(np.asarray(pool), on_rounded)
             coded[rule.ours] = _tensor(parts, group, axis=int(rows), rows=len(pool))

@@ -169,7 +169,7 @@ def _check_integers(options: Mapping[str, Any]) -> None:
 
 
 def gptq_layout(options: Mapping[str, Any]) -> Any:
-    """ "gptq", whose zero points are stored less one, or "gptq_v2", or what else is said."""
+    """Which layout a GPTQ config names: "gptq" (zero points stored less one), "gptq_v2", others."""
     return options.get("checkpoint_format") or options.get("format") or "gptq"
 
 

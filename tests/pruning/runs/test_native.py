@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from convert import layer_tensors, open_checkpoint
+from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
 from pruning import CompressionRecipe, apply_plan, compress
 from pruning.budget.plan import PruningPlan
 from pruning.report.compression_page import page
+from pruning.stages.export import pruned_source
 from pruning.stages.job import resolved
 from tests.support import quantized, tiny
 from tests.support.command import run
@@ -162,6 +164,16 @@ def test_channels_off_the_grid_round_down_projections_a_second_time_and_say_so(
     words = f"rounded a second time, with a relative squared error of {error:.2g}"
     assert words in " ".join(capsys.readouterr().err.split())
     assert words in " ".join((target / "README.md").read_text().split())
+
+
+def test_a_layer_that_lost_all_its_experts_has_no_codes(model):
+    base = open_checkpoint(model, dtype=jnp.bfloat16)
+    moe, layers = base.config.moe, base.config.moe_layers
+    keep = np.zeros((1, moe.num_experts, moe.d_expert), bool)
+    plan = PruningPlan(keep, layers, {"model_hash": base.fingerprint})
+    form = ExportFormat("ragged-int4", GROUP)
+    layer = pruned_source(base, plan, form).layer(layers[0])
+    assert not layer.mlp.experts.count.any() and not layer.mlp.experts.w_down.any()
 
 
 def test_all_linear_layers_are_rounded_anew_when_it_is_asked_for(model, tmp_path):
