@@ -22,7 +22,8 @@ from convert.rules import (
     Family,
     expected_tensors,
 )
-from convert.views import FLOATS, View, open_views
+from convert.view import FLOATS, View
+from convert.views import open_views
 from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
 from moe_jax.quant import dequantize
@@ -118,6 +119,12 @@ class Checkpoint:
             self._ahead = following, self._thread.submit(self._read_layer, following)
         self._last = index
         return layer
+
+    def read_codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a weight that `about.is_native`, see `View.codes`."""
+        codes = self._views[name].codes
+        assert codes is not None
+        return codes()
 
     def read_mtp(self, name: str) -> np.ndarray:
         """Read one tensor of `about.mtp`, in the dtype said there.
@@ -224,7 +231,7 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     """
     about = describe(path)
     tensors = SafetensorsFolder(about.folder)
-    views, problems = open_views(tensors, about.hf_config, alternating=about.family.interleaved)
+    views, problems = open_views(tensors, about.quantization, alternating=about.family.interleaved)
     prefixes = mtp_prefixes(about.family, about.hf_config)
     mtp = {name: views.pop(name) for name in list(views) if name.startswith(prefixes)}
     expected = expected_tensors(about.family, about.config, about.widths)
@@ -232,7 +239,10 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     if problems:
         raise CheckpointError(about.folder, sorted(problems))
     specs = {name: (_stored_dtype(tensors, name), view.shape) for name, view in mtp.items()}
-    return Checkpoint(dataclasses.replace(about, mtp=specs), tensors, views, mtp, dtype)
+    about = dataclasses.replace(about, mtp=specs)
+    if any(view.codes is None for name, view in views.items() if about.is_native(name)):
+        about = dataclasses.replace(about, native=None)  # scales are not bfloat16, as exports have
+    return Checkpoint(about, tensors, views, mtp, dtype)
 
 
 def load_model(path: Path | str, dtype=None) -> Transformer:

@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.checkpoint import outer_tensors
 from convert.description import Description
-from convert.export_format import FORMATS, ExportFormat, Widths
+from convert.export_format import FLOAT4, FLOAT4_GROUP, FORMATS, ExportFormat, Widths
 from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.interleaved import fuse_experts, fuse_specs
@@ -20,9 +20,10 @@ from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
 from convert.portable import portable_config
+from convert.quantized.config import Scheme
 from convert.rules import EMBEDDING, Family, TensorRule, ruled_tensors
 from convert.stored import Stored, stored_layer
-from convert.writer import write_folder
+from convert.writer import Content, write_folder
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
@@ -62,14 +63,23 @@ class Export:
             config = padded.padded_model(config, source.family, form.padded_width(self.widths))
         packs, experts_only = form.is_packed, form.is_float4
 
-        def stored(shape: tuple[int, ...], rule: TensorRule | None) -> Stored:
+        def stored(name: str, shape: tuple[int, ...], rule: TensorRule | None) -> Stored:
             if rule is None:
                 return Stored(shape, BFLOAT16, packed=False, of_expert=False)
             packed = packs and rule.is_linear and (rule.is_of_expert or not experts_only)
+            packed = packed and (self.native is None or self.base.is_native(name))
             return Stored(shape, FLOAT32 if rule.precise else BFLOAT16, packed, rule.is_of_expert)
 
         found = ruled_tensors(source.family, config, form.stored_widths(self.widths))
-        return {name: stored(shape, rule) for name, shape, rule in found}
+        return {name: stored(name, shape, rule) for name, shape, rule in found}
+
+    @property
+    def native(self) -> Scheme | None:
+        """How the base stores the weights whose codes are taken over; None if none are."""
+        form, native = self.form, self.base.native
+        copies = form.is_packed and not form.is_float4 and not form.requantize
+        alike = native is not None and native.group_size == form.group_size
+        return native if copies and alike else None
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
@@ -182,7 +192,7 @@ class Export:
         target: Path | str,
         *,
         mtp: MtpSource | None = None,
-        extra_files: Mapping[str, str | Path] | None = None,
+        extra_files: Mapping[str, Content] | None = None,
         overwrite: bool = False,
         on_layer: Callable[[int], None] | None = None,
     ) -> Path:
@@ -194,7 +204,7 @@ class Export:
             to nearest; MXFP4 always rounds, which leaves rounded weights as they are.
           target: folder to make.
           mtp: where the layers that predict further tokens come from, unless they are dropped.
-          extra_files: file name -> content, or path of a file to copy, such as a model card.
+          extra_files: such as a model card, see `write_folder`.
           overwrite: replace an existing folder.
           on_layer: called with the index of each finished layer.
 
@@ -291,8 +301,13 @@ class Export:
         return modules
 
 
-def packed_inputs(base: Description) -> list[int]:
+def packed_inputs(base: Description, requantize: bool) -> list[int]:
     """Input widths of the linear layers that the family's first 4-bit format packs."""
-    forms = (ExportFormat(name) for name in FORMATS if name in base.family.formats)
+    native = None if base.native is None or requantize else base.native.group_size
+    forms = (
+        ExportFormat(name, FLOAT4_GROUP if name == FLOAT4 else native or 32, requantize=requantize)
+        for name in FORMATS
+        if name in base.family.formats
+    )
     form = next((form for form in forms if form.is_packed), None)
     return [] if form is None else Export(base, base.widths, form).packed_inputs

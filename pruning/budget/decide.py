@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.errors import InputError, choose
-from pruning.budget.alignment import best_channels, check_block, legal_minimum
+from pruning.budget.alignment import best_channels, check_block, legal_minimum, of_groups
 from pruning.budget.apportion import apportion
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.optimum import SOLVERS
@@ -84,7 +84,7 @@ def plan_pruning(
 
 
 def _filled(options: PlanOptions) -> PlanOptions:
-    block = options.block or 1
+    block = options.block or options.grid or 1
     return dataclasses.replace(
         part_of(options, PlanOptions),
         criterion=options.criterion or "shapley",
@@ -106,7 +106,10 @@ def _problem(
     """What the width policy reads, and the super-channels, bool [L, E, F]."""
     shape = layers, experts, d_expert = statistics.shape
     assert options.block and options.minimum and options.criterion and options.attribution
+    grid = options.grid or 1
     check_block(options.block, d_expert)
+    if options.block % grid:
+        raise InputError(f"block={options.block} must be a multiple of grid={grid}")
     least = legal_minimum(options.minimum, options.block, d_expert)
     budget = _budget(options, channels, math.prod(shape))
     always = experts if options.keep_experts else experts_per_token
@@ -118,11 +121,15 @@ def _problem(
         attribution=options.attribution,
         seed=options.seed,
     )
+    scores = scores.replace(  # type: ignore[attr-defined]
+        channel=of_groups(scores.channel, grid)
+    )
     # The experts of largest attribution are reserved, ties to the lower index.
     rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
     most = limits.most((layers, experts), d_expert)
     limits.check_experts((layers, experts), experts_per_token)
     outliers = _outliers(scores.channel, statistics, options.criterion)
+    outliers = of_groups(outliers, grid) > 0  # a group goes as one
     reserved = reserve(
         rank < always,
         outliers & (most >= least)[:, :, None],

@@ -121,7 +121,7 @@ def apply(command: Parser) -> None:
     )
     _model(command)
     add_group(command, RunOptions, "output", "overwrite", title="Output")
-    add_group(command, ExportOptions, "export", "bits", "group_size", "mtp")
+    add_group(command, ExportOptions, "export", "bits", "group_size", "requantize", "mtp")
 
 
 def evaluate(command: Parser) -> None:

@@ -143,6 +143,7 @@ def apply(options: Options) -> Outcome:
         export=recipe.export,
         bits=recipe.bits,
         group_size=recipe.group_size,
+        requantize=recipe.requantize,
         mtp=recipe.mtp,
         overwrite=recipe.overwrite,
         steps=_steps(options),

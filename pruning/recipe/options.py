@@ -214,6 +214,13 @@ class ExportOptions(Options):
             "calibration text close, at the cost of two more passes over it"
         ),
     ] = "rtn"
+    requantize: Annotated[
+        bool,
+        About(
+            "round all linear layers of a model that is stored in 4-bit groups anew; without it "
+            "int4 exports take its codes over, and what it stores in 16 bits stays so"
+        ),
+    ] = False
     mtp: Annotated[
         Literal["drop", "keep", "prune"],
         About(

@@ -128,6 +128,14 @@ class PlanOptions(Options):
     keep_experts: Annotated[
         bool, About("empty no expert: each keeps at least --minimum channels")
     ] = False
+    grid: Annotated[
+        int | None,
+        About(
+            "channels stay or go in whole groups of so many neighbours; default 1, or the group "
+            "size of a model that is stored in 4-bit groups whose codes an export takes over",
+            least=1,
+        ),
+    ] = None
     emptied: Annotated[
         Literal["zero", "mean"],
         About(

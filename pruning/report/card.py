@@ -6,9 +6,9 @@ from typing import Any
 
 from pruning.budget.record import recorded_options
 from pruning.kit.words import percent
-from pruning.report.compression_tables import check_result
 from pruning.report.html import render
 from pruning.report.loading import Loading
+from pruning.report.phrases import check_result, second_rounding
 from pruning.text.held_out import not_held_out
 
 Quality = Mapping[str, Mapping[str, Mapping[str, Any]]]  # text -> model -> field -> value
@@ -88,6 +88,10 @@ class FolderFacts:
       bytes: of weight files and index.
       mtp: what has become of the layers that predict further tokens, None if the base has none.
       mtp_width: channels of each of their experts.
+      native: whether the codes of a base in 4 bits were taken over.
+      requantize: whether that was refused.
+      rounded_again: relative squared error of rounding weights that the base stores in few bits, 0
+        if none was; None if it stores 16 bits, or the folder does.
     """
 
     written_as: str
@@ -99,6 +103,9 @@ class FolderFacts:
     bytes: int
     mtp: str | None
     mtp_width: int
+    native: bool
+    requantize: bool
+    rounded_again: float | None
 
     @property
     def shape(self) -> str:
@@ -150,6 +157,9 @@ def model_card(facts: CardFacts) -> str:
         sizes=_sizes(facts),
         quality=_quality(facts.quality or {}),
         evaluation=facts.evaluation,
+        rounded_again=""
+        if facts.folder.rounded_again is None
+        else second_rounding(facts.folder.rounded_again),
         seen_warning=not_held_out(facts.evaluation.get("seen", {})),
         checks=[[c["check"], check_result(c), c["detail"]] for c in facts.checks],
         made=_made(facts),
@@ -237,4 +247,5 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values |= {"export": [folder.form], "bits": 16 if folder.group_size is None else 4}
     if folder.group_size is not None:
         values |= {"group_size": folder.group_size, "quantizer": folder.quantizer}
+        values |= {"requantize": True} if folder.requantize else {}
     return values

@@ -35,6 +35,7 @@ def apply_plan(
     export: Sequence[FormatName] = (),
     bits: Literal[4, 16] = 4,
     group_size: int | None = None,
+    requantize: bool = False,
     mtp: Literal["drop", "keep", "prune"] = "drop",
     overwrite: bool = False,
     steps: Steps | None = None,
@@ -51,6 +52,7 @@ def apply_plan(
       export: formats to write; default ragged-int4, or ragged-bf16 where `bits` is 16.
       bits: 4 or 16; 4-bit weights are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
+      requantize: round what the model stores in 4-bit groups a second time, as in a recipe.
       mtp: what becomes of layers that predict further tokens, as in a recipe.
       overwrite: replace an output folder of ours.
       steps: where progress goes; default stderr.
@@ -65,7 +67,7 @@ def apply_plan(
       VerificationError: an export differs from the model in memory; it is kept.
     """
     given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
-    given |= {"mtp": mtp, "overwrite": overwrite}
+    given |= {"mtp": mtp, "overwrite": overwrite, "requantize": requantize}
     given |= {"group_size": group_size} if group_size else {}
     with only_writer(output):
         return _apply(Path(plan), model, given, steps or Steps())

@@ -88,6 +88,8 @@ class TensorComparison:
 
     def __init__(self, folder: Path, export: Export, *, with_codes: bool = True):
         self._stored, self._specs = SafetensorsFolder(folder), export.specs
+        # Codes that are taken over come with the scales of whoever chose them.
+        self._least_scale = MIN_SCALE if export.native is None else 0.0
         self._unknown = frozenset() if with_codes else _packed(export)
         self.names = frozenset(self._specs) | frozenset(self._stored.names)
         self._problems = {name: self._header_problem(name) for name in self.names}
@@ -130,10 +132,10 @@ class TensorComparison:
         for first in range(0, flat.size, PART):
             part = flat[first : first + PART]
             found = self._stored.read_part(name, first, part.shape)
-            if name.endswith("_scale") and not (fits := np.abs(found) >= MIN_SCALE).all():
+            if name.endswith("_scale") and not (fits := np.abs(found) >= self._least_scale).all():
                 at = int(np.argmin(fits))
                 place = _place(first + at, wanted.shape)
-                return f"{name}{place} is a scale of {found[at]}, less than {MIN_SCALE}"
+                return f"{name}{place} is a scale of {found[at]}, less than {self._least_scale}"
             if name in self._unknown:
                 continue
             differs = found.view(np.uint8) != part.view(np.uint8)

@@ -121,5 +121,6 @@ def resolved(recipe: CompressionRecipe, base: Description) -> ResolvedRecipe:
     """The recipe with every default that depends on the model filled in; InputError as there."""
     c = base.config
     formats = base.family.formats
-    inputs = packed_inputs(base)
-    return recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, inputs, formats)
+    inputs = packed_inputs(base, recipe.requantize)
+    native = None if base.native is None else base.native.group_size
+    return recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, inputs, formats, native)

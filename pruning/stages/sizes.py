@@ -36,7 +36,8 @@ def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Description)
 def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = None) -> ExportFormat:
     """The export format of this name under a resolved recipe and, once there is one, its plan."""
     constants = recipe.emptied == "mean" if plan is None else plan.constants is not None
-    return ExportFormat(name, recipe.group_size or 32, constants, recipe.mtp)
+    group = recipe.group_size or 32
+    return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize)
 
 
 def export_of(base: Description, plan: PruningPlan, form: ExportFormat) -> Export:
