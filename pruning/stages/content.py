@@ -14,6 +14,7 @@ from convert.reader import INDEX, CheckpointError, SafetensorsFolder, read_json
 from convert.writer import side_files
 from moe_jax.quant import MIN_SCALE
 from pruning.kit.words import amount
+from pruning.stages.card import ROUNDING
 
 NAMED = 5  # problems that a check names
 PART = 16 << 20  # elements of a tensor read at once
@@ -40,7 +41,7 @@ def file_problems(folder: Path, export: Export) -> list[str]:
         elif not filecmp.cmp(folder / name, path, shallow=False):
             problems.append(f"{name} is not that of {path}")
     problems += config_problems(folder, export)
-    known = {*ours, "config.json", INDEX}
+    known = {*ours, "config.json", INDEX, ROUNDING}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
