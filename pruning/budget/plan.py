@@ -85,8 +85,8 @@ class PruningPlan:
         return _share(channel, self.keep, axis=(1, 2))
 
     @property
-    def tensors_hash(self) -> str:
-        """SHA-256 of plan.safetensors, 64 hexadecimal digits."""
+    def content_hash(self) -> str:
+        """SHA-256 of plan.safetensors: of all that the plan does to a model, not of why."""
         return hashlib.sha256(save(self._named())).hexdigest()
 
     def _named(self) -> dict[str, np.ndarray]:
@@ -99,7 +99,7 @@ class PruningPlan:
 
     def is_same(self, other: "PruningPlan") -> bool:
         """Whether both keep the same, put the same in place of the rest, and say the same of it."""
-        return (self.tensors_hash, self.provenance) == (other.tensors_hash, other.provenance)
+        return (self.content_hash, self.provenance) == (other.content_hash, other.provenance)
 
     def require_model(self, model_hash: str) -> None:
         """Refuse to prune a model that the plan was not made for.

@@ -120,7 +120,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
 def _plan_facts(plan: PruningPlan) -> PlanFacts:
     counts = plan.counts
     return PlanFacts(
-        hash=plan.tensors_hash,
+        hash=plan.content_hash,
         provenance=plan.provenance,
         channels=int(plan.keep.size),
         kept=int(counts.sum()),
