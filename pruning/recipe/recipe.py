@@ -1,10 +1,11 @@
 """A compression run as one value: all option groups together, and the same resolved for a model."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 
@@ -24,6 +25,7 @@ from pruning.recipe.options import (
 )
 from pruning.recipe.values import NEEDS_TEXT
 
+TEXTS = ("calibration", "evaluation")  # options that name files
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 
 
@@ -99,6 +101,12 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 return group
         return GROUP_SIZES[-1]
 
+    def placed(self) -> Self:
+        """The recipe with absolute paths, which mean the same from every working directory."""
+        texts = {name: tuple(map(_absolute, getattr(self, name))) for name in TEXTS}
+        model = self.model if self.model == "demo" else _absolute(self.model)
+        return dataclasses.replace(self, model=model, output=_absolute(self.output), **texts)
+
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""
         values = {
@@ -126,8 +134,16 @@ class ResolvedRecipe(CompressionRecipe):
     evaluation_tokens: Annotated[int, about(TextOptions, "evaluation_tokens")] = EVALUATION_TOKENS
 
 
+def _absolute(path: str) -> str:
+    # FILE=WEIGHT becomes absolute like any other path.
+    return os.path.abspath(path)
+
+
 def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
     """Read a YAML recipe; `overrides` win over the file.
+
+    Relative paths in one that a person wrote are relative to the working directory, like those of
+    the command line; ours are stored absolute.
 
     Raises:
       InputError: not a mapping, or a key that no recipe has.

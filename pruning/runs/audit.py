@@ -24,6 +24,7 @@ from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
+from pruning.stages.model_record import identify
 from pruning.stages.stored import stored_recipe
 from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows
@@ -83,6 +84,7 @@ def audit(
     steps = steps or Steps()
     if isinstance(source, CompressionRecipe):
         job = open_job(source)
+        identify(job.base, job.output, steps)
         preflight.prepare(job, steps, exports=False)
         statistics, _ = scoring.score(job, steps)
         target = job.output
@@ -95,6 +97,7 @@ def audit(
                 "on text; score the model with --calibration"
             )
         job = open_job(recipe)
+        identify(job.base, folder, steps)
         statistics, _ = scoring.stored_statistics(folder, job.base)
         target = Path(output or folder)
     sample = {"experts": experts, "channels": channels, "tokens": tokens}

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.measure import measure
+from pruning.stages.model_record import identify
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows
 
@@ -77,15 +77,15 @@ def compare(
     with steps.bar("open"):
         # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
         job = _open(dataclasses.replace(recipe, bits=16, export=()))
+    identify(job.base, job.output, steps)
     texts = job.evaluation
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --evaluation")
     budgets = _budgets(job, rates)
-    key = _key(job, texts)
-    earlier = _earlier(job.output / "compare.json", key, overwrite=recipe.overwrite)
+    earlier = _earlier(job, texts)
     preflight.prepare(job, steps, exports=False)
     statistics, provenance = scoring.score(job, steps)
-    found = earlier or Comparison(key=key, dense={}, results=(), refused=())
+    found = earlier or Comparison(key=_key(job, texts), dense={}, results=(), refused=())
     tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
     done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}
     tasks = [task for task in tasks if (task.rule, task.rate, task.seed) not in done]
@@ -155,13 +155,14 @@ def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
     }
 
 
-def _earlier(path: Path, key: dict, *, overwrite: bool) -> Comparison | None:
+def _earlier(job: Job, texts: Mapping[str, Windows]) -> Comparison | None:
+    path = job.output / "compare.json"
     if not path.is_file():
         return None
-    found = Comparison.load(path)
+    found, key = Comparison.load(path), _key(job, texts)
     if found.key == key:
         return found
-    if overwrite:
+    if job.recipe.overwrite:
         return None
     differ = [name for name in key if found.key.get(name) != key[name]]
     raise InputError(

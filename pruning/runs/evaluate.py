@@ -16,6 +16,7 @@ from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
 from pruning.stages.job import DTYPES
+from pruning.stages.made_by import say_stale
 from pruning.stages.measure import measure, read_tokens
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.text.calibration import TextSource
@@ -59,10 +60,11 @@ def evaluate(
     """
     folder, steps = Path(folder), steps or Steps()
     _check(folder, texts, rates, window, stride, evaluation_tokens, batch)
+    say_stale(folder, steps)
     plans, statistics = [], None
     if rates:
         recipe = stored_recipe(folder)
-        base = stored_base(recipe)
+        base = stored_base(recipe, steps)
         plans, statistics = stored_plans(folder, recipe, base, rates)
     else:
         base = open_checkpoint(model_folder(str(folder)))

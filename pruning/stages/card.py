@@ -25,6 +25,7 @@ from pruning.report.card import (
     model_card,
 )
 from pruning.report.loading import Loading
+from pruning.stages.made_by import MADE_BY, provenance_text
 from pruning.stages.sizes import export_of, folder_bytes
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
@@ -34,8 +35,10 @@ INHERITED = ("license", "license_name", "license_link", "language")
 def card_files(
     base: Checkpoint, plan: PruningPlan, form: ExportFormat, *, quantizer: str
 ) -> dict[str, str | Path]:
-    """Files of a new export by name: its card, on which nothing is measured yet, and the base's."""
+    """Files of a new export by name: its card, on which nothing is measured yet, the base's, and by
+    which plan it is made."""
     files: dict[str, str | Path] = {CARD: model_card(card_facts(base, plan, form, quantizer))}
+    files[MADE_BY] = provenance_text(base, plan)
     if (base.about.folder / CARD).is_file():
         files[BASE_CARD] = base.about.folder / CARD
     return files

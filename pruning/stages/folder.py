@@ -11,6 +11,7 @@ from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.stages.job import Job
+from pruning.stages.made_by import stale_exports
 from pruning.stages.score import find_statistics
 from pruning.text.calibration import TextSource
 from pruning.text.windows import text_hashes
@@ -18,7 +19,7 @@ from pruning.text.windows import text_hashes
 # All that a run writes, in the order of removal: while a report is there a folder counts as
 # finished, so what a killed removal leaves is never taken for an interrupted run.
 OURS = ("exports", "plans", "parts", "plan.*", "compare.*", "statistics.*", "report.html")
-OURS += ("report.json",)
+OURS += ("report.json", "model.json")
 OURS += ("audit.*", "ablations.jsonl", "sweep.*")
 RECIPE = "recipe.yaml"
 
@@ -31,7 +32,8 @@ def is_interrupted(job: Job) -> bool:
     """
     texts = [TextSource.parse(text).path for text in job.recipe.calibration]
     read = (job.base.about.folder, *texts, *map(Path, job.recipe.evaluation))
-    return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
+    unfinished = lambda: not (job.output / "report.json").exists()  # noqa: E731
+    return may_resume(job.recipe, read, unfinished, lambda: has_moved(job))
 
 
 def is_finished(job: Job) -> bool:
@@ -40,8 +42,9 @@ def is_finished(job: Job) -> bool:
     return (
         not recipe.overwrite
         and all((job.output / name).exists() for name in written)
-        and _same_recipe(job.output / RECIPE, recipe)
+        and _same_recipe(job.output / RECIPE, recipe, lambda: has_moved(job))
         and find_statistics(job) is not None
+        and not _are_stale(job.output)
         and _reported_texts(job.output) == text_hashes(job.evaluation)
     )
 
@@ -53,8 +56,20 @@ def _reported_texts(output: Path) -> dict[str, str] | None:
         return None
 
 
+def has_moved(job: Job) -> bool:
+    """Whether the output folder was measured on this very model, wherever that was."""
+    try:
+        measured = read_json(job.output / "statistics.json").get("model_hash")
+    except (InputError, OSError):
+        return False
+    return measured == job.base.fingerprint
+
+
 def may_resume(
-    recipe: CompressionRecipe, read: Iterable[Path], unfinished: Callable[[], bool]
+    recipe: CompressionRecipe,
+    read: Iterable[Path],
+    unfinished: Callable[[], bool],
+    moved: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Whether the output folder is to be gone on with, rather than made or replaced.
 
@@ -62,6 +77,7 @@ def may_resume(
       recipe: resolved; names the output folder.
       read: files and folders that the run reads.
       unfinished: whether a folder of the same recipe lacks something.
+      moved: whether a model that the recipe has at another place is the same one.
 
     Raises:
       InputError: the folder holds something else that may not be replaced, or what is read.
@@ -79,7 +95,7 @@ def may_resume(
             f"output={output} already exists and is no output folder of ours (it has no {RECIPE}), "
             "so --overwrite leaves it alone too; name another folder"
         )
-    if _same_recipe(output / RECIPE, recipe) and unfinished():
+    if _same_recipe(output / RECIPE, recipe, moved) and unfinished():
         return True
     if not recipe.overwrite:
         raise InputError(
@@ -89,12 +105,14 @@ def may_resume(
     return False
 
 
-def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
+def _same_recipe(path: Path, recipe: CompressionRecipe, moved: Callable[[], bool]) -> bool:
     try:
-        stored = load_recipe(path, overwrite=recipe.overwrite)
+        stored = load_recipe(path, overwrite=recipe.overwrite, output=recipe.output)
         # How much of the evaluation texts is read decides no earlier stage.
         same = dataclasses.replace(stored, evaluation_tokens=recipe.evaluation_tokens)
-        return dataclasses.asdict(same) == dataclasses.asdict(recipe)
+        stored, asked = (dataclasses.asdict(one.placed()) for one in (same, recipe))
+        differ = [name for name in stored if stored[name] != asked[name]]
+        return not differ or (differ == ["model"] and moved())
     except InputError:  # of another version, or edited
         return False
 
@@ -107,7 +125,7 @@ def make_output(recipe: CompressionRecipe, *, resumed: bool) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     output.mkdir(parents=True, exist_ok=True)
     clear_leftovers(output)
-    replace_text(output / RECIPE, recipe.to_yaml())
+    replace_text(output / RECIPE, recipe.placed().to_yaml())
 
 
 def clear_leftovers(output: Path) -> None:
@@ -140,3 +158,12 @@ def drop_stale_exports(output: Path, plan: PruningPlan) -> None:
         stored = None
     if stored is None or not stored.is_same(plan):
         shutil.rmtree(output / "exports", ignore_errors=True)
+    for export in stale_exports(output, plan):  # of a plan between two that are alike
+        shutil.rmtree(export)
+
+
+def _are_stale(output: Path) -> bool:
+    try:
+        return bool(stale_exports(output, PruningPlan.load(output)))
+    except (InputError, OSError):
+        return False
