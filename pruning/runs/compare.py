@@ -12,6 +12,7 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
+from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, quality_of
 from pruning.recipe.options import COMPARED_TOKENS
@@ -232,8 +233,8 @@ def _run_group(
     for task in group:
         try:
             planned.append((task, _plan(job, statistics, provenance, task, budgets[task.rate])))
-        except InputError as error:
-            # A budget may be too small for whole experts: the other rules go on.
+        except BudgetError as error:
+            # It may be too small for whole experts: the other rules go on.
             refused.append(Result(task.rule, task.rate, task.seed, reason=str(error)))
     if not planned:
         return [], refused
