@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from pruning.stages.job import Job, open_job
 from pruning.stages.measure import measure
 from pruning.stages.model_record import identify
 from pruning.text.held_out import seen_shares
-from pruning.text.windows import Windows
+from pruning.text.windows import Windows, text_hashes
 
 STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
 GROUP = 16  # plans per group at most: results are saved after each
@@ -136,23 +136,18 @@ def _sizes(job: Job) -> dict[str, int]:
 
 
 def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
+    # Contents alone: texts and a model that have moved are the same.
+    text, valid = job.calibration.tokens, job.calibration.valid
     return {
-        "model": job.recipe.model,
         "model_hash": job.base.fingerprint,
         "dtype": job.recipe.dtype,
         "block": job.recipe.block,
         "window": job.recipe.window,
         "seed": job.recipe.seed,
-        "calibration_tokens": job.calibration.total,
-        "calibration": [source["sha256"] for source in job.calibration.sources],
-        "evaluation": {
-            name: {
-                "tokens": int(windows.scored.sum()),
-                "crc32": zlib.crc32(windows.tokens.tobytes()),
-                "stride": windows.stride,
-            }
-            for name, windows in texts.items()
-        },
+        "calibration": sha256(text.tobytes() + valid.tobytes()).hexdigest(),
+            calibration.tokens.tobytes() + calibration.valid.tobytes()
+        ).hexdigest(),
+        "evaluation": text_hashes(texts),
     }
 
 

@@ -111,11 +111,11 @@ def test_another_model_at_the_place_of_ours_is_refused(models, model, texts, tmp
 def test_inspect_reads_headers_and_the_weights_on_request(models, capsys, monkeypatch):
     expected = open_checkpoint(models / "single").fingerprint
     capsys.readouterr()
-    assert run("--json", "inspect", models / "single", "--fingerprint") == 0
+    assert run("inspect", models / "single", "--fingerprint", "--json") == 0
     assert json.loads(capsys.readouterr().out)["fingerprint"] == expected
     monkeypatch.delattr(SafetensorsFolder, "read_part")
     monkeypatch.delattr(Checkpoint, "hash_weights")
-    assert run("--json", "inspect", models / "single") == 0
+    assert run("inspect", models / "single", "--json") == 0
     assert "fingerprint" not in json.loads(capsys.readouterr().out)
 
 
