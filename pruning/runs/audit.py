@@ -31,6 +31,7 @@ from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows
 
 RECORD = "ablations.jsonl"
+MEASURED = frozenset(("layer", "expert", "channel", "reroute", "dense", "loss"))  # of a line there
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions
 EVALUATION_TEXTS = 3  # beside the calibration text
 TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
@@ -255,7 +256,13 @@ def _lines(record: Path) -> list[dict[str, Any]]:
     if lines and not lines[-1].endswith("\n"):
         replace_text(record, "".join(lines[:-1]))
         lines.pop()
-    try:
-        return [dict(parse_json(line)) for line in lines]
-    except (InputError, TypeError, ValueError) as error:
-        raise InputError(f"{record} is damaged ({error}); remove it, and measure again") from None
+    found = []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = parse_json(text)
+        except InputError:
+            line = None
+        if not isinstance(line, dict) or not ("model_hash" in line or MEASURED <= line.keys()):
+            raise InputError(f"{record}:{number} is damaged; remove the file, and measure again")
+        found.append(line)
+    return found

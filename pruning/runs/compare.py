@@ -145,8 +145,6 @@ def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
         "window": job.recipe.window,
         "seed": job.recipe.seed,
         "calibration": sha256(text.tobytes() + valid.tobytes()).hexdigest(),
-            calibration.tokens.tobytes() + calibration.valid.tobytes()
-        ).hexdigest(),
         "evaluation": text_hashes(texts),
     }
 

@@ -206,7 +206,7 @@ def test_a_record_keeps_what_was_measured_under_every_key(scored, tmp_path, caps
     record = out / audit_stage.RECORD
     record.write_text(record.read_text() + '{"layer"')  # killed in the middle of a line
     assert left(64) == ("0", first)
-    record.write_text("[]\n")
-    assert "ablations.jsonl is damaged" in command.refused(
-        capsys, out, "audit", scored, "--experts", 2, "--output", out
-    )
+    for line in ("[]", "{", "{}", "1"):
+        record.write_text(line + "\n")
+        shown = command.refused(capsys, out, "audit", scored, "--experts", 2, "--output", out)
+        assert "ablations.jsonl:1 is damaged; remove the file" in shown
