@@ -103,9 +103,10 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
 
     def placed(self) -> Self:
         """The recipe with absolute paths, which mean the same from every working directory."""
-        texts = {name: tuple(map(_absolute, getattr(self, name))) for name in TEXTS}
-        model = self.model if self.model == "demo" else _absolute(self.model)
-        return dataclasses.replace(self, model=model, output=_absolute(self.output), **texts)
+        absolute = os.path.abspath  # of FILE=WEIGHT as of any other path
+        texts = {name: tuple(map(absolute, getattr(self, name))) for name in TEXTS}
+        model = self.model if self.model == "demo" else absolute(self.model)
+        return dataclasses.replace(self, model=model, output=absolute(self.output), **texts)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""
@@ -132,11 +133,6 @@ class ResolvedRecipe(CompressionRecipe):
     ] = "free"
     window: Annotated[int, about(TextOptions, "window")] = 2048
     evaluation_tokens: Annotated[int, about(TextOptions, "evaluation_tokens")] = EVALUATION_TOKENS
-
-
-def _absolute(path: str) -> str:
-    # FILE=WEIGHT becomes absolute like any other path.
-    return os.path.abspath(path)
 
 
 def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
