@@ -12,6 +12,7 @@ import numpy as np
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.description import Description, describe
 from convert.disk_layer import layer_on_disk
+from convert.fingerprint import WeightsHash, fingerprint
 from convert.layout import BFLOAT16
 from convert.mtp import mtp_prefixes
 from convert.reader import CheckpointError, SafetensorsFolder
@@ -26,8 +27,6 @@ from convert.view import FLOATS, View
 from convert.views import open_views
 from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
-from moe_jax.quant import dequantize
-from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
 
 
@@ -38,6 +37,8 @@ class Checkpoint:
 
     Attributes:
       about: what it is, without its weights.
+      tensors: its files.
+      weights_hash: that of `hash_weights`; None if nobody asked yet.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Checkpoint:
         dtype=None,
     ):
         self.about = about
-        self._tensors = tensors
+        self.tensors = tensors
         self._views = views
         self._mtp = mtp
         self._pool = pool_shape(about.config, about.widths)
@@ -57,7 +58,8 @@ class Checkpoint:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._last: int | None = None
-        self._checked: frozenset[str] = frozenset()
+        self._checked: frozenset[str] = frozenset()  # names of what holds no NaN
+        self.weights_hash: str | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -86,10 +88,23 @@ class Checkpoint:
         norm = Centred(norm) if self.config.centred_norms else norm
         return embedding, Head(norm=norm, weight=weight, norm_eps=self.config.norm_eps)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Hash of config.json, all headers and a sample of every tensor."""
-        return self._tensors.fingerprint()
+        """Hash of every weight and of what config.json says; see `convert.fingerprint`."""
+        return fingerprint(self.about.hf_config, self.hash_weights())
+
+    def hash_weights(self, on_bytes: Callable[[int, int], None] | None = None) -> str:
+        """SHA-256 of all tensors; reads them unless `check_finite` did or `weights_hash` is set.
+
+        Args:
+          on_bytes: called with the bytes done and the bytes in all.
+
+        Raises:
+          CheckpointError: a file ended early.
+        """
+        if self.weights_hash is None:
+            self.weights_hash = WeightsHash(self.tensors).finish(on_bytes)
+        return self.weights_hash
 
     def layer(self, index: int) -> DecoderLayer:
         """Read one decoder layer.
@@ -137,7 +152,7 @@ class Checkpoint:
     def check_finite(
         self, on_tensor: Callable[[int, int], None] | None = None, *, mtp: bool = False
     ) -> None:
-        """Read every tensor once, one in memory at a time; later reads are not checked again.
+        """Read every tensor once, two in memory at a time, for later reads and `weights_hash`.
 
         Args:
           on_tensor: called with the tensors done and the tensors in all.
@@ -147,17 +162,19 @@ class Checkpoint:
           CheckpointError: naming every tensor that holds NaN or infinity.
         """
         problems: list[str] = []
-        views = self._views | (self._mtp if mtp else {})
-        for done, (name, view) in enumerate(views.items(), 1):
-            try:
-                self._finite(name, view)
-            except CheckpointError as error:
-                problems.extend(error.problems)
-            if on_tensor:
-                on_tensor(done, len(views))
+        views, weights = self._views | (self._mtp if mtp else {}), WeightsHash(self.tensors)
+        with weights.watching():
+            for done, (name, view) in enumerate(views.items(), 1):
+                try:
+                    self._finite(name, view)
+                except CheckpointError as error:
+                    problems.extend(error.problems)
+                if on_tensor:
+                    on_tensor(done, len(views))
         if problems:
             raise CheckpointError(self.about.folder, problems)
         self._checked |= views.keys()
+        self.weights_hash = weights.finish()
 
     def _finite(self, name: str, view: View) -> np.ndarray:
         array = view.read()
@@ -285,12 +302,3 @@ def layer_tensors(
     """
     family = source.about.family if isinstance(source, Checkpoint) else source
     return layer_on_disk(family, layer, index)
-
-
-def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
-    """Embedding, final norm and, unless it is tied, the output projection, with HF names."""
-    yield EMBEDDING, np.asarray(source.embedding.weight)
-    norm = source.head.norm
-    yield FINAL_NORM, np.asarray(norm.offset if isinstance(norm, Centred) else norm)
-    if not source.config.tie_embeddings:
-        yield LM_HEAD, np.asarray(dequantize(source.head.weight))

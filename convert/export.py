@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import outer_tensors
 from convert.description import Description
+from convert.disk_layer import outer_tensors
 from convert.export_format import FLOAT4, FLOAT4_GROUP, FORMATS, ExportFormat, Widths
 from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged

@@ -1,9 +1,8 @@
 """Strict, lazy reading of safetensors folders: headers first, then one tensor at a time."""
 
-import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from convert.headers import TensorSpec, parse_header, read_header
 from moe_jax.errors import InputError
 from moe_jax.json_files import parse_json
 
-SAMPLE = 4096  # bytes of each tensor that enter the fingerprint
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -66,6 +64,11 @@ class SafetensorsFolder:
     Args:
       path: a folder.
 
+    Attributes:
+      on_read: called with what is read: name of the tensor, first byte inside it, array.
+      stamps: what the file system said of every weight file when it was opened: size, times of
+        change in ns, inode. No write leaves all of them as they were.
+
     Raises:
       CheckpointError: listing every defect of the headers and of the index.
     """
@@ -75,14 +78,15 @@ class SafetensorsFolder:
         if not self.folder.is_dir():
             raise CheckpointError(self.folder, ["is not a folder; pass a downloaded checkpoint"])
         problems: list[str] = []
-        self._headers: dict[str, bytes] = {}
+        self.on_read: Callable[[str, int, np.ndarray], None] | None = None
+        self.stamps: dict[str, list[int]] = {}
         self._specs: dict[str, TensorSpec] = {}
         weight_map = self._weight_map(problems)
         files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
         for file in files:
             self._add_file(file, problems)
         if weight_map is not None:
-            problems += _index_problems(weight_map, self._specs, set(self._headers))
+            problems += _index_problems(weight_map, self._specs, set(self.stamps))
         if problems:
             raise CheckpointError(self.folder, problems)
 
@@ -127,21 +131,9 @@ class SafetensorsFolder:
                 if not got:
                     raise CheckpointError(self.folder, [f"{spec.file} ended inside {name}"])
                 done += got
+        if self.on_read:
+            self.on_read(name, start - spec.start, out)
         return out
-
-    def fingerprint(self) -> str:
-        """SHA-256 over config.json, the headers and the first 4 KiB of every tensor."""
-        digest = hashlib.sha256()
-        config = self.folder / "config.json"
-        digest.update(config.read_bytes() if config.exists() else b"")
-        for file in sorted(self._headers):
-            digest.update(self._headers[file])
-            specs = [spec for spec in self._specs.values() if spec.file == file]
-            with open(self.folder / file, "rb", buffering=0) as stream:
-                for spec in sorted(specs, key=lambda spec: spec.start):
-                    stream.seek(spec.start)
-                    digest.update(stream.read(min(SAMPLE, spec.stop - spec.start)) or b"")
-        return digest.hexdigest()
 
     def _weight_map(self, problems: list[str]) -> dict[str, str] | None:
         """Name -> shard of the index; None if the folder holds a single file."""
@@ -169,14 +161,15 @@ class SafetensorsFolder:
             if file != SINGLE:
                 problems.append(f"shard {file} is missing; download it again")
             return
+        told = path.stat()
         try:
             header, start = read_header(path)
         except ValueError as error:
             problems.append(f"{file}: {error}")
             return
-        self._headers[file] = header
+        self.stamps[file] = [told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino]
         found: list[str] = []
-        specs = parse_header(header, file, start, path.stat().st_size, found)
+        specs = parse_header(header, file, start, told.st_size, found)
         problems += [f"{file}: {problem}" for problem in found]
         for name in sorted(specs.keys() & self._specs.keys()):
             problems.append(f"{name} is in both {self._specs[name].file} and {file}")

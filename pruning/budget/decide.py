@@ -19,6 +19,7 @@ from pruning.budget.problem import Allocation, Limits, Planner, Problem
 from pruning.budget.record import plan_record
 from pruning.budget.whole_experts import replacement_vectors
 from pruning.budget.widths import WIDTHS, with_layer_budgets
+from pruning.kit.errors import BudgetError
 from pruning.recipe.options import PlanOptions, part_of
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import channel_scores
@@ -227,7 +228,7 @@ def _check_floor(
         )
     needed = layers * experts_per_token * least
     if needed > budget:
-        raise InputError(
+        raise BudgetError(
             f"the budget of {budget} channels is below the {needed} that {experts_per_token} "
             f"experts of {least} channels in each of {layers} layers need; "
             "lower the prune rate, the minimum or the block"

@@ -224,3 +224,7 @@ def completion(command: Parser) -> None:
 def inspect(command: Parser) -> None:
     """Arguments of `inspect`."""
     _model(command)
+    command.add_argument(
+        "--fingerprint", action="store_true",
+        help="also say what identifies the model, a hash for which all weights are read",
+    )  # fmt: skip

@@ -1,10 +1,11 @@
 """A compression run as one value: all option groups together, and the same resolved for a model."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 
@@ -24,6 +25,7 @@ from pruning.recipe.options import (
 )
 from pruning.recipe.values import NEEDS_TEXT
 
+TEXTS = ("calibration", "evaluation")  # options that name files
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 
 
@@ -126,6 +128,13 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 return group
         return GROUP_SIZES[-1]
 
+    def placed(self) -> Self:
+        """The recipe with absolute paths, which mean the same from every working directory."""
+        absolute = os.path.abspath  # of FILE=WEIGHT as of any other path
+        texts = {name: tuple(map(absolute, getattr(self, name))) for name in TEXTS}
+        model = self.model if self.model == "demo" else absolute(self.model)
+        return dataclasses.replace(self, model=model, output=absolute(self.output), **texts)
+
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""
         values = {
@@ -155,6 +164,9 @@ class ResolvedRecipe(CompressionRecipe):
 
 def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
     """Read a YAML recipe; `overrides` win over the file.
+
+    Relative paths in one that a person wrote are relative to the working directory, like those of
+    the command line; ours are stored absolute.
 
     Raises:
       InputError: not a mapping, or a key that no recipe has.

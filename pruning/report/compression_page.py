@@ -42,18 +42,24 @@ ONE_LEVEL = frozenset({
 EARLIER = "not measured: the report is of an earlier version"
 
 
-def save(report: CompressionReport, folder: Path) -> None:
-    """Write report.html, whole or not at all."""
-    replace_text(Path(folder) / "report.html", page(report))
+def save(report: CompressionReport, folder: Path, notice: str = "") -> None:
+    """Write report.html, whole or not at all; arguments as of `page`."""
+    replace_text(Path(folder) / "report.html", page(report, notice))
 
 
-def page(report: CompressionReport) -> str:
-    """The whole page, which loads nothing from anywhere."""
+def page(report: CompressionReport, notice: str = "") -> str:
+    """The whole page, which loads nothing from anywhere.
+
+    Args:
+      report: what it shows.
+      notice: a clause on what has changed since, shown first.
+    """
     loadings = {name: Loading(**found) for name, found in report.loading.items()}
     return render(
         "compression.html",
         title="Compression report",
         report=report,
+        notice=notice,
         terms=GLOSSARY,
         causes=causes_table(report.sizes, report.alone),
         sizes=sizes_table(report.sizes, report.model),

@@ -21,6 +21,7 @@ from pruning.stages import folder as output_folder
 from pruning.stages import preflight
 from pruning.stages.export import export
 from pruning.stages.job import resolved
+from pruning.stages.model_record import remember
 from pruning.stages.remarks import say_nothing_saved
 from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
@@ -78,7 +79,7 @@ def _apply(source: Path, model: str, given: dict[str, Any], steps: Steps) -> lis
         found = PruningPlan.load(source)
         # 16-bit weights, as in every other stage: the exports store these.
         base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
-        _require_fit(found, base)
+        _require_shape(found, base)
     recipe = _recipe(source, found, base, given)
     missing = _prepare(recipe, found, source, base, steps)
     preflight.say_mtp(base.about, recipe, steps)
@@ -105,9 +106,8 @@ def _write(
 apply = apply_plan  # its name on the command line
 
 
-def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
-    """Raise InputError unless the plan names this model and has its shape."""
-    plan.require_model(base.fingerprint)
+def _require_shape(plan: PruningPlan, base: Checkpoint) -> None:
+    """Raise InputError unless the plan has the shape of this model."""
     c = base.config
     wanted = (c.moe_layers, c.moe.num_experts, c.moe.d_expert)
     if (plan.layer_indices, *plan.keep.shape[1:]) != wanted:
@@ -160,7 +160,9 @@ def _prepare(
     say_nothing_saved(plan, wanted, steps)
     with steps.bar("check weights") as on_step:
         base.check_finite(on_step, mtp=recipe.mtp != "drop")
+    plan.require_model(base.fingerprint)
     output_folder.make_output(recipe, resumed=resumed)
+    remember(base, output)
     return missing
 
 

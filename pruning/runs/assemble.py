@@ -83,7 +83,7 @@ def assemble(found: Outcome) -> CompressionReport:
         recipe=_plain(dataclasses.asdict(recipe)),
         environment=_environment(),
         calibration=_calibration(found),
-        plan=dict(plan.provenance),
+        plan={**plan.provenance, "content_hash": plan.content_hash},
         layer_indices=list(plan.layer_indices),
         d_expert=int(plan.keep.shape[2]),
         counts=plan.counts.tolist(),

@@ -19,6 +19,7 @@ from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
 from pruning.stages.folder import clear_leftovers
 from pruning.stages.job import DTYPES
+from pruning.stages.made_by import say_stale
 from pruning.stages.measure import measure, read_tokens
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.stages.writer import only_writer
@@ -65,11 +66,12 @@ def evaluate(
     # A path forgets whether it began with "./".
     model, folder, steps = folder, Path(folder), steps or Steps()
     _check(folder, texts, rates, window, stride, evaluation_tokens, batch)
+    say_stale(folder, steps)
     with only_writer(folder) if len(rates) > 1 else nullcontext():
         plans, statistics = [], None
         if rates:
             recipe = stored_recipe(folder)
-            base = stored_base(recipe)
+            base = stored_base(recipe, steps)
             plans, statistics = stored_plans(folder, recipe, base, rates)
         else:
             base = open_checkpoint(model_folder(model))

@@ -1,5 +1,6 @@
 """The exports of the plan in a folder."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,13 @@ def _export_folder(
 ) -> list[Path]:
     recipe = stored_recipe(folder, **options)
     output_folder.clear_leftovers(folder)
-    plan, base = PruningPlan.load(folder), stored_base(recipe)
+    plan, base = PruningPlan.load(folder), stored_base(recipe, steps)
     exports = folder / "exports"
     preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
     codes = None
     if codes_folder(recipe) is not None:
-        codes = gptq_stage.quantize(open_job(recipe), plan, steps)
+        job = dataclasses.replace(open_job(recipe), base=base)  # identified
+        codes = gptq_stage.quantize(job, plan, steps)
     for name in recipe.export:
         form, target = form_of(recipe, name, plan), exports / name
         export(base, plan, form, target, steps, codes=codes, overwrite=overwrite)

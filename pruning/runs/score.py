@@ -6,6 +6,7 @@ from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
+from pruning.stages.model_record import identify
 from pruning.stages.sizes import folder_bytes
 from pruning.stages.writer import only_writer
 
@@ -42,6 +43,7 @@ def open_for(recipe: CompressionRecipe, steps: Steps) -> Job:
     """Open what a recipe needs, as a step that says what was read."""
     with steps.bar("open"):
         job = open_job(recipe)
+    identify(job.base, job.output, steps)
     about = job.base.about
     gigabytes = folder_bytes(about.folder) / 1e9
     steps.detail(f"  model: {about.folder}, {about.family.model_type}, {gigabytes:,.3f} GB")

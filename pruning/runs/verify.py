@@ -8,6 +8,7 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.stages.export import codes_folder
+from pruning.stages.made_by import require_current
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export, written_form
@@ -24,15 +25,16 @@ def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]
       The checks, all passed.
 
     Raises:
-      InputError: there is no plan or no export.
+      InputError: there is no plan or no export, or one was made by an older plan.
       VerificationError: an export does not hold what was meant.
     """
     folder, steps = Path(folder), steps or Steps()
     recipe = stored_recipe(folder)
-    base, plan = stored_base(recipe), PruningPlan.load(folder)
+    base, plan = stored_base(recipe, steps), PruningPlan.load(folder)
     folders = [path for name in FORMATS if (path := folder / "exports" / name).is_dir()]
     if not folders:
         raise InputError(f"{folder}/exports holds nothing; run `moe-compress export` first")
+    require_current(folder, plan)
     checks = []
     for target in folders:
         form = written_form(target, base.about, plan, form_of(recipe, target.name, plan))

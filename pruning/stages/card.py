@@ -29,6 +29,7 @@ from pruning.report.card import (
 )
 from pruning.report.loading import Loading
 from pruning.shrink.rounding import RoundingError
+from pruning.stages.made_by import MADE_BY, provenance_text
 from pruning.stages.sizes import export_of, folder_bytes
 
 BASE_CARD = "BASE_README.md"
@@ -54,6 +55,7 @@ def card_files(
     files: dict[str, Content] = {CARD: card}
     if again is not None:
         files[ROUNDING] = lambda: json.dumps({"relative_squared_error": again.relative}) + "\n"
+    files[MADE_BY] = provenance_text(base, plan)
     if (base.about.folder / CARD).is_file():
         files[BASE_CARD] = base.about.folder / CARD
     return files

@@ -13,6 +13,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.stages import writer
 from pruning.stages.job import Job
+from pruning.stages.made_by import stale_exports
 from pruning.stages.score import find_statistics
 from pruning.text.documents import TextSource
 from pruning.text.windows import text_hashes
@@ -27,7 +28,7 @@ OURS = (
     "plan.json", "plan.safetensors",
     "compare.json", "compare.csv", "compare.html",
     "statistics.json", "statistics.safetensors",
-    "report.html", "report.json",
+    "report.html", "report.json", "model.json",
     "audit.json", "audit.csv", "audit.html", "ablations.jsonl",
     "sweep.csv", "sweep.html",
 )  # fmt: skip
@@ -42,7 +43,8 @@ def is_interrupted(job: Job) -> bool:
     """
     texts = [TextSource.parse(text).path for text in job.recipe.calibration]
     read = (job.base.about.folder, *texts, *map(Path, job.recipe.evaluation))
-    return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
+    unfinished = lambda: not (job.output / "report.json").exists()  # noqa: E731
+    return may_resume(job.recipe, read, unfinished, lambda: has_moved(job))
 
 
 def is_finished(job: Job) -> bool:
@@ -51,8 +53,9 @@ def is_finished(job: Job) -> bool:
     return (
         not recipe.overwrite
         and all((job.output / name).exists() for name in written)
-        and _same_recipe(job.output / RECIPE, recipe)
+        and _same_recipe(job.output / RECIPE, recipe, lambda: has_moved(job))
         and find_statistics(job) is not None
+        and not _are_stale(job.output)
         and _reported_texts(job.output) == text_hashes(job.evaluation)
     )
 
@@ -64,8 +67,20 @@ def _reported_texts(output: Path) -> dict[str, str] | None:
         return None
 
 
+def has_moved(job: Job) -> bool:
+    """Whether the output folder was measured on this very model, wherever that was."""
+    try:
+        measured = read_json(job.output / "statistics.json").get("model_hash")
+    except (InputError, OSError):
+        return False
+    return measured == job.base.fingerprint
+
+
 def may_resume(
-    recipe: CompressionRecipe, read: Iterable[Path], unfinished: Callable[[], bool]
+    recipe: CompressionRecipe,
+    read: Iterable[Path],
+    unfinished: Callable[[], bool],
+    moved: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Whether the output folder is to be gone on with, rather than made or replaced.
 
@@ -73,6 +88,7 @@ def may_resume(
       recipe: resolved; names the output folder.
       read: files and folders that the run reads.
       unfinished: whether a folder of the same recipe lacks something.
+      moved: whether a model that the recipe has at another place is the same one.
 
     Raises:
       InputError: the folder holds something else that may not be replaced, or what is read.
@@ -89,7 +105,7 @@ def may_resume(
             f"output={output} already exists and is no output folder of ours (it has no {RECIPE}), "
             "so --overwrite leaves it alone too; name another folder"
         )
-    if _same_recipe(output / RECIPE, recipe) and unfinished():
+    if _same_recipe(output / RECIPE, recipe, moved) and unfinished():
         return True
     if not recipe.overwrite:
         raise InputError(
@@ -99,15 +115,17 @@ def may_resume(
     return False
 
 
-def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
+def _same_recipe(path: Path, recipe: CompressionRecipe, moved: Callable[[], bool]) -> bool:
     try:
-        stored = load_recipe(path, overwrite=recipe.overwrite)
+        stored = load_recipe(path, overwrite=recipe.overwrite, output=recipe.output)
         # How much of the evaluation texts is read decides no earlier stage, and where temporary
         # files lie none at all.
         same = dataclasses.replace(
             stored, evaluation_tokens=recipe.evaluation_tokens, scratch=recipe.scratch
         )
-        return dataclasses.asdict(same) == dataclasses.asdict(recipe)
+        stored, asked = (dataclasses.asdict(one.placed()) for one in (same, recipe))
+        differ = [name for name in stored if stored[name] != asked[name]]
+        return not differ or (differ == ["model"] and moved())
     except InputError:  # of another version, or edited
         return False
 
@@ -119,7 +137,7 @@ def make_output(recipe: CompressionRecipe, *, resumed: bool) -> None:
         _remove_ours(output)
     output.mkdir(parents=True, exist_ok=True)
     clear_leftovers(output)
-    replace_text(output / RECIPE, recipe.to_yaml())
+    replace_text(output / RECIPE, recipe.placed().to_yaml())
 
 
 def _remove_ours(output: Path) -> None:
@@ -184,3 +202,12 @@ def drop_stale_exports(output: Path, plan: PruningPlan) -> None:
         for name in FORMATS:
             shutil.rmtree(output / "exports" / name, ignore_errors=True)
         _remove_empty(output / "exports")
+    for export in stale_exports(output, plan):  # of a plan between two that are alike
+        shutil.rmtree(export)
+
+
+def _are_stale(output: Path) -> bool:
+    try:
+        return bool(stale_exports(output, PruningPlan.load(output)))
+    except (InputError, OSError):
+        return False

@@ -21,6 +21,7 @@ from pruning.stages import folder as output_folder
 from pruning.stages import plan as planning
 from pruning.stages import score as scoring
 from pruning.stages.job import Job
+from pruning.stages.model_record import remember
 from pruning.stages.parts import rows_of_parts
 from pruning.stages.remarks import say_nothing_saved, say_texts
 from pruning.stages.score import STATISTICS
@@ -78,6 +79,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
         with steps.bar("check weights") as on_step:
             job.base.check_finite(on_step, mtp=job.recipe.mtp != "drop")
     output_folder.make_output(job.recipe, resumed=resumed)
+    remember(job.base, job.output)
 
 
 def _require_known_width(recipe: ResolvedRecipe, form: ExportFormat) -> None:

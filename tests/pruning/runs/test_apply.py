@@ -47,7 +47,7 @@ def test_an_applied_plan_gives_the_bytes_that_exporting_it_at_home_gave(
     for path in home.iterdir():
         assert (target / path.name).read_bytes() == path.read_bytes(), path.name
     assert {path.name for path in out.iterdir()} == {
-        "recipe.yaml", "plan.json", "plan.safetensors", "exports",
+        "recipe.yaml", "model.json", "plan.json", "plan.safetensors", "exports",
     }  # fmt: skip
     for name in ("plan.json", "plan.safetensors"):
         assert (out / name).read_bytes() == (scored / name).read_bytes()

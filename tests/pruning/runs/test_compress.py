@@ -60,7 +60,7 @@ def output(tmp_path_factory, text) -> Path:
 
 def test_the_output_folder_keeps_its_contract(output):
     names = {path.name for path in output.iterdir()}
-    assert {"recipe.yaml", "statistics.safetensors", "statistics.json", "plan.json",
+    assert {"recipe.yaml", "model.json", "statistics.safetensors", "statistics.json", "plan.json",
             "plan.safetensors", "parts", "exports", "report.json",
             "report.html"} == names  # fmt: skip
     recipe = yaml.safe_load((output / "recipe.yaml").read_text())

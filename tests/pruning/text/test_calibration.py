@@ -138,3 +138,9 @@ def test_lines_end_at_newlines_alone_and_windows_files_read_like_others(tmp_path
     assert texts_of(tmp_path / "a.jsonl") == [odd, "last"]
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
     assert texts_of(tmp_path / "a.txt") == ["one\ntwo\nthree\n"]
+
+
+def test_windows_are_held_out_of_every_file():
+    tokens = np.repeat(np.arange(3), 16).astype(np.int32)[:, None] * np.ones(8, np.int32)
+    left, held = hold_out(TokenBatch(tokens, np.ones(tokens.shape, bool)))
+    assert held.tokens[:, 0].tolist() == [0, 1, 2] and len(left.tokens) == 45
