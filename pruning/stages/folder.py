@@ -97,7 +97,7 @@ def may_resume(
     for path in read:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise InputError(f"output={output} holds {path}, which is read; name another folder")
-    there = [path.name for path in output.iterdir() if path.name not in writer.FILES]
+    there = {path.name for path in output.glob("*")} - {*writer.FILES}
     if all(map(LEFTOVER.fullmatch, there)):
         return False
     if not (output / RECIPE).is_file():
