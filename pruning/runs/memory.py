@@ -16,17 +16,19 @@ from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.sizes import export_of, form_of, sample_memory, statistics_bytes
 from pruning.stages.verify import PROBE_TOKENS, PROBE_WINDOWS
 
-PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
+PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
+LATE_BYTES = 300 << 20  # programs of all stages before the last ones, which stay
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
 
 
 def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     """Peak bytes of the host in each stage of `compress`; estimates, 0 for one that is not run.
 
-    Exporting holds two layers and a float32 copy of one. Verifying does that again, and then holds
-    two layers of the export as float32, as evaluating does where weights have 4 bits. A sample is
-    written by whole models, where they are small enough. "transformers" is what the process takes
-    that is asked about an export, if so much is free; all others are the process of `compress`.
+    Exporting holds two layers and a float32 copy of one, as does evaluating what is pruned on the
+    fly. Verifying does that again, and then holds two layers of the export as float32, as
+    evaluating does where weights have 4 bits. A sample is written by whole models, where they are
+    small enough. "transformers" is what the process takes that is asked about an export, if so
+    much is free; all others are the process of `compress`.
     """
     c = base.config
     outer = (1 if c.tie_embeddings else 2) * c.vocab_size * c.d_model
@@ -35,7 +37,8 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     exports = [export_of(base, plan, form) for form in forms]
     packed = any(form.is_packed for form in forms)
     fixed = PROCESS_BYTES + 2 * outer
-    export = fixed + int(LAYERS_HELD * 2 * layer) + 4 * layer
+    held = {item: int(LAYERS_HELD * item * layer) for item in (2, 4)}
+    late, pruned = fixed + LATE_BYTES, held[2] + 4 * layer
     gptq = packed and recipe.quantizer == "gptq"
     moments = 2 * MOMENT_BYTES + recipe.max_tokens * c.d_model * item
     texts = (len(recipe.evaluation) or 1) * recipe.evaluation_tokens
@@ -43,12 +46,12 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     sample = max(sample_memory(base, one) for one in exports)
     return {
         "scoring": _scoring(base, recipe, fixed, layer),
-        "gptq": export + moments if gptq else 0,
-        "export": export,
-        "verify": max(export, fixed + 4 * outer + int(LAYERS_HELD * 4 * layer)),
+        "gptq": fixed + pruned + moments if gptq else 0,
+        "export": fixed + pruned,
+        "verify": late + max(pruned, 4 * outer + held[4]),
         "transformers": max(client_bytes(one, PROBE_WINDOWS * PROBE_TOKENS) for one in exports),
-        "evaluation": fixed + measured + int(LAYERS_HELD * (4 if packed else 2) * layer),
-        "sample": PROCESS_BYTES + sample if sample else 0,
+        "evaluation": late + measured + max(pruned, packed * held[4]),
+        "sample": late + sample if sample else 0,
     }
 
 

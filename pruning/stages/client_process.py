@@ -65,10 +65,8 @@ def _run(request: dict) -> None:
     log = os.open(exchange / "log.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    # If memory ends, this process goes and not the run.
-    score = Path("/proc/self/oom_score_adj")
-    if score.exists():
-        score.write_text("1000")
+    with contextlib.suppress(OSError):  # if memory ends, this process goes and not the run
+        Path("/proc/self/oom_score_adj").write_text("1000")
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         warnings.simplefilter("ignore")

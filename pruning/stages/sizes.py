@@ -67,9 +67,10 @@ def folder_bytes(folder: Path) -> int:
 
 
 def sample_memory(base: Description, export: Export) -> int:
-    """Bytes of the larger of the whole dense model and a whole export, as they are read.
+    """Bytes that the larger of the whole dense model and a whole export takes while it is read.
 
-    Weights in 4 bits come as float32. 0 for a dense model above `SAMPLE_BYTES`, which writes none.
+    Weights in 4 bits come as float32, and a layer is held twice on its way. 0 for a dense model
+    above `SAMPLE_BYTES`, which writes no sample.
     """
     said, weights = base.hf_config, base.weights()
     if 2 * weights > SAMPLE_BYTES:
@@ -79,7 +80,8 @@ def sample_memory(base: Description, export: Export) -> int:
         said.get("torch_dtype"),
     )
     stored = sum(math.prod(one.shape) for one in export.tensors.values())
-    return max((4 if wide else 2) * weights, (4 if export.form.is_packed else 2) * stored)
+    larger = max((4 if wide else 2) * weights, (4 if export.form.is_packed else 2) * stored)
+    return larger + larger // len(base)
 
 
 def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:

@@ -113,6 +113,9 @@ def verify_export(
         return [*checks, Check(form.name, TENSORS, False, str(error))]
     wanted = _compare(comparison, export, mtp_source(base), expected, probe)
     checks += _tensor_checks(comparison, export)
+    if problems:
+        why = "its files are not those that were written, and nobody else's code is run"
+        return [*checks, *(_undone(form, name, why) for name in (IN_JAX, IN_TRANSFORMERS))]
     try:
         found = _stored_logits(target, probe)
     except InputError as error:
@@ -124,9 +127,6 @@ def verify_export(
         wanted = found
     else:
         checks.append(logit_check(form.name, IN_JAX, found[0], *wanted))
-    if problems:
-        why = "its files are not those that were written, and nobody else's code is run"
-        return [*checks, _undone(form, IN_TRANSFORMERS, why)]
     answer = client_answer(target, export, probe)
     if answer.logits is not None and _narrows_experts(form):
         wanted = _stored_logits(target, probe, bfloat16_experts)
