@@ -133,7 +133,9 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         absolute = os.path.abspath  # of FILE=WEIGHT as of any other path
         texts = {name: tuple(map(absolute, getattr(self, name))) for name in TEXTS}
         model = self.model if self.model == "demo" else absolute(self.model)
-        return dataclasses.replace(self, model=model, output=absolute(self.output), **texts)
+        scratch = None if self.scratch is None else absolute(self.scratch)
+        output = absolute(self.output)
+        return dataclasses.replace(self, model=model, output=output, scratch=scratch, **texts)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""
