@@ -19,7 +19,7 @@ from pruning.stages.export import pruned_source
 from pruning.stages.job import DTYPES
 from pruning.stages.measure import measure, read_tokens
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import open_codec
 from pruning.text.windows import Windows, make_windows
 

@@ -12,7 +12,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.stages.job import Job
 from pruning.stages.score import find_statistics
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.windows import text_hashes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as

@@ -22,7 +22,7 @@ from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
 from pruning.stages.measure import open_texts
 from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec, open_codec
 from pruning.text.windows import Windows
 

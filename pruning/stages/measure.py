@@ -9,7 +9,7 @@ from moe_jax.stream import LayerSource
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, measure_quality
 from pruning.text.calibration import token_stream
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec
 from pruning.text.windows import Windows, make_windows
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pruning.demo import model_folder
 from pruning.stages.measure import read_tokens
 from pruning.text.calibration import TokenBatch, _shares, calibration_batch, hold_out
-from pruning.text.documents import TextSource, open_documents
+from pruning.text.documents import open_documents
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import open_codec
 
 

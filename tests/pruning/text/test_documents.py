@@ -15,7 +15,8 @@ import pytest
 from moe_jax.errors import InputError
 from pruning.text import documents
 from pruning.text.calibration import calibration_batch
-from pruning.text.documents import TextSource, open_documents
+from pruning.text.documents import open_documents
+from pruning.text.source import TextSource
 
 LINE = 1000  # bytes
 TEXT = LINE - len('{"text": ""}\n')
@@ -94,7 +95,7 @@ BOMBED = """
 import resource, sys
 from pathlib import Path
 from pruning.text.calibration import calibration_batch
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + (1 << 30)
