@@ -29,8 +29,8 @@ def is_interrupted(job: Job) -> bool:
     Raises:
       InputError: it holds something else that may not be replaced.
     """
-    texts = [TextSource.parse(text).path for text in job.recipe.calibration]
-    read = (job.base.about.folder, *texts, *map(Path, job.recipe.evaluation))
+    texts = (*job.recipe.calibration, *job.recipe.evaluation)
+    read = (job.base.about.folder, *(TextSource.parse(text).path for text in texts))
     return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
 
 

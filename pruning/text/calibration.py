@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class TokenBatch:
       valid: bool [B, T]; padding is False.
       sources: per file: path, weight, documents, tokens used, and the sha256 of the file, or of
         what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all";
-        and the `about` of its `TokenStream`.
+        `options`, see `TextSource`, unless ""; and the `about` of its `TokenStream`.
     """
 
     tokens: np.ndarray
@@ -113,6 +114,17 @@ def _text(document: Document, found: Documents) -> str:
     return document
 
 
+def source_note(source: TextSource, stream: TokenStream, tokens: int) -> dict[str, Any]:
+    """What `TokenBatch.sources` holds of a file of which so many tokens are used."""
+    is_small = source.path.stat().st_size <= WHOLE
+    digest = _file_hash(source.path) if is_small else stream.sha256
+    note = {"path": str(source.path), "sha256": digest, "weight": source.weight,
+            "documents": stream.documents, "tokens": tokens}  # fmt: skip
+    note |= {} if stream.part == "all" else {"part": stream.part}
+    note |= {"options": source.options} if source.options else {}
+    return {**note, **stream.about}
+
+
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
@@ -158,12 +170,7 @@ def calibration_batch(
         padded[:share] = stream.tokens[:share]
         rows.append(padded.reshape(windows, length))
         masks.append((np.arange(windows * length) < share).reshape(windows, length))
-        is_small = source.path.stat().st_size <= WHOLE
-        digest = _file_hash(source.path) if is_small else stream.sha256
-        part = {} if stream.part == "all" else {"part": stream.part}
-        notes.append({"path": str(source.path), "sha256": digest, "weight": source.weight,
-                      "documents": stream.documents, "tokens": share, **part,
-                      **stream.about})  # fmt: skip
+        notes.append(source_note(source, stream, share))
     batch = TokenBatch(np.concatenate(rows), np.concatenate(masks), tuple(notes))
     if batch.total < MIN_TOKENS:
         raise InputError(

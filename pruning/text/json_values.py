@@ -111,11 +111,11 @@ def json_layout(file: TextIO, most: int, *, is_named: bool) -> str:
     try:
         _, has_lines = text.value()
     except json.JSONDecodeError:
-        return "JSON lines" if text.is_full else ""
+        return ("JSON" if is_array else "JSON lines") if text.is_full else ""
     except InputError:
         return "JSON"
     if is_array:
-        return "JSON" if text.peek() in (",", "]") else ""
+        return "JSON" if text.peek() in (",", "]", "") else ""
     if text.peek(BLANK_IN_LINE) not in ("\n", ""):
         return ""
     return "JSON" if has_lines else "JSON lines"

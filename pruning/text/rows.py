@@ -7,10 +7,9 @@ from typing import Any
 from moe_jax.errors import InputError
 from pruning.text.chat_rows import BESIDE, PAIR, TURNS, chat_fields, conversation, is_chat
 from pruning.text.conversation import Conversation
-from pruning.text.source import TextSource
+from pruning.text.source import USUAL, TextSource
 
 Document = str | Conversation
-USUAL = "text"  # the field that is read unless another is named
 
 
 class Rows:

@@ -10,6 +10,7 @@ from moe_jax.errors import InputError
 
 LIGHTEST, HEAVIEST = 1e-9, 1e9  # beyond, sums and quotients of weights lose the others
 PROSE = "prose"
+USUAL = "text"  # the field that is read unless another is named
 _FORM = "FILE, FILE=2.5, FILE:field=NAME, FILE:template='{NAME}\\n{NAME}' or FILE:format=prose"
 _NAME = r":(?:field|template|format)="
 _OPTION = re.compile(rf':(\w+)=("(?:[^"\\]|\\.)*"(?={_NAME}|$)|.*?)(?={_NAME}|$)', re.DOTALL)
@@ -35,7 +36,7 @@ class TextSource:
     """
 
     path: Path
-    field: str = "text"
+    field: str = USUAL
     weight: float = 1.0
     template: str = ""
     format: str = ""
@@ -70,12 +71,21 @@ class TextSource:
             lambda found: value_of(found[1]) if found[1] else found[0][0], self.template
         )
 
+    @property
+    def options(self) -> str:
+        """What `parse` reads behind the file and its weight to the same effect, "" if nothing."""
+        field = f":field={json.dumps(self.field)}" if self.field != USUAL else ""
+        template = json.dumps(self.template.replace("\\", "\\\\"))
+        chosen = f":template={template}" if self.template else field
+        return chosen + (f":format={self.format}" if self.format else "")
+
     @classmethod
-    def parse(cls, text: str, field: str = "text") -> "TextSource":
+    def parse(cls, text: str, field: str = USUAL) -> "TextSource":
         """Read `FILE[=WEIGHT][:field=NAME | :template=TEXT][:format=prose]`.
 
-        A file that exists is meant whatever its name has in it. `\\n`, `\\t` and `\\\\` in a
-        template are a line end, a tab and a backslash; one in double quotes is a JSON string.
+        A file that exists is meant whatever its name has in it. A name or template in double
+        quotes is a JSON string; in a template `\\n`, `\\t` and `\\\\` are a line end, a tab and a
+        backslash.
 
         Args:
           text: the words.
@@ -99,6 +109,13 @@ class TextSource:
         return cls(Path(path), **{"field": field, **values, "weight": _number(weight, text)})
 
 
+def without_folders(words: str) -> str:
+    """Words as `TextSource.parse` reads them, the file by its name alone."""
+    found = re.search(_NAME, words)
+    start = found.start() if found else len(words)
+    return Path(words[:start]).name + words[start:]
+
+
 def _file_and_weight(head: str, text: str) -> tuple[str, str]:
     path, separator, weight = head.rpartition("=")
     return (path, weight) if separator and not Path(head).exists() else (head, "1")
@@ -120,7 +137,7 @@ def _value(key: str, value: str, text: str) -> str:
             value = json.loads(value, strict=False)
         except ValueError as error:
             raise InputError(f"text {text!r}: {key}={value} is no JSON string: {error}") from None
-    elif key == "template":
+    if key == "template":
         value = re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], value)
     if not value:
         raise InputError(f"text {text!r}: {key} is empty; write {_FORM}")

@@ -117,15 +117,16 @@ def parquet_documents(rows: Rows, most: int) -> tuple[list[Document], bool]:
             is_all = _unpacked_size(file.metadata, columns) <= most
             count = file.num_row_groups if is_all else min(MOST_GROUPS, file.num_row_groups)
             groups = np.linspace(0, file.num_row_groups - 1, count).round().astype(int)
-            share, left = most if is_all else most // count, most
+            share = left = most if is_all else most // count
             for group in groups.tolist():
-                end = max(0, left - share)
+                left = left if share == most else share
                 batches = file.iter_batches(batch_size=256, row_groups=[group], columns=columns)
-                for batch in batches if left >= 0 else ():
-                    for row in batch.to_pylist():
+                for batch in batches if left > 0 else ():
+                    few = max(1, len(batch) * left // batch.nbytes) if batch.nbytes > left else None
+                    for row in batch.slice(0, few).to_pylist():
                         documents += rows.read(row, f"{path}, row group {group}:")
                     left -= batch.nbytes
-                    if left < end:
+                    if left <= 0:
                         is_all = False
                         break
             return documents, is_all
