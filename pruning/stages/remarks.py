@@ -40,7 +40,8 @@ def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
 
 def say_source(source: Mapping[str, Any], steps: Steps) -> None:
     """Say how a file was read (a `source_note`), what it lacks, and whether that is all of it."""
-    field = f", {source['field']}" if "field" in source else ""
+    what = "template" if source.get("options", "").startswith(":template") else "field"
+    field = f", {what} {source['field']!r}" if "field" in source else ""
     documents = "1 document" if source["documents"] == 1 else f"{source['documents']:,} documents"
     lacking = f" ({source['lacking']})" if "lacking" in source else ""
     steps.say(

@@ -43,7 +43,7 @@ class JsonText:
 
         Raises:
           json.JSONDecodeError: there is none, or it does not end in the text or the limit.
-          InputError: it is nested too deep.
+          InputError: it is nested too deep, or no number of Python's.
         """
         while True:
             try:
@@ -54,6 +54,8 @@ class JsonText:
                     raise
             except RecursionError:
                 raise InputError("is nested too deep") from None
+            except ValueError as error:  # a number of too many digits
+                raise InputError(f"is not valid JSON: {error}") from None
             else:
                 start, self.at = self.at, end
                 return value, "\n" in self.buffer[start:end]

@@ -10,6 +10,7 @@ from pruning.text.tables import DELIMITERS, find_delimiter
 
 HEAD = 1 << 16  # characters
 _PARQUET = b"PAR1"
+_PACKED = {".gz", ".zst", ".zstd"}
 _NAMED_JSON = {".json", ".jsonl", ".ndjson", ".jsonlines"}
 
 
@@ -45,13 +46,14 @@ def find_layout(source: TextSource, most: int) -> Layout:
     form = packing(path)
     if source.format:
         return Layout(source.format, form)
-    named = {suffix.lower() for suffix in path.suffixes}
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    named = next((suffix for suffix in reversed(suffixes) if suffix not in _PACKED), "")
     with unpacked(path) as file:
         if starts_with(file, _PARQUET):
             return Layout("parquet", form)
-    if ".parquet" in named:
+    if named == ".parquet":
         raise InputError(f"{path} is no parquet file; download it again")
-    is_json = bool(named & _NAMED_JSON)
+    is_json = named in _NAMED_JSON
     with unpacked_text(path) as (text, _):
         found = json_layout(text, most, is_named=is_json) or ("JSON lines" if is_json else "")
     if found:
@@ -60,6 +62,5 @@ def find_layout(source: TextSource, most: int) -> Layout:
         head = text.read(HEAD)
     if len(head) == HEAD:  # the last line is cut
         head = head[: head.rfind("\n") + 1] or head
-    named_table = next((suffix[1:] for suffix in (".csv", ".tsv") if suffix in named), "")
-    delimiter = find_delimiter(head, source, named=named_table)
+    delimiter = find_delimiter(head, source, named=named)
     return Layout(DELIMITERS.get(delimiter, PROSE), form, delimiter)

@@ -12,6 +12,7 @@ from pruning.text.packed import arrow
 from pruning.text.rows import Document, Rows, needed_columns, wanted_fields
 from pruning.text.source import TextSource
 
+_NAMED = {".csv": ",", ".tsv": "\t"}
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV"}
 MOST_GROUPS = 64  # of a large parquet file: each takes a part of what may be read
 
@@ -25,22 +26,22 @@ def find_delimiter(head: str, source: TextSource, *, named: str) -> str:
     Args:
       head: the beginning of the text.
       source: which fields are meant.
-      named: "csv" or "tsv" if the file's name says so; then it is one whatever its header.
+      named: suffix of the file; one named .csv or .tsv is a table whatever its header.
     """
     lines = list(io.StringIO(head, newline=""))
     for delimiter in DELIMITERS:
         rows = (row for row in _rows_of(lines, delimiter) if row)
         header = next(rows, [])
         is_wanted = any(set(fields) <= set(header) for fields in wanted_fields(source))
-        if is_wanted and (named or (len(header) > 1 and _is_table(header, rows))):
+        if is_wanted and (named in _NAMED or (len(header) > 1 and _is_table(header, rows))):
             return delimiter
-    return {"csv": ",", "tsv": "\t"}.get(named, "")
+    return _NAMED.get(named, "")
 
 
 def _is_table(header: list[str], rows: Iterable[list[str]]) -> bool:
     widths = {len(row) for row in rows}
     is_named = len(set(header)) == len(header) and all(n and n == n.strip() for n in header)
-    return is_named and widths == {len(header)}
+    return is_named and widths <= {len(header)}
 
 
 def _rows_of(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:

@@ -106,6 +106,12 @@ PROSE = [
 ]
 
 
+def test_archives_that_were_joined_are_read_to_their_end(tmp_path):
+    for name, pack in (("a.zst", zstd), ("a.gz", gzip.compress)):
+        halves = b"".join(map(pack, (LINES[:5000], LINES[5000:])))
+        assert sorted(texts_of(write(tmp_path / name, halves))) == sorted(TEXTS)
+
+
 @pytest.mark.parametrize("text", PROSE)
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "a.txt.gz"])
 def test_prose_with_braces_and_commas_stays_prose(tmp_path, text, name):
@@ -149,6 +155,8 @@ def test_long_rows_are_whole(tmp_path):
         ("a.json", '[{"text": "a"}] x', r"row 2: is followed by more than the end"),
         ("a.json", '[{"text": "a"}, 5]', r"row 2: has no text in field 'text' \(found: int\)"),
         ("a.json", "[]", "holds no text"),
+        ("a", '[{"text": "a"}, {"n": ' + "9" * 5000 + "}]", "row 2: is not valid JSON"),
+        ("a", '{"a":' * 5000 + "1" + "}" * 5000, "is nested"),
         ("a.json", '{"data": [{"text": "a"}]}', r"found: data\); name the right field"),
         ("a.csv", 'text,b\n"x,1\n', r"a\.csv:2 is no row of a table"),
         ("a.csv", "text,b\nx,1,2\n", r"a\.csv:2 has 3 cells, the header 2"),
