@@ -59,7 +59,7 @@ class Rows:
         if isinstance(row, str) and not source.template:
             return row, None
         if not isinstance(row, dict):
-            raise self._no_text(place, type(row).__name__)
+            raise self._no_text(place, type(row).__name__, {})
         if source.template:
             return self._joined(row, place), source.template
         if source.field in row:
@@ -70,7 +70,7 @@ class Rows:
         else:
             fields = chat_fields(row) if source.field == USUAL else ()
         if not fields:
-            raise self._no_text(place, _names(row))
+            raise self._no_text(place, _names(row), row)
         try:
             return conversation(row, fields), "+".join(fields)
         except InputError as error:
@@ -88,13 +88,14 @@ class Rows:
         is_empty = not any(value.strip() for value in values.values())
         return "" if is_empty else self.source.joined(values.__getitem__)
 
-    def _no_text(self, place: str, found: str) -> InputError:
-        field = self.source.field
-        path = self.source.path
+    def _no_text(self, place: str, found: str, row: dict[str, Any]) -> InputError:
+        field, path = self.source.field, self.source.path
+        texts = [name for name, value in row.items() if isinstance(value, str)] or ["NAME"]
+        joined = "\\n".join(f"{{{name}}}" for name in texts[:3])
         return InputError(
-            f"{place} has no text in field {field!r} (found: {found}); name the right field "
-            f"with --text-field or {path}:field=NAME, or join several with "
-            f"{path}:template='{{NAME}}\\n{{NAME}}'"
+            f"{place} has no text in field {field!r} (found: {found}); name the right field with "
+            f"--text-field or {path}:field={texts[0]}, or join several with "
+            f"{path}:template='{joined}'"
         )
 
 
