@@ -18,8 +18,8 @@ PARTS = {
 
 
 def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
-    """Say what the given text files are, whether the calibration text is short for so many experts, and,
-    if the run evaluates, whether it has nothing to evaluate on."""
+    """Say what the given text files are, whether the calibration text is short for so many experts,
+    and, if the run evaluates, whether it has nothing to evaluate on."""
     moe, text = job.base.config.moe, job.calibration
     for files, sources in ((job.recipe.calibration, text.sources),
                            (job.recipe.evaluation, job.evaluation_sources)):  # fmt: skip
