@@ -101,6 +101,7 @@ PROSE = [
     "title,author\nMoby-Dick,Melville\nWalden,Thoreau\n",
     "text, and prose\nwith one comma, each\nand, so on\n",
     "text\nis a word on its own\n",
+    "text,author\nOne line without commas.\nAnother, with more, of them.\n",
     "a\tb\nc\td\n",
     "PAR 1 of the text",
 ]
