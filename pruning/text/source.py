@@ -11,7 +11,7 @@ from moe_jax.errors import InputError
 LIGHTEST, HEAVIEST = 1e-9, 1e9  # beyond, sums and quotients of weights lose the others
 PROSE = "prose"
 USUAL = "text"  # the field that is read unless another is named
-_FORM = "FILE, FILE=2.5, FILE:field=NAME, FILE:template='{NAME}\\n{NAME}' or FILE:format=prose"
+_FORM = "FILE:field=NAME, FILE:template='{NAME}\\n{NAME}' or FILE:format=prose"
 _NAME = r":(?:field|template|format)="
 _OPTION = re.compile(rf':(\w+)=("(?:[^"\\]|\\.)*"(?={_NAME}|$)|.*?)(?={_NAME}|$)', re.DOTALL)
 # {name} stands for a field; {{ and }} are braces. Nothing else of `str.format` has a meaning.
@@ -45,7 +45,7 @@ class TextSource:
         if not LIGHTEST <= self.weight <= HEAVIEST:
             raise InputError(
                 f"text {f'{self.path}={self.weight}'!r}: the weight after '=' must be a "
-                f"positive number in [{LIGHTEST:g}, {HEAVIEST:g}]; write {_FORM}"
+                f"positive number; write FILE or FILE=2.5, in [{LIGHTEST:g}, {HEAVIEST:g}]"
             )
         if self.template and not self.template_fields:
             raise InputError(
@@ -126,7 +126,8 @@ def _number(weight: str, text: str) -> float:
         return float(weight)
     except ValueError:
         raise InputError(
-            f"text {text!r}: the weight after '=' must be a positive number; write {_FORM}"
+            f"text {text!r}: the weight after '=' must be a positive number; write FILE or FILE=2.5, "
+            f"or {_FORM}"
         ) from None
 
 

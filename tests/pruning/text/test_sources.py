@@ -87,7 +87,7 @@ def test_a_path_that_exists_may_hold_what_separates(sets):
         ("a:template=plain", "template='plain' names no field"),
         (r'a:template="{b}\x"', "is no JSON string"),
         ("a:format=csv", "only format=prose can be asked for"),
-        ("a:feild=b", "must be a positive number; write FILE, FILE=2.5, FILE:field=NAME"),
+        ("a:feild=b", "must be a positive number; write FILE or FILE=2.5, or FILE:field=NAME"),
         ("a=0:field=b", "must be a positive number"),
     ],
 )
