@@ -126,8 +126,8 @@ def _number(weight: str, text: str) -> float:
         return float(weight)
     except ValueError:
         raise InputError(
-            f"text {text!r}: the weight after '=' must be a positive number; write FILE or FILE=2.5, "
-            f"or {_FORM}"
+            f"text {text!r}: the weight after '=' must be a positive number; write FILE or "
+            f"FILE=2.5, or {_FORM}"
         ) from None
 
 
