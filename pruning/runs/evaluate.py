@@ -20,10 +20,11 @@ from pruning.stages.export import pruned_source
 from pruning.stages.folder import clear_leftovers
 from pruning.stages.job import DTYPES
 from pruning.stages.made_by import say_stale
-from pruning.stages.measure import measure, read_tokens
+from pruning.stages.measure import evaluation_source, measure, read_tokens
+from pruning.stages.remarks import say_source
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.stages.writer import only_writer
-from pruning.text.documents import TextSource
+from pruning.text.calibration import source_note
 from pruning.text.tokenizer import open_codec
 from pruning.text.windows import Windows, make_windows
 
@@ -46,9 +47,9 @@ def evaluate(
     Args:
       folder: a checkpoint, or "demo"; with `rates` an output folder of `score`, where several
         also write sweep.csv and sweep.html.
-      texts: files; .jsonl and .jsonl.gz hold a document a line.
+      texts: files, each as `TextSource.parse` reads it, without a weight.
       rates: prune rates, each planned from the stored statistics and measured by masking.
-      text_field: JSON field that holds the text.
+      text_field: field of a row that holds the text.
       window: tokens per window; default the model's context, at most 2048.
       stride: tokens between windows; default half a window.
       evaluation_tokens: most tokens measured of each text.
@@ -127,12 +128,14 @@ def _windows(
     """Windows by the name of their file."""
     codec, found = open_codec(base.about.folder, base.config.vocab_size), {}
     for text in texts:
-        tokens = read_tokens(TextSource(Path(text), field), codec, most)
-        if len(tokens) == most:
+        source = evaluation_source(os.fspath(text), field)
+        stream = read_tokens(source, codec, most)
+        say_source(source_note(source, stream, len(stream.tokens)), steps)
+        if len(stream.tokens) == most:
             steps.say(
                 f"{text}: the first {most:,} tokens are measured; --evaluation-tokens takes more"
             )
-        found[str(text)] = make_windows(tokens, window=window, stride=stride)
+        found[str(text)] = make_windows(stream.tokens, window=window, stride=stride)
     return found
 
 

@@ -1,5 +1,8 @@
 """What is said about texts and plans that are allowed and yet of little use."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
@@ -8,19 +11,20 @@ from pruning.stages.job import Job
 from pruning.text.documents import WHOLE
 
 PARTS = {
-    "beginning": f"its first {WHOLE >> 20} MiB are read, because it is packed; unpacked, documents "
-    "from all of it would be taken",
+    "beginning": f"its first {WHOLE >> 20} MiB are read; of JSON lines that are not packed, "
+    "documents from all of it would be taken",
     "spread": "documents spread over all of it are taken",
 }
 
 
 def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
-    """Say which calibration files are too large to be read whole, whether the calibration text is
-    short for so many experts, and, if the run evaluates, whether it has nothing to evaluate on."""
+    """Say what the given text files are, whether the calibration text is short for so many experts,
+    and, if the run evaluates, whether it has nothing to evaluate on."""
     moe, text = job.base.config.moe, job.calibration
-    for source in text.sources:
-        if part := source.get("part"):
-            steps.say(f"{source['path']}: more than {WHOLE >> 20} MiB; {PARTS[part]}")
+    for files, sources in ((job.recipe.calibration, text.sources),
+                           (job.recipe.evaluation, job.evaluation_sources)):  # fmt: skip
+        for source in sources if files else ():  # the texts of the demo are our own
+            say_source(source, steps)
     rows = text.total * moe.experts_per_token // moe.num_experts
     if text.total and rows < moe.d_expert:
         enough = -(-moe.d_expert * moe.num_experts // moe.experts_per_token)
@@ -34,6 +38,20 @@ def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
             "nothing is evaluated: there is no --evaluation text, and the calibration text has too "
             "few windows to set some aside; the report will not say what was lost"
         )
+
+
+def say_source(source: Mapping[str, Any], steps: Steps) -> None:
+    """Say how a file was read (a `source_note`), what it lacks, and whether that is all of it."""
+    what = "template" if source.get("options", "").startswith(":template") else "field"
+    field = f", {what} {source['field']!r}" if "field" in source else ""
+    documents = "1 document" if source["documents"] == 1 else f"{source['documents']:,} documents"
+    lacking = f" ({source['lacking']})" if "lacking" in source else ""
+    steps.say(
+        f"{source['path']}: {source['format']}{field}, {documents} read{lacking}: "
+        f"{source['begins']!r}"
+    )
+    if part := source.get("part"):
+        steps.say(f"{source['path']}: more than {WHOLE >> 20} MiB; {PARTS[part]}")
 
 
 def say_nothing_saved(plan: PruningPlan, recipe: CompressionRecipe, steps: Steps) -> None:

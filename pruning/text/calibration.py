@@ -1,18 +1,23 @@
-"""Text to batches of tokens of one shape: files, JSON lines and weighted mixtures of them."""
+"""Text to batches of tokens of one shape: files and weighted mixtures of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_jax.errors import InputError
-from pruning.text.documents import WHOLE, TextSource, open_documents
+from pruning.text.conversation import Conversation
+from pruning.text.documents import WHOLE, Documents, open_documents
+from pruning.text.rows import Document
+from pruning.text.source import TextSource
 
 Encode = Callable[[str], list[int]]
 MIN_TOKENS = 64
 CHARACTERS = 16  # of a document, at most, for each token that is wanted
+BEGINS = 80  # characters of a text that say which it is
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class TokenBatch:
       tokens: int32 [B, T].
       valid: bool [B, T]; padding is False.
       sources: per file: path, weight, documents, tokens used, and the sha256 of the file, or of
-        what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all".
+        what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all";
+        `options`, see `TextSource`, unless ""; and the `about` of its `TokenStream`.
     """
 
     tokens: np.ndarray
@@ -45,12 +51,15 @@ class TokenStream:
       documents: that were read.
       part: of the file that they were chosen from, see `Documents`.
       sha256: of the characters that were read.
+      about: the file's `format`, the `field` that documents are made of, unless they are whole
+        files, how the text `begins`, and what it is `lacking`, if anything.
     """
 
     tokens: np.ndarray
     documents: int
     part: str
     sha256: str
+    about: dict[str, str]
 
 
 def token_stream(
@@ -73,16 +82,47 @@ def token_stream(
     tokens: list[int] = []
     # A token covers at least one character often enough: this bounds the work on huge files.
     characters = CHARACTERS * limit
-    found, read, digest = open_documents(source, characters), 0, sha256()
+    found, read, digest, begins = open_documents(source, characters), 0, sha256(), ""
     for document in found.texts:
+        text = _text(document, found)[:characters]
+        begins = begins or text[:BEGINS]
         if read and separator is not None:
             tokens.append(separator)
-        tokens.extend(encode(document[:characters]))
+        tokens.extend(encode(text))
         read += 1
-        digest.update(document[:characters].encode() + b"\n")
+        digest.update(text.encode() + b"\n")
         if len(tokens) >= limit:
             break
-    return TokenStream(np.asarray(tokens[:limit], np.int32), read, found.part, digest.hexdigest())
+    rows = found.rows
+    about = {"format": str(found.layout), "field": rows.field, "begins": begins}
+    about |= {"lacking": rows.lacking()}
+    return TokenStream(
+        np.asarray(tokens[:limit], np.int32),
+        read,
+        found.part,
+        digest.hexdigest(),
+        {key: value for key, value in about.items() if value},
+    )
+
+
+def _text(document: Document, found: Documents) -> str:
+    if isinstance(document, Conversation):
+        raise InputError(
+            f"{found.rows.source.path} holds chats in {found.rows.field}; name a field of text "
+            f"with {found.rows.source.path}:field=NAME"
+        )
+    return document
+
+
+def source_note(source: TextSource, stream: TokenStream, tokens: int) -> dict[str, Any]:
+    """What `TokenBatch.sources` holds of a file of which so many tokens are used."""
+    is_small = source.path.stat().st_size <= WHOLE
+    digest = _file_hash(source.path) if is_small else stream.sha256
+    note = {"path": str(source.path), "sha256": digest, "weight": source.weight,
+            "documents": stream.documents, "tokens": tokens}  # fmt: skip
+    note |= {} if stream.part == "all" else {"part": stream.part}
+    note |= {"options": source.options} if source.options else {}
+    return {**note, **stream.about}
 
 
 def _file_hash(path: Path) -> str:
@@ -130,11 +170,7 @@ def calibration_batch(
         padded[:share] = stream.tokens[:share]
         rows.append(padded.reshape(windows, length))
         masks.append((np.arange(windows * length) < share).reshape(windows, length))
-        is_small = source.path.stat().st_size <= WHOLE
-        digest = _file_hash(source.path) if is_small else stream.sha256
-        part = {} if stream.part == "all" else {"part": stream.part}
-        notes.append({"path": str(source.path), "sha256": digest, "weight": source.weight,
-                      "documents": stream.documents, "tokens": share, **part})  # fmt: skip
+        notes.append(source_note(source, stream, share))
     batch = TokenBatch(np.concatenate(rows), np.concatenate(masks), tuple(notes))
     if batch.total < MIN_TOKENS:
         raise InputError(
