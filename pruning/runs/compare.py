@@ -26,6 +26,7 @@ from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.measure import measure
+from pruning.stages.plan import TEXT_CHOICES
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows
 
@@ -144,6 +145,7 @@ def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
         "seed": job.recipe.seed,
         "calibration_tokens": job.calibration.total,
         "calibration": [source["sha256"] for source in job.calibration.sources],
+        **{n: s[n] for s in job.calibration.sources[:1] for n in TEXT_CHOICES if n in s},
         "evaluation": {
             name: {
                 "tokens": int(windows.scored.sum()),
@@ -163,7 +165,7 @@ def _earlier(path: Path, key: dict, *, overwrite: bool) -> Comparison | None:
         return found
     if overwrite:
         return None
-    differ = [name for name in key if found.key.get(name) != key[name]]
+    differ = [name for name in key | found.key if found.key.get(name) != key.get(name)]
     raise InputError(
         f"{path} holds results of another {', '.join(differ)}; name another folder or add "
         "--overwrite"

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, measure_quality
-from pruning.text.calibration import token_stream
+from pruning.text.calibration import TokenStream, token_stream
 from pruning.text.documents import TextSource
 from pruning.text.tokenizer import TextCodec
 from pruning.text.windows import Windows, make_windows
@@ -20,31 +18,46 @@ def open_texts(
     window: int,
     max_tokens: int,
     field: str = "text",
+    loss_on: str = "all",
 ) -> dict[str, Windows]:
     """Evaluation windows by file name, at most `max_tokens` of each file; `field` holds the text
-    of a JSON line."""
+    of a JSON line, and `loss_on` says what of conversations is scored."""
     texts = {}
     for file in files:
         path = Path(file)
         name = path.stem if path.stem not in texts else str(path)
-        tokens = read_tokens(TextSource(path, field=field), codec, max_tokens)
-        texts[name] = make_windows(tokens, window=window)
+        stream = read_tokens(TextSource(path, field=field), codec, max_tokens, loss_on)
+        texts[name] = text_windows(stream, codec, window)
     return texts
 
 
-def read_tokens(source: TextSource, codec: TextCodec, max_tokens: int) -> np.ndarray:  # [T]
-    """First tokens of an evaluation text.
+def read_tokens(
+    source: TextSource, codec: TextCodec, max_tokens: int, loss_on: str = "all"
+) -> TokenStream:
+    """First tokens of an evaluation text; `loss_on` "answers" counts those of conversations alone.
 
     Raises:
       InputError: the file cannot be read as text or holds fewer than two tokens.
     """
-    tokens = token_stream(source, codec.encode, max_tokens, codec.end).tokens
-    if len(tokens) < 2:
+    answers = codec.answers if loss_on == "answers" else None
+    stream = token_stream(
+        source, codec.encode, max_tokens, codec.end, first=codec.first, answers=answers
+    )
+    if len(stream.tokens) < 2:
         raise InputError(
-            f"evaluation text {source.path} has {len(tokens)} tokens, at least 2 are needed to "
-            "score one; give more text"
+            f"evaluation text {source.path} has {len(stream.tokens)} tokens, at least 2 are needed "
+            "to score one; give more text"
         )
-    return tokens
+    return stream
+
+
+def text_windows(
+    stream: TokenStream, codec: TextCodec, window: int, stride: int | None = None
+) -> Windows:
+    """The windows of an evaluation text, as `make_windows`."""
+    return make_windows(
+        stream.tokens, window=window, stride=stride, counted=stream.counted, full=bool(codec.first)
+    )
 
 
 def measure(

@@ -19,6 +19,7 @@ SCORING = (
     "gradients", "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2",
 )  # fmt: skip
 TEXT_FACTS = ("sha256", "weight", "documents", "tokens")
+TEXT_CHOICES = ("first", "loss_on")  # where they are not the usual ones
 
 
 def plan(
@@ -82,7 +83,11 @@ def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: di
     Texts go by their file names and hashes: a plan travels, and their folders mean nothing there.
     """
     texts = [
-        {"text": Path(s["path"]).name, **{key: s[key] for key in TEXT_FACTS}}
+        {
+            "text": Path(s["path"]).name,
+            **{key: s[key] for key in TEXT_FACTS},
+            **{key: s[key] for key in TEXT_CHOICES if key in s},
+        }
         for s in provenance.get("sources", ())
     ]
     return {

@@ -1,16 +1,20 @@
 """Text to batches of tokens of one shape: files, JSON lines and weighted mixtures of them."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_jax.errors import InputError
+from pruning.text.conversation import Conversation
 from pruning.text.documents import WHOLE, TextSource, open_documents
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[Any], list[int]]  # of a text, or of a Conversation
+Answers = Callable[[Conversation], list[bool]]
 MIN_TOKENS = 64
 CHARACTERS = 16  # of a document, at most, for each token that is wanted
 
@@ -23,12 +27,15 @@ class TokenBatch:
       tokens: int32 [B, T].
       valid: bool [B, T]; padding is False.
       sources: per file: path, weight, documents, tokens used, and the sha256 of the file, or of
-        what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all".
+        what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all";
+        `first`, the ids that begin each text and window, if there are any; `loss_on` unless "all".
+      counted: bool [B, T], tokens whose prediction counts in losses and gradients; None for all.
     """
 
     tokens: np.ndarray
     valid: np.ndarray
     sources: tuple[dict, ...] = ()
+    counted: np.ndarray | None = None
 
     @property
     def total(self) -> int:
@@ -42,27 +49,38 @@ class TokenStream:
 
     Attributes:
       tokens: int32 [T].
+      counted: bool [T], tokens whose prediction counts: what the text says, and of conversations
+        what is asked for; no token that the tokenizer puts first.
       documents: that were read.
       part: of the file that they were chosen from, see `Documents`.
       sha256: of the characters that were read.
     """
 
     tokens: np.ndarray
+    counted: np.ndarray
     documents: int
     part: str
     sha256: str
 
 
 def token_stream(
-    source: TextSource, encode: Encode, limit: int, separator: int | None
+    source: TextSource,
+    encode: Encode,
+    limit: int,
+    separator: int | None,
+    *,
+    first: Sequence[int] = (),
+    answers: Answers | None = None,
 ) -> TokenStream:
     """First tokens of a file's documents, joined by `separator`.
 
     Args:
       source: the file.
-      encode: text -> token ids, without special tokens.
+      encode: text or conversation -> token ids; those of a text without special tokens.
       limit: most tokens to read.
       separator: token between documents; None for none.
+      first: tokens before each text. A conversation has those that its chat template writes.
+      answers: conversation -> which of its tokens count; None for all.
 
     Returns:
       At most `limit` tokens.
@@ -71,18 +89,60 @@ def token_stream(
       InputError: as `open_documents`.
     """
     tokens: list[int] = []
+    counted: list[bool] = []
     # A token covers at least one character often enough: this bounds the work on huge files.
     characters = CHARACTERS * limit
     found, read, digest = open_documents(source, characters), 0, sha256()
     for document in found.texts:
         if read and separator is not None:
             tokens.append(separator)
-        tokens.extend(encode(document[:characters]))
+            counted.append(answers is None)
+        if isinstance(document, Conversation):
+            ids, text = encode(document), json.dumps(asdict(document))
+            counted += answers(document) if answers else [True] * len(ids)
+        else:
+            text = document[:characters]
+            ids = encode(text)
+            put = () if _begins(ids, first) else first
+            counted += [False] * len(first) + [True] * (len(ids) + len(put) - len(first))
+            ids = [*put, *ids]
+        tokens += ids
         read += 1
-        digest.update(document[:characters].encode() + b"\n")
+        digest.update(text.encode() + b"\n")
         if len(tokens) >= limit:
             break
-    return TokenStream(np.asarray(tokens[:limit], np.int32), read, found.part, digest.hexdigest())
+    return TokenStream(
+        np.asarray(tokens[:limit], np.int32),
+        np.asarray(counted[:limit], bool),
+        read,
+        found.part,
+        digest.hexdigest(),
+    )
+
+
+def _begins(tokens: Sequence[int] | np.ndarray, first: Sequence[int]) -> bool:
+    return list(tokens[: len(first)]) == list(first)
+
+
+def _with_first(stream: TokenStream, first: Sequence[int], length: int, most: int) -> TokenStream:
+    """The same with `first` wherever a window begins, unless it does so already."""
+    if not first:
+        return stream
+    if length <= len(first):
+        raise InputError(
+            f"window={length} has no room for text behind the {len(first)} tokens that the "
+            "tokenizer puts first; choose a longer --window"
+        )
+    tokens, counted, start = [], [], 0
+    while start < len(stream.tokens) and len(tokens) < most:
+        put = () if _begins(stream.tokens[start:], first) else first
+        end = start + length - len(put)
+        tokens += [*put, *stream.tokens[start:end]]
+        counted += [*[False] * len(put), *stream.counted[start:end]]
+        start = end
+    return replace(
+        stream, tokens=np.asarray(tokens[:most], np.int32), counted=np.asarray(counted[:most], bool)
+    )
 
 
 def _file_hash(path: Path) -> str:
@@ -97,6 +157,8 @@ def calibration_batch(
     length: int,
     max_tokens: int,
     separator: int | None = None,
+    first: Sequence[int] = (),
+    answers: Answers | None = None,
 ) -> TokenBatch:
     """Pack documents into windows.
 
@@ -106,10 +168,12 @@ def calibration_batch(
 
     Args:
       sources: the files.
-      encode: text -> token ids, without special tokens.
+      encode: text or conversation -> token ids; those of a text without special tokens.
       length: T, window length.
       max_tokens: bound on the tokens over all files.
       separator: token between documents, usually end-of-text; None for none.
+      first: tokens that begin every text and every window, such as that of `<s>`.
+      answers: conversation -> which of its tokens count in losses; None for all.
 
     Returns:
       Windows of `length`; only the last window of each file may hold padding.
@@ -121,21 +185,32 @@ def calibration_batch(
         raise InputError("no calibration text given; name at least one file with --calibration")
     if length < 2 or max_tokens < 1:
         raise InputError(f"length={length} must be at least 2 and max_tokens={max_tokens} positive")
-    streams = [token_stream(source, encode, max_tokens, separator) for source in sources]
+    streams = [
+        _with_first(
+            token_stream(source, encode, max_tokens, separator, first=first, answers=answers),
+            first, length, max_tokens,
+        )
+        for source in sources
+    ]  # fmt: skip
     shares = _shares([len(s.tokens) for s in streams], [s.weight for s in sources], max_tokens)
-    rows, masks, notes = [], [], []
+    how = ({"first": list(first)} if first else {}) | ({"loss_on": "answers"} if answers else {})
+    rows, masks, counts, notes = [], [], [], []
     for source, stream, share in zip(sources, streams, shares, strict=True):
         windows = -(-share // length)
-        padded = np.zeros(windows * length, np.int32)
-        padded[:share] = stream.tokens[:share]
+        padded, counted = np.zeros(windows * length, np.int32), np.zeros(windows * length, bool)
+        padded[:share], counted[:share] = stream.tokens[:share], stream.counted[:share]
         rows.append(padded.reshape(windows, length))
+        counts.append(counted.reshape(windows, length))
         masks.append((np.arange(windows * length) < share).reshape(windows, length))
         is_small = source.path.stat().st_size <= WHOLE
         digest = _file_hash(source.path) if is_small else stream.sha256
         part = {} if stream.part == "all" else {"part": stream.part}
         notes.append({"path": str(source.path), "sha256": digest, "weight": source.weight,
-                      "documents": stream.documents, "tokens": share, **part})  # fmt: skip
-    batch = TokenBatch(np.concatenate(rows), np.concatenate(masks), tuple(notes))
+                      "documents": stream.documents, "tokens": share, **part, **how})  # fmt: skip
+    batch = TokenBatch(
+        np.concatenate(rows), np.concatenate(masks), tuple(notes),
+        np.concatenate(counts) if how else None,
+    )  # fmt: skip
     if batch.total < MIN_TOKENS:
         raise InputError(
             f"the calibration text gives only {batch.total} tokens, at least {MIN_TOKENS} are "
@@ -158,8 +233,12 @@ def hold_out(batch: TokenBatch, share: float = 1 / 16) -> tuple[TokenBatch, Toke
     aside = np.zeros(len(batch.tokens), bool)
     aside[np.linspace(0, len(aside) - 1, count + 2)[1:-1].round().astype(int)] = True
     left, held = (
-        TokenBatch(batch.tokens[rows], batch.valid[rows], batch.sources) for rows in (~aside, aside)
-    )
+        replace(
+            batch, tokens=batch.tokens[rows], valid=batch.valid[rows],
+            counted=None if batch.counted is None else batch.counted[rows],
+        )
+        for rows in (~aside, aside)
+    )  # fmt: skip
     return left, held
 
 

@@ -120,8 +120,8 @@ def test_evaluation_reads_json_lines_like_calibration_and_plain_text_whole(tmp_p
     codec = open_codec(demo, 4096)
     (tmp_path / "a.jsonl").write_text('{"answer": "one two"}\n"three"\n')
     (tmp_path / "a.txt").write_text("one two")
-    lines = read_tokens(TextSource(tmp_path / "a.jsonl", field="answer"), codec, 64).tolist()
-    assert read_tokens(TextSource(tmp_path / "a.txt"), codec, 64).tolist() == codec.encode(
+    lines = read_tokens(TextSource(tmp_path / "a.jsonl", field="answer"), codec, 64).tokens.tolist()
+    assert read_tokens(TextSource(tmp_path / "a.txt"), codec, 64).tokens.tolist() == codec.encode(
         "one two"
     )
     assert codec.end is not None
