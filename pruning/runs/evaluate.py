@@ -13,11 +13,12 @@ from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import MOST_BATCH, WHOLE_TEXT
 from pruning.recipe.recipe import ResolvedRecipe
-from pruning.recipe.values import MOST, check_whole
+from pruning.recipe.values import MOST, check_whole, window_within
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
 from pruning.stages.job import DTYPES
 from pruning.stages.measure import measure, read_tokens, text_windows
+from pruning.stages.remarks import say_context
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.text.documents import TextSource
 from pruning.text.tokenizer import open_codec
@@ -71,7 +72,8 @@ def evaluate(
         plans, statistics = stored_plans(folder, recipe, base, rates)
     else:
         base = open_checkpoint(model_folder(model))
-    window = min(window or 2048, base.config.max_position)
+    window = window_within(window, base.config.max_position)
+    say_context(base.config, window, steps)
     codec = open_codec(base.about.folder, base.config.vocab_size, first_tokens=first_tokens)
     opened = {}
     for text in texts:

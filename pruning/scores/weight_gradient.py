@@ -31,6 +31,7 @@ def weight_gradient_scores(
     source: LayerSource,
     tokens: np.ndarray,
     valid: np.ndarray,
+    counted: np.ndarray | None = None,
     *,
     batch: int = 8,
     dtype=jnp.float32,
@@ -45,6 +46,7 @@ def weight_gradient_scores(
       source: the dense model.
       tokens: int32 [B, T].
       valid: bool [B, T].
+      counted: bool [B, T], tokens whose prediction counts in the loss; default all.
       batch: sequences per step.
       dtype: of the activations.
       on_step: receives (layer visits done, layer visits in all).
@@ -52,7 +54,7 @@ def weight_gradient_scores(
     Returns:
       float64 [L, E, F], in nats summed over the text.
     """
-    text = in_batches(source, tokens, valid, batch)
+    text = in_batches(source, tokens, valid, batch, counted)
     states = States(source, text.tokens.shape, dtype)
     lowest = source.config.moe_layers[0]  # below it nothing is scored
     count = counter(2 * len(source) - lowest, on_step)

@@ -1,6 +1,7 @@
 """What is said about texts and plans that are allowed and yet of little use."""
 
 from convert.export_format import ExportFormat
+from moe_jax.config import ModelConfig
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
@@ -18,6 +19,8 @@ def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
     """Say which calibration files are too large to be read whole, whether the calibration text is
     short for so many experts, and, if the run evaluates, whether it has nothing to evaluate on."""
     moe, text = job.base.config.moe, job.calibration
+    if not job.recipe.weights_only:
+        say_context(job.base.config, job.recipe.window, steps)
     for source in text.sources:
         if part := source.get("part"):
             steps.say(f"{source['path']}: more than {WHOLE >> 20} MiB; {PARTS[part]}")
@@ -33,6 +36,17 @@ def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
         steps.say(
             "nothing is evaluated: there is no --evaluation text, and the calibration text has too "
             "few windows to set some aside; the report will not say what was lost"
+        )
+
+
+def say_context(config: ModelConfig, window: int, steps: Steps) -> None:
+    """Say that windows are longer than what the model learned before its context was stretched."""
+    rope = config.attention.rope
+    if rope.original_max_position and window > rope.original_max_position:
+        steps.say(
+            f"windows of {window:,} tokens are longer than the {rope.original_max_position:,} that "
+            f"the model was trained on before its context was stretched ({rope.kind}); --window "
+            f"{rope.original_max_position} stays within them"
         )
 
 

@@ -42,6 +42,10 @@ class TokenBatch:
         """Number of valid tokens."""
         return int(self.valid.sum())
 
+    def counted_in(self, rows: np.ndarray) -> np.ndarray | None:
+        """`counted` of some windows."""
+        return None if self.counted is None else self.counted[rows]
+
 
 @dataclass(frozen=True)
 class TokenStream:
@@ -235,7 +239,7 @@ def hold_out(batch: TokenBatch, share: float = 1 / 16) -> tuple[TokenBatch, Toke
     left, held = (
         replace(
             batch, tokens=batch.tokens[rows], valid=batch.valid[rows],
-            counted=None if batch.counted is None else batch.counted[rows],
+            counted=batch.counted_in(rows),
         )
         for rows in (~aside, aside)
     )  # fmt: skip

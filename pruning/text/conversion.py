@@ -61,7 +61,7 @@ def _from_ranks(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     pattern = _pattern(path.parent, settings)
     try:
         lines = (line.split() for line in path.read_bytes().splitlines() if line)
-        ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
+        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
     except ValueError as error:
         raise InputError(f"{path} holds no ranks of bytes: {error}; download it again") from None
     letters = _letters()

@@ -112,7 +112,7 @@ def open_codec(folder: Path, vocab_size: int, *, first_tokens: bool = True) -> T
     tokenizer.no_padding()
     tokenizer.no_truncation()
     end = _end(folder, settings, tokenizer, vocab_size)
-    first = _first(folder, settings, tokenizer) if first_tokens else ()
+    first = _first(tokenizer) if first_tokens else ()
     return TextCodec(tokenizer, end, first, folder)
 
 
@@ -121,22 +121,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _named(folder: Path, settings: Mapping[str, Any], name: str) -> str | None:
-    """A special token that the settings name."""
-    token = settings.get(name)
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and not isinstance(token, str):
-        raise InputError(f"{folder / SETTINGS}: {name}={token!r} must be text; get it again")
-    return token
+def _first(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids before every text: what tokenizer.json says, as in transformers.
 
-
-def _first(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that transformers puts before every text."""
-    # If the settings say one of these, transformers forgets what tokenizer.json puts around texts.
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        token = _named(folder, settings, "bos_token") if settings.get("add_bos_token") else None
-        found = None if token is None else tokenizer.token_to_id(token)
-        return () if found is None else (found,)
+    `add_bos_token` of the settings is not read beside a tokenizer.json there, nor here.
+    """
     plain, whole = (tokenizer.encode("a", add_special_tokens=on).ids for on in (False, True))
     starts = range(len(whole) - len(plain) + 1) if plain else ()
     count = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
@@ -153,7 +142,10 @@ def _end(
             f"{folder}/config.json: eos_token_id={str(ids)[:80]} must be ids below the "
             f"vocab_size {vocab_size}; get it again"
         )
-    token = _named(folder, settings, "eos_token")
+    token = settings.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise InputError(f"{folder / SETTINGS}: eos_token={token!r} must be text; get it again")
     if token is not None:
         return tokenizer.token_to_id(token)
     return next(iter(given), None)
