@@ -1,10 +1,13 @@
 """The checkpoint's own tokenizer: what it puts first, and the files of older kinds."""
 
 import base64
+import itertools
 import json
 from collections import Counter
 
 import pytest
+import sentencepiece
+import tiktoken
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +19,7 @@ from pruning.text.tokenizer import open_codec
 
 SCRIPTS = [
     "Hello wOrld's I'LL it's  3.14159 x=1;\n\n\tdef f(): pass\r\n",
-    "Ünïcödé straße Привет, мир! Γειά σου Κόσμε",
+    "Ünïcödé straße Привет, мир! Γειά σου Κόσμε",  # noqa: RUF001
     "中文字符English混合 日本語カタカナ 한국어 12345678",
     "مرحبا بالعالم שלום ﷽ हिन्दी ไทย",
     "👩‍👩‍👧‍👦 ☃ \u2028 \ufeff é e\u0301  aaaaaaaaaaaa ",
@@ -77,7 +80,7 @@ def pair_merges(corpus: list[bytes], count: int) -> dict[bytes, int]:
     ranks = {bytes([byte]): byte for byte in range(256)}
     words = [[bytes([byte]) for byte in word] for word in corpus]
     for _ in range(count):
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
         (one, two), _ = pairs.most_common(1)[0]
         ranks[one + two] = len(ranks)
         for word in words:
@@ -107,7 +110,6 @@ def kimi_folder(folder, pattern=MOONSHOT, *, code="tokenization_kimi"):
 
 
 def test_ranks_of_tiktoken_give_the_ids_of_the_original(tmp_path):
-    tiktoken = pytest.importorskip("tiktoken")
     ranks = kimi_folder(tmp_path)
     special = {name: len(ranks) + i for i, name in NAMES.items()}
     original = tiktoken.Encoding(
@@ -151,7 +153,6 @@ def test_damaged_ranks_are_refused(tmp_path, content):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_sentencepiece_model_gives_the_ids_of_the_original(tmp_path, kind):
-    sentencepiece = pytest.importorskip("sentencepiece")
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(line for text in SCRIPTS for line in text.splitlines()) * 20)
     sentencepiece.SentencePieceTrainer.train(
