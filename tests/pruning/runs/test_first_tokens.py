@@ -16,7 +16,10 @@ from pruning.stages.job import open_job
 from tests.support import tiny
 
 QUIET = Steps(quiet=True)
-TEXT = " = Robert <unk> = \n\n Robert is an English film , television and theatre actor . " * 9
+TEXT = (
+    " = Robert <unk> = \n\n Robert is an English film , television and theatre actor . " * 9
+    + "The end"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +50,7 @@ def rolling_log_likelihood(model, tokens: list[int], prefix: int, most: int) -> 
     while predicted < len(tokens):
         count = min(most, len(tokens) - predicted)
         end = predicted + count
-        given = (
-            [prefix, *tokens][max(0, end - most) : end] if predicted else [prefix, *tokens][:end]
-        )
+        given = [prefix, *tokens][max(0, end - most) : end]
         with torch.no_grad():
             scores = model(torch.tensor([given])).logits[0].double().log_softmax(-1)
         wanted = torch.tensor(tokens[predicted:end])
@@ -97,16 +98,14 @@ def test_every_text_and_calibration_window_begins_with_it(folder):
     tokens = job.calibration.tokens
     assert (tokens[:, 0] == 256).all() and (tokens[:, 1:] != 256).all()
     assert job.calibration.total == 175
-    assert bytes(tokens[job.calibration.valid & (tokens != 256)].tolist()) is not None
     said = job.codec.decode(tokens[job.calibration.valid].tolist())
     assert said == TEXT[: 175 - len(tokens)]
     assert not (plain.calibration.tokens == 256).any()
     (windows,), (others,) = (j.evaluation.values() for j in (job, plain))
     assert np.flatnonzero(windows.tokens[:, 0] == 256).tolist() == [0]
     assert not (others.tokens == 256).any()
-    assert (
-        job.calibration.sources[0]["first"] == [256] and "first" not in plain.calibration.sources[0]
-    )
+    assert job.calibration.sources[0]["first"] == [256]
+    assert "first" not in plain.calibration.sources[0]
 
 
 def test_a_choice_of_first_tokens_is_another_run(folder, tmp_path):
