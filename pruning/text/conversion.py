@@ -27,11 +27,6 @@ MOONSHOT = (
     r"\s+",
 )
 PATTERNS = (MOONSHOT,)  # of Kimi and Moonlight
-CURE = (
-    "; save it as tokenizer.json where the model runs: "
-    "AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(FOLDER), or "
-    "take the tokenizer.json of a version of the model that has one"
-)
 
 
 def converted(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, Tokenizer]:
@@ -83,11 +78,22 @@ def _from_ranks(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     # Special tokens follow the ranks; those without a name count as reserved ones.
-    known = {int(i): t["content"] for i, t in (settings.get("added_tokens_decoder") or {}).items()}
+    known = _special_tokens(path.parent, settings)
     ids = range(len(ranks), 1 + max(known, default=-1))
     spelled = [known.get(i, f"<|reserved_token_{i}|>") for i in ids]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in spelled])
     return tokenizer
+
+
+def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, str]:
+    added = settings.get("added_tokens_decoder") or {}
+    try:
+        return {int(number): str(token["content"]) for number, token in added.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{folder}/tokenizer_config.json: added_tokens_decoder={str(added)[:80]} must be "
+            "tokens by their ids; get it again"
+        ) from None
 
 
 def _letters() -> dict[int, str]:
@@ -101,7 +107,8 @@ def _letters() -> dict[int, str]:
 
 
 def _pattern(folder: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    named = (settings.get("auto_map") or {}).get("AutoTokenizer")
+    given = settings.get("auto_map")
+    named = given.get("AutoTokenizer") if isinstance(given, dict) else None
     named = named[0] if isinstance(named, list) and named else named
     code = folder / f"{str(named).partition('.')[0]}.py"
     text = code.read_text(encoding="utf-8") if code.is_file() else ""
@@ -110,7 +117,10 @@ def _pattern(folder: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
             return pattern
     raise InputError(
         f"{folder / TIKTOKEN} does not say how text is cut, and {code.name}, which does, holds no "
-        f"pattern that is known here{CURE}"
+        "pattern that is known here; put a tokenizer.json of the model there, or write it with the "
+        "pattern of that file: python -c 'from transformers.convert_slow_tokenizer import "
+        f'TikTokenConverter; TikTokenConverter("{folder / TIKTOKEN}", pattern=r"PATTERN", '
+        f'extra_special_tokens=["NAMES"]).converted().save("{folder}/tokenizer.json")\''
     )
 
 
@@ -129,4 +139,6 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
         return Tokenizer.from_str(found.backend_tokenizer.to_str())
     except Exception as error:  # of many kinds, and of two packages
         cause = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path} cannot be converted: {cause[:300]}{CURE}") from None
+        raise InputError(
+            f"{path} cannot be converted: {cause[:300]}; put a tokenizer.json of the model there"
+        ) from None

@@ -135,9 +135,21 @@ def test_ranks_of_tiktoken_give_the_ids_of_the_original(tmp_path):
     [(MOONSHOT[1:], "tokenization_kimi"), (MOONSHOT, "other"), (("x",), "tokenization_kimi")],
 )
 def test_ranks_without_a_known_way_to_cut_text_are_refused_with_a_cure(tmp_path, pattern, code):
-    kimi_folder(tmp_path, pattern, code=code)
-    with pytest.raises(ValueError, match=r"tokenization_kimi\.py, .*known here; .*tokenizer\.json"):
+    ranks = kimi_folder(tmp_path, pattern, code=code)
+    with pytest.raises(ValueError, match=r"tokenization_kimi\.py, .*known here; ") as caught:
         open_codec(tmp_path, 1000)
+    # What it advises is done, with another way to cut text.
+    _, _, code = str(caught.value).partition("python -c '")
+    names = [NAMES.get(i, f"<{i}>") for i in range(6)]
+    code = code.removesuffix("'").replace('["NAMES"]', str(names)).replace("PATTERN", r"\S+|\s+")
+    exec(code, {})
+    codec = open_codec(tmp_path, 1000)
+    original = tiktoken.Encoding(
+        "x", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"[EOS]": len(ranks) + 1}
+    )
+    for text in SCRIPTS:
+        assert codec.encode(text) == original.encode(text)
+    assert codec.end == len(ranks) + 1
 
 
 @pytest.mark.parametrize("content", [b"?? 0\n", b"YQ== x\n", b"YQ==\n", b"\xff\n"])
