@@ -1,20 +1,16 @@
 """Text to batches of tokens of one shape: files, JSON lines and weighted mixtures of them."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_jax.errors import InputError
-from pruning.text.conversation import Conversation
 from pruning.text.documents import WHOLE, TextSource, open_documents
+from pruning.text.encoding import Answers, Encode, encoded, with_first
 
-Encode = Callable[[Any], list[int]]  # of a text, or of a Conversation
-Answers = Callable[[Conversation], list[bool]]
 MIN_TOKENS = 64
 CHARACTERS = 16  # of a document, at most, for each token that is wanted
 
@@ -96,56 +92,24 @@ def token_stream(
     counted: list[bool] = []
     # A token covers at least one character often enough: this bounds the work on huge files.
     characters = CHARACTERS * limit
-    found, read, digest = open_documents(source, characters), 0, sha256()
-    for document in found.texts:
+    opened, read, digest = open_documents(source, characters), 0, sha256()
+    for document in opened.texts:
         if read and separator is not None:
             tokens.append(separator)
             counted.append(answers is None)
-        if isinstance(document, Conversation):
-            ids, text = encode(document), json.dumps(asdict(document))
-            counted += answers(document) if answers else [True] * len(ids)
-        else:
-            text = document[:characters]
-            ids = encode(text)
-            put = () if _begins(ids, first) else first
-            counted += [False] * len(first) + [True] * (len(ids) + len(put) - len(first))
-            ids = [*put, *ids]
-        tokens += ids
+        found = encoded(document, encode, characters, first, answers)
+        tokens += found.tokens
+        counted += found.counted
         read += 1
-        digest.update(text.encode() + b"\n")
+        digest.update(found.text.encode() + b"\n")
         if len(tokens) >= limit:
             break
     return TokenStream(
         np.asarray(tokens[:limit], np.int32),
         np.asarray(counted[:limit], bool),
         read,
-        found.part,
+        opened.part,
         digest.hexdigest(),
-    )
-
-
-def _begins(tokens: Sequence[int] | np.ndarray, first: Sequence[int]) -> bool:
-    return list(tokens[: len(first)]) == list(first)
-
-
-def _with_first(stream: TokenStream, first: Sequence[int], length: int, most: int) -> TokenStream:
-    """The same with `first` wherever a window begins, unless it does so already."""
-    if not first:
-        return stream
-    if length <= len(first):
-        raise InputError(
-            f"window={length} has no room for text behind the {len(first)} tokens that the "
-            "tokenizer puts first; choose a longer --window"
-        )
-    tokens, counted, start = [], [], 0
-    while start < len(stream.tokens) and len(tokens) < most:
-        put = () if _begins(stream.tokens[start:], first) else first
-        end = start + length - len(put)
-        tokens += [*put, *stream.tokens[start:end]]
-        counted += [*[False] * len(put), *stream.counted[start:end]]
-        start = end
-    return replace(
-        stream, tokens=np.asarray(tokens[:most], np.int32), counted=np.asarray(counted[:most], bool)
     )
 
 
@@ -189,13 +153,11 @@ def calibration_batch(
         raise InputError("no calibration text given; name at least one file with --calibration")
     if length < 2 or max_tokens < 1:
         raise InputError(f"length={length} must be at least 2 and max_tokens={max_tokens} positive")
-    streams = [
-        _with_first(
-            token_stream(source, encode, max_tokens, separator, first=first, answers=answers),
-            first, length, max_tokens,
-        )
-        for source in sources
-    ]  # fmt: skip
+    streams = []
+    for source in sources:
+        stream = token_stream(source, encode, max_tokens, separator, first=first, answers=answers)
+        tokens, counted = with_first(stream.tokens, stream.counted, first, length, max_tokens)
+        streams.append(replace(stream, tokens=tokens, counted=counted))
     shares = _shares([len(s.tokens) for s in streams], [s.weight for s in sources], max_tokens)
     how = ({"first": list(first)} if first else {}) | ({"loss_on": "answers"} if answers else {})
     rows, masks, counts, notes = [], [], [], []
