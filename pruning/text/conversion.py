@@ -47,8 +47,8 @@ def converted(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, Tokenize
     if (path := folder / SENTENCEPIECE).is_file():
         return path, _from_sentencepiece(path)
     raise InputError(
-        f"{folder / 'tokenizer.json'} does not exist, nor {TIKTOKEN} or {SENTENCEPIECE}, which "
-        "would be converted; copy the model's tokenizer files there"
+        f"{folder / 'tokenizer.json'} does not exist; copy the model's tokenizer.json there, or "
+        f"its {TIKTOKEN} or {SENTENCEPIECE}, which are converted"
     )
 
 

@@ -184,5 +184,5 @@ def test_a_sentencepiece_model_gives_the_ids_of_the_original(tmp_path, kind):
 
 
 def test_a_folder_without_any_tokenizer_says_what_to_copy(tmp_path):
-    with pytest.raises(ValueError, match=r"nor tiktoken\.model or tokenizer\.model, .* copy"):
+    with pytest.raises(ValueError, match=r"not exist; copy .*, or its tiktoken\.model"):
         open_codec(tmp_path, 100)
