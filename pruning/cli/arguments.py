@@ -9,6 +9,7 @@ from pathlib import Path
 from pruning.cli.flags import add_group, value_of
 from pruning.cli.parser import Parser
 from pruning.recipe.options import (
+    TEXT_FILES,
     WHOLE_TEXT,
     ExportOptions,
     PlanOptions,
@@ -131,15 +132,15 @@ def evaluate(command: Parser) -> None:
         "folder", help=f"{MODEL}; or output folder of score", metavar="FOLDER"
     )
     place = command.add_argument_group("Text")
-    texts: dict = {"dest": "text", "type": Path, "nargs": "+", "action": "extend"}
+    texts: dict = {"dest": "text", "nargs": "+", "action": "extend"}
     place.add_argument(
         "--text", **texts, metavar="FILE",
-        help="text files; .jsonl and .jsonl.gz hold a document a line",
+        help="text files: " + TEXT_FILES,
     )  # fmt: skip
     place.add_argument("--evaluation", **texts, help=argparse.SUPPRESS)
     place.add_argument(
         "--text-field", default="text", metavar="FIELD",
-        help="JSON field that holds the text in .jsonl files (default text)",
+        help="field of rows that holds the text (default text)",
     )  # fmt: skip
     tokens: dict = {"dest": "evaluation_tokens", "type": value_of(int), "metavar": "N"}
     place.add_argument(

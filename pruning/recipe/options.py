@@ -21,6 +21,7 @@ __all__ = [
     "COMPARED_TOKENS",
     "EVALUATION_TOKENS",
     "MOST_BATCH",
+    "TEXT_FILES",
     "WHOLE_TEXT",
     "ExportOptions",
     "LayerLoss",
@@ -35,6 +36,7 @@ __all__ = [
 EVALUATION_TOKENS = 16384  # of each text, beside other work
 COMPARED_TOKENS = 4096  # of each text, under many plans
 MOST_BATCH = 4096  # windows a step: a batch is filled up to so many
+TEXT_FILES = "prose, or rows of JSON, CSV, TSV or parquet, as their content says; .gz, .zst too"
 WHOLE_TEXT = 1 << 20  # tokens of each text where measuring is the work
 
 
@@ -62,13 +64,14 @@ class TextOptions(Options):
     calibration: Annotated[
         tuple[str, ...],
         About(
-            "text files, FILE or FILE=WEIGHT; .jsonl and .jsonl.gz hold a document a line",
+            "text files, FILE or FILE=WEIGHT, with :field=NAME or :template='{NAME}\\n{NAME}' "
+            f"behind where text stands in other fields; {TEXT_FILES}",
             shown="FILE",
         ),
     ] = ()
     calibration_field: Annotated[
         str,
-        About("JSON field that holds the text in .jsonl files", shown="FIELD", flag="text-field"),
+        About("field of rows that holds the text", shown="FIELD", flag="text-field"),
     ] = "text"
     first_tokens: Annotated[
         bool,
@@ -87,7 +90,7 @@ class TextOptions(Options):
     evaluation: Annotated[
         tuple[str, ...],
         About(
-            "text files to measure quality on, plain or JSON lines; default a sixteenth of the "
+            "text files to measure quality on, read like the others; default a sixteenth of the "
             "calibration windows, which are then not scored",
             shown="FILE",
         ),

@@ -17,10 +17,10 @@ from pruning.recipe.values import MOST, check_whole, window_within
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
 from pruning.stages.job import DTYPES
-from pruning.stages.measure import measure, read_tokens, text_windows
-from pruning.stages.remarks import say_context
+from pruning.stages.measure import evaluation_source, measure, read_tokens, text_windows
+from pruning.stages.remarks import say_context, say_source
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
-from pruning.text.documents import TextSource
+from pruning.text.calibration import source_note
 from pruning.text.tokenizer import open_codec
 
 
@@ -44,9 +44,9 @@ def evaluate(
     Args:
       folder: a checkpoint, or "demo"; with `rates` an output folder of `score`, where several
         also write sweep.csv and sweep.html.
-      texts: files; .jsonl and .jsonl.gz hold a document a line.
+      texts: files, each as `TextSource.parse` reads it, without a weight.
       rates: prune rates, each planned from the stored statistics and measured by masking.
-      text_field: JSON field that holds the text.
+      text_field: field of a row that holds the text.
       window: tokens per window; default the model's context, at most 2048.
       stride: tokens between windows; default half a window.
       evaluation_tokens: most tokens measured of each text.
@@ -77,8 +77,9 @@ def evaluate(
     codec = open_codec(base.about.folder, base.config.vocab_size, first_tokens=first_tokens)
     opened = {}
     for text in texts:
-        source = TextSource(Path(text), text_field)
+        source = evaluation_source(os.fspath(text), text_field)
         stream = read_tokens(source, codec, evaluation_tokens, loss_on)
+        say_source(source_note(source, stream, len(stream.tokens)), steps)
         if len(stream.tokens) == evaluation_tokens:
             steps.say(f"{text}: the first {evaluation_tokens:,} tokens are measured; "
                       "--evaluation-tokens takes more")  # fmt: skip

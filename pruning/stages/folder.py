@@ -12,7 +12,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.stages.job import Job
 from pruning.stages.score import find_statistics
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.windows import text_hashes
 
 # All that a run writes, in the order of removal: while a report is there a folder counts as
@@ -29,8 +29,8 @@ def is_interrupted(job: Job) -> bool:
     Raises:
       InputError: it holds something else that may not be replaced.
     """
-    texts = [TextSource.parse(text).path for text in job.recipe.calibration]
-    read = (job.base.about.folder, *texts, *map(Path, job.recipe.evaluation))
+    texts = (*job.recipe.calibration, *job.recipe.evaluation)
+    read = (job.base.about.folder, *(TextSource.parse(text).path for text in texts))
     return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
 
 

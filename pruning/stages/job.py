@@ -22,7 +22,7 @@ from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
 from pruning.stages.measure import open_texts
 from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec, open_codec
 from pruning.text.windows import Windows
 
@@ -31,13 +31,17 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe together with the opened model, its tokenizer and its texts."""
+    """A recipe together with the opened model, its tokenizer and its texts.
+
+    `evaluation_sources` are as `TokenBatch.sources`, of the evaluation files.
+    """
 
     recipe: ResolvedRecipe
     base: Checkpoint
     codec: TextCodec
     calibration: TokenBatch
     evaluation: dict[str, Windows]
+    evaluation_sources: tuple[dict, ...] = ()
 
     @property
     def output(self) -> Path:
@@ -67,7 +71,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     evaluation = recipe.evaluation
     if not evaluation and recipe.model == "demo":
         evaluation = demo_texts("evaluation")
-    texts = open_texts(
+    texts, notes = open_texts(
         evaluation, codec, recipe.window, recipe.evaluation_tokens, recipe.calibration_field,
         recipe.loss_on,
     )  # fmt: skip
@@ -79,7 +83,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
             texts["held-out calibration"] = Windows(
                 held.tokens, held.valid, scored, recipe.window, recipe.window
             )
-    return Job(recipe, base, codec, calibration, texts)
+    return Job(recipe, base, codec, calibration, texts, notes)
 
 
 def require_possible(recipe: ResolvedRecipe, base: Description) -> None:

@@ -1,13 +1,13 @@
 """Evaluation texts as windows, and the quality of models on them."""
 
-from pathlib import Path
+from typing import Any
 
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, measure_quality
-from pruning.text.calibration import TokenStream, token_stream
-from pruning.text.documents import TextSource
+from pruning.text.calibration import TokenStream, source_note, token_stream
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec
 from pruning.text.windows import Windows, make_windows
 
@@ -19,16 +19,34 @@ def open_texts(
     max_tokens: int,
     field: str = "text",
     loss_on: str = "all",
-) -> dict[str, Windows]:
-    """Evaluation windows by file name, at most `max_tokens` of each file; `field` holds the text
-    of a JSON line, and `loss_on` says what of conversations is scored."""
-    texts = {}
+) -> tuple[dict[str, Windows], tuple[dict[str, Any], ...]]:
+    """Evaluation windows by file name, at most `max_tokens` of each file, and a `source_note` of
+    each; `field` holds the text of a row, and
+    `loss_on` says what of conversations is scored."""
+    texts, notes = {}, []
     for file in files:
-        path = Path(file)
-        name = path.stem if path.stem not in texts else str(path)
-        stream = read_tokens(TextSource(path, field=field), codec, max_tokens, loss_on)
+        source = evaluation_source(file, field)
+        names = (source.path.stem, str(source.path))
+        name = next((name for name in names if name not in texts), file)
+        stream = read_tokens(source, codec, max_tokens, loss_on)
         texts[name] = text_windows(stream, codec, window)
-    return texts
+        notes.append(source_note(source, stream, len(stream.tokens)))
+    return texts, tuple(notes)
+
+
+def evaluation_source(text: str, field: str) -> TextSource:
+    """An evaluation text of words as `TextSource.parse` reads them.
+
+    Raises:
+      InputError: as there, or it has a weight.
+    """
+    source = TextSource.parse(text, field)
+    if source.weight != 1.0:
+        raise InputError(
+            f"evaluation text {text!r} has a weight, by which only --calibration mixes; leave it "
+            "out"
+        )
+    return source
 
 
 def read_tokens(

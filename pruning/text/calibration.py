@@ -1,18 +1,21 @@
-"""Text to batches of tokens of one shape: files, JSON lines and weighted mixtures of them."""
+"""Text to batches of tokens of one shape: files and weighted mixtures of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_jax.errors import InputError
-from pruning.text.documents import WHOLE, TextSource, open_documents
+from pruning.text.documents import WHOLE, open_documents
 from pruning.text.encoding import Answers, Encode, encoded, with_first
+from pruning.text.source import TextSource
 
 MIN_TOKENS = 64
 CHARACTERS = 16  # of a document, at most, for each token that is wanted
+BEGINS = 80  # characters of a text that say which it is
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class TokenBatch:
       valid: bool [B, T]; padding is False.
       sources: per file: path, weight, documents, tokens used, and the sha256 of the file, or of
         what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all";
-        `first`, the ids that begin each text and window, if there are any; `loss_on` unless "all".
+        `options`, see `TextSource`, unless ""; the `about` of its `TokenStream`; `first`, the ids
+        that begin each text and window, if there are any; `loss_on` unless "all".
       counted: bool [B, T], tokens whose prediction counts in losses and gradients; None for all.
     """
 
@@ -54,6 +58,8 @@ class TokenStream:
       documents: that were read.
       part: of the file that they were chosen from, see `Documents`.
       sha256: of the characters that were read.
+      about: the file's `format`, the `field` that documents are made of, unless they are whole
+        files, how the text `begins`, and what it is `lacking`, if anything.
     """
 
     tokens: np.ndarray
@@ -61,6 +67,7 @@ class TokenStream:
     documents: int
     part: str
     sha256: str
+    about: dict[str, str]
 
 
 def token_stream(
@@ -92,7 +99,7 @@ def token_stream(
     counted: list[bool] = []
     # A token covers at least one character often enough: this bounds the work on huge files.
     characters = CHARACTERS * limit
-    opened, read, digest = open_documents(source, characters), 0, sha256()
+    opened, read, digest, begins = open_documents(source, characters), 0, sha256(), ""
     for document in opened.texts:
         if read and separator is not None:
             tokens.append(separator)
@@ -100,17 +107,33 @@ def token_stream(
         found = encoded(document, encode, characters, first, answers)
         tokens += found.tokens
         counted += found.counted
+        begins = begins or found.text[:BEGINS]
         read += 1
         digest.update(found.text.encode() + b"\n")
         if len(tokens) >= limit:
             break
+    rows = opened.rows
+    about = {"format": str(opened.layout), "field": rows.field, "begins": begins}
+    about |= {"lacking": rows.lacking()}
     return TokenStream(
         np.asarray(tokens[:limit], np.int32),
         np.asarray(counted[:limit], bool),
         read,
         opened.part,
         digest.hexdigest(),
+        {key: value for key, value in about.items() if value},
     )
+
+
+def source_note(source: TextSource, stream: TokenStream, tokens: int) -> dict[str, Any]:
+    """What `TokenBatch.sources` holds of a file of which so many tokens are used."""
+    is_small = source.path.stat().st_size <= WHOLE
+    digest = _file_hash(source.path) if is_small else stream.sha256
+    note = {"path": str(source.path), "sha256": digest, "weight": source.weight,
+            "documents": stream.documents, "tokens": tokens}  # fmt: skip
+    note |= {} if stream.part == "all" else {"part": stream.part}
+    note |= {"options": source.options} if source.options else {}
+    return {**note, **stream.about}
 
 
 def _file_hash(path: Path) -> str:
@@ -168,11 +191,7 @@ def calibration_batch(
         rows.append(padded.reshape(windows, length))
         counts.append(counted.reshape(windows, length))
         masks.append((np.arange(windows * length) < share).reshape(windows, length))
-        is_small = source.path.stat().st_size <= WHOLE
-        digest = _file_hash(source.path) if is_small else stream.sha256
-        part = {} if stream.part == "all" else {"part": stream.part}
-        notes.append({"path": str(source.path), "sha256": digest, "weight": source.weight,
-                      "documents": stream.documents, "tokens": share, **part, **how})  # fmt: skip
+        notes.append(source_note(source, stream, share) | how)
     batch = TokenBatch(
         np.concatenate(rows), np.concatenate(masks), tuple(notes),
         np.concatenate(counts) if how else None,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pruning.demo import model_folder
 from pruning.stages.measure import read_tokens
 from pruning.text.calibration import TokenBatch, _shares, calibration_batch, hold_out
-from pruning.text.documents import TextSource, open_documents
+from pruning.text.documents import open_documents
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import open_codec
 
 
@@ -120,7 +121,8 @@ def test_evaluation_reads_json_lines_like_calibration_and_plain_text_whole(tmp_p
     codec = open_codec(demo, 4096)
     (tmp_path / "a.jsonl").write_text('{"answer": "one two"}\n"three"\n')
     (tmp_path / "a.txt").write_text("one two")
-    lines = read_tokens(TextSource(tmp_path / "a.jsonl", field="answer"), codec, 64).tokens.tolist()
+    lines = read_tokens(TextSource(tmp_path / "a.jsonl", field="answer"), codec, 64)
+    lines = lines.tokens.tolist()
     assert read_tokens(TextSource(tmp_path / "a.txt"), codec, 64).tokens.tolist() == codec.encode(
         "one two"
     )
