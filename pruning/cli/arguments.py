@@ -25,7 +25,8 @@ SHELLS = ("bash", "zsh", "fish")
 # until `plan`, which decides all of them anew.
 DECIDING = ("prune_rate", "target_parameters", "target_bytes", "criterion", "attribution",
             "planner", "seed")  # fmt: skip
-NOT_ESTIMATED = ("calibration", "calibration_field", "evaluation", "evaluation_tokens")
+NOT_ESTIMATED = ("calibration", "calibration_field", "evaluation", "evaluation_tokens",
+                 "first_tokens", "loss_on")  # fmt: skip
 
 
 def _model(command: Parser, *, required: bool = True, more: str = "") -> None:
@@ -160,6 +161,7 @@ def evaluate(command: Parser) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="type of the activations (default float32)",
     )  # fmt: skip
+    add_group(command, TextOptions, "first_tokens", "loss_on", title="Tokens")
     sweep = command.add_argument_group("Plans of an output folder")
     _rates(sweep, "measure plans of the stored statistics instead, at these rates in [0, 1)")
 

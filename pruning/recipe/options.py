@@ -86,6 +86,20 @@ class TextOptions(Options):
         str,
         About("field of rows that holds the text", shown="FIELD", flag="text-field"),
     ] = "text"
+    first_tokens: Annotated[
+        bool,
+        About(
+            "begin texts and calibration windows with the tokens that the tokenizer puts first, "
+            "such as <s>, if it does (default true)"
+        ),
+    ] = True
+    loss_on: Annotated[
+        Literal["all", "answers"],
+        About(
+            "tokens of conversations that count in losses and their gradients; the prompts before "
+            "answers are read all the same, and statistics of activations are of all tokens"
+        ),
+    ] = "all"
     evaluation: Annotated[
         tuple[str, ...],
         About(

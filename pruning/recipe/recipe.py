@@ -23,9 +23,10 @@ from pruning.recipe.options import (
     TextOptions,
     fields_of,
 )
-from pruning.recipe.values import NEEDS_TEXT
+from pruning.recipe.values import NEEDS_TEXT, window_within
 
 TEXTS = ("calibration", "evaluation")  # options that name files
+WHOLE_LOSS = ("nll_ig", "nll_ablate", "nll_grad2")
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 
 
@@ -46,6 +47,12 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 f"weights_only reads no calibration text, which {', '.join(asked)} needs; leave "
                 "out one or the other"
             )
+        whole = [name for name in WHOLE_LOSS if getattr(self, name)]
+        if self.loss_on == "answers" and whole:
+            raise InputError(
+                f"loss_on='answers' leaves prompts out of gradients, which {', '.join(whole)} does "
+                "not: it takes the loss of the whole text; leave out one or the other"
+            )
 
     def resolved(
         self,
@@ -64,7 +71,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
 
         Raises:
           InputError: a group size or block that the model's widths do not allow, or 4-bit exports
-            of a 16-bit recipe.
+            of a 16-bit recipe, or a window longer than the model's context.
         """
         exports = choose_exports(self.export, formats, self.bits, self.group_size, self.quantizer)
         widths = [("expert width", d_expert), ("model width", d_model)]
@@ -97,7 +104,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "minimum": self.minimum or block,
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
             "width": self.width or width_policy(exports),
-            "window": min(self.window or 2048, max_position),
+            "window": window_within(self.window, max_position),
             "evaluation_tokens": self.evaluation_tokens or EVALUATION_TOKENS,
         }
         return ResolvedRecipe(**{**given, **filled})

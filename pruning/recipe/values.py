@@ -46,6 +46,20 @@ def check_share(name: str, share: float, hint: str) -> None:
         raise InputError(f"{name}={share} must lie in (0, 1]; {hint}")
 
 
+def window_within(window: int | None, context: int) -> int:
+    """The window asked for, or the usual one, in tokens.
+
+    Raises:
+      InputError: it is longer than the model's context.
+    """
+    if window is not None and window > context:
+        raise InputError(
+            f"window={window} is longer than the model's context of {context} tokens; choose "
+            f"--window {context} or less"
+        )
+    return window or min(2048, context)
+
+
 def parse_amount(name: str, text: str) -> int:
     """A whole number with an optional decimal suffix: 6GB, 500MB, 1.5G, 3B (parameters).
 

@@ -66,17 +66,19 @@ def open_job(recipe: CompressionRecipe) -> Job:
     c = base.config
     recipe = resolved(recipe, base.about)
     require_possible(recipe, base.about)
-    codec = open_codec(folder, c.vocab_size)
+    codec = open_codec(folder, c.vocab_size, first_tokens=recipe.first_tokens)
     calibration = _calibration(recipe, codec, recipe.window)
     evaluation = recipe.evaluation
     if not evaluation and recipe.model == "demo":
         evaluation = demo_texts("evaluation")
     texts, notes = open_texts(
-        evaluation, codec, recipe.window, recipe.evaluation_tokens, recipe.calibration_field
-    )
+        evaluation, codec, recipe.window, recipe.evaluation_tokens, recipe.calibration_field,
+        recipe.loss_on,
+    )  # fmt: skip
     if not texts and not recipe.weights_only:
         calibration, held = hold_out(calibration)
-        scored = held.valid[:, :-1] & held.valid[:, 1:]
+        counted = held.valid if held.counted is None else held.counted
+        scored = held.valid[:, :-1] & held.valid[:, 1:] & counted[:, 1:]
         if scored.any():
             texts["held-out calibration"] = Windows(
                 held.tokens, held.valid, scored, recipe.window, recipe.window
@@ -118,6 +120,8 @@ def _calibration(recipe: ResolvedRecipe, codec: TextCodec, window: int) -> Token
         length=window,
         max_tokens=recipe.max_tokens,
         separator=codec.end,
+        first=codec.first,
+        answers=codec.answers if recipe.loss_on == "answers" else None,
     )
 
 

@@ -21,16 +21,18 @@ def open_texts(
     window: int,
     max_tokens: int,
     field: str = "text",
+    loss_on: str = "all",
 ) -> tuple[dict[str, Windows], tuple[dict[str, Any], ...]]:
     """Evaluation windows by file name, at most `max_tokens` of each file, and a `source_note` of
-    each; `field` holds the text of a row."""
+    each; `field` holds the text of a row, and
+    `loss_on` says what of conversations is scored."""
     texts, notes = {}, []
     for file in files:
         source = evaluation_source(file, field)
         names = (source.path.stem, str(source.path))
         name = next((name for name in names if name not in texts), file)
-        stream = read_tokens(source, codec, max_tokens)
-        texts[name] = make_windows(stream.tokens, window=window)
+        stream = read_tokens(source, codec, max_tokens, loss_on)
+        texts[name] = text_windows(stream, codec, window)
         notes.append(source_note(source, stream, len(stream.tokens)))
     return texts, tuple(notes)
 
@@ -50,13 +52,18 @@ def evaluation_source(text: str, field: str) -> TextSource:
     return source
 
 
-def read_tokens(source: TextSource, codec: TextCodec, max_tokens: int) -> TokenStream:
-    """First tokens of an evaluation text.
+def read_tokens(
+    source: TextSource, codec: TextCodec, max_tokens: int, loss_on: str = "all"
+) -> TokenStream:
+    """First tokens of an evaluation text; `loss_on` "answers" counts those of conversations alone.
 
     Raises:
       InputError: the file cannot be read as text or holds fewer than two tokens.
     """
-    stream = token_stream(source, codec.encode, max_tokens, codec.end)
+    answers = codec.answers if loss_on == "answers" else None
+    stream = token_stream(
+        source, codec.encode, max_tokens, codec.end, first=codec.first, answers=answers
+    )
     if len(stream.tokens) < 2:
         raise InputError(
             f"evaluation text {source.path} has {len(stream.tokens)} tokens, at least 2 are needed "
@@ -71,6 +78,15 @@ def first_tokens(windows: Windows, tokens: int) -> Windows:
     rows = 1 + int(np.searchsorted(scored, min(tokens, int(scored[-1]))))
     parts = {name: getattr(windows, name)[:rows] for name in ("tokens", "valid", "scored")}
     return dataclasses.replace(windows, **parts)
+
+
+def text_windows(
+    stream: TokenStream, codec: TextCodec, window: int, stride: int | None = None
+) -> Windows:
+    """The windows of an evaluation text, as `make_windows`."""
+    return make_windows(
+        stream.tokens, window=window, stride=stride, counted=stream.counted, full=bool(codec.first)
+    )
 
 
 def measure(

@@ -20,7 +20,7 @@ SCORING = (
     "gradients", "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2",
 )  # fmt: skip
 TEXT_FACTS = ("sha256", "weight", "documents", "tokens")
-READ_AS = "options"  # where a text is not read in the usual way
+TEXT_CHOICES = ("options", "first", "loss_on")  # where a text is not read in the usual way
 
 
 def plan(
@@ -87,7 +87,7 @@ def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: di
         {
             "text": Path(s["path"]).name,
             **{key: s[key] for key in TEXT_FACTS},
-            **({READ_AS: s[READ_AS]} if READ_AS in s else {}),
+            **{key: s[key] for key in TEXT_CHOICES if key in s},
         }
         for s in provenance.get("sources", ())
     ]

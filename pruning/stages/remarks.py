@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.export_format import ExportFormat
+from moe_jax.config import ModelConfig
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
@@ -21,10 +22,10 @@ def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
     """Say what the given text files are, whether the calibration text is short for so many experts,
     and, if the run evaluates, whether it has nothing to evaluate on."""
     moe, text = job.base.config.moe, job.calibration
-    for files, sources in ((job.recipe.calibration, text.sources),
-                           (job.recipe.evaluation, job.evaluation_sources)):  # fmt: skip
-        for source in sources if files else ():  # the texts of the demo are our own
-            say_source(source, steps)
+    if not job.recipe.weights_only:
+        say_context(job.base.config, job.recipe.window, steps)
+    for source in (*text.sources, *job.evaluation_sources):
+        say_source(source, steps)
     rows = text.total * moe.experts_per_token // moe.num_experts
     if text.total and rows < moe.d_expert:
         enough = -(-moe.d_expert * moe.num_experts // moe.experts_per_token)
@@ -37,6 +38,17 @@ def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
         steps.say(
             "nothing is evaluated: there is no --evaluation text, and the calibration text has too "
             "few windows to set some aside; the report will not say what was lost"
+        )
+
+
+def say_context(config: ModelConfig, window: int, steps: Steps) -> None:
+    """Say that windows are longer than what the model learned before its context was stretched."""
+    rope = config.attention.rope
+    if rope.original_max_position and window > rope.original_max_position:
+        steps.say(
+            f"windows of {window:,} tokens are longer than the {rope.original_max_position:,} that "
+            f"the model was trained on before its context was stretched ({rope.kind}); --window "
+            f"{rope.original_max_position} stays within them"
         )
 
 
