@@ -94,8 +94,7 @@ class Export:
     @cached_property
     def parameters(self) -> int:
         """Weights of the pruned model and of its layers that draft, padding not counted."""
-        own = self.base.weights(self.widths, constants=self.form.constants)
-        return own + self.mtp_parameters
+        return self.base.weights(self.widths, constants=self.form.constants) + self.mtp_parameters
 
     @cached_property
     def mtp_parameters(self) -> int:
@@ -116,6 +115,12 @@ class Export:
     def packed_inputs(self) -> list[int]:
         """Input widths of the linear layers that are stored in 4 bits, each once, ascending."""
         return sorted({stored.shape[1] for stored in self.tensors.values() if stored.packed})
+
+    @property
+    def code_files(self) -> dict[str, Path]:
+        """The modelling file that travels in a folder of several widths: name -> path of ours."""
+        file = ragged.MODELLING_FILE
+        return {} if self.form.is_padded else {file.name: file}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -202,17 +207,47 @@ class Export:
           OSError: if the disk is too small.
         """
         self.check()
-        file = ragged.MODELLING_FILE
-        modelling = {} if self.form.is_padded else {file.name: file}
         return write_folder(
             target,
             self.specs,
-            self._arrays(source, mtp, on_layer),
+            self.arrays(source, mtp, on_layer),
             self.config,
             self.base.folder,
-            extra_files={**(extra_files or {}), **modelling},
+            extra_files={**(extra_files or {}), **self.code_files},
             overwrite=overwrite,
         )
+
+    def arrays(
+        self,
+        model: LayerSource,
+        mtp: MtpSource | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor of the folder, (name, array as on disk); arguments as of `write`."""
+        yield from self.outer_arrays(model)
+        for index in range(len(model)):
+            yield from self.layer_arrays(model.layer(index), index)
+            if on_layer:
+                on_layer(index)
+        if self.mtp_specs:
+            if mtp is None:
+                raise InputError(f"mtp={self.form.mtp!r} needs the layers' weights; pass `mtp`")
+            yield from self.mtp_arrays(mtp)
+
+    def outer_arrays(self, model: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of no layer, (name, array as on disk)."""
+        for name, value in outer_tensors(model):
+            yield name, value.astype(BFLOAT16, copy=False)
+
+    def layer_arrays(self, layer: DecoderLayer, index: int) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of layer `index` of the pruned model, (name, array as on disk).
+
+        Raises:
+          InputError: the layer is another than the one planned.
+        """
+        source, tensors = self._source, self._by_layer[f"model.layers.{index}"]
+        parts = stored_layer(source.family, source.layer(layer), index, tensors, self.form)
+        return fuse_experts(parts, self.base.config.moe.num_experts) if self._is_fused else parts
 
     def mtp_arrays(self, mtp: MtpSource) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of `mtp_specs`, (name, array as on disk)."""
@@ -226,6 +261,13 @@ class Export:
             return _Source(base.family, hf_config, base.config, lambda layer: layer)
         family, hf_config = find_family(twin.model_type), twin.config(base.hf_config)
         return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
+
+    @cached_property
+    def _by_layer(self) -> dict[str, dict[str, Stored]]:
+        found: dict[str, dict[str, Stored]] = {}
+        for name, stored in self.tensors.items():
+            found.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
+        return found
 
     @property
     def _is_fused(self) -> bool:
@@ -247,27 +289,6 @@ class Export:
             prefixes = mtp_prefixes(self.base.family, self.base.hf_config)
             modules += [f"re:{re.escape(prefix)}" for prefix in prefixes]
         return modules
-
-    def _arrays(
-        self, model: LayerSource, mtp: MtpSource | None, on_layer: Callable[[int], None] | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        yield from ((name, value.astype(BFLOAT16)) for name, value in outer_tensors(model))
-        by_layer: dict[str, dict[str, Stored]] = {}
-        for name, stored in self.tensors.items():
-            by_layer.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
-        for index in range(len(model)):
-            layer = self._source.layer(model.layer(index))
-            tensors = by_layer[f"model.layers.{index}"]
-            parts = stored_layer(self._source.family, layer, index, tensors, self.form)
-            if self._is_fused:
-                parts = fuse_experts(parts, self.base.config.moe.num_experts)
-            yield from parts
-            if on_layer:
-                on_layer(index)
-        if self.mtp_specs:
-            if mtp is None:
-                raise InputError(f"mtp={self.form.mtp!r} needs the layers' weights; pass `mtp`")
-            yield from self.mtp_arrays(mtp)
 
 
 def packed_inputs(base: Description) -> list[int]:

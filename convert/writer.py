@@ -147,13 +147,24 @@ def _stream(files, places: dict[str, _Place], tensors: Iterable[tuple[str, np.nd
 def _write_side_files(
     folder: Path, source: Path | str | None, extra: Mapping[str, bytes | str | Path]
 ) -> None:
-    chosen = [] if source is None else [p for glob in SIDE_FILES for p in Path(source).glob(glob)]
-    for path in chosen:
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        elif path.suffix != ".safetensors":
-            write_synced(folder / path.name, path.read_bytes())
-    for name, content in extra.items():
+    found: dict[str, bytes | str | Path] = {} if source is None else {**side_files(source)}
+    for name, content in {**found, **extra}.items():
         if isinstance(content, Path):
             content = content.read_bytes()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_synced(folder / name, content.encode() if isinstance(content, str) else content)
+
+
+def side_files(source: Path | str) -> dict[str, Path]:
+    """Files of a checkpoint that go unchanged into every folder made of it.
+
+    Returns:
+      Name, with its folder if it has one -> path.
+    """
+    found = [path for glob in SIDE_FILES for path in Path(source).glob(glob)]
+    files = [file for path in found for file in (path.rglob("*") if path.is_dir() else (path,))]
+    return {
+        file.relative_to(source).as_posix(): file
+        for file in files
+        if file.is_file() and file.suffix != ".safetensors"
+    }

@@ -1,11 +1,12 @@
 """The README.md of an exported folder: facts in, a Hugging Face model card out (card.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pruning.budget.record import recorded_options
 from pruning.kit.words import percent
+from pruning.report.compression_tables import check_result
 from pruning.report.html import render
 from pruning.report.loading import Loading
 from pruning.text.held_out import not_held_out
@@ -123,6 +124,7 @@ class CardFacts:
       base, plan, folder, loading: see there.
       quality: per text the dense model, the pruned one and this folder, None before measuring.
       evaluation: window and stride in tokens, and what of the texts calibration has seen.
+      checks: of this folder, as in the report; none before it is verified.
       version: of moe-jax.
     """
 
@@ -132,6 +134,7 @@ class CardFacts:
     loading: Loading
     quality: Quality | None
     evaluation: Mapping[str, Any]
+    checks: Sequence[Mapping[str, Any]]
     version: str
 
 
@@ -148,6 +151,7 @@ def model_card(facts: CardFacts) -> str:
         quality=_quality(facts.quality or {}),
         evaluation=facts.evaluation,
         seen_warning=not_held_out(facts.evaluation.get("seen", {})),
+        checks=[[c["check"], check_result(c), c["detail"]] for c in facts.checks],
         made=_made(facts),
         recipe=_recipe(facts),
         sources=[

@@ -78,7 +78,8 @@ class CompressionReport:
       stages: per stage name, seconds, peak_memory_bytes (of the process until its end).
       sample: prompt, dense, compressed, export (which one wrote it); "" for huge models or
         without a text.
-      verification: per check export, check, ok, detail.
+      verification: per check export, check, ok, detail, done; where done is false nothing was
+        compared, for the reason in detail, and ok is true (reports without done did all).
       samples: the same of the first texts that are measured, each with the text's name.
       random: seed, and quality per text of random channels at the same size, in 16 bits: what
         every choice of channels must beat.

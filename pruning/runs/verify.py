@@ -1,6 +1,5 @@
 """Every export of a folder read again and compared with its plan."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from pruning.kit.progress import Steps
 from pruning.stages.export import codes_folder
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
-from pruning.stages.verify import Check, random_probe, require_verified, verify_export, written_mtp
+from pruning.stages.verify import Check, random_probe, require_verified, verify_export, written_form
 
 
 def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]:
@@ -36,9 +35,7 @@ def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]
         raise InputError(f"{folder}/exports holds nothing; run `moe-compress export` first")
     checks = []
     for target in folders:
-        # `export` may have been told otherwise than the recipe.
-        form = form_of(recipe, target.name, plan)
-        form = dataclasses.replace(form, mtp=written_mtp(target, base.about))
+        form = written_form(target, base.about, plan, form_of(recipe, target.name, plan))
         codes = codes_folder(recipe)
         with steps.bar(f"verify {target.name}"):
             checks += verify_export(base, plan, form, target, random_probe(base), codes)

@@ -1,7 +1,7 @@
 """The model card of an export: its facts gathered, and the one place that writes it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def write_card(
     quantizer: str,
     quality: Quality,
     evaluation: Mapping[str, Any],
+    verification: Sequence[Mapping[str, Any]],
 ) -> None:
     """Replace the card of an export, atomically, once its quality is known.
 
@@ -58,13 +59,16 @@ def write_card(
       base, plan, form: what it was made from.
       quantizer: "rtn" or "gptq".
       quality: per text and model: nll, perplexity, tokens, kl, top1; other exports are left out.
-      evaluation: as in the report.
+      evaluation, verification: as in the report; checks of other exports are left out.
     """
     shown = {
         text: {name: found[name] for name in ("dense", "pruned", form.name) if name in found}
         for text, found in quality.items()
     }
-    facts = card_facts(base, plan, form, quantizer, quality=shown, evaluation=evaluation)
+    facts = card_facts(
+        base, plan, form, quantizer, quality=shown, evaluation=evaluation,
+        checks=[check for check in verification if check["export"] == form.name],
+    )  # fmt: skip
     replace_text(folder / CARD, model_card(facts))
 
 
@@ -76,6 +80,7 @@ def card_facts(
     *,
     quality: Quality | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    checks: Sequence[Mapping[str, Any]] = (),
 ) -> CardFacts:
     """What the card of an export says, from shapes, the plan and the base folder alone."""
     return CardFacts(
@@ -85,6 +90,7 @@ def card_facts(
         loading=loading(base, plan, form),
         quality=quality,
         evaluation=evaluation or {},
+        checks=checks,
         version=tool_version(),
     )
 

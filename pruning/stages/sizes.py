@@ -15,6 +15,8 @@ from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics, field_shapes
 
+SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
+
 
 def kept_widths(plan: PruningPlan, base: Description) -> Widths:
     """Channels kept per layer and expert of the whole model, () for dense layers."""
@@ -57,6 +59,22 @@ def export_sizes(
 def folder_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weight files and their index."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors*"))
+
+
+def sample_memory(base: Description, export: Export) -> int:
+    """Bytes of the larger of the whole dense model and a whole export, as they are read.
+
+    Weights in 4 bits come as float32. 0 for a dense model above `SAMPLE_BYTES`, which writes none.
+    """
+    said, weights = base.hf_config, base.weights()
+    if 2 * weights > SAMPLE_BYTES:
+        return 0
+    wide = said.get("quantization_config") or "float32" in (
+        said.get("dtype"),
+        said.get("torch_dtype"),
+    )
+    stored = sum(math.prod(one.shape) for one in export.tensors.values())
+    return max((4 if wide else 2) * weights, (4 if export.form.is_packed else 2) * stored)
 
 
 def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:
