@@ -21,7 +21,7 @@ from pruning.stages import folder as output_folder
 from pruning.stages import preflight
 from pruning.stages.export import export
 from pruning.stages.job import resolved
-from pruning.stages.remarks import say_nothing_saved
+from pruning.stages.remarks import say_left_out, say_nothing_saved
 from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
 
@@ -151,6 +151,7 @@ def _prepare(
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
     preflight.say_sizes(sizes, steps)
     say_nothing_saved(plan, wanted, steps)
+    say_left_out(base.about.folder, steps)
     with steps.bar("check weights") as on_step:
         base.check_finite(on_step, mtp=recipe.mtp != "drop")
     output_folder.make_output(recipe, resumed=resumed)

@@ -158,7 +158,7 @@ def test_the_command_plans_one_width_per_layer_and_pads_nothing(models, texts, t
     assert run("export", out, "--export", "padded-bf16") == 0
     padded = (out / "exports" / "padded-bf16").glob("*.safetensors*")
     assert said == sum(file.stat().st_size for file in padded)
-    assert len(checks) == 5 and all(check["ok"] and check["done"] for check in checks)
+    assert len(checks) == 6 and all(check["ok"] and check["done"] for check in checks)
     # the layers' losses that the recipe names, smoothed as it says: not at all
     wanted = np.sum(report["attribution"], axis=1)
     np.testing.assert_allclose(report["layer_loss"]["raw"], wanted)
