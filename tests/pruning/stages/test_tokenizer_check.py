@@ -76,9 +76,6 @@ def tokenizer_check(out: Path):
 def test_a_tokenizer_of_remote_code_loads_from_every_export(
     scored, models, tmp_path, form, capsys, code_folder
 ):
-    monkeypatch.setattr(
-        transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "code")
-    )
     out = applied(scored, models, tmp_path, form=form, fast=False, files=SLOW)
     assert "left in" in (said := capsys.readouterr().err) and "tool_parser.py" in said
     check = tokenizer_check(out)
