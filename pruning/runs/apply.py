@@ -14,6 +14,7 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.record import recorded_options
 from pruning.demo import model_folder
+from pruning.kit.hub import pinned
 from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
@@ -69,7 +70,12 @@ def apply_plan(
         # 16-bit weights, as in every other stage: the exports store these.
         base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
         _require_fit(found, base)
-    given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
+    given = {
+        "model": pinned(model),
+        "output": os.fspath(output),
+        "export": tuple(export),
+        "bits": bits,
+    }
     given |= {"mtp": mtp, "overwrite": overwrite}
     given |= {"group_size": group_size} if group_size else {}
     recipe = _recipe(source, found, base, given)
