@@ -29,6 +29,7 @@ MAPS = (
     "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
+LONGEST = 250  # bytes of a name: systems refuse to look for longer ones
 TEXT_CLASSES = ("Tokenizer", "Processor", "Extractor")  # how the names of their Auto classes end
 
 
@@ -58,8 +59,9 @@ def side_files(source: Path | str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     while waiting:
         path = waiting.pop(0)
-        if path.is_dir():
-            waiting += sorted(path.iterdir())
+        if path.is_dir():  # a link to a folder within one may lead round in a circle
+            within = (one for one in path.iterdir() if not (one.is_symlink() and one.is_dir()))
+            waiting += sorted(within)
             continue
         name = path.relative_to(source).as_posix()
         if name in found or not path.is_file() or _is_apart(name):
@@ -100,11 +102,10 @@ def _mapped_code(source: Path) -> Iterator[Path]:
 
 def _module(source: Path, place: Path, module: str) -> Iterator[Path]:
     """The file of a module that is looked for in `place`, or its package's folder."""
-    first = place / module.partition(".")[0]
-    for path in (first.with_name(f"{first.name}.py"), first):
-        if module and path != source and path.exists() and path.is_relative_to(source):
-            yield path
-            return
+    name = module.partition(".")[0]
+    if name.isidentifier() and len(name) < LONGEST and place.is_relative_to(source):
+        paths = (place / f"{name}.py", place / name)
+        yield from [path for path in paths if path.exists()][:1]
 
 
 def _needs(path: Path, source: Path) -> Iterator[Path]:
@@ -119,7 +120,8 @@ def _needs(path: Path, source: Path) -> Iterator[Path]:
             for one in node.names:
                 yield from _module(source, source, one.name)
         elif isinstance(node, ast.ImportFrom):
-            place = source if not node.level else [*path.parents, source][node.level - 1]
+            above = [source, *path.parents]
+            place = above[node.level] if node.level < len(above) else Path()
             for module in [node.module] if node.module else [one.name for one in node.names]:
                 yield from _module(source, place, module)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -128,7 +130,7 @@ def _needs(path: Path, source: Path) -> Iterator[Path]:
 
 def _data(source: Path, name: str) -> Iterator[Path]:
     """A file or folder of the checkpoint of this name, if there is one."""
-    if not 0 < len(name) < 256 or "\0" in name or not Path(name).parts:
+    if len(name.encode(errors="replace")) > LONGEST or "\0" in name or not Path(name).parts:
         return
     path = source / name
     if ".." not in path.parts and not Path(name).is_absolute() and path.exists():

@@ -84,6 +84,8 @@ def test_a_pair_of_old_and_the_code_of_another_repository(tmp_path):
         "N = '../secret.py'", "N = 'deep/../../secret.py'", "N = '.'", "N = ''", "N = '/'",
         "N = 'no\\0name'", "N = 'model.bin'", "N = 'original'", "def (", "\0", "N = " + "(" * 300,
         "N = 'config.json'", "N = '" + "x" * 5000 + "'",
+        "N = '" + "字" * 200 + "'", "N = '\\ud800'", "import " + "x" * 5000,
+        "from " + "." * 99 + " import secret", "from . import *",
     ],
 )  # fmt: skip
 def test_nothing_outside_the_checkpoint_and_no_weight_is_taken(tmp_path, code):
@@ -92,6 +94,15 @@ def test_nothing_outside_the_checkpoint_and_no_weight_is_taken(tmp_path, code):
                      "base/original/x.pth": BINARY, "base/config.json": {},
                      "base/tokenization_own.py": code})  # fmt: skip
     assert set(side_files(base)) == {"tokenization_own.py"}
+
+
+def test_a_folder_that_links_to_itself_and_a_map_of_nonsense(tmp_path, monkeypatch):
+    code = ["Own", "", 3, None, "/etc/passwd.x", "../secret.X", "x" * 5000 + ".Y"]
+    write(tmp_path, {"tokenizer_config.json": auto_map(*code), "encoding/a.txt": ""})
+    (tmp_path / "encoding" / "round").symlink_to("..")
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path, "."):
+        assert set(side_files(source)) == {"tokenizer_config.json", "encoding/a.txt"}
 
 
 def test_links_into_a_store_of_blobs_are_files_and_dangling_ones_are_not(tmp_path):
