@@ -19,7 +19,10 @@ from pruning.recipe.options import (
     fields_of,
 )
 
-MODEL = "checkpoint folder (config.json, safetensors, tokenizer.json), or demo"
+MODEL = (
+    "checkpoint folder (config.json, safetensors, tokenizer.json), OWNER/NAME[@REVISION] in the "
+    "local Hugging Face cache, or demo"
+)
 SHELLS = ("bash", "zsh", "fish")
 # Of the planning options those that people give when they score: the others keep their defaults
 # until `plan`, which decides all of them anew.
@@ -32,6 +35,15 @@ NOT_ESTIMATED = ("calibration", "calibration_field", "evaluation", "evaluation_t
 def _model(command: Parser, *, required: bool = True, more: str = "") -> None:
     command.add_argument(
         "model", nargs=None if required else "?", help=MODEL + more, metavar="MODEL"
+    )
+    _download(command)
+
+
+def _download(command: Parser) -> None:
+    command.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch a model OWNER/NAME from the Hugging Face hub into the local cache first",
     )
 
 
@@ -131,6 +143,7 @@ def evaluate(command: Parser) -> None:
     command.add_argument(  # text, because ./demo is not demo
         "folder", help=f"{MODEL}; or output folder of score", metavar="FOLDER"
     )
+    _download(command)
     place = command.add_argument_group("Text")
     texts: dict = {"dest": "text", "nargs": "+", "action": "extend"}
     place.add_argument(
@@ -169,6 +182,7 @@ def evaluate(command: Parser) -> None:
 def audit(command: Parser) -> None:
     """Arguments of `audit`."""
     command.add_argument("model", metavar="MODEL_OR_FOLDER", help=f"{MODEL}; or output of score")
+    _download(command)
     place = command.add_argument_group("Sample")
     for name, default, words in (
         ("experts", 32, "experts to take out, spread over the layers"),

@@ -46,7 +46,12 @@ class RunOptions(Options):
     """Model and output."""
 
     model: Annotated[
-        str, About('checkpoint folder, or "demo" for the embedded model', shown="MODEL")
+        str,
+        About(
+            "checkpoint folder, OWNER/NAME[@REVISION] in the local Hugging Face cache, or "
+            '"demo" for the embedded model',
+            shown="MODEL",
+        ),
     ]
     output: Annotated[str, About("folder to write", shown="FOLDER")]
     overwrite: Annotated[bool, About("replace an existing output folder")] = False

@@ -11,6 +11,7 @@ import yaml
 
 from convert.export_format import FLOAT4, FORMATS, GROUP_SIZES, ExportFormat, FormatName
 from moe_jax.errors import InputError, choose
+from pruning.kit.hub import NAME
 from pruning.recipe.exports import choose_exports, is_packed, width_policy
 from pruning.recipe.group import about
 from pruning.recipe.options import (
@@ -139,7 +140,8 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         """The recipe with absolute paths, which mean the same from every working directory."""
         absolute = os.path.abspath  # of FILE=WEIGHT as of any other path
         texts = {name: tuple(map(absolute, getattr(self, name))) for name in TEXTS}
-        model = self.model if self.model == "demo" else absolute(self.model)
+        is_name = NAME.fullmatch(self.model) and not os.path.exists(self.model)  # on the hub
+        model = self.model if self.model == "demo" or is_name else absolute(self.model)
         scratch = None if self.scratch is None else absolute(self.scratch)
         output = absolute(self.output)
         return dataclasses.replace(self, model=model, output=output, scratch=scratch, **texts)

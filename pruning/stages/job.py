@@ -1,5 +1,6 @@
 """A recipe opened: the model, its tokenizer and its texts, checked before any work."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pruning.budget.alignment import check_block
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.planners import PLANNERS
 from pruning.demo import demo_texts, model_folder
+from pruning.kit.hub import pinned
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
@@ -64,7 +66,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
     # 16-bit weights: the exports store these, so they are what is measured.
     base = open_checkpoint(folder, dtype=jnp.bfloat16)
     c = base.config
-    recipe = resolved(recipe, base.about)
+    recipe = resolved(dataclasses.replace(recipe, model=pinned(recipe.model)), base.about)
     require_possible(recipe, base.about)
     codec = open_codec(folder, c.vocab_size, first_tokens=recipe.first_tokens)
     calibration = _calibration(recipe, codec, recipe.window)

@@ -1,9 +1,11 @@
 """What is said about texts and plans that are allowed and yet of little use."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from convert.export_format import ExportFormat
+from convert.side_files import left_out
 from moe_jax.config import ModelConfig
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
@@ -79,3 +81,9 @@ def say_nothing_saved(plan: PruningPlan, recipe: CompressionRecipe, steps: Steps
             f"{plan.keep.shape[2]} channels, and padding makes the others as wide; export a ragged "
             f"format, or plan with --width {cure}"
         )
+
+
+def say_left_out(base: Path, steps: Steps) -> None:
+    """Name the files of a checkpoint that its exports will not have."""
+    if names := left_out(base):
+        steps.say(f"left in {base}, because no program needs it of an export: {', '.join(names)}")

@@ -75,7 +75,11 @@ def test_shares_never_exceed_what_there_is_and_use_the_whole_budget(files, total
         ("deep.jsonl", b"[" * 10**5, "deep.jsonl:1 is nested"),
         ("digits.jsonl", b"\n" + b"9" * 10**4, "digits.jsonl:2 is not valid JSON"),
         ("half.jsonl", b'{"text": "\\ud800"}\n', "half.jsonl:1 holds half of a character"),
-        ("cut.txt.gz", gzip.compress(b"a text\n" * 99, mtime=0)[:-12], "cut.txt.gz is not whole gzip"),
+        (
+            "cut.txt.gz",
+            gzip.compress(b"a text\n" * 99, mtime=0)[:-12],
+            "cut.txt.gz is not whole gzip",
+        ),
         ("field.jsonl", b'{"body": "x"}\n', "no text in field 'text' .found: body"),
     ],
 )
