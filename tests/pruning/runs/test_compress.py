@@ -112,7 +112,7 @@ def test_the_report_says_what_is_on_disk_and_every_check_holds(output):
                if check["export"] == name]
         for name in ("ragged-bf16", "ragged-int4")
     }  # fmt: skip
-    assert len(rows["ragged-bf16"]) == 5 and all(row in card for row in rows["ragged-bf16"])
+    assert len(rows["ragged-bf16"]) == 6 and all(row in card for row in rows["ragged-bf16"])
     assert not all(row in card for row in rows["ragged-int4"])
     (quality,) = report["quality"].values()
     assert quality["dense"]["nll"] < quality["pruned"]["nll"]
