@@ -150,7 +150,7 @@ def recorded_options(said: Mapping[str, Any]) -> dict[str, Any]:
     options, rates = said.get("planner_options") or {}, said.get("layer_rates") or {}
     if not fits(options, dict[str, Any]) or not fits(rates, dict[str, Any]):
         raise InputError(
-            "the plan's planner_options or layer_rates hold something else; plan again"
+            "planner_options or layer_rates of the plan hold something else; plan again"
         )
     told |= {name: options[name] for name in names if name in options}
     told = {name: value for name, value in told.items() if value is not None}
