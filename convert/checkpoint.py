@@ -13,16 +13,10 @@ from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.description import Description, describe
 from convert.disk_layer import layer_on_disk
 from convert.layout import BFLOAT16
-from convert.mtp import mtp_prefixes
+from convert.matching import match_tensors
 from convert.reader import CheckpointError, SafetensorsFolder
-from convert.rules import (
-    EMBEDDING,
-    FINAL_NORM,
-    LM_HEAD,
-    Family,
-    expected_tensors,
-)
-from convert.views import FLOATS, View, open_views
+from convert.rules import EMBEDDING, FINAL_NORM, LM_HEAD, Family
+from convert.views import FLOATS, View
 from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
 from moe_jax.quant import dequantize
@@ -194,20 +188,6 @@ def _stored_dtype(tensors: SafetensorsFolder, name: str) -> np.dtype:
     return dtype if dtype.name in FLOATS else BFLOAT16
 
 
-def _mismatches(
-    family: Family, expected: dict[str, tuple[int, ...]], views: dict[str, View]
-) -> list[str]:
-    """Missing, foreign and misshaped tensors."""
-    problems = [f"{name} is missing" for name in expected if name not in views]
-    problems += [f"{name} is not part of a {family.model_type}" for name in views.keys() - expected]
-    problems += [
-        f"{name} has shape {list(views[name].shape)}; config.json asks for {list(shape)}"
-        for name, shape in expected.items()
-        if name in views and views[name].shape != shape
-    ]
-    return problems
-
-
 def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     """Check a checkpoint's config and all headers; read no weights yet.
 
@@ -224,15 +204,17 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     """
     about = describe(path)
     tensors = SafetensorsFolder(about.folder)
-    views, problems = open_views(tensors, about.hf_config, alternating=about.family.interleaved)
-    prefixes = mtp_prefixes(about.family, about.hf_config)
-    mtp = {name: views.pop(name) for name in list(views) if name.startswith(prefixes)}
-    expected = expected_tensors(about.family, about.config, about.widths)
-    problems += _mismatches(about.family, expected, views)
-    if problems:
-        raise CheckpointError(about.folder, sorted(problems))
-    specs = {name: (_stored_dtype(tensors, name), view.shape) for name, view in mtp.items()}
-    return Checkpoint(dataclasses.replace(about, mtp=specs), tensors, views, mtp, dtype)
+    found = match_tensors(tensors, about.hf_config, about.family, about.config, about.widths)
+    if found.problems:
+        raise CheckpointError(about.folder, found.problems)
+    mtp = {
+        name: (_stored_dtype(found.folder, name), view.shape) for name, view in found.mtp.items()
+    }
+    beside = {name: tensors.spec(name) for name in found.beside}
+    about = dataclasses.replace(about, mtp=mtp, beside=beside)
+    if about.config.tie_embeddings and not found.tied:
+        about = about.untied()
+    return Checkpoint(about, tensors, found.model, found.mtp, dtype)
 
 
 def load_model(path: Path | str, dtype=None) -> Transformer:

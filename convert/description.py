@@ -1,7 +1,9 @@
 """What config.json alone says about a checkpoint."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from convert.export_format import Widths
 from convert.families import find_family
 from convert.formats.ragged import emptied_model, widths_from_hf
 from convert.layout import Spec
+from convert.matching import hints
 from convert.mtp import mtp_tensors
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, ruled_tensors, uniform_widths
@@ -22,12 +25,15 @@ class Description:
 
     Attributes:
       folder: where it lies.
-      hf_config: its config.json.
+      hf_config: its config.json; of a wrapper, the part about the text model.
       config: the architecture.
       family: its rules.
       widths: channels per layer and expert; () for a dense layer.
       mtp: dtypes and shapes of the tensors of layers that predict further tokens, as an export
         keeps them; no part of all of the above.
+      outer: the whole config.json of a wrapper, else None.
+      beside: dtypes and shapes of the tensors of a wrapper that are no part of its text model, by
+        their names on disk.
     """
 
     folder: Path
@@ -36,6 +42,8 @@ class Description:
     family: Family
     widths: Widths
     mtp: dict[str, Spec]
+    outer: dict[str, Any] | None = None
+    beside: Mapping[str, Spec] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -50,6 +58,15 @@ class Description:
         config = emptied_model(self.config, constants)
         found = ruled_tensors(self.family, config, widths or self.widths)
         return sum(math.prod(shape) for _, shape, _ in found)
+
+    def untied(self) -> "Description":
+        """The same with a head of its own, whatever config.json says."""
+        said = {"tie_word_embeddings": False}
+        outer = None if self.outer is None else self.outer | said
+        config = self.config.replace(tie_embeddings=False)
+        return dataclasses.replace(
+            self, config=config, hf_config=self.hf_config | said, outer=outer
+        )
 
     @property
     def mtp_weights(self) -> int:
@@ -69,8 +86,13 @@ def describe(folder: Path | str) -> Description:
     hf = read_json(folder / "config.json")
     try:
         family = find_family(hf.get("model_type"))
-        config = family.config_from_hf(hf)
-        widths = widths_from_hf(hf, config) if family.ragged else uniform_widths(config)
+    except InputError as error:
+        raise CheckpointError(folder, [f"config.json: {error}", *hints(folder, hf)]) from None
+    try:
+        own = family.text_config(hf)
+        config = family.config_from_hf(own)
+        widths = widths_from_hf(own, config) if family.ragged else uniform_widths(config)
     except InputError as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
-    return Description(folder, hf, config, family, widths, mtp_tensors(family, hf, config))
+    outer, drafting = (hf if family.wrapper else None), mtp_tensors(family, own, config)
+    return Description(folder, own, config, family, widths, drafting, outer)

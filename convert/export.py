@@ -15,11 +15,13 @@ from convert.description import Description
 from convert.export_format import FORMATS, ExportFormat, Widths
 from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
+from convert.formats.wrapped import wrapped_config, wrapped_modules
 from convert.interleaved import fuse_experts, fuse_specs
 from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
 from convert.portable import portable_config
+from convert.reader import SafetensorsFolder
 from convert.rules import EMBEDDING, Family, TensorRule, ruled_tensors
 from convert.stored import Stored, stored_layer
 from convert.writer import write_folder
@@ -79,7 +81,8 @@ class Export:
             specs |= stored.specs(name, self.form)
         if self._is_fused:
             specs = fuse_specs(specs, self.base.config.moe.num_experts)
-        return specs | self.mtp_specs
+        specs = {self._stored(name): spec for name, spec in (specs | self.mtp_specs).items()}
+        return specs | dict(self.base.beside)
 
     @cached_property
     def nbytes(self) -> int:
@@ -139,7 +142,7 @@ class Export:
             config["quantization_config"] = compressed_tensors.quantization_config(
                 self._unpacked_modules(), form.group_size
             )
-        return config
+        return config if self.base.outer is None else wrapped_config(config, self.base.outer)
 
     def check(self) -> None:
         """Refuse what no folder can hold.
@@ -202,21 +205,23 @@ class Export:
           OSError: if the disk is too small.
         """
         self.check()
-        file = ragged.MODELLING_FILE
-        modelling = {} if self.form.is_padded else {file.name: file}
+        code = [] if self.form.is_padded else [ragged.MODELLING_FILE]
+        if self.base.outer is not None:  # its auto_map stays, and names these
+            code += self.base.folder.glob("*.py")
         return write_folder(
             target,
             self.specs,
             self._arrays(source, mtp, on_layer),
             self.config,
             self.base.folder,
-            extra_files={**(extra_files or {}), **modelling},
+            extra_files={**(extra_files or {}), **{path.name: path for path in code}},
             overwrite=overwrite,
         )
 
     def mtp_arrays(self, mtp: MtpSource) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of `mtp_specs`, (name, array as on disk)."""
-        return mtp_arrays(self.base, self.mtp_specs, self.mtp_width, mtp)
+        found = mtp_arrays(self.base, self.mtp_specs, self.mtp_width, mtp)
+        return ((self._stored(name), array) for name, array in found)
 
     @cached_property
     def _source(self) -> _Source:
@@ -227,10 +232,15 @@ class Export:
         family, hf_config = find_family(twin.model_type), twin.config(base.hf_config)
         return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
 
+    def _stored(self, name: str) -> str:
+        """A tensor's name on disk."""
+        wrapper = self._source.family.wrapper
+        return name if wrapper is None else wrapper.stored(name)
+
     @property
     def _is_fused(self) -> bool:
         """Whether the folder holds the experts of a layer together."""
-        return self._source.family.interleaved and self.form.is_padded
+        return bool(self._source.family.together) and self.form.is_padded
 
     def _unpacked_modules(self) -> list[str]:
         """The linear layers that stay 16-bit, as a quantisation config names them."""
@@ -246,11 +256,25 @@ class Export:
             # Not by exact names: vLLM asks for some of these modules under the name of several.
             prefixes = mtp_prefixes(self.base.family, self.base.hf_config)
             modules += [f"re:{re.escape(prefix)}" for prefix in prefixes]
-        return modules
+        return modules if self.base.outer is None else wrapped_modules(modules, self.base.beside)
 
     def _arrays(
         self, model: LayerSource, mtp: MtpSource | None, on_layer: Callable[[int], None] | None
     ) -> Iterator[tuple[str, np.ndarray]]:
+        for name, value in self._own_arrays(model, on_layer):
+            yield self._stored(name), value
+        if self.mtp_specs:
+            if mtp is None:
+                raise InputError(f"mtp={self.form.mtp!r} needs the layers' weights; pass `mtp`")
+            yield from self.mtp_arrays(mtp)
+        if self.base.beside:
+            folder = SafetensorsFolder(self.base.folder)
+            yield from ((name, folder.read(name)) for name in self.base.beside)
+
+    def _own_arrays(
+        self, model: LayerSource, on_layer: Callable[[int], None] | None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of the model by their names in the family's rules."""
         yield from ((name, value.astype(BFLOAT16)) for name, value in outer_tensors(model))
         by_layer: dict[str, dict[str, Stored]] = {}
         for name, stored in self.tensors.items():
@@ -260,14 +284,11 @@ class Export:
             tensors = by_layer[f"model.layers.{index}"]
             parts = stored_layer(self._source.family, layer, index, tensors, self.form)
             if self._is_fused:
-                parts = fuse_experts(parts, self.base.config.moe.num_experts)
+                together = self._source.family.together
+                parts = fuse_experts(parts, self.base.config.moe.num_experts, together)
             yield from parts
             if on_layer:
                 on_layer(index)
-        if self.mtp_specs:
-            if mtp is None:
-                raise InputError(f"mtp={self.form.mtp!r} needs the layers' weights; pass `mtp`")
-            yield from self.mtp_arrays(mtp)
 
 
 def packed_inputs(base: Description) -> list[int]:

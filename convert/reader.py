@@ -1,9 +1,11 @@
 """Strict, lazy reading of safetensors folders: headers first, then one tensor at a time."""
 
+import copy
 import hashlib
+import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +14,42 @@ from convert.headers import TensorSpec, parse_header, read_header
 from moe_jax.errors import InputError
 from moe_jax.json_files import parse_json
 
+logger = logging.getLogger(__name__)
+
+MOST_LINES = 50  # of problems in an error; of more, one of each kind is shown
 SAMPLE = 4096  # bytes of each tensor that enter the fingerprint
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SERIES = re.compile(r"(.*)-\d+-of-(\d+)\.safetensors")  # files that belong together
+_NUMBER = re.compile(r"\d+")
 
 
 class CheckpointError(InputError):
     """Everything that is wrong with a checkpoint, in one message.
 
     Attributes:
-      problems: one sentence per problem.
+      problems: one sentence per problem, causes before what follows from them.
     """
 
     def __init__(self, folder: Path | str, problems: Sequence[str]):
         self.problems = tuple(problems)
-        shown = [f"  - {problem}" for problem in self.problems[:50]]
-        if len(self.problems) > 50:
-            shown.append(f"  - and {len(self.problems) - 50} more")
+        shown = [f"  - {line}" for line in _lines(self.problems)]
         super().__init__("\n".join([f"{folder}: {len(self.problems)} problem(s)", *shown]))
+
+
+def _lines(problems: Sequence[str]) -> list[str]:
+    """All of a few problems; of many, the first of each kind, such as may differ in numbers."""
+    if len(problems) <= MOST_LINES:
+        return list(problems)
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_NUMBER.sub("", problem), []).append(problem)
+    lines = [
+        first + (f" (and {len(others)} more like it)" if others else "")
+        for first, *others in kinds.values()
+    ]
+    more = len(lines) - MOST_LINES
+    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {more} more kinds"]
 
 
 def read_json(path: Path) -> dict:
@@ -61,7 +81,11 @@ class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of an index and its shards.
 
     Opening reads headers only and checks them all; `read` reads one tensor's bytes into fresh
-    memory, without a memory map whose pages would stay resident.
+    memory, without a memory map whose pages would stay resident. Headers say what there is: where
+    the index says something else or is missing, this is logged.
+
+    Attributes:
+      missing_shards: files that the index names and the folder has not.
 
     Args:
       path: a folder.
@@ -69,6 +93,8 @@ class SafetensorsFolder:
     Raises:
       CheckpointError: listing every defect of the headers and of the index.
     """
+
+    missing_shards: tuple[str, ...] = ()
 
     def __init__(self, path: Path | str):
         self.folder = Path(path)
@@ -78,13 +104,15 @@ class SafetensorsFolder:
         self._headers: dict[str, bytes] = {}
         self._specs: dict[str, TensorSpec] = {}
         weight_map = self._weight_map(problems)
-        files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-        for file in files:
-            self._add_file(file, problems)
+        files = {SINGLE} if weight_map is None else set(weight_map.values())
         if weight_map is not None:
-            problems += _index_problems(weight_map, self._specs, set(self._headers))
+            files |= self._shards_beside(files)
+        for file in sorted(files):
+            self._add_file(file, problems)
         if problems:
             raise CheckpointError(self.folder, problems)
+        if weight_map is not None:
+            self._compare(weight_map)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,6 +121,13 @@ class SafetensorsFolder:
 
     def __contains__(self, name: object) -> bool:
         return name in self._specs
+
+    def renamed(self, new: Callable[[str], str | None]) -> "SafetensorsFolder":
+        """The same folder with other names for its tensors; those named None are not in it."""
+        found = copy.copy(self)
+        names = {name: new(name) for name in self._specs}
+        found._specs = {new: self._specs[old] for old, new in names.items() if new is not None}
+        return found
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         """Dtype and shape of a tensor."""
@@ -151,7 +186,8 @@ class SafetensorsFolder:
         if has_single:
             return None
         if not has_index:
-            problems.append(f"neither {SINGLE} nor {INDEX} exists; only safetensors are read")
+            if not self._shards_beside(set()):
+                problems.append(f"neither {SINGLE} nor {INDEX} exists; only safetensors are read")
             return {}
         weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -167,7 +203,7 @@ class SafetensorsFolder:
         path = self.folder / file
         if not path.is_file():
             if file != SINGLE:
-                problems.append(f"shard {file} is missing; download it again")
+                self.missing_shards += (file,)
             return
         try:
             header, start = read_header(path)
@@ -182,19 +218,38 @@ class SafetensorsFolder:
             problems.append(f"{name} is in both {self._specs[name].file} and {file}")
         self._specs |= specs
 
+    def _shards_beside(self, listed: set[str]) -> set[str]:
+        """Files of the same series as those that the index lists; without any, of the only one."""
+        here = {
+            path.name: found.groups()
+            for path in self.folder.glob("*.safetensors")
+            if (found := _SERIES.fullmatch(path.name))
+        }
+        series = {found.groups() for file in listed if (found := _SERIES.fullmatch(file))}
+        if not listed and len(set(here.values())) == 1:
+            series = set(here.values())
+        return {file for file, own in here.items() if own in series}
 
-def _index_problems(
-    weight_map: dict[str, str], specs: dict[str, TensorSpec], read: set[str]
-) -> list[str]:
-    problems = []
-    for name, file in weight_map.items():
-        actual = specs[name].file if name in specs else None
-        if file in read and actual != file:
-            where = f"it is in {actual}" if actual else "no shard has it"
-            problems.append(f"{INDEX} puts {name} into {file} but {where}")
-    problems += [
-        f"{name} is in {spec.file} but not in {INDEX}"
-        for name, spec in specs.items()
-        if name not in weight_map
-    ]
-    return problems
+    def _compare(self, weight_map: dict[str, str]) -> None:
+        """Say where the index and the headers differ; the headers are right."""
+        found = {name: spec.file for name, spec in self._specs.items()}
+        kinds = {
+            "names {} that no shard has": weight_map.keys() - found.keys(),
+            "does not name {}": found.keys() - weight_map.keys(),
+            "puts {} into the wrong shard": {
+                name for name in weight_map.keys() & found.keys() if weight_map[name] != found[name]
+            },
+        }
+        said = [
+            words.format(f"{len(names)} tensor(s), such as {min(names)},")
+            for words, names in kinds.items()
+            if names
+        ]
+        said = said if (self.folder / INDEX).exists() else ["is missing"]
+        if said:
+            logger.warning(
+                "%s: %s %s; the tensors are read as the shards' own headers say",
+                self.folder,
+                INDEX,
+                ", ".join(said),
+            )

@@ -8,6 +8,7 @@ import numpy as np
 
 from convert import interleaved
 from convert.reader import SafetensorsFolder
+from convert.rules import Together
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 FLOATS = ("bfloat16", "float16", "float32")
@@ -23,7 +24,7 @@ class View:
 
 
 def open_views(
-    folder: SafetensorsFolder, config: dict, *, alternating: bool = False
+    folder: SafetensorsFolder, config: dict, *, together: Together = ""
 ) -> tuple[dict[str, View], list[str]]:
     """Give every tensor of a folder its public per-expert, unpacked name.
 
@@ -34,7 +35,7 @@ def open_views(
     Args:
       folder: the checkpoint.
       config: its config.json.
-      alternating: whether fused experts, if any, are those of `convert.interleaved`.
+      together: how fused experts lie, if they do as in `convert.interleaved`.
 
     Returns:
       (name -> view, problems).
@@ -42,7 +43,7 @@ def open_views(
     problems: list[str] = []
     quantization = config.get("quantization_config")
     block = _block_size(quantization, problems)
-    four_bit_floats = alternating and (quantization or {}).get("quant_method") == "mxfp4"
+    four_bit_floats = bool(together) and (quantization or {}).get("quant_method") == "mxfp4"
     groups = None if block or four_bit_floats else _group_sizes(quantization, problems)
     names = set(folder.names)
     packed = {name.removesuffix("_packed") for name in names if name.endswith(".weight_packed")}
@@ -63,8 +64,8 @@ def open_views(
         if weight.removesuffix("_zero") in packed and name.endswith("_zero_point"):
             problems.append(f"{name}: asymmetric 4-bit weights are not read; use symmetric ones")
             continue
-        if alternating and interleaved.is_whole(name):
-            for part, shape, read in interleaved.split_experts(folder, name, problems):
+        if together and interleaved.is_whole(folder, name, together):
+            for part, shape, read in interleaved.split_experts(folder, name, together, problems):
                 add(part, View(shape, read))
             continue
         fused = _FUSED.fullmatch(name)

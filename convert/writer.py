@@ -26,7 +26,7 @@ from moe_jax.files import replace_folder, write_synced
 SIDE_FILES = (
     "tokenizer*", "tokenization_*.py", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template*",
-    "additional_chat_templates", "preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "additional_chat_templates", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 SPARE_BYTES = 64 << 20  # left free on the disk, for side files and the file system itself
 
