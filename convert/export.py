@@ -13,32 +13,21 @@ import numpy as np
 from convert.checkpoint import outer_tensors
 from convert.description import Description
 from convert.export_format import FORMATS, ExportFormat, Widths
-from convert.families import find_family
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.formats.wrapped import wrapped_config, wrapped_modules
-from convert.interleaved import fuse_experts, fuse_specs
+from convert.interleaved import check_shape, fuse_experts, fuse_specs
 from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
 from convert.portable import portable_config
 from convert.reader import SafetensorsFolder
-from convert.rules import EMBEDDING, Family, TensorRule, ruled_tensors
+from convert.rules import EMBEDDING, TensorRule, ruled_tensors
 from convert.stored import Stored, stored_layer
 from convert.writer import write_folder
-from moe_jax.config import ModelConfig
+from convert.written import Written, as_written
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The dense model as the family it is exported as describes it."""
-
-    family: Family
-    hf_config: dict[str, Any]
-    config: ModelConfig
-    layer: Callable[[DecoderLayer], DecoderLayer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +70,7 @@ class Export:
             specs |= stored.specs(name, self.form)
         if self._is_fused:
             specs = fuse_specs(specs, self.base.config.moe.num_experts)
-        specs = {self._stored(name): spec for name, spec in (specs | self.mtp_specs).items()}
+        specs = {self._source.stored(name): spec for name, spec in (specs | self.mtp_specs).items()}
         return specs | dict(self.base.beside)
 
     @cached_property
@@ -97,8 +86,7 @@ class Export:
     @cached_property
     def parameters(self) -> int:
         """Weights of the pruned model and of its layers that draft, padding not counted."""
-        own = self.base.weights(self.widths, constants=self.form.constants)
-        return own + self.mtp_parameters
+        return self.base.weights(self.widths, constants=self.form.constants) + self.mtp_parameters
 
     @cached_property
     def mtp_parameters(self) -> int:
@@ -119,6 +107,12 @@ class Export:
     def packed_inputs(self) -> list[int]:
         """Input widths of the linear layers that are stored in 4 bits, each once, ascending."""
         return sorted({stored.shape[1] for stored in self.tensors.values() if stored.packed})
+
+    @property
+    def code_files(self) -> dict[str, Path]:
+        """The modelling file that travels in a folder of several widths: name -> path of ours."""
+        file = ragged.MODELLING_FILE
+        return {} if self.form.is_padded else {file.name: file}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -164,6 +158,8 @@ class Export:
                 "--emptied zero"
             )
         self.check_mtp()
+        if self._is_fused:
+            check_shape(self.base.family.together, form.padded_width(self.widths), config.d_model)
         kept = {count for counts in self.widths for count in counts}
         if form.is_float4:
             mxfp4.check_widths(sorted(kept), config.d_model)
@@ -205,37 +201,69 @@ class Export:
           OSError: if the disk is too small.
         """
         self.check()
-        code = [] if self.form.is_padded else [ragged.MODELLING_FILE]
-        if self.base.outer is not None:  # its auto_map stays, and names these
-            code += self.base.folder.glob("*.py")
         return write_folder(
             target,
             self.specs,
-            self._arrays(source, mtp, on_layer),
+            self.arrays(source, mtp, on_layer),
             self.config,
             self.base.folder,
-            extra_files={**(extra_files or {}), **{path.name: path for path in code}},
+            extra_files={**(extra_files or {}), **self.code_files},
             overwrite=overwrite,
         )
+
+    def arrays(
+        self,
+        model: LayerSource,
+        mtp: MtpSource | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor of the folder, (name, array as on disk); arguments as of `write`."""
+        yield from self.outer_arrays(model)
+        for index in range(len(model)):
+            yield from self.layer_arrays(model.layer(index), index)
+            if on_layer:
+                on_layer(index)
+        if self.mtp_specs:
+            if mtp is None:
+                raise InputError(f"mtp={self.form.mtp!r} needs the layers' weights; pass `mtp`")
+            yield from self.mtp_arrays(mtp)
+
+    def outer_arrays(self, model: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of no layer, a wrapper's other parts included, (name, array as on disk)."""
+        for name, value in outer_tensors(model):
+            yield self._source.stored(name), value.astype(BFLOAT16, copy=False)
+        if self.base.beside:
+            folder = SafetensorsFolder(self.base.folder)
+            yield from ((name, folder.read(name)) for name in self.base.beside)
+
+    def layer_arrays(self, layer: DecoderLayer, index: int) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of layer `index` of the pruned model, (name, array as on disk).
+
+        Raises:
+          InputError: the layer is another than the one planned.
+        """
+        source, tensors = self._source, self._by_layer[f"model.layers.{index}"]
+        parts = stored_layer(source.family, source.layer(layer), index, tensors, self.form)
+        if self._is_fused:
+            experts = self.base.config.moe.num_experts
+            parts = fuse_experts(parts, experts, source.family.together)
+        return ((self._source.stored(name), array) for name, array in parts)
 
     def mtp_arrays(self, mtp: MtpSource) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of `mtp_specs`, (name, array as on disk)."""
         found = mtp_arrays(self.base, self.mtp_specs, self.mtp_width, mtp)
-        return ((self._stored(name), array) for name, array in found)
+        return ((self._source.stored(name), array) for name, array in found)
 
     @cached_property
-    def _source(self) -> _Source:
-        base, twin = self.base, self.base.family.twin
-        if twin is None:
-            hf_config = ragged.stock_config(base.hf_config, base.family)
-            return _Source(base.family, hf_config, base.config, lambda layer: layer)
-        family, hf_config = find_family(twin.model_type), twin.config(base.hf_config)
-        return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
+    def _source(self) -> Written:
+        return as_written(self.base)
 
-    def _stored(self, name: str) -> str:
-        """A tensor's name on disk."""
-        wrapper = self._source.family.wrapper
-        return name if wrapper is None else wrapper.stored(name)
+    @cached_property
+    def _by_layer(self) -> dict[str, dict[str, Stored]]:
+        found: dict[str, dict[str, Stored]] = {}
+        for name, stored in self.tensors.items():
+            found.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
+        return found
 
     @property
     def _is_fused(self) -> bool:
@@ -257,38 +285,6 @@ class Export:
             prefixes = mtp_prefixes(self.base.family, self.base.hf_config)
             modules += [f"re:{re.escape(prefix)}" for prefix in prefixes]
         return modules if self.base.outer is None else wrapped_modules(modules, self.base.beside)
-
-    def _arrays(
-        self, model: LayerSource, mtp: MtpSource | None, on_layer: Callable[[int], None] | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        for name, value in self._own_arrays(model, on_layer):
-            yield self._stored(name), value
-        if self.mtp_specs:
-            if mtp is None:
-                raise InputError(f"mtp={self.form.mtp!r} needs the layers' weights; pass `mtp`")
-            yield from self.mtp_arrays(mtp)
-        if self.base.beside:
-            folder = SafetensorsFolder(self.base.folder)
-            yield from ((name, folder.read(name)) for name in self.base.beside)
-
-    def _own_arrays(
-        self, model: LayerSource, on_layer: Callable[[int], None] | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of the model by their names in the family's rules."""
-        yield from ((name, value.astype(BFLOAT16)) for name, value in outer_tensors(model))
-        by_layer: dict[str, dict[str, Stored]] = {}
-        for name, stored in self.tensors.items():
-            by_layer.setdefault(".".join(name.split(".")[:3]), {})[name] = stored
-        for index in range(len(model)):
-            layer = self._source.layer(model.layer(index))
-            tensors = by_layer[f"model.layers.{index}"]
-            parts = stored_layer(self._source.family, layer, index, tensors, self.form)
-            if self._is_fused:
-                together = self._source.family.together
-                parts = fuse_experts(parts, self.base.config.moe.num_experts, together)
-            yield from parts
-            if on_layer:
-                on_layer(index)
 
 
 def packed_inputs(base: Description) -> list[int]:

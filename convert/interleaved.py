@@ -18,6 +18,7 @@ import numpy as np
 from convert.formats.mxfp4 import unpack
 from convert.reader import SafetensorsFolder
 from convert.rules import Together
+from moe_jax.errors import InputError
 
 _WHOLE = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(_bias|_blocks|_scales|)")
 _PART = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)(.*)")
@@ -84,7 +85,7 @@ def split_experts(
 
 def _share(which: int, parts: int, channels: int, together: Together) -> slice:
     """Where the channels of gate or up lie among those of both."""
-    if together == "alternating":
+    if parts == 1 or together == "alternating":
         return slice(which, None, parts)
     return slice(which * channels // parts, (which + 1) * channels // parts)
 
@@ -164,6 +165,22 @@ def fuse_specs(
             own[axis] *= found[3]
             fused[found[0]] = (dtype, (experts, *own))
     return fused
+
+
+def check_shape(together: Together, channels: int, d_model: int) -> None:
+    """Refuse experts in halves that a program would take for their transpose.
+
+    transformers 5 reads both [E, D, 2F] and [E, 2F, D], and tells them apart by their shapes.
+
+    Raises:
+      InputError: `channels` or twice as many are `d_model`.
+    """
+    if together == "halves" and d_model in (channels, 2 * channels):
+        raise InputError(
+            f"experts of {channels} channels in a model of width {d_model} are square matrices, "
+            "which transformers cannot tell from their transpose; choose another prune rate or "
+            "--block"
+        )
 
 
 def _place(name: str) -> tuple[str, int, int, int] | None:

@@ -204,6 +204,11 @@ class Family:
         return found.replace("{layer}", layer).replace("{expert}", expert)
 
     @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads a folder of its own, by the model type."""
+        return "AutoModelForImageTextToText" if self.wrapper else "AutoModelForCausalLM"
+
+    @property
     def public_type(self) -> str:
         """The model type of the stock family."""
         return self.model_type.removeprefix(RAGGED)

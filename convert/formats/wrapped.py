@@ -20,7 +20,8 @@ def wrapped_config(config: dict[str, Any], outer: dict[str, Any]) -> dict[str, A
     own = ("model_type", "architectures")
     text = {key: value for key, value in config.items() if key not in (*own, "quantization_config")}
     text |= {key: outer[TEXT][key] for key in own if key in outer[TEXT]}
-    whole = {key: value for key, value in outer.items() if key not in OF_THE_WHOLE}
+    gone = (*OF_THE_WHOLE, "auto_map")  # whose code does not travel
+    whole = {key: value for key, value in outer.items() if key not in gone}
     whole |= {key: config[key] for key in OF_THE_WHOLE if key in config}
     return whole | {TEXT: text, "tie_word_embeddings": config["tie_word_embeddings"]}
 

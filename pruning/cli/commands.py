@@ -143,6 +143,7 @@ def apply(options: Options) -> Outcome:
         bits=recipe.bits,
         group_size=recipe.group_size,
         mtp=recipe.mtp,
+        allow_other_model=options.allow_other_model,
         overwrite=recipe.overwrite,
         steps=_steps(options),
     )

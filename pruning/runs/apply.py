@@ -34,6 +34,7 @@ def apply_plan(
     bits: Literal[4, 16] = 4,
     group_size: int | None = None,
     mtp: Literal["drop", "keep", "prune"] = "drop",
+    allow_other_model: bool = False,
     overwrite: bool = False,
     steps: Steps | None = None,
 ) -> list[Check]:
@@ -50,6 +51,8 @@ def apply_plan(
       bits: 4 or 16; 4-bit weights are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
       mtp: what becomes of layers that predict further tokens, as in a recipe.
+      allow_other_model: apply it to another model of the same shape, such as the base of the one
+        that it was made for; the exports' cards say so.
       overwrite: replace an output folder of ours.
       steps: where progress goes; default stderr.
 
@@ -67,6 +70,8 @@ def apply_plan(
         found = PruningPlan.load(source)
         # 16-bit weights, as in every other stage: the exports store these.
         base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
+        if allow_other_model:
+            found = found.moved_to(base.fingerprint)
         _require_fit(found, base)
     given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
     given |= {"mtp": mtp, "overwrite": overwrite}
@@ -99,7 +104,11 @@ apply = apply_plan  # its name on the command line
 
 def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
     """Raise InputError unless the plan names this model and has its shape."""
-    plan.require_model(base.fingerprint)
+    try:
+        plan.require_model(base.fingerprint)
+    except InputError as error:
+        cure = "or, if it has the same shape, apply the plan with --allow-other-model"
+        raise InputError(f"{error}, {cure}") from None
     c = base.config
     wanted = (c.moe_layers, c.moe.num_experts, c.moe.d_expert)
     if (plan.layer_indices, *plan.keep.shape[1:]) != wanted:

@@ -102,7 +102,8 @@ def verify_folder(
             fuses = int(version("transformers").partition(".")[0]) >= 5  # experts, in bfloat16
             if fuses and form.is_packed and form.is_padded and not form.is_float4:
                 wanted, settled = settled_logits(bfloat16_experts(expected), probe)
-            checks += _client_checks(folder, form, drafting, probe, wanted, settled)
+            loads = export.base.family.auto_class
+            checks += _client_checks(folder, form, loads, drafting, probe, wanted, settled)
         else:
             logger.info("%s is too large to load again through transformers", folder)
     return checks
@@ -196,6 +197,7 @@ def _silence() -> Iterator[None]:
 def _client_checks(
     folder: Path,
     form: ExportFormat,
+    auto_class: str,
     mtp: tuple[str, ...],
     probe: np.ndarray,
     wanted: np.ndarray,
@@ -203,7 +205,7 @@ def _client_checks(
 ) -> list[Check]:
     try:
         with _silence():
-            info, found = _client_logits(folder, form, probe)
+            info, found = _client_logits(folder, form, auto_class, probe)
     except ImportError as error:
         return [Check(form.name, "transformers", True, f"not checked: {error}")]
     # It ignores layers that predict further tokens, and reports those of unpublished sizes.
@@ -215,17 +217,19 @@ def _client_checks(
     return [*checks, logit_check(form.name, name, found, wanted, settled)]
 
 
-def _client_logits(folder: Path, form: ExportFormat, probe: np.ndarray) -> tuple[dict, np.ndarray]:
+def _client_logits(
+    folder: Path, form: ExportFormat, auto_class: str, probe: np.ndarray
+) -> tuple[dict, np.ndarray]:
     """What transformers reports while loading a folder, and the model's logits [B, T, V]."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     options: dict[str, Any] = {}
     if form.is_float4:  # its kernels would need a GPU; this way the values are exact
         from transformers.utils.quantization_config import Mxfp4Config
 
         options["quantization_config"] = Mxfp4Config(dequantize=True)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = getattr(transformers, auto_class).from_pretrained(
         folder,
         dtype=torch.float32,
         trust_remote_code=not form.is_padded,

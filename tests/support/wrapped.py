@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import tiny
 
-IMAGE, TOKENS, HIDDEN = 90, 96, 128  # token that stands for a part of an image; sizes of the text
+IMAGE, TOKENS, HIDDEN = 90, 96, 160  # token that stands for a part of an image; sizes of the text
 _TEXT = {
     "vocab_size": TOKENS, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict] = {
         "text_config": {
             **_TEXT, "n_routed_experts": 8, "first_k_dense_replace": 1,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+                                "mrope_section": [4, 3, 3], "partial_rotary_factor": 0.5},
         },
         "vision_config": {**_EYES, **_SQUARE, "image_size": 16},
     },

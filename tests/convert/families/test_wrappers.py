@@ -182,11 +182,20 @@ def test_experts_as_transformers_5_writes_them_are_read_too(tmp_path):
     tiny.save(tiny.half(reference), tmp_path / "written")
     name = "model.language_model.layers.1.mlp.experts.gate_up_proj"
     shapes = [stored(folder)[name].shape for folder in (published, tmp_path / "written")]
-    assert shapes == [(8, 128, 192), (8, 192, 128)]
+    assert shapes == [(8, 160, 192), (8, 192, 160)]
     found, wanted = (
         logits(open_checkpoint(folder), TEXT) for folder in (tmp_path / "written", published)
     )
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_vl_moe"], indirect=True)
+@pytest.mark.parametrize("channels", [160, 80])
+def test_experts_that_transformers_would_transpose_are_refused(checkpoint, channels):
+    base, _, _ = checkpoint
+    widths = tuple((channels,) * len(row) for row in base.about.widths)
+    with pytest.raises(InputError, match="cannot tell from their transpose; choose another prune"):
+        Export(base.about, widths, ExportFormat("padded-bf16")).check()
 
 
 def test_every_wrapper_is_tried_here():
