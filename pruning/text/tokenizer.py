@@ -16,14 +16,29 @@ class TextCodec:
     Attributes:
       tokenizer: the fast tokenizer.
       end: id of the end-of-text token, None if the checkpoint names none.
+      vocab_size: rows of the embedding; a token that was added later may lie beyond them.
     """
 
     tokenizer: Tokenizer
     end: int | None
+    vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids, without special tokens.
+
+        Raises:
+          InputError: the text holds a token for which the model has no embedding.
+        """
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        if max(found.ids, default=0) >= self.vocab_size:
+            place = next(i for i, token in enumerate(found.ids) if token >= self.vocab_size)
+            start, stop = found.offsets[place]
+            raise InputError(
+                f"{text[max(0, start - 20) : stop + 20]!r} in the text has the token "
+                f"{found.tokens[place]!r} with id {found.ids[place]}, but the model's embedding "
+                f"has {self.vocab_size} rows; take {text[start:stop]!r} out of the text"
+            )
+        return found.ids
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -41,7 +56,8 @@ def open_codec(folder: Path, vocab_size: int) -> TextCodec:
       The codec.
 
     Raises:
-      InputError: the file is missing, unreadable, or has ids beyond the embedding.
+      InputError: the file is missing, unreadable, or has ids beyond the embedding that are no
+        added tokens, which most texts have not.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
@@ -53,7 +69,7 @@ def open_codec(folder: Path, vocab_size: int) -> TextCodec:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises plain Exception
         raise InputError(f"{path} is not a tokenizer: {error}; download it again") from None
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if largest >= vocab_size:
         raise InputError(
             f"{path} has token id {largest} but the model knows {vocab_size}; it is another "
@@ -61,7 +77,13 @@ def open_codec(folder: Path, vocab_size: int) -> TextCodec:
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return TextCodec(tokenizer, _end(Path(folder), tokenizer, vocab_size))
+    end = _end(Path(folder), tokenizer, vocab_size)
+    if end is not None and end >= vocab_size:
+        raise InputError(
+            f"{folder}/tokenizer_config.json: eos_token has id {end} but the model knows "
+            f"{vocab_size}; name the one that the model was trained with"
+        )
+    return TextCodec(tokenizer, end, vocab_size)
 
 
 def _end(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> int | None:
