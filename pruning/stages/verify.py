@@ -23,6 +23,7 @@ from convert.mtp import mtp_layers, mtp_prefixes
 from convert.mtp_export import MtpSource
 from convert.reader import SafetensorsFolder, read_json
 from convert.rules import RAGGED
+from moe_jax.config import ModelConfig
 from moe_jax.quant import MIN_SCALE
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
@@ -38,6 +39,7 @@ TOLERANCE = 2e-3  # of float32 logits of two programs, as a share of the largest
 LEAST, SHARE = 8, 0.01  # positions to judge by; without so many, how many of all may differ
 # Many and short: a near tie ends what can be compared of its window.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 32
+LONGEST_PROBE = 1024  # tokens of a window that must be long: what a large model does in a minute
 CLIENT_BYTES = 4 << 30  # larger folders are not loaded a second time through torch
 
 
@@ -51,9 +53,30 @@ class Check:
     detail: str
 
 
+def probe_lengths(config: ModelConfig) -> tuple[int, int]:
+    """Tokens of a window to compare logits on, and how many would show all that a model does.
+
+    Those are more than a sliding window or the original context of a stretched rope, by
+    `PROBE_TOKENS`, but never more than the model's context: past them logits can differ that were
+    equal before.
+    """
+    rope = config.attention.rope
+    turning = rope.original_max_position if rope.kind not in ("default", "linear") else None
+    beyond = max(config.sliding_window or 0, turning or 0)
+    needed = min(beyond + PROBE_TOKENS, config.max_position)
+    return min(needed, LONGEST_PROBE), needed
+
+
 def random_probe(base: Checkpoint) -> np.ndarray:
     """Windows of random tokens, int32 [B, T], for comparing logits without a text."""
-    shape = (PROBE_WINDOWS, min(PROBE_TOKENS, base.config.max_position))
+    length, needed = probe_lengths(base.config)
+    if length < needed:
+        logger.warning(
+            "logits are compared on %d tokens, what the model does with more than %d is not",
+            length,
+            needed - PROBE_TOKENS,
+        )
+    shape = (max(2, PROBE_WINDOWS * PROBE_TOKENS // max(length, PROBE_TOKENS)), length)
     tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, shape)
     return tokens.astype(np.int32)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -87,9 +88,10 @@ def _published(name: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
 
 def load(folder: Path):
     """(the model in float32 by its own class, what loading says of its tensors)."""
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
+    model, info = loaded
     return model.eval(), info
 
 
