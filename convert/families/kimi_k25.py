@@ -1,4 +1,7 @@
-"""Kimi-K2.5: a Kimi-K2, which is a DeepSeek-V3, that also sees images."""
+"""Kimi-K2.5: a Kimi-K2, which is a DeepSeek-V3, that also sees images.
+
+No 4-bit export: logits of one in transformers 5.24 were 0.03 off, and why was not found.
+"""
 
 import dataclasses
 
@@ -13,5 +16,5 @@ FAMILY = dataclasses.replace(
         {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
         default_tied=True,
     ),
-    formats=("padded-bf16", "padded-int4"),
+    formats=("padded-bf16",),
 )

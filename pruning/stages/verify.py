@@ -39,7 +39,8 @@ TOLERANCE = 2e-3  # of float32 logits of two programs, as a share of the largest
 LEAST, SHARE = 8, 0.01  # positions to judge by; without so many, how many of all may differ
 # Many and short: a near tie ends what can be compared of its window.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 32
-LONGEST_PROBE = 1024  # tokens of a window that must be long: what a large model does in a minute
+# Of a window that must be long: tokens, and numbers of the logits of two (256 MiB each time).
+LONGEST_PROBE, MOST_LOGITS = 1024, 1 << 26
 CLIENT_BYTES = 4 << 30  # larger folders are not loaded a second time through torch
 
 
@@ -64,7 +65,8 @@ def probe_lengths(config: ModelConfig) -> tuple[int, int]:
     turning = rope.original_max_position if rope.kind not in ("default", "linear") else None
     beyond = max(config.sliding_window or 0, turning or 0)
     needed = min(beyond + PROBE_TOKENS, config.max_position)
-    return min(needed, LONGEST_PROBE), needed
+    most = max(PROBE_TOKENS, min(LONGEST_PROBE, MOST_LOGITS // (2 * config.vocab_size)))
+    return min(needed, most), needed
 
 
 def random_probe(base: Checkpoint) -> np.ndarray:

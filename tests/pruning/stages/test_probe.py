@@ -46,6 +46,12 @@ def test_a_window_is_as_long_as_what_it_must_show(folder, window, rope, context,
     assert probe_lengths(changed) == lengths
 
 
+def test_published_gpt_oss_is_compared_beyond_its_window_and_a_large_vocabulary_shortens_it(folder):
+    config = open_checkpoint(folder).config.replace(max_position=131072)
+    assert probe_lengths(config.replace(vocab_size=201088)) == (160, 160)
+    assert probe_lengths(config.replace(vocab_size=1 << 20)) == (PROBE_TOKENS, 160)
+
+
 def test_a_model_with_another_sliding_window_differs_on_the_probe(folder, tmp_path, caplog):
     other = shutil.copytree(folder, tmp_path / "other")
     said = json.loads((other / "config.json").read_text()) | {"sliding_window": 140}
