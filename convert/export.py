@@ -14,7 +14,7 @@ from convert.checkpoint import outer_tensors
 from convert.description import Description
 from convert.export_format import FORMATS, ExportFormat, Widths
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
-from convert.formats.wrapped import wrapped_config, wrapped_modules
+from convert.formats.wrapped import wrapped_config
 from convert.interleaved import check_shape, fuse_experts, fuse_specs
 from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
 from convert.mtp import mtp_prefixes
@@ -284,7 +284,7 @@ class Export:
             # Not by exact names: vLLM asks for some of these modules under the name of several.
             prefixes = mtp_prefixes(self.base.family, self.base.hf_config)
             modules += [f"re:{re.escape(prefix)}" for prefix in prefixes]
-        return modules if self.base.outer is None else wrapped_modules(modules, self.base.beside)
+        return modules
 
 
 def packed_inputs(base: Description) -> list[int]:

@@ -20,7 +20,8 @@ YARN = {"kind": "yarn", "factor": 4.0}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe") / "model"
-    sizes = {"sliding_window": 128, "max_position_embeddings": 512}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    sizes = {"sliding_window": 128, "max_position_embeddings": 512, "rope_parameters": rope}
     return tiny.save(tiny.tiny_model("gpt_oss", **sizes), folder)
 
 
@@ -46,7 +47,7 @@ def test_a_window_is_as_long_as_what_it_must_show(folder, window, rope, context,
     assert probe_lengths(changed) == lengths
 
 
-def test_published_gpt_oss_is_compared_beyond_its_window_and_a_large_vocabulary_shortens_it(folder):
+def test_the_vocabulary_of_gpt_oss_leaves_room_beyond_its_window_a_larger_one_does_not(folder):
     config = open_checkpoint(folder).config.replace(max_position=131072)
     assert probe_lengths(config.replace(vocab_size=201088)) == (160, 160)
     assert probe_lengths(config.replace(vocab_size=1 << 20)) == (PROBE_TOKENS, 160)
