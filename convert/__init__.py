@@ -10,8 +10,8 @@ if TYPE_CHECKING:
         layer_tensors,
         load_model,
         open_checkpoint,
-        outer_tensors,
     )
+    from convert.disk_layer import outer_tensors
     from convert.export import Export
     from convert.export_format import ExportFormat
     from convert.families import FAMILIES, find_family
@@ -46,8 +46,8 @@ _HOMES = {
         "layer_tensors",
         "load_model",
         "open_checkpoint",
-        "outer_tensors",
     ),
+    "disk_layer": ("outer_tensors",),
     "export": ("Export",),
     "export_format": ("ExportFormat",),
     "families": ("FAMILIES", "find_family"),

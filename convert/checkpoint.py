@@ -12,15 +12,14 @@ import numpy as np
 from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.description import Description, describe
 from convert.disk_layer import layer_on_disk
+from convert.fingerprint import WeightsHash, fingerprint
 from convert.layout import BFLOAT16
 from convert.matching import match_tensors
 from convert.reader import CheckpointError, SafetensorsFolder
 from convert.rules import EMBEDDING, FINAL_NORM, LM_HEAD, Family
-from convert.views import FLOATS, View
+from convert.view import FLOATS, View
 from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
-from moe_jax.quant import dequantize
-from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
 
 
@@ -31,6 +30,8 @@ class Checkpoint:
 
     Attributes:
       about: what it is, without its weights.
+      tensors: its files.
+      weights_hash: that of `hash_weights`; None if nobody asked yet.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Checkpoint:
         dtype=None,
     ):
         self.about = about
-        self._tensors = tensors
+        self.tensors = tensors
         self._views = views
         self._mtp = mtp
         self._pool = pool_shape(about.config, about.widths)
@@ -50,7 +51,8 @@ class Checkpoint:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._last: int | None = None
-        self._checked = False
+        self._checked: frozenset[str] = frozenset()  # names of what holds no NaN
+        self.weights_hash: str | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -79,10 +81,23 @@ class Checkpoint:
         norm = Centred(norm) if self.config.centred_norms else norm
         return embedding, Head(norm=norm, weight=weight, norm_eps=self.config.norm_eps)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Hash of config.json, all headers and a sample of every tensor."""
-        return self._tensors.fingerprint()
+        """Hash of every weight and of what config.json says; see `convert.fingerprint`."""
+        return fingerprint(self.about.outer or self.about.hf_config, self.hash_weights())
+
+    def hash_weights(self, on_bytes: Callable[[int, int], None] | None = None) -> str:
+        """SHA-256 of all tensors; reads them unless `check_finite` did or `weights_hash` is set.
+
+        Args:
+          on_bytes: called with the bytes done and the bytes in all.
+
+        Raises:
+          CheckpointError: a file ended early.
+        """
+        if self.weights_hash is None:
+            self.weights_hash = WeightsHash(self.tensors).finish(on_bytes)
+        return self.weights_hash
 
     def layer(self, index: int) -> DecoderLayer:
         """Read one decoder layer.
@@ -113,6 +128,12 @@ class Checkpoint:
         self._last = index
         return layer
 
+    def read_codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a weight that `about.is_native`, see `View.codes`."""
+        codes = self._views[name].codes
+        assert codes is not None
+        return codes()
+
     def read_mtp(self, name: str) -> np.ndarray:
         """Read one tensor of `about.mtp`, in the dtype said there.
 
@@ -124,7 +145,7 @@ class Checkpoint:
     def check_finite(
         self, on_tensor: Callable[[int, int], None] | None = None, *, mtp: bool = False
     ) -> None:
-        """Read every tensor once, one in memory at a time; later reads are not checked again.
+        """Read every tensor once, two in memory at a time, for later reads and `weights_hash`.
 
         Args:
           on_tensor: called with the tensors done and the tensors in all.
@@ -134,21 +155,23 @@ class Checkpoint:
           CheckpointError: naming every tensor that holds NaN or infinity.
         """
         problems: list[str] = []
-        views = self._views | (self._mtp if mtp else {})
-        for done, (name, view) in enumerate(views.items(), 1):
-            try:
-                self._finite(name, view)
-            except CheckpointError as error:
-                problems.extend(error.problems)
-            if on_tensor:
-                on_tensor(done, len(views))
+        views, weights = self._views | (self._mtp if mtp else {}), WeightsHash(self.tensors)
+        with weights.watching():
+            for done, (name, view) in enumerate(views.items(), 1):
+                try:
+                    self._finite(name, view)
+                except CheckpointError as error:
+                    problems.extend(error.problems)
+                if on_tensor:
+                    on_tensor(done, len(views))
         if problems:
             raise CheckpointError(self.about.folder, problems)
-        self._checked = True
+        self._checked |= views.keys()
+        self.weights_hash = weights.finish()
 
     def _finite(self, name: str, view: View) -> np.ndarray:
         array = view.read()
-        if not self._checked and not _finite(array):
+        if name not in self._checked and not _finite(array):
             raise CheckpointError(
                 self.about.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
             )
@@ -204,7 +227,9 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     """
     about = describe(path)
     tensors = SafetensorsFolder(about.folder)
-    found = match_tensors(tensors, about.hf_config, about.family, about.config, about.widths)
+    found = match_tensors(
+        tensors, about.hf_config, about.family, about.config, about.widths, about.quantization
+    )
     if found.problems:
         raise CheckpointError(about.folder, found.problems)
     mtp = {
@@ -214,6 +239,8 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     about = dataclasses.replace(about, mtp=mtp, beside=beside)
     if about.config.tie_embeddings and not found.tied:
         about = about.untied()
+    if any(view.codes is None for name, view in found.model.items() if about.is_native(name)):
+        about = dataclasses.replace(about, native=None)  # scales are not bfloat16, as exports have
     return Checkpoint(about, tensors, found.model, found.mtp, dtype)
 
 
@@ -257,12 +284,3 @@ def layer_tensors(
     """
     family = source.about.family if isinstance(source, Checkpoint) else source
     return layer_on_disk(family, layer, index)
-
-
-def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
-    """Embedding, final norm and, unless it is tied, the output projection, with HF names."""
-    yield EMBEDDING, np.asarray(source.embedding.weight)
-    norm = source.head.norm
-    yield FINAL_NORM, np.asarray(norm.offset if isinstance(norm, Centred) else norm)
-    if not source.config.tie_embeddings:
-        yield LM_HEAD, np.asarray(dequantize(source.head.weight))

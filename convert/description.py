@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.export_format import Widths
+from convert.export_format import GROUP_SIZES, Widths
 from convert.families import find_family
 from convert.formats.ragged import emptied_model, widths_from_hf
 from convert.layout import Spec
 from convert.matching import hints
+from convert.model_card import original_model
 from convert.mtp import mtp_tensors
+from convert.quantized.config import Quantization, Scheme, UnreadFormat, read_quantization
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, ruled_tensors, uniform_widths
 from moe_jax.config import ModelConfig
@@ -31,6 +33,9 @@ class Description:
       widths: channels per layer and expert; () for a dense layer.
       mtp: dtypes and shapes of the tensors of layers that predict further tokens, as an export
         keeps them; no part of all of the above.
+      quantization: how weights are stored in few bits, None if they are not.
+      native: how it stores every routed expert's weights, if an export in 4-bit integers can take
+        their codes over: symmetric, in groups of 32, 64 or 128. None of any other model.
       outer: the whole config.json of a wrapper, else None.
       beside: dtypes and shapes of the tensors of a wrapper that are no part of its text model, by
         their names on disk.
@@ -42,11 +47,20 @@ class Description:
     family: Family
     widths: Widths
     mtp: dict[str, Spec]
+    quantization: Quantization | None
+    native: Scheme | None
     outer: dict[str, Any] | None = None
     beside: Mapping[str, Spec] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.config.num_layers
+
+    def is_native(self, name: str) -> bool:
+        """Whether a linear layer's weight, by its name on disk, is stored as `native` says."""
+        rule = self.family.rule(name)
+        if self.native is None or self.quantization is None or rule is None or not rule.is_linear:
+            return False
+        return self.quantization.scheme(name.removesuffix(".weight")) == self.native
 
     def weights(self, widths: Widths | None = None, *, constants: bool = False) -> int:
         """Weights of the model, those of `mtp` not counted.
@@ -78,7 +92,8 @@ def describe(folder: Path | str) -> Description:
     """Read config.json.
 
     Raises:
-      CheckpointError: it is missing, or has an unsupported setting.
+      CheckpointError: it is missing, or has an unsupported setting; weights in a format that is
+        not read are refused with the name of the model that has them in 16 bits.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -90,9 +105,30 @@ def describe(folder: Path | str) -> Description:
         raise CheckpointError(folder, [f"config.json: {error}", *hints(folder, hf)]) from None
     try:
         own = family.text_config(hf)
+        quantization = read_quantization(own, family)
         config = family.config_from_hf(own)
         widths = widths_from_hf(own, config) if family.ragged else uniform_widths(config)
+    except UnreadFormat as error:
+        original = original_model(folder) or "that it was made from"
+        cure = f"give the 16-bit model {original}"
+        raise CheckpointError(folder, [f"config.json: {error}; {cure}"]) from error
     except InputError as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
-    outer, drafting = (hf if family.wrapper else None), mtp_tensors(family, own, config)
-    return Description(folder, own, config, family, widths, drafting, outer)
+    mtp, outer = mtp_tensors(family, own, config), hf if family.wrapper else None
+    native = None if quantization is None else _native(family, config, quantization)
+    return Description(folder, own, config, family, widths, mtp, quantization, native, outer)
+
+
+def _native(family: Family, config: ModelConfig, quantization: Quantization) -> Scheme | None:
+    twin = family if family.twin is None else find_family(family.twin.model_type)
+    if twin.rules != family.rules:  # the export has other names
+        return None
+    schemes = {
+        quantization.scheme(name.removesuffix(".weight"))
+        for name, _, rule in ruled_tensors(family, config)
+        if rule is not None and rule.is_of_expert and rule.is_linear
+    }
+    scheme = schemes.pop() if len(schemes) == 1 else None
+    if scheme is None or not (scheme.packed and scheme.bits == 4 and scheme.symmetric):
+        return None
+    return scheme if scheme.group_size in GROUP_SIZES else None

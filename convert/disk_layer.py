@@ -1,4 +1,4 @@
-"""The tensors of a decoder layer under their names on disk."""
+"""The tensors of a model in memory under their names on disk."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.interleaved import fuse_experts
-from convert.rules import Family, TensorRule
+from convert.rules import EMBEDDING, FINAL_NORM, LM_HEAD, Family, TensorRule
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
+from moe_jax.norm import Centred
 from moe_jax.quant import QTensor, Weight, dequantize, unpack_nibbles
+from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
 
 
@@ -95,3 +97,12 @@ def _lookup(node, path: str):
     for key in path.split("."):
         node = getattr(node, key, None)
     return node
+
+
+def outer_tensors(source: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
+    """Embedding, final norm and, unless it is tied, the output projection, with HF names."""
+    yield EMBEDDING, np.asarray(source.embedding.weight)
+    norm = source.head.norm
+    yield FINAL_NORM, np.asarray(norm.offset if isinstance(norm, Centred) else norm)
+    if not source.config.tie_embeddings:
+        yield LM_HEAD, np.asarray(dequantize(source.head.weight))

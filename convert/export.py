@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import outer_tensors
 from convert.description import Description
-from convert.export_format import FORMATS, ExportFormat, Widths
+from convert.disk_layer import outer_tensors
+from convert.export_format import FLOAT4, FLOAT4_GROUP, FORMATS, ExportFormat, Widths
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.formats.wrapped import wrapped_config
 from convert.interleaved import check_shape, fuse_experts, fuse_specs
@@ -20,10 +20,11 @@ from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
 from convert.portable import portable_config
+from convert.quantized.config import Scheme
 from convert.reader import SafetensorsFolder
 from convert.rules import EMBEDDING, TensorRule, ruled_tensors
 from convert.stored import Stored, stored_layer
-from convert.writer import write_folder
+from convert.writer import Content, write_folder
 from convert.written import Written, as_written
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
@@ -53,14 +54,23 @@ class Export:
             config = padded.padded_model(config, source.family, form.padded_width(self.widths))
         packs, experts_only = form.is_packed, form.is_float4
 
-        def stored(shape: tuple[int, ...], rule: TensorRule | None) -> Stored:
+        def stored(name: str, shape: tuple[int, ...], rule: TensorRule | None) -> Stored:
             if rule is None:
                 return Stored(shape, BFLOAT16, packed=False, of_expert=False)
             packed = packs and rule.is_linear and (rule.is_of_expert or not experts_only)
+            packed = packed and (self.native is None or self.base.is_native(name))
             return Stored(shape, FLOAT32 if rule.precise else BFLOAT16, packed, rule.is_of_expert)
 
         found = ruled_tensors(source.family, config, form.stored_widths(self.widths))
-        return {name: stored(shape, rule) for name, shape, rule in found}
+        return {name: stored(name, shape, rule) for name, shape, rule in found}
+
+    @property
+    def native(self) -> Scheme | None:
+        """How the base stores the weights whose codes are taken over; None if none are."""
+        form, native = self.form, self.base.native
+        copies = form.is_packed and not form.is_float4 and not form.requantize
+        alike = native is not None and native.group_size == form.group_size
+        return native if copies and alike else None
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
@@ -70,7 +80,7 @@ class Export:
             specs |= stored.specs(name, self.form)
         if self._is_fused:
             specs = fuse_specs(specs, self.base.config.moe.num_experts)
-        specs = {self._source.stored(name): spec for name, spec in (specs | self.mtp_specs).items()}
+        specs = {self.stored_name(name): spec for name, spec in (specs | self.mtp_specs).items()}
         return specs | dict(self.base.beside)
 
     @cached_property
@@ -176,7 +186,7 @@ class Export:
         target: Path | str,
         *,
         mtp: MtpSource | None = None,
-        extra_files: Mapping[str, str | Path] | None = None,
+        extra_files: Mapping[str, Content] | None = None,
         overwrite: bool = False,
         on_layer: Callable[[int], None] | None = None,
     ) -> Path:
@@ -188,7 +198,7 @@ class Export:
             to nearest; MXFP4 always rounds, which leaves rounded weights as they are.
           target: folder to make.
           mtp: where the layers that predict further tokens come from, unless they are dropped.
-          extra_files: file name -> content, or path of a file to copy, such as a model card.
+          extra_files: such as a model card, see `write_folder`.
           overwrite: replace an existing folder.
           on_layer: called with the index of each finished layer.
 
@@ -231,7 +241,7 @@ class Export:
     def outer_arrays(self, model: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of no layer, a wrapper's other parts included, (name, array as on disk)."""
         for name, value in outer_tensors(model):
-            yield self._source.stored(name), value.astype(BFLOAT16, copy=False)
+            yield self.stored_name(name), value.astype(BFLOAT16, copy=False)
         if self.base.beside:
             folder = SafetensorsFolder(self.base.folder)
             yield from ((name, folder.read(name)) for name in self.base.beside)
@@ -247,12 +257,16 @@ class Export:
         if self._is_fused:
             experts = self.base.config.moe.num_experts
             parts = fuse_experts(parts, experts, source.family.together)
-        return ((self._source.stored(name), array) for name, array in parts)
+        return ((self.stored_name(name), array) for name, array in parts)
 
     def mtp_arrays(self, mtp: MtpSource) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of `mtp_specs`, (name, array as on disk)."""
         found = mtp_arrays(self.base, self.mtp_specs, self.mtp_width, mtp)
-        return ((self._source.stored(name), array) for name, array in found)
+        return ((self.stored_name(name), array) for name, array in found)
+
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in the folder, by that in the family's rules."""
+        return self._source.stored(name)
 
     @cached_property
     def _source(self) -> Written:
@@ -287,8 +301,13 @@ class Export:
         return modules
 
 
-def packed_inputs(base: Description) -> list[int]:
+def packed_inputs(base: Description, requantize: bool) -> list[int]:
     """Input widths of the linear layers that the family's first 4-bit format packs."""
-    forms = (ExportFormat(name) for name in FORMATS if name in base.family.formats)
+    native = None if base.native is None or requantize else base.native.group_size
+    forms = (
+        ExportFormat(name, FLOAT4_GROUP if name == FLOAT4 else native or 32, requantize=requantize)
+        for name in FORMATS
+        if name in base.family.formats
+    )
     form = next((form for form in forms if form.is_packed), None)
     return [] if form is None else Export(base, base.widths, form).packed_inputs

@@ -39,6 +39,9 @@ class ExportFormat:
       constants: whether experts without channels add constants (ragged folders, or in the place of
         the output's bias), or nothing.
       mtp: one of `MTP`: what becomes of layers that predict further tokens.
+      requantize: whether weights that the base stores in 4 bits are rounded a second time, and
+        linear layers that it stores in 16 bits are rounded too; else codes are taken over, where
+        the two formats are alike.
 
     Raises:
       InputError: a value is none of those.
@@ -48,6 +51,7 @@ class ExportFormat:
     group_size: int = 32
     constants: bool = False
     mtp: str = "drop"
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in FORMATS:

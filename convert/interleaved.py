@@ -18,11 +18,11 @@ import numpy as np
 from convert.formats.mxfp4 import unpack
 from convert.reader import SafetensorsFolder
 from convert.rules import Together
+from convert.view import FLOATS
 from moe_jax.errors import InputError
 
 _WHOLE = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(_bias|_blocks|_scales|)")
 _PART = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)(.*)")
-_FLOATS = ("bfloat16", "float16", "float32")
 
 Part = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 
@@ -66,7 +66,7 @@ def split_experts(
     dtype, shape = folder.spec(name)
     rank = {"_bias": 2, "": 3, "_blocks": 4}[suffix]
     parts = ("gate", "up") if kind == "gate_up" else ("down",)
-    known = dtype.name in _FLOATS if suffix != "_blocks" else _has_scales(folder, stem)
+    known = dtype.name in FLOATS if suffix != "_blocks" else _has_scales(folder, stem)
     channels = shape[2 if suffix == "" and kind == "gate_up" else 1] if len(shape) == rank else 0
     if len(shape) != rank or not known or (kind == "gate_up" and channels % 2):
         problems.append(

@@ -11,9 +11,11 @@ from typing import Any
 from convert.export_format import Widths
 from convert.families import FAMILIES
 from convert.mtp import mtp_prefixes
+from convert.quantized.config import Quantization, read_quantization
 from convert.reader import SafetensorsFolder
 from convert.rules import EMBEDDING, LM_HEAD, Family, expected_tensors
-from convert.views import View, open_views
+from convert.view import FLOATS, View
+from convert.views import open_views
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 
@@ -52,13 +54,14 @@ def match_tensors(
     family: Family,
     config: ModelConfig,
     widths: Widths,
+    quantization: Quantization | None,
 ) -> Matched:
     """Sort the tensors of a folder and compare them with those that the model must have.
 
     Args:
       folder: the checkpoint.
       hf: config.json of the text model.
-      family, config, widths: what it says.
+      family, config, widths, quantization: what it says.
 
     Returns:
       The tensors and what is wrong with them.
@@ -68,7 +71,13 @@ def match_tensors(
     if left_out:
         words = "%s: left out %d tensor(s) such as %s, which programs compute themselves"
         logger.warning(words, folder.folder, len(left_out), left_out[0])
-    views, problems = _named_views(inner, hf, family)
+    views, problems = _named_views(inner, quantization, family)
+    problems += [
+        f"{name} is {folder.spec(name)[0]}: only the text model is read in few bits, other parts "
+        "are copied as floats; give the 16-bit model"
+        for name in beside
+        if quantization is not None and folder.spec(name)[0].name not in (*FLOATS, "int64")
+    ]
     prefixes = mtp_prefixes(family, hf)
     mtp = {name: views.pop(name) for name in list(views) if name.startswith(prefixes)}
     tied = config.tie_embeddings
@@ -102,7 +111,8 @@ def fitting_families(folder: SafetensorsFolder, hf: dict[str, Any]) -> list[str]
         said = {**hf, "model_type": name}
         try:
             config = family.config_from_hf(said)
-            views, problems = _named_views(_inner(folder, family)[0], said, family)
+            quantization = read_quantization(family.text_config(said), family)
+            views, problems = _named_views(_inner(folder, family)[0], quantization, family)
         except InputError:
             continue
         expected, prefixes = expected_tensors(family, config), mtp_prefixes(family, said)
@@ -144,11 +154,11 @@ def _inner(folder: SafetensorsFolder, family: Family) -> tuple[SafetensorsFolder
 
 
 def _named_views(
-    folder: SafetensorsFolder, hf: dict[str, Any], family: Family
+    folder: SafetensorsFolder, quantization: Quantization | None, family: Family
 ) -> tuple[dict[str, View], list[str]]:
     """(views by the names of the rules, problems)."""
     folder = folder.renamed(lambda name: None if _LEFT_OUT.fullmatch(name) else name)
-    stored, problems = open_views(folder, hf, together=family.together)
+    stored, problems = open_views(folder, quantization, together=family.together)
     views: dict[str, View] = {}
     for name, view in stored.items():
         public = family.canonical(name)

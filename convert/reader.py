@@ -1,7 +1,6 @@
 """Strict, lazy reading of safetensors folders: headers first, then one tensor at a time."""
 
 import copy
-import hashlib
 import logging
 import math
 import re
@@ -17,7 +16,6 @@ from moe_jax.json_files import parse_json
 logger = logging.getLogger(__name__)
 
 MOST_LINES = 50  # of problems in an error; of more, one of each kind is shown
-SAMPLE = 4096  # bytes of each tensor that enter the fingerprint
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SERIES = re.compile(r"(.*)-\d+-of-(\d+)\.safetensors")  # files that belong together
@@ -84,24 +82,31 @@ class SafetensorsFolder:
     memory, without a memory map whose pages would stay resident. Headers say what there is: where
     the index says something else or is missing, this is logged.
 
-    Attributes:
-      missing_shards: files that the index names and the folder has not.
-
     Args:
       path: a folder.
+
+    Attributes:
+      watchers: called with what is read, by whatever name: name of the tensor on disk, first byte
+        inside it, array. Renamed folders share them.
+      missing_shards: files that the index names and the folder has not.
+      index_fault: where the index and the headers differ, "" if nowhere.
+      stamps: what the file system said of every weight file when it was opened: size, times of
+        change in ns, inode. No write leaves all of them as they were.
 
     Raises:
       CheckpointError: listing every defect of the headers and of the index.
     """
 
     missing_shards: tuple[str, ...] = ()
+    index_fault = ""
 
     def __init__(self, path: Path | str):
         self.folder = Path(path)
         if not self.folder.is_dir():
             raise CheckpointError(self.folder, ["is not a folder; pass a downloaded checkpoint"])
         problems: list[str] = []
-        self._headers: dict[str, bytes] = {}
+        self.watchers: list[Callable[[str, int, np.ndarray], None]] = []
+        self.stamps: dict[str, list[int]] = {}
         self._specs: dict[str, TensorSpec] = {}
         weight_map = self._weight_map(problems)
         files = {SINGLE} if weight_map is None else set(weight_map.values())
@@ -162,21 +167,9 @@ class SafetensorsFolder:
                 if not got:
                     raise CheckpointError(self.folder, [f"{spec.file} ended inside {name}"])
                 done += got
+        for watch in self.watchers:
+            watch(spec.name, start - spec.start, out)
         return out
-
-    def fingerprint(self) -> str:
-        """SHA-256 over config.json, the headers and the first 4 KiB of every tensor."""
-        digest = hashlib.sha256()
-        config = self.folder / "config.json"
-        digest.update(config.read_bytes() if config.exists() else b"")
-        for file in sorted(self._headers):
-            digest.update(self._headers[file])
-            specs = [spec for spec in self._specs.values() if spec.file == file]
-            with open(self.folder / file, "rb", buffering=0) as stream:
-                for spec in sorted(specs, key=lambda spec: spec.start):
-                    stream.seek(spec.start)
-                    digest.update(stream.read(min(SAMPLE, spec.stop - spec.start)) or b"")
-        return digest.hexdigest()
 
     def _weight_map(self, problems: list[str]) -> dict[str, str] | None:
         """Name -> shard of the index; None if the folder holds a single file."""
@@ -205,14 +198,15 @@ class SafetensorsFolder:
             if file != SINGLE:
                 self.missing_shards += (file,)
             return
+        told = path.stat()
         try:
             header, start = read_header(path)
         except ValueError as error:
             problems.append(f"{file}: {error}")
             return
-        self._headers[file] = header
+        self.stamps[file] = [told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino]
         found: list[str] = []
-        specs = parse_header(header, file, start, path.stat().st_size, found)
+        specs = parse_header(header, file, start, told.st_size, found)
         problems += [f"{file}: {problem}" for problem in found]
         for name in sorted(specs.keys() & self._specs.keys()):
             problems.append(f"{name} is in both {self._specs[name].file} and {file}")
@@ -247,9 +241,6 @@ class SafetensorsFolder:
         ]
         said = said if (self.folder / INDEX).exists() else ["is missing"]
         if said:
-            logger.warning(
-                "%s: %s %s; the tensors are read as the shards' own headers say",
-                self.folder,
-                INDEX,
-                ", ".join(said),
-            )
+            self.index_fault = f"{INDEX} {', '.join(said)}"
+            words = "%s: %s; the tensors are read as the shards' own headers say"
+            logger.warning(words, self.folder, self.index_fault)

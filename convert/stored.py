@@ -67,8 +67,11 @@ def stored_layer(
     """
     codes: dict[str, Codes] = {}
     if form.is_packed and not form.is_float4:
-        layer = quantize_layer(layer, form.group_size)
-        codes = dict(layer_codes(family.rules, layer, index))
+        packed = {name for name, stored in tensors.items() if stored.packed}
+        paths = {rule.ours for rule in map(family.rule, packed) if rule is not None}
+        layer = quantize_layer(layer, form.group_size, paths)
+        found = layer_codes(family.rules, layer, index)
+        codes = {name: code for name, code in found if name in packed}
     here = {n: v for n, v in layer_to_hf(family.rules, layer, index) if n not in codes}
     _require_all(here.keys() | codes.keys(), tensors, form)
     for name, stored in tensors.items():

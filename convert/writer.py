@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ SIDE_FILES = (
     "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template*",
     "additional_chat_templates", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+Content = bytes | str | Path | Callable[[], str]
 SPARE_BYTES = 64 << 20  # left free on the disk, for side files and the file system itself
 
 
@@ -47,7 +48,7 @@ def write_folder(
     side_files: Path | str | None,
     *,
     shard_bytes: float = SHARD_BYTES,
-    extra_files: Mapping[str, bytes | str | Path] | None = None,
+    extra_files: Mapping[str, Content] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint folder that is either complete or absent.
@@ -60,7 +61,8 @@ def write_folder(
       side_files: folder whose tokenizer, generation, template and licence files are copied byte
         for byte, or None.
       shard_bytes: at most so many bytes of tensors per file (more if one tensor is larger).
-      extra_files: file name -> content, or path of a file to copy.
+      extra_files: file name -> content, or path of a file to copy, or what makes the content once
+        all tensors are written.
       overwrite: replace an existing target.
 
     Returns:
@@ -145,15 +147,28 @@ def _stream(files, places: dict[str, _Place], tensors: Iterable[tuple[str, np.nd
 
 
 def _write_side_files(
-    folder: Path, source: Path | str | None, extra: Mapping[str, bytes | str | Path]
+    folder: Path, source: Path | str | None, extra: Mapping[str, Content]
 ) -> None:
-    chosen = [] if source is None else [p for glob in SIDE_FILES for p in Path(source).glob(glob)]
-    for path in chosen:
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        elif path.suffix != ".safetensors":
-            write_synced(folder / path.name, path.read_bytes())
-    for name, content in extra.items():
+    found: dict[str, Content] = {} if source is None else {**side_files(source)}
+    for name, content in {**found, **extra}.items():
+        if callable(content):
+            content = content()
         if isinstance(content, Path):
             content = content.read_bytes()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_synced(folder / name, content.encode() if isinstance(content, str) else content)
+
+
+def side_files(source: Path | str) -> dict[str, Path]:
+    """Files of a checkpoint that go unchanged into every folder made of it.
+
+    Returns:
+      Name, with its folder if it has one -> path.
+    """
+    found = [path for glob in SIDE_FILES for path in Path(source).glob(glob)]
+    files = [file for path in found for file in (path.rglob("*") if path.is_dir() else (path,))]
+    return {
+        file.relative_to(source).as_posix(): file
+        for file in files
+        if file.is_file() and file.suffix != ".safetensors"
+    }

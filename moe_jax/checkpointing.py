@@ -4,7 +4,7 @@ A checkpoint is a folder that orbax makes appear at once: `arrays/` holds the nu
 path, `structure/` the JSON of `structure.describe`.
 """
 
-import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,7 @@ def _check_arrays(folder: Path, checkpointer: ocp.Checkpointer, shapes: dict[str
         )
 
 
-def _writer() -> int:
-    """A number that no other writer's files carry, the same in all processes of this one."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
+def _writer() -> str:
+    """Digits that no other writer's files carry, the same in all processes of this one."""
+    own = np.frombuffer(secrets.token_bytes(8), np.uint8)
+    return multihost_utils.broadcast_one_to_all(own).tobytes().hex()

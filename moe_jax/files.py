@@ -1,14 +1,61 @@
 """Files and folders that are whole or absent."""
 
+import errno
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-LEFTOVER = re.compile(r"(.+)\.(tmp|old)-\d+")  # named after the process that wrote it
+# What writers that were killed leave. The digits are random: neither two processes nor two hosts
+# that share a disk ever take the same name.
+LEFTOVER = re.compile(r"(.+)\.(tmp|old)-[0-9a-f]{16}")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class FullDiskError(OSError):
+    """A file did not fit; the message names it, what is free there, and the cure."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk, a spent quota or too large a file into one message.
+
+    Args:
+      path: what is being written, for the message.
+
+    Raises:
+      FullDiskError: it did not fit. Of nested calls the innermost names its file.
+      OSError: anything else that went wrong while writing.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = _code(error)
+        if code not in DISK_FULL or isinstance(error, FullDiskError):
+            raise
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        raise FullDiskError(
+            code,
+            f"{path} cannot be written: {os.strerror(code)}, {shutil.disk_usage(there).free:,} "
+            "bytes are free; free some space, then the same command goes on from here",
+        ) from None
+
+
+def _code(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # Of safetensors it is in the text alone: "... (os error 28)".
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
@@ -23,10 +70,11 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     """
     partial = _beside(file, "tmp")
     try:
-        write(partial)
-        with open(partial, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
+        with naming_full_disk(file):
+            write(partial)
+            with open(partial, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, file)
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from None
     finally:
@@ -40,10 +88,46 @@ def replace_text(file: Path, text: str) -> None:
 
 def write_synced(file: Path, content: bytes) -> None:
     """Write a file of a folder that is being made, and wait until it is on the disk."""
-    with open(file, "wb") as opened:
+    with naming_full_disk(file), open(file, "wb") as opened:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def scratch_file(folder: Path, size: int) -> BinaryIO:
+    """A file for a process's own use, its space taken before it is used.
+
+    It has no name any more, so the system frees its space however the process ends.
+
+    Args:
+      folder: where it lies, made if missing.
+      size: bytes, at least 1.
+
+    Returns:
+      The open file, whose content is zero.
+
+    Raises:
+      FullDiskError: there is no room for it.
+    """
+    path = _beside(folder / "scratch", "tmp")
+    with naming_full_disk(folder / f"a scratch file of {size:,} bytes"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "x+b")
+        try:
+            path.unlink()
+            _allocate(file, size)
+        except BaseException:
+            file.close()
+            raise
+    return file
+
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, 1 << 20):  # macOS
+        file.write(bytes(min(1 << 20, size - start)))
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], object]) -> None:
@@ -57,12 +141,12 @@ def replace_folder(folder: Path, fill: Callable[[Path], object]) -> None:
       OSError: the disk is full or not writable; what was there, if anything, is still whole.
     """
     partial = _beside(folder, "tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
-        fill(partial)
-        _sync(partial)
-        move_into_place(partial, folder, _beside(folder, "old"))
+        with naming_full_disk(folder):
+            partial.mkdir()
+            fill(partial)
+            _sync(partial)
+            move_into_place(partial, folder, _beside(folder, "old"))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -94,7 +178,7 @@ def remove_leftovers(folder: Path) -> None:
     """Clean up after killed writers: unfinished files go, a target that was set aside comes back.
 
     Args:
-      folder: where targets lie; may be absent. Nobody else may be writing there.
+      folder: where targets lie; may be absent. The caller is its only writer.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         found = LEFTOVER.fullmatch(path.name)
@@ -110,8 +194,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    """Where a process keeps what is not yet (tmp) or no longer (old) in its place."""
-    return target.with_name(f"{target.name}.{kind}-{os.getpid()}")
+    """A new name for what is not yet (tmp) or no longer (old) in its place."""
+    return target.with_name(f"{target.name}.{kind}-{secrets.token_hex(8)}")
 
 
 def _sync(folder: Path) -> None:

@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from pruning.stages.export import export
     from pruning.stages.job import open_job
     from pruning.stages.sizes import form_of
-    from pruning.text.calibration import TextSource, TokenBatch, calibration_batch
+    from pruning.text.calibration import TokenBatch, calibration_batch
+    from pruning.text.documents import TextSource
     from pruning.text.windows import make_windows
 
 __all__ = [
@@ -177,7 +178,8 @@ _HOMES = {
     "stages.export": ("export",),
     "stages.job": ("open_job",),
     "stages.sizes": ("form_of",),
-    "text.calibration": ("TextSource", "TokenBatch", "calibration_batch"),
+    "text.calibration": ("TokenBatch", "calibration_batch"),
+    "text.documents": ("TextSource",),
     "text.windows": ("make_windows",),
 }
 _MODULES = {

@@ -43,6 +43,21 @@ def check_block(block: int, d_expert: int) -> None:
         )
 
 
+def of_groups(
+    scores: np.ndarray,  # [L, E, F]
+    size: int,
+) -> np.ndarray:  # [L, E, F]
+    """The mean over every group of `size` neighbours, at each of them.
+
+    Equal scores tie, ties are won by the lower channel, and widths are multiples of the size: so
+    `best_channels` keeps whole groups.
+    """
+    if size == 1:
+        return scores
+    grouped = scores.reshape(*scores.shape[:2], -1, size).mean(axis=3)
+    return np.repeat(grouped, size, axis=2)
+
+
 def best_channels(
     scores: np.ndarray,  # [L, E, F]
     counts: np.ndarray,  # [L, E]

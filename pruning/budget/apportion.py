@@ -3,6 +3,7 @@
 import numpy as np
 
 from moe_jax.errors import InputError
+from pruning.kit.errors import BudgetError
 
 
 def apportion(
@@ -34,7 +35,7 @@ def apportion(
     low = np.broadcast_to(np.asarray(low, np.int64), shares.shape)
     high = np.broadcast_to(np.asarray(total if high is None else high, np.int64), shares.shape)
     if not low.sum() <= total <= high.sum() or (low > high).any():
-        raise InputError(
+        raise BudgetError(
             f"{total} cannot be split: the groups take at least {low.sum()} and at most "
             f"{high.sum()}; change the prune rate or the minimum"
         )

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from moe_jax.errors import InputError
+from pruning.kit.errors import BudgetError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def _check(similarity: np.ndarray, clusters: int, fewest: int) -> None:
         raise InputError("similarity must be symmetric in its last two axes")
     experts = math.prod(similarity.shape[:2])
     if not fewest <= clusters <= experts:
-        raise InputError(
+        raise BudgetError(
             f"clusters={clusters} must lie between the layers' fewest, {fewest} in all, and the "
             f"{experts} experts there are; change the prune rate"
         )

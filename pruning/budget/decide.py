@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.errors import InputError, choose
-from pruning.budget.alignment import best_channels, check_block, legal_minimum
+from pruning.budget.alignment import best_channels, check_block, legal_minimum, of_groups
 from pruning.budget.apportion import apportion
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.optimum import SOLVERS
@@ -19,6 +19,7 @@ from pruning.budget.problem import Allocation, Limits, Planner, Problem
 from pruning.budget.record import plan_record
 from pruning.budget.whole_experts import replacement_vectors
 from pruning.budget.widths import WIDTHS, with_layer_budgets
+from pruning.kit.errors import BudgetError
 from pruning.recipe.options import PlanOptions, part_of
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import channel_scores
@@ -84,7 +85,7 @@ def plan_pruning(
 
 
 def _filled(options: PlanOptions) -> PlanOptions:
-    block = options.block or 1
+    block = options.block or options.grid or 1
     return dataclasses.replace(
         part_of(options, PlanOptions),
         criterion=options.criterion or "shapley",
@@ -106,10 +107,14 @@ def _problem(
     """What the width policy reads, and the super-channels, bool [L, E, F]."""
     shape = layers, experts, d_expert = statistics.shape
     assert options.block and options.minimum and options.criterion and options.attribution
+    grid = options.grid or 1
     check_block(options.block, d_expert)
+    if options.block % grid:
+        raise InputError(f"block={options.block} must be a multiple of grid={grid}")
     least = legal_minimum(options.minimum, options.block, d_expert)
     budget = _budget(options, channels, math.prod(shape))
-    _check_floor(experts_per_token, shape, least, budget)
+    always = experts if options.keep_experts else experts_per_token
+    _check_floor(always, shape, least, budget)
     planner = _planner(options)
     scores = channel_scores(
         statistics,
@@ -117,15 +122,19 @@ def _problem(
         attribution=options.attribution,
         seed=options.seed,
     )
+    scores = scores.replace(  # type: ignore[attr-defined]
+        channel=of_groups(scores.channel, grid)
+    )
     # The experts of largest attribution are reserved, ties to the lower index.
     rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
     most = limits.most((layers, experts), d_expert)
     limits.check_experts((layers, experts), experts_per_token)
     outliers = _outliers(scores.channel, statistics, options.criterion)
+    outliers = of_groups(outliers, grid) > 0  # a group goes as one
     reserved = reserve(
-        rank < experts_per_token,
+        rank < always,
         outliers & (most >= least)[:, :, None],
-        (budget - layers * experts_per_token * least) // least,
+        (budget - layers * always * least) // least,
     )
     problem = Problem(
         scores=scores,
@@ -219,7 +228,7 @@ def _check_floor(
         )
     needed = layers * experts_per_token * least
     if needed > budget:
-        raise InputError(
+        raise BudgetError(
             f"the budget of {budget} channels is below the {needed} that {experts_per_token} "
             f"experts of {least} channels in each of {layers} layers need; "
             "lower the prune rate, the minimum or the block"

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moe_jax.errors import InputError
 from pruning.budget.apportion import apportion
 from pruning.budget.objectives import utility
 from pruning.budget.planners import select
+from pruning.kit.errors import BudgetError
 
 # (values [G, K+1], blocks to spend, least blocks of a kept group, reserved [G], most [G])
 # -> blocks per group [G].
@@ -217,7 +217,7 @@ def best_known(
 def _check_reserved(blocks: int, least: int, reserved: np.ndarray, most: np.ndarray) -> None:
     needed = int(reserved.sum()) * least
     if needed > blocks or (most[reserved] < least).any():
-        raise InputError(
+        raise BudgetError(
             f"{int(reserved.sum())} reserved experts of at least {least} blocks need {needed} "
             f"blocks, the budget is {blocks}; lower the prune rate, the minimum or the block"
         )

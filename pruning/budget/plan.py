@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save, save_file
 from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
 from moe_jax.json_files import read_json
+from pruning.kit.fitting import fits
 
 FORMAT_VERSION = 1
 
@@ -85,8 +86,8 @@ class PruningPlan:
         return _share(channel, self.keep, axis=(1, 2))
 
     @property
-    def tensors_hash(self) -> str:
-        """SHA-256 of plan.safetensors, 64 hexadecimal digits."""
+    def content_hash(self) -> str:
+        """SHA-256 of plan.safetensors: of all that the plan does to a model, not of why."""
         return hashlib.sha256(save(self._named())).hexdigest()
 
     def _named(self) -> dict[str, np.ndarray]:
@@ -99,7 +100,7 @@ class PruningPlan:
 
     def is_same(self, other: "PruningPlan") -> bool:
         """Whether both keep the same, put the same in place of the rest, and say the same of it."""
-        return (self.tensors_hash, self.provenance) == (other.tensors_hash, other.provenance)
+        return (self.content_hash, self.provenance) == (other.content_hash, other.provenance)
 
     def require_model(self, model_hash: str) -> None:
         """Refuse to prune a model that the plan was not made for.
@@ -170,11 +171,18 @@ class PruningPlan:
             content = read_json(description)
             version, indices = content["format_version"], content["layer_indices"]
             counts, provenance = np.asarray(content["counts"]), content["provenance"]
+            if not fits(indices, list[int]) or not fits(provenance, dict[str, Any]):
+                raise InputError("layer_indices or provenance hold something else")
             named = load_file(tensors)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise InputError(f"{description.parent} holds no readable plan ({error})") from error
+            told = str(error)[:1000]
+            raise InputError(
+                f"{description.parent} holds no readable plan ({told}); plan again"
+            ) from error
         if version != FORMAT_VERSION:
-            raise InputError(f"{description} has format {version}, expected {FORMAT_VERSION}")
+            raise InputError(
+                f"{description} has format {str(version)[:80]}, expected {FORMAT_VERSION}"
+            )
         expected = {f"keep.{index}" for index in indices}
         more = {f"constant.{index}" for index in indices}
         if set(named) not in (expected, expected | more) or (

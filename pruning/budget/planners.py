@@ -15,7 +15,6 @@ import functools
 
 import numpy as np
 
-from moe_jax.errors import InputError
 from pruning.budget.apportion import apportion
 from pruning.budget.importance import (
     IMPORTANCE,
@@ -38,6 +37,7 @@ from pruning.budget.objectives import (
     top_score,
 )
 from pruning.budget.problem import Counts, Objective, Planner, Problem
+from pruning.kit.errors import BudgetError
 
 
 def select(
@@ -69,7 +69,7 @@ def select(
     least, available = floor.sum(axis=1), ceiling.sum(axis=1)
     if (totals < least).any() or (totals > available).any():
         worst = int(np.argmax((totals < least) | (totals > available)))
-        raise InputError(
+        raise BudgetError(
             f"budget {totals[worst]} must lie between the floors' sum {least[worst]} and the "
             f"{available[worst]} channels there are; lower the prune rate or the minimum width"
         )
@@ -152,7 +152,9 @@ def cd_moe(problem: Problem) -> Counts:
     experts, channels = scores.channel.shape[1:]
     layer_rank = np.argsort(np.argsort(-scores.layer, kind="stable"), kind="stable")
     expert_rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
-    order = np.where(problem.reserved, -1.0, layer_rank[:, None] * experts + expert_rank)
+    # Where no expert may go, none is always on in the sense of the rule.
+    always_on = problem.reserved & ~problem.reserved.all()
+    order = np.where(always_on, -1.0, layer_rank[:, None] * experts + expert_rank)
     return _of_all(problem, np.repeat(order.reshape(-1, 1), channels, axis=1))
 
 

@@ -57,6 +57,8 @@ def plan_record(
         "per_layer": options.per_layer,
         "block": options.block,
         "minimum": problem.least,
+        "keep_experts": options.keep_experts,
+        "grid": options.grid,
         "layer_rates": {str(layer): rate for layer, rate in options.layer_rates.items()},
         "experts_per_token": experts_per_token,
         "emptied": options.emptied,

@@ -9,6 +9,7 @@ from moe_jax.errors import InputError, choose
 from pruning.budget.decide import plan_pruning
 from pruning.budget.plan import PruningPlan
 from pruning.budget.problem import Limits
+from pruning.kit.errors import BudgetError
 from pruning.recipe.options import PlanOptions
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.expert_criteria import expert_criterion
@@ -95,7 +96,8 @@ def make_plan(
       experts_per_token, layer_indices, notes: see `plan_pruning`.
 
     Raises:
-      InputError: the rule cannot keep this budget, or statistics are missing.
+      BudgetError: the rule cannot keep this budget.
+      InputError: statistics are missing.
     """
     kept = budget // statistics.shape[2]
     plan = plan_pruning(
@@ -108,5 +110,5 @@ def make_plan(
         notes=notes,
     )
     if plan.keep.sum() != budget:
-        raise InputError(f"the rule keeps {plan.keep.sum()} channels instead of {budget}")
+        raise BudgetError(f"the rule keeps {plan.keep.sum()} channels instead of {budget}")
     return plan

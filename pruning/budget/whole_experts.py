@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from moe_jax.errors import InputError
+from pruning.kit.errors import BudgetError
 
 # Beyond this many experts the subsets of a layer are not enumerated.
 ENUMERATED = 8
@@ -42,7 +42,7 @@ def keep_experts(
     rows = rank_first.reshape(len(quota), -1)
     least = reserved.reshape(len(quota), -1).sum(axis=1)
     if (quota < least).any() or (quota > rows.shape[1]).any():
-        raise InputError(
+        raise BudgetError(
             f"kept={kept} of {value.size} experts must leave the {int(reserved.sum())} reserved "
             f"ones in place{' in every layer' if per_layer else ''}; change the prune rate"
         )
@@ -74,7 +74,7 @@ def naee(
     layers, experts, _ = gram.shape
     quota = np.broadcast_to(np.asarray(kept), (layers,))
     if (quota < 1).any() or (quota > experts).any():
-        raise InputError(f"kept={kept} must lie in [1, {experts}], the experts of a layer")
+        raise BudgetError(f"kept={kept} must lie in [1, {experts}], the experts of a layer")
     search = _best_removal if experts <= ENUMERATED else _greedy_removal
     rows = [search(one, experts - int(n)) for one, n in zip(gram, quota, strict=True)]
     return ~np.stack(rows)

@@ -15,6 +15,7 @@ from pruning.budget.importance import IMPORTANCE
 from pruning.budget.optimum import SOLVERS, aligned_optimum, block_values, coverage_by_blocks
 from pruning.budget.problem import Allocation, Problem
 from pruning.budget.whole_experts import keep_experts
+from pruning.kit.errors import BudgetError
 
 
 def free(problem: Problem) -> Allocation:
@@ -58,7 +59,7 @@ def one_per_layer(problem: Problem) -> Allocation:
     most = problem.most.min(axis=1, keepdims=True)
     budget = min(problem.budget // experts, int(most.sum()))
     if budget < len(most) * problem.least:
-        raise InputError(
+        raise BudgetError(
             f"the budget of {problem.budget} channels leaves less than {problem.least} for each of "
             f"{experts} experts in {len(most)} layers; lower the prune rate, the minimum or the "
             "block"
@@ -95,7 +96,7 @@ def whole_experts(problem: Problem) -> Allocation:
         chosen = keep_experts(allowed, kept, reserved=problem.reserved, per_layer=problem.per_layer)
     if chosen.sum() != kept:
         rate = 1.0 - chosen.sum() / chosen.size
-        raise InputError(
+        raise BudgetError(
             f"the budget of {problem.budget} channels pays for {kept} whole experts, but "
             f"{chosen.sum()} were chosen; the prune rate of that choice is {rate:.6f}"
         )
@@ -211,7 +212,7 @@ def with_layer_budgets(
     # Rounding accounts for one channel per layer and one block.
     if not others.size and abs(problem.budget - asked) >= len(fixed) + problem.block:
         rate = 1.0 - asked / problem.scores.channel.size
-        raise InputError(
+        raise BudgetError(
             f"the rates of all layers keep {asked} channels, the budget is {problem.budget}; give "
             f"the prune rate {rate:.6f}, or leave a layer free"
         )
@@ -220,7 +221,7 @@ def with_layer_budgets(
         room = int(problem.most[others].sum())
         needed = int(problem.floor[others].sum())
         if not needed <= left <= room:
-            raise InputError(
+            raise BudgetError(
                 f"the layers of a fixed rate leave {left} channels of the budget for the others, "
                 f"which keep {needed} to {room}; change the prune rate or the layers' rates"
             )

@@ -90,7 +90,7 @@ def estimate(command: Parser) -> None:
         action=argparse.BooleanOptionalAction,
         help="time one layer to foretell the time of scoring (default: if weights are there)",
     )
-    add_group(command, RunOptions, "output")
+    add_group(command, RunOptions, "output", "scratch")
     add_group(command, RunOptions, "overwrite", hidden=True)
     add_group(command, TextOptions, "max_tokens", "window")
     add_group(command, TextOptions, *NOT_ESTIMATED, hidden=True)
@@ -124,13 +124,15 @@ def apply(command: Parser) -> None:
         "--allow-other-model", action="store_true",
         help="apply the plan to another model of the same shape; the cards say so",
     )  # fmt: skip
-    add_group(command, RunOptions, title="Output")
-    add_group(command, ExportOptions, "export", "bits", "group_size", "mtp")
+    add_group(command, RunOptions, "output", "overwrite", title="Output")
+    add_group(command, ExportOptions, "export", "bits", "group_size", "requantize", "mtp")
 
 
 def evaluate(command: Parser) -> None:
     """Arguments of `eval`."""
-    _folder(command, "checkpoint folder, or output folder of score")
+    command.add_argument(  # text, because ./demo is not demo
+        "folder", help=f"{MODEL}; or output folder of score", metavar="FOLDER"
+    )
     place = command.add_argument_group("Text")
     texts: dict = {"dest": "text", "type": Path, "nargs": "+", "action": "extend"}
     place.add_argument(
@@ -226,3 +228,7 @@ def completion(command: Parser) -> None:
 def inspect(command: Parser) -> None:
     """Arguments of `inspect`."""
     _model(command)
+    command.add_argument(
+        "--fingerprint", action="store_true",
+        help="also say what identifies the model, a hash for which all weights are read",
+    )  # fmt: skip

@@ -23,9 +23,7 @@ from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import ExportOptions, PlanOptions
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.report import compression_page
 from pruning.report.audit_page import audit_tables
-from pruning.report.compression import CompressionReport
 from pruning.report.cost_tables import estimate_tables
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
@@ -35,10 +33,12 @@ from pruning.runs import estimate as estimating
 from pruning.runs import evaluate as evaluating
 from pruning.runs import export as exporting
 from pruning.runs import plan as planning
+from pruning.runs import report as reporting
 from pruning.runs import score as scoring
 from pruning.runs import verify as verifying
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import folder_bytes
+from pruning.stages.writer import only_writer
 
 Options = argparse.Namespace
 
@@ -94,8 +94,11 @@ def inspect(options: Options) -> Outcome:
         "d_model": c.d_model,
         "vocab_size": c.vocab_size,
         "context": c.max_position,
-        "fingerprint": base.fingerprint,
     }
+    if options.fingerprint:
+        with _steps(options).bar("read the weights") as on_step:
+            base.hash_weights(on_step)
+        found["fingerprint"] = base.fingerprint
     return Outcome(found, [model_table(found)])
 
 
@@ -113,9 +116,11 @@ def estimate(options: Options) -> Outcome:
 def plan(options: Options) -> Outcome:
     """One plan in the folder, or one per rate below plans/."""
     given = given_options(options, PlanOptions)
-    plans = planning.plan_folder(options.folder, options.rates or (), **given)
+    plans = planning.plan_folder(
+        options.folder, options.rates or (), steps=_steps(options), **given
+    )
     values = [{"plan": f"{folder}/plan.json", **one.provenance} for folder, one in plans]
-    pages = [options.folder / "sweep.html"] if len(plans) > 1 else [plans[0][0] / "plan.json"]
+    pages = [Path(options.folder, "sweep.html")] if len(plans) > 1 else [plans[0][0] / "plan.json"]
     return Outcome(values, [plans_table(plans)], pages)
 
 
@@ -142,6 +147,7 @@ def apply(options: Options) -> Outcome:
         export=recipe.export,
         bits=recipe.bits,
         group_size=recipe.group_size,
+        requantize=recipe.requantize,
         mtp=recipe.mtp,
         allow_other_model=options.allow_other_model,
         overwrite=recipe.overwrite,
@@ -177,14 +183,14 @@ def evaluate(options: Options) -> Outcome:
         dtype=options.dtype,
         steps=_steps(options),
     )
-    pages = [options.folder / "sweep.html"] if len(options.rates or ()) > 1 else []
+    pages = [Path(options.folder, "sweep.html")] if len(options.rates or ()) > 1 else []
     return Outcome(found, [quality_table(found)], pages)
 
 
 def audit(options: Options) -> Outcome:
     """Rank correlation of every score with the true ablation; shows the best of them."""
     source, output = Path(options.model), getattr(options, "output", None)
-    given, is_scored = {}, (source / STATISTICS).is_file()
+    given, is_scored = {}, options.model != "demo" and (source / STATISTICS).is_file()
     if is_scored:
         asked = given_options(options, CompressionRecipe)
         given = {name: asked[name] for name in ("batch", "seed") if name in asked}
@@ -202,11 +208,9 @@ def audit(options: Options) -> Outcome:
 
 def report(options: Options) -> Outcome:
     """Show a finished run's report and write report.html again."""
-    path = options.folder / "report.json"
-    found = CompressionReport.load(path)
-    found.save(options.folder)
-    compression_page.save(found, options.folder)
-    values = json.loads(path.read_text(encoding="utf-8"))
+    with only_writer(options.folder):
+        found = reporting.report(options.folder, _steps(options))
+    values = json.loads((options.folder / "report.json").read_text(encoding="utf-8"))
     return Outcome(values, [found.terminal_table(), ""], [options.folder / "report.html"])
 
 

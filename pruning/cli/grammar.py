@@ -21,7 +21,7 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
         "Measure every expert channel on calibration text; writes statistics.",
         arguments.score,
     ),
-    "inspect": ("MODEL", "Say what a checkpoint is, from its headers alone.", arguments.inspect),
+    "inspect": ("MODEL", "Say what a checkpoint is, from its headers.", arguments.inspect),
     "estimate": (
         "MODEL [--prune-rate RATE ...] [options]",
         "Say what a compression gives and costs, before any work.",

@@ -1,7 +1,6 @@
 """The command `moe-compress`: parse, run, show; and what becomes of errors."""
 
 import argparse
-import errno
 import importlib.metadata
 import logging
 import os
@@ -16,7 +15,6 @@ from pruning.kit.errors import VerificationError
 
 WITH_RECIPE = ("compress", "score", "estimate", "apply", "compare")
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAULTY = (
     "this is a fault of the program, not of what you gave it; please report it with your command "
     "and the lines above"
@@ -57,9 +55,7 @@ def _main(arguments: list[str] | None) -> int:
     except VerificationError as error:
         return _fail(f"verification failed: {error}", FAILED_CHECK, options.debug)
     except (InputError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
-        cure = "; free some space, then the same command goes on from here" if full else ""
-        return _fail(f"{error}{cure}", BAD_INPUT, options.debug)
+        return _fail(str(error), BAD_INPUT, options.debug)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", INTERRUPTED, options.debug)
     except Exception:

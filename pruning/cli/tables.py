@@ -1,10 +1,12 @@
 """Short tables of what the stages answer; the reports have tables of their own."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pruning.budget.plan import PruningPlan
+from pruning.report.compression_tables import verification_table
 from pruning.report.table import TextTable
 from pruning.stages.verify import Check
 
@@ -50,8 +52,7 @@ def exports_table(sizes: Mapping[Path, int]) -> TextTable:
 
 def checks_table(checks: Sequence[Check]) -> TextTable:
     """What was verified."""
-    rows = [[c.export, c.check, "ok" if c.ok else "FAILED", c.detail] for c in checks]
-    return TextTable("Verification", ["format", "check", "", "detail"], rows)
+    return verification_table([dataclasses.asdict(check) for check in checks])
 
 
 def quality_table(found: Mapping[str, Any]) -> TextTable:

@@ -1,13 +1,15 @@
 """The embedded demo: a small model, its texts, and how corpus, tokenizer and weights are made."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
 DEMO = Path(__file__).parent
 
 
-def model_folder(model: str) -> Path:
-    """The checkpoint folder a recipe names; "demo" is the embedded model."""
+def model_folder(model: str | os.PathLike) -> Path:
+    """The checkpoint folder a recipe names; the text "demo" is the embedded model, a path or
+    "./demo" a folder of that name."""
     return DEMO / "model" if model == "demo" else Path(model)
 
 

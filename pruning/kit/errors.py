@@ -1,4 +1,10 @@
-"""What can go wrong other than bad input; apart, so that catching it costs no import."""
+"""What can go wrong beside bad input of other kinds; apart, so that catching it costs no import."""
+
+from moe_jax.errors import InputError
+
+
+class BudgetError(InputError):
+    """A rule cannot keep this budget, whatever else is right; others may."""
 
 
 class VerificationError(RuntimeError):

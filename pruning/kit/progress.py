@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pruning.kit.memory import release_memory
+
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 
@@ -73,6 +75,7 @@ class Steps:
     @contextmanager
     def bar(self, name: str) -> Iterator[OnStep]:
         """Run a stage; the value is a function of (steps done, steps in all)."""
+        release_memory()
         started, reset = time.monotonic(), reset_peak_memory()
         columns = (
             TextColumn("{task.description}"),

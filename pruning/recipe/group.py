@@ -5,8 +5,7 @@ import functools
 import typing
 from dataclasses import dataclass
 
-from moe_jax.errors import InputError
-from pruning.recipe.values import typed
+from pruning.recipe.values import MOST, check_whole, typed
 
 
 @dataclass(frozen=True)
@@ -16,6 +15,7 @@ class About:
     Attributes:
       help: one phrase.
       least: its least value.
+      most: the largest value of a whole number.
       names: values that help lists; others, registered from outside, are known when a run starts.
       shown: what stands for a value in help, such as FILE.
       flag: its flag without dashes, where that has another name than the field.
@@ -23,6 +23,7 @@ class About:
 
     help: str
     least: int | None = None
+    most: int = MOST
     names: tuple[str, ...] = ()
     shown: str | None = None
     flag: str | None = None
@@ -62,9 +63,10 @@ class Options:
         for name, kind in kinds(type(self)).items():
             object.__setattr__(self, name, typed(name, getattr(self, name), kind))
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), about(type(self), field.name).least
-            if value is not None and least is not None and value < least:
-                raise InputError(f"{field.name}={value} must be at least {least}")
+            value, words = getattr(self, field.name), about(type(self), field.name)
+            if type(value) is int:
+                least = value if words.least is None else words.least
+                check_whole(field.name, value, least, words.most)
         for group in reversed(type(self).__mro__):
             if "check" in vars(group):
                 group.check(self)  # type: ignore[attr-defined]

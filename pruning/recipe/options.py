@@ -8,6 +8,7 @@ recipe inherits all groups (`pruning.recipe.recipe`), and a function takes the g
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from convert.export_format import GROUP_SIZES, FormatName
@@ -20,6 +21,7 @@ __all__ = [
     "BUDGETS",
     "COMPARED_TOKENS",
     "EVALUATION_TOKENS",
+    "MOST_BATCH",
     "WHOLE_TEXT",
     "ExportOptions",
     "LayerLoss",
@@ -33,6 +35,7 @@ __all__ = [
 
 EVALUATION_TOKENS = 16384  # of each text, beside other work
 COMPARED_TOKENS = 4096  # of each text, under many plans
+MOST_BATCH = 4096  # windows a step: a batch is filled up to so many
 WHOLE_TEXT = 1 << 20  # tokens of each text where measuring is the work
 
 
@@ -45,11 +48,23 @@ class RunOptions(Options):
     ]
     output: Annotated[str, About("folder to write", shown="FOLDER")]
     overwrite: Annotated[bool, About("replace an existing output folder")] = False
+    scratch: Annotated[
+        str | None,
+        About(
+            "folder for temporary files that do not fit in memory; default the output folder",
+            shown="FOLDER",
+        ),
+    ] = None
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Where temporary files go."""
+        return Path(self.scratch or self.output)
 
     def check(self) -> None:
         """Raise InputError if a folder has no name."""
-        for name in ("model", "output"):
-            if not getattr(self, name):
+        for name in ("model", "output", "scratch"):
+            if getattr(self, name) == "":
                 raise InputError(f"{name}='' must name a folder")
 
 
@@ -124,6 +139,7 @@ class ScoreOptions(Options):
             "also collect attribution nll_ig with this many steps, e.g. 4: an expert's worth to "
             "the end-to-end loss, at several times the time",
             least=1,
+            most=1024,
         ),
     ] = None
     nll_ablate: Annotated[
@@ -148,7 +164,7 @@ class ScoreOptions(Options):
             shown="OVERLAP",
         ),
     ] = None
-    batch: Annotated[int, About("windows per step", least=1)] = 8
+    batch: Annotated[int, About("windows per step", least=1, most=MOST_BATCH)] = 8
     dtype: Annotated[Literal["float32", "bfloat16"], About("type of the activations")] = "float32"
 
     def check(self) -> None:
@@ -198,6 +214,13 @@ class ExportOptions(Options):
             "calibration text close, at the cost of two more passes over it"
         ),
     ] = "rtn"
+    requantize: Annotated[
+        bool,
+        About(
+            "round all linear layers of a model that is stored in 4-bit groups anew; without it "
+            "int4 exports take its codes over, and what it stores in 16 bits stays so"
+        ),
+    ] = False
     mtp: Annotated[
         Literal["drop", "keep", "prune"],
         About(

@@ -77,7 +77,9 @@ class PlanOptions(Options):
     passes: Annotated[
         int,
         About(
-            "how often the smoothing is applied; the paper's figure has 1, its release 4", least=0
+            "how often the smoothing is applied; the paper's figure has 1, its release 4",
+            least=0,
+            most=1000,
         ),
     ] = 1
     align: Annotated[
@@ -116,7 +118,23 @@ class PlanOptions(Options):
         int | None, About("widths are multiples of it; default the group size", least=1)
     ] = None
     minimum: Annotated[
-        int | None, About("least width of a kept expert; default one block", least=1)
+        int | None,
+        About(
+            "least width of an expert that is kept, in whole blocks; others are emptied, unless "
+            "with --keep-experts; default one block",
+            least=1,
+        ),
+    ] = None
+    keep_experts: Annotated[
+        bool, About("empty no expert: each keeps at least --minimum channels")
+    ] = False
+    grid: Annotated[
+        int | None,
+        About(
+            "channels stay or go in whole groups of so many neighbours; default 1, or the group "
+            "size of a model that is stored in 4-bit groups whose codes an export takes over",
+            least=1,
+        ),
     ] = None
     emptied: Annotated[
         Literal["zero", "mean"],
@@ -144,6 +162,11 @@ class PlanOptions(Options):
                 )
         if self.width == "capped" and self.cap is None:
             raise InputError("width='capped' needs a cap; give e.g. half the expert width")
+        if self.keep_experts and self.width in ("experts", "combined"):
+            raise InputError(
+                f"width={self.width!r} removes whole experts, keep_experts forbids it; leave out "
+                "one of the two"
+            )
         _ = self.layer_rates
 
     @property

@@ -1,14 +1,15 @@
 """A compression run as one value: all option groups together, and the same resolved for a model."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 
-from convert.export_format import FLOAT4, FORMATS, GROUP_SIZES, FormatName
+from convert.export_format import FLOAT4, FORMATS, GROUP_SIZES, ExportFormat, FormatName
 from moe_jax.errors import InputError, choose
 from pruning.recipe.exports import choose_exports, is_packed, width_policy
 from pruning.recipe.group import about
@@ -24,6 +25,7 @@ from pruning.recipe.options import (
 )
 from pruning.recipe.values import NEEDS_TEXT
 
+TEXTS = ("calibration", "evaluation")  # options that name files
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 
 
@@ -52,11 +54,13 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         max_position: int,
         inputs: Iterable[int] = (),
         formats: Sequence[str] = FORMATS,
+        native: int | None = None,
     ) -> "ResolvedRecipe":
         """The recipe with every default that depends on the model filled in.
 
         `inputs` are the input widths of further linear layers that go to 4 bits, `formats` the
-        exports that the model's family has.
+        exports that the model's family has, `native` the group size of a model that is stored in
+        4 bits whose codes exports can take over.
 
         Raises:
           InputError: a group size or block that the model's widths do not allow, or 4-bit exports
@@ -66,7 +70,8 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         widths = [("expert width", d_expert), ("model width", d_model)]
         widths += [("input width of a linear layer", size) for size in inputs]
         packed = any(is_packed(name) for name in exports)
-        group = self._group([size for _, size in widths], exports)
+        copied = self._copied(native, exports)
+        group = copied or self._group([size for _, size in widths], exports)
         if packed:
             _check_group(group, widths)
         block = self.block or (group if d_expert % group == 0 else 1)
@@ -75,6 +80,12 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 f"block={block} must be a multiple of group_size={group}, so that every group of "
                 f"4-bit weights is whole; choose --block {group}"
             )
+        grid = self.grid or copied
+        if grid is not None and block % grid:
+            raise InputError(
+                f"block={block} must be a multiple of grid={grid}, in which channels stay or go; "
+                f"choose --block {grid}, or --grid 1"
+            )
         given = {name: getattr(self, name) for name in fields_of(CompressionRecipe)}
         filled = {
             "export": tuple(exports),
@@ -82,6 +93,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "criterion": self.criterion or ("noise" if self.weights_only else "shapley"),
             "attribution": self.attribution or ("aimer" if self.weights_only else "ala"),
             "block": block,
+            "grid": grid,
             "minimum": self.minimum or block,
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
             "width": self.width or width_policy(exports),
@@ -89,6 +101,23 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "evaluation_tokens": self.evaluation_tokens or EVALUATION_TOKENS,
         }
         return ResolvedRecipe(**{**given, **filled})
+
+    def _copied(self, native: int | None, exports: Sequence[FormatName]) -> int | None:
+        # Weights per scale of the model whose codes an export takes over.
+        integers = any(ExportFormat(name).storage == "int4" for name in exports)
+        if native is None or self.requantize or not integers:
+            return None
+        if self.quantizer == "gptq":
+            raise InputError(
+                "quantizer='gptq' chooses new codes, and the model is stored in 4 bits already; "
+                "add --requantize to round it a second time, or leave --quantizer away"
+            )
+        if self.group_size not in (None, native):
+            raise InputError(
+                f"group_size={self.group_size} is not that of the model, {native}, whose codes are "
+                "taken over; leave --group-size away, or add --requantize to round a second time"
+            )
+        return native
 
     def _group(self, widths: Sequence[int], exports: Sequence[FormatName]) -> int:
         # Weights per scale; the first width is an expert's.
@@ -98,6 +127,15 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             if not any(width % group for width in widths) and widths[0] // group >= 8:
                 return group
         return GROUP_SIZES[-1]
+
+    def placed(self) -> Self:
+        """The recipe with absolute paths, which mean the same from every working directory."""
+        absolute = os.path.abspath  # of FILE=WEIGHT as of any other path
+        texts = {name: tuple(map(absolute, getattr(self, name))) for name in TEXTS}
+        model = self.model if self.model == "demo" else absolute(self.model)
+        scratch = None if self.scratch is None else absolute(self.scratch)
+        output = absolute(self.output)
+        return dataclasses.replace(self, model=model, output=output, scratch=scratch, **texts)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""
@@ -129,12 +167,15 @@ class ResolvedRecipe(CompressionRecipe):
 def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
     """Read a YAML recipe; `overrides` win over the file.
 
+    Relative paths in one that a person wrote are relative to the working directory, like those of
+    the command line; ours are stored absolute.
+
     Raises:
       InputError: not a mapping, or a key that no recipe has.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} must be a mapping of option: value")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from moe_jax.errors import InputError
 
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
+LONGEST = 500  # characters of a value that an error shows
 AMOUNTS = ("target_bytes", "target_parameters")
 # What asks for calibration text, with the value that asks for none.
 NEEDS_TEXT: dict[str, Any] = {
@@ -18,7 +19,17 @@ NEEDS_TEXT: dict[str, Any] = {
     "nll_ig": None, "nll_ablate": False, "nll_grad2": False, "until_stable": None,
     "quantizer": "rtn",
 }  # fmt: skip
+# Beyond every size there is, and small enough that products of two of them are exact.
+MOST = 1 << 40
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def check_whole(name: str, value: int, least: int, most: int = MOST, cure: str = "") -> None:
+    """Raise InputError unless a whole number lies in a range."""
+    if value < least:
+        raise InputError(f"{name}={value} must be at least {least}{cure}")
+    if value > most:
+        raise InputError(f"{name}={value} must be at most {most}{cure}")
 
 
 def check_rate(name: str, rate: float) -> None:
@@ -45,9 +56,10 @@ def parse_amount(name: str, text: str) -> int:
     try:
         number = float(found[1] if found else "none")
         return round(number * SUFFIXES[found[2] if found else ""])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(
-            f"{name}={text!r} must be a number with or without a suffix, such as 6GB, 500MB or 3B"
+            f"{name}={text[:80]!r} must be a number with or without a suffix, such as 6GB, 500MB "
+            "or 3B"
         ) from None
 
 
@@ -81,6 +93,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     Raises:
       InputError: naming value and expectation.
     """
+    shown = f"{name}={repr(value)[:LONGEST]}"
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in inner:
         if value is None:
@@ -89,22 +102,24 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         return typed(name, value, inner[0])
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise InputError(f"{name}={value!r} must be a list; write [{value}]")
+            raise InputError(f"{shown} must be a list; write [{str(value)[:LONGEST]}]")
         return tuple(typed(name, one, inner[0]) for one in value)
     if origin is Literal:
         if type(value) is not type(inner[0]) or value not in inner:
             near = difflib.get_close_matches(str(value), [one for one in inner if type(one) is str])
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"{name}={value!r} is unknown; {hint}choose among {', '.join(map(repr, inner))}"
+                f"{shown} is unknown; {hint}choose among {', '.join(map(repr, inner))}"
             )
         return value
     if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
+        # A path has lost its "./", which tells a folder of that name from the embedded model.
+        text = os.fspath(value)
+        return f"./{text}" if (name, text) == ("model", "demo") else text
     number, words = NUMBERS.get(kind, (kind, "true or false" if kind is bool else "text"))
     if isinstance(value, number) and (kind is bool or not isinstance(value, bool)):
         return kind(value)
     hint = ""
     if name == "prune_rate" and isinstance(value, list | tuple):
         hint = "; `moe-compress plan` and `eval` take several rates"
-    raise InputError(f"{name}={value!r} must be {words}{hint}")
+    raise InputError(f"{shown} must be {words}{hint}")

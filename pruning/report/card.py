@@ -1,6 +1,6 @@
 """The README.md of an exported folder: facts in, a Hugging Face model card out (card.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from pruning.budget.record import recorded_options
 from pruning.kit.words import percent
 from pruning.report.html import render
 from pruning.report.loading import Loading
+from pruning.report.phrases import check_result, second_rounding
 from pruning.text.held_out import not_held_out
 
 Quality = Mapping[str, Mapping[str, Mapping[str, Any]]]  # text -> model -> field -> value
@@ -87,6 +88,10 @@ class FolderFacts:
       bytes: of weight files and index.
       mtp: what has become of the layers that predict further tokens, None if the base has none.
       mtp_width: channels of each of their experts.
+      native: whether the codes of a base in 4 bits were taken over.
+      requantize: whether that was refused.
+      rounded_again: relative squared error of rounding weights that the base stores in few bits, 0
+        if none was; None if it stores 16 bits, or the folder does.
     """
 
     written_as: str
@@ -98,6 +103,9 @@ class FolderFacts:
     bytes: int
     mtp: str | None
     mtp_width: int
+    native: bool
+    requantize: bool
+    rounded_again: float | None
 
     @property
     def shape(self) -> str:
@@ -123,6 +131,7 @@ class CardFacts:
       base, plan, folder, loading: see there.
       quality: per text the dense model, the pruned one and this folder, None before measuring.
       evaluation: window and stride in tokens, and what of the texts calibration has seen.
+      checks: of this folder, as in the report; none before it is verified.
       version: of moe-jax.
     """
 
@@ -132,6 +141,7 @@ class CardFacts:
     loading: Loading
     quality: Quality | None
     evaluation: Mapping[str, Any]
+    checks: Sequence[Mapping[str, Any]]
     version: str
 
 
@@ -147,7 +157,11 @@ def model_card(facts: CardFacts) -> str:
         sizes=_sizes(facts),
         quality=_quality(facts.quality or {}),
         evaluation=facts.evaluation,
+        rounded_again=""
+        if facts.folder.rounded_again is None
+        else second_rounding(facts.folder.rounded_again),
         seen_warning=not_held_out(facts.evaluation.get("seen", {})),
+        checks=[[c["check"], check_result(c), c["detail"]] for c in facts.checks],
         made=_made(facts),
         recipe=_recipe(facts),
         sources=[
@@ -237,4 +251,5 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values |= {"export": [folder.form], "bits": 16 if folder.group_size is None else 4}
     if folder.group_size is not None:
         values |= {"group_size": folder.group_size, "quantizer": folder.quantizer}
+        values |= {"requantize": True} if folder.requantize else {}
     return values

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from rich import box
@@ -18,11 +18,13 @@ from rich.table import Table
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
+from pruning.kit.fitting import misfits
 from pruning.kit.words import percent
 from pruning.report.html import section_html
 from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
 
+MEASURED = {"nll", "kl", "top1", "tokens"}
 SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
 EXPENDABLE = ("top-1", "KL")  # columns that a narrow terminal leaves out, in turn
 
@@ -46,10 +48,21 @@ class Result:
     seed: int = 0
     kept: int = 0
     emptied: int = 0
-    quality: dict[str, dict] = field(default_factory=dict)
+    quality: dict[str, dict[str, float]] = field(default_factory=dict)
     reason: str = ""
     family: str = ""
     about: str = ""
+
+
+class _Stored(TypedDict):
+    """What compare.json holds, see `Comparison`."""
+
+    key: dict[str, Any]
+    dense: dict[str, dict[str, float | None]]
+    results: list[dict[str, Any]]
+    refused: list[dict[str, Any]]
+    sizes: dict[str, int]
+    seen: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -108,11 +121,23 @@ class Comparison:
         """
         try:
             found = read_json(path)
-            parts = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}
-            sizes, seen = found.get("sizes", {}), found.get("seen", {})
-            return cls(key=found["key"], dense=found["dense"], sizes=sizes, seen=seen, **parts)
+            if wrong := misfits(_Stored, found):
+                raise InputError(f"{', '.join(wrong)} hold something else")
+            if any(misfits(Result, one) for one in (*found["results"], *found["refused"])):
+                raise InputError("a result holds something else")
+            measured = [found["dense"], *(result["quality"] for result in found["results"])]
+            texts = [one for by_text in measured for one in by_text.values()]
+            if (
+                not found["dense"]
+                or any(by_text.keys() != found["dense"].keys() for by_text in measured)
+                or any(not MEASURED <= one.keys() or one["nll"] is None for one in texts)
+            ):
+                raise InputError("a result lacks what was measured")
+            parts: Any = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}
+            return cls(**found | parts)
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}); remove it and compare again") from None
+            told = str(error)[:1000]
+            raise InputError(f"{path} is damaged ({told}); remove it and compare again") from None
 
     def save(self, folder: Path) -> None:
         """Write compare.json and compare.csv, each whole or not at all."""

@@ -14,6 +14,7 @@ from rich.text import Text
 from moe_jax.errors import InputError, choose
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
+from pruning.kit.fitting import misfits
 from pruning.kit.words import megabytes, percent
 from pruning.report.compression_tables import (
     allocation_table,
@@ -69,7 +70,9 @@ class CompressionReport:
         held-out text relative to what the layer adds, matrices and fallbacks; [] without GPTQ.
       sizes: source_bytes, channels, channels_kept, active_parameters (of the source and of every
         export: what a token meets on average over the calibration text), exports: per name bytes
-        (written), parameters, bits_per_parameter, padded_bytes (null for a padded export).
+        (written), parameters, bits_per_parameter, padded_bytes (null for a padded export), and of
+        a source in few bits rounded_again: relative squared error of rounding its weights a second
+        time, 0 if they were taken over.
       quality: per text and model (dense, pruned, each export as read from disk): nll, perplexity,
         tokens, and against the dense model kl and top1 (null for the dense model).
       evaluation: window and stride in tokens; stride is null without a text; seen, per text the
@@ -77,7 +80,8 @@ class CompressionReport:
       stages: per stage name, seconds, peak_memory_bytes (of the process until its end).
       sample: prompt, dense, compressed, export (which one wrote it); "" for huge models or
         without a text.
-      verification: per check export, check, ok, detail.
+      verification: per check export, check, ok, detail, done; where done is false nothing was
+        compared, for the reason in detail, and ok is true (reports without done did all).
       samples: the same of the first texts that are measured, each with the text's name.
       random: seed, and quality per text of random channels at the same size, in 16 bits: what
         every choice of channels must beat.
@@ -263,6 +267,8 @@ class CompressionReport:
         old = names[: names.index("samples")]  # those of every version
         if version != VERSION or not set(old) <= set(values) <= set(names):
             raise InputError(f"{path} is not a report of version {VERSION}; compress again")
+        if wrong := misfits(cls, values):
+            raise InputError(f"{path} is damaged ({', '.join(wrong)}); compress again")
         return cls(**values)
 
 

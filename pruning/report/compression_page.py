@@ -42,18 +42,24 @@ ONE_LEVEL = frozenset({
 EARLIER = "not measured: the report is of an earlier version"
 
 
-def save(report: CompressionReport, folder: Path) -> None:
-    """Write report.html, whole or not at all."""
-    replace_text(Path(folder) / "report.html", page(report))
+def save(report: CompressionReport, folder: Path, notice: str = "") -> None:
+    """Write report.html, whole or not at all; arguments as of `page`."""
+    replace_text(Path(folder) / "report.html", page(report, notice))
 
 
-def page(report: CompressionReport) -> str:
-    """The whole page, which loads nothing from anywhere."""
+def page(report: CompressionReport, notice: str = "") -> str:
+    """The whole page, which loads nothing from anywhere.
+
+    Args:
+      report: what it shows.
+      notice: a clause on what has changed since, shown first.
+    """
     loadings = {name: Loading(**found) for name, found in report.loading.items()}
     return render(
         "compression.html",
         title="Compression report",
         report=report,
+        notice=notice,
         terms=GLOSSARY,
         causes=causes_table(report.sizes, report.alone),
         sizes=sizes_table(report.sizes, report.model),
@@ -109,9 +115,14 @@ def _verdict(report: CompressionReport) -> str:
 def checks_table(report: CompressionReport) -> TextTable:
     """What was checked, with what result, and what was not."""
     failed = [check for check in report.verification if not check["ok"]]
+    undone = [check for check in report.verification if not check.get("done", True)]
     verified = f"{len(report.verification)} checks" if report.verification else "not run"
-    loaded = {c["export"] for c in report.verification if "logits in transformers" in c["check"]}
-    missing = [name for name in report.sizes["exports"] if name not in loaded]
+    verified += f", {len(undone)} of them not done" if undone else ""
+    asked = [c for c in report.verification if c["check"] == "logits in transformers"]
+    loaded = {c["export"] for c in asked if c.get("done", True)}
+    missing = {n: "it was not asked" for n in report.sizes["exports"] if n not in loaded}
+    missing |= {c["export"]: c["detail"] for c in asked if c["export"] in missing}
+    differs = any("transformers" in check["check"] for check in failed)
     texts, samples = ", ".join(report.quality), _samples(report)
     stability = (report.calibration.get("stability") or {}).get("halves")
     rows = [
@@ -119,9 +130,8 @@ def checks_table(report: CompressionReport) -> TextTable:
          f"{len(failed)} FAILED" if failed else "ok" if report.verification else "not run",
          verified],
         ["every export computes the same in transformers",
-         "not run" if missing else "ok",
-         f"{', '.join(missing)}: transformers is not installed, or the folder is too large to load"
-         if missing else "see below"],
+         "FAILED" if differs else "not run" if missing else "ok",
+         "; ".join(f"{name}: {why}" for name, why in missing.items()) or "see below"],
         ["loss on text", *(("measured", texts) if texts else ("not run", "no text was named"))],
         ["loss of random channels",
          *(("measured", f"seed {report.random['seed']}") if report.random

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pruning.kit.words import megabytes, millions, percent
+from pruning.report.phrases import check_result, second_rounding
 from pruning.report.severity import SCALE, severity
 from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
@@ -40,7 +41,12 @@ def sizes_table(sizes: Part, model: Part) -> TextTable:
         "MB if padded: the same plan stored at the width of its widest expert, for programs that "
         "know one width only. Bits count all bytes written over the parameters that are left."
     )
-    return TextTable("Sizes", header, rows, note)
+    again = [
+        f" {name}: {second_rounding(size['rounded_again'])}."
+        for name, size in sizes["exports"].items()
+        if "rounded_again" in size
+    ]
+    return TextTable("Sizes", header, rows, note + "".join(again))
 
 
 def causes_table(sizes: Part, alone: Part) -> TextTable:
@@ -134,8 +140,7 @@ def verification_table(verification: Sequence[Part]) -> TextTable:
     for check in verification:
         name = check["export"] if check["export"] != last else ""
         last = check["export"]
-        result = "ok" if check["ok"] else "FAILED"
-        rows.append([name, check["check"], result, check["detail"]])
+        rows.append([name, check["check"], check_result(check), check["detail"]])
     return TextTable("Verification", ["export", "check", "result", "detail"], rows)
 
 

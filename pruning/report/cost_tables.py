@@ -5,6 +5,15 @@ from typing import Any
 from pruning.kit.words import duration, megabytes
 from pruning.report.table import TextTable
 
+STAGES = {  # of `pruning.runs.memory.memory`
+    "scoring": "to score",
+    "gptq": "for GPTQ",
+    "export": "to export",
+    "verify": "to verify",
+    "transformers": "to verify in transformers, beside it",
+    "evaluation": "to evaluate",
+    "sample": "to continue texts",
+}
 PLACES = ("total", "routed", "shared", "attention", "embeddings", "other", "mtp", "active")
 
 
@@ -87,15 +96,21 @@ def _costs(found: dict[str, Any]) -> TextTable:
     scored = f"{found['tokens']:,} tokens" if found["tokens"] else "the weights"
     time = "not probed" if seconds is None else f"about {duration(seconds)}"
     rows = [
-        ["memory to score", f"about {megabytes(found['memory']['scoring'])} MB"],
-        ["memory to export", f"about {megabytes(found['memory']['export'])} MB"],
+        *(
+            [f"memory {STAGES[stage]}", f"about {megabytes(size)} MB"]
+            for stage, size in found["memory"].items()
+            if size
+        ),
         [f"time to score {scored}", time],
         ["disk needed", f"at most {megabytes(disk['needed_bytes'])} MB: {written} + spare"],
         ["disk free", f"{megabytes(disk['free_bytes'])} MB"],
     ]
+    if apart := disk.get("scratch"):
+        needed, free = (megabytes(apart[name]) for name in ("needed_bytes", "free_bytes"))
+        rows.append(["scratch disk", f"at most {needed} MB, {free} MB free"])
     note = (
-        "Memory of `score` and of `export`; `compress` also loads small exports whole in "
-        "transformers, if that is installed, which takes more. Reading weights, compiling and "
-        "measuring quality come on top of the time."
+        "Transformers is asked in a process of its own, and only where it is installed and so "
+        "much memory is free. Reading weights, compiling and measuring quality come on top of the "
+        "time."
     )
     return TextTable("Costs", ["what", "how much"], rows, note)

@@ -21,8 +21,11 @@ from pruning.stages import folder as output_folder
 from pruning.stages import preflight
 from pruning.stages.export import export
 from pruning.stages.job import resolved
+from pruning.stages.model_record import remember
+from pruning.stages.remarks import say_nothing_saved
 from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
+from pruning.stages.writer import only_writer
 
 
 def apply_plan(
@@ -33,6 +36,7 @@ def apply_plan(
     export: Sequence[FormatName] = (),
     bits: Literal[4, 16] = 4,
     group_size: int | None = None,
+    requantize: bool = False,
     mtp: Literal["drop", "keep", "prune"] = "drop",
     allow_other_model: bool = False,
     overwrite: bool = False,
@@ -50,6 +54,7 @@ def apply_plan(
       export: formats to write; default ragged-int4, or ragged-bf16 where `bits` is 16.
       bits: 4 or 16; 4-bit weights are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
+      requantize: round what the model stores in 4-bit groups a second time, as in a recipe.
       mtp: what becomes of layers that predict further tokens, as in a recipe.
       allow_other_model: apply it to another model of the same shape, such as the base of the one
         that it was made for; the exports' cards say so.
@@ -60,22 +65,30 @@ def apply_plan(
       The checks of all exports, all passed.
 
     Raises:
-      InputError: the plan is another model's, its widths do not fit the format, or the output
-        folder is in the way; nothing has been written then.
+      InputError: the plan is another model's, its widths do not fit the format, the output folder
+        is in the way, or another process writes there; nothing has been written then.
       OSError: the plan is missing, or the disk is too small.
       VerificationError: an export differs from the model in memory; it is kept.
     """
-    steps, source = steps or Steps(), Path(plan)
+    given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
+    given |= {"mtp": mtp, "overwrite": overwrite, "requantize": requantize}
+    given |= {"group_size": group_size} if group_size else {}
+    with only_writer(output):
+        return _apply(Path(plan), model, given, allow_other_model, steps or Steps())
+
+
+def _apply(
+    source: Path, model: str, given: dict[str, Any], allow_other_model: bool, steps: Steps
+) -> list[Check]:
     with steps.bar("open"):
         found = PruningPlan.load(source)
         # 16-bit weights, as in every other stage: the exports store these.
         base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
-        if allow_other_model:
-            found = found.moved_to(base.fingerprint)
-        _require_fit(found, base)
-    given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
-    given |= {"mtp": mtp, "overwrite": overwrite}
-    given |= {"group_size": group_size} if group_size else {}
+        _require_shape(found, base)
+    if allow_other_model:  # before any folder is compared with the plan
+        with steps.bar("identify the model") as on_step:
+            base.hash_weights(on_step)
+        found = found.moved_to(base.fingerprint)
     recipe = _recipe(source, found, base, given)
     missing = _prepare(recipe, found, source, base, steps)
     preflight.say_mtp(base.about, recipe, steps)
@@ -102,13 +115,17 @@ def _write(
 apply = apply_plan  # its name on the command line
 
 
-def _require_fit(plan: PruningPlan, base: Checkpoint) -> None:
-    """Raise InputError unless the plan names this model and has its shape."""
+def _require_model(plan: PruningPlan, base: Checkpoint) -> None:
+    """Raise InputError unless the plan names this model."""
     try:
         plan.require_model(base.fingerprint)
     except InputError as error:
         cure = "or, if it has the same shape, apply the plan with --allow-other-model"
         raise InputError(f"{error}, {cure}") from None
+
+
+def _require_shape(plan: PruningPlan, base: Checkpoint) -> None:
+    """Raise InputError unless the plan has the shape of this model."""
     c = base.config
     wanted = (c.moe_layers, c.moe.num_experts, c.moe.d_expert)
     if (plan.layer_indices, *plan.keep.shape[1:]) != wanted:
@@ -153,13 +170,17 @@ def _prepare(
     missing = [n for n in recipe.export if not (resumed and (output / "exports" / n).exists())]
     for name in missing:
         export_of(base.about, plan, form_of(recipe, name, plan)).check()
-    sizes = export_sizes(base.about, plan, dataclasses.replace(recipe, export=missing))
+    wanted = dataclasses.replace(recipe, export=missing)
+    sizes = export_sizes(base.about, plan, wanted)
     replaced = 0 if resumed else output_folder.replaced_bytes(output)
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
     preflight.say_sizes(sizes, steps)
+    say_nothing_saved(plan, wanted, steps)
     with steps.bar("check weights") as on_step:
         base.check_finite(on_step, mtp=recipe.mtp != "drop")
+    _require_model(plan, base)
     output_folder.make_output(recipe, resumed=resumed)
+    remember(base, output)
     return missing
 
 

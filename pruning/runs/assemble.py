@@ -21,7 +21,7 @@ from pruning.report.figures import concentration
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.gptq_model import layer_errors
-from pruning.stages.card import loading
+from pruning.stages.card import loading, rounded_again
 from pruning.stages.job import Job
 from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of
 from pruning.stages.verify import Check
@@ -83,7 +83,7 @@ def assemble(found: Outcome) -> CompressionReport:
         recipe=_plain(dataclasses.asdict(recipe)),
         environment=_environment(),
         calibration=_calibration(found),
-        plan=dict(plan.provenance),
+        plan={**plan.provenance, "content_hash": plan.content_hash},
         layer_indices=list(plan.layer_indices),
         d_expert=int(plan.keep.shape[2]),
         counts=plan.counts.tolist(),
@@ -177,6 +177,8 @@ def _sizes(found: Outcome) -> dict[str, Any]:
         exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
         if ExportFormat(name).is_padded:
             exports[name]["padded_bytes"] = None
+        if (again := rounded_again(job.output / "exports" / name)) is not None:
+            exports[name]["rounded_again"] = again
     whole = np.full_like(plan.counts, plan.keep.shape[2])
     return {
         "source_bytes": folder_bytes(job.base.about.folder),

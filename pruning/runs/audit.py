@@ -11,12 +11,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_jax.errors import InputError
-from moe_jax.files import replace_text
+from moe_jax.files import remove_leftovers, replace_text
+from moe_jax.json_files import parse_json
 from pruning.kit.progress import Steps
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
 from pruning.measure.tokens import view_tokens
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.values import check_whole
 from pruning.report.audit_page import audit_page, token_figures
 from pruning.scores.ablation import Ablation, ablate, layer_visits
 from pruning.scores.criteria import channel_scores
@@ -24,11 +26,14 @@ from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
+from pruning.stages.model_record import identify
 from pruning.stages.stored import stored_recipe
+from pruning.stages.writer import only_writer
 from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows
 
 RECORD = "ablations.jsonl"
+MEASURED = frozenset(("layer", "expert", "channel", "reroute", "dense", "loss"))  # of a line there
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions
 EVALUATION_TEXTS = 3  # beside the calibration text
 TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
@@ -43,9 +48,8 @@ def check_sample(*, experts: int, channels: int, tokens: int) -> None:
     for name, value, least in (
         ("experts", experts, 0), ("channels", channels, 0), ("tokens", tokens, 2),
     ):  # fmt: skip
-        if value < least:
-            flag = "sample-tokens" if name == "tokens" else name
-            raise InputError(f"{name}={value} must be at least {least}; change --{flag}")
+        flag = "sample-tokens" if name == "tokens" else name
+        check_whole(name, value, least, cure=f"; change --{flag}")
     if experts + channels == 0:
         raise InputError("experts=0 and channels=0 leave nothing to measure; give --experts 32")
 
@@ -77,15 +81,29 @@ def audit(
       What audit.json holds.
 
     Raises:
-      InputError: a number is out of range, or the folder was scored without text.
+      InputError: a number is out of range, the folder was scored without text, or another process
+        writes where the results go.
     """
     check_sample(experts=experts, channels=channels, tokens=tokens)
-    steps = steps or Steps()
+    sample = {"experts": experts, "channels": channels, "tokens": tokens}
+    target = source.output if isinstance(source, CompressionRecipe) else output or source
+    with only_writer(target):
+        return _opened(source, Path(target), sample, steps or Steps(), options)
+
+
+def _opened(
+    source: CompressionRecipe | str | os.PathLike,
+    target: Path,
+    sample: dict[str, int],
+    steps: Steps,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Open what is audited, scored if it is a recipe, and audit it."""
     if isinstance(source, CompressionRecipe):
         job = open_job(source)
+        identify(job.base, job.output, steps)
         preflight.prepare(job, steps, exports=False)
         statistics, _ = scoring.score(job, steps)
-        target = job.output
     else:
         folder = Path(source)
         recipe = stored_recipe(folder, **options)
@@ -95,9 +113,9 @@ def audit(
                 "on text; score the model with --calibration"
             )
         job = open_job(recipe)
+        identify(job.base, folder, steps)
         statistics, _ = scoring.stored_statistics(folder, job.base)
-        target = Path(output or folder)
-    sample = {"experts": experts, "channels": channels, "tokens": tokens}
+    remove_leftovers(target)
     return _audit(job, statistics, target, steps, **sample)
 
 
@@ -123,6 +141,7 @@ def _audit(
     found = {
         "model": str(job.base.about.folder),
         "model_hash": job.base.fingerprint,
+        "dtype": job.recipe.dtype,
         "seed": job.recipe.seed,
         "predicted": predicted,
         "dense_nll": next(iter(losses.values()))[0] / predicted,
@@ -184,8 +203,7 @@ def _measure(job: Job, chosen: list[Ablation], text, valid, record: Path, steps:
     digest = sha256(text.tobytes() + valid.tobytes()).hexdigest()
     key = {"model_hash": job.base.fingerprint, "text": digest, "dtype": job.recipe.dtype}
     known = _read_record(record, key)
-    if not known:
-        replace_text(record, json.dumps(key) + "\n")
+    _begin(record, key)
     left = [one for one in chosen if one not in known]
     _say_cost(left, chosen, len(job.base), text.size, steps)
     how = {"batch": min(job.recipe.batch, len(text)), "dtype": job.dtype}
@@ -212,6 +230,14 @@ def _say_cost(left, chosen, layers: int, tokens: int, steps: Steps) -> None:
     )
 
 
+def _begin(record: Path, key: dict) -> None:
+    """Let what is appended to a record be of this model, text and dtype, after what others left."""
+    sections = [line for line in _lines(record) if "model_hash" in line]
+    if not sections or sections[-1] != key:
+        with open(record, "a", encoding="utf-8") as file:
+            file.write(json.dumps(key) + "\n")
+
+
 def _append(record: Path, found: Losses) -> None:
     lines = [
         {"layer": one.layer, "expert": one.expert, "channel": one.channel,
@@ -223,19 +249,33 @@ def _append(record: Path, found: Losses) -> None:
 
 
 def _read_record(record: Path, key: dict) -> Losses:
-    """What an earlier audit of the same model and text measured; a torn last line is left out."""
+    """What earlier audits of the same model, text and dtype measured; others lie beside it."""
+    known: Losses = {}
+    section = None
+    for line in _lines(record):
+        if "model_hash" in line:
+            section = line
+        elif section == key:
+            one = Ablation(line["layer"], line["expert"], line["channel"], line["reroute"])
+            known[one] = line["dense"], line["loss"]
+    return known
+
+
+def _lines(record: Path) -> list[dict[str, Any]]:
+    """Lines of a record: the key of a section, then its losses; a torn last one is removed."""
     if not record.is_file():
-        return {}
+        return []
     lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
-    if not whole or whole[0] != key:
-        return {}
-    if len(whole) < len(lines):
+    if lines and not lines[-1].endswith("\n"):
         replace_text(record, "".join(lines[:-1]))
-    return {
-        Ablation(line["layer"], line["expert"], line["channel"], line["reroute"]): (
-            line["dense"],
-            line["loss"],
-        )
-        for line in whole[1:]
-    }
+        lines.pop()
+    found = []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = parse_json(text)
+        except InputError:
+            line = None
+        if not isinstance(line, dict) or not ("model_hash" in line or MEASURED <= line.keys()):
+            raise InputError(f"{record}:{number} is damaged; remove the file, and measure again")
+        found.append(line)
+    return found

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import common_budget, make_plan
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
+from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, quality_of
 from pruning.recipe.options import COMPARED_TOKENS
@@ -25,9 +25,11 @@ from pruning.shrink.masked import masked_hidden
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
-from pruning.stages.measure import measure
+from pruning.stages.measure import first_tokens, measure
+from pruning.stages.model_record import identify
+from pruning.stages.writer import only_writer
 from pruning.text.held_out import seen_shares
-from pruning.text.windows import Windows
+from pruning.text.windows import Windows, text_hashes
 
 STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
 GROUP = 16  # plans per group at most: results are saved after each
@@ -65,9 +67,16 @@ def compare(
       The comparison, which is also in the output folder.
 
     Raises:
-      InputError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work, or another process writes there.
+      FullDiskError: the disk is full; what is finished stays.
     """
-    steps = steps or Steps()
+    with only_writer(recipe.output):
+        return _compare(recipe, rates, rules, steps or Steps())
+
+
+def _compare(
+    recipe: CompressionRecipe, rates: Sequence[float], rules: Sequence[str], steps: Steps
+) -> Comparison:
     names = select_rules(rules, RULES)
     if "all" in rules:
         recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))
@@ -77,15 +86,15 @@ def compare(
     with steps.bar("open"):
         # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
         job = _open(dataclasses.replace(recipe, bits=16, export=()))
+    identify(job.base, job.output, steps)
     texts = job.evaluation
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --evaluation")
     budgets = _budgets(job, rates)
-    key = _key(job, texts)
-    earlier = _earlier(job.output / "compare.json", key, overwrite=recipe.overwrite)
+    earlier = _earlier(job, texts)
     preflight.prepare(job, steps, exports=False)
     statistics, provenance = scoring.score(job, steps)
-    found = earlier or Comparison(key=key, dense={}, results=(), refused=())
+    found = earlier or Comparison(key=_key(job, texts), dense={}, results=(), refused=())
     tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
     done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}
     tasks = [task for task in tasks if (task.rule, task.rate, task.seed) not in done]
@@ -105,14 +114,6 @@ def _open(recipe: CompressionRecipe) -> Job:
     texts = {name: first_tokens(windows, wanted) for name, windows in job.evaluation.items()}
     stored = dataclasses.replace(job.recipe, evaluation_tokens=wanted)
     return dataclasses.replace(job, recipe=stored, evaluation=texts)
-
-
-def first_tokens(windows: Windows, tokens: int) -> Windows:
-    """The first windows of a text, until so many tokens are scored."""
-    scored = np.cumsum(windows.scored.sum(axis=1))
-    rows = 1 + int(np.searchsorted(scored, min(tokens, int(scored[-1]))))
-    parts = {name: getattr(windows, name)[:rows] for name in ("tokens", "valid", "scored")}
-    return dataclasses.replace(windows, **parts)
 
 
 def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
@@ -135,33 +136,27 @@ def _sizes(job: Job) -> dict[str, int]:
 
 
 def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
+    # Contents alone: texts and a model that have moved are the same.
+    text, valid = job.calibration.tokens, job.calibration.valid
     return {
-        "model": job.recipe.model,
         "model_hash": job.base.fingerprint,
         "dtype": job.recipe.dtype,
         "block": job.recipe.block,
         "window": job.recipe.window,
         "seed": job.recipe.seed,
-        "calibration_tokens": job.calibration.total,
-        "calibration": [source["sha256"] for source in job.calibration.sources],
-        "evaluation": {
-            name: {
-                "tokens": int(windows.scored.sum()),
-                "crc32": zlib.crc32(windows.tokens.tobytes()),
-                "stride": windows.stride,
-            }
-            for name, windows in texts.items()
-        },
+        "calibration": sha256(text.tobytes() + valid.tobytes()).hexdigest(),
+        "evaluation": text_hashes(texts),
     }
 
 
-def _earlier(path: Path, key: dict, *, overwrite: bool) -> Comparison | None:
+def _earlier(job: Job, texts: Mapping[str, Windows]) -> Comparison | None:
+    path = job.output / "compare.json"
     if not path.is_file():
         return None
-    found = Comparison.load(path)
+    found, key = Comparison.load(path), _key(job, texts)
     if found.key == key:
         return found
-    if overwrite:
+    if job.recipe.overwrite:
         return None
     differ = [name for name in key if found.key.get(name) != key[name]]
     raise InputError(
@@ -231,8 +226,8 @@ def _run_group(
     for task in group:
         try:
             planned.append((task, _plan(job, statistics, provenance, task, budgets[task.rate])))
-        except InputError as error:
-            # A budget may be too small for whole experts: the other rules go on.
+        except BudgetError as error:
+            # It may be too small for whole experts: the other rules go on.
             refused.append(Result(task.rule, task.rate, task.seed, reason=str(error)))
     if not planned:
         return [], refused

@@ -9,6 +9,7 @@ from moe_jax.errors import InputError
 from moe_jax.generation import generate
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
+from pruning.kit.memory import free_memory
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
 from pruning.measure.quality import Reference
@@ -27,7 +28,15 @@ from pruning.stages.card import write_card
 from pruning.stages.export import export, pruned_source
 from pruning.stages.job import Job
 from pruning.stages.measure import measure
-from pruning.stages.sizes import export_sizes, folder_bytes, form_of
+from pruning.stages.remarks import say_nothing_saved
+from pruning.stages.sizes import (
+    SAMPLE_BYTES,
+    export_of,
+    export_sizes,
+    folder_bytes,
+    form_of,
+    sample_memory,
+)
 from pruning.stages.verify import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
@@ -36,9 +45,9 @@ from pruning.stages.verify import (
     require_verified,
     verify_export,
 )
+from pruning.stages.writer import only_writer
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
-SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
 SAMPLES = 8  # texts that are continued, at most
 RANDOM_SEED = 0  # of the channels that every choice must beat
 
@@ -57,10 +66,15 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
       The report, which is also in the output folder.
 
     Raises:
-      InputError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work, or another process writes there.
+      FullDiskError: the disk is full; what is finished stays.
       VerificationError: an export differs from the model in memory.
     """
-    steps = steps or Steps()
+    with only_writer(recipe.output):
+        return _compress(recipe, steps or Steps())
+
+
+def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
     job = open_for(recipe, steps)
     if output_folder.is_finished(job):
         return _finished(job, steps)
@@ -72,6 +86,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
         plan.save(job.output)
     sizes = export_sizes(job.base.about, plan, job.recipe)
     preflight.say_sizes(sizes, steps)
+    say_nothing_saved(plan, job.recipe, steps)
     codes = gptq_stage.quantize(job, plan, steps)
     checks = []
     for name in job.recipe.export:
@@ -83,7 +98,7 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
     references: dict[str, Reference] = {}
     quality = _measure(job, plan, references, steps)
     random, no_random = _measure_random(job, statistics, plan, references, steps)
-    samples, no_samples = _samples(job, steps)
+    samples, no_samples = _samples(job, plan, steps)
     reasons = {"random": no_random, "samples": no_samples}
     report = assemble(
         Outcome(
@@ -206,10 +221,11 @@ def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None
             job.output / "exports" / name, job.base, plan,
             form_of(job.recipe, name, plan),
             quantizer=job.recipe.quantizer, quality=report.quality, evaluation=report.evaluation,
+            verification=report.verification,
         )  # fmt: skip
 
 
-def _samples(job: Job, steps: Steps) -> tuple[list[dict[str, str]], str]:
+def _samples(job: Job, plan: PruningPlan, steps: Steps) -> tuple[list[dict[str, str]], str]:
     """The start of every text continued by the dense model and by the smallest export; [] and the
     reason why not for a large model or without a text."""
     folders = [job.output / "exports" / name for name in job.recipe.export]
@@ -225,6 +241,10 @@ def _samples(job: Job, steps: Steps) -> tuple[list[dict[str, str]], str]:
         return [], "there was no text to continue"
     if size > SAMPLE_BYTES:
         return [], f"the model has {amount(size)}; those above {amount(SAMPLE_BYTES)} write slowly"
+    export = export_of(job.base.about, plan, form_of(job.recipe, folder.name, plan))
+    needed, free = sample_memory(job.base.about, export), free_memory()
+    if needed > free:
+        return [], f"it takes about {amount(needed)} of memory and {amount(free)} are free"
     stop = () if job.codec.end is None else (job.codec.end,)
     written: dict[str, dict[str, str]] = {}
     with steps.bar("sample"):
@@ -235,6 +255,7 @@ def _samples(job: Job, steps: Steps) -> tuple[list[dict[str, str]], str]:
                 # One by one: in a batch the last bits of a sum, and so a token, may differ.
                 (new,) = generate(model, [prompt], max_new_tokens=room, stop=stop)
                 written.setdefault(text, {})[name] = job.codec.decode(new)
+            del model  # before the next one is read
     samples = [
         {"text": text, "prompt": job.codec.decode(prompt), **written[text], "export": folder.name}
         for text, prompt in starts.items()

@@ -13,25 +13,25 @@ from convert.export_format import ExportFormat, Widths
 from convert.rules import EMBEDDING, LM_HEAD, ruled_tensors
 from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
-from moe_jax.experts.dispatch import padded_rows
 from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
+from pruning.recipe.values import check_whole
+from pruning.runs.memory import memory
 from pruning.runs.probe import scoring_seconds
-from pruning.scores.collect import CHUNK
-from pruning.scores.noise import ROWS_PER_EXPERT
-from pruning.scores.states import projection_bytes, projection_room
 from pruning.stages.job import require_possible, resolved
-from pruning.stages.preflight import free_space, rehearsed_plan, written_bytes
+from pruning.stages.preflight import (
+    SCRATCH,
+    free_space,
+    is_elsewhere,
+    rehearsed_plan,
+    written_bytes,
+)
 from pruning.stages.sizes import (
     byte_range,
     export_of,
     form_of,
-    statistics_bytes,
 )
-
-PROCESS_BYTES = 400 << 20  # Python, jax and its compiler
-LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
 
 
 def open_described(folder: Path) -> Checkpoint | Description:
@@ -67,8 +67,7 @@ def estimate(
     Raises:
       InputError: the recipe is impossible, in the words of `compress`.
     """
-    if tensor_parallel < 1:
-        raise InputError(f"tensor_parallel={tensor_parallel} must be at least 1")
+    check_whole("tensor_parallel", tensor_parallel, 1)
     base = open_described(model_folder(recipe.model))
     budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
     recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
@@ -103,6 +102,10 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
         jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
     parts = written_bytes(base, whole, windows)
+    apart = {}  # on another disk
+    if SCRATCH in parts and is_elsewhere(whole):
+        free = free_space(whole.scratch_folder)
+        apart = {"needed_bytes": parts.pop(SCRATCH) + SPARE_BYTES, "free_bytes": free}
     return {
         "prune_rate": whole.prune_rate,
         "parameters": parameters(base, base.widths, base.mtp_weights),
@@ -112,6 +115,7 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
             "needed_bytes": sum(parts.values()) + SPARE_BYTES,
             "free_bytes": free_space(Path(whole.output)),
             "parts": parts,
+            **({"scratch": apart} if apart else {}),
         },
         "tokens": 0 if whole.weights_only else whole.max_tokens,
         "tensor_parallel": tensor_parallel,
@@ -172,37 +176,3 @@ def _place(name: str, ours: str) -> str:
         return "embeddings"
     places = (("mlp.experts.", "routed"), ("mlp.shared.", "shared"), ("attention.", "attention"))
     return next((place for prefix, place in places if ours.startswith(prefix)), "other")
-
-
-def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
-    """Peak bytes of the host in the two stages that hold most; estimates.
-
-    Scoring holds two layers, the hidden states of a chunk of windows and the projections that its
-    backward sweep keeps, the rows at work and the sums three times; exporting two layers and a
-    float32 copy of one.
-    """
-    c = base.config
-    outer = (1 if c.tie_embeddings else 2) * c.vocab_size * c.d_model
-    layers = [0] * c.num_layers
-    for name, shape, rule in ruled_tensors(base.family, c, base.widths):
-        if rule is not None:
-            layers[int(name.split(".")[2])] += math.prod(shape)
-    layer, item = max(layers), 2 if recipe.dtype == "bfloat16" else 4
-    tokens = 0 if recipe.weights_only else recipe.max_tokens
-    windows = min(CHUNK, math.ceil(tokens / recipe.window))
-    states = windows * recipe.window * c.d_model * item
-    states *= 1 + 2 * c.num_layers * recipe.gradients
-    step = recipe.batch * recipe.window
-    room = projection_room(c, math.ceil(windows / recipe.batch), step) if recipe.gradients else 0
-    states += room * projection_bytes(c.moe, step)
-    rows = step * c.moe.experts_per_token
-    if recipe.weights_only:
-        rows = padded_rows(c.moe.num_experts * ROWS_PER_EXPERT, c.moe.num_experts)
-    work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
-    fixed = PROCESS_BYTES + 2 * outer
-    return {
-        "scoring": int(
-            fixed + LAYERS_HELD * 2 * layer + states + work + 3 * statistics_bytes(base, recipe)
-        ),
-        "export": int(fixed + LAYERS_HELD * 2 * layer + 4 * layer),
-    }

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,18 @@ from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
-from pruning.recipe.options import WHOLE_TEXT
+from pruning.recipe.options import MOST_BATCH, WHOLE_TEXT
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.recipe.values import MOST, check_whole
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
+from pruning.stages.folder import clear_leftovers
 from pruning.stages.job import DTYPES
+from pruning.stages.made_by import say_stale
 from pruning.stages.measure import measure, read_tokens
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
-from pruning.text.calibration import TextSource
+from pruning.stages.writer import only_writer
+from pruning.text.documents import TextSource
 from pruning.text.tokenizer import open_codec
 from pruning.text.windows import Windows, make_windows
 
@@ -55,30 +60,35 @@ def evaluate(
       text, with `rates` by model and text, where models are "dense" and "prune-rate 0.25".
 
     Raises:
-      InputError: a number is out of range, or a text or the folder cannot be read.
+      InputError: a number is out of range, a text or the folder cannot be read, or another process
+        writes where the results of several rates go.
     """
-    folder, steps = Path(folder), steps or Steps()
+    # A path forgets whether it began with "./".
+    model, folder, steps = folder, Path(folder), steps or Steps()
     _check(folder, texts, rates, window, stride, evaluation_tokens, batch)
-    plans, statistics = [], None
-    if rates:
-        recipe = stored_recipe(folder)
-        base = stored_base(recipe)
-        plans, statistics = stored_plans(folder, recipe, base, rates)
-    else:
-        base = open_checkpoint(model_folder(str(folder)))
-    window = min(window or 2048, base.config.max_position)
-    opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
-    references, found = {}, {}
-    how: dict[str, Any] = {"batch": batch, "dtype": DTYPES[dtype]}
-    for name, source in _sources(base, plans).items():
-        measured = measure(source, opened, references, steps, name, **how)
-        found[name] = {text: quality.to_dict() for text, quality in measured.items()}
-    if statistics is not None and len(plans) > 1:
-        quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
-        quality[None] = found["dense"]
-        save_sweep(folder, base, plans, statistics, quality)
-    stride, found = next(iter(opened.values())).stride, found.get("model", found)
-    return {"folder": str(folder), "window": window, "stride": stride, "texts": found}
+    say_stale(folder, steps)
+    with only_writer(folder) if len(rates) > 1 else nullcontext():
+        plans, statistics = [], None
+        if rates:
+            recipe = stored_recipe(folder)
+            base = stored_base(recipe, steps)
+            plans, statistics = stored_plans(folder, recipe, base, rates)
+        else:
+            base = open_checkpoint(model_folder(model))
+        window = min(window or 2048, base.config.max_position)
+        opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
+        references, found = {}, {}
+        how: dict[str, Any] = {"batch": batch, "dtype": DTYPES[dtype]}
+        for name, source in _sources(base, plans).items():
+            measured = measure(source, opened, references, steps, name, **how)
+            found[name] = {text: quality.to_dict() for text, quality in measured.items()}
+        if statistics is not None and len(plans) > 1:
+            clear_leftovers(folder)
+            quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
+            quality[None] = found["dense"]
+            save_sweep(folder, base, plans, statistics, quality)
+        stride, found = next(iter(opened.values())).stride, found.get("model", found)
+        return {"folder": str(folder), "window": window, "stride": stride, "texts": found}
 
 
 def _check(
@@ -92,16 +102,15 @@ def _check(
 ) -> None:
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --text")
-    least = {
-        "window": (window, 2),
-        "stride": (stride, 1),
-        "evaluation_tokens": (evaluation_tokens, 2),
-        "batch": (batch, 1),
+    ranges = {
+        "window": (window, 2, MOST),
+        "stride": (stride, 1, MOST),
+        "evaluation_tokens": (evaluation_tokens, 2, MOST),
+        "batch": (batch, 1, MOST_BATCH),
     }
-    for name, (value, smallest) in least.items():
-        if value is not None and value < smallest:
-            flag = name.replace("_", "-")
-            raise InputError(f"{name}={value} must be at least {smallest}; change --{flag}")
+    for name, (value, least, most) in ranges.items():
+        if value is not None:
+            check_whole(name, value, least, most, f"; change --{name.replace('_', '-')}")
     if len(rates) > 1 and not os.access(folder, os.W_OK):
         raise InputError(f"{folder} gets sweep.csv and sweep.html; make it writable first")
 

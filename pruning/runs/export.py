@@ -1,17 +1,20 @@
 """The exports of the plan in a folder."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
+from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import preflight
 from pruning.stages.export import codes_folder, export
 from pruning.stages.job import open_job
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
+from pruning.stages.writer import only_writer
 
 
 def export_folder(
@@ -33,17 +36,26 @@ def export_folder(
       The folders, in the order of the recipe.
 
     Raises:
-      InputError: there is no plan, its widths do not fit a format, or an export is in the way.
+      InputError: there is no plan, its widths do not fit a format, an export is in the way, or
+        another process writes there.
       OSError: the disk is too small.
     """
-    folder, steps = Path(folder), steps or Steps()
+    with only_writer(folder):
+        return _export_folder(Path(folder), overwrite, steps or Steps(), options)
+
+
+def _export_folder(
+    folder: Path, overwrite: bool, steps: Steps, options: dict[str, Any]
+) -> list[Path]:
     recipe = stored_recipe(folder, **options)
-    plan, base = PruningPlan.load(folder), stored_base(recipe)
+    output_folder.clear_leftovers(folder)
+    plan, base = PruningPlan.load(folder), stored_base(recipe, steps)
     exports = folder / "exports"
     preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
     codes = None
     if codes_folder(recipe) is not None:
-        codes = gptq_stage.quantize(open_job(recipe), plan, steps)
+        job = dataclasses.replace(open_job(recipe), base=base)  # identified
+        codes = gptq_stage.quantize(job, plan, steps)
     for name in recipe.export:
         form, target = form_of(recipe, name, plan), exports / name
         export(base, plan, form, target, steps, codes=codes, overwrite=overwrite)

@@ -6,7 +6,9 @@ from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
+from pruning.stages.model_record import identify
 from pruning.stages.sizes import folder_bytes
+from pruning.stages.writer import only_writer
 
 
 def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStatistics:
@@ -23,9 +25,14 @@ def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStati
       The statistics, which are also in the output folder.
 
     Raises:
-      InputError: bad input, before any expensive work.
+      InputError: bad input, before any expensive work, or another process writes there.
+      FullDiskError: the disk is full; what is finished stays.
     """
-    steps = steps or Steps()
+    with only_writer(recipe.output):
+        return _score(recipe, steps or Steps())
+
+
+def _score(recipe: CompressionRecipe, steps: Steps) -> ChannelStatistics:
     job = open_for(recipe, steps)
     preflight.prepare(job, steps, exports=False)
     statistics, _ = scoring.score(job, steps)
@@ -36,6 +43,7 @@ def open_for(recipe: CompressionRecipe, steps: Steps) -> Job:
     """Open what a recipe needs, as a step that says what was read."""
     with steps.bar("open"):
         job = open_job(recipe)
+    identify(job.base, job.output, steps)
     about = job.base.about
     gigabytes = folder_bytes(about.folder) / 1e9
     steps.detail(f"  model: {about.folder}, {about.family.model_type}, {gigabytes:,.3f} GB")

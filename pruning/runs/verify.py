@@ -1,6 +1,5 @@
 """Every export of a folder read again and compared with its plan."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -9,9 +8,10 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.stages.export import codes_folder
+from pruning.stages.made_by import require_current
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
-from pruning.stages.verify import Check, random_probe, require_verified, verify_export, written_mtp
+from pruning.stages.verify import Check, random_probe, require_verified, verify_export, written_form
 
 
 def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]:
@@ -25,20 +25,19 @@ def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]
       The checks, all passed.
 
     Raises:
-      InputError: there is no plan or no export.
+      InputError: there is no plan or no export, or one was made by an older plan.
       VerificationError: an export does not hold what was meant.
     """
     folder, steps = Path(folder), steps or Steps()
     recipe = stored_recipe(folder)
-    base, plan = stored_base(recipe), PruningPlan.load(folder)
+    base, plan = stored_base(recipe, steps), PruningPlan.load(folder)
     folders = [path for name in FORMATS if (path := folder / "exports" / name).is_dir()]
     if not folders:
         raise InputError(f"{folder}/exports holds nothing; run `moe-compress export` first")
+    require_current(folder, plan)
     checks = []
     for target in folders:
-        # `export` may have been told otherwise than the recipe.
-        form = form_of(recipe, target.name, plan)
-        form = dataclasses.replace(form, mtp=written_mtp(target, base.about))
+        form = written_form(target, base.about, plan, form_of(recipe, target.name, plan))
         codes = codes_folder(recipe)
         with steps.bar(f"verify {target.name}"):
             checks += verify_export(base, plan, form, target, random_probe(base), codes)

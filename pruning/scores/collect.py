@@ -1,7 +1,9 @@
 """One sweep over the layers collects every statistic; a second, backward, adds the gradients."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,7 @@ def collect_statistics(
     batch: int = 8,
     chunk: int = CHUNK,
     dtype=jnp.float32,
+    scratch: Path | None = None,
     on_step: OnStep | None = None,
 ) -> ChannelStatistics:
     """Measure a model on calibration text: the one pass that every criterion and budget shares.
@@ -59,6 +62,7 @@ def collect_statistics(
       chunk: sequences that go through all layers together; for each chunk the model is read once,
         and once more for gradients.
       dtype: of the activations; sums are float32 inside a batch, float64 across batches.
+      scratch: folder of what the backward sweep cannot keep in memory; default the system's.
       on_step: receives (layer visits done, layer visits in all).
 
     Returns:
@@ -66,6 +70,7 @@ def collect_statistics(
 
     Raises:
       InputError: if the model has no expert layer or its experts were already pruned unevenly.
+      FullDiskError: there is no room in the scratch folder.
     """
     asked = (("gradients", gradients), ("expert-details", expert_details))
     groups = [name for name, on in asked if on]
@@ -80,10 +85,12 @@ def collect_statistics(
         part = slice(start, start + chunk)
         text = in_batches(source, tokens[part], valid[part], batch)
         room = projection_room(source.config, len(text.rows), batch * tokens.shape[1])
-        states = States(source, text.tokens.shape, dtype, room) if gradients else None
-        last = _forward_sweep(source, text, sums, dtype, states, detail, visit)
-        if states is not None:
-            _backward_sweep(source, text, sums, last, states, visit)
+        shape = text.tokens.shape
+        kept = States(source, shape, dtype, scratch, room) if gradients else nullcontext()
+        with kept as states:
+            last = _forward_sweep(source, text, sums, dtype, states, detail, visit)
+            if states is not None:
+                _backward_sweep(source, text, sums, last, states, visit)
         sums["total_tokens"] += text.valid.sum()
     more = {"similarity": detail.similarity} if detail else {}
     statistics = ChannelStatistics.from_arrays(sums | more)

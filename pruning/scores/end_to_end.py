@@ -4,8 +4,10 @@ Every one is an estimate of the loss increase when the expert's output is zeroed
 over the text. They differ in how far from the dense model they look, and in what they cost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +103,7 @@ def nll_ig(
     batch: int = 8,
     chunk: int | None = None,
     dtype=jnp.float32,
+    scratch: Path | None = None,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Integrated gradient of the loss along the fading of one layer's experts.
@@ -119,6 +122,7 @@ def nll_ig(
         experts the layers from there on are read forwards and backwards. Default 64 / K, whose
         hidden states take as much room as those of the sweep with gradients.
       dtype: of the activations.
+      scratch: folder of hidden states that do not fit in memory; default the system's.
       on_step: receives (layer visits done, layer visits in all).
 
     Returns:
@@ -126,20 +130,27 @@ def nll_ig(
 
     Raises:
       InputError: `steps` is below 1.
+      FullDiskError: there is no room in the scratch folder.
 
     Source: integrated gradients, arXiv:1703.01365.
     """
     if steps < 1:
         raise InputError(f"steps={steps} must be at least 1; 4 is enough for ranks")
-    chunk = chunk or max(1, 64 // steps)
+    chunk = chunk or ig_chunk(steps)
     starts = range(0, len(tokens), chunk)
     count = counter(ig_visits(source, steps) * len(starts), on_step)
     sums = np.zeros((len(source.config.moe_layers), source.config.moe.num_experts))
     for start in starts:
         part = slice(start, start + chunk)
         text = in_batches(source, tokens[part], valid[part], batch)
-        _add_chunk(sums, source, text, steps, dtype, count)
+        with _fading(source, text, steps, dtype, scratch, count) as fading:
+            _add_chunk(sums, source, text, fading, dtype, count)
     return sums
+
+
+def ig_chunk(steps: int) -> int:
+    """Windows that `nll_ig` takes through the layers together, once for each step."""
+    return max(1, 64 // steps)
 
 
 def ig_visits(source: LayerSource, steps: int) -> int:
@@ -149,14 +160,13 @@ def ig_visits(source: LayerSource, steps: int) -> int:
 
 
 def _add_chunk(
-    sums: np.ndarray, source: LayerSource, text: Batches, steps: int, dtype, count: Count
+    sums: np.ndarray, source: LayerSource, text: Batches, fading: "_Fading", dtype, count: Count
 ) -> None:
-    fading = _fading(source, text, steps, dtype, count)
     slots = {layer: slot for slot, layer in enumerate(source.config.moe_layers)}
 
     def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
         if index in slots:
-            sums[slots[index]] -= fading.gate_gradient(index, x) / steps
+            sums[slots[index]] -= fading.gate_gradient(index, x) / fading.steps
         return text.each(x, lambda x, place, rows: layer_forward(layer, x, place))
 
     sweep(source, text.embedded(source, dtype), step, on_layer=lambda index: count(1))
@@ -218,11 +228,15 @@ class _Fading:
         return jnp.full(experts, (step + 0.5) / self.steps, jnp.float32)
 
 
-def _fading(source: LayerSource, text: Batches, steps: int, dtype, count: Count) -> _Fading:
+@contextmanager
+def _fading(
+    source: LayerSource, text: Batches, steps: int, dtype, scratch: Path | None, count: Count
+) -> Iterator[_Fading]:
     tokens, valid = (np.tile(rows, (steps, 1)) for rows in (text.tokens, text.valid))
     batch = text.rows[0].stop
     copies = in_batches(source, tokens, valid, batch)
-    return _Fading(source, copies, steps, States(source, tokens.shape, dtype), count)
+    with States(source, tokens.shape, dtype, scratch) as states:
+        yield _Fading(source, copies, steps, states, count)
 
 
 @jax.jit

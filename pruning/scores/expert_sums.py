@@ -96,7 +96,7 @@ def _observe_tiles(experts, x, row_weight, dispatch, keep):
         down = channel_block(bits.down, first, pool.block, x.dtype)
         part = dot(hidden.astype(x.dtype), down, COLUMNS)
         if experts.b_down is not None:
-            part += real * experts.b_down[expert][None].astype(jnp.float32)
+            part += real.astype(jnp.float32) * experts.b_down[expert][None].astype(jnp.float32)
         column = weight[:, None]
         squares = (hidden**2, up**2, gate**2, (column * hidden) ** 2)
         sums = jnp.stack([jnp.sum(square, axis=0) for square in squares])[:, None]

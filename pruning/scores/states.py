@@ -2,6 +2,8 @@
 
 import math
 import tempfile
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +13,10 @@ from jax import Array
 
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.experts.dispatch import padded_rows
+from moe_jax.files import scratch_file
 from moe_jax.stream import LayerSource
 
-MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a temporary file
+MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a scratch file
 MEMORY_PROJECTIONS = 2 << 30  # bytes of gate and up rows kept; others are computed again
 
 
@@ -39,23 +42,62 @@ def projection_room(config: ModelConfig, batches: int, tokens: int) -> int:
     return fit if 4 * fit >= visits and jax.default_backend() == "cpu" else 0
 
 
+def scratch_bytes(config: ModelConfig, shape: tuple[int, ...], dtype) -> int:
+    """Bytes of the scratch file that the states of a text take; 0 if they fit in memory.
+
+    Args:
+      config: of the model.
+      shape: (B, T) of the text, windows of padding to whole batches included.
+      dtype: of the activations.
+    """
+    size = 2 * config.num_layers * math.prod(shape) * config.d_model * jnp.dtype(dtype).itemsize
+    return size if size > MEMORY_STATES else 0
+
+
 class States:
     """Hidden states before and in the middle of every layer: [L, 2, B, T, D] on the host.
 
     With them, for the first `room` pairs of a layer and a batch, whatever arrays spare the backward
-    pass work.
+    pass work. In a `with` statement, at whose end they and their scratch file are gone.
+
+    Args:
+      source: the model.
+      shape: (B, T) of the text.
+      dtype: of the activations.
+      scratch: folder of the file of states that do not fit in memory; default the system's.
+      room: see above.
+
+    Raises:
+      FullDiskError: there is no room for that file.
     """
 
-    def __init__(self, source: LayerSource, shape: tuple[int, ...], dtype, room: int = 0):
+    def __init__(
+        self,
+        source: LayerSource,
+        shape: tuple[int, ...],
+        dtype,
+        scratch: Path | None = None,
+        room: int = 0,
+    ):
         self.room = room
         self._kept: dict[tuple[int, int], Any] = {}
+        self._file = ExitStack()
+        size = scratch_bytes(source.config, shape, dtype)
         shape = (len(source), 2, *shape, source.config.d_model)
-        size = math.prod(shape) * jnp.dtype(dtype).itemsize
-        if size <= MEMORY_STATES:
+        if not size:
             self.values = np.empty(shape, dtype)
             return
-        file = tempfile.TemporaryFile(prefix="moe-states-")
-        self.values = np.memmap(file, dtype, "w+", shape=shape)
+        file = scratch_file(scratch or Path(tempfile.gettempdir()), size)
+        self._file.enter_context(file)
+        self.values = np.memmap(file, dtype, "r+", shape=shape)
+
+    def __enter__(self) -> "States":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self.values
+        self._kept.clear()
+        self._file.close()
 
     def put(self, layer: int, rows: slice, x: Array, middle: Array) -> None:
         """Keep a layer's input and its state after attention, each [B, T, D]."""

@@ -279,11 +279,12 @@ def load_statistics(path: str | Path) -> tuple[ChannelStatistics, dict]:
         provenance = read_json(notes)
         arrays = load_file(path)
     except (ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it and score again") from None
+        told = str(error)[:1000]
+        raise InputError(f"{path} is damaged ({told}); remove it and score again") from None
     if provenance.get("format") != FORMAT:
         raise InputError(
-            f"{notes}: format={provenance.get('format')!r}, expected {FORMAT}; score again with "
-            "this version"
+            f"{notes}: format={str(provenance.get('format'))[:80]}, expected {FORMAT}; score again "
+            "with this version"
         )
     missing = (set(SUMS[ALWAYS]) | set(NORMS)) - set(arrays)
     unexpected = {name for name in arrays if name not in DECLARED and not name.startswith(PREFIX)}

@@ -1,6 +1,7 @@
 """Weight x gradient scores: a pass of their own, because the gradient must be whole before |.|."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,13 @@ def weight_gradient_scores(
     *,
     batch: int = 8,
     dtype=jnp.float32,
+    scratch: Path | None = None,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Sum over a channel's weights in the three matrices of |W dloss/dW|.
 
     Costs a forward and a backward sweep more than everything else, about five plain forwards, and
-    keeps the hidden states of the whole text (in a temporary file if they are large).
+    keeps the hidden states of the whole text (in a scratch file if they are large).
 
     Args:
       source: the dense model.
@@ -47,15 +49,28 @@ def weight_gradient_scores(
       valid: bool [B, T].
       batch: sequences per step.
       dtype: of the activations.
+      scratch: folder of that file; default the system's.
       on_step: receives (layer visits done, layer visits in all).
 
     Returns:
       float64 [L, E, F], in nats summed over the text.
+
+    Raises:
+      FullDiskError: there is no room for the file.
     """
     text = in_batches(source, tokens, valid, batch)
-    states = States(source, text.tokens.shape, dtype)
     lowest = source.config.moe_layers[0]  # below it nothing is scored
     count = counter(2 * len(source) - lowest, on_step)
+    with States(source, text.tokens.shape, dtype, scratch) as states:
+        last = _push_up(source, text, states, dtype, count)
+        gradient = loss_gradient(source.head, text, last)
+        return _pull_back(source, text, gradient, states, count)
+
+
+def _push_up(
+    source: LayerSource, text: Batches, states: States, dtype, count: Callable[[int], None]
+) -> list[np.ndarray]:
+    """The last hidden states; those of every layer stay in `states`."""
 
     def up(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
         def run(x: Array, place: Context, rows: slice) -> Array:
@@ -64,9 +79,7 @@ def weight_gradient_scores(
 
         return text.each(x, run)
 
-    x = sweep(source, text.embedded(source, dtype), up, on_layer=lambda index: count(1))
-    gradient = loss_gradient(source.head, text, x)
-    return _pull_back(source, text, gradient, states, count)
+    return sweep(source, text.embedded(source, dtype), up, on_layer=lambda index: count(1))
 
 
 def _pull_back(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
-from moe_jax.files import remove_leftovers, replace_file, replace_folder, replace_text
-from moe_jax.json_files import read_json
+from moe_jax.files import remove_leftovers, replace_file, replace_text
+from moe_jax.json_files import parse_json, read_json
 from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
@@ -23,6 +23,7 @@ from pruning.shrink.gptq import Solved, gptq_layer
 
 HELD_OUT = 8  # one window in so many measures errors and enters no second moment
 SUMMARY = "gptq.json"
+STATES = "states"  # behind the last finished layer; gone when all are
 Texts = tuple[list[np.ndarray], list[np.ndarray]]  # what is learnt from and what is held out
 
 
@@ -60,10 +61,11 @@ def quantize_model(
       source: the model, pruned if it is to be; at most one of its layers is held.
       tokens: int32 [B, T] calibration windows, B at least 2; one in eight is held out.
       valid: bool [B, T].
-      folder: where codes and scales go, a file per layer; replaced if it exists, and absent until
-        it is whole.
+      folder: where codes and scales go, a file per layer, and last a summary, without which it is
+        not whole. Codes of another provenance that lie there go first: the disk need not hold both.
+        If an earlier call was killed there, this one goes on after its last layer.
       group_size: weights per scale.
-      provenance: what the codes depend on, kept in the folder.
+      provenance: all that the codes depend on, JSON-compatible; kept in the folder.
       batch: windows per step.
       dtype: of the activations.
       on_layer: called with the index of each finished layer.
@@ -73,39 +75,18 @@ def quantize_model(
 
     Raises:
       InputError: fewer than two windows.
+      FullDiskError: the disk is full; what was finished stays.
     """
     learn, check = _windows(len(tokens))
-    shutil.rmtree(folder, ignore_errors=True)  # of other codes; the disk need not hold both
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    errors = []
-
-    def fill(partial: Path) -> None:
-        seen = in_batches(source, tokens[learn], valid[learn], batch)
-        held = in_batches(source, tokens[check], valid[check], batch)
-        errors.extend(_fill(partial, source, seen, held, group_size, dtype, on_layer))
-        summary = {
-            "provenance": provenance,
-            "group_size": group_size,
-            "layers": [dataclasses.asdict(one) for one in errors],
-        }
-        replace_text(partial / SUMMARY, json.dumps(summary, indent=2) + "\n")
-
-    remove_leftovers(folder.parent)  # of runs that were killed: codes are large
-    replace_folder(folder, fill)
-    return errors
-
-
-def _fill(
-    folder: Path,
-    source: LayerSource,
-    seen: Batches,
-    held: Batches,
-    group_size: int,
-    dtype,
-    on_layer,
-) -> list[LayerErrors]:
-    """Write the codes of every layer, learnt from `seen`; returns the errors on `held`."""
-    errors = []
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    seen = in_batches(source, tokens[learn], valid[learn], batch)
+    held = in_batches(source, tokens[check], valid[check], batch)
+    found = _read_progress(folder / STATES, provenance)
+    if found is None:
+        _remove_codes(folder)
+        found = [], (seen.embedded(source, dtype), held.embedded(source, dtype))
+    errors, x = found
 
     def step(index: int, layer: DecoderLayer, x: Texts) -> Texts:
         inputs = list(zip(x[0], seen.places, strict=True))
@@ -113,11 +94,68 @@ def _fill(
         errors.append(_errors(layer, quantised, held, x[1], solved, group_size))
         arrays = _stored(quantised)
         replace_file(_layer_file(folder, index), lambda partial: save_file(arrays, partial))
-        return _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
+        x = _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
+        _write_progress(folder / STATES, provenance, errors, x)
+        return x
 
-    first = seen.embedded(source, dtype), held.embedded(source, dtype)
-    sweep(source, first, step, on_layer=on_layer)
+    sweep(source, x, step, layers=range(len(errors), len(source)), on_layer=on_layer)
+    layers = [dataclasses.asdict(one) for one in errors]
+    summary = {"provenance": provenance, "group_size": group_size, "layers": layers}
+    replace_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    (folder / STATES).unlink(missing_ok=True)
     return errors
+
+
+def _remove_codes(folder: Path) -> None:
+    for name in (SUMMARY, STATES):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("layer-[0-9]*.safetensors"):
+        path.unlink()
+
+
+def _write_progress(path: Path, provenance: dict, errors: list[LayerErrors], x: Texts) -> None:
+    """Keep the states behind the last finished layer, and what was measured so far."""
+    parts = [len(states) for states in x]
+    facts = {"provenance": provenance, "parts": parts, "dtype": x[0][0].dtype.name}
+    facts["layers"] = [dataclasses.asdict(one) for one in errors]
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:
+            file.write(json.dumps(facts).encode() + b"\n")
+            for states in (*x[0], *x[1]):  # as bytes: numpy's files do not know bfloat16
+                np.save(file, states.view(np.uint8), allow_pickle=False)
+
+    replace_file(path, write)
+
+
+def _read_progress(path: Path, provenance: dict) -> tuple[list[LayerErrors], Texts] | None:
+    """What `_write_progress` kept; None if there is nothing, or of other codes."""
+    try:
+        with open(path, "rb") as file:
+            facts = parse_json(file.readline())
+            if facts["provenance"] != provenance:
+                return None
+            dtype = jnp.dtype(facts["dtype"])
+            seen, held = (
+                [np.load(file, allow_pickle=False).view(dtype) for _ in range(count)]
+                for count in facts["parts"]
+            )
+        return [LayerErrors(**one) for one in facts["layers"]], (seen, held)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError):  # none, or damaged
+        return None
+
+
+def progress_bytes(config: ModelConfig, shape: tuple[int, int], batch: int, dtype) -> int:
+    """Most bytes of the states that a run keeps beside its codes, old and new ones at once.
+
+    Args:
+      config: of the model.
+      shape: (B, T) of the text.
+      batch: windows per step.
+      dtype: of the activations.
+    """
+    windows = shape[0] + 2 * (batch - 1)  # padding of what is learnt from and what is held out
+    return 2 * windows * shape[1] * config.d_model * jnp.dtype(dtype).itemsize
 
 
 def read_summary(folder: Path) -> dict | None:

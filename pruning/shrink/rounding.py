@@ -1,15 +1,20 @@
 """Models rounded as they are read: what an export will hold, and what a program makes of it."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.experts.moe import MoE
 from moe_jax.mxfp4 import round_experts
-from moe_jax.quant import dequantize
+from moe_jax.quant import QTensor, dequantize
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
+
+ROWS_AT_ONCE = 4096
 
 
 def QuantizedSource(base: LayerSource, group_size: int, float4: bool = False) -> LayerSource:
@@ -28,6 +33,61 @@ def QuantizedSource(base: LayerSource, group_size: int, float4: bool = False) ->
         return round_experts(layer) if float4 else quantize_layer(layer, group_size)
 
     return mapped(base, change)
+
+
+class RoundingError:
+    """What rounding did to weights, summed over those it is told of.
+
+    Attributes:
+      wrong: squared differences.
+      total: squares of the weights before.
+    """
+
+    def __init__(self) -> None:
+        self.wrong = self.total = 0.0
+
+    def __call__(self, before: np.ndarray, after: np.ndarray) -> None:
+        """Add matrices of one shape; rows at a time, which bounds the temporaries."""
+        for start in range(0, len(before), ROWS_AT_ONCE):
+            old, new = (x[start : start + ROWS_AT_ONCE].astype(np.float64) for x in (before, after))
+            self.wrong += float(np.square(new - old).sum())
+            self.total += float(np.square(old).sum())
+
+    @property
+    def relative(self) -> float:
+        """Squared differences over squares; 0 if nothing was changed."""
+        return self.wrong / self.total if self.wrong else 0.0
+
+
+def compared(
+    base: LayerSource,
+    rounding: Callable[[LayerSource], LayerSource],
+    on_rounded: Callable[[np.ndarray, np.ndarray], None],
+) -> LayerSource:
+    """A rounded model that tells of every weight it rounds, before and after; read once.
+
+    Args:
+      base: the model before.
+      rounding: makes a rounded model of it.
+      on_rounded: told.
+    """
+    before: list[DecoderLayer] = []
+
+    def remember(index: int, layer: DecoderLayer) -> DecoderLayer:
+        before[:] = [layer]
+        return layer
+
+    def compare(index: int, layer: DecoderLayer) -> DecoderLayer:
+        leaves = (
+            jax.tree.leaves(one, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+            for one in (before.pop(), layer)
+        )
+        for old, new in zip(*leaves, strict=True):
+            if new is not old:
+                on_rounded(np.asarray(dequantize(old)), np.asarray(dequantize(new)))
+        return layer
+
+    return mapped(rounding(mapped(base, remember)), compare)
 
 
 def bfloat16_experts(base: LayerSource) -> LayerSource:

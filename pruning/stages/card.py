@@ -1,18 +1,21 @@
 """The model card of an export: its facts gathered, and the one place that writes it."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from convert.checkpoint import Checkpoint
 from convert.clients import client_table
 from convert.export_format import ExportFormat
+from convert.model_card import CARD, front_matter
+from convert.writer import Content
 from moe_jax.config import LatentAttentionConfig
 from moe_jax.files import replace_text
+from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.budget.record import tool_version
 from pruning.demo import DEMO
@@ -25,20 +28,44 @@ from pruning.report.card import (
     model_card,
 )
 from pruning.report.loading import Loading
+from pruning.shrink.rounding import RoundingError
+from pruning.stages.made_by import MADE_BY, provenance_text
 from pruning.stages.sizes import export_of, folder_bytes
 
-CARD, BASE_CARD = "README.md", "BASE_README.md"
+BASE_CARD = "BASE_README.md"
+ROUNDING = "rounding.json"  # in an export: what a second rounding did to the weights
 INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def card_files(
-    base: Checkpoint, plan: PruningPlan, form: ExportFormat, *, quantizer: str
-) -> dict[str, str | Path]:
-    """Files of a new export by name: its card, on which nothing is measured yet, and the base's."""
-    files: dict[str, str | Path] = {CARD: model_card(card_facts(base, plan, form, quantizer))}
+    base: Checkpoint,
+    plan: PruningPlan,
+    form: ExportFormat,
+    *,
+    quantizer: str,
+    again: RoundingError | None = None,
+) -> dict[str, Content]:
+    """Files of a new export by name: its card, on which no quality is measured yet, the base's, and
+    if `again` knows of it once the tensors are written, what a second rounding did."""
+
+    def card() -> str:
+        error = None if again is None else again.relative
+        return model_card(card_facts(base, plan, form, quantizer, rounded_again=error))
+
+    files: dict[str, Content] = {CARD: card}
+    if again is not None:
+        files[ROUNDING] = lambda: json.dumps({"relative_squared_error": again.relative}) + "\n"
+    files[MADE_BY] = provenance_text(base, plan)
     if (base.about.folder / CARD).is_file():
         files[BASE_CARD] = base.about.folder / CARD
     return files
+
+
+def rounded_again(folder: Path) -> float | None:
+    """Relative squared error of a second rounding of an export's weights, 0 if none was rounded
+    again; None where the model has its weights in 16 bits."""
+    path = folder / ROUNDING
+    return read_json(path)["relative_squared_error"] if path.is_file() else None
 
 
 def write_card(
@@ -50,6 +77,7 @@ def write_card(
     quantizer: str,
     quality: Quality,
     evaluation: Mapping[str, Any],
+    verification: Sequence[Mapping[str, Any]],
 ) -> None:
     """Replace the card of an export, atomically, once its quality is known.
 
@@ -58,13 +86,17 @@ def write_card(
       base, plan, form: what it was made from.
       quantizer: "rtn" or "gptq".
       quality: per text and model: nll, perplexity, tokens, kl, top1; other exports are left out.
-      evaluation: as in the report.
+      evaluation, verification: as in the report; checks of other exports are left out.
     """
     shown = {
         text: {name: found[name] for name in ("dense", "pruned", form.name) if name in found}
         for text, found in quality.items()
     }
-    facts = card_facts(base, plan, form, quantizer, quality=shown, evaluation=evaluation)
+    facts = card_facts(
+        base, plan, form, quantizer,
+        rounded_again=rounded_again(folder), quality=shown, evaluation=evaluation,
+        checks=[check for check in verification if check["export"] == form.name],
+    )  # fmt: skip
     replace_text(folder / CARD, model_card(facts))
 
 
@@ -74,17 +106,21 @@ def card_facts(
     form: ExportFormat,
     quantizer: str,
     *,
+    rounded_again: float | None = None,
     quality: Quality | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    checks: Sequence[Mapping[str, Any]] = (),
 ) -> CardFacts:
     """What the card of an export says, from shapes, the plan and the base folder alone."""
+    folder = _folder_facts(base, plan, form, quantizer)
     return CardFacts(
         base=_base_facts(base),
         plan=_plan_facts(plan),
-        folder=_folder_facts(base, plan, form, quantizer),
+        folder=dataclasses.replace(folder, rounded_again=rounded_again),
         loading=loading(base, plan, form),
         quality=quality,
         evaluation=evaluation or {},
+        checks=checks,
         version=tool_version(),
     )
 
@@ -109,7 +145,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
         name=repository or _folder_name(folder),
         repository=repository,
         revision=revision,
-        inherited=_inherited(folder / CARD),
+        inherited=_inherited(folder),
         has_card=(folder / CARD).is_file(),
         hash=base.fingerprint,
         family=about.family.model_type,
@@ -121,7 +157,7 @@ def _base_facts(base: Checkpoint) -> BaseFacts:
 def _plan_facts(plan: PruningPlan) -> PlanFacts:
     counts = plan.counts
     return PlanFacts(
-        hash=plan.tensors_hash,
+        hash=plan.content_hash,
         provenance=plan.provenance,
         channels=int(plan.keep.size),
         kept=int(counts.sum()),
@@ -149,6 +185,9 @@ def _folder_facts(
         bytes=export.nbytes,
         mtp=form.mtp if base.about.mtp else None,
         mtp_width=export.mtp_width,
+        native=export.native is not None,
+        requantize=form.requantize,
+        rounded_again=None,
     )
 
 
@@ -167,16 +206,7 @@ def _folder_name(folder: Path) -> str:
     return "demo" if folder == DEMO / "model" else folder.resolve().name
 
 
-def _inherited(card: Path) -> dict[str, Any]:
+def _inherited(folder: Path) -> dict[str, Any]:
     """Licence and languages in the front matter of the base's card, if it has any."""
-    if not card.is_file():
-        return {}
-    before, *parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    try:
-        # Strings only: YAML takes the language "no" for a truth value.
-        fenced = not before and len(parts) == 2
-        found = yaml.load(parts[0], yaml.BaseLoader) if fenced else None
-    except yaml.YAMLError:  # people write cards; an unreadable one states no licence
-        found = None
-    values = found if isinstance(found, dict) else {}
+    values = front_matter(folder)
     return {name: values[name] for name in INHERITED if name in values}

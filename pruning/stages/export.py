@@ -1,34 +1,69 @@
 """The export stage: the pruned model as a source of layers, and its folders."""
 
+import functools
 from pathlib import Path
 
 from convert.checkpoint import Checkpoint
 from convert.export_format import ExportFormat
 from convert.mtp_export import MtpSource
-from moe_jax.stream import LayerSource
+from convert.native import OnRounded, with_native_codes
+from moe_jax.stream import LayerSource, mapped
+from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.report.phrases import second_rounding
 from pruning.scores.noise import worthiest_on_noise
 from pruning.shrink.gptq_model import with_codes
 from pruning.shrink.prune import PrunedSource
-from pruning.shrink.rounding import QuantizedSource
+from pruning.shrink.rounding import QuantizedSource, RoundingError, compared
 from pruning.stages.card import card_files
 from pruning.stages.sizes import export_of
 
 
 def pruned_source(
-    base: Checkpoint, plan: PruningPlan, form: ExportFormat | None, codes: Path | None = None
+    base: Checkpoint,
+    plan: PruningPlan,
+    form: ExportFormat | None,
+    codes: Path | None = None,
+    on_rounded: OnRounded | None = None,
 ) -> LayerSource:
-    """The pruned model, with 4-bit weights if the format has them: those in the folder `codes`,
-    or rounded to nearest without one."""
+    """The pruned model, with 4-bit weights if the format has them.
+
+    They are those in the folder `codes`; or else the model's own, if it stores them alike; or else
+    rounded to nearest.
+
+    Args:
+      base: the dense model.
+      plan: what is kept of it.
+      form: of the export, None for the model before rounding.
+      codes: as of `codes_folder`.
+      on_rounded: told of every weight that is rounded, before and after.
+    """
     plan.require_model(base.fingerprint)
     pruned = PrunedSource(base, plan)
     if form is None or not form.is_packed:
         return pruned
+    if codes is None and export_of(base.about, plan, form).native is not None:
+        return _with_own_codes(base, pruned, plan, on_rounded)
     if codes is not None and not form.is_float4:
-        return with_codes(pruned, codes, form.group_size)
-    return QuantizedSource(pruned, form.group_size, float4=form.is_float4)
+        rounding = functools.partial(with_codes, folder=codes, group_size=form.group_size)
+    else:
+        rounding = functools.partial(
+            QuantizedSource, group_size=form.group_size, float4=form.is_float4
+        )
+    return rounding(pruned) if on_rounded is None else compared(pruned, rounding, on_rounded)
+
+
+def _with_own_codes(
+    base: Checkpoint, pruned: LayerSource, plan: PruningPlan, on_rounded: OnRounded | None
+) -> LayerSource:
+    kept = dict(zip(plan.layer_indices, plan.keep, strict=True))
+
+    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
+        return with_native_codes(base, index, layer, kept.get(index), on_rounded)
+
+    return mapped(pruned, change)
 
 
 def codes_folder(recipe: CompressionRecipe) -> Path | None:
@@ -46,19 +81,28 @@ def export(
     codes: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write one export of a plan with its model card; `codes` as for `pruned_source`."""
+    """Write one export of a plan with its model card; `codes` as for `pruned_source`.
+
+    Says there, and to `steps`, whether weights that the model stores in few bits were rounded a
+    second time, and what that did to them.
+    """
     plan.require_model(base.fingerprint)
-    source = pruned_source(base, plan, form, codes)
+    again = RoundingError() if base.about.quantization and form.is_packed else None
+    source = pruned_source(base, plan, form, codes, again)
+    quantizer = "gptq" if codes else "rtn"
     target.parent.mkdir(parents=True, exist_ok=True)
     with steps.bar(f"export {form.name}") as on_step:
-        return export_of(base.about, plan, form).write(
+        folder = export_of(base.about, plan, form).write(
             source,
             target,
             mtp=mtp_source(base),
-            extra_files=card_files(base, plan, form, quantizer="gptq" if codes else "rtn"),
+            extra_files=card_files(base, plan, form, quantizer=quantizer, again=again),
             overwrite=overwrite,
             on_layer=lambda index: on_step(index + 1, len(base)),
         )
+    if again is not None:
+        steps.say(f"{form.name}: {second_rounding(again.relative)}")
+    return folder
 
 
 def mtp_source(base: Checkpoint) -> MtpSource:

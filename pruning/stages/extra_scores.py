@@ -1,7 +1,6 @@
 """End-to-end attributions that a recipe asks for: their cost, said first, and their collection."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +9,7 @@ from moe_jax.errors import InputError
 from moe_jax.experts.grouped_matmul import on_cpu
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import Transformer
+from pruning.kit.memory import free_memory
 from pruning.kit.progress import OnStep, Steps
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.ablation import layer_visits
@@ -97,8 +97,8 @@ def add(
     runs: dict[str, Callable[[OnStep], np.ndarray]] = {}
     how = {"batch": batch, "dtype": dtype}
     if recipe.nll_ig is not None:
-        count = recipe.nll_ig
-        runs["nll_ig"] = lambda on: nll_ig(source, *texts, steps=count, on_step=on, **how)
+        more = {"steps": recipe.nll_ig, "scratch": recipe.scratch_folder}
+        runs["nll_ig"] = lambda on: nll_ig(source, *texts, on_step=on, **more, **how)
     if recipe.nll_ablate:
         runs["nll_ablate"] = lambda on: nll_ablate(source, *texts, on_step=on, **how)
     if recipe.nll_grad2:
@@ -115,10 +115,3 @@ def model_bytes(source: LayerSource) -> int:
     c = source.config
     expert = 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
     return 2 * (len(c.moe_layers) * expert + 2 * c.vocab_size * c.d_model)
-
-
-def free_memory() -> int:
-    """Bytes of memory nobody uses, or all there is where the system does not say."""
-    names = os.sysconf_names
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")

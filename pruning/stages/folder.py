@@ -5,22 +5,34 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from convert.export_format import FORMATS
 from moe_jax.errors import InputError
 from moe_jax.files import LEFTOVER, remove_leftovers, replace_text
 from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
+from pruning.stages import writer
 from pruning.stages.job import Job
+from pruning.stages.made_by import stale_exports
 from pruning.stages.score import find_statistics
-from pruning.text.calibration import TextSource
+from pruning.text.documents import TextSource
 from pruning.text.windows import text_hashes
 
-# All that a run writes, in the order of removal: while a report is there a folder counts as
-# finished, so what a killed removal leaves is never taken for an interrupted run.
-OURS = ("exports", "plans", "parts", "plan.*", "compare.*", "statistics.*", "report.html")
-OURS += ("report.json",)
-OURS += ("audit.*", "ablations.jsonl", "sweep.*")
 RECIPE = "recipe.yaml"
+# All that a run writes but its recipe, in the order of removal: while a report is there a folder
+# counts as finished, so what a killed removal leaves is never taken for an interrupted run.
+OURS = (
+    *(f"exports/{name}" for name in FORMATS),
+    "gptq/gptq.json", "gptq/states", "gptq/layer-[0-9]*.safetensors",
+    "parts/[0-9]*.safetensors", "parts/[0-9]*.json",
+    "plan.json", "plan.safetensors",
+    "compare.json", "compare.csv", "compare.html",
+    "statistics.json", "statistics.safetensors",
+    "report.html", "report.json", "model.json",
+    "audit.json", "audit.csv", "audit.html", "ablations.jsonl",
+    "sweep.csv", "sweep.html",
+)  # fmt: skip
+FOLDERS = ("exports", "gptq", "parts")  # that hold some of them
 
 
 def is_interrupted(job: Job) -> bool:
@@ -31,7 +43,8 @@ def is_interrupted(job: Job) -> bool:
     """
     texts = [TextSource.parse(text).path for text in job.recipe.calibration]
     read = (job.base.about.folder, *texts, *map(Path, job.recipe.evaluation))
-    return may_resume(job.recipe, read, lambda: not (job.output / "report.json").exists())
+    unfinished = lambda: not (job.output / "report.json").exists()  # noqa: E731
+    return may_resume(job.recipe, read, unfinished, lambda: has_moved(job))
 
 
 def is_finished(job: Job) -> bool:
@@ -40,8 +53,9 @@ def is_finished(job: Job) -> bool:
     return (
         not recipe.overwrite
         and all((job.output / name).exists() for name in written)
-        and _same_recipe(job.output / RECIPE, recipe)
+        and _same_recipe(job.output / RECIPE, recipe, lambda: has_moved(job))
         and find_statistics(job) is not None
+        and not _are_stale(job.output)
         and _reported_texts(job.output) == text_hashes(job.evaluation)
     )
 
@@ -53,8 +67,20 @@ def _reported_texts(output: Path) -> dict[str, str] | None:
         return None
 
 
+def has_moved(job: Job) -> bool:
+    """Whether the output folder was measured on this very model, wherever that was."""
+    try:
+        measured = read_json(job.output / "statistics.json").get("model_hash")
+    except (InputError, OSError):
+        return False
+    return measured == job.base.fingerprint
+
+
 def may_resume(
-    recipe: CompressionRecipe, read: Iterable[Path], unfinished: Callable[[], bool]
+    recipe: CompressionRecipe,
+    read: Iterable[Path],
+    unfinished: Callable[[], bool],
+    moved: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Whether the output folder is to be gone on with, rather than made or replaced.
 
@@ -62,6 +88,7 @@ def may_resume(
       recipe: resolved; names the output folder.
       read: files and folders that the run reads.
       unfinished: whether a folder of the same recipe lacks something.
+      moved: whether a model that the recipe has at another place is the same one.
 
     Raises:
       InputError: the folder holds something else that may not be replaced, or what is read.
@@ -70,16 +97,15 @@ def may_resume(
     for path in read:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             raise InputError(f"output={output} holds {path}, which is read; name another folder")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output={output} is a file; name a folder")
-    if not output.exists() or all(LEFTOVER.fullmatch(path.name) for path in output.iterdir()):
+    there = {path.name for path in output.glob("*")} - {*writer.FILES}
+    if all(map(LEFTOVER.fullmatch, there)):
         return False
     if not (output / RECIPE).is_file():
         raise InputError(
             f"output={output} already exists and is no output folder of ours (it has no {RECIPE}), "
             "so --overwrite leaves it alone too; name another folder"
         )
-    if _same_recipe(output / RECIPE, recipe) and unfinished():
+    if _same_recipe(output / RECIPE, recipe, moved) and unfinished():
         return True
     if not recipe.overwrite:
         raise InputError(
@@ -89,12 +115,17 @@ def may_resume(
     return False
 
 
-def _same_recipe(path: Path, recipe: CompressionRecipe) -> bool:
+def _same_recipe(path: Path, recipe: CompressionRecipe, moved: Callable[[], bool]) -> bool:
     try:
-        stored = load_recipe(path, overwrite=recipe.overwrite)
-        # How much of the evaluation texts is read decides no earlier stage.
-        same = dataclasses.replace(stored, evaluation_tokens=recipe.evaluation_tokens)
-        return dataclasses.asdict(same) == dataclasses.asdict(recipe)
+        stored = load_recipe(path, overwrite=recipe.overwrite, output=recipe.output)
+        # How much of the evaluation texts is read decides no earlier stage, and where temporary
+        # files lie none at all.
+        same = dataclasses.replace(
+            stored, evaluation_tokens=recipe.evaluation_tokens, scratch=recipe.scratch
+        )
+        stored, asked = (dataclasses.asdict(one.placed()) for one in (same, recipe))
+        differ = [name for name in stored if stored[name] != asked[name]]
+        return not differ or (differ == ["model"] and moved())
     except InputError:  # of another version, or edited
         return False
 
@@ -103,29 +134,58 @@ def make_output(recipe: CompressionRecipe, *, resumed: bool) -> None:
     """Make the output folder, without what an older run left unless that is gone on with."""
     output = Path(recipe.output)
     if not resumed:
-        for path in (path for pattern in OURS for path in output.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove_ours(output)
     output.mkdir(parents=True, exist_ok=True)
     clear_leftovers(output)
-    replace_text(output / RECIPE, recipe.to_yaml())
+    replace_text(output / RECIPE, recipe.placed().to_yaml())
+
+
+def _remove_ours(output: Path) -> None:
+    for plan in _plans(output):
+        _remove_ours(plan)
+        (plan / RECIPE).unlink(missing_ok=True)
+    for path in _ours(output):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in FOLDERS:
+        _remove_empty(output / name)
+
+
+def _ours(output: Path) -> list[Path]:
+    """What an older run wrote into an output folder, but for the plans of a sweep."""
+    return [path for pattern in OURS for path in sorted(output.glob(pattern))]
+
+
+def _plans(output: Path) -> list[Path]:
+    """Output folders of the plans of a sweep, half made ones too."""
+    written = (
+        path for name in ("plan.safetensors", RECIPE) for path in output.glob(f"plans/*/{name}")
+    )
+    return sorted({path.parent for path in written})
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def clear_leftovers(output: Path) -> None:
-    """Remove what writes that were killed left in the output folder."""
-    for folder in (
-        output,
-        output / "exports",
-        output / "parts",
-        *sorted((output / "plans").glob("*")),
-    ):
+    """Remove what writes that were killed left in an output folder; its writer is the caller."""
+    for plan in (output / "plans").glob("*/"):
+        clear_leftovers(plan)
+    for folder in (output, *(output / name for name in FOLDERS)):
         remove_leftovers(folder)
 
 
 def replaced_bytes(output: Path) -> int:
     """Bytes of an older run in the output folder, which overwriting frees."""
+    return sum(map(replaced_bytes, _plans(output))) + written_there(output, OURS)
+
+
+def written_there(output: Path, patterns: Iterable[str]) -> int:
+    """Bytes of the files that patterns name in an output folder, and of those in such folders."""
     return sum(
         file.stat().st_size
-        for pattern in OURS
+        for pattern in patterns
         for path in output.glob(pattern)
         for file in (path, *path.rglob("*"))
         if file.is_file()
@@ -139,4 +199,15 @@ def drop_stale_exports(output: Path, plan: PruningPlan) -> None:
     except (InputError, OSError):
         stored = None
     if stored is None or not stored.is_same(plan):
-        shutil.rmtree(output / "exports", ignore_errors=True)
+        for name in FORMATS:
+            shutil.rmtree(output / "exports" / name, ignore_errors=True)
+        _remove_empty(output / "exports")
+    for export in stale_exports(output, plan):  # of a plan between two that are alike
+        shutil.rmtree(export)
+
+
+def _are_stale(output: Path) -> bool:
+    try:
+        return bool(stale_exports(output, PruningPlan.load(output)))
+    except (InputError, OSError):
+        return False

@@ -1,13 +1,10 @@
 """The stage that chooses 4-bit codes by GPTQ, between the plan and the exports."""
 
-from hashlib import sha256
 from pathlib import Path
-
-import numpy as np
 
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.shrink.gptq_model import LayerErrors, quantize_model, read_summary
+from pruning.shrink.gptq_model import STATES, LayerErrors, quantize_model, read_summary
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.export import codes_folder
 from pruning.stages.job import Job
@@ -33,15 +30,17 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
     plan.require_model(job.base.fingerprint)
     provenance = {
         "model_hash": job.base.fingerprint,
-        "plan": sha256(np.packbits(plan.keep).tobytes()).hexdigest(),
+        "plan": plan.content_hash,
         "group_size": recipe.group_size,
         "window": recipe.window,
+        "batch": recipe.batch,  # of another the sums differ in their last bits
         "tokens": job.calibration.total,
         "dtype": recipe.dtype,
         "sources": [dict(source) for source in job.calibration.sources],
     }
     found = read_summary(folder)
     if found is not None and found["provenance"] == provenance:
+        (folder / STATES).unlink(missing_ok=True)  # of a run killed in its last moment
         return folder
     with steps.bar("gptq") as on_step:
         errors = quantize_model(

@@ -21,12 +21,8 @@ from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
 from pruning.stages.measure import open_texts
-from pruning.text.calibration import (
-    TextSource,
-    TokenBatch,
-    calibration_batch,
-    hold_out,
-)
+from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
+from pruning.text.documents import TextSource
 from pruning.text.tokenizer import TextCodec, open_codec
 from pruning.text.windows import Windows
 
@@ -125,5 +121,6 @@ def resolved(recipe: CompressionRecipe, base: Description) -> ResolvedRecipe:
     """The recipe with every default that depends on the model filled in; InputError as there."""
     c = base.config
     formats = base.family.formats
-    inputs = packed_inputs(base)
-    return recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, inputs, formats)
+    inputs = packed_inputs(base, recipe.requantize)
+    native = None if base.native is None else base.native.group_size
+    return recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, inputs, formats, native)

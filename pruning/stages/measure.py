@@ -1,5 +1,6 @@
 """Evaluation texts as windows, and the quality of models on them."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,8 @@ from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, measure_quality
-from pruning.text.calibration import (
-    TextSource,
-    token_stream,
-)
+from pruning.text.calibration import token_stream
+from pruning.text.documents import TextSource
 from pruning.text.tokenizer import TextCodec
 from pruning.text.windows import Windows, make_windows
 
@@ -40,13 +39,21 @@ def read_tokens(source: TextSource, codec: TextCodec, max_tokens: int) -> np.nda
     Raises:
       InputError: the file cannot be read as text or holds fewer than two tokens.
     """
-    tokens, _ = token_stream(source, codec.encode, max_tokens, codec.end)
+    tokens = token_stream(source, codec.encode, max_tokens, codec.end).tokens
     if len(tokens) < 2:
         raise InputError(
             f"evaluation text {source.path} has {len(tokens)} tokens, at least 2 are needed to "
             "score one; give more text"
         )
     return tokens
+
+
+def first_tokens(windows: Windows, tokens: int) -> Windows:
+    """The first windows of a text, until so many tokens are scored."""
+    scored = np.cumsum(windows.scored.sum(axis=1))
+    rows = 1 + int(np.searchsorted(scored, min(tokens, int(scored[-1]))))
+    parts = {name: getattr(windows, name)[:rows] for name in ("tokens", "valid", "scored")}
+    return dataclasses.replace(windows, **parts)
 
 
 def measure(

@@ -102,6 +102,7 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
             finish=False,
             batch=job.recipe.batch,
             dtype=job.dtype,
+            scratch=job.recipe.scratch_folder,
             on_step=on_step,
         )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,7 @@ def _budget_range(recipe: ResolvedRecipe, base: Description) -> tuple[int, int, 
     steps["uniform"] = len(layers) * moe.num_experts * recipe.block
     step = steps.get(recipe.width, recipe.block)
     narrow, opened = least, moe.experts_per_token
-    if recipe.width in ("uniform", "layer"):
+    if recipe.width in ("uniform", "layer") or recipe.keep_experts:
         opened = moe.num_experts
     elif recipe.width == "experts":
         narrow = moe.d_expert

@@ -9,10 +9,9 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.description import Description
 from convert.export import Export
-from convert.export_format import FORMATS, ExportFormat
+from convert.export_format import ExportFormat
 from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
-from moe_jax.files import remove_leftovers
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
@@ -22,19 +21,27 @@ from pruning.stages import folder as output_folder
 from pruning.stages import plan as planning
 from pruning.stages import score as scoring
 from pruning.stages.job import Job
+from pruning.stages.model_record import remember
 from pruning.stages.parts import rows_of_parts
+from pruning.stages.remarks import say_nothing_saved, say_texts
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import (
     equal_export,
     export_of,
     export_sizes,
     form_of,
+    gptq_bytes,
     mean_width,
     most_bytes,
     pads,
+    scratch_bytes,
     statistics_bytes,
 )
 from pruning.text.held_out import not_held_out, seen_shares
+
+SCRATCH = "scratch files"
+SCORED = ("statistics", SCRATCH)  # what scoring takes, and nothing later
+WRITTEN = {"statistics": ("parts", "statistics.*"), SCRATCH: (), "gptq": ("gptq",)}
 
 
 def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
@@ -65,12 +72,14 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
         _say_padding(base, job.recipe, steps)
         say_mtp(base, job.recipe, steps)
     check_disk(job, resumed=resumed, exports=exports)
+    say_texts(job, steps, evaluates=exports)
     if warning := not_held_out(seen_shares(job.calibration, job.evaluation)):
         steps.say(warning)
     if not resumed or scoring.find_statistics(job) is None:
         with steps.bar("check weights") as on_step:
             job.base.check_finite(on_step, mtp=job.recipe.mtp != "drop")
     output_folder.make_output(job.recipe, resumed=resumed)
+    remember(job.base, job.output)
 
 
 def _require_known_width(recipe: ResolvedRecipe, form: ExportFormat) -> None:
@@ -104,19 +113,44 @@ def rehearsed_plan(recipe: ResolvedRecipe, base: Description) -> PruningPlan:
 
 def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     """Raise OSError unless everything the run will write fits beside what is there."""
-    base, output = job.base.about, job.output
-    parts = written_bytes(base, job.recipe, len(job.calibration.tokens))
-    for name, path in [("statistics", STATISTICS), *((n, f"exports/{n}") for n in FORMATS)]:
-        if (resumed and (output / path).exists()) or not (exports or name == "statistics"):
-            parts.pop(name, None)
+    recipe, output = job.recipe, job.output
+    parts = written_bytes(job.base.about, recipe, len(job.calibration.tokens), exports=exports)
+    for name in parts if resumed else ():
+        is_scored = name in SCORED and (output / STATISTICS).exists()
+        there = output_folder.written_there(output, WRITTEN.get(name, (f"exports/{name}",)))
+        parts[name] = 0 if is_scored else max(0, parts[name] - there)
+    if is_elsewhere(recipe):
+        require_space(recipe.scratch_folder, {SCRATCH: parts.pop(SCRATCH, 0)})
     require_space(output, parts, 0 if resumed else output_folder.replaced_bytes(output))
 
 
-def written_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> dict[str, int]:
-    """Most bytes that a run of a resolved recipe on so many windows writes, by what it writes."""
+def written_bytes(
+    base: Description, recipe: ResolvedRecipe, windows: int, *, exports: bool = True
+) -> dict[str, int]:
+    """Most bytes that a run of a resolved recipe takes on the disk, by what they are for.
+
+    Args:
+      base: the dense model.
+      recipe: a resolved one.
+      windows: of calibration text.
+      exports: whether the run goes on to plan and export.
+    """
     number = len(rows_of_parts(windows, recipe.until_stable is not None))
     parts = {"statistics": (1 + number) * statistics_bytes(base, recipe)}
-    return parts | {name: most_bytes(base, recipe, name) for name in recipe.export}
+    parts |= {SCRATCH: size} if (size := scratch_bytes(base, recipe, windows)) else {}
+    if not exports:
+        return parts
+    sizes = {name: most_bytes(base, recipe, name) for name in recipe.export}
+    parts |= {"gptq": size} if (size := gptq_bytes(base, recipe, windows, sizes)) else {}
+    return parts | sizes
+
+
+def is_elsewhere(recipe: CompressionRecipe) -> bool:
+    """Whether temporary files go to another disk than what a run leaves."""
+    disks = {
+        _there(folder).stat().st_dev for folder in (Path(recipe.output), recipe.scratch_folder)
+    }
+    return len(disks) > 1
 
 
 def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> None:
@@ -132,8 +166,13 @@ def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> Non
 
 def free_space(folder: Path) -> int:
     """Free bytes where a folder lies or will lie."""
+    return shutil.disk_usage(_there(folder)).free
+
+
+def _there(folder: Path) -> Path:
+    """A folder, or the nearest above it that exists."""
     folders = (folder.absolute(), *folder.absolute().parents)
-    return shutil.disk_usage(next(path for path in folders if path.exists())).free
+    return next(path for path in folders if path.exists())
 
 
 def check_exports(
@@ -157,10 +196,15 @@ def check_exports(
         raise InputError(f"{', '.join(there)} already exist; add --overwrite to replace them")
     for name in recipe.export:
         export_of(base.about, plan, form_of(recipe, name, plan)).check()
-    remove_leftovers(folder)
     sizes = export_sizes(base.about, plan, recipe)
-    require_space(folder, {name: size["bytes"] for name, size in sizes.items()})
+    parts = {name: size["bytes"] for name, size in sizes.items()}
+    windows = math.ceil(recipe.max_tokens / (recipe.window or 2048))
+    if left := gptq_bytes(base.about, recipe, windows, parts):
+        there = output_folder.written_there(folder.parent, WRITTEN["gptq"])
+        parts["gptq"] = max(0, left - there)
+    require_space(folder, parts)
     say_sizes(sizes, steps)
+    say_nothing_saved(plan, recipe, steps)
 
 
 def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
@@ -178,6 +222,7 @@ def _say_padding(base: Description, recipe: ResolvedRecipe, steps: Steps) -> Non
     if recipe.width == "capped":
         assert recipe.cap is not None
         widest = recipe.cap - recipe.cap % recipe.block
+    unpruned = ", as without pruning" if widest == base.config.moe.d_expert else ""
     for name in recipe.export:
         form = form_of(recipe, name)
         if not pads(recipe, form):
@@ -188,7 +233,7 @@ def _say_padding(base: Description, recipe: ResolvedRecipe, steps: Steps) -> Non
             of, one, cure = ("the widest of its layer", "one expert of every layer", "layer")
         steps.say(
             f"{name} with --width {recipe.width} stores every expert as wide as {of}: {mean} if "
-            f"all have {width} channels, {most} if {one} keeps {widest}; "
+            f"all have {width} channels, {most} if {one} keeps {widest}{unpruned}; "
             f"--width {cure} ensures the smaller size, ragged exports store no padding"
         )
 

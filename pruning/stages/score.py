@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
             )
     if job.recipe.weight_gradients:
         with steps.bar("weight gradients") as on_step:
-            gradient = weight_gradient_scores(job.base, *texts, on_step=on_step, **how)
+            gradient = weight_gradient_scores(
+                job.base, *texts, scratch=job.recipe.scratch_folder, on_step=on_step, **how
+            )
         statistics = dataclasses.replace(statistics, weight_gradient=gradient)
     load = lambda: load_model(job.base.about.folder, jnp.bfloat16)  # noqa: E731
     statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
-    provenance = {**identity(job), "stability": stability}
+    provenance = _provenance(job, stability)
     save_statistics(job.output / STATISTICS, statistics, provenance)
     return statistics, provenance
 
@@ -57,7 +60,7 @@ def _score_weights(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     with steps.bar("score weights") as on_step:
         visits, total = itertools.count(1), len(job.base.config.moe_layers)
         statistics = collect_weights(job.base, lambda: on_step(next(visits), total))
-    provenance = {**identity(job), "stability": None}
+    provenance = _provenance(job, None)
     save_statistics(job.output / STATISTICS, statistics, provenance)
     return statistics, provenance
 
@@ -68,22 +71,33 @@ def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
     if not path.is_file() or not path.with_suffix(".json").is_file():
         return None
     statistics, found = load_statistics(path)
-    same = all(found.get(key) == value for key, value in identity(job).items())
+    known = {**found, "sources": without_paths(found.get("sources", ()))}
+    same = all(known.get(key) == value for key, value in identity(job).items())
     return (statistics, found) if same and statistics.covers(job.recipe.groups) else None
 
 
 def identity(job: Job) -> dict:
-    """What statistics must agree in to be those of a job."""
+    """What statistics must agree in to be those of a job: contents, wherever they lie."""
     return {
         "model_hash": job.base.fingerprint,
-        "model": str(job.base.about.folder),
         "window": job.recipe.window,
         "dtype": job.recipe.dtype,
         "tokens": job.calibration.total,
-        "sources": list(job.calibration.sources),
+        "sources": without_paths(job.calibration.sources),
         **({"nll_ig_steps": job.recipe.nll_ig} if job.recipe.nll_ig else {}),
         "until_stable": job.recipe.until_stable,
     }
+
+
+def without_paths(sources: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of texts beside where they lie."""
+    return [{key: value for key, value in one.items() if key != "path"} for one in sources]
+
+
+def _provenance(job: Job, stability: dict | None) -> dict:
+    """What is stored beside statistics: their identity, and where model and texts were."""
+    places = {"model": str(job.base.about.folder), "sources": list(job.calibration.sources)}
+    return {**identity(job), **places, "stability": stability}
 
 
 def stored_statistics(folder: Path, base: Checkpoint) -> tuple[ChannelStatistics, dict]:

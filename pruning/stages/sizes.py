@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,13 @@ from convert.export_format import ExportFormat, Widths
 from convert.families import find_family
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
+from pruning.scores import states
+from pruning.scores.collect import CHUNK
+from pruning.scores.end_to_end import ig_chunk
 from pruning.scores.statistics import ChannelStatistics, field_shapes
+from pruning.shrink.gptq_model import progress_bytes
+
+SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
 
 
 def kept_widths(plan: PruningPlan, base: Description) -> Widths:
@@ -30,7 +36,8 @@ def expert_widths(counts: np.ndarray, indices: Sequence[int], base: Description)
 def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = None) -> ExportFormat:
     """The export format of this name under a resolved recipe and, once there is one, its plan."""
     constants = recipe.emptied == "mean" if plan is None else plan.constants is not None
-    return ExportFormat(name, recipe.group_size or 32, constants, recipe.mtp)
+    group = recipe.group_size or 32
+    return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize)
 
 
 def export_of(base: Description, plan: PruningPlan, form: ExportFormat) -> Export:
@@ -57,6 +64,24 @@ def export_sizes(
 def folder_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weight files and their index."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors*"))
+
+
+def sample_memory(base: Description, export: Export) -> int:
+    """Bytes that the larger of the whole dense model and a whole export takes while it is read.
+
+    Weights in 4 bits come as float32, and a layer is held twice on its way. 0 for a dense model
+    above `SAMPLE_BYTES`, which writes no sample.
+    """
+    said, weights = base.hf_config, base.weights()
+    if 2 * weights > SAMPLE_BYTES:
+        return 0
+    wide = said.get("quantization_config") or "float32" in (
+        said.get("dtype"),
+        said.get("torch_dtype"),
+    )
+    stored = sum(math.prod(one.shape) for one in export.tensors.values())
+    larger = max((4 if wide else 2) * weights, (4 if export.form.is_packed else 2) * stored)
+    return larger + larger // len(base)
 
 
 def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:
@@ -88,6 +113,42 @@ def statistics_bytes(base: Description, recipe: ResolvedRecipe) -> int:
     c = base.config
     sizes = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, c.d_model)
     return 8 * sum(map(math.prod, field_shapes(*sizes, recipe.groups).values()))
+
+
+def scratch_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> int:
+    """Bytes of the largest scratch file that scoring so many windows takes; 0 if none is."""
+    texts = []  # (windows, copies) whose states are held at once
+    if recipe.gradients:
+        texts.append((min(windows, CHUNK), 1))
+    if recipe.weight_gradients:
+        texts.append((windows, 1))
+    if steps := recipe.nll_ig:
+        texts.append((min(windows, ig_chunk(steps)), steps))
+    shapes = [
+        (copies * math.ceil(count / recipe.batch) * recipe.batch, recipe.window)
+        for count, copies in texts
+    ]
+    sizes = [states.scratch_bytes(base.config, shape, recipe.dtype) for shape in shapes]
+    return max(sizes, default=0)
+
+
+def gptq_bytes(
+    base: Description, recipe: CompressionRecipe, windows: int, exports: Mapping[str, int]
+) -> int:
+    """Most bytes of the folder in which GPTQ chooses codes, while at work; 0 if it does not.
+
+    Args:
+      base: the dense model.
+      recipe: a resolved one, or one stored by a run.
+      windows: of calibration text.
+      exports: bytes of each export.
+    """
+    packed = [size for name, size in exports.items() if form_of(recipe, name).is_packed]
+    if recipe.quantizer != "gptq" or not packed:
+        return 0
+    text = windows, recipe.window or 2048
+    # An export has the same codes and scales, and more.
+    return min(packed) + progress_bytes(base.config, text, recipe.batch, recipe.dtype)
 
 
 def mean_width(base: Description, recipe: ResolvedRecipe, rounding=math.ceil) -> int:

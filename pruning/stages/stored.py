@@ -11,6 +11,7 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.demo import model_folder
+from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.recipe.values import check_rate
@@ -18,6 +19,7 @@ from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import plan as planning
 from pruning.stages import score as scoring
 from pruning.stages.job import resolved
+from pruning.stages.model_record import identify
 
 
 def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
@@ -28,9 +30,21 @@ def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
     return load_recipe(folder / "recipe.yaml", **{"output": str(folder), **given})
 
 
-def stored_base(recipe: CompressionRecipe) -> Checkpoint:
-    """The dense model that a recipe names, its weights read in 16 bits."""
-    return open_checkpoint(model_folder(recipe.model), dtype=jnp.bfloat16)
+def stored_base(recipe: CompressionRecipe, steps: Steps) -> Checkpoint:
+    """The dense model that a stored recipe names, its weights read in 16 bits.
+
+    Raises:
+      InputError: it is not there any more, or damaged.
+    """
+    folder = model_folder(recipe.model)
+    if not folder.is_dir():
+        raise InputError(
+            f"{recipe.output}/recipe.yaml names the model {folder}, which is not there; if it has "
+            "moved, give `score` its new place and the same options: nothing is measured again"
+        )
+    base = open_checkpoint(folder, dtype=jnp.bfloat16)
+    identify(base, Path(recipe.output), steps)
+    return base
 
 
 def stored_plans(

@@ -1,15 +1,11 @@
 """Re-reading an exported folder and comparing it with what was meant to be written."""
 
-import importlib.util
-import io
+import dataclasses
 import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,18 +14,19 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.description import Description
 from convert.export import Export
 from convert.export_format import ExportFormat
-from convert.formats.ragged import MTP
-from convert.mtp import mtp_layers, mtp_prefixes
+from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource
-from convert.reader import SafetensorsFolder, read_json
-from convert.rules import RAGGED
+from convert.reader import CheckpointError
 from moe_jax.config import ModelConfig
-from moe_jax.quant import MIN_SCALE
-from moe_jax.stream import LayerSource
+from moe_jax.errors import InputError
+from moe_jax.stream import LayerSource, mapped
+from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
 from pruning.shrink.rounding import bfloat16_experts
+from pruning.stages.client import Answer, client_answer
+from pruning.stages.content import TensorComparison, config_problems, file_problems, in_words
 from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.sizes import export_of
 
@@ -41,17 +38,30 @@ LEAST, SHARE = 8, 0.01  # positions to judge by; without so many, how many of al
 PROBE_WINDOWS, PROBE_TOKENS = 8, 32
 # Of a window that must be long: tokens, and numbers of the logits of two (256 MiB each time).
 LONGEST_PROBE, MOST_LOGITS = 1024, 1 << 26
-CLIENT_BYTES = 4 << 30  # larger folders are not loaded a second time through torch
+TENSORS, MTP_TENSORS = "tensors", "layers that predict further tokens"
+CODES = "4-bit codes"
+IN_JAX, IN_TRANSFORMERS = "logits in JAX", "logits in transformers"
+
+Logits = tuple[np.ndarray, np.ndarray]  # float32 [B, T, V]; bool [B, T], as of `settled_logits`
 
 
 @dataclass(frozen=True)
 class Check:
-    """One verified fact about an export."""
+    """One verified fact about an export, or one that could not be verified.
+
+    Attributes:
+      export: format of the folder.
+      check: what was compared.
+      ok: False if something is wrong.
+      detail: what was compared and how it came out, or why nothing was.
+      done: False if nothing was compared; then `ok` says no more than that nothing is known.
+    """
 
     export: str
     check: str
     ok: bool
     detail: str
+    done: bool = True
 
 
 def probe_lengths(config: ModelConfig) -> tuple[int, int]:
@@ -93,85 +103,139 @@ def require_verified(checks: Sequence[Check]) -> None:
         )
 
 
-def verify_folder(
-    folder: Path,
-    *,
+def verify_export(
+    base: Checkpoint,
+    plan: PruningPlan,
+    form: ExportFormat,
+    target: Path,
+    probe: np.ndarray,
+    codes: Path | None = None,
+) -> list[Check]:
+    """Compare one export with what base, plan and quantiser give, and with what it computes.
+
+    Every file and every bit of every tensor is compared, a layer at a time, and nothing in the
+    folder is run before. Logits then say that programs find the same model in it.
+
+    Args:
+      base: the dense model.
+      plan: what is kept.
+      form: the format.
+      target: the folder.
+      probe: int32 [B, T] tokens to compare logits on.
+      codes: folder of the 4-bit codes, None if weights are rounded to nearest.
+
+    Returns:
+      The checks, in order; what cannot be done after a failure, or for want of memory, says so.
+    """
+    export = export_of(base.about, plan, form)
+    problems = file_problems(target, export)
+    fine = "code, config.json, tokenizer and all else that programs read: as planned"
+    checks = [Check(form.name, "files", not problems, in_words(problems) or fine)]
+    if not form.is_packed or form.is_float4:
+        codes = None  # GPTQ has none for it
+    lost = codes is not None and not codes.is_dir()
+    expected = pruned_source(base, plan, form, None if lost else codes)
+    try:
+        comparison = TensorComparison(target, export, with_codes=not lost)
+    except CheckpointError as error:
+        return [*checks, Check(form.name, TENSORS, False, str(error))]
+    wanted = _compare(comparison, export, mtp_source(base), expected, probe)
+    checks += _tensor_checks(comparison, export)
+    if problems:
+        why = "its files are not those that were written, and nobody else's code is run"
+        return [*checks, *(_undone(form, name, why) for name in (IN_JAX, IN_TRANSFORMERS))]
+    try:
+        found = _stored_logits(target, probe)
+    except InputError as error:
+        checks.append(Check(form.name, IN_JAX, False, str(error)))
+        return [*checks, _undone(form, IN_TRANSFORMERS, "JAX does not read the folder")]
+    if lost:
+        why = f"the 4-bit codes that GPTQ chose are no longer in {codes}"
+        checks += [_undone(form, name, why) for name in (CODES, IN_JAX)]
+        wanted = found
+    else:
+        checks.append(logit_check(form.name, IN_JAX, found[0], *wanted))
+    answer = client_answer(target, export, probe)
+    if answer.logits is not None and _narrows_experts(form):
+        wanted = _stored_logits(target, probe, bfloat16_experts)
+    return checks + _client_checks(export, answer, wanted)
+
+
+def _compare(
+    comparison: TensorComparison,
     export: Export,
     mtp: MtpSource,
     expected: LayerSource,
     probe: np.ndarray,
-) -> list[Check]:
-    """Compare a folder with the plan and with the model in memory.
+) -> Logits:
+    """Compare all tensors; the logits of the model that they come from. Each layer is made once."""
 
-    Args:
-      folder: what was written.
-      export: what it should hold.
-      mtp: where layers that predict further tokens came from.
-      expected: the pruned (and quantised) model whose function it must have.
-      probe: int32 [B, T] tokens to compare logits on.
+    def compare(index: int, layer: DecoderLayer) -> DecoderLayer:
+        comparison.add(export.layer_arrays(layer, index))
+        return layer
 
-    Returns:
-      The checks, in order; none is skipped after a failure that allows it.
-    """
-    form = export.form
-    checks = [_tensor_check(folder, export)]
-    if form.mtp != "drop":
-        checks.append(_mtp_check(folder, export, mtp))
-    wanted, settled = settled_logits(expected, probe)
-    found, _ = settled_logits(open_checkpoint(folder, dtype=jnp.float32), probe)
-    checks.append(logit_check(form.name, "logits in JAX", found, wanted, settled))
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if size <= CLIENT_BYTES:
-            drafting = mtp_prefixes(export.base.family, export.base.hf_config)
-            fuses = int(version("transformers").partition(".")[0]) >= 5  # experts, in bfloat16
-            if fuses and form.is_packed and form.is_padded and not form.is_float4:
-                wanted, settled = settled_logits(bfloat16_experts(expected), probe)
-            loads = export.base.family.auto_class
-            checks += _client_checks(folder, form, loads, drafting, probe, wanted, settled)
-        else:
-            logger.info("%s is too large to load again through transformers", folder)
+    comparison.add(export.outer_arrays(expected))
+    comparison.add(export.mtp_arrays(mtp))
+    return settled_logits(mapped(expected, compare), probe)
+
+
+def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
+    drafting = frozenset(map(export.stored_name, export.mtp_specs))
+    checks = []
+    for check, names in ((TENSORS, comparison.names - drafting), (MTP_TENSORS, drafting)):
+        if names:
+            problems = comparison.problems_of(names)
+            detail = in_words(problems) or comparison.words(names)
+            checks.append(Check(export.form.name, check, not problems, detail))
     return checks
 
 
-def _tensor_check(folder: Path, export: Export) -> Check:
-    stored, expected = SafetensorsFolder(folder), export.specs
-    wrong = sorted(set(expected) ^ set(stored.names))
-    for name in set(expected) & set(stored.names):
-        dtype, shape = stored.spec(name)
-        if (np.dtype(dtype), tuple(shape)) != (expected[name][0], tuple(expected[name][1])):
-            wrong.append(name)
-        elif name.endswith("_scale") and not np.all(abs(stored.read(name)) >= MIN_SCALE):
-            wrong.append(name)
-    detail = f"{len(expected)} tensors as planned" if not wrong else f"wrong: {wrong[:5]}"
-    return Check(export.form.name, "names, shapes, dtypes, scales", not wrong, detail)
+def _stored_logits(
+    folder: Path, probe: np.ndarray, change: Callable[[LayerSource], LayerSource] = lambda s: s
+) -> Logits:
+    """Logits of a folder as we read it."""
+    return settled_logits(change(open_checkpoint(folder, dtype=jnp.float32)), probe)
 
 
-def _mtp_check(folder: Path, export: Export, mtp: MtpSource) -> Check:
-    """Whether layers that predict further tokens are what the base's become, bit for bit."""
-    stored, form = SafetensorsFolder(folder), export.form
-    wrong = [
-        name
-        for name, wanted in export.mtp_arrays(mtp)
-        if name not in stored or stored.read(name).tobytes() != wanted.tobytes()
-    ]
-    how = "as in the base" if form.mtp == "keep" else "of the base, experts pruned"
-    detail = f"wrong: {wrong[:5]}" if wrong else f"{len(export.base.mtp)} tensors {how}"
-    return Check(form.name, "layers that predict further tokens", not wrong, detail)
+def _undone(form: ExportFormat, check: str, why: str) -> Check:
+    return Check(form.name, check, True, f"not done: {why}", done=False)
 
 
-def written_mtp(folder: Path, base: Description) -> str:
-    """What an export says has become of the layers that predict further tokens.
+def _narrows_experts(form: ExportFormat) -> bool:
+    """Whether transformers dequantises the experts of a format to bfloat16: 5 does, 4 did not."""
+    fuses = int(version("transformers").partition(".")[0]) >= 5
+    return fuses and form.is_packed and form.is_padded and not form.is_float4
 
-    Raises:
-      CheckpointError: config.json cannot be read.
+
+def _client_checks(export: Export, answer: Answer, wanted: Logits) -> list[Check]:
+    form, loads = export.form, "transformers loads every tensor"
+    if answer.undone:
+        return [_undone(form, IN_TRANSFORMERS, answer.undone)]
+    if answer.logits is None or answer.loading is None:
+        return [Check(form.name, loads, False, answer.fault)]
+    # It ignores layers that predict further tokens, and reports those of unpublished sizes.
+    prefixes = mtp_prefixes(export.base.family, export.base.hf_config)
+    mtp = tuple(map(export.stored_name, prefixes))
+    known = {k: [v for v in value if not v.startswith(mtp)] for k, value in answer.loading.items()}
+    problems = {key: value[:3] for key, value in known.items() if value}
+    detail = str(problems) if problems else "none missing, unexpected or mismatched"
+    checks = [Check(form.name, loads, not problems, detail)]
+    return [*checks, logit_check(form.name, IN_TRANSFORMERS, answer.logits, *wanted)]
+
+
+def written_form(
+    folder: Path, base: Description, plan: PruningPlan, form: ExportFormat
+) -> ExportFormat:
+    """A format, with what an export did to layers that predict further tokens.
+
+    `export` may have been told otherwise than the recipe: what config.json says decides, if it is
+    one that an export writes.
     """
-    hf, family = read_json(folder / "config.json"), base.family
-    if not (base.mtp and mtp_layers(family, hf)):
-        return "drop"
-    own = base.config.moe.d_expert
-    stored = own if hf["model_type"].startswith(RAGGED) else hf[family.width_key]
-    return "keep" if hf.get(MTP, stored) == own else "prune"
+    for mtp in (form.mtp, "drop", "keep", "prune"):
+        one = dataclasses.replace(form, mtp=mtp)
+        if not config_problems(folder, export_of(base, plan, one)):
+            return one
+    return form
 
 
 def logit_check(
@@ -198,88 +262,3 @@ def logit_check(
     elif not within.all():
         detail += f"; {within.size - within.sum()} of {within.size} positions differ by more"
     return Check(export, name, bool(np.isfinite(found).all() and ok), detail)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the bars and warnings of torch programs off stderr; what matters is in the checks."""
-    from transformers.utils import logging as messages
-
-    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
-    try:
-        # compressed-tensors draws bars of its own, which have no switch.
-        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        messages.set_verbosity(level)
-        if bars:
-            messages.enable_progress_bar()
-
-
-def _client_checks(
-    folder: Path,
-    form: ExportFormat,
-    auto_class: str,
-    mtp: tuple[str, ...],
-    probe: np.ndarray,
-    wanted: np.ndarray,
-    settled: np.ndarray,
-) -> list[Check]:
-    try:
-        with _silence():
-            info, found = _client_logits(folder, form, auto_class, probe)
-    except ImportError as error:
-        return [Check(form.name, "transformers", True, f"not checked: {error}")]
-    # It ignores layers that predict further tokens, and reports those of unpublished sizes.
-    known = {key: [v for v in value if not str(v).startswith(mtp)] for key, value in info.items()}
-    problems = {key: value[:3] for key, value in known.items() if value}
-    detail = str(problems) if problems else "none missing, unexpected or mismatched"
-    checks = [Check(form.name, "transformers loads every tensor", not problems, detail)]
-    name = "logits in transformers"
-    return [*checks, logit_check(form.name, name, found, wanted, settled)]
-
-
-def _client_logits(
-    folder: Path, form: ExportFormat, auto_class: str, probe: np.ndarray
-) -> tuple[dict, np.ndarray]:
-    """What transformers reports while loading a folder, and the model's logits [B, T, V]."""
-    import torch
-    import transformers
-
-    options: dict[str, Any] = {}
-    if form.is_float4:  # its kernels would need a GPU; this way the values are exact
-        from transformers.utils.quantization_config import Mxfp4Config
-
-        options["quantization_config"] = Mxfp4Config(dequantize=True)
-    loaded: Any = getattr(transformers, auto_class).from_pretrained(
-        folder,
-        dtype=torch.float32,
-        trust_remote_code=not form.is_padded,
-        output_loading_info=True,
-        **options,
-    )
-    model, info = loaded
-    model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
-    with torch.no_grad():
-        return info, model(torch.from_numpy(probe).long()).logits.float().numpy()
-
-
-def verify_export(
-    base: Checkpoint,
-    plan: PruningPlan,
-    form: ExportFormat,
-    target: Path,
-    probe: np.ndarray,
-    codes: Path | None = None,
-) -> list[Check]:
-    """Check one export against its plan and the model in memory."""
-    return verify_folder(
-        target,
-        export=export_of(base.about, plan, form),
-        mtp=mtp_source(base),
-        expected=pruned_source(base, plan, form, codes),
-        probe=probe,
-    )

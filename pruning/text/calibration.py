@@ -1,49 +1,18 @@
 """Text to batches of tokens of one shape: files, JSON lines and weighted mixtures of them."""
 
-import gzip
-import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import numpy as np
 
 from moe_jax.errors import InputError
+from pruning.text.documents import WHOLE, TextSource, open_documents
 
 Encode = Callable[[str], list[int]]
 MIN_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """One calibration file: its path, the JSON field that holds the text, and its weight."""
-
-    path: Path
-    field: str = "text"
-    weight: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str, field: str = "text") -> "TextSource":
-        """Read `FILE` or `FILE=WEIGHT`.
-
-        Raises:
-          InputError: if the weight is not a positive number.
-        """
-        path, separator, weight = text.rpartition("=")
-        if not separator or Path(text).exists():
-            return cls(Path(text), field)
-        try:
-            value = float(weight)
-        except ValueError:
-            value = 0.0
-        if value <= 0:
-            raise InputError(
-                f"calibration={text!r}: the weight after '=' must be a positive number; write "
-                "FILE or FILE=2.5"
-            )
-        return cls(Path(path), field, value)
+CHARACTERS = 16  # of a document, at most, for each token that is wanted
 
 
 @dataclass(frozen=True)
@@ -53,7 +22,8 @@ class TokenBatch:
     Attributes:
       tokens: int32 [B, T].
       valid: bool [B, T]; padding is False.
-      sources: per file: path, sha256, documents, tokens used.
+      sources: per file: path, weight, documents, tokens used, and the sha256 of the file, or of
+        what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all".
     """
 
     tokens: np.ndarray
@@ -66,61 +36,27 @@ class TokenBatch:
         return int(self.valid.sum())
 
 
-def read_documents(source: TextSource) -> list[str]:
-    """Documents of a file: one per line of .jsonl or .jsonl.gz, else the whole file as one.
+@dataclass(frozen=True)
+class TokenStream:
+    """The beginning of a file's documents in the order of `pruning.text.documents`.
 
-    Raises:
-      InputError: missing or empty file, text that is not UTF-8, a line without the named field.
+    Attributes:
+      tokens: int32 [T].
+      documents: that were read.
+      part: of the file that they were chosen from, see `Documents`.
+      sha256: of the characters that were read.
     """
-    if not source.path.is_file():
-        raise InputError(f"text file {source.path} does not exist; check the path")
-    raw = source.path.read_bytes()
-    try:
-        if source.path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-        text = raw.decode("utf-8")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{source.path} is not whole gzip ({error}); download it again") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source.path} is not UTF-8 text ({error}); convert it first") from None
-    if ".jsonl" in source.path.suffixes:
-        # Not splitlines, which also cuts at characters that a JSON string may hold.
-        documents = [
-            _document(line, source, number)
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-    else:
-        # A text is the same whatever system wrote it.
-        documents = [text.replace("\r\n", "\n").replace("\r", "\n")]
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise InputError(f"{source.path} holds no text; give a file with at least a few pages")
-    return documents
 
-
-def _document(line: str, source: TextSource, number: int) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{source.path}:{number} is not JSON ({error}); expected JSON lines"
-        ) from None
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get(source.field), str):
-        known = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise InputError(
-            f"{source.path}:{number} has no text in field {source.field!r} (found: {known}); name "
-            "the right field with --text-field"
-        )
-    return value[source.field]
+    tokens: np.ndarray
+    documents: int
+    part: str
+    sha256: str
 
 
 def token_stream(
     source: TextSource, encode: Encode, limit: int, separator: int | None
-) -> tuple[np.ndarray, int]:
-    """First tokens of a file's documents in a fixed random order, joined by `separator`.
+) -> TokenStream:
+    """First tokens of a file's documents, joined by `separator`.
 
     Args:
       source: the file.
@@ -129,25 +65,29 @@ def token_stream(
       separator: token between documents; None for none.
 
     Returns:
-      (token ids int32, number of documents that were read).
+      At most `limit` tokens.
 
     Raises:
-      InputError: as `read_documents`.
+      InputError: as `open_documents`.
     """
     tokens: list[int] = []
-    documents = 0
-    texts = read_documents(source)
-    # Files are often sorted by subject: the first tokens of one would be a sample of one subject.
-    order = np.random.default_rng(0).permutation(len(texts))
-    for document in (texts[i] for i in order):
-        if documents and separator is not None:
+    # A token covers at least one character often enough: this bounds the work on huge files.
+    characters = CHARACTERS * limit
+    found, read, digest = open_documents(source, characters), 0, sha256()
+    for document in found.texts:
+        if read and separator is not None:
             tokens.append(separator)
-        # A token covers at least one character often enough: this bounds the work on huge files.
-        tokens.extend(encode(document[: 16 * limit]))
-        documents += 1
+        tokens.extend(encode(document[:characters]))
+        read += 1
+        digest.update(document[:characters].encode() + b"\n")
         if len(tokens) >= limit:
             break
-    return np.asarray(tokens[:limit], np.int32), documents
+    return TokenStream(np.asarray(tokens[:limit], np.int32), read, found.part, digest.hexdigest())
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def calibration_batch(
@@ -182,17 +122,19 @@ def calibration_batch(
     if length < 2 or max_tokens < 1:
         raise InputError(f"length={length} must be at least 2 and max_tokens={max_tokens} positive")
     streams = [token_stream(source, encode, max_tokens, separator) for source in sources]
-    shares = _shares([len(s) for s, _ in streams], [s.weight for s in sources], max_tokens)
+    shares = _shares([len(s.tokens) for s in streams], [s.weight for s in sources], max_tokens)
     rows, masks, notes = [], [], []
-    for source, (stream, documents), share in zip(sources, streams, shares, strict=True):
+    for source, stream, share in zip(sources, streams, shares, strict=True):
         windows = -(-share // length)
         padded = np.zeros(windows * length, np.int32)
-        padded[:share] = stream[:share]
+        padded[:share] = stream.tokens[:share]
         rows.append(padded.reshape(windows, length))
         masks.append((np.arange(windows * length) < share).reshape(windows, length))
-        digest = sha256(source.path.read_bytes()).hexdigest()
+        is_small = source.path.stat().st_size <= WHOLE
+        digest = _file_hash(source.path) if is_small else stream.sha256
+        part = {} if stream.part == "all" else {"part": stream.part}
         notes.append({"path": str(source.path), "sha256": digest, "weight": source.weight,
-                      "documents": documents, "tokens": share})  # fmt: skip
+                      "documents": stream.documents, "tokens": share, **part})  # fmt: skip
     batch = TokenBatch(np.concatenate(rows), np.concatenate(masks), tuple(notes))
     if batch.total < MIN_TOKENS:
         raise InputError(

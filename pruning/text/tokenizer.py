@@ -87,6 +87,13 @@ def open_codec(folder: Path, vocab_size: int) -> TextCodec:
 
 
 def _end(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> int | None:
+    ids = read_json(folder / "config.json").get("eos_token_id")
+    given = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(one) is int and 0 <= one < vocab_size for one in given):
+        raise InputError(
+            f"{folder}/config.json: eos_token_id={str(ids)[:80]} must be ids below the "
+            f"vocab_size {vocab_size}; get it again"
+        )
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         token = read_json(settings).get("eos_token")
@@ -95,13 +102,4 @@ def _end(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> int | None:
             raise InputError(f"{settings}: eos_token={token!r} must be text; get it again")
         if token is not None:
             return tokenizer.token_to_id(token)
-    ids = read_json(folder / "config.json").get("eos_token_id")
-    first = ids[0] if isinstance(ids, list) and ids else ids
-    if first is None or (isinstance(ids, list) and not ids):
-        return None
-    if type(first) is not int or not 0 <= first < vocab_size:
-        raise InputError(
-            f"{folder}/config.json: eos_token_id={str(ids)[:80]} must be ids below the "
-            f"vocab_size {vocab_size}; get it again"
-        )
-    return first
+    return next(iter(given), None)

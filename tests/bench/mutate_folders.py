@@ -1,4 +1,5 @@
-"""Ten thousand damaged checkpoint folders of four families, see `tests/support/mutations.py`.
+"""Ten thousand damaged folders, checkpoints of four families and outputs of ours; see
+`tests/support/mutations.py`.
 
 `python tests/bench/mutate_folders.py [--cases 10000]` prints what neither opened nor was refused.
 """
@@ -25,7 +26,7 @@ def main() -> None:
         for family, folder in folders(Path(place)).items():
             print(family, flush=True)
             command = [sys.executable, "-m", "tests.support.mutations", str(folder)]
-            share = options.cases // 4
+            share = options.cases // 5
             subprocess.run([*command, str(options.first), str(share)], cwd=ROOT, check=True)
 
 

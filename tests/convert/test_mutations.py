@@ -1,5 +1,5 @@
-"""Hundreds of damaged folders: each opens or is refused in one message; ten thousand by
-`tests/bench/mutate_folders.py`."""
+"""Hundreds of damaged checkpoints and output folders: each opens or is refused in one message; ten
+thousand by `tests/bench/mutate_folders.py`."""
 
 import json
 import subprocess
@@ -8,21 +8,38 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from tests.support import command, tiny
 
 ROOT = Path(__file__).parents[2]
 CASES = 150
+OUTPUT = "output"
+
+
+def output_folder(place: Path) -> Path:
+    """What `score`, `plan` and `compare` write, in one folder."""
+    place.mkdir()
+    model, text, out = place / "model", place / "text.txt", place / "out"
+    tiny.add_tokenizer(tiny.save(tiny.tiny_model("qwen2_moe", **command.SIZES), model))
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    given = (model, *command.given(place, out, text.name))
+    rules = ("--rules", "random", "--prune-rate", 0.5, "--block", 8, "--evaluation", text)
+    assert command.run("compare", *given, *rules) == 0
+    compared = (out / "compare.json").read_bytes()
+    assert command.run("score", *given, "--bits", 16, "--overwrite") == 0
+    assert command.run("plan", out, "--prune-rate", 0.5) == 0
+    (out / "compare.json").write_bytes(compared)
+    return out
 
 
 def folders(place: Path) -> dict[str, Path]:
-    """A folder with a tokenizer of each of four families, one of them in shards."""
+    """A folder with a tokenizer of each of four families, one of them in shards, and an output."""
     found = {}
     for family, shard in (("qwen2_moe", "40KB"), ("deepseek_v3", "1GB"), ("gpt_oss", "1GB"),
                           ("mixtral", "1GB")):  # fmt: skip
         model = tiny.tiny_model(family, vocab_size=300)
         found[family] = tiny.add_tokenizer(tiny.save(model, place / family, max_shard_size=shard))
         (place / family / "tokenizer_config.json").write_text('{"eos_token": "a"}')
-    return found
+    return found | {OUTPUT: output_folder(place / OUTPUT)}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +48,10 @@ def pristine(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "mixtral", OUTPUT])
 def test_a_damaged_folder_opens_or_is_refused_in_one_message(pristine, family):
-    command = [sys.executable, "-m", "tests.support.mutations", pristine[family], "0", str(CASES)]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    child = [sys.executable, "-m", "tests.support.mutations", pristine[family], "0", str(CASES)]
+    done = subprocess.run(list(map(str, child)), cwd=ROOT, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines and lines[-1] == {"done": CASES}, done.stderr[-2000:]
     assert lines[:-1] == []

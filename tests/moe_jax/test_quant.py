@@ -173,3 +173,26 @@ def test_sizes_that_do_not_fit_are_refused_by_name(shape, group, axis):
 def test_plain_arrays_pass_through_dequantize():
     weight = jnp.ones((2, 2))
     assert dequantize(weight) is weight
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "axis"),
+    [((4096 + 256, 4), 128, 0), ((4032 + 192, 4), 96, 0), ((4096 + 8, 128), 128, 1)],
+)
+def test_a_second_block_of_rows_has_its_own_groups_in_their_places(shape, group, axis):
+    """More rows than are rounded at once, and groups that do not divide that number."""
+    rng = np.random.default_rng(4)
+    weight = rng.normal(size=shape)
+    places = np.arange(shape[axis]) // group if axis == 0 else np.arange(shape[0])
+    weight *= 2.0 ** (places % 11 - 5)[:, None]  # no group is like its neighbour
+    tensor = quantize(jnp.asarray(weight.astype(np.float32)), group_size=group, axis=axis,
+                      dtype=jnp.float32)  # fmt: skip
+    assert tensor.scale.shape == tuple(n // group if i == axis else n for i, n in enumerate(shape))
+    weight = weight.astype(np.float32).astype(np.float64)
+    codes = np.asarray(unpack_in_python(tensor))
+    np.testing.assert_array_equal(codes, np.clip(np.rint(weight / spread_scale(tensor)), -8, 7))
+    split = (-1, group, shape[1]) if axis == 0 else (shape[0], -1, group)
+    largest = np.abs(weight).reshape(split).max(axis=axis + 1)
+    part = 8 * np.abs(np.asarray(tensor.scale, np.float64)) / largest
+    assert 0.59 < part.min() and part.max() < 1.01  # code -8, or clipped by 40 % at most
+    np.testing.assert_array_equal(dequantize(tensor), codes * spread_scale(tensor))

@@ -1,8 +1,8 @@
-"""Checkpoint folders damaged at random: each must open, or be refused in one clear message.
+"""Folders damaged at random: each must open, or be refused in one clear message.
 
-`python -m tests.support.mutations FOLDER FIRST COUNT` damages a copy of FOLDER once per seed, opens
-it in this process under a limit of memory and of processor time, and prints what ended otherwise, a
-line of JSON each.
+`python -m tests.support.mutations FOLDER FIRST COUNT` damages a copy of FOLDER once per seed, a
+checkpoint or the output folder of `score` and `plan`, opens it in this process under a limit of
+memory and of processor time, and prints what ended otherwise, a line of JSON each.
 """
 
 import json
@@ -13,6 +13,8 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+
+import yaml
 
 MEMORY, SECONDS = 1 << 30, 2  # beyond what the imports take; for one case
 SHORTEST, LONGEST = 8, 20_000  # characters of a message
@@ -61,6 +63,8 @@ ENTRIES = (
 def damage(folder: Path, seed: int) -> str:
     """Damage one thing in a folder; says what."""
     rng = random.Random(seed)
+    if (folder / "plan.json").is_file():
+        return _damage_output(folder, rng)
     files = {
         "config.json": _config, "*.safetensors": _header, "*.index.json": _index,
         "tokenizer.json": _text, "tokenizer_config.json": _config,
@@ -72,6 +76,63 @@ def damage(folder: Path, seed: int) -> str:
     if rng.random() < 0.1 and path.suffix == ".json":
         change = _text
     return f"{path.name}: {change(path, rng)}"
+
+
+def _damage_output(folder: Path, rng: random.Random) -> str:
+    changes = {
+        "plan.json": _nested, "statistics.json": _nested, "recipe.yaml": _recipe,
+        "plan.safetensors": _header, "statistics.safetensors": _header, "compare.json": _nested,
+    }  # fmt: skip
+    name = rng.choice([name for name in changes if (folder / name).is_file()])
+    change = changes[name]
+    if rng.random() < 0.1 and name.endswith(".json"):
+        change = _text
+    return f"{name}: {change(folder / name, rng)}"
+
+
+def _nested(path: Path, rng: random.Random) -> str:
+    """Another value at any depth."""
+    content = json.loads(path.read_text())
+    where, told = content, ""
+    while True:
+        key = rng.choice(list(where) if isinstance(where, dict) else range(len(where)))
+        told += f".{key}"
+        if not (isinstance(where[key], dict | list) and where[key]) or rng.random() < 0.4:
+            break
+        where = where[key]
+    if rng.random() < 0.2:
+        del where[key]
+    else:
+        where[key] = rng.choice(VALUES)
+        told += f" {str(where[key])[:40]}"
+    path.write_text(json.dumps(content))
+    return told
+
+
+def _recipe(path: Path, rng: random.Random) -> str:
+    if rng.random() < 0.2:
+        return _bytes(path, path.read_bytes(), rng)
+    values = yaml.safe_load(path.read_text())
+    key = rng.choice(list(values))
+    values[key] = rng.choice(VALUES)
+    text = yaml.safe_dump(values)
+    if rng.random() < 0.1:
+        text = rng.choice(
+            (
+                f"a: {DEEP}",
+                f"{text}deep: {DEEP}",
+                "9" * 10_000,
+                f"[{text}",
+                "seed: " + "9" * 10_000,
+                "seed: 2001-99-99",
+                "? [1]\n: 2",
+                "1: 2",
+                "a: &a [*a]",
+                "? {a: 1}\n: 2",
+            )
+        )
+    path.write_text(text)
+    return f"{key} {str(values[key])[:40]}"
 
 
 def _config(path: Path, rng: random.Random) -> str:
@@ -157,20 +218,43 @@ def _text(path: Path, rng: random.Random) -> str:
     return kind
 
 
-def outcome(folder: Path) -> str:
+def _open_output(folder: Path) -> None:
+    """Read what `score` and `plan` wrote, as far as every reader does."""
+    from pruning.budget.decide import plan_pruning
+    from pruning.budget.plan import PruningPlan
+    from pruning.budget.record import recorded_options
+    from pruning.recipe.options import PlanOptions, part_of
+    from pruning.recipe.recipe import load_recipe
+    from pruning.report.comparison import Comparison
+    from pruning.scores.statistics import load_statistics
+
+    recipe = load_recipe(folder / "recipe.yaml")
+    plan = PruningPlan.load(folder)
+    recorded_options(plan.provenance)
+    statistics, _ = load_statistics(folder / "statistics.safetensors")
+    options = PlanOptions(prune_rate=0.5, criterion="act", attribution="energy", seed=recipe.seed)
+    plan_pruning(statistics, part_of(options, PlanOptions), experts_per_token=1)
+    if (folder / "compare.json").is_file():
+        Comparison.load(folder / "compare.json").table()
+
+
+def outcome(folder: Path, seconds: float = SECONDS) -> str:
     """ "" if the folder opens or is refused as it should be, else what happened."""
     from convert import open_checkpoint
     from moe_jax.errors import InputError
     from pruning.text.tokenizer import open_codec
 
     def late(*_):
-        raise TimeoutError(f"more than {SECONDS} seconds")
+        raise TimeoutError(f"more than {seconds} seconds")
 
     signal.signal(signal.SIGPROF, late)  # processor time: other processes do not count
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        base = open_checkpoint(folder)
-        open_codec(folder, base.config.vocab_size)
+        if (folder / "config.json").is_file():
+            base = open_checkpoint(folder)
+            open_codec(folder, base.config.vocab_size)
+        else:
+            _open_output(folder)
     except InputError as error:
         told = str(error)
         return "" if SHORTEST <= len(told) <= LONGEST else f"a message of {len(told)}: {told[:200]}"
@@ -183,8 +267,8 @@ def outcome(folder: Path) -> str:
 
 def main(folder: str, first: str, count: str) -> None:
     """Damage and open; see the module."""
-    import pruning.text.tokenizer  # noqa: F401
-
+    if first_found := outcome(Path(folder), 100):  # imports, and threads of their own, all of them
+        print(json.dumps({"seed": None, "damage": "none", "found": first_found}), flush=True)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

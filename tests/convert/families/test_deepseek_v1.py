@@ -16,6 +16,7 @@ from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
+from tests.convert.families.test_families import check_codes, fill_in_exact_experts, unpack
 from tests.support import tiny
 from tests.support.logits import logits
 
@@ -184,7 +185,9 @@ def test_an_export_is_a_qwen2_moe_that_computes_the_pruned_model(base, plan, tmp
     assert not any(info.values()), info
     expected = "Qwen2MoeForCausalLM" if form.is_padded else "RaggedQwen2MoeForCausalLM"
     assert type(model).__name__ == expected
+    if form.is_packed:
+        check_codes(folder, base, plan, shared_down_doubled=True)
+    if name == "padded-int4":
+        fill_in_exact_experts(model, base, unpack(folder))
     theirs = tiny.torch_logits(model.eval(), TOKENS, np.ones(TOKENS.shape, bool))
-    # transformers rounds dequantised fused experts to bfloat16; the rest is exact.
-    tolerance = 2e-2 if name == "padded-int4" else 1e-5
-    np.testing.assert_allclose(theirs, wanted, atol=tolerance, rtol=1e-5)
+    np.testing.assert_allclose(theirs, wanted, atol=1e-5, rtol=1e-5)

@@ -1,6 +1,7 @@
 """Every registered family computes what transformers computes, is pruned and written back."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +237,47 @@ def unpack(folder) -> dict[str, np.ndarray]:
     return plain
 
 
+def check_codes(folder, base, plan, *, shared_down_doubled: bool = False) -> None:
+    """Every packed matrix holds the nearest multiples of its scales to the base model's own rows.
+
+    The base is read from its file, channels are taken by the plan; no part of a quantiser is used.
+    A shared expert behind a gate of one half has its down projection doubled.
+    """
+    stored = load_file(folder / "model.safetensors")
+    original = load_file(base.about.folder / "model.safetensors")
+    channels = {}  # name of an expert's matrix -> (its channels that stay, axis they lie along)
+    for slot, layer in enumerate(plan.layer_indices):
+        for e, keep in enumerate(plan.keep[slot]):
+            for axis, part in enumerate(("w_gate", "w_down")):
+                channels[expert_weight(base, layer, e, part)] = keep, axis
+            channels[expert_weight(base, layer, e, "w_up")] = keep, 0
+    stems = [key.removesuffix("_packed") for key in stored if key.endswith("weight_packed")]
+    for stem in stems:
+        name = stem if stem in original else stem.replace("shared_expert.", "shared_experts.")
+        wanted = original[name].astype(np.float64)
+        if shared_down_doubled and stem.endswith("shared_expert.down_proj.weight"):
+            wanted *= 2
+        if stem in channels:
+            keep, axis = channels[stem]
+            wanted = np.compress(keep, wanted, axis=axis)
+        rows, columns = stored[stem + "_shape"]
+        spare = (rows - wanted.shape[0], columns - wanted.shape[1])
+        wanted = np.pad(wanted, [(0, size) for size in spare])  # to the one width of all
+        words, scale = stored[stem + "_packed"].view(np.uint32), stored[stem + "_scale"]
+        nibbles = np.stack([(words >> (4 * i)) & 15 for i in range(8)], axis=-1)
+        codes = nibbles.reshape(rows, columns).astype(int) - 8
+        size = columns // scale.shape[1]
+        wide = np.repeat(scale.astype(np.float64), size, axis=1)
+        np.testing.assert_array_equal(codes, np.clip(np.rint(wanted / wide), -8, 7), stem)
+        # The largest of a group gets code -8, or clips to it: by no more than 40 %.
+        largest = np.abs(wanted).reshape(rows, -1, size).max(axis=2)
+        part = 8 * np.abs(scale.astype(np.float64)) / np.maximum(largest, 2.0**-11)
+        assert 0.59 < part.min() and part.max() < 1.01, stem
+    kinds = {stem.split(".layers.")[1].partition(".")[2] for stem in stems}
+    parts = {re.sub(r"experts\.\d+", "experts", kind) for kind in kinds}
+    assert len(parts) >= 6  # three of experts, and attention at least
+
+
 @each_export
 def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, tmp_path, name):
     base, plan, reference = pruned
@@ -269,6 +311,8 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
         )  # fmt: skip
         np.testing.assert_array_equal(w_down[: len(wanted)], wanted)
         wanted = logits(source, TOKENS)
+        if base.about.family.model_type != "gpt_oss":  # whose base holds experts fused
+            check_codes(folder, base, plan)
     else:
         wanted = masked_logits(reference, plan)
         found = logits(PrunedSource(base, plan), TOKENS)

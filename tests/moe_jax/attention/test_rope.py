@@ -39,6 +39,8 @@ KINDS = {
     "longrope, long, given factor": {"rope_type": "longrope", "factor": 9.0, **STRETCH, **ORIGINAL},
     "longrope, short": {"rope_type": "longrope", "factor": 2.0, **STRETCH,
                         "original_max_position_embeddings": 48},
+    "longrope, exactly the original": {"rope_type": "longrope", "factor": 2.0, **STRETCH,
+                                       "original_max_position_embeddings": LENGTH},
     "longrope, given attention factor": {"rope_type": "longrope", "attention_factor": 0.8,
                                          **STRETCH, **ORIGINAL},
 }  # fmt: skip
@@ -88,7 +90,7 @@ def test_each_call_is_rotated_for_its_own_length(kind, tmp_path):
             "longrope": KINDS["longrope, long"] | {"rope_theta": 1e3}}[kind]  # fmt: skip
     model = one_layer("qwen3_moe", rope_parameters=rope, max_position_embeddings=20)
     ours, found = load_model(tiny.save(model, tmp_path / "model")), {}
-    for length in (12, 37, 12):
+    for length in (12, 16, 20, 37, 12):  # 16 and 20 are the last lengths before the stretch
         tokens = some_tokens(37)[:, :length]
         found[length] = their_logits(model, tokens)
         np.testing.assert_allclose(forward(ours, tokens), found[length], atol=5e-5, rtol=1e-5)

@@ -14,8 +14,11 @@ from pruning.budget.alignment import (
 SHAPE = (3, 4)
 
 
-def plain_redistribution(counts, attribution, *, d_expert, block, minimum):
-    """Steps 1-5 of the redistribution as loops over a flat list; needs block | d_expert."""
+def plain_redistribution(counts, attribution, *, d_expert, block, minimum, lost=None):
+    """Steps 1-5 of the redistribution as loops over a flat list; needs block | d_expert.
+
+    `lost` is what each loses by rounding, by which the order goes; default the channels.
+    """
     least = min(-(-minimum // block) * block, d_expert)
     kept = []
     for n in counts:
@@ -24,7 +27,8 @@ def plain_redistribution(counts, attribution, *, d_expert, block, minimum):
         kept.append(0 if down < least else down)
     blocks = (sum(counts) - sum(kept)) // block
     places = range(len(counts))
-    order = sorted(places, key=lambda e: (-(counts[e] - kept[e]), -attribution[e], e))
+    lost = lost or [counts[e] - kept[e] for e in places]
+    order = sorted(places, key=lambda e: (-lost[e], -attribution[e], e))
 
     def hand_out(blocks):
         while blocks and any(0 < kept[e] < d_expert for e in order):

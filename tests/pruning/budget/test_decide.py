@@ -52,6 +52,22 @@ def test_a_plan_meets_its_budget_blocks_and_floors_or_says_why_not(
     assert 0 <= left < block or (np.isin(counts, [0, F]).all() and left < least)
 
 
+@pytest.mark.parametrize("width", ["free", "layer", "uniform"])
+@pytest.mark.parametrize("planner", ["fair", "paper", "global_topk", "random"])
+def test_on_a_grid_the_groups_of_largest_sum_stay_whole(planner, width):
+    stats = statistics(L, E, F)
+    found = plan(stats, planner=planner, width=width, grid=3, block=6)
+    scores = channel_scores(stats).channel
+    for keep, score in zip(found.keep.reshape(-1, F), scores.reshape(-1, F), strict=True):
+        groups = keep.reshape(-1, 3)
+        assert (groups.all(axis=1) == groups.any(axis=1)).all()
+        best = np.argsort(-score.reshape(-1, 3).sum(axis=1), kind="stable")[: keep.sum() // 3]
+        assert set(best) == set(np.flatnonzero(groups.all(axis=1)))
+    assert 0 < found.keep.mean() < 1 and found.provenance["grid"] == 3
+    with pytest.raises(ValueError, match="block=4 must be a multiple of grid=3"):
+        plan(stats, grid=3, block=4)
+
+
 @pytest.mark.parametrize("planner", PLANNERS)
 @pytest.mark.parametrize("width", ["free", "uniform"])
 @pytest.mark.parametrize("block", [1, 4])

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.errors import InputError
 from pruning.budget.planners import PLANNERS
 from pruning.budget.widths import ALIGNMENTS, WIDTHS
 from pruning.scores.criteria import channel_scores
@@ -57,6 +58,57 @@ def test_every_policy_and_alignment_gives_legal_widths_within_the_budget(
         assert left < block or (np.isin(counts, [0, F]).all() and left < least)
     assert record["coverage_aligned"] <= record["coverage_optimum"] + 1e-9
     assert record["unspent"] == left
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 9),
+    prune_rate=st.floats(0.0, 0.9),
+    planner=st.sampled_from(sorted(PLANNERS)),
+    width=st.sampled_from(["free", "capped", "layer", "uniform"]),
+    align=st.sampled_from(sorted(ALIGNMENTS)),
+    per_layer=st.booleans(),
+    block=st.sampled_from([1, 2, 3, 4]),
+    minimum=st.integers(1, 8),
+    own_rate=st.booleans(),
+)
+def test_experts_that_are_kept_have_the_least_width_under_every_planner_and_policy(
+    seed, prune_rate, planner, width, align, per_layer, block, minimum, own_rate
+):
+    if PLANNERS[planner].objective is None:
+        align = "paper"
+    budget, least = round((1.0 - prune_rate) * L * E * F), -(-minimum // block) * block
+    options = {"planner": planner, "width": width, "align": align, "per_layer": per_layer}
+    options |= {"block": block, "minimum": minimum, "cap": 9 if width == "capped" else None}
+    options |= {"layer_rate": (f"1={prune_rate}",) if own_rate else (), "keep_experts": True}
+    try:
+        result = plan(statistics(L, E, F, seed=seed), prune_rate=prune_rate, **options)
+    except InputError:
+        # Layers round their shares; a cap may leave less room than the budget.
+        assert budget < L * (E * least + own_rate * E) or width != "free"
+        return
+    assert result.counts.min() >= least and result.counts.sum() <= budget + L * own_rate
+
+
+def test_the_rule_of_whole_layers_still_tells_them_apart_where_no_expert_may_go():
+    stats = statistics(L, E, F, seed=3)
+    counts = plan(stats, planner="cd_moe", block=2, minimum=2, keep_experts=True).counts
+    # The layers of least loss stay condensed, the others whole.
+    whole = (counts == F).sum(axis=1)
+    losses = channel_scores(stats, criterion="shapley", attribution="ala").layer
+    assert counts.min() == 2 and whole.sum() > 0
+    assert (np.diff(whole[np.argsort(losses)]) >= 0).all()
+
+
+@pytest.mark.parametrize("width", ["experts", "combined"])
+def test_whole_experts_cannot_go_and_be_kept(width):
+    with pytest.raises(InputError, match=f"width='{width}' removes whole experts, keep_experts"):
+        plan(width=width, keep_experts=True)
+
+
+def test_too_small_a_budget_for_all_experts_is_refused_with_the_cure():
+    with pytest.raises(InputError, match=r"4 experts of 8 channels.*lower the prune rate, the min"):
+        plan(minimum=8, keep_experts=True)
 
 
 def test_the_optimum_covers_more_than_the_rule_and_the_plan_says_by_how_much():

@@ -46,6 +46,10 @@ DAMAGES = {
         rf"2 problem\(s\).*{UP} holds NaN or infinity; download.*{NORM} holds NaN or infinity|"
         rf"2 problem\(s\).*{NORM} holds NaN or infinity; download.*{UP} holds NaN or infinity",
     ),
+    "end of text beyond the embedding": (
+        lambda folder: change_config(folder, eos_token_id=[0, 300]),
+        r"config\.json: eos_token_id=\[0, 300\] must be ids below the vocab_size 300; get it",
+    ),
     "no tokenizer": (
         lambda folder: (folder / "tokenizer.json").unlink(),
         r"tokenizer\.json does not exist; copy the model's tokenizer\.json there",

@@ -8,6 +8,7 @@ import pytest
 from convert.checkpoint import open_checkpoint
 from pruning.budget.outliers import super_channels
 from pruning.budget.plan import PruningPlan
+from pruning.scores.statistics import load_statistics
 from tests.support.command import run
 from tests.support.plans import plan_of
 from tests.support.synthetic import statistics
@@ -28,22 +29,29 @@ def planned(out, *flags) -> PruningPlan:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--weights", "mass", "--planner", "fair0.5"],
+        ["--weights", "equal", "--planner", "linear"],
         ["--rho-max", 0.9, "--smoothing", "huber", "--passes", 4],
         ["--layer-loss", "attribution", "--planner", "paper"],
         ["--align", "dp", "--per-layer"],
         ["--align", "hull", "--planner", "fair2"],
-        ["--align", "paper_scores", "--block", 16],
+        ["--align", "paper_scores", "--block", 8, "--minimum", 8],
     ],
 )
 def test_planner_options_reach_the_plan_and_keep_the_budget(out, flags):
     plan = planned(out, "--prune-rate", 0.5, *flags)
     assert plan.counts.sum() == LAYERS * EXPERTS * WIDTH // 2
-    said = {**plan.provenance, **plan.provenance["planner_options"]}
+    said, asked = {**plan.provenance, **plan.provenance["planner_options"]}, {}
     for flag, value in zip(flags, [*flags[1:], None], strict=True):
         if str(flag).startswith("--"):
             wanted = True if value is None else value
             assert said[flag[2:].replace("-", "_")] == wanted
+            asked[flag[2:].replace("-", "_")] = wanted
+    statistics, _ = load_statistics(out / "statistics.safetensors")
+    given = {name: plan.provenance[name] for name in ("block", "minimum", "experts_per_token")}
+    same = plan_of(statistics, prune_rate=0.5, **given | asked)
+    np.testing.assert_array_equal(plan.keep, same.keep)
+    plain = plan_of(statistics, prune_rate=0.5, **given)
+    assert (plan.keep != plain.keep).any(), "options that change nothing tell nothing"
     assert said["coverage_aligned"] <= said["coverage_optimum"] + 1e-12
 
 

@@ -93,13 +93,15 @@ def test_every_field_has_a_flag_that_sets_it():
         "planner": "z", "weights": "mass", "rho_max": 0.5, "layer_loss": "attribution",
         "smoothing": "huber", "passes": 4,
         "align": "hull", "per_layer": True, "width": "capped", "cap": 9, "block": 7,
-        "minimum": 8, "emptied": "mean", "layer_rate": ("3=0.5", "4=0"), "skip_layers": (1, 2),
+        "grid": 7, "requantize": True,
+        "minimum": 8, "keep_experts": True, "emptied": "mean",
+        "layer_rate": ("3=0.5", "4=0"), "skip_layers": (1, 2),
         "gradients": True,
         "expert_details": True, "weight_gradients": True,
         "export": ("padded-bf16", "ragged-bf16"), "until_stable": 0.5, "batch": 9,
         "mtp": "keep",
         "nll_ig": 4, "nll_ablate": True, "nll_grad2": True, "dtype": "bfloat16", "seed": 10,
-        "overwrite": True,
+        "overwrite": True, "scratch": "big-disk",
     }  # fmt: skip
     alone = [("expert_rate", 0.5, ["--width", "combined"]), ("target_bytes", 6 * 10**9, []),
              ("target_parameters", 7, []), ("weights_only", True, [])]  # fmt: skip

@@ -24,6 +24,7 @@ from pruning.report.compression_tables import (
     allocation_table,
     causes_table,
     losses_table,
+    verification_table,
 )
 from pruning.report.figures import concentration
 from pruning.report.html import section_html
@@ -395,6 +396,27 @@ def test_what_was_not_run_says_why():
     assert "No sample: the model is too large." in text and "Not measured: there was no" in text
     failed = [{"export": "ragged-int4", "check": "reload", "ok": False, "detail": ""}]
     assert checks_table(whole(verification=failed)).rows[0][1] == "1 FAILED"
+
+
+def test_a_check_of_an_export_is_ok_failed_or_not_done_and_says_why():
+    name, row = "logits in transformers", "every export computes the same in transformers"
+    said = {"export": "ragged-int4", "check": name, "ok": True, "detail": "not done: 1 GB is free"}
+    other = {**said, "check": "tensors", "detail": "7 tensors"}
+    for changes, word, result in (
+        ({"done": False}, "not done", ["not run", "ragged-int4: not done: 1 GB is free"]),
+        ({"done": True}, "ok", ["ok", "see below"]),
+        ({}, "ok", ["ok", "see below"]),  # of an earlier version
+        ({"ok": False, "done": True}, "FAILED", ["FAILED", "see below"]),
+    ):
+        found = whole(verification=[other, {**said, **changes}])
+        rows = {line[0]: line[1:] for line in checks_table(found).rows}
+        assert rows[row] == result
+        assert verification_table(found.verification).rows[1][2] == word
+        undone = ", 1 of them not done" if word == "not done" else ""
+        assert rows["every export holds what was planned"][1] == f"2 checks{undone}"
+        assert f"<td>{word}</td>" in page(found)
+    nobody = {line[0]: line[1:] for line in checks_table(whole(verification=[other])).rows}
+    assert nobody[row] == ["not run", "ragged-int4: it was not asked"]
 
 
 def test_figures_that_do_not_matter_for_the_planner_are_folded():

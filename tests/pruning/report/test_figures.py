@@ -145,7 +145,7 @@ def comparison(**changes) -> Comparison:
         )
         for (rule, rate), nats in added.items()
     )  # fmt: skip
-    dense = {"t": {"nll": 2.0, "tokens": 10}}
+    dense = {"t": {"nll": 2.0, "tokens": 10, "kl": None, "top1": None}}
     fields = {"key": {}, "dense": dense, "results": results, "refused": (),
               "sizes": {"dense": 100_000_000, "experts": 80_000_000}}  # fmt: skip
     return Comparison(**{**fields, **changes})

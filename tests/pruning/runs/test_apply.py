@@ -40,14 +40,14 @@ def test_an_applied_plan_gives_the_bytes_that_exporting_it_at_home_gave(
     assert size == (target / "model.safetensors").stat().st_size
     names = {check["check"] for check in found["checks"]}
     assert {"logits in JAX", "logits in transformers"} <= names
-    assert all(check["ok"] for check in found["checks"])
+    assert all(check["ok"] and check["done"] for check in found["checks"])
     assert re.search(r"ragged-bf16: \S+ kB", shown.err)
     home = scored / "exports" / "ragged-bf16"
     assert {path.name for path in target.iterdir()} == {path.name for path in home.iterdir()}
     for path in home.iterdir():
         assert (target / path.name).read_bytes() == path.read_bytes(), path.name
     assert {path.name for path in out.iterdir()} == {
-        "recipe.yaml", "plan.json", "plan.safetensors", "exports",
+        "recipe.yaml", "model.json", "plan.json", "plan.safetensors", "exports",
     }  # fmt: skip
     for name in ("plan.json", "plan.safetensors"):
         assert (out / name).read_bytes() == (scored / name).read_bytes()

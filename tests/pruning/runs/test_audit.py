@@ -187,3 +187,26 @@ def test_a_scored_folder_is_audited_without_scoring_again(scored, tmp_path, caps
 )
 def test_a_sample_that_measures_nothing_is_refused(scored, capsys, flags, message):
     assert message in command.refused(capsys, scored, "audit", scored, *flags)
+
+
+def test_a_record_keeps_what_was_measured_under_every_key(scored, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def left(tokens: int) -> tuple[str, bytes]:
+        sizes = ("--experts", 2, "--channels", 0, "--tokens", tokens, "--output", out)
+        assert command.run("audit", scored, *sizes) == 0
+        shown = re.sub(r"\s+", " ", capsys.readouterr().err)
+        return re.search(r"audit: (\d) of 4 ablations", shown)[1], (out / "audit.json").read_bytes()
+
+    count, first = left(64)
+    assert count == "4"
+    count, second = left(256)  # another text
+    assert count == "4" and second != first
+    assert left(64) == ("0", first) and left(256) == ("0", second)
+    record = out / audit_stage.RECORD
+    record.write_text(record.read_text() + '{"layer"')  # killed in the middle of a line
+    assert left(64) == ("0", first)
+    for line in ("[]", "{", "{}", "1"):
+        record.write_text(line + "\n")
+        shown = command.refused(capsys, out, "audit", scored, "--experts", 2, "--output", out)
+        assert "ablations.jsonl:1 is damaged; remove the file" in shown

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import pytest
 from rich.console import Console
 
 from convert.checkpoint import open_checkpoint
+from moe_jax.errors import InputError
 from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, in_batches, layer_forward
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rules import RULES as KNOWN_RULES
 from pruning.budget.whole_experts import replacement_vectors
+from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.comparison import Comparison
@@ -215,3 +218,105 @@ def test_the_command_prints_the_ranking_and_writes_table_and_page(models, texts,
     page = (out / "compare.html").read_text()
     assert "uniform-energy" in page and "data:image/png" in page
     assert "http" not in page and 'src="/' not in page
+
+
+@pytest.fixture
+def two_texts(tmp_path) -> tuple[str, str]:
+    rng = np.random.default_rng(0)
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.txt").write_text("".join(rng.choice(list("abcdef gh"), 300)))
+    return str(tmp_path / "first.txt"), str(tmp_path / "second.txt")
+
+
+def test_each_of_several_texts_is_measured_as_if_it_were_the_only_one(recipe, two_texts, tmp_path):
+    def measured(name, *texts):
+        folder = str(tmp_path / name)
+        return run(recipe, rules=["uniform-act"], rates=[0.25], output=folder, evaluation=texts)
+
+    both = measured("both", *two_texts)
+    assert set(both.dense) == {"first", "second"}
+    for name, text in zip(("first", "second"), two_texts, strict=True):
+        alone = measured(name, text)
+        assert both.dense[name]["nll"] == pytest.approx(alone.dense[name]["nll"], rel=1e-5)
+        (one,), (other,) = both.results, alone.results
+        assert one.quality[name] == pytest.approx(other.quality[name], rel=1e-4, abs=1e-6)
+    qualities = both.results[0].quality
+    assert abs(qualities["first"]["nll"] - qualities["second"]["nll"]) > 1e-3
+
+
+def other_words(file) -> None:
+    """Another text of as many bytes, which are the tokens here."""
+    path = Path(file)
+    path.write_text(path.read_text()[::-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("seed", {"seed": 1}),
+        ("dtype", {"dtype": "bfloat16"}),
+        ("window", {"window": 32}),
+        ("block", {"block": 4}),
+        ("evaluation", {"evaluation_tokens": 120}),
+        ("calibration", {"max_tokens": 200}),
+        ("evaluation", "second"),
+        ("calibration", "first"),
+    ],
+)
+def test_results_are_those_of_one_seed_type_window_and_text(
+    models, two_texts, tmp_path, name, changes
+):
+    asked = CompressionRecipe(
+        model=str(models / "single"), output=str(tmp_path / "out"), batch=4, block=8,
+        calibration=two_texts[:1], evaluation=two_texts[1:], evaluation_tokens=60,
+    )  # fmt: skip
+
+    def compared(recipe):
+        return comparing.compare(recipe, [0.25], ["uniform-act"], steps=Steps(quiet=True))
+
+    compared(asked)
+    before = file_of(asked).read_bytes()
+    if isinstance(changes, str):
+        other_words(two_texts[0 if changes == "first" else 1])
+        changes = {}
+    with pytest.raises(ValueError, match=f"results of another {name}") as caught:
+        compared(dataclasses.replace(asked, **changes))
+    assert "--overwrite" in str(caught.value) and file_of(asked).read_bytes() == before
+
+
+def test_a_moved_model_and_moved_texts_have_the_same_results(models, two_texts, tmp_path):
+    asked = CompressionRecipe(
+        model=str(models / "single"), output=str(tmp_path / "out"), batch=4, block=8,
+        calibration=two_texts[:1], evaluation=two_texts[1:], evaluation_tokens=60,
+    )  # fmt: skip
+    comparing.compare(asked, [0.25], ["uniform-act"], steps=Steps(quiet=True))
+    before = file_of(asked).read_bytes()
+    moved = shutil.copytree(models / "single", tmp_path / "moved")
+    comparing.compare(
+        dataclasses.replace(asked, model=str(moved)), [0.25], ["uniform-act"],
+        steps=Steps(quiet=True),
+    )  # fmt: skip
+    assert file_of(asked).read_bytes() == before
+
+
+def test_only_a_rules_own_refusal_is_stored_as_one(recipe, tmp_path, monkeypatch):
+    refusing = dataclasses.replace(recipe, output=str(tmp_path / "out"))
+
+    def budget(*_):
+        raise BudgetError("the budget pays for no expert")
+
+    def disk(*_):
+        raise InputError("words.txt cannot be read")
+
+    def rule(prepare):
+        return dataclasses.replace(KNOWN_RULES["uniform-act"], prepare=prepare)
+
+    monkeypatch.setitem(KNOWN_RULES, "poor", rule(budget))
+    found = run(refusing, rules=["uniform-act", "poor"], rates=[0.25])
+    (refused,) = found.refused
+    assert (refused.rule, refused.reason) == ("poor", "the budget pays for no expert")
+    monkeypatch.setitem(KNOWN_RULES, "reading", rule(disk))
+    with pytest.raises(InputError, match=r"words\.txt cannot be read"):
+        run(refusing, rules=["reading"], rates=[0.25])
+    (refused,) = Comparison.load(file_of(refusing)).refused
+    assert refused.rule == "poor"

@@ -60,7 +60,7 @@ def output(tmp_path_factory, text) -> Path:
 
 def test_the_output_folder_keeps_its_contract(output):
     names = {path.name for path in output.iterdir()}
-    assert {"recipe.yaml", "statistics.safetensors", "statistics.json", "plan.json",
+    assert {"recipe.yaml", "model.json", "statistics.safetensors", "statistics.json", "plan.json",
             "plan.safetensors", "parts", "exports", "report.json",
             "report.html"} == names  # fmt: skip
     recipe = yaml.safe_load((output / "recipe.yaml").read_text())
@@ -97,7 +97,7 @@ def test_the_report_says_what_is_on_disk_and_every_check_holds(output):
         size = sum(f.stat().st_size for f in (output / "exports" / name).glob("*.safetensors"))
         assert report["sizes"]["exports"][name]["bytes"] == size
         assert size < report["sizes"]["source_bytes"]
-    assert all(check["ok"] for check in report["verification"])
+    assert all(check["ok"] and check["done"] for check in report["verification"])
     # four figures of the plan, and how the kept set settled over the parts of the text
     assert (output / "report.html").read_text().count("data:image/png") == 7
     assert (output / "report.html").stat().st_size < 2e6
@@ -106,6 +106,10 @@ def test_the_report_says_what_is_on_disk_and_every_check_holds(output):
     assert all(0 < entropy < np.log(16) for entropy in routers["router_entropy"])
     checks = {(check["export"], check["check"]) for check in report["verification"]}
     assert ("ragged-int4", "logits in transformers") in checks
+    card = (output / "exports" / "ragged-bf16" / "README.md").read_text()
+    for check in report["verification"]:
+        said = f"| {check['check']} | ok | {check['detail']} |"
+        assert (said in card) == (check["export"] == "ragged-bf16")
     (quality,) = report["quality"].values()
     assert quality["dense"]["nll"] < quality["pruned"]["nll"]
     assert quality["ragged-int4"]["kl"] > 0

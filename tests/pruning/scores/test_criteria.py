@@ -89,7 +89,7 @@ def test_a_never_routed_expert_is_ranked_by_weight_below_every_routed_channel(cr
     weight = (stats.down_norm + stats.up_norm + stats.gate_norm)[1, 2]
     np.testing.assert_allclose(channel[1, 2] / channel[1, 2].sum(), weight / weight.sum())
     routed = np.delete(channel.reshape(6, 6), 5, axis=0)
-    assert 0.0 < channel[1, 2].max() < routed.min()
+    assert channel[1, 2].max() == pytest.approx(0.5 * routed.min()) and (channel[1, 2] > 0.0).all()
 
 
 @pytest.mark.parametrize("criterion", CHANNEL_CRITERIA)
@@ -146,6 +146,18 @@ def test_gate_gradient_is_minus_the_sum_of_signed_taylor_terms_clamped_at_zero()
     np.testing.assert_allclose(EXPERT_CRITERIA["nll_grad"](stats), [[0.03, -0.05]])
     scores = channel_scores(stats, attribution="nll_grad")
     np.testing.assert_allclose(scores.expert, [[0.03, 0.0]])
+
+
+def test_an_expert_of_zeros_has_no_rms_over_its_mean():
+    nothing = {f"{part}_{kind}": np.array([[[0.0] * 4, [1.0, 2.0, 0.5, 1.0]]])
+               for part in ("down", "up", "gate") for kind in ("norm", "l1")}  # fmt: skip
+    found = EXPERT_CRITERIA["aimer"](statistics(1, 2, 4, **nothing))
+    np.testing.assert_allclose(found, [[0.0, np.sqrt(3 * 6.25) / 13.5]], rtol=1e-12)
+
+
+def test_a_layer_is_worth_its_energy_per_token_of_a_text_of_one_token_too():
+    stats = statistics(2, 3, 4, total_tokens=1.0)
+    np.testing.assert_array_equal(channel_scores(stats).layer, stats.layer_energy)
 
 
 def test_random_scores_depend_on_the_seed_alone():

@@ -94,7 +94,7 @@ def test_the_second_order_estimate_equals_finite_differences(model, text):
         up, down = (scaled_loss(model, text, bumped(ones, slot, expert, s)) for s in (h, -h))
         wanted = -(up - down) / (2 * h) + 0.5 * (up - 2 * middle + down) / h**2
         # The second difference of a float32 loss loses some 1e-5 / h^2.
-        assert found[slot, expert] == pytest.approx(wanted, rel=2e-2, abs=3e-2)
+        assert found[slot, expert] == pytest.approx(wanted, rel=2e-2, abs=4e-3)
 
 
 def test_the_second_order_estimate_of_a_model_on_disk_is_refused(text):

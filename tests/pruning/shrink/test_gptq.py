@@ -216,7 +216,7 @@ def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
     arguments = (*given(texts, out), "--evaluation", texts / "good.txt", "--quantizer", "gptq")
     assert run("--quiet", "compress", models / "single", *arguments) == 0
     report = json.loads((out / "report.json").read_text())
-    assert all(check["ok"] for check in report["verification"])
+    assert all(check["ok"] and check["done"] for check in report["verification"])
     summary = json.loads((out / "gptq" / "gptq.json").read_text())
     assert report["quantization"] == summary["layers"] and len(summary["layers"]) == 2
     for layer in summary["layers"]:
@@ -232,17 +232,54 @@ def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
     assert all(first[name].tobytes() == again[name].tobytes() for name in first)
 
 
-def test_a_run_that_dies_leaves_no_folder_that_looks_whole(tmp_path):
-    source = init(CONFIG, jax.random.key(0))
-    tokens = np.zeros((2, 8), np.int32)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_run_that_dies_goes_on_at_the_next_layer_and_ends_the_same(tmp_path, dtype):
+    source, random = init(CONFIG, jax.random.key(0)), np.random.default_rng(0)
+    tokens = random.integers(0, CONFIG.vocab_size, (9, 16)).astype(np.int32)
+    visited = []
+
+    def quantize(folder, on_layer=visited.append, **provenance):
+        return quantize_model(source, tokens, tokens >= 0, tmp_path / folder, group_size=4, batch=2,
+                              dtype=dtype, provenance=provenance, on_layer=on_layer)  # fmt: skip
+
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
 
     def die(index: int) -> None:
-        (partial,) = tmp_path.iterdir()
-        assert len(list(partial.iterdir())) == index + 1
         if index == 1:
             raise KeyboardInterrupt
 
+    calm = quantize("calm", plan="a")
+    visited.clear()
     with pytest.raises(KeyboardInterrupt):
-        quantize_model(source, tokens, tokens == 0, tmp_path / "codes", group_size=4,
-                       provenance={}, on_layer=die)  # fmt: skip
-    assert list(tmp_path.iterdir()) == []
+        quantize("codes", die, plan="a")
+    assert read_summary(tmp_path / "codes") is None
+    assert quantize("codes", plan="a") == calm
+    assert visited == list(range(2, len(source)))
+    assert contents("codes") == contents("calm")
+    assert len(contents("codes")) == len(source) + 1
+    # what another plan left is not gone on with
+    visited.clear()
+    with pytest.raises(KeyboardInterrupt):
+        quantize("codes", die, plan="b")
+    quantize("codes", plan="a")
+    assert visited == list(range(len(source))) and contents("codes") == contents("calm")
+
+
+def test_progress_that_somebody_damaged_is_made_again(tmp_path):
+    source, tokens = init(CONFIG, jax.random.key(0)), np.zeros((2, 8), np.int32)
+
+    def quantize(on_layer=None):
+        return quantize_model(source, tokens, tokens == 0, tmp_path, group_size=4, provenance={},
+                              on_layer=on_layer)  # fmt: skip
+
+    def die(index: int) -> None:
+        raise KeyboardInterrupt
+
+    calm = quantize()
+    (tmp_path / "gptq.json").unlink()
+    for damage in (lambda content: content[:-5], lambda content: b"x" + content, lambda c: b""):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(die)
+        (tmp_path / "states").write_bytes(damage((tmp_path / "states").read_bytes()))
+        assert quantize() == calm

@@ -78,9 +78,38 @@ def test_overwriting_replaces_a_runs_files_and_keeps_those_of_the_user(models, t
     old = (finished / "statistics.safetensors").stat().st_mtime_ns
     assert run("score", models / "other", *given(texts, finished), "--overwrite") == 0
     names = {path.name for path in finished.iterdir()}
-    ours = {"recipe.yaml", "parts", "statistics.safetensors", "statistics.json"}
+    ours = {"recipe.yaml", "model.json", "parts", "statistics.safetensors", "statistics.json"}
     assert names == ours | {"notes.txt"}
     assert (finished / "statistics.safetensors").stat().st_mtime_ns != old
+
+
+MINE = (
+    "plan.docx", "compare.xlsx", "audit.md", "sweep.py", "statistics.txt", "parts/notes.txt",
+    "parts/1.txt", "exports/thesis/a.txt", "exports/notes.txt", "plans/ideas.txt", "plans/0.5/a.md",
+    "plans/old/plan.json", "gptq/layer-cake.safetensors", "gptq/paper.pdf",
+)  # fmt: skip
+
+
+def test_overwriting_deletes_what_a_run_writes_and_nothing_else(models, texts, scored, tmp_path):
+    out = shutil.copytree(scored, tmp_path / "out")
+    assert run("plan", out, "--prune-rate", 0.25, 0.5) == 0
+    ours = {path for path in out.rglob("*") if path.is_file() and path.parent != out / "parts"}
+    for name in ("compare.json", "audit.html", "ablations.jsonl", "gptq/layer-00000.safetensors"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("old")
+        ours.add(out / name)
+    for name in MINE:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    assert run("score", models / "other", *given(texts, out), "--overwrite") == 0
+    assert {str(path.relative_to(out)) for path in ours if path.exists()} == {
+        "recipe.yaml", "statistics.safetensors", "statistics.json",
+    }  # fmt: skip
+    assert {(out / name).read_text() for name in MINE} == {"mine"}
+    for name in MINE:
+        (out / name).unlink()
+    again = run("score", models / "single", *given(texts, out), "--overwrite")
+    assert again == 0 and {p.name for p in out.iterdir()} >= {"parts", "statistics.json"}
 
 
 def set_free(monkeypatch, size: float) -> None:
@@ -135,7 +164,8 @@ def test_a_disk_that_fills_up_after_scoring_leaves_no_half_statistics(
     limit_files(10_000)
     assert run("score", models / "single", *given(texts, out)) == 2
     assert "parts/000.safetensors cannot be written" in capsys.readouterr().err
-    assert [path.name for path in out.rglob("*") if path.is_file()] == ["recipe.yaml"]
+    names = {path.name for path in out.rglob("*") if path.is_file()}
+    assert names == {"recipe.yaml", "model.json"}
 
 
 def test_statistics_of_another_model_are_refused(scored, models, texts, tmp_path, capsys):

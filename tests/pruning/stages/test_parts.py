@@ -68,3 +68,45 @@ def test_scoring_stops_once_the_kept_set_is_stable(models, texts, tmp_path, caps
     written = (out / "statistics.safetensors").stat().st_mtime_ns
     assert run(*arguments) == 0  # found again although it used less than the whole text
     assert (out / "statistics.safetensors").stat().st_mtime_ns == written
+
+
+def test_gradient_sums_of_parts_add_up_to_those_of_one_sweep(models, texts, tmp_path):
+    out = tmp_path / "out"
+    assert run("--quiet", "score", models / "single", *given(texts, out), "--gradients") == 0
+    found, _ = load_statistics(out / "statistics.safetensors")
+    assert len(list((out / "parts").glob("*.safetensors"))) >= 4
+    job = open_job(
+        CompressionRecipe(model=str(models / "single"), output=str(tmp_path / "other"),
+                          calibration=(str(texts / "good.txt"),), batch=4)
+    )  # fmt: skip
+    text = job.calibration.tokens, job.calibration.valid
+    whole = collect_statistics(job.base, *text, gradients=True, batch=4)
+    assert whole.groups == found.groups == {"gradients"}
+    for name, wanted in whole.arrays().items():
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(
+            found.arrays()[name], wanted, rtol=1e-4, atol=1e-5 * scale, err_msg=name
+        )
+
+
+def test_parts_of_a_text_that_has_changed_since_are_scored_again(models, texts, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((texts / "good.txt").read_text())
+
+    def score(out):
+        arguments = ("--output", out, "--calibration", text, "--batch", 4)
+        assert run("--quiet", "score", models / "single", *arguments) == 0
+        return load_file(out / "statistics.safetensors")
+
+    old = score(tmp_path / "out")
+    for name in ("statistics.json", "statistics.safetensors"):  # killed after the last part
+        (tmp_path / "out" / name).unlink()
+    text.write_text(text.read_text().replace("quick", "quiet"))  # as many tokens
+    found, wanted = score(tmp_path / "out"), score(tmp_path / "fresh")
+    assert np.abs(old["hidden_square"] - wanted["hidden_square"]).max() > 1e-3
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    text.write_text(text.read_text().replace("quiet", "quick"))  # with statistics there
+    again = score(tmp_path / "out")
+    for name, value in old.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)

@@ -18,11 +18,12 @@ from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.budget.planners import PLANNERS
 from pruning.kit.progress import Steps
-from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.expert_criteria import EXPERT_CRITERIA
 from pruning.stages import preflight
 from pruning.stages.job import open_job, resolved
+from pruning.stages.remarks import say_texts
 from pruning.stages.sizes import most_bytes, statistics_bytes
 from tests.support.command import given, run
 
@@ -141,10 +142,12 @@ def test_padding_uneven_widths_is_said_to_waste_before_any_work(
     padding["layered-bf16"] = (r"the widest of its layer", "one expert of every layer", "layer")
     silent = {"layer": ["layered-bf16"], "uniform": list(padding)}.get(width, [])
     base = open_checkpoint(models / "single")
+    unpruned = ", as without pruning" if wasteful == WIDTH else ""
     for name, (widest, one, cure) in padding.items():
         found = re.search(
             rf"{name} with --width {width} stores every expert as wide as {widest}: (\S+) kB if "
-            rf"all have 32 channels, (\S+) kB if {one} keeps {wasteful}; --width {cure} ensures",
+            rf"all have 32 channels, (\S+) kB if {one} keeps {wasteful}{unpruned}; "
+            rf"--width {cure} ensures",
             shown,
         )
         assert (found is None) == (name in silent), shown
@@ -160,6 +163,65 @@ def test_exact_sizes_are_said_before_exporting(scored, tmp_path, capsys):
     found = re.search(r"padded-bf16: (\S+) kB", capsys.readouterr().err)
     (file,) = (out / "exports" / "padded-bf16").glob("*.safetensors")
     assert found and abs(file.stat().st_size / 1e3 - float(found[1])) < 0.06
+
+
+def test_an_export_that_saves_nothing_says_so_and_what_would(scored, tmp_path, capsys):
+    out = shutil.copytree(scored, tmp_path / "out")
+
+    def said(*flags) -> str:
+        assert run("plan", out, "--prune-rate", 0.25, *flags) == 0
+        capsys.readouterr()
+        names = ("padded-bf16", "layered-bf16", "ragged-bf16")
+        assert run("export", out, "--overwrite", "--export", *names) == 0
+        return re.sub(r"\s+", " ", capsys.readouterr().err)
+
+    (layer, *_) = open_checkpoint(load_recipe(out / "recipe.yaml").model).config.moe_layers
+    shown = said("--skip-layers", layer, "--width", "layer")
+    assert (
+        "padded-bf16 is as large as without pruning: an expert of the model keeps all 64 channels, "
+        "and padding makes the others as wide; export a ragged format, or plan with --width uniform"
+    ) in shown
+    assert "layered-bf16 is as large" not in shown and "ragged-bf16 is as large" not in shown
+    assert "as large as" not in said("--width", "capped", "--cap", 63, "--block", 1)
+    shown = said("--planner", "cd_moe", "--width", "free")  # whole experts in every layer
+    assert "an expert of every layer keeps all 64 channels" in shown and "--width layer" in shown
+
+
+def test_little_text_and_nothing_to_evaluate_are_said_before_the_work(
+    models, texts, tmp_path, capsys
+):
+    def said(*flags) -> str:
+        capsys.readouterr()
+        command = ("compress", models / "single", "--output", tmp_path / str(len(shown)))
+        assert run(*command, "--bits", 16, *flags) == 0
+        shown.append(capsys.readouterr().err)
+        return re.sub(r"\s+", " ", shown[-1].partition("check weights")[0])
+
+    shown: list[str] = []
+    good = texts / "good.txt"
+    few = said("--calibration", good, "--max-tokens", 100, "--window", 50)
+    assert (
+        "100 calibration tokens are little: an expert sees about 25 of them and has 64 channels, "
+        "so scores are noisy; give 256 or more" in few
+    )
+    assert "nothing is evaluated: there is no --evaluation text" in few
+    many = said("--calibration", good, "--max-tokens", 256, "--window", 50, "--evaluation", good)
+    assert "are little" not in many and "nothing is evaluated" not in many
+
+
+def test_the_demo_has_text_enough(capsys):
+    say_texts(open_job(CompressionRecipe(model="demo", output="o")), Steps(), evaluates=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_of_a_large_file_the_part_that_is_read_is_said(models, texts, capsys):
+    job = open_job(CompressionRecipe(model=str(models / "single"), output="o",
+                                     calibration=[str(texts / "good.txt")]))  # fmt: skip
+    for part, words in (("beginning", "its first 256 MiB"), ("spread", "spread over all of it")):
+        notes = ({**job.calibration.sources[0], "part": part},)
+        calibration = dataclasses.replace(job.calibration, sources=notes)
+        say_texts(dataclasses.replace(job, calibration=calibration), Steps(), evaluates=True)
+        assert words in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("width", [[], ["--width", "free"], ["--width", "uniform"]])

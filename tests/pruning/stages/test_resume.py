@@ -151,10 +151,13 @@ def test_a_plan_half_written_makes_its_exports_stale(scored, tmp_path):
 
 
 def test_what_killed_writers_left_is_cleaned_up_and_nothing_else(tmp_path):
-    for name in ("a.tmp-12", "b.old-12", "c.old-12", "c", "notes.tmp-old", "d.tmp-x"):
+    random = "0123456789abcdef"
+    names = (f"a.tmp-{random}", f"b.old-{random}", f"c.old-{random}", "c", "notes.tmp-old")
+    for name in (*names, "d.tmp-12", f"d.tmp-{random}0"):
         (tmp_path / name).mkdir()
-    (tmp_path / "e.json.tmp-7").write_text("half")
+    (tmp_path / f"e.json.tmp-{random}").write_text("half")
     remove_leftovers(tmp_path)
     remove_leftovers(tmp_path / "absent")
     # b was set aside and its successor never came: it is the only copy
-    assert {path.name for path in tmp_path.iterdir()} == {"b", "c", "notes.tmp-old", "d.tmp-x"}
+    kept = {"b", "c", "notes.tmp-old", "d.tmp-12", f"d.tmp-{random}0"}
+    assert {path.name for path in tmp_path.iterdir()} == kept

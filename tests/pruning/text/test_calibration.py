@@ -12,20 +12,18 @@ from tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from pruning.demo import model_folder
 from pruning.stages.measure import read_tokens
-from pruning.text.calibration import (
-    TextSource,
-    TokenBatch,
-    _shares,
-    calibration_batch,
-    hold_out,
-    read_documents,
-)
+from pruning.text.calibration import TokenBatch, _shares, calibration_batch, hold_out
+from pruning.text.documents import TextSource, open_documents
 from pruning.text.tokenizer import open_codec
 from tests.support.tiny import add_tokenizer
 
 
 def encode(text: str) -> list[int]:
     return [ord(c) for c in text]
+
+
+def texts_of(path) -> list[str]:
+    return list(open_documents(TextSource(path), 1000).texts)
 
 
 def test_windows_hold_the_text_in_order_and_padding_is_marked(tmp_path):
@@ -75,7 +73,11 @@ def test_shares_never_exceed_what_there_is_and_use_the_whole_budget(files, total
         ("empty.txt", b"  \n", "holds no text"),
         ("short.txt", b"too short", "only 9 tokens"),
         ("latin.txt", b"\xe9\xe8" * 100, "not UTF-8"),
-        ("bad.jsonl", b"{oops\n", "is not JSON"),
+        ("bad.jsonl", b"{oops\n", "bad.jsonl:1 is not valid JSON"),
+        ("deep.jsonl", b"[" * 10**5, "deep.jsonl:1 is nested"),
+        ("digits.jsonl", b"\n" + b"9" * 10**4, "digits.jsonl:2 is not valid JSON"),
+        ("half.jsonl", b'{"text": "\\ud800"}\n', "half.jsonl:1 holds half of a character"),
+        ("cut.txt.gz", gzip.compress(b"a text\n" * 99)[:-12], "cut.txt.gz is not whole gzip"),
         ("field.jsonl", b'{"body": "x"}\n', "no text in field 'text' .found: body"),
     ],
 )
@@ -87,10 +89,13 @@ def test_unusable_text_is_refused_with_its_name(tmp_path, name, content, message
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.txt does not exist"):
-        read_documents(TextSource(tmp_path / "nowhere.txt"))
+        open_documents(TextSource(tmp_path / "nowhere.txt"), 16)
 
 
-@pytest.mark.parametrize("text", ["f.txt=0", "f.txt=-1", "f.txt=two"])
+@pytest.mark.parametrize(
+    "text",
+    ["f.txt=0", "f.txt=-1", "f.txt=two", "f.txt=nan", "f.txt=inf", "f.txt=1e999", "f.txt=1e-99"],
+)
 def test_a_weight_must_be_a_positive_number(text):
     with pytest.raises(ValueError, match="positive number"):
         TextSource.parse(text)
@@ -133,9 +138,9 @@ def test_lines_end_at_newlines_alone_and_windows_files_read_like_others(tmp_path
     (tmp_path / "a.jsonl").write_bytes(
         b"\r\n".join(json.dumps(text, ensure_ascii=False).encode() for text in (odd, "last"))
     )
-    assert read_documents(TextSource(tmp_path / "a.jsonl")) == [odd, "last"]
+    assert texts_of(tmp_path / "a.jsonl") == [odd, "last"]
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
-    assert read_documents(TextSource(tmp_path / "a.txt")) == ["one\ntwo\nthree\n"]
+    assert texts_of(tmp_path / "a.txt") == ["one\ntwo\nthree\n"]
 
 
 def test_a_token_without_an_embedding_is_refused_only_where_a_text_has_it(tmp_path):
@@ -161,3 +166,9 @@ def test_a_token_without_an_embedding_is_refused_only_where_a_text_has_it(tmp_pa
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[PAD]"}))
     with pytest.raises(InputError, match="eos_token has id 256 but the model knows 256; name the"):
         open_codec(tmp_path, 256)
+
+
+def test_windows_are_held_out_of_every_file():
+    tokens = np.repeat(np.arange(3), 16).astype(np.int32)[:, None] * np.ones(8, np.int32)
+    left, held = hold_out(TokenBatch(tokens, np.ones(tokens.shape, bool)))
+    assert held.tokens[:, 0].tolist() == [0, 1, 2] and len(left.tokens) == 45

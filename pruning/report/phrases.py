@@ -1,0 +1,25 @@
+"""What terminal, page and model card say in the same words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_result(check: Mapping[str, Any]) -> str:
+    """How a check of an export came out, in a word or two."""
+    if not check["ok"]:
+        return "FAILED"
+    return "ok" if check.get("done", True) else "not done"
+
+
+def second_rounding(error: float) -> str:
+    """A sentence on weights that the model stores in few bits: how exactly an export has them.
+
+    Args:
+      error: relative squared error, 0 if nothing was rounded again.
+    """
+    if not error:
+        return "what the model stores in few bits is taken over bit for bit"
+    return (
+        "weights that the model stores in few bits were rounded a second time, with a relative "
+        f"squared error of {error:.2g}"
+    )

@@ -1,0 +1,83 @@
+"""How much memory each stage of a compression takes, from shapes alone."""
+
+import math
+
+from convert.description import Description
+from convert.rules import ruled_tensors
+from moe_jax.experts.dispatch import padded_rows
+from pruning.measure.quality import POSITIONS
+from pruning.recipe.recipe import ResolvedRecipe
+from pruning.scores.collect import CHUNK
+from pruning.scores.noise import ROWS_PER_EXPERT
+from pruning.scores.states import projection_bytes, projection_room
+from pruning.shrink.gptq import MOMENT_BYTES
+from pruning.stages.client import client_bytes
+from pruning.stages.preflight import rehearsed_plan
+from pruning.stages.sizes import export_of, form_of, sample_memory, statistics_bytes
+from pruning.stages.verify import PROBE_TOKENS, PROBE_WINDOWS
+
+PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
+LATE_BYTES = 300 << 20  # programs of all stages before the last ones, which stay
+LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
+
+
+def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
+    """Peak bytes of the host in each stage of `compress`; estimates, 0 for one that is not run.
+
+    Exporting holds two layers and a float32 copy of one, as does evaluating what is pruned on the
+    fly. Verifying does that again, and then holds two layers of the export as float32, as
+    evaluating does where weights have 4 bits. A sample is written by whole models, where they are
+    small enough. "transformers" is what the process takes that is asked about an export, if so
+    much is free; all others are the process of `compress`.
+    """
+    c = base.config
+    outer = (1 if c.tie_embeddings else 2) * c.vocab_size * c.d_model
+    layer, item = _largest_layer(base), 2 if recipe.dtype == "bfloat16" else 4
+    plan, forms = rehearsed_plan(recipe, base), [form_of(recipe, name) for name in recipe.export]
+    exports = [export_of(base, plan, form) for form in forms]
+    packed = any(form.is_packed for form in forms)
+    fixed = PROCESS_BYTES + 2 * outer
+    held = {item: int(LAYERS_HELD * item * layer) for item in (2, 4)}
+    late, pruned = fixed + LATE_BYTES, held[2] + 4 * layer
+    gptq = packed and recipe.quantizer == "gptq"
+    moments = 2 * MOMENT_BYTES + recipe.max_tokens * c.d_model * item
+    texts = (len(recipe.evaluation) or 1) * recipe.evaluation_tokens
+    measured = 2 * outer + 3 * (POSITIONS * c.vocab_size + texts * c.d_model) * 4
+    sample = max(sample_memory(base, one) for one in exports)
+    return {
+        "scoring": _scoring(base, recipe, fixed, layer),
+        "gptq": fixed + pruned + moments if gptq else 0,
+        "export": fixed + pruned,
+        "verify": late + max(pruned, 4 * outer + held[4]),
+        "transformers": max(client_bytes(one, PROBE_WINDOWS * PROBE_TOKENS) for one in exports),
+        "evaluation": late + measured + max(pruned, packed * held[4]),
+        "sample": late + sample if sample else 0,
+    }
+
+
+def _largest_layer(base: Description) -> int:
+    """Weights of the layer that has most."""
+    layers = [0] * base.config.num_layers
+    for name, shape, rule in ruled_tensors(base.family, base.config, base.widths):
+        if rule is not None:
+            layers[int(name.split(".")[2])] += math.prod(shape)
+    return max(layers)
+
+
+def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
+    """Two layers, the hidden states of a chunk of windows and the projections that its backward
+    sweep keeps, the rows at work and the sums three times."""
+    c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
+    tokens = 0 if recipe.weights_only else recipe.max_tokens
+    windows = min(CHUNK, math.ceil(tokens / recipe.window))
+    states = windows * recipe.window * c.d_model * item
+    states *= 1 + 2 * c.num_layers * recipe.gradients
+    step = recipe.batch * recipe.window
+    room = projection_room(c, math.ceil(windows / recipe.batch), step) if recipe.gradients else 0
+    states += room * projection_bytes(c.moe, step)
+    rows = step * c.moe.experts_per_token
+    if recipe.weights_only:
+        rows = padded_rows(c.moe.num_experts * ROWS_PER_EXPERT, c.moe.num_experts)
+    work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
+    sums = 3 * statistics_bytes(base, recipe)
+    return int(fixed + LAYERS_HELD * 2 * layer + states + work + sums)

@@ -1,0 +1,180 @@
+"""What transformers makes of an exported folder, asked of another process, which may die."""
+
+import atexit
+import contextlib
+import functools
+import importlib.util
+import json
+import math
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from convert.export import Export
+from pruning.kit.memory import free_memory
+from pruning.kit.words import amount, duration
+
+PROGRAM = Path(__file__).with_name("client_process.py")
+# Of torch and transformers themselves, and of what they hold beside the weights for a moment.
+PROCESS_BYTES, SHARE = 1 << 30, 1.25
+PATIENCE, PER_SECOND = 900, 5 << 20  # seconds for a folder of no size, bytes that take one more
+TAIL = 600  # characters of what a process printed last
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a program makes of a folder, or why that is not known.
+
+    Attributes:
+      logits: float32 [B, T, V]; None without.
+      loading: what it says of missing, unexpected or misshaped tensors, by kind.
+      fault: what went wrong with the folder, "" if nothing.
+      undone: why nobody knows, "" if somebody does.
+    """
+
+    logits: np.ndarray | None = None
+    loading: dict[str, list[str]] | None = None
+    fault: str = ""
+    undone: str = ""
+
+
+def client_bytes(export: Export, tokens: int) -> int:
+    """Bytes of memory that transformers takes for the logits of a folder, an upper estimate.
+
+    It holds every weight as float32, dequantised, and in passing some of them twice.
+
+    Args:
+      export: what the folder holds.
+      tokens: on which logits are compared.
+    """
+    weights = sum(math.prod(stored.shape) for stored in export.tensors.values())
+    logits = 3 * tokens * export.base.config.vocab_size
+    return PROCESS_BYTES + int(4 * (SHARE * weights + logits))
+
+
+def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
+    """Logits of a folder in transformers, where it is installed and its memory is free.
+
+    Args:
+      folder: an export whose code and config.json are known to be ours.
+      export: what it holds.
+      tokens: int32 [B, T].
+    """
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+        return Answer(undone="torch and transformers are not installed")
+    needed, free = client_bytes(export, tokens.size), free_memory()
+    if needed > free:
+        return Answer(
+            undone=f"it needs about {amount(needed)} of memory and {amount(free)} are free; run "
+            "`moe-compress verify` on a larger machine"
+        )
+    with tempfile.TemporaryDirectory(prefix="moe-client-") as exchange:
+        np.save(Path(exchange) / "tokens.npy", tokens, allow_pickle=False)
+        request = {
+            "folder": str(folder.absolute()),
+            "trust": bool(export.code_files),
+            "auto_class": export.base.family.auto_class,
+            "float4": export.form.is_float4,
+            "exchange": exchange,
+        }
+        patience = PATIENCE + export.nbytes / PER_SECOND
+        try:
+            code = _ask(json.dumps(request), patience)
+        except TimeoutError:
+            return Answer(undone=f"the process gave no answer in {duration(patience)}")
+        except OSError as error:
+            return Answer(undone=str(error))
+        return _read(Path(exchange), code)
+
+
+def _read(exchange: Path, code: int) -> Answer:
+    """What a process left that ended with this code."""
+    reason, loading = exchange / "undone.txt", exchange / "loading.json"
+    if reason.exists():
+        return Answer(undone=reason.read_text())
+    if code == -signal.SIGKILL:
+        return Answer(undone="the process was killed, as systems do where memory ends")
+    if code or not loading.exists():
+        log = exchange / "log.txt"
+        ending = f"ended with code {code}" if code >= 0 else signal.Signals(-code).name
+        return Answer(fault=f"{ending}: {_tail(log.read_bytes() if log.exists() else b'')}")
+    logits = np.load(exchange / "logits.npy", allow_pickle=False)
+    return Answer(logits=logits, loading=json.loads(loading.read_text()))
+
+
+def _tail(printed: bytes) -> str:
+    return " ".join(printed.decode(errors="replace").split())[-TAIL:]
+
+
+class _Process:
+    """The program that answers requests, and ends by itself when none come."""
+
+    def __init__(self):
+        self._printed = tempfile.TemporaryFile()
+        pipe = subprocess.PIPE
+        # -P: the folder we are in may hold a torch.py.
+        command = [sys.executable, "-P", str(PROGRAM)]
+        self._running = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._printed)
+        atexit.register(self.end)
+
+    def ask(self, request: str, patience: float) -> int | None:
+        """The exit code of the fork that did it; None if the program had ended, or was about to.
+
+        Raises:
+          TimeoutError: it took longer than `patience`, in seconds.
+          ChildProcessError: the program itself died.
+        """
+        running = self._running
+        assert running.stdin is not None and running.stdout is not None
+        try:
+            running.stdin.write(request.encode() + b"\n")
+            running.stdin.flush()
+        except BrokenPipeError:
+            pass
+        answers = select.poll()
+        answers.register(running.stdout, select.POLLIN)
+        if not answers.poll(1000 * patience):
+            raise TimeoutError
+        if line := running.stdout.readline():
+            return int(line)
+        if code := running.wait():
+            self._printed.seek(0)
+            how = f"code {code}" if code > 0 else signal.Signals(-code).name
+            raise ChildProcessError(f"its process ended with {how} {_tail(self._printed.read())}")
+        return None
+
+    def end(self) -> None:
+        """End the program, and with its pipe the fork that works for it."""
+        atexit.unregister(self.end)
+        self._running.kill()
+        with contextlib.suppress(BrokenPipeError), self._running, self._printed:
+            pass
+
+
+_process = functools.cache(_Process)
+
+
+def _ask(request: str, patience: float) -> int:
+    """As of `_Process.ask`, of the program that runs or of a new one."""
+    for _ in range(2):
+        process = _process()
+        try:
+            code = process.ask(request, patience)
+        except BaseException:  # also of a key pressed: its answer would come to another
+            _end()
+            raise
+        if code is not None:
+            return code
+        _end()
+    raise ChildProcessError("its process ended without an answer")
+
+
+def _end() -> None:
+    _process().end()
+    _process.cache_clear()

@@ -1,0 +1,127 @@
+"""A program of its own: the logits of folders in transformers, each in a fork that may die.
+
+`pruning.stages.client` starts it by its path, so it imports nothing of ours and above all no jax.
+torch and transformers take seconds to import and are imported once. Each line of standard input is
+a request, a JSON object:
+
+  folder: the checkpoint.
+  trust: whether the Python file in it is run; the caller has compared its bytes.
+  auto_class: of transformers, which loads the model.
+  float4: whether experts are MXFP4.
+  exchange: a folder with tokens.npy, int32 [B, T]. It gets logits.npy, float32 [B, T, V],
+    loading.json, what loading said of the tensors, and log.txt, what was printed. loading.json
+    comes last; in its place comes undone.txt with the reason if something but the folder is at
+    fault.
+
+Each line of standard output is the exit code of a fork, negative for a signal. The program ends
+with its standard input, which is with the process that started it, or after a minute without work.
+"""
+
+import contextlib
+import json
+import os
+import select
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+IDLE = 60  # seconds
+FULL = ("can't allocate memory", "not enough memory", "std::bad_alloc")  # as torch says it
+
+
+def serve() -> None:
+    """Answer requests until there are none."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    sys.addaudithook(_no_network)
+    with tempfile.TemporaryDirectory(prefix="moe-client-") as modules:
+        # Code of a checkpoint is copied there to be imported.
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
+        # Once for all forks: what every folder needs, and what those of 4 bits do.
+        import transformers.generation
+        import transformers.modeling_utils  # noqa: F401
+
+        with contextlib.suppress(ImportError):
+            import compressed_tensors.quantization  # noqa: F401
+
+        while select.select([0], [], [], IDLE)[0] and (line := sys.stdin.readline()):
+            child = os.fork()
+            if not child:
+                _run(json.loads(line))
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
+
+
+def _no_network(event: str, arguments: tuple) -> None:
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise OSError("the check of an export uses no network")
+
+
+def _run(request: dict) -> None:
+    """Do one request and end the process."""
+    exchange, code = Path(request["exchange"]), 1
+    log = os.open(exchange / "log.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    with contextlib.suppress(OSError):  # if memory ends, this process goes and not the run
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    try:
+        warnings.simplefilter("ignore")
+        _answer(request, exchange)
+        code = 0
+    except ImportError as error:
+        (exchange / "undone.txt").write_text(str(error))
+    except BaseException as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in FULL):
+            (exchange / "undone.txt").write_text("its memory ran out")
+        else:
+            traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _end_with_input() -> None:
+    """The caller writes nothing while it waits: its pipe only ends, with the caller."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _answer(request: dict, exchange: Path) -> None:
+    import numpy as np
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {}
+    if request["float4"]:  # its kernels would need a GPU; this way the values are exact
+        from transformers.utils.quantization_config import Mxfp4Config
+
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    loaded: Any = getattr(transformers, request["auto_class"]).from_pretrained(
+        request["folder"],
+        dtype=torch.float32,
+        trust_remote_code=request["trust"],
+        output_loading_info=True,
+        local_files_only=True,
+        **options,
+    )
+    model, info = loaded
+    model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
+    tokens = torch.from_numpy(np.load(exchange / "tokens.npy", allow_pickle=False)).long()
+    with torch.no_grad():
+        logits = model(tokens).logits.float().numpy()
+    np.save(exchange / "logits.npy", logits, allow_pickle=False)
+    said = {key: [str(one) for one in value] for key, value in info.items()}
+    (exchange / "loading.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,133 @@
+"""Kill every stage at random file events, run it again, and compare with an undisturbed run.
+
+`python tests/bench/kill_stages.py [--points 20] [--stages score plan ...] [--seed 0]`
+
+Each point is a process of its own that sends itself SIGKILL in the place of a file event (rename,
+fsync, allocation, new folder, removal) below the output folder; then the same command runs to its
+end, and all files are compared byte for byte, paths and dates aside. A point takes about 15 s.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import tests.conftest  # noqa: E402, F401  # fast compilation, kept on disk
+from pruning.scores import states  # noqa: E402
+from tests.support import command, tiny  # noqa: E402
+from tests.support.killing import contents, counting  # noqa: E402
+
+GRADIENTS = ("--gradients", "--weight-gradients", "--nll-ig", "2")
+GPTQ = ("--quantizer", "gptq", "--export", "ragged-int4", "padded-int4")
+STAGES = {  # a command, and the commands that make its folder
+    "score": (("score", "MODEL", "GIVEN", *GRADIENTS, "--expert-details"), ()),
+    "details": (("score", "MODEL", "GIVEN", "--expert-details"), ()),
+    "plan": (("plan", "OUT", "--prune-rate", "0.25", "0.5"), (("score", "MODEL", "GIVEN"),)),
+    "gptq, export": (
+        ("export", "OUT", "--overwrite"),
+        (("score", "MODEL", "GIVEN", *GPTQ), ("plan", "OUT", "--prune-rate", "0.5")),
+    ),
+    "compare": (("compare", "MODEL", "GIVEN", "--prune-rate", "0.5"), ()),
+    "audit": (("audit", "MODEL", "GIVEN", "--experts", "4", "--channels", "4"), ()),
+    "compress": (("compress", "MODEL", "GIVEN"), ()),
+    "compress, gptq": (("compress", "MODEL", "GIVEN", *GPTQ), ()),
+    "compress, again": (("compress", "MODEL", "GIVEN", "--overwrite", "--seed", "1"),
+                        (("compress", "MODEL", "GIVEN"),)),
+}  # fmt: skip
+
+
+def one_run(out: str, at: str, *arguments: str) -> int:
+    """The body of a process: run a command and die at an event; prints the number of events."""
+    states.MEMORY_STATES = 0  # states go to scratch files
+    with counting(Path(out), int(at), lambda event: os.kill(os.getpid(), signal.SIGKILL)) as seen:
+        code = command.run("--quiet", *arguments)
+    print(f"\nevents {len(seen)}")
+    return code
+
+
+def started(out: Path, at: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    """Run a command in a process that dies at event `at`, or with 0 not."""
+    words = [sys.executable, __file__, "--run", str(out), str(at), *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+
+
+def ended(out: Path, arguments: list[str]) -> int:
+    """Run a command to its end; the number of its file events."""
+    done = started(out, 0, arguments)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+    return int(done.stdout.rsplit("events ", 1)[1])
+
+
+def kill_stage(name: str, points: int, home: Path, rng: random.Random) -> tuple[int, list[str]]:
+    """Number of file events of a stage, and what went wrong at which."""
+    wanted_command, before = STAGES[name]
+
+    def words(line, out: Path) -> list[str]:
+        given = [str(part) for part in command.given(home, out)]
+        places = {"MODEL": [str(home / "model")], "OUT": [str(out)], "GIVEN": given}
+        return [word for part in line for word in places.get(part, [part])]
+
+    calm, out, faults = home / "calm", home / "out", []
+    for folder in (calm, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    for line in before:
+        ended(calm, words(line, calm))
+    start = home / "start"
+    shutil.rmtree(start, ignore_errors=True)
+    if before:
+        shutil.copytree(calm, start)
+    events = ended(calm, words(wanted_command, calm))
+    wanted = contents(calm)
+    for at in sorted(rng.sample(range(1, events + 1), min(points, events))):
+        shutil.rmtree(out, ignore_errors=True)
+        if before:
+            shutil.copytree(start, out)
+            recipe = out / "recipe.yaml"
+            recipe.write_text(recipe.read_text().replace(str(calm), str(out)))
+        killed = started(out, at, words(wanted_command, out))
+        again = started(out, 0, words(wanted_command, out))
+        found = contents(out)
+        differ = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
+        if killed.returncode != -signal.SIGKILL or again.returncode or differ:
+            faults.append(f"event {at}: {killed.returncode}, then {again.returncode}, differ "
+                          f"{sorted(differ)}, {again.stderr[-300:]}")  # fmt: skip
+    return events, faults
+
+
+def main() -> int:
+    """Print a line for each stage; 1 if one ended otherwise than undisturbed."""
+    if sys.argv[1:2] == ["--run"]:
+        return one_run(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=20)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, bad = random.Random(options.seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        model = tiny.tiny_model("qwen2_moe", seed=0, **command.SIZES)
+        tiny.add_tokenizer(tiny.save(model, home / "model"))
+        (home / "good.txt").write_text("The quick brown fox jumps over the lazy dog. " * 10)
+        print(f"{'stage':16} {'events':>6} {'killed':>6} {'differ':>6}")
+        for name in options.stages:
+            events, faults = kill_stage(name, options.points, home, rng)
+            points = min(options.points, events)
+            print(
+                f"{name:16} {events:6} {points:6} {len(faults):6}", *faults, sep="\n  ", flush=True
+            )
+            bad += len(faults)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

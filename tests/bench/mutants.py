@@ -1,0 +1,324 @@
+"""Careless changes to the library, and whether the tests likely to see them do.
+
+Mutants are those of cosmic-ray (`pip install cosmic-ray`); its own runner would start Python, jax
+and pytest anew for each, so a fork of one warm process runs the tests here, with the mutated source
+served to the import system and the files untouched.
+
+  nice python tests/bench/mutants.py pruning/budget/planners.py --sample 40
+  nice python tests/bench/mutants.py 'pruning/budget/*' 'pruning/text/*' --sample 30 --seed 1
+  python tests/bench/mutants.py --table            # of all that is known, without running any
+
+A sample takes a place in the source at random and one mutant there. Outcomes are kept in --results
+by the mutated source, so that a run goes on where another ended; --retry tries those again that
+survived. Mutants that no test could kill stand with their reason in mutants_equivalent.txt.
+"""
+
+import argparse
+import ast
+import difflib
+import fnmatch
+import hashlib
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import resource
+import runpy
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+ROOT = Path(__file__).resolve().parents[2]
+EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
+RESULTS = Path(tempfile.gettempdir()) / f"moe-jax-mutants-{os.getuid()}.jsonl"
+WARM = ("flax.nnx", "hypothesis", "numpy", "optax", "pytest", "safetensors.numpy", "torch",
+        "transformers.models.qwen2_moe.modeling_qwen2_moe", "tokenizers", "yaml")  # fmt: skip
+MEMORY = 16 << 30  # bytes of address space beyond which a mutant counts as killed
+
+# What replaces an operator of arithmetic or comparison: near kin, which run where others only fail.
+KIN = {
+    "Add": "Sub", "Sub": "Add", "Mul": "Div Add", "Div": "Mul FloorDiv", "FloorDiv": "Div Mul",
+    "Mod": "FloorDiv Mul", "Pow": "Mul", "BitOr": "BitAnd", "BitAnd": "BitOr",
+    "Lt": "LtE Gt", "LtE": "Lt Eq", "Gt": "GtE Lt", "GtE": "Gt Eq", "Eq": "NotEq LtE",
+    "NotEq": "Eq Lt", "Is": "IsNot", "IsNot": "Is", "USub": "UAdd",
+}  # fmt: skip
+LEFT_OUT = ("VariableReplacer", "VariableInserter", "ReplaceUnaryOperator_UAdd", "Invert_Not",
+            "Invert_UAdd", "Invert_USub")  # fmt: skip
+
+TESTS = {
+    "pruning/scores/criteria.py": "scores/test_criteria scores/test_formulas",
+    "pruning/scores/channel_criteria.py": "scores/test_criteria scores/test_formulas",
+    "pruning/scores/expert_criteria.py": "scores/test_criteria scores/test_formulas",
+    "pruning/scores/statistics.py": "scores/test_statistics scores/test_criteria test_extension",
+    "pruning/scores/own.py": "scores/test_formulas test_extension",
+    "pruning/scores/details.py": "scores/test_formulas scores/test_details",
+    "pruning/scores/similarity.py": "scores/test_similarity scores/test_formulas",
+    "pruning/scores/noise.py": "scores/test_noise scores/test_formulas",
+    "pruning/budget/planners.py": "budget/test_values budget/test_planners",
+    "pruning/budget/objectives.py": "budget/test_values budget/test_planners",
+    "pruning/budget/importance.py": "budget/test_values budget/test_importance",
+    "pruning/budget/alignment.py": "budget/test_alignment budget/test_values",
+    "pruning/budget/widths.py": "budget/test_values budget/test_widths",
+    "pruning/budget/apportion.py": "budget/test_apportion budget/test_widths",
+    "pruning/budget/optimum.py": "budget/test_optimum budget/test_values",
+    "pruning/budget/clusters.py": "budget/test_clusters budget/test_rules",
+    "pruning/budget/whole_experts.py": "budget/test_whole_experts budget/test_values",
+    "pruning/budget/outliers.py": "budget/test_outliers",
+    "pruning/budget/decide.py": "budget/test_decide budget/test_widths",
+    "pruning/budget/record.py": "budget/test_decide budget/test_values",
+    "pruning/budget/rule.py": "budget/test_rules",
+    "pruning/budget/rules.py": "budget/test_rules",
+    "pruning/budget/problem.py": "budget/test_values budget/test_decide budget/test_widths",
+    "pruning/budget/several_budgets.py": "budget/test_several_budgets",
+    "pruning/budget/plan.py": "budget/test_decide budget/test_values budget/test_emptied",
+    "pruning/text/*.py": "text",
+    "pruning/measure/*.py": "measure",
+    "pruning/runs/compare.py": "runs/test_compare",
+    "pruning/stages/sizes.py": "stages/test_preflight runs/test_estimate",
+    "pruning/stages/verify.py": "stages/test_verify runs/test_compress",
+    "convert/formats/*.py": "../convert/test_formats ../convert/test_writer",
+    "convert/export_format.py": "../convert/test_formats",
+    "convert/families/*.py": "../convert/families ../convert/test_errors",
+}
+
+
+def tests_of(module: str) -> list[str]:
+    """Test files of a module, those that are there."""
+    names = next((t for m, t in TESTS.items() if fnmatch.fnmatch(module, m)), "")
+    found = [(ROOT / "tests" / "pruning" / name).resolve() for name in names.split()]
+    files = [path if path.is_dir() else path.with_suffix(".py") for path in found]
+    return [str(path.relative_to(ROOT)) for path in files if path.exists()]
+
+
+# --- mutants ---
+
+
+def operators() -> list[str]:
+    """Names of cosmic-ray's operators without those that do little but raise TypeError."""
+
+    def wanted(name: str) -> bool:
+        _, *pair = name.removeprefix("core/").split("_")
+        if any(part in name for part in LEFT_OUT):
+            return False
+        return len(pair) < 2 or pair[0] == "Delete" or pair[1] in KIN.get(pair[0], "").split()
+
+    return [name for name in operator_names() if wanted(name)]
+
+
+Place = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of its start and its end
+
+
+def spared(source: str) -> list[Place]:
+    """Types, asserts for the type checker and what only it reads: no test could see them change."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        parts = [getattr(node, "returns", None), getattr(node, "annotation", None)]
+        if isinstance(node, ast.Assert) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
+            parts.append(node)
+        found += [((p.lineno, p.col_offset), (p.end_lineno, p.end_col_offset)) for p in parts if p]
+    return found
+
+
+def places(source: str) -> list[tuple[Place, list[tuple[str, int]]]]:
+    """Every place that can be mutated, with (operator, its occurrence) of each mutant there."""
+    tree, skip = get_ast(source), spared(source)
+    found: dict[Place, list[tuple[str, int]]] = {}
+    for name in operators():
+        operator, occurrence = get_operator(name)(), 0
+        for node in ast_nodes(tree):
+            for start, stop in operator.mutation_positions(node):
+                if not any(first <= start < last for first, last in skip):
+                    found.setdefault((start, stop), []).append((name, occurrence))
+                occurrence += 1
+    return sorted(found.items())
+
+
+def sample(module: str, count: int | None, seed: int) -> list[dict]:
+    """Mutants of a module: one at each of `count` places drawn at random, or all there are."""
+    source, rng = (ROOT / module).read_text(), random.Random(f"{seed} {module}")
+    chosen = places(source)
+    if count is not None:
+        chosen = rng.sample(chosen, min(count, len(chosen)))
+        chosen = [(place, [rng.choice(ways)]) for place, ways in chosen]
+    mutants = []
+    for (start, _), ways in chosen:
+        for name, occurrence in ways:
+            text = mutate_code(source, get_operator(name)(), occurrence)
+            if text is None or text == source:
+                continue
+            key = hashlib.sha256((module + text).encode()).hexdigest()[:16]
+            diff = [line for line in difflib.unified_diff(
+                source.splitlines(), text.splitlines(), lineterm="", n=0)][3:]  # fmt: skip
+            mutants.append(
+                {"key": key, "module": module, "line": start[0], "operator": name[5:],
+                 "diff": diff, "text": text}
+            )  # fmt: skip
+    return mutants
+
+
+def reason(mutant: dict, known: list[list[str]]) -> str | None:
+    """Why a mutant is equivalent, if it is listed: module | line before | line after | reason."""
+    before, after = (
+        [line[1:].strip() for line in mutant["diff"] if line[0] == sign] for sign in "-+"
+    )
+    for module, old, new, why in known:
+        if module == mutant["module"] and old in before and (new in after or new == "*"):
+            return why
+    return None
+
+
+# --- running ---
+
+
+class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Serves one module of the library from a text."""
+
+    def __init__(self, module: str, text: str):
+        self.name = module.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        self.path, self.text = str(ROOT / module), text
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(self.text, self.path, "exec"), module.__dict__)
+
+
+def warm_up() -> None:
+    """Import what every run needs, the library aside; jax starts no thread until it computes."""
+    sys.path.insert(0, str(ROOT))
+    os.chdir(ROOT)
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they would want to come before the rest
+    runpy.run_path(str(ROOT / "tests" / "conftest.py"))
+    for name in WARM:
+        importlib.import_module(name)
+
+
+def run(module: str, text: str, files: list[str], limit: float) -> tuple[str, float, str]:
+    """Run tests on a mutated module: (killed, survived or timeout; seconds; end of the output)."""
+    began, log = time.monotonic(), tempfile.TemporaryFile()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        sys.meta_path.insert(0, Mutated(module, text))
+        import pytest
+
+        code = 1
+        try:
+            options = ["-o", "addopts=", "-p", "no:cacheprovider", "-xq"]
+            code = int(pytest.main([*options, "--tb=line", *files]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    status = None
+    while status is None:
+        done, found = os.waitpid(child, os.WNOHANG)
+        if done:
+            status = found
+        elif time.monotonic() - began > limit:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "timeout", time.monotonic() - began, ""
+        else:
+            time.sleep(0.05)
+    log.seek(0)
+    end = log.read().decode(errors="replace")[-1500:]
+    return "survived" if status == 0 else "killed", time.monotonic() - began, end
+
+
+def main() -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("modules", nargs="*", help="paths or patterns of modules of the library")
+    parser.add_argument("--sample", type=int, metavar="N", help="places per module; default all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--retry", action="store_true", help="run survivors of before again")
+    parser.add_argument("--table", action="store_true", help="only show what is known")
+    arguments = parser.parse_args()
+    lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
+    done = {one["key"]: one for one in map(json.loads, lines)}
+    wanted = arguments.modules or list(TESTS)
+    paths = [str(p.relative_to(ROOT)) for room in ("pruning", "convert", "moe_jax")
+             for p in sorted((ROOT / room).rglob("*.py"))]  # fmt: skip
+    modules = [p for p in paths if any(fnmatch.fnmatch(p, w) for w in wanted) and tests_of(p)]
+    mutants = [one for module in modules
+               for one in sample(module, arguments.sample, arguments.seed)]  # fmt: skip
+    if not arguments.table:
+        _run_all(mutants, done, arguments)
+    show(mutants, done)
+
+
+def _run_all(mutants: list[dict], done: dict[str, dict], arguments) -> None:
+    warm_up()
+    limits: dict[str, float] = {}
+    for number, mutant in enumerate(mutants):
+        module, key = mutant["module"], mutant["key"]
+        if key in done and not (arguments.retry and done[key]["outcome"] == "survived"):
+            continue
+        files = tests_of(module)
+        if module not in limits:
+            outcome, seconds, end = run(module, (ROOT / module).read_text(), files, 900)
+            if outcome != "survived":
+                sys.exit(f"{module}: its tests fail unchanged ({files})\n{end}")
+            limits[module] = 2 * seconds + 10
+            print(f"{module}: {seconds:.0f} s unchanged", flush=True)
+        outcome, seconds, _ = run(module, mutant["text"], files, limits[module])
+        done[key] = {"key": key, "outcome": outcome}
+        with arguments.results.open("a") as file:
+            file.write(json.dumps(done[key]) + "\n")
+        print(f"{number + 1}/{len(mutants)} {outcome} {seconds:.0f} s {module}:{mutant['line']} "
+              f"{mutant['operator']}", flush=True)  # fmt: skip
+
+
+def show(mutants: list[dict], done: dict[str, dict]) -> None:
+    """Print survivors as differences, then one row per module."""
+    rows = [line for line in EQUIVALENT.read_text().splitlines() if line and line[0] != "#"]
+    known = [[part.strip() for part in line.split(" | ")] for line in rows]
+    table: dict[str, dict[str, int]] = {}
+    for mutant in mutants:
+        if mutant["key"] not in done:
+            continue
+        outcome = done[mutant["key"]]["outcome"]
+        if outcome == "survived" and reason(mutant, known):
+            outcome = "equivalent"
+        counts = table.setdefault(mutant["module"], {})
+        counts[outcome] = counts.get(outcome, 0) + 1
+        if outcome == "survived":
+            print(f"\n{mutant['module']}:{mutant['line']} {mutant['operator']}")
+            print("\n".join(mutant["diff"]))
+    kinds = ("killed", "timeout", "survived", "equivalent")
+    print("\n| module | " + " | ".join(kinds) + " | of the others dead |\n|---|" + "---|" * 5)
+    total = {kind: sum(counts.get(kind, 0) for counts in table.values()) for kind in kinds}
+    for module, counts in [*sorted(table.items()), ("all", total)]:
+        numbers = [counts.get(kind, 0) for kind in kinds]
+        others = sum(numbers[:3])
+        share = f"{sum(numbers[:2]) / others:.0%}" if others else "-"
+        print(f"| {module} | " + " | ".join(map(str, numbers)) + f" | {share} |")
+
+
+if __name__ == "__main__":
+    main()

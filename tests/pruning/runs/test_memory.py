@@ -1,0 +1,88 @@
+"""No stage of `compress` takes more memory than `estimate` said, and none of its processes does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert import expected_tensors, find_family, write_folder
+from tests.support import tiny
+
+# Layers that weigh, of which an estimate must know how many are held: 53 M weights in each.
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 1024,
+    "hidden_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 512,
+    "num_experts": 32,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+}
+STAGES = {"score": "scoring", "export": "export", "verify": "verify", "evaluate": "evaluation",
+          "sample": "sample"}  # fmt: skip
+RUN = """
+import json, resource, sys
+from pruning.cli import main
+from pruning.stages import client
+code = main(sys.argv[1:])
+client._end()  # its peak counts once it is gone
+print(json.dumps([code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    family, bfloat16 = find_family("qwen3_moe"), np.dtype(ml_dtypes.bfloat16)
+    shapes = expected_tensors(family, family.config_from_hf(CONFIG))
+    rng = np.random.default_rng(0)
+    noise = (0.03 * rng.standard_normal(1 << 21, np.float32)).astype(bfloat16)
+    values = ((name, np.resize(noise, shape)) for name, shape in shapes.items())
+    specs = {name: (bfloat16, shape) for name, shape in shapes.items()}
+    folder = tmp_path_factory.mktemp("memory") / "model"
+    return tiny.add_tokenizer(write_folder(folder, specs, values, CONFIG, None))
+
+
+@pytest.mark.slow
+def test_no_stage_takes_more_than_the_estimate_says(model, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    options = ["--calibration", str(text), "--max-tokens", "512", "--window", "64", "--batch", "4"]
+    options += ["--prune-rate", "0.25", "--export", "ragged-int4", "--output", str(out)]
+    # Compiled as users compile, not as the tests do.
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+
+    def run(code: str, *arguments) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments, "--quiet"], env=environment,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    said = tmp_path / "said.json"
+    run("import sys; from pruning.cli import main; sys.exit(main(sys.argv[1:]))",
+        "estimate", str(model), "--no-probe", "--json", str(said), *options)  # fmt: skip
+    (found,) = json.loads(said.read_text())
+    memory = found["memory"]
+    code, children = json.loads(run(RUN, "compress", str(model), *options).splitlines()[-1])
+    report = json.loads((out / "report.json").read_text())
+    assert code == 0 and all(check["done"] for check in report["verification"])
+    seen: dict[str, int] = {}
+    for stage in report["stages"]:
+        key = STAGES.get(stage["name"].split()[0])
+        if key is not None:
+            seen[key] = max(seen.get(key, 0), stage["peak_memory_bytes"])
+    assert seen.keys() == set(STAGES.values())
+    for key, peak in [*seen.items(), ("transformers", children)]:
+        assert peak <= memory[key], (key, peak, memory)
+        # Nor is it a number that nothing ever comes near.
+        assert peak >= memory[key] / 2, (key, peak, memory)
