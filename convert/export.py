@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.description import Description
 from convert.disk_layer import outer_tensors
-from convert.export_format import FLOAT4, FLOAT4_GROUP, FORMATS, ExportFormat, Widths
+from convert.export_format import ExportFormat, Widths
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
 from convert.formats.wrapped import wrapped_config
 from convert.interleaved import check_shape, fuse_experts, fuse_specs
@@ -255,8 +255,7 @@ class Export:
         source, tensors = self._source, self._by_layer[f"model.layers.{index}"]
         parts = stored_layer(source.family, source.layer(layer), index, tensors, self.form)
         if self._is_fused:
-            experts = self.base.config.moe.num_experts
-            parts = fuse_experts(parts, experts, source.family.together)
+            parts = fuse_experts(parts, self.base.config.moe.num_experts, source.family.together)
         return ((self.stored_name(name), array) for name, array in parts)
 
     def mtp_arrays(self, mtp: MtpSource) -> Iterator[tuple[str, np.ndarray]]:
@@ -299,15 +298,3 @@ class Export:
             prefixes = mtp_prefixes(self.base.family, self.base.hf_config)
             modules += [f"re:{re.escape(prefix)}" for prefix in prefixes]
         return modules
-
-
-def packed_inputs(base: Description, requantize: bool) -> list[int]:
-    """Input widths of the linear layers that the family's first 4-bit format packs."""
-    native = None if base.native is None or requantize else base.native.group_size
-    forms = (
-        ExportFormat(name, FLOAT4_GROUP if name == FLOAT4 else native or 32, requantize=requantize)
-        for name in FORMATS
-        if name in base.family.formats
-    )
-    form = next((form for form in forms if form.is_packed), None)
-    return [] if form is None else Export(base, base.widths, form).packed_inputs

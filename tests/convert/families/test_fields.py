@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from convert import FAMILIES, CheckpointError, find_family, load_model, open_checkpoint
-from convert.export import packed_inputs
 from convert.families import qwen3_moe
 from convert.fields import FIELDS
+from convert.packing import packed_inputs
 from moe_jax.errors import InputError
 from tests.support import tiny
 
@@ -252,4 +252,4 @@ def test_a_family_without_4_bit_formats_packs_nothing(tmp_path, monkeypatch):
     tiny.tiny_qwen3_moe(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "my_moe"}))
-    assert packed_inputs(open_checkpoint(tmp_path).about) == []
+    assert packed_inputs(open_checkpoint(tmp_path).about, requantize=False) == []
