@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from pruning.budget.plan import PruningPlan
 from pruning.cli.tables import checks_table
 from pruning.kit.errors import VerificationError
+from pruning.kit.progress import Steps
 from pruning.runs.verify import verify
 from pruning.stages import client
 from pruning.stages import verify as verifying
@@ -65,7 +66,7 @@ def failed(export: Path) -> dict[str, str]:
 def checks_of(export: Path) -> list[Check]:
     """All checks of one export, as `verify` makes them."""
     recipe = stored_recipe(export.parent.parent)
-    base, plan = stored_base(recipe), PruningPlan.load(export.parent.parent)
+    base, plan = stored_base(recipe, Steps()), PruningPlan.load(export.parent.parent)
     form = dataclasses.replace(form_of(recipe, export.name, plan), mtp="drop")
     return verifying.verify_export(base, plan, form, export, verifying.random_probe(base))
 
@@ -224,7 +225,7 @@ def test_another_value_in_config_json_is_named(one, changes, sentence):
 
 def export_of_(export: Path):
     recipe = stored_recipe(export.parent.parent)
-    base, plan = stored_base(recipe), PruningPlan.load(export.parent.parent)
+    base, plan = stored_base(recipe, Steps()), PruningPlan.load(export.parent.parent)
     return export_of(base.about, plan, form_of(recipe, export.name, plan))
 
 
