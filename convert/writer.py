@@ -20,14 +20,10 @@ from convert.layout import (
     shard_files,
 )
 from convert.reader import INDEX
+from convert.side_files import side_files as files_of
 from moe_jax.errors import InputError
 from moe_jax.files import replace_folder, write_synced
 
-SIDE_FILES = (
-    "tokenizer*", "tokenization_*.py", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template*",
-    "additional_chat_templates", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 Content = bytes | str | Path | Callable[[], str]
 SPARE_BYTES = 64 << 20  # left free on the disk, for side files and the file system itself
 
@@ -58,8 +54,7 @@ def write_folder(
       specs: name -> (dtype, shape) of every tensor, in file order.
       tensors: (name, array) in any order, taken one at a time.
       config: config.json.
-      side_files: folder whose tokenizer, generation, template and licence files are copied byte
-        for byte, or None.
+      side_files: folder whose `convert.side_files.side_files` are copied byte for byte, or None.
       shard_bytes: at most so many bytes of tensors per file (more if one tensor is larger).
       extra_files: file name -> content, or path of a file to copy, or what makes the content once
         all tensors are written.
@@ -149,7 +144,7 @@ def _stream(files, places: dict[str, _Place], tensors: Iterable[tuple[str, np.nd
 def _write_side_files(
     folder: Path, source: Path | str | None, extra: Mapping[str, Content]
 ) -> None:
-    found: dict[str, Content] = {} if source is None else {**side_files(source)}
+    found: dict[str, Content] = {} if source is None else {**files_of(source)}
     for name, content in {**found, **extra}.items():
         if callable(content):
             content = content()
@@ -157,18 +152,3 @@ def _write_side_files(
             content = content.read_bytes()
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_synced(folder / name, content.encode() if isinstance(content, str) else content)
-
-
-def side_files(source: Path | str) -> dict[str, Path]:
-    """Files of a checkpoint that go unchanged into every folder made of it.
-
-    Returns:
-      Name, with its folder if it has one -> path.
-    """
-    found = [path for glob in SIDE_FILES for path in Path(source).glob(glob)]
-    files = [file for path in found for file in (path.rglob("*") if path.is_dir() else (path,))]
-    return {
-        file.relative_to(source).as_posix(): file
-        for file in files
-        if file.is_file() and file.suffix != ".safetensors"
-    }

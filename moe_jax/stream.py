@@ -77,6 +77,7 @@ class Batches:
     Attributes:
       tokens: int32 [B, T]; B is a multiple of the batch, rows beyond the text's are zero.
       valid: bool [B, T], False in those rows.
+      counted: bool [B, T], tokens whose prediction counts in a loss; None for all.
       rows: which rows are each batch's.
       places: where each batch's tokens stand.
     """
@@ -85,6 +86,7 @@ class Batches:
     valid: np.ndarray
     rows: tuple[slice, ...]
     places: tuple[Context, ...]
+    counted: np.ndarray | None = None
 
     def embedded(self, source: LayerSource, dtype) -> list[np.ndarray]:
         """First hidden states of each batch, [b, T, D]."""
@@ -122,7 +124,13 @@ class Batches:
         return out
 
 
-def in_batches(source: LayerSource, tokens: np.ndarray, valid: np.ndarray, batch: int) -> Batches:
+def in_batches(
+    source: LayerSource,
+    tokens: np.ndarray,
+    valid: np.ndarray,
+    batch: int,
+    counted: np.ndarray | None = None,
+) -> Batches:
     """Cut a text into batches.
 
     Args:
@@ -130,6 +138,7 @@ def in_batches(source: LayerSource, tokens: np.ndarray, valid: np.ndarray, batch
       tokens: int32 [B, T].
       valid: bool [B, T]; other positions are padding.
       batch: rows per batch.
+      counted: bool [B, T], tokens whose prediction counts in a loss; default all.
 
     Returns:
       The batches; the last is filled with rows of padding.
@@ -140,7 +149,8 @@ def in_batches(source: LayerSource, tokens: np.ndarray, valid: np.ndarray, batch
     rows = row_slices(len(tokens), batch)
     c = source.config
     places = tuple(make_context(c.attention, c.max_position, valid[part]) for part in rows)
-    return Batches(tokens, valid, rows, places)
+    counted = None if counted is None else pad_rows(counted, batch)
+    return Batches(tokens, valid, rows, places, counted)
 
 
 def pad_rows(values: np.ndarray, batch: int) -> np.ndarray:

@@ -124,7 +124,9 @@ class Head(nnx.Module):
             return linear(rms_norm(x, self.norm, self.norm_eps), self.weight).astype(jnp.float32)
 
 
-def next_token_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:
+def next_token_loss(
+    head: Head, x: Array, tokens: Array, valid: Array, counted: Array | None = None
+) -> Array:
     """Summed next-token loss of one sequence.
 
     Args:
@@ -132,13 +134,17 @@ def next_token_loss(head: Head, x: Array, tokens: Array, valid: Array) -> Array:
       x: [T, D], hidden states before the head.
       tokens: int32 [T].
       valid: bool [T]; a prediction counts where its token and the next are both valid.
+      counted: bool [T], tokens whose prediction counts; default all.
 
     Returns:
       float32 scalar, nats.
     """
     logits = head(x[:-1])
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1:])
-    return jnp.sum(jnp.where(valid[:-1] & valid[1:], nll, 0.0))
+    wanted = valid[:-1] & valid[1:]
+    if counted is not None:
+        wanted &= counted[1:]
+    return jnp.sum(jnp.where(wanted, nll, 0.0))
 
 
 @module

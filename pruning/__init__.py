@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from pruning.stages.job import open_job
     from pruning.stages.sizes import form_of
     from pruning.text.calibration import TokenBatch, calibration_batch
-    from pruning.text.documents import TextSource
+    from pruning.text.source import TextSource
     from pruning.text.windows import make_windows
 
 __all__ = [
@@ -179,7 +179,7 @@ _HOMES = {
     "stages.job": ("open_job",),
     "stages.sizes": ("form_of",),
     "text.calibration": ("TokenBatch", "calibration_batch"),
-    "text.documents": ("TextSource",),
+    "text.source": ("TextSource",),
     "text.windows": ("make_windows",),
 }
 _MODULES = {

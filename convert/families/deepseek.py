@@ -21,7 +21,7 @@ from moe_jax.transformer import DecoderLayer
 
 # What a Qwen2-MoE states otherwise, or not at all.
 _OWN_KEYS = (
-    "auto_map", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq",
+    "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq",
     "scoring_func", "attention_bias", "aux_loss_alpha", "seq_aux", "pretraining_tp",
 )  # fmt: skip
 

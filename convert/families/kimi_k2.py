@@ -5,12 +5,9 @@ import dataclasses
 from convert.families import deepseek_v3
 from convert.rules import Twin
 
-_OWN_KEYS = ("auto_map",)
-
 
 def _deepseek_v3_config(hf: dict) -> dict:
-    kept = {key: value for key, value in hf.items() if key not in _OWN_KEYS}
-    return kept | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    return hf | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
 
 
 FAMILY = dataclasses.replace(

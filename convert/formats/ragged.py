@@ -6,6 +6,7 @@ from typing import Any
 
 from convert.export_format import Widths
 from convert.rules import RAGGED, Family
+from convert.side_files import text_classes
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 
@@ -86,6 +87,7 @@ def _with_code(hf_config: dict[str, Any], family: Family, mtp_width: int | None)
         "model_type": RAGGED + family.public_type,
         "architectures": [f"{stem}ForCausalLM"],
         "auto_map": {
+            **text_classes(hf_config),
             "AutoConfig": f"{module}.{stem}Config",
             "AutoModel": f"{module}.{stem}Model",
             "AutoModelForCausalLM": f"{module}.{stem}ForCausalLM",

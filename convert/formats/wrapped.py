@@ -3,6 +3,7 @@
 from typing import Any
 
 from convert.rules import OF_THE_WHOLE, TEXT
+from convert.side_files import text_classes
 
 
 def wrapped_config(config: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
@@ -18,7 +19,8 @@ def wrapped_config(config: dict[str, Any], outer: dict[str, Any]) -> dict[str, A
     own = ("model_type", "architectures")
     text = {key: value for key, value in config.items() if key not in (*own, "quantization_config")}
     text |= {key: outer[TEXT][key] for key in own if key in outer[TEXT]}
-    gone = (*OF_THE_WHOLE, "auto_map")  # whose code does not travel
-    whole = {key: value for key, value in outer.items() if key not in gone}
+    whole = {key: value for key, value in outer.items() if key not in (*OF_THE_WHOLE, "auto_map")}
+    if mapped := text_classes(outer):
+        whole["auto_map"] = mapped
     whole |= {key: config[key] for key in OF_THE_WHOLE if key in config}
     return whole | {TEXT: text, "tie_word_embeddings": config["tie_word_embeddings"]}

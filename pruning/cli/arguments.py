@@ -9,6 +9,7 @@ from pathlib import Path
 from pruning.cli.flags import add_group, value_of
 from pruning.cli.parser import Parser
 from pruning.recipe.options import (
+    TEXT_FILES,
     WHOLE_TEXT,
     ExportOptions,
     PlanOptions,
@@ -18,18 +19,31 @@ from pruning.recipe.options import (
     fields_of,
 )
 
-MODEL = "checkpoint folder (config.json, safetensors, tokenizer.json), or demo"
+MODEL = (
+    "checkpoint folder (config.json, safetensors, tokenizer.json), OWNER/NAME[@REVISION] in the "
+    "local Hugging Face cache, or demo"
+)
 SHELLS = ("bash", "zsh", "fish")
 # Of the planning options those that people give when they score: the others keep their defaults
 # until `plan`, which decides all of them anew.
 DECIDING = ("prune_rate", "target_parameters", "target_bytes", "criterion", "attribution",
             "planner", "seed")  # fmt: skip
-NOT_ESTIMATED = ("calibration", "calibration_field", "evaluation", "evaluation_tokens")
+NOT_ESTIMATED = ("calibration", "calibration_field", "evaluation", "evaluation_tokens",
+                 "first_tokens", "loss_on")  # fmt: skip
 
 
 def _model(command: Parser, *, required: bool = True, more: str = "") -> None:
     command.add_argument(
         "model", nargs=None if required else "?", help=MODEL + more, metavar="MODEL"
+    )
+    _download(command)
+
+
+def _download(command: Parser) -> None:
+    command.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch a model OWNER/NAME from the Hugging Face hub into the local cache first",
     )
 
 
@@ -133,16 +147,17 @@ def evaluate(command: Parser) -> None:
     command.add_argument(  # text, because ./demo is not demo
         "folder", help=f"{MODEL}; or output folder of score", metavar="FOLDER"
     )
+    _download(command)
     place = command.add_argument_group("Text")
-    texts: dict = {"dest": "text", "type": Path, "nargs": "+", "action": "extend"}
+    texts: dict = {"dest": "text", "nargs": "+", "action": "extend"}
     place.add_argument(
         "--text", **texts, metavar="FILE",
-        help="text files; .jsonl and .jsonl.gz hold a document a line",
+        help="text files: " + TEXT_FILES,
     )  # fmt: skip
     place.add_argument("--evaluation", **texts, help=argparse.SUPPRESS)
     place.add_argument(
         "--text-field", default="text", metavar="FIELD",
-        help="JSON field that holds the text in .jsonl files (default text)",
+        help="field of rows that holds the text (default text)",
     )  # fmt: skip
     tokens: dict = {"dest": "evaluation_tokens", "type": value_of(int), "metavar": "N"}
     place.add_argument(
@@ -163,6 +178,7 @@ def evaluate(command: Parser) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="type of the activations (default float32)",
     )  # fmt: skip
+    add_group(command, TextOptions, "first_tokens", "loss_on", title="Tokens")
     sweep = command.add_argument_group("Plans of an output folder")
     _rates(sweep, "measure plans of the stored statistics instead, at these rates in [0, 1)")
 
@@ -170,6 +186,7 @@ def evaluate(command: Parser) -> None:
 def audit(command: Parser) -> None:
     """Arguments of `audit`."""
     command.add_argument("model", metavar="MODEL_OR_FOLDER", help=f"{MODEL}; or output of score")
+    _download(command)
     place = command.add_argument_group("Sample")
     for name, default, words in (
         ("experts", 32, "experts to take out, spread over the layers"),

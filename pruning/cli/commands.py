@@ -21,7 +21,7 @@ from pruning.cli.tables import (
 )
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
-from pruning.recipe.options import ExportOptions, PlanOptions
+from pruning.recipe.options import ExportOptions, PlanOptions, TextOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.audit_page import audit_tables
 from pruning.report.cost_tables import estimate_tables
@@ -176,11 +176,10 @@ def evaluate(options: Options) -> Outcome:
         options.text or (),
         options.rates or (),
         text_field=options.text_field,
-        window=options.window,
         stride=options.stride,
-        evaluation_tokens=options.evaluation_tokens,
         batch=options.batch,
         dtype=options.dtype,
+        **given_options(options, TextOptions),
         steps=_steps(options),
     )
     pages = [Path(options.folder, "sweep.html")] if len(options.rates or ()) > 1 else []

@@ -12,6 +12,7 @@ from moe_jax.errors import InputError
 from pruning.cli.flags import recipe_from
 from pruning.cli.grammar import build_parser
 from pruning.kit.errors import VerificationError
+from pruning.kit.hub import download
 
 WITH_RECIPE = ("compress", "score", "estimate", "apply", "compare")
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
@@ -70,6 +71,9 @@ def _run(options: argparse.Namespace) -> None:
         print(script(options.shell))
         return
     _read_recipe(options)
+    if getattr(options, "download", False):
+        named = options.made if "made" in options else options
+        download(getattr(named, "model", None) or options.folder, quiet=options.quiet)
     # Only now: jax takes seconds to import, and a typing error should not.
     from pruning.cli import commands
     from pruning.cli.output import check_json, show

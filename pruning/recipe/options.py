@@ -22,6 +22,7 @@ __all__ = [
     "COMPARED_TOKENS",
     "EVALUATION_TOKENS",
     "MOST_BATCH",
+    "TEXT_FILES",
     "WHOLE_TEXT",
     "ExportOptions",
     "LayerLoss",
@@ -36,6 +37,7 @@ __all__ = [
 EVALUATION_TOKENS = 16384  # of each text, beside other work
 COMPARED_TOKENS = 4096  # of each text, under many plans
 MOST_BATCH = 4096  # windows a step: a batch is filled up to so many
+TEXT_FILES = "prose, or rows of JSON, CSV, TSV or parquet, as their content says; .gz, .zst too"
 WHOLE_TEXT = 1 << 20  # tokens of each text where measuring is the work
 
 
@@ -44,7 +46,12 @@ class RunOptions(Options):
     """Model and output."""
 
     model: Annotated[
-        str, About('checkpoint folder, or "demo" for the embedded model', shown="MODEL")
+        str,
+        About(
+            "checkpoint folder, OWNER/NAME[@REVISION] in the local Hugging Face cache, or "
+            '"demo" for the embedded model',
+            shown="MODEL",
+        ),
     ]
     output: Annotated[str, About("folder to write", shown="FOLDER")]
     overwrite: Annotated[bool, About("replace an existing output folder")] = False
@@ -75,18 +82,33 @@ class TextOptions(Options):
     calibration: Annotated[
         tuple[str, ...],
         About(
-            "text files, FILE or FILE=WEIGHT; .jsonl and .jsonl.gz hold a document a line",
+            "text files, FILE or FILE=WEIGHT, with :field=NAME or :template='{NAME}\\n{NAME}' "
+            f"behind where text stands in other fields; {TEXT_FILES}",
             shown="FILE",
         ),
     ] = ()
     calibration_field: Annotated[
         str,
-        About("JSON field that holds the text in .jsonl files", shown="FIELD", flag="text-field"),
+        About("field of rows that holds the text", shown="FIELD", flag="text-field"),
     ] = "text"
+    first_tokens: Annotated[
+        bool,
+        About(
+            "begin texts and calibration windows with the tokens that the tokenizer puts first, "
+            "such as <s>, if it does (default true)"
+        ),
+    ] = True
+    loss_on: Annotated[
+        Literal["all", "answers"],
+        About(
+            "tokens of conversations that count in losses and their gradients; the prompts before "
+            "answers are read all the same, and statistics of activations are of all tokens"
+        ),
+    ] = "all"
     evaluation: Annotated[
         tuple[str, ...],
         About(
-            "text files to measure quality on, plain or JSON lines; default a sixteenth of the "
+            "text files to measure quality on, read like the others; default a sixteenth of the "
             "calibration windows, which are then not scored",
             shown="FILE",
         ),

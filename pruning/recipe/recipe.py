@@ -11,6 +11,7 @@ import yaml
 
 from convert.export_format import FLOAT4, FORMATS, GROUP_SIZES, ExportFormat, FormatName
 from moe_jax.errors import InputError, choose
+from pruning.kit.hub import NAME
 from pruning.recipe.exports import choose_exports, is_packed, width_policy
 from pruning.recipe.group import about
 from pruning.recipe.options import (
@@ -23,9 +24,10 @@ from pruning.recipe.options import (
     TextOptions,
     fields_of,
 )
-from pruning.recipe.values import NEEDS_TEXT
+from pruning.recipe.values import NEEDS_TEXT, window_within
 
 TEXTS = ("calibration", "evaluation")  # options that name files
+WHOLE_LOSS = ("nll_ig", "nll_ablate", "nll_grad2")
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 
 
@@ -46,6 +48,12 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 f"weights_only reads no calibration text, which {', '.join(asked)} needs; leave "
                 "out one or the other"
             )
+        whole = [name for name in WHOLE_LOSS if getattr(self, name)]
+        if self.loss_on == "answers" and whole:
+            raise InputError(
+                f"loss_on='answers' leaves prompts out of gradients, which {', '.join(whole)} does "
+                "not: it takes the loss of the whole text; leave out one or the other"
+            )
 
     def resolved(
         self,
@@ -64,7 +72,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
 
         Raises:
           InputError: a group size or block that the model's widths do not allow, or 4-bit exports
-            of a 16-bit recipe.
+            of a 16-bit recipe, or a window longer than the model's context.
         """
         exports = choose_exports(self.export, formats, self.bits, self.group_size, self.quantizer)
         widths = [("expert width", d_expert), ("model width", d_model)]
@@ -97,7 +105,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "minimum": self.minimum or block,
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
             "width": self.width or width_policy(exports),
-            "window": min(self.window or 2048, max_position),
+            "window": window_within(self.window, max_position),
             "evaluation_tokens": self.evaluation_tokens or EVALUATION_TOKENS,
         }
         return ResolvedRecipe(**{**given, **filled})
@@ -132,7 +140,8 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         """The recipe with absolute paths, which mean the same from every working directory."""
         absolute = os.path.abspath  # of FILE=WEIGHT as of any other path
         texts = {name: tuple(map(absolute, getattr(self, name))) for name in TEXTS}
-        model = self.model if self.model == "demo" else absolute(self.model)
+        is_name = NAME.fullmatch(self.model) and not os.path.exists(self.model)  # on the hub
+        model = self.model if self.model == "demo" or is_name else absolute(self.model)
         scratch = None if self.scratch is None else absolute(self.scratch)
         output = absolute(self.output)
         return dataclasses.replace(self, model=model, output=output, scratch=scratch, **texts)

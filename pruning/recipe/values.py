@@ -1,6 +1,7 @@
 """Values of recipe fields as YAML, flags and Python give them, brought to the field's type."""
 
 import difflib
+import json
 import numbers
 import os
 import re
@@ -8,9 +9,10 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, choose
 
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
+TEXTS = ("calibration", "evaluation")
 LONGEST = 500  # characters of a value that an error shows
 AMOUNTS = ("target_bytes", "target_parameters")
 # What asks for calibration text, with the value that asks for none.
@@ -42,6 +44,20 @@ def check_share(name: str, share: float, hint: str) -> None:
     """Raise InputError unless a share is some or all."""
     if not 0 < share <= 1:
         raise InputError(f"{name}={share} must lie in (0, 1]; {hint}")
+
+
+def window_within(window: int | None, context: int) -> int:
+    """The window asked for, or the usual one, in tokens.
+
+    Raises:
+      InputError: it is longer than the model's context.
+    """
+    if window is not None and window > context:
+        raise InputError(
+            f"window={window} is longer than the model's context of {context} tokens; choose "
+            f"--window {context} or less"
+        )
+    return window or min(2048, context)
 
 
 def parse_amount(name: str, text: str) -> int:
@@ -87,6 +103,28 @@ def layer_rates(entries: Sequence[str]) -> dict[int, float]:
     return rates
 
 
+def text_words(name: str, entry: dict[str, Any]) -> str:
+    """A text file given as a mapping, in the words of the command line.
+
+    Args:
+      name: of the option.
+      entry: `path`, and perhaps `weight`, `field` or `template`, and `format`.
+
+    Raises:
+      InputError: another key, no path, or a value of another type.
+    """
+    kinds: dict[str, Any] = {"path": str, "weight": float, "field": str, "template": str,
+                             "format": str}  # fmt: skip
+    for key in entry:
+        choose(kinds, key, f"key of {name}")
+    if "path" not in entry:
+        raise InputError(f"{name}={repr(entry)[:LONGEST]} has no path; write path: FILE")
+    given = {key: typed(f"{name}: {key}", value, kinds[key]) for key, value in entry.items()}
+    weight = f"={given['weight']}" if "weight" in given else ""
+    options = (key for key in ("field", "template", "format") if key in given)
+    return given["path"] + weight + "".join(f":{key}={json.dumps(given[key])}" for key in options)
+
+
 def typed(name: str, value: Any, kind: Any) -> Any:
     """The value as its field's type: a list becomes a tuple, a whole number a float.
 
@@ -103,7 +141,10 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise InputError(f"{shown} must be a list; write [{str(value)[:LONGEST]}]")
-        return tuple(typed(name, one, inner[0]) for one in value)
+        return tuple(
+            text_words(name, one) if isinstance(one, dict) and name in TEXTS
+            else typed(name, one, inner[0]) for one in value
+        )  # fmt: skip
     if origin is Literal:
         if type(value) is not type(inner[0]) or value not in inner:
             near = difflib.get_close_matches(str(value), [one for one in inner if type(one) is str])

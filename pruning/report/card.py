@@ -238,7 +238,8 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values: dict[str, Any] = {"model": facts.base.name}
     if sources := said.get("sources") or ():
         values["calibration"] = [
-            s["text"] if s["weight"] == 1 else f"{s['text']}={s['weight']:g}" for s in sources
+            s["text"] + (f"={s['weight']:g}" if s["weight"] != 1 else "") + s.get("options", "")
+            for s in sources
         ]
     # Without a text of its own, measuring takes windows that are then not scored.
     if said.get("evaluation"):

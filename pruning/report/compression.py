@@ -53,7 +53,8 @@ class CompressionReport:
       recipe: every option of the resolved recipe by name.
       environment: moe-jax (version), date (UTC), device, cores, python, jax.
       calibration: tokens (scored), sources: per file path, sha256, weight, documents, tokens
-        (those set aside for measuring included); stability of the kept set over the parts of the
+        (those set aside for measuring included), and how it was read: format, field, begins,
+        options, lacking (see `TokenBatch`); stability of the kept set over the parts of the
         text (see pruning.stages.parts), null for weights_only; router_entropy [L] mean over
         tokens in nats and usage [L][E] share of a layer's routed tokens, if any text was read. 0
         tokens: the weights alone decided.
@@ -76,7 +77,8 @@ class CompressionReport:
       quality: per text and model (dense, pruned, each export as read from disk): nll, perplexity,
         tokens, and against the dense model kl and top1 (null for the dense model).
       evaluation: window and stride in tokens; stride is null without a text; seen, per text the
-        share of its runs of 13 tokens that calibration has shown, null if it has none so long.
+        share of its runs of 13 tokens that calibration has shown, null if it has none so long;
+        sources as those of calibration.
       stages: per stage name, seconds, peak_memory_bytes (of the process until its end).
       sample: prompt, dense, compressed, export (which one wrote it); "" for huge models or
         without a text.

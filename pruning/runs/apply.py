@@ -14,6 +14,7 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.record import recorded_options
 from pruning.demo import model_folder
+from pruning.kit.hub import pinned
 from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
@@ -22,7 +23,7 @@ from pruning.stages import preflight
 from pruning.stages.export import export
 from pruning.stages.job import resolved
 from pruning.stages.model_record import remember
-from pruning.stages.remarks import say_nothing_saved
+from pruning.stages.remarks import say_left_out, say_nothing_saved
 from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
 from pruning.stages.writer import only_writer
@@ -70,7 +71,12 @@ def apply_plan(
       OSError: the plan is missing, or the disk is too small.
       VerificationError: an export differs from the model in memory; it is kept.
     """
-    given = {"model": model, "output": os.fspath(output), "export": tuple(export), "bits": bits}
+    given = {
+        "model": pinned(model),
+        "output": os.fspath(output),
+        "export": tuple(export),
+        "bits": bits,
+    }
     given |= {"mtp": mtp, "overwrite": overwrite, "requantize": requantize}
     given |= {"group_size": group_size} if group_size else {}
     with only_writer(output):
@@ -176,6 +182,7 @@ def _prepare(
     preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
     preflight.say_sizes(sizes, steps)
     say_nothing_saved(plan, wanted, steps)
+    say_left_out(base.about.folder, steps)
     with steps.bar("check weights") as on_step:
         base.check_finite(on_step, mtp=recipe.mtp != "drop")
     _require_model(plan, base)

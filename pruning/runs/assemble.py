@@ -96,6 +96,7 @@ def assemble(found: Outcome) -> CompressionReport:
             "stride": windows.stride if windows else None,
             "seen": seen_shares(job.calibration, job.evaluation),
             "texts": text_hashes(job.evaluation),
+            "sources": list(job.evaluation_sources),
         },
         stages=found.stages,
         sample={key: sample.get(key, "") for key in ("prompt", "dense", "compressed", "export")},

@@ -27,6 +27,7 @@ from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.measure import first_tokens, measure
 from pruning.stages.model_record import identify
+from pruning.stages.plan import TEXT_CHOICES
 from pruning.stages.writer import only_writer
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows, text_hashes
@@ -145,6 +146,7 @@ def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
         "window": job.recipe.window,
         "seed": job.recipe.seed,
         "calibration": sha256(text.tobytes() + valid.tobytes()).hexdigest(),
+        **{n: s[n] for s in job.calibration.sources[:1] for n in TEXT_CHOICES if n in s},
         "evaluation": text_hashes(texts),
     }
 
@@ -158,7 +160,7 @@ def _earlier(job: Job, texts: Mapping[str, Windows]) -> Comparison | None:
         return found
     if job.recipe.overwrite:
         return None
-    differ = [name for name in key if found.key.get(name) != key[name]]
+    differ = [name for name in key | found.key if found.key.get(name) != key.get(name)]
     raise InputError(
         f"{path} holds results of another {', '.join(differ)}; name another folder or add "
         "--overwrite"

@@ -28,7 +28,7 @@ from pruning.stages.card import write_card
 from pruning.stages.export import export, pruned_source
 from pruning.stages.job import Job
 from pruning.stages.measure import measure
-from pruning.stages.remarks import say_nothing_saved
+from pruning.stages.remarks import say_left_out, say_nothing_saved
 from pruning.stages.sizes import (
     SAMPLE_BYTES,
     export_of,
@@ -87,6 +87,7 @@ def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
     sizes = export_sizes(job.base.about, plan, job.recipe)
     preflight.say_sizes(sizes, steps)
     say_nothing_saved(plan, job.recipe, steps)
+    say_left_out(job.base.about.folder, steps)
     codes = gptq_stage.quantize(job, plan, steps)
     checks = []
     for name in job.recipe.export:

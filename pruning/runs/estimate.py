@@ -40,7 +40,7 @@ def open_described(folder: Path) -> Checkpoint | Description:
     Raises:
       InputError: the config or a header is wrong.
     """
-    has_weights = any(folder.glob("*.safetensors*"))
+    has_weights = any(path.is_file() for path in folder.glob("*.safetensors"))
     return open_checkpoint(folder) if has_weights else describe(folder)
 
 
@@ -68,7 +68,7 @@ def estimate(
       InputError: the recipe is impossible, in the words of `compress`.
     """
     check_whole("tensor_parallel", tensor_parallel, 1)
-    base = open_described(model_folder(recipe.model))
+    base = open_described(model_folder(recipe.model, weights=False))
     budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
     recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
     about = base.about if isinstance(base, Checkpoint) else base

@@ -14,18 +14,18 @@ from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import MOST_BATCH, WHOLE_TEXT
 from pruning.recipe.recipe import ResolvedRecipe
-from pruning.recipe.values import MOST, check_whole
+from pruning.recipe.values import MOST, check_whole, window_within
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
 from pruning.stages.folder import clear_leftovers
 from pruning.stages.job import DTYPES
 from pruning.stages.made_by import say_stale
-from pruning.stages.measure import measure, read_tokens
+from pruning.stages.measure import evaluation_source, measure, read_tokens, text_windows
+from pruning.stages.remarks import say_context, say_source
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.stages.writer import only_writer
-from pruning.text.documents import TextSource
+from pruning.text.calibration import source_note
 from pruning.text.tokenizer import open_codec
-from pruning.text.windows import Windows, make_windows
 
 
 def evaluate(
@@ -37,6 +37,8 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     evaluation_tokens: int = WHOLE_TEXT,
+    first_tokens: bool = True,
+    loss_on: Literal["all", "answers"] = "all",
     batch: int = 8,
     dtype: Literal["float32", "bfloat16"] = "float32",
     steps: Steps | None = None,
@@ -46,12 +48,14 @@ def evaluate(
     Args:
       folder: a checkpoint, or "demo"; with `rates` an output folder of `score`, where several
         also write sweep.csv and sweep.html.
-      texts: files; .jsonl and .jsonl.gz hold a document a line.
+      texts: files, each as `TextSource.parse` reads it, without a weight.
       rates: prune rates, each planned from the stored statistics and measured by masking.
-      text_field: JSON field that holds the text.
+      text_field: field of a row that holds the text.
       window: tokens per window; default the model's context, at most 2048.
       stride: tokens between windows; default half a window.
       evaluation_tokens: most tokens measured of each text.
+      first_tokens: begin texts with the tokens that the tokenizer puts first, if it does.
+      loss_on: "answers" measures of conversations what the assistant said, not the prompts.
       batch, dtype: windows per step, and the type of their activations.
       steps: where progress goes; default stderr.
 
@@ -75,8 +79,18 @@ def evaluate(
             plans, statistics = stored_plans(folder, recipe, base, rates)
         else:
             base = open_checkpoint(model_folder(model))
-        window = min(window or 2048, base.config.max_position)
-        opened = _windows(base, texts, text_field, window, stride, evaluation_tokens, steps)
+        window = window_within(window, base.config.max_position)
+        say_context(base.config, window, steps)
+        codec = open_codec(base.about.folder, base.config.vocab_size, first_tokens=first_tokens)
+        opened = {}
+        for text in texts:
+            source = evaluation_source(os.fspath(text), text_field)
+            stream = read_tokens(source, codec, evaluation_tokens, loss_on)
+            say_source(source_note(source, stream, len(stream.tokens)), steps)
+            if len(stream.tokens) == evaluation_tokens:
+                steps.say(f"{text}: the first {evaluation_tokens:,} tokens are measured; "
+                          "--evaluation-tokens takes more")  # fmt: skip
+            opened[str(text)] = text_windows(stream, codec, window, stride)
         references, found = {}, {}
         how: dict[str, Any] = {"batch": batch, "dtype": DTYPES[dtype]}
         for name, source in _sources(base, plans).items():
@@ -113,27 +127,6 @@ def _check(
             check_whole(name, value, least, most, f"; change --{name.replace('_', '-')}")
     if len(rates) > 1 and not os.access(folder, os.W_OK):
         raise InputError(f"{folder} gets sweep.csv and sweep.html; make it writable first")
-
-
-def _windows(
-    base: Checkpoint,
-    texts: Sequence[str | os.PathLike],
-    field: str,
-    window: int,
-    stride: int | None,
-    most: int,
-    steps: Steps,
-) -> dict[str, Windows]:
-    """Windows by the name of their file."""
-    codec, found = open_codec(base.about.folder, base.config.vocab_size), {}
-    for text in texts:
-        tokens = read_tokens(TextSource(Path(text), field), codec, most)
-        if len(tokens) == most:
-            steps.say(
-                f"{text}: the first {most:,} tokens are measured; --evaluation-tokens takes more"
-            )
-        found[str(text)] = make_windows(tokens, window=window, stride=stride)
-    return found
 
 
 def _sources(

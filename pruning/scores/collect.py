@@ -40,6 +40,7 @@ def collect_statistics(
     tokens: np.ndarray,
     valid: np.ndarray,
     *,
+    counted: np.ndarray | None = None,
     gradients: bool = False,
     expert_details: bool = False,
     finish: bool = True,
@@ -55,6 +56,8 @@ def collect_statistics(
       source: the dense model, in memory or on disk; at most two of its layers are held.
       tokens: int32 [B, T].
       valid: bool [B, T]; other positions contribute exactly nothing.
+      counted: bool [B, T], tokens whose prediction counts in the loss; default all. Gradients alone
+        read it: statistics of activations are of all valid tokens.
       gradients: also run the backward sweep of the end-to-end next-token loss.
       expert_details: also collect vectors per expert and pairs of experts.
       finish: also compute what needs the sums of the whole text; False for a part of one.
@@ -83,7 +86,8 @@ def collect_statistics(
     visit = partial(counter(visits, on_step), 1)
     for start in starts:
         part = slice(start, start + chunk)
-        text = in_batches(source, tokens[part], valid[part], batch)
+        some = None if counted is None else counted[part]
+        text = in_batches(source, tokens[part], valid[part], batch, some)
         room = projection_room(source.config, len(text.rows), batch * tokens.shape[1])
         shape = text.tokens.shape
         kept = States(source, shape, dtype, scratch, room) if gradients else nullcontext()

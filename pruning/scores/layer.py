@@ -182,17 +182,17 @@ def layer_backward(
 
 @jax.jit
 def loss_and_gradient(
-    head: Head, x: Array, tokens: Array, valid: Array
-) -> tuple[Array, Array]:  # [B, T, D], [B, T], [B, T]
+    head: Head, x: Array, tokens: Array, valid: Array, counted: Array | None = None
+) -> tuple[Array, Array]:  # [B, T, D], [B, T], [B, T], [B, T] -> scalar, [B, T, D]
     """Summed next-token loss (nats) and its gradient at the last hidden states.
 
     One sequence at a time: the logits of a batch would be the largest array of the sweep.
     """
 
     def one(row):
-        return jax.value_and_grad(lambda x: next_token_loss(head, x, row[1], row[2]))(row[0])
+        return jax.value_and_grad(lambda x: next_token_loss(head, x, *row[1:]))(row[0])
 
-    losses, gradient = jax.lax.map(one, (x, tokens, valid))
+    losses, gradient = jax.lax.map(one, (x, tokens, valid, counted))
     return losses.sum(), gradient
 
 
@@ -215,7 +215,8 @@ def loss_gradient(
     """
 
     def run(x: Array, place: Context, rows: slice) -> Array:
-        words = jnp.asarray(text.tokens[rows]), jnp.asarray(text.valid[rows])
+        parts = (text.tokens, text.valid, text.counted)
+        words = [None if part is None else jnp.asarray(part[rows]) for part in parts]
         loss, d_x = loss_and_gradient(head, x, *words)
         if on_loss:
             on_loss(float(loss))

@@ -32,6 +32,7 @@ def weight_gradient_scores(
     source: LayerSource,
     tokens: np.ndarray,
     valid: np.ndarray,
+    counted: np.ndarray | None = None,
     *,
     batch: int = 8,
     dtype=jnp.float32,
@@ -47,6 +48,7 @@ def weight_gradient_scores(
       source: the dense model.
       tokens: int32 [B, T].
       valid: bool [B, T].
+      counted: bool [B, T], tokens whose prediction counts in the loss; default all.
       batch: sequences per step.
       dtype: of the activations.
       scratch: folder of that file; default the system's.
@@ -58,7 +60,7 @@ def weight_gradient_scores(
     Raises:
       FullDiskError: there is no room for the file.
     """
-    text = in_batches(source, tokens, valid, batch)
+    text = in_batches(source, tokens, valid, batch, counted)
     lowest = source.config.moe_layers[0]  # below it nothing is scored
     count = counter(2 * len(source) - lowest, on_step)
     with States(source, text.tokens.shape, dtype, scratch) as states:

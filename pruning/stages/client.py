@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,9 @@ PROGRAM = Path(__file__).with_name("client_process.py")
 # Of torch and transformers themselves, and of what they hold beside the weights for a moment.
 PROCESS_BYTES, SHARE = 1 << 30, 1.25
 PATIENCE, PER_SECOND = 900, 5 << 20  # seconds for a folder of no size, bytes that take one more
-TAIL = 600  # characters of what a process printed last
+TAIL = 2000  # characters of what a process printed last
+
+Ids = list[list[int]]  # of every text
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,31 @@ def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
         except OSError as error:
             return Answer(undone=str(error))
         return _read(Path(exchange), code)
+
+
+def client_ids(folders: Sequence[Path], texts: Sequence[str]) -> list[Ids | str]:
+    """Token ids of texts by the tokenizer of each folder in transformers, or why there are none.
+
+    No code of a folder is run.
+    """
+    if not importlib.util.find_spec("transformers"):
+        return ["it is not installed"] * len(folders)
+    if PROCESS_BYTES > (free := free_memory()):
+        why = f"it needs about {amount(PROCESS_BYTES)} of memory and {amount(free)} are free"
+        return [why] * len(folders)
+    with tempfile.TemporaryDirectory(prefix="moe-client-") as exchange:
+        places = [str(folder.absolute()) for folder in folders]
+        request = {"folders": places, "texts": list(texts), "exchange": exchange}
+        try:
+            _ask(json.dumps(request), PATIENCE)
+        except (TimeoutError, OSError) as error:
+            return [str(error) or "the process gave no answer"] * len(folders)
+        answer = Path(exchange) / "ids.json"
+        if answer.exists():
+            return json.loads(answer.read_text())
+        reason = Path(exchange) / "undone.txt"
+        why = reason.read_text() if reason.exists() else "the process ended without an answer"
+        return [why] * len(folders)
 
 
 def _read(exchange: Path, code: int) -> Answer:

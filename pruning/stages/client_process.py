@@ -13,6 +13,12 @@ a request, a JSON object:
     comes last; in its place comes undone.txt with the reason if something but the folder is at
     fault.
 
+or, for token ids:
+
+  folders: the checkpoints.
+  texts: that their tokenizers are given; no code of theirs is run.
+  exchange: gets ids.json, for each folder a list of ids by text, or the reason why there is none.
+
 Each line of standard output is the exit code of a fork, negative for a signal. The program ends
 with its standard input, which is with the process that started it, or after a minute without work.
 """
@@ -71,7 +77,8 @@ def _run(request: dict) -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         warnings.simplefilter("ignore")
-        _answer(request, exchange)
+        answer = _tokenize if "texts" in request else _answer
+        answer(request, exchange)
         code = 0
     except ImportError as error:
         (exchange / "undone.txt").write_text(str(error))
@@ -121,6 +128,21 @@ def _answer(request: dict, exchange: Path) -> None:
     np.save(exchange / "logits.npy", logits, allow_pickle=False)
     said = {key: [str(one) for one in value] for key, value in info.items()}
     (exchange / "loading.json").write_text(json.dumps(said))
+
+
+def _tokenize(request: dict, exchange: Path) -> None:
+    from transformers import AutoTokenizer
+
+    found = []
+    for folder in request["folders"]:
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            found.append([tokenizer(text)["input_ids"] for text in request["texts"]])
+        except Exception as error:  # whatever its classes raise
+            found.append(" ".join(str(error).split())[:300] or type(error).__name__)
+    (exchange / "ids.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from convert.export import Export
 from convert.layout import nbytes
 from convert.reader import INDEX, CheckpointError, SafetensorsFolder, read_json
-from convert.writer import side_files
+from convert.side_files import left_out, side_files
 from moe_jax.quant import MIN_SCALE
 from pruning.kit.words import amount
 from pruning.stages.card import ROUNDING
@@ -48,6 +48,12 @@ def file_problems(folder: Path, export: Export) -> list[str]:
         if path.suffix in READ and not hidden and name.as_posix() not in known:
             problems.append(f"{name} is not part of the export")
     return problems
+
+
+def not_copied(base: Path) -> str:
+    """What of a base's files stays behind, as the end of a sentence; "" for nothing."""
+    names = left_out(base)
+    return f"; only the base has {', '.join(names)}" if names else ""
 
 
 def config_problems(folder: Path, export: Export) -> list[str]:

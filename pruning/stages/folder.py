@@ -15,7 +15,7 @@ from pruning.stages import writer
 from pruning.stages.job import Job
 from pruning.stages.made_by import stale_exports
 from pruning.stages.score import find_statistics
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.windows import text_hashes
 
 RECIPE = "recipe.yaml"
@@ -41,8 +41,8 @@ def is_interrupted(job: Job) -> bool:
     Raises:
       InputError: it holds something else that may not be replaced.
     """
-    texts = [TextSource.parse(text).path for text in job.recipe.calibration]
-    read = (job.base.about.folder, *texts, *map(Path, job.recipe.evaluation))
+    texts = (*job.recipe.calibration, *job.recipe.evaluation)
+    read = (job.base.about.folder, *(TextSource.parse(text).path for text in texts))
     unfinished = lambda: not (job.output / "report.json").exists()  # noqa: E731
     return may_resume(job.recipe, read, unfinished, lambda: has_moved(job))
 

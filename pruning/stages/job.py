@@ -1,5 +1,6 @@
 """A recipe opened: the model, its tokenizer and its texts, checked before any work."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from pruning.budget.alignment import check_block
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.planners import PLANNERS
 from pruning.demo import demo_texts, model_folder
+from pruning.kit.hub import pinned
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
 from pruning.stages.measure import open_texts
 from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec, open_codec
 from pruning.text.windows import Windows
 
@@ -31,13 +33,17 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe together with the opened model, its tokenizer and its texts."""
+    """A recipe together with the opened model, its tokenizer and its texts.
+
+    `evaluation_sources` are as `TokenBatch.sources`, of the evaluation files.
+    """
 
     recipe: ResolvedRecipe
     base: Checkpoint
     codec: TextCodec
     calibration: TokenBatch
     evaluation: dict[str, Windows]
+    evaluation_sources: tuple[dict, ...] = ()
 
     @property
     def output(self) -> Path:
@@ -60,24 +66,26 @@ def open_job(recipe: CompressionRecipe) -> Job:
     # 16-bit weights: the exports store these, so they are what is measured.
     base = open_checkpoint(folder, dtype=jnp.bfloat16)
     c = base.config
-    recipe = resolved(recipe, base.about)
+    recipe = resolved(dataclasses.replace(recipe, model=pinned(recipe.model)), base.about)
     require_possible(recipe, base.about)
-    codec = open_codec(folder, c.vocab_size)
+    codec = open_codec(folder, c.vocab_size, first_tokens=recipe.first_tokens)
     calibration = _calibration(recipe, codec, recipe.window)
     evaluation = recipe.evaluation
     if not evaluation and recipe.model == "demo":
         evaluation = demo_texts("evaluation")
-    texts = open_texts(
-        evaluation, codec, recipe.window, recipe.evaluation_tokens, recipe.calibration_field
-    )
+    texts, notes = open_texts(
+        evaluation, codec, recipe.window, recipe.evaluation_tokens, recipe.calibration_field,
+        recipe.loss_on,
+    )  # fmt: skip
     if not texts and not recipe.weights_only:
         calibration, held = hold_out(calibration)
-        scored = held.valid[:, :-1] & held.valid[:, 1:]
+        counted = held.valid if held.counted is None else held.counted
+        scored = held.valid[:, :-1] & held.valid[:, 1:] & counted[:, 1:]
         if scored.any():
             texts["held-out calibration"] = Windows(
                 held.tokens, held.valid, scored, recipe.window, recipe.window
             )
-    return Job(recipe, base, codec, calibration, texts)
+    return Job(recipe, base, codec, calibration, texts, notes)
 
 
 def require_possible(recipe: ResolvedRecipe, base: Description) -> None:
@@ -114,6 +122,8 @@ def _calibration(recipe: ResolvedRecipe, codec: TextCodec, window: int) -> Token
         length=window,
         max_tokens=recipe.max_tokens,
         separator=codec.end,
+        first=codec.first,
+        answers=codec.answers if recipe.loss_on == "answers" else None,
     )
 
 

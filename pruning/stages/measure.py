@@ -1,7 +1,7 @@
 """Evaluation texts as windows, and the quality of models on them."""
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,8 +9,8 @@ from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, measure_quality
-from pruning.text.calibration import token_stream
-from pruning.text.documents import TextSource
+from pruning.text.calibration import TokenStream, source_note, token_stream
+from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec
 from pruning.text.windows import Windows, make_windows
 
@@ -21,31 +21,55 @@ def open_texts(
     window: int,
     max_tokens: int,
     field: str = "text",
-) -> dict[str, Windows]:
-    """Evaluation windows by file name, at most `max_tokens` of each file; `field` holds the text
-    of a JSON line."""
-    texts = {}
+    loss_on: str = "all",
+) -> tuple[dict[str, Windows], tuple[dict[str, Any], ...]]:
+    """Evaluation windows by file name, at most `max_tokens` of each file, and a `source_note` of
+    each; `field` holds the text of a row, and
+    `loss_on` says what of conversations is scored."""
+    texts, notes = {}, []
     for file in files:
-        path = Path(file)
-        name = path.stem if path.stem not in texts else str(path)
-        tokens = read_tokens(TextSource(path, field=field), codec, max_tokens)
-        texts[name] = make_windows(tokens, window=window)
-    return texts
+        source = evaluation_source(file, field)
+        names = (source.path.stem, str(source.path))
+        name = next((name for name in names if name not in texts), file)
+        stream = read_tokens(source, codec, max_tokens, loss_on)
+        texts[name] = text_windows(stream, codec, window)
+        notes.append(source_note(source, stream, len(stream.tokens)))
+    return texts, tuple(notes)
 
 
-def read_tokens(source: TextSource, codec: TextCodec, max_tokens: int) -> np.ndarray:  # [T]
-    """First tokens of an evaluation text.
+def evaluation_source(text: str, field: str) -> TextSource:
+    """An evaluation text of words as `TextSource.parse` reads them.
+
+    Raises:
+      InputError: as there, or it has a weight.
+    """
+    source = TextSource.parse(text, field)
+    if source.weight != 1.0:
+        raise InputError(
+            f"evaluation text {text!r} has a weight, by which only --calibration mixes; leave it "
+            "out"
+        )
+    return source
+
+
+def read_tokens(
+    source: TextSource, codec: TextCodec, max_tokens: int, loss_on: str = "all"
+) -> TokenStream:
+    """First tokens of an evaluation text; `loss_on` "answers" counts those of conversations alone.
 
     Raises:
       InputError: the file cannot be read as text or holds fewer than two tokens.
     """
-    tokens = token_stream(source, codec.encode, max_tokens, codec.end).tokens
-    if len(tokens) < 2:
+    answers = codec.answers if loss_on == "answers" else None
+    stream = token_stream(
+        source, codec.encode, max_tokens, codec.end, first=codec.first, answers=answers
+    )
+    if len(stream.tokens) < 2:
         raise InputError(
-            f"evaluation text {source.path} has {len(tokens)} tokens, at least 2 are needed to "
-            "score one; give more text"
+            f"evaluation text {source.path} has {len(stream.tokens)} tokens, at least 2 are needed "
+            "to score one; give more text"
         )
-    return tokens
+    return stream
 
 
 def first_tokens(windows: Windows, tokens: int) -> Windows:
@@ -54,6 +78,15 @@ def first_tokens(windows: Windows, tokens: int) -> Windows:
     rows = 1 + int(np.searchsorted(scored, min(tokens, int(scored[-1]))))
     parts = {name: getattr(windows, name)[:rows] for name in ("tokens", "valid", "scored")}
     return dataclasses.replace(windows, **parts)
+
+
+def text_windows(
+    stream: TokenStream, codec: TextCodec, window: int, stride: int | None = None
+) -> Windows:
+    """The windows of an evaluation text, as `make_windows`."""
+    return make_windows(
+        stream.tokens, window=window, stride=stride, counted=stream.counted, full=bool(codec.first)
+    )
 
 
 def measure(

@@ -97,6 +97,7 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
             job.base,
             job.calibration.tokens[rows],
             job.calibration.valid[rows],
+            counted=job.calibration.counted_in(rows),
             gradients=job.recipe.gradients,
             expert_details=job.recipe.expert_details,
             finish=False,

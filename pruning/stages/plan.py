@@ -12,6 +12,7 @@ from pruning.recipe.options import PlanOptions, part_of
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages.sizes import expert_widths, form_of
+from pruning.text.source import without_folders
 
 # Options of a recipe that decide what is scored, and how.
 SCORING = (
@@ -19,6 +20,7 @@ SCORING = (
     "gradients", "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2",
 )  # fmt: skip
 TEXT_FACTS = ("sha256", "weight", "documents", "tokens")
+TEXT_CHOICES = ("options", "first", "loss_on")  # where a text is not read in the usual way
 
 
 def plan(
@@ -82,14 +84,18 @@ def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: di
     Texts go by their file names and hashes: a plan travels, and their folders mean nothing there.
     """
     texts = [
-        {"text": Path(s["path"]).name, **{key: s[key] for key in TEXT_FACTS}}
+        {
+            "text": Path(s["path"]).name,
+            **{key: s[key] for key in TEXT_FACTS},
+            **{key: s[key] for key in TEXT_CHOICES if key in s},
+        }
         for s in provenance.get("sources", ())
     ]
     return {
         "model_hash": provenance["model_hash"],
         "tokens": int(statistics.total_tokens),
         "sources": texts,
-        "evaluation": [Path(file).name for file in recipe.evaluation],
+        "evaluation": list(map(without_folders, recipe.evaluation)),
         "scoring": {name: getattr(recipe, name) for name in SCORING},
     }
 

@@ -23,7 +23,7 @@ from pruning.stages import score as scoring
 from pruning.stages.job import Job
 from pruning.stages.model_record import remember
 from pruning.stages.parts import rows_of_parts
-from pruning.stages.remarks import say_nothing_saved, say_texts
+from pruning.stages.remarks import say_left_out, say_nothing_saved, say_texts
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import (
     equal_export,
@@ -205,6 +205,7 @@ def check_exports(
     require_space(folder, parts)
     say_sizes(sizes, steps)
     say_nothing_saved(plan, recipe, steps)
+    say_left_out(base.about.folder, steps)
 
 
 def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:

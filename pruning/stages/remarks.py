@@ -1,6 +1,12 @@
 """What is said about texts and plans that are allowed and yet of little use."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from convert.export_format import ExportFormat
+from convert.side_files import left_out
+from moe_jax.config import ModelConfig
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
@@ -8,19 +14,20 @@ from pruning.stages.job import Job
 from pruning.text.documents import WHOLE
 
 PARTS = {
-    "beginning": f"its first {WHOLE >> 20} MiB are read, because it is packed; unpacked, documents "
-    "from all of it would be taken",
+    "beginning": f"its first {WHOLE >> 20} MiB are read; of JSON lines that are not packed, "
+    "documents from all of it would be taken",
     "spread": "documents spread over all of it are taken",
 }
 
 
 def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
-    """Say which calibration files are too large to be read whole, whether the calibration text is
-    short for so many experts, and, if the run evaluates, whether it has nothing to evaluate on."""
+    """Say what the given text files are, whether the calibration text is short for so many experts,
+    and, if the run evaluates, whether it has nothing to evaluate on."""
     moe, text = job.base.config.moe, job.calibration
-    for source in text.sources:
-        if part := source.get("part"):
-            steps.say(f"{source['path']}: more than {WHOLE >> 20} MiB; {PARTS[part]}")
+    if not job.recipe.weights_only:
+        say_context(job.base.config, job.recipe.window, steps)
+    for source in (*text.sources, *job.evaluation_sources):
+        say_source(source, steps)
     rows = text.total * moe.experts_per_token // moe.num_experts
     if text.total and rows < moe.d_expert:
         enough = -(-moe.d_expert * moe.num_experts // moe.experts_per_token)
@@ -36,6 +43,31 @@ def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
         )
 
 
+def say_context(config: ModelConfig, window: int, steps: Steps) -> None:
+    """Say that windows are longer than what the model learned before its context was stretched."""
+    rope = config.attention.rope
+    if rope.original_max_position and window > rope.original_max_position:
+        steps.say(
+            f"windows of {window:,} tokens are longer than the {rope.original_max_position:,} that "
+            f"the model was trained on before its context was stretched ({rope.kind}); --window "
+            f"{rope.original_max_position} stays within them"
+        )
+
+
+def say_source(source: Mapping[str, Any], steps: Steps) -> None:
+    """Say how a file was read (a `source_note`), what it lacks, and whether that is all of it."""
+    what = "template" if source.get("options", "").startswith(":template") else "field"
+    field = f", {what} {source['field']!r}" if "field" in source else ""
+    documents = "1 document" if source["documents"] == 1 else f"{source['documents']:,} documents"
+    lacking = f" ({source['lacking']})" if "lacking" in source else ""
+    steps.say(
+        f"{source['path']}: {source['format']}{field}, {documents} read{lacking}: "
+        f"{source['begins']!r}"
+    )
+    if part := source.get("part"):
+        steps.say(f"{source['path']}: more than {WHOLE >> 20} MiB; {PARTS[part]}")
+
+
 def say_nothing_saved(plan: PruningPlan, recipe: CompressionRecipe, steps: Steps) -> None:
     """Say which exports of a plan are as large as without pruning, and what makes them smaller."""
     widest = plan.counts.max(axis=1)  # [L]
@@ -49,3 +81,9 @@ def say_nothing_saved(plan: PruningPlan, recipe: CompressionRecipe, steps: Steps
             f"{plan.keep.shape[2]} channels, and padding makes the others as wide; export a ragged "
             f"format, or plan with --width {cure}"
         )
+
+
+def say_left_out(base: Path, steps: Steps) -> None:
+    """Name the files of a checkpoint that its exports will not have."""
+    if names := left_out(base):
+        steps.say(f"left in {base}, because no program needs it of an export: {', '.join(names)}")

@@ -42,7 +42,12 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     if job.recipe.weight_gradients:
         with steps.bar("weight gradients") as on_step:
             gradient = weight_gradient_scores(
-                job.base, *texts, scratch=job.recipe.scratch_folder, on_step=on_step, **how
+                job.base,
+                *texts,
+                job.calibration.counted_in(used),
+                scratch=job.recipe.scratch_folder,
+                on_step=on_step,
+                **how,
             )
         statistics = dataclasses.replace(statistics, weight_gradient=gradient)
     load = lambda: load_model(job.base.about.folder, jnp.bfloat16)  # noqa: E731

@@ -26,9 +26,16 @@ from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
 from pruning.shrink.rounding import bfloat16_experts
 from pruning.stages.client import Answer, client_answer
-from pruning.stages.content import TensorComparison, config_problems, file_problems, in_words
+from pruning.stages.content import (
+    TensorComparison,
+    config_problems,
+    file_problems,
+    in_words,
+    not_copied,
+)
 from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.sizes import export_of
+from pruning.stages.tokenizer_check import tokenizer_result
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +137,10 @@ def verify_export(
     export = export_of(base.about, plan, form)
     problems = file_problems(target, export)
     fine = "code, config.json, tokenizer and all else that programs read: as planned"
+    fine += not_copied(base.about.folder)
     checks = [Check(form.name, "files", not problems, in_words(problems) or fine)]
+    if tokenizer := tokenizer_result(target, export):
+        checks.append(Check(form.name, "tokenizer", *tokenizer))
     if not form.is_packed or form.is_float4:
         codes = None  # GPTQ has none for it
     lost = codes is not None and not codes.is_dir()

@@ -1,4 +1,4 @@
-"""Files become token windows: calibration, tokenizer, what is held out.
+"""Files become documents, and these token windows: calibration, tokenizer, what is held out.
 
 Imports `kit`.
 """

@@ -1,18 +1,21 @@
-"""Text to batches of tokens of one shape: files, JSON lines and weighted mixtures of them."""
+"""Text to batches of tokens of one shape: files and weighted mixtures of them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_jax.errors import InputError
-from pruning.text.documents import WHOLE, TextSource, open_documents
+from pruning.text.documents import WHOLE, open_documents
+from pruning.text.encoding import Answers, Encode, encoded, with_first
+from pruning.text.source import TextSource
 
-Encode = Callable[[str], list[int]]
 MIN_TOKENS = 64
 CHARACTERS = 16  # of a document, at most, for each token that is wanted
+BEGINS = 80  # characters of a text that say which it is
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,25 @@ class TokenBatch:
       tokens: int32 [B, T].
       valid: bool [B, T]; padding is False.
       sources: per file: path, weight, documents, tokens used, and the sha256 of the file, or of
-        what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all".
+        what was read of a file of more than `WHOLE` bytes; `part`, see `Documents`, unless "all";
+        `options`, see `TextSource`, unless ""; the `about` of its `TokenStream`; `first`, the ids
+        that begin each text and window, if there are any; `loss_on` unless "all".
+      counted: bool [B, T], tokens whose prediction counts in losses and gradients; None for all.
     """
 
     tokens: np.ndarray
     valid: np.ndarray
     sources: tuple[dict, ...] = ()
+    counted: np.ndarray | None = None
 
     @property
     def total(self) -> int:
         """Number of valid tokens."""
         return int(self.valid.sum())
+
+    def counted_in(self, rows: np.ndarray) -> np.ndarray | None:
+        """`counted` of some windows."""
+        return None if self.counted is None else self.counted[rows]
 
 
 @dataclass(frozen=True)
@@ -42,27 +53,41 @@ class TokenStream:
 
     Attributes:
       tokens: int32 [T].
+      counted: bool [T], tokens whose prediction counts: what the text says, and of conversations
+        what is asked for; no token that the tokenizer puts first.
       documents: that were read.
       part: of the file that they were chosen from, see `Documents`.
       sha256: of the characters that were read.
+      about: the file's `format`, the `field` that documents are made of, unless they are whole
+        files, how the text `begins`, and what it is `lacking`, if anything.
     """
 
     tokens: np.ndarray
+    counted: np.ndarray
     documents: int
     part: str
     sha256: str
+    about: dict[str, str]
 
 
 def token_stream(
-    source: TextSource, encode: Encode, limit: int, separator: int | None
+    source: TextSource,
+    encode: Encode,
+    limit: int,
+    separator: int | None,
+    *,
+    first: Sequence[int] = (),
+    answers: Answers | None = None,
 ) -> TokenStream:
     """First tokens of a file's documents, joined by `separator`.
 
     Args:
       source: the file.
-      encode: text -> token ids, without special tokens.
+      encode: text or conversation -> token ids; those of a text without special tokens.
       limit: most tokens to read.
       separator: token between documents; None for none.
+      first: tokens before each text. A conversation has those that its chat template writes.
+      answers: conversation -> which of its tokens count; None for all.
 
     Returns:
       At most `limit` tokens.
@@ -71,18 +96,44 @@ def token_stream(
       InputError: as `open_documents`.
     """
     tokens: list[int] = []
+    counted: list[bool] = []
     # A token covers at least one character often enough: this bounds the work on huge files.
     characters = CHARACTERS * limit
-    found, read, digest = open_documents(source, characters), 0, sha256()
-    for document in found.texts:
+    opened, read, digest, begins = open_documents(source, characters), 0, sha256(), ""
+    for document in opened.texts:
         if read and separator is not None:
             tokens.append(separator)
-        tokens.extend(encode(document[:characters]))
+            counted.append(answers is None)
+        found = encoded(document, encode, characters, first, answers)
+        tokens += found.tokens
+        counted += found.counted
+        begins = begins or found.text[:BEGINS]
         read += 1
-        digest.update(document[:characters].encode() + b"\n")
+        digest.update(found.text.encode() + b"\n")
         if len(tokens) >= limit:
             break
-    return TokenStream(np.asarray(tokens[:limit], np.int32), read, found.part, digest.hexdigest())
+    rows = opened.rows
+    about = {"format": str(opened.layout), "field": rows.field, "begins": begins}
+    about |= {"lacking": rows.lacking()}
+    return TokenStream(
+        np.asarray(tokens[:limit], np.int32),
+        np.asarray(counted[:limit], bool),
+        read,
+        opened.part,
+        digest.hexdigest(),
+        {key: value for key, value in about.items() if value},
+    )
+
+
+def source_note(source: TextSource, stream: TokenStream, tokens: int) -> dict[str, Any]:
+    """What `TokenBatch.sources` holds of a file of which so many tokens are used."""
+    is_small = source.path.stat().st_size <= WHOLE
+    digest = _file_hash(source.path) if is_small else stream.sha256
+    note = {"path": str(source.path), "sha256": digest, "weight": source.weight,
+            "documents": stream.documents, "tokens": tokens}  # fmt: skip
+    note |= {} if stream.part == "all" else {"part": stream.part}
+    note |= {"options": source.options} if source.options else {}
+    return {**note, **stream.about}
 
 
 def _file_hash(path: Path) -> str:
@@ -97,6 +148,8 @@ def calibration_batch(
     length: int,
     max_tokens: int,
     separator: int | None = None,
+    first: Sequence[int] = (),
+    answers: Answers | None = None,
 ) -> TokenBatch:
     """Pack documents into windows.
 
@@ -106,10 +159,12 @@ def calibration_batch(
 
     Args:
       sources: the files.
-      encode: text -> token ids, without special tokens.
+      encode: text or conversation -> token ids; those of a text without special tokens.
       length: T, window length.
       max_tokens: bound on the tokens over all files.
       separator: token between documents, usually end-of-text; None for none.
+      first: tokens that begin every text and every window, such as that of `<s>`.
+      answers: conversation -> which of its tokens count in losses; None for all.
 
     Returns:
       Windows of `length`; only the last window of each file may hold padding.
@@ -121,21 +176,26 @@ def calibration_batch(
         raise InputError("no calibration text given; name at least one file with --calibration")
     if length < 2 or max_tokens < 1:
         raise InputError(f"length={length} must be at least 2 and max_tokens={max_tokens} positive")
-    streams = [token_stream(source, encode, max_tokens, separator) for source in sources]
+    streams = []
+    for source in sources:
+        stream = token_stream(source, encode, max_tokens, separator, first=first, answers=answers)
+        tokens, counted = with_first(stream.tokens, stream.counted, first, length, max_tokens)
+        streams.append(replace(stream, tokens=tokens, counted=counted))
     shares = _shares([len(s.tokens) for s in streams], [s.weight for s in sources], max_tokens)
-    rows, masks, notes = [], [], []
+    how = ({"first": list(first)} if first else {}) | ({"loss_on": "answers"} if answers else {})
+    rows, masks, counts, notes = [], [], [], []
     for source, stream, share in zip(sources, streams, shares, strict=True):
         windows = -(-share // length)
-        padded = np.zeros(windows * length, np.int32)
-        padded[:share] = stream.tokens[:share]
+        padded, counted = np.zeros(windows * length, np.int32), np.zeros(windows * length, bool)
+        padded[:share], counted[:share] = stream.tokens[:share], stream.counted[:share]
         rows.append(padded.reshape(windows, length))
+        counts.append(counted.reshape(windows, length))
         masks.append((np.arange(windows * length) < share).reshape(windows, length))
-        is_small = source.path.stat().st_size <= WHOLE
-        digest = _file_hash(source.path) if is_small else stream.sha256
-        part = {} if stream.part == "all" else {"part": stream.part}
-        notes.append({"path": str(source.path), "sha256": digest, "weight": source.weight,
-                      "documents": stream.documents, "tokens": share, **part})  # fmt: skip
-    batch = TokenBatch(np.concatenate(rows), np.concatenate(masks), tuple(notes))
+        notes.append(source_note(source, stream, share) | how)
+    batch = TokenBatch(
+        np.concatenate(rows), np.concatenate(masks), tuple(notes),
+        np.concatenate(counts) if how else None,
+    )  # fmt: skip
     if batch.total < MIN_TOKENS:
         raise InputError(
             f"the calibration text gives only {batch.total} tokens, at least {MIN_TOKENS} are "
@@ -158,8 +218,12 @@ def hold_out(batch: TokenBatch, share: float = 1 / 16) -> tuple[TokenBatch, Toke
     aside = np.zeros(len(batch.tokens), bool)
     aside[np.linspace(0, len(aside) - 1, count + 2)[1:-1].round().astype(int)] = True
     left, held = (
-        TokenBatch(batch.tokens[rows], batch.valid[rows], batch.sources) for rows in (~aside, aside)
-    )
+        replace(
+            batch, tokens=batch.tokens[rows], valid=batch.valid[rows],
+            counted=batch.counted_in(rows),
+        )
+        for rows in (~aside, aside)
+    )  # fmt: skip
     return left, held
 
 

@@ -28,7 +28,12 @@ class Windows:
 
 
 def make_windows(
-    tokens: Sequence[int] | np.ndarray, *, window: int, stride: int | None = None
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    window: int,
+    stride: int | None = None,
+    counted: np.ndarray | None = None,
+    full: bool = False,
 ) -> Windows:
     """Cut a token stream into windows.
 
@@ -37,12 +42,16 @@ def make_windows(
       window: tokens a prediction may see, at most.
       stride: tokens between window starts, below `window`; default half of it, so that every
         prediction but the first window's sees at least half a window.
+      counted: bool [T], tokens whose prediction is scored; default all but the first.
+      full: let the last window reach back until it is full, as lm-evaluation-harness does. Of a
+        text that begins with its tokenizer's one first token, windows of W tokens at stride W - 1
+        are then those of its rolling log-likelihood with max_length W - 1.
 
     Returns:
       The windows.
 
     Raises:
-      InputError: fewer than two tokens, or a stride outside [1, window).
+      InputError: fewer than two tokens, none to score, or a stride outside [1, window).
     """
     stride = max(1, window // 2) if stride is None else stride
     if len(tokens) < 2:
@@ -51,14 +60,19 @@ def make_windows(
         raise InputError(f"stride={stride} must lie in [1, window={window})")
     rows, masks, scores = [], [], []
     stream, reached, start = np.asarray(tokens, np.int32), 1, 0
+    counted = np.ones(len(stream), bool) if counted is None else counted
+    if not counted[1:].any():
+        raise InputError("the text has no token to score: no answer is in the part that is read")
     while reached < len(stream):
+        start = min(start, max(0, len(stream) - window)) if full else start
         end = min(start + window, len(stream))
         row = np.zeros(window, np.int32)
         row[: end - start] = stream[start:end]
         target = start + 1 + np.arange(window - 1)
         rows.append(row)
         masks.append(np.arange(window) < end - start)
-        scores.append((target >= reached) & (target < end))
+        wanted = counted.take(target, mode="clip")
+        scores.append((target >= reached) & (target < end) & wanted)
         reached, start = end, start + stride
     return Windows(np.stack(rows), np.stack(masks), np.stack(scores), window, stride)
 

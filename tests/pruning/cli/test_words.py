@@ -43,7 +43,7 @@ def test_help_stands_in_the_groups_of_the_options(monkeypatch):
     hidden = {"model", "calibration_field"}  # the one has no flag, the other another spelling
     fields = {name.replace("_", "-") for name in vars(CompressionRecipe(model="m", output="o"))
               if name not in hidden}  # fmt: skip
-    assert flags_in(shown) - {"json", "quiet", "verbose", "debug", "recipe"} == (
+    assert flags_in(shown) - {"json", "quiet", "verbose", "debug", "recipe", "download"} == (
         fields | {"text-field"}
     )
 

@@ -131,20 +131,22 @@ def test_wanda_weighs_magnitudes_with_the_norm_of_their_input(statistics, routed
             close(score[slot, e], expected)
 
 
-def whole_loss(model, tokens, valid):  # noqa: F811
+def whole_loss(model, tokens, valid, counted):  # noqa: F811
     """Summed next-token loss by one plain forward."""
     context = make_context(CONFIG.attention, CONFIG.max_position, valid)
     x = model.embedding(tokens, jnp.float32)
     for layer in model.layers:
         x = layer(x, context)
     nll = optax.softmax_cross_entropy_with_integer_labels(model.head(x[:, :-1]), tokens[:, 1:])
-    return jnp.sum(jnp.where(valid[:, 1:] & valid[:, :-1], nll, 0.0))
+    return jnp.sum(jnp.where(valid[:, 1:] & valid[:, :-1] & counted[:, 1:], nll, 0.0))
 
 
-def test_weight_times_gradient_equals_autograd_of_the_whole_model(model, batch):  # noqa: F811
+@pytest.mark.parametrize("prompts", [False, True], ids=["all", "without prompts"])
+def test_weight_times_gradient_equals_autograd_of_the_whole_model(model, batch, prompts):  # noqa: F811
     tokens, valid = map(jnp.asarray, batch)
-    gradient = jax.jit(jax.grad(whole_loss, allow_int=True))(model, tokens, valid)
-    found = weight_gradient_scores(model, *batch, batch=2)
+    counted = np.random.default_rng(2).random(valid.shape) < (0.5 if prompts else 2.0)
+    gradient = jax.jit(jax.grad(whole_loss, allow_int=True))(model, tokens, valid, counted)
+    found = weight_gradient_scores(model, *batch, counted if prompts else None, batch=2)
     for slot, index in enumerate(CONFIG.moe_layers):
         experts, d_experts = model.layers[index].mlp.experts, gradient.layers[index].mlp.experts
         expected = sum(
@@ -152,6 +154,23 @@ def test_weight_times_gradient_equals_autograd_of_the_whole_model(model, batch):
             for name in ("w_gate", "w_up", "w_down")
         ).reshape(E, F)
         np.testing.assert_allclose(found[slot], expected, rtol=2e-3, atol=2e-4 * expected.max())
+
+
+def test_prompts_are_read_and_leave_no_gradient(statistics, model, batch):  # noqa: F811
+    tokens, valid = batch
+    counted = np.random.default_rng(3).random(valid.shape) < 0.5
+    how = {"gradients": True, "batch": 3, "chunk": 4}
+    some, others = (
+        collect_statistics(model, tokens, valid, counted=c, **how) for c in (counted, ~counted)
+    )
+    for name in ("energy", "hidden_square", "total_tokens"):  # of all tokens, whatever counts
+        np.testing.assert_allclose(getattr(some, name), getattr(statistics, name), rtol=1e-6)
+    # The loss and what of it a channel carries are sums over predictions.
+    for name in ("loss_sum", "taylor"):
+        whole = getattr(statistics, name)
+        close = {"rtol": 1e-4, "atol": 1e-4 * np.abs(whole).max()}
+        np.testing.assert_allclose(getattr(some, name) + getattr(others, name), whole, **close)
+    assert 0.2 < some.loss_sum / statistics.loss_sum < 0.8
 
 
 def test_every_criterion_can_be_taken_from_one_sweep(statistics, model, batch):  # noqa: F811

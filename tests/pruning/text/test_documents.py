@@ -15,7 +15,8 @@ import pytest
 from moe_jax.errors import InputError
 from pruning.text import documents
 from pruning.text.calibration import calibration_batch
-from pruning.text.documents import TextSource, open_documents
+from pruning.text.documents import open_documents
+from pruning.text.source import TextSource
 
 LINE = 1000  # bytes
 TEXT = LINE - len('{"text": ""}\n')
@@ -94,7 +95,7 @@ BOMBED = """
 import resource, sys
 from pathlib import Path
 from pruning.text.calibration import calibration_batch
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + (1 << 30)
@@ -110,21 +111,24 @@ for name in sys.argv[1:]:
 
 
 def test_a_bomb_of_gzip_costs_no_memory(tmp_path):
-    def bomb(name: str, block: bytes) -> Path:  # 4 GiB
+    def bomb(name: str, block: bytes, start: bytes = b"") -> Path:  # 4 GiB
         path = tmp_path / name
-        path.write_bytes(gzip.compress(block * (2**25 // len(block))) * 128)
+        whole = gzip.compress(block * (2**25 // len(block))) * 128
+        path.write_bytes(gzip.compress(start) + whole)
         return path
 
-    lines = (json.dumps({"text": str(number) * 2**14}).encode() + b"\n" for number in range(9))
+    rows = [json.dumps({"text": str(number) * 2**14}).encode() for number in range(9)]
     files = [
-        bomb("lines.jsonl.gz", b"".join(lines)),
+        bomb("lines.jsonl.gz", b"".join(row + b"\n" for row in rows)),
+        bomb("array.json.gz", b"".join(row + b"," for row in rows), b"["),
+        bomb("table.csv.gz", (b'"' + b"x" * 2**14 + b'",1\n') * 9, b"text,n\n"),
         bomb("zeros.jsonl.gz", b"\0"),
         bomb("zeros.txt.gz", b"\0"),
     ]
     child = [sys.executable, "-c", BOMBED, *map(str, files)]
     done = subprocess.run(child, capture_output=True, text=True, cwd=Path(__file__).parents[3])
-    lines, zeros, text = done.stdout.splitlines() or [done.stderr] * 3
-    assert lines == "9999 beginning" and text == "9999 None"
+    *rows, zeros, text = done.stdout.splitlines() or [done.stderr] * 5
+    assert rows == ["9999 beginning"] * 3 and text == "9999 None"
     assert "zeros.jsonl.gz has a line of more than 268.4 MB" in zeros
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pruning.text.calibration import calibration_batch, hold_out
-from pruning.text.documents import TextSource
+from pruning.text.source import TextSource
 from pruning.text.windows import make_windows
 
 END = 7  # neither the padding nor a letter
