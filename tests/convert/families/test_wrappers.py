@@ -7,17 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from convert import CheckpointError, find_family, layer_tensors, open_checkpoint, outer_tensors
+from convert import (
+    CheckpointError,
+    SafetensorsFolder,
+    find_family,
+    layer_tensors,
+    open_checkpoint,
+    outer_tensors,
+)
 from convert.export import Export
 from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.sizes import kept_widths
-from tests.support import tiny, wrapped
-from tests.support.command import run
+from tests.support import quantized, tiny, wrapped
+from tests.support.command import change_config, run
 from tests.support.logits import logits
 
 TEXT = np.random.default_rng(1).integers(0, 90, (2, 12)).astype(np.int32)
@@ -186,6 +193,83 @@ def test_experts_that_transformers_would_transpose_are_refused(checkpoint, chann
     widths = tuple((channels,) * len(row) for row in base.about.widths)
     with pytest.raises(InputError, match="cannot tell from their transpose; choose another prune"):
         Export(base.about, widths, ExportFormat("padded-bf16")).check()
+
+
+@each_wrapper
+def test_checking_the_weights_hashes_them_without_a_second_reading(checkpoint, monkeypatch):
+    about = checkpoint[0].about
+    alone, base, read = open_checkpoint(about.folder), open_checkpoint(about.folder), []
+    original = SafetensorsFolder.read_part
+
+    def counting(self, name, first, shape):
+        array = original(self, name, first, shape)
+        read.append(array.nbytes)
+        return array
+
+    monkeypatch.setattr(SafetensorsFolder, "read_part", counting)
+    alone.hash_weights()
+    every = sum(read)
+    read.clear()
+    base.check_finite()
+    # The experts of Qwen3-VL lie together, and each is read with its tensor's whole row.
+    assert sum(read) == every or about.family.together
+    assert base.fingerprint == alone.fingerprint
+
+
+def test_what_config_json_says_beside_the_text_model_identifies_it_too(tmp_path):
+    wrapped.save_model("kimi_k25", tmp_path)
+    before = open_checkpoint(tmp_path).fingerprint
+    change_config(tmp_path, projection_hidden_size=64)
+    assert open_checkpoint(tmp_path).fingerprint != before
+
+
+def make_int4(target, plain, prefix: str):
+    """Routed experts in 4 bits, as Kimi-K2.5 is published; values by name."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    make, group = quantized.compressed("pack-quantized", **weights)
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
+        "group_0": group | {"targets": [rf"re:{prefix}layers\.\d+\.mlp\.experts\."]}}}  # fmt: skip
+    return quantized.rewrite(
+        plain, target, lambda name, shape: make(name, shape) if ".experts." in name else None, said
+    )
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+@pytest.mark.parametrize("checkpoint", ["kimi_k25"], indirect=True)
+def test_a_text_model_in_few_bits_is_read_and_written_in_16(checkpoint, tmp_path, place):
+    _, plan, _ = checkpoint
+    prefix = {"inside": "model.", "outside": "language_model.model."}[place]
+    exact = make_int4(tmp_path / "model", checkpoint[0].about.folder, prefix)
+    if place == "inside":  # of text_config, as it is published
+        config = json.loads((tmp_path / "model/config.json").read_text())
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+        (tmp_path / "model/config.json").write_text(json.dumps(config))
+    base = open_checkpoint(tmp_path / "model", dtype=jnp.bfloat16)
+    read = dict(layer_tensors(base, base.layer(1), 1))
+    assert any(".experts.7.down_proj" in name for name in read)
+    for name, value in read.items():
+        wanted = exact[base.about.family.wrapper.stored(name)].float().numpy()
+        np.testing.assert_array_equal(value.astype(np.float32), wanted, err_msg=name)
+
+    form = ExportFormat("padded-bf16")
+    export = Export(base.about, kept_widths(plan, base.about), form)
+    pruned = PrunedSource(base, plan)
+    folder = export.write(pruned, tmp_path / "out")
+    assert "quantization_config" not in (folder / "config.json").read_text()
+    model, info = wrapped.load(folder)
+    assert not any(info.values()), info
+    again = open_checkpoint(folder, dtype=jnp.float32)
+    np.testing.assert_allclose(logits(again, TEXT), text_logits(model), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", ["kimi_k25"], indirect=True)
+def test_another_part_in_few_bits_is_refused(checkpoint, tmp_path):
+    make_int4(tmp_path / "model", checkpoint[0].about.folder, "model.")
+    path = tmp_path / "model/model.safetensors"
+    tower = {"vision_tower.blocks.0.weight_packed": np.zeros((8, 4), np.int32)}
+    save_file(load_file(path) | tower, path)
+    with pytest.raises(CheckpointError, match=r"weight_packed is int32: only the text model is"):
+        open_checkpoint(tmp_path / "model")
 
 
 def test_every_wrapper_is_tried_here():

@@ -183,6 +183,25 @@ def test_damaged_headers_and_other_files_in_their_place_end_in_a_failed_check(on
     assert "config.json" in failed(export)["files"]
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda index: index.pop(UP), "does not name 1 tensor(s), such as " + UP),
+        (lambda index: index.update(new=index[UP]), "names 1 tensor(s), such as new, that no"),
+        (lambda index: index.update({UP: "model-00002-of-00002.safetensors"}),
+         "shard model-00002-of-00002.safetensors is missing"),
+    ],
+)  # fmt: skip
+def test_an_index_that_lies_is_named_though_our_reader_believes_the_shards(one, change, sentence):
+    export = one("ragged-bf16")
+    shard = export / "model-00001-of-00002.safetensors"
+    (export / "model.safetensors").rename(shard)
+    index = dict.fromkeys(load_file(shard), shard.name)
+    change(index)
+    (export / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert sentence in failed(export)["tensors"]
+
+
 def test_foreign_code_is_found_before_anything_runs_it(exported, tmp_path):
     """With transformers at hand, which runs what lies in the folder."""
     out, ran = tmp_path / "out", tmp_path / "ran"
