@@ -97,6 +97,10 @@ def random_probe(base: Checkpoint) -> np.ndarray:
         )
     shape = (max(2, PROBE_WINDOWS * PROBE_TOKENS // max(length, PROBE_TOKENS)), length)
     tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, shape)
+    # What stands for an image is no text, and programs compute another thing from it.
+    outer = base.about.outer or {}
+    others = {value for key, value in outer.items() if key.endswith("_token_id")}
+    tokens[np.isin(tokens, [one for one in others if isinstance(one, int)])] = 0
     return tokens.astype(np.int32)
 
 

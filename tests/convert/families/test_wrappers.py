@@ -170,7 +170,7 @@ def test_experts_as_transformers_5_writes_them_are_read_too(tmp_path):
     np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("checkpoint", ["glm4v_moe"], indirect=True)
+@each_wrapper
 def test_the_command_line_applies_a_plan_and_verifies_it_in_the_multimodal_class(
     checkpoint, tmp_path, capsys
 ):
