@@ -171,6 +171,13 @@ def test_experts_as_transformers_5_writes_them_are_read_too(tmp_path):
 
 
 @each_wrapper
+def test_without_a_format_named_the_only_one_is_estimated(checkpoint, capsys):
+    assert run("estimate", checkpoint[0].about.folder, "--json", "-") == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert list(told["exports"]) == ["padded-bf16"] and told["memory"]["export"] > 0
+
+
+@each_wrapper
 def test_the_command_line_applies_a_plan_and_verifies_it_in_the_multimodal_class(
     checkpoint, tmp_path, capsys
 ):
