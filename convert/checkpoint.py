@@ -14,17 +14,10 @@ from convert.description import Description, describe
 from convert.disk_layer import layer_on_disk
 from convert.fingerprint import WeightsHash, fingerprint
 from convert.layout import BFLOAT16
-from convert.mtp import mtp_prefixes
+from convert.matching import match_tensors
 from convert.reader import CheckpointError, SafetensorsFolder
-from convert.rules import (
-    EMBEDDING,
-    FINAL_NORM,
-    LM_HEAD,
-    Family,
-    expected_tensors,
-)
+from convert.rules import EMBEDDING, FINAL_NORM, LM_HEAD, Family
 from convert.view import FLOATS, View
-from convert.views import open_views
 from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
@@ -91,7 +84,7 @@ class Checkpoint:
     @property
     def fingerprint(self) -> str:
         """Hash of every weight and of what config.json says; see `convert.fingerprint`."""
-        return fingerprint(self.about.hf_config, self.hash_weights())
+        return fingerprint(self.about.outer or self.about.hf_config, self.hash_weights())
 
     def hash_weights(self, on_bytes: Callable[[int, int], None] | None = None) -> str:
         """SHA-256 of all tensors; reads them unless `check_finite` did or `weights_hash` is set.
@@ -218,20 +211,6 @@ def _stored_dtype(tensors: SafetensorsFolder, name: str) -> np.dtype:
     return dtype if dtype.name in FLOATS else BFLOAT16
 
 
-def _mismatches(
-    family: Family, expected: dict[str, tuple[int, ...]], views: dict[str, View]
-) -> list[str]:
-    """Missing, foreign and misshaped tensors."""
-    problems = [f"{name} is missing" for name in expected if name not in views]
-    problems += [f"{name} is not part of a {family.model_type}" for name in views.keys() - expected]
-    problems += [
-        f"{name} has shape {list(views[name].shape)}; config.json asks for {list(shape)}"
-        for name, shape in expected.items()
-        if name in views and views[name].shape != shape
-    ]
-    return problems
-
-
 def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     """Check a checkpoint's config and all headers; read no weights yet.
 
@@ -248,18 +227,21 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     """
     about = describe(path)
     tensors = SafetensorsFolder(about.folder)
-    views, problems = open_views(tensors, about.quantization, alternating=about.family.interleaved)
-    prefixes = mtp_prefixes(about.family, about.hf_config)
-    mtp = {name: views.pop(name) for name in list(views) if name.startswith(prefixes)}
-    expected = expected_tensors(about.family, about.config, about.widths)
-    problems += _mismatches(about.family, expected, views)
-    if problems:
-        raise CheckpointError(about.folder, sorted(problems))
-    specs = {name: (_stored_dtype(tensors, name), view.shape) for name, view in mtp.items()}
-    about = dataclasses.replace(about, mtp=specs)
-    if any(view.codes is None for name, view in views.items() if about.is_native(name)):
+    found = match_tensors(
+        tensors, about.hf_config, about.family, about.config, about.widths, about.quantization
+    )
+    if found.problems:
+        raise CheckpointError(about.folder, found.problems)
+    mtp = {
+        name: (_stored_dtype(found.folder, name), view.shape) for name, view in found.mtp.items()
+    }
+    beside = {name: tensors.spec(name) for name in found.beside}
+    about = dataclasses.replace(about, mtp=mtp, beside=beside)
+    if about.config.tie_embeddings and not found.tied:
+        about = about.untied()
+    if any(view.codes is None for name, view in found.model.items() if about.is_native(name)):
         about = dataclasses.replace(about, native=None)  # scales are not bfloat16, as exports have
-    return Checkpoint(about, tensors, views, mtp, dtype)
+    return Checkpoint(about, tensors, found.model, found.mtp, dtype)
 
 
 def load_model(path: Path | str, dtype=None) -> Transformer:

@@ -10,6 +10,8 @@ from moe_jax.config import Activation, LatentAttentionConfig, ModelConfig, RopeC
 
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
 RUNTIMES = (T5, T4, VLLM, SGLANG, LLAMA)
+# Families whose folders were loaded in transformers 5 alone; the latter are more than a text model.
+UNTRIED, WRAPPERS = ("glm4_moe_lite", "dots1"), ("qwen3_vl_moe", "glm4v_moe", "kimi_k25")
 GPT_OSS = Activation(slope=1.702, shift=1.0, limit=7.0)  # as published
 TORCH, SERVERS = (T5, T4), (VLLM, SGLANG)
 
@@ -130,6 +132,11 @@ def _yarn_mscale(case: Case) -> bool:
 # The first that holds decides. Known from programs run in 2026-11 on a CPU, but SGLang only as
 # read in its source, and so for vLLM what its CPU build cannot run.
 FACTS: tuple[Fact, ...] = (
+    Fact((T4,), "no", lambda c: _is(c, "glm4_moe_lite", "kimi_k25"), "it has no such class"),
+    Fact((LLAMA,), "no", lambda c: _is(c, *WRAPPERS),
+         "never tried there: its converter splits such a model into two files"),
+    Fact((VLLM,), "no", lambda c: _custom(c) and _is(c, *UNTRIED),
+         "the modelling file was never run there for this family; export a padded format"),
     Fact((LLAMA,), "no", _custom, "it has one expert width per model; export a padded format"),
     Fact((SGLANG,), "no", _custom, "the modelling file was never run there; export a padded one"),
     Fact((VLLM,), "no", lambda c: _custom(c) and c.tensor_parallel > 1,
@@ -182,6 +189,10 @@ FACTS: tuple[Fact, ...] = (
     Fact(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
     Fact(TORCH, "yes", _integer4,
          "needs compressed-tensors and accelerate; dequantised at load, no memory saved"),
+    Fact((VLLM, SGLANG, LLAMA), "yes", lambda c: _is(c, *UNTRIED, *WRAPPERS),
+         "stock class, by its list of models; no folder of this family was ever run there"),
+    Fact((T4,), "yes", lambda c: _is(c, *UNTRIED, *WRAPPERS),
+         "stock class; no folder of this family was ever run there"),
     Fact((LLAMA,), "yes", _linear, "through its own converter, with --no-mtp"),
     Fact((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
          "its converter dequantises; Q4_0 of its f16 file has the very same weights, if these were "

@@ -1,7 +1,9 @@
 """What config.json alone says about a checkpoint."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from convert.export_format import GROUP_SIZES, Widths
 from convert.families import find_family
 from convert.formats.ragged import emptied_model, widths_from_hf
 from convert.layout import Spec
+from convert.matching import hints
 from convert.model_card import original_model
 from convert.mtp import mtp_tensors
 from convert.quantized.config import Quantization, Scheme, UnreadFormat, read_quantization
@@ -24,7 +27,7 @@ class Description:
 
     Attributes:
       folder: where it lies.
-      hf_config: its config.json.
+      hf_config: its config.json; of a wrapper, the part about the text model.
       config: the architecture.
       family: its rules.
       widths: channels per layer and expert; () for a dense layer.
@@ -33,6 +36,9 @@ class Description:
       quantization: how weights are stored in few bits, None if they are not.
       native: how it stores every routed expert's weights, if an export in 4-bit integers can take
         their codes over: symmetric, in groups of 32, 64 or 128. None of any other model.
+      outer: the whole config.json of a wrapper, else None.
+      beside: dtypes and shapes of the tensors of a wrapper that are no part of its text model, by
+        their names on disk.
     """
 
     folder: Path
@@ -43,6 +49,8 @@ class Description:
     mtp: dict[str, Spec]
     quantization: Quantization | None
     native: Scheme | None
+    outer: dict[str, Any] | None = None
+    beside: Mapping[str, Spec] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -65,6 +73,15 @@ class Description:
         found = ruled_tensors(self.family, config, widths or self.widths)
         return sum(math.prod(shape) for _, shape, _ in found)
 
+    def untied(self) -> "Description":
+        """The same with a head of its own, whatever config.json says."""
+        said = {"tie_word_embeddings": False}
+        outer = None if self.outer is None else self.outer | said
+        config = self.config.replace(tie_embeddings=False)
+        return dataclasses.replace(
+            self, config=config, hf_config=self.hf_config | said, outer=outer
+        )
+
     @property
     def mtp_weights(self) -> int:
         """Weights of the layers that predict further tokens."""
@@ -84,18 +101,22 @@ def describe(folder: Path | str) -> Description:
     hf = read_json(folder / "config.json")
     try:
         family = find_family(hf.get("model_type"))
-        quantization = read_quantization(hf, interleaved=family.interleaved)
-        config = family.config_from_hf(hf)
-        widths = widths_from_hf(hf, config) if family.ragged else uniform_widths(config)
+    except InputError as error:
+        raise CheckpointError(folder, [f"config.json: {error}", *hints(folder, hf)]) from None
+    try:
+        own = family.text_config(hf)
+        quantization = read_quantization(own, family)
+        config = family.config_from_hf(own)
+        widths = widths_from_hf(own, config) if family.ragged else uniform_widths(config)
     except UnreadFormat as error:
         original = original_model(folder) or "that it was made from"
         cure = f"give the 16-bit model {original}"
         raise CheckpointError(folder, [f"config.json: {error}; {cure}"]) from error
     except InputError as error:
         raise CheckpointError(folder, [f"config.json: {error}"]) from error
-    mtp = mtp_tensors(family, hf, config)
+    mtp, outer = mtp_tensors(family, own, config), hf if family.wrapper else None
     native = None if quantization is None else _native(family, config, quantization)
-    return Description(folder, hf, config, family, widths, mtp, quantization, native)
+    return Description(folder, own, config, family, widths, mtp, quantization, native, outer)
 
 
 def _native(family: Family, config: ModelConfig, quantization: Quantization) -> Scheme | None:

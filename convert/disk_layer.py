@@ -36,11 +36,11 @@ def layer_on_disk(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The same, with experts of equal width fused if the family's folders have them so."""
     found = layer_to_hf(family.rules, layer, index)
-    if not (family.interleaved and isinstance(layer.mlp, MoE)):
+    if not (family.together and isinstance(layer.mlp, MoE)):
         return found
     counts = np.asarray(layer.mlp.experts.count)
     equal = counts[0] and (counts == counts[0]).all()
-    return fuse_experts(found, len(counts)) if equal else found
+    return fuse_experts(found, len(counts), family.together) if equal else found
 
 
 @dataclass(frozen=True)

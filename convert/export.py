@@ -12,32 +12,23 @@ import numpy as np
 
 from convert.description import Description
 from convert.disk_layer import outer_tensors
-from convert.export_format import FLOAT4, FLOAT4_GROUP, FORMATS, ExportFormat, Widths
-from convert.families import find_family
+from convert.export_format import ExportFormat, Widths
 from convert.formats import compressed_tensors, mxfp4, padded, ragged
-from convert.interleaved import fuse_experts, fuse_specs
+from convert.formats.wrapped import wrapped_config
+from convert.interleaved import check_shape, fuse_experts, fuse_specs
 from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
 from convert.portable import portable_config
 from convert.quantized.config import Scheme
-from convert.rules import EMBEDDING, Family, TensorRule, ruled_tensors
+from convert.reader import SafetensorsFolder
+from convert.rules import EMBEDDING, TensorRule, ruled_tensors
 from convert.stored import Stored, stored_layer
 from convert.writer import Content, write_folder
-from moe_jax.config import ModelConfig
+from convert.written import Written, as_written
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The dense model as the family it is exported as describes it."""
-
-    family: Family
-    hf_config: dict[str, Any]
-    config: ModelConfig
-    layer: Callable[[DecoderLayer], DecoderLayer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +80,8 @@ class Export:
             specs |= stored.specs(name, self.form)
         if self._is_fused:
             specs = fuse_specs(specs, self.base.config.moe.num_experts)
-        return specs | self.mtp_specs
+        specs = {self.stored_name(name): spec for name, spec in (specs | self.mtp_specs).items()}
+        return specs | dict(self.base.beside)
 
     @cached_property
     def nbytes(self) -> int:
@@ -154,7 +146,7 @@ class Export:
             config["quantization_config"] = compressed_tensors.quantization_config(
                 self._unpacked_modules(), form.group_size
             )
-        return config
+        return config if self.base.outer is None else wrapped_config(config, self.base.outer)
 
     def check(self) -> None:
         """Refuse what no folder can hold.
@@ -176,6 +168,8 @@ class Export:
                 "--emptied zero"
             )
         self.check_mtp()
+        if self._is_fused:
+            check_shape(self.base.family.together, form.padded_width(self.widths), config.d_model)
         kept = {count for counts in self.widths for count in counts}
         if form.is_float4:
             mxfp4.check_widths(sorted(kept), config.d_model)
@@ -245,9 +239,12 @@ class Export:
             yield from self.mtp_arrays(mtp)
 
     def outer_arrays(self, model: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of no layer, (name, array as on disk)."""
+        """The tensors of no layer, a wrapper's other parts included, (name, array as on disk)."""
         for name, value in outer_tensors(model):
-            yield name, value.astype(BFLOAT16, copy=False)
+            yield self.stored_name(name), value.astype(BFLOAT16, copy=False)
+        if self.base.beside:
+            folder = SafetensorsFolder(self.base.folder)
+            yield from ((name, folder.read(name)) for name in self.base.beside)
 
     def layer_arrays(self, layer: DecoderLayer, index: int) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of layer `index` of the pruned model, (name, array as on disk).
@@ -257,20 +254,22 @@ class Export:
         """
         source, tensors = self._source, self._by_layer[f"model.layers.{index}"]
         parts = stored_layer(source.family, source.layer(layer), index, tensors, self.form)
-        return fuse_experts(parts, self.base.config.moe.num_experts) if self._is_fused else parts
+        if self._is_fused:
+            parts = fuse_experts(parts, self.base.config.moe.num_experts, source.family.together)
+        return ((self.stored_name(name), array) for name, array in parts)
 
     def mtp_arrays(self, mtp: MtpSource) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of `mtp_specs`, (name, array as on disk)."""
-        return mtp_arrays(self.base, self.mtp_specs, self.mtp_width, mtp)
+        found = mtp_arrays(self.base, self.mtp_specs, self.mtp_width, mtp)
+        return ((self.stored_name(name), array) for name, array in found)
+
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in the folder, by that in the family's rules."""
+        return self._source.stored(name)
 
     @cached_property
-    def _source(self) -> _Source:
-        base, twin = self.base, self.base.family.twin
-        if twin is None:
-            hf_config = ragged.stock_config(base.hf_config, base.family)
-            return _Source(base.family, hf_config, base.config, lambda layer: layer)
-        family, hf_config = find_family(twin.model_type), twin.config(base.hf_config)
-        return _Source(family, hf_config, family.config_from_hf(hf_config), twin.layer)
+    def _source(self) -> Written:
+        return as_written(self.base)
 
     @cached_property
     def _by_layer(self) -> dict[str, dict[str, Stored]]:
@@ -282,7 +281,7 @@ class Export:
     @property
     def _is_fused(self) -> bool:
         """Whether the folder holds the experts of a layer together."""
-        return self._source.family.interleaved and self.form.is_padded
+        return bool(self._source.family.together) and self.form.is_padded
 
     def _unpacked_modules(self) -> list[str]:
         """The linear layers that stay 16-bit, as a quantisation config names them."""
@@ -299,15 +298,3 @@ class Export:
             prefixes = mtp_prefixes(self.base.family, self.base.hf_config)
             modules += [f"re:{re.escape(prefix)}" for prefix in prefixes]
         return modules
-
-
-def packed_inputs(base: Description, requantize: bool) -> list[int]:
-    """Input widths of the linear layers that the family's first 4-bit format packs."""
-    native = None if base.native is None or requantize else base.native.group_size
-    forms = (
-        ExportFormat(name, FLOAT4_GROUP if name == FLOAT4 else native or 32, requantize=requantize)
-        for name in FORMATS
-        if name in base.family.formats
-    )
-    form = next((form for form in forms if form.is_packed), None)
-    return [] if form is None else Export(base, base.widths, form).packed_inputs

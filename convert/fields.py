@@ -141,6 +141,7 @@ FIELDS: dict[str, Field] = {
     "scoring_func": Field(WORD.words, WORD.fits, null=True),
     "moe_layer_freq": whole(1, MOST_LAYERS, null=True),
     "first_k_dense_replace": whole(0, 1 << 30, null=True),
+    "mlp_layer_types": many(WORD),
     "mlp_only_layers": many(whole(0, 1 << 30)),
     "decoder_sparse_step": whole(0, 1 << 30),
     "mlp_bias": SWITCH,

@@ -54,11 +54,11 @@ class WeightsHash:
                     behind.pop().result()
                 behind.append(thread.submit(self._take, name, start, array))
 
-            self._tensors.on_read = on_read
+            self._tensors.watchers.append(on_read)
             try:
                 yield
             finally:
-                self._tensors.on_read = None
+                self._tensors.watchers.remove(on_read)
             for future in behind:
                 future.result()
 

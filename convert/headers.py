@@ -30,6 +30,7 @@ MAX_HEADER = 256 << 20  # bytes; real headers of the largest models are some ten
 class TensorSpec:
     """Where a tensor lies: `start` and `stop` are byte offsets in `file`."""
 
+    name: str
     file: str
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -77,7 +78,7 @@ def parse_header(
     specs: dict[str, TensorSpec] = {}
     for name, entry in entries.items():
         try:
-            specs[name] = _spec(entry, file, data_start, size)
+            specs[name] = _spec(name, entry, file, data_start, size)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     end, last = data_start, ""
@@ -88,7 +89,7 @@ def parse_header(
     return specs
 
 
-def _spec(entry: object, file: str, data_start: int, size: int) -> TensorSpec:
+def _spec(name: str, entry: object, file: str, data_start: int, size: int) -> TensorSpec:
     fields = entry if isinstance(entry, dict) else {}
     kind, shape = fields.get("dtype"), fields.get("shape")
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
@@ -113,7 +114,7 @@ def _spec(entry: object, file: str, data_start: int, size: int) -> TensorSpec:
         raise InputError(
             f"ends at byte {stop} of a file of {size} bytes; it is truncated, download it again"
         )
-    return TensorSpec(file, dtype, tuple(shape), start, stop)
+    return TensorSpec(name, file, dtype, tuple(shape), start, stop)
 
 
 def _naturals(values: object) -> TypeGuard[list[int]]:

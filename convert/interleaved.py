@@ -1,6 +1,7 @@
-"""Experts of a layer in one tensor, as gpt-oss stores them, under names of single experts and back.
+"""Experts of a layer in one tensor, as gpt-oss and Qwen3-VL-MoE store them, taken apart and back.
 
-On disk `gate_up_proj [E, D, 2F]` has gate channels in even and up channels in odd columns, and
+On disk `gate_up_proj [E, D, 2F]` has gate channels in even and up channels in odd columns
+("alternating", gpt-oss), or those of gate before those of up ("halves", Qwen3-VL-MoE), and
 `down_proj [E, F, D]` lies transposed; so do `gate_up_proj_bias [E, 2F]` and `down_proj_bias
 [E, D]`. In MXFP4 the two are `*_blocks [E, rows, groups, 16]` and `*_scales [E, rows, groups]`,
 whose rows are channels of gate_up_proj, alternating, and coordinates of down_proj.
@@ -16,7 +17,9 @@ import numpy as np
 
 from convert.formats.mxfp4 import unpack
 from convert.reader import SafetensorsFolder
+from convert.rules import Together
 from convert.view import FLOATS
+from moe_jax.errors import InputError
 
 _WHOLE = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(_bias|_blocks|_scales|)")
 _PART = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)(.*)")
@@ -24,17 +27,29 @@ _PART = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bia
 Part = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 
 
-def is_whole(name: str) -> bool:
-    """Whether a tensor on disk holds all experts of a layer."""
-    return _WHOLE.fullmatch(name) is not None
+def is_whole(folder: SafetensorsFolder, name: str, together: Together) -> bool:
+    """Whether a tensor on disk holds all experts of a layer in the layout of this module.
+
+    transformers 5 can also write halves as its modules have them, [E, 2F, D] and [E, D, F].
+    """
+    found = _WHOLE.fullmatch(name)
+    if found is None or together != "halves":
+        return found is not None
+    both, down = (f"{found[1]}.{part}_proj" for part in ("gate_up", "down"))
+    if both not in folder or down not in folder:
+        return True
+    return folder.spec(both)[1][-1] == 2 * folder.spec(down)[1][-2:][0]
 
 
-def split_experts(folder: SafetensorsFolder, name: str, problems: list[str]) -> Iterator[Part]:
+def split_experts(
+    folder: SafetensorsFolder, name: str, together: Together, problems: list[str]
+) -> Iterator[Part]:
     """Take a tensor on disk apart.
 
     Args:
       folder: the checkpoint.
       name: of a tensor that `is_whole`; scales come with their blocks.
+      together: how channels of gate and up lie in it.
       problems: what is wrong with it is added here.
 
     Yields:
@@ -62,10 +77,17 @@ def split_experts(folder: SafetensorsFolder, name: str, problems: list[str]) -> 
         return
     for number in range(shape[0] * len(parts)):
         expert, which = divmod(number, len(parts))
-        own = slice(which, None, len(parts))
+        own = _share(which, len(parts), channels, together)
         read = _reader(folder, stem, suffix, expert, own)
         public = f"{prefix}.{expert}.{parts[which]}_proj."
         yield public + ("bias" if suffix == "_bias" else "weight"), *_part(shape, suffix, own, read)
+
+
+def _share(which: int, parts: int, channels: int, together: Together) -> slice:
+    """Where the channels of gate or up lie among those of both."""
+    if parts == 1 or together == "alternating":
+        return slice(which, None, parts)
+    return slice(which * channels // parts, (which + 1) * channels // parts)
 
 
 def _has_scales(folder: SafetensorsFolder, stem: str) -> bool:
@@ -98,13 +120,14 @@ def _reader(folder: SafetensorsFolder, stem: str, suffix: str, expert: int, own:
 
 
 def fuse_experts(
-    tensors: Iterable[tuple[str, np.ndarray]], experts: int
+    tensors: Iterable[tuple[str, np.ndarray]], experts: int, together: Together
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Put the tensors of one layer together, the inverse of `split_experts`.
 
     Args:
       tensors: (name, array), also such as are no expert's; all experts have one width.
       experts: E.
+      together: how channels of gate and up shall lie.
 
     Yields:
       (name on disk, array).
@@ -122,7 +145,7 @@ def fuse_experts(
             shape[axis] *= parts
             whole[target] = np.empty((experts, *shape), array.dtype)
         at: list = [slice(None)] * array.ndim
-        at[axis] = slice(which, None, parts)
+        at[axis] = _share(which, parts, parts * array.shape[axis], together)
         whole[target][(expert, *at)] = array
     yield from whole.items()
 
@@ -142,6 +165,22 @@ def fuse_specs(
             own[axis] *= found[3]
             fused[found[0]] = (dtype, (experts, *own))
     return fused
+
+
+def check_shape(together: Together, channels: int, d_model: int) -> None:
+    """Refuse experts in halves that a program would take for their transpose.
+
+    transformers 5 reads both [E, D, 2F] and [E, 2F, D], and tells them apart by their shapes.
+
+    Raises:
+      InputError: `channels` or twice as many are `d_model`.
+    """
+    if together == "halves" and d_model in (channels, 2 * channels):
+        raise InputError(
+            f"experts of {channels} channels in a model of width {d_model} are square matrices, "
+            "which transformers cannot tell from their transpose; choose another prune rate or "
+            "--block"
+        )
 
 
 def _place(name: str) -> tuple[str, int, int, int] | None:

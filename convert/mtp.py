@@ -7,8 +7,9 @@ holds of them is in `convert.mtp_export`.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from convert.axes import axis_sizes
 from convert.layout import BFLOAT16, FLOAT32, Spec
-from convert.rules import Family, TensorRule, axis_sizes, layer_rules
+from convert.rules import Family, TensorRule, layer_rules
 from moe_jax.config import ModelConfig
 
 

@@ -32,7 +32,7 @@ def portable_config(hf_config: dict, *, with_mtp: bool = False) -> dict:
     scaled = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     config["rope_theta"] = rope["rope_theta"]
     config["rope_parameters"] = rope
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else scaled
+    config["rope_scaling"] = None if scaled == {"rope_type": "default"} else scaled
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope["partial_rotary_factor"]
     config |= dict.fromkeys(family.count_keys, num_experts(config))

@@ -1,5 +1,7 @@
 """Strict, lazy reading of safetensors folders: headers first, then one tensor at a time."""
 
+import copy
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,23 +13,41 @@ from convert.headers import TensorSpec, parse_header, read_header
 from moe_jax.errors import InputError
 from moe_jax.json_files import parse_json
 
+logger = logging.getLogger(__name__)
+
+MOST_LINES = 50  # of problems in an error; of more, one of each kind is shown
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SERIES = re.compile(r"(.*)-\d+-of-(\d+)\.safetensors")  # files that belong together
+_NUMBER = re.compile(r"\d+")
 
 
 class CheckpointError(InputError):
     """Everything that is wrong with a checkpoint, in one message.
 
     Attributes:
-      problems: one sentence per problem.
+      problems: one sentence per problem, causes before what follows from them.
     """
 
     def __init__(self, folder: Path | str, problems: Sequence[str]):
         self.problems = tuple(problems)
-        shown = [f"  - {problem}" for problem in self.problems[:50]]
-        if len(self.problems) > 50:
-            shown.append(f"  - and {len(self.problems) - 50} more")
+        shown = [f"  - {line}" for line in _lines(self.problems)]
         super().__init__("\n".join([f"{folder}: {len(self.problems)} problem(s)", *shown]))
+
+
+def _lines(problems: Sequence[str]) -> list[str]:
+    """All of a few problems; of many, the first of each kind, such as may differ in numbers."""
+    if len(problems) <= MOST_LINES:
+        return list(problems)
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_NUMBER.sub("", problem), []).append(problem)
+    lines = [
+        first + (f" (and {len(others)} more like it)" if others else "")
+        for first, *others in kinds.values()
+    ]
+    more = len(lines) - MOST_LINES
+    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {more} more kinds"]
 
 
 def read_json(path: Path) -> dict:
@@ -59,13 +79,17 @@ class SafetensorsFolder:
     """The tensors of `model.safetensors`, or of an index and its shards.
 
     Opening reads headers only and checks them all; `read` reads one tensor's bytes into fresh
-    memory, without a memory map whose pages would stay resident.
+    memory, without a memory map whose pages would stay resident. Headers say what there is: where
+    the index says something else or is missing, this is logged.
 
     Args:
       path: a folder.
 
     Attributes:
-      on_read: called with what is read: name of the tensor, first byte inside it, array.
+      watchers: called with what is read, by whatever name: name of the tensor on disk, first byte
+        inside it, array. Renamed folders share them.
+      missing_shards: files that the index names and the folder has not.
+      index_fault: where the index and the headers differ, "" if nowhere.
       stamps: what the file system said of every weight file when it was opened: size, times of
         change in ns, inode. No write leaves all of them as they were.
 
@@ -73,22 +97,27 @@ class SafetensorsFolder:
       CheckpointError: listing every defect of the headers and of the index.
     """
 
+    missing_shards: tuple[str, ...] = ()
+    index_fault = ""
+
     def __init__(self, path: Path | str):
         self.folder = Path(path)
         if not self.folder.is_dir():
             raise CheckpointError(self.folder, ["is not a folder; pass a downloaded checkpoint"])
         problems: list[str] = []
-        self.on_read: Callable[[str, int, np.ndarray], None] | None = None
+        self.watchers: list[Callable[[str, int, np.ndarray], None]] = []
         self.stamps: dict[str, list[int]] = {}
         self._specs: dict[str, TensorSpec] = {}
         weight_map = self._weight_map(problems)
-        files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-        for file in files:
-            self._add_file(file, problems)
+        files = {SINGLE} if weight_map is None else set(weight_map.values())
         if weight_map is not None:
-            problems += _index_problems(weight_map, self._specs, set(self.stamps))
+            files |= self._shards_beside(files)
+        for file in sorted(files):
+            self._add_file(file, problems)
         if problems:
             raise CheckpointError(self.folder, problems)
+        if weight_map is not None:
+            self._compare(weight_map)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,6 +126,13 @@ class SafetensorsFolder:
 
     def __contains__(self, name: object) -> bool:
         return name in self._specs
+
+    def renamed(self, new: Callable[[str], str | None]) -> "SafetensorsFolder":
+        """The same folder with other names for its tensors; those named None are not in it."""
+        found = copy.copy(self)
+        names = {name: new(name) for name in self._specs}
+        found._specs = {new: self._specs[old] for old, new in names.items() if new is not None}
+        return found
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         """Dtype and shape of a tensor."""
@@ -131,8 +167,8 @@ class SafetensorsFolder:
                 if not got:
                     raise CheckpointError(self.folder, [f"{spec.file} ended inside {name}"])
                 done += got
-        if self.on_read:
-            self.on_read(name, start - spec.start, out)
+        for watch in self.watchers:
+            watch(spec.name, start - spec.start, out)
         return out
 
     def _weight_map(self, problems: list[str]) -> dict[str, str] | None:
@@ -143,7 +179,8 @@ class SafetensorsFolder:
         if has_single:
             return None
         if not has_index:
-            problems.append(f"neither {SINGLE} nor {INDEX} exists; only safetensors are read")
+            if not self._shards_beside(set()):
+                problems.append(f"neither {SINGLE} nor {INDEX} exists; only safetensors are read")
             return {}
         weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -159,7 +196,7 @@ class SafetensorsFolder:
         path = self.folder / file
         if not path.is_file():
             if file != SINGLE:
-                problems.append(f"shard {file} is missing; download it again")
+                self.missing_shards += (file,)
             return
         told = path.stat()
         try:
@@ -175,19 +212,35 @@ class SafetensorsFolder:
             problems.append(f"{name} is in both {self._specs[name].file} and {file}")
         self._specs |= specs
 
+    def _shards_beside(self, listed: set[str]) -> set[str]:
+        """Files of the same series as those that the index lists; without any, of the only one."""
+        here = {
+            path.name: found.groups()
+            for path in self.folder.glob("*.safetensors")
+            if (found := _SERIES.fullmatch(path.name))
+        }
+        series = {found.groups() for file in listed if (found := _SERIES.fullmatch(file))}
+        if not listed and len(set(here.values())) == 1:
+            series = set(here.values())
+        return {file for file, own in here.items() if own in series}
 
-def _index_problems(
-    weight_map: dict[str, str], specs: dict[str, TensorSpec], read: set[str]
-) -> list[str]:
-    problems = []
-    for name, file in weight_map.items():
-        actual = specs[name].file if name in specs else None
-        if file in read and actual != file:
-            where = f"it is in {actual}" if actual else "no shard has it"
-            problems.append(f"{INDEX} puts {name} into {file} but {where}")
-    problems += [
-        f"{name} is in {spec.file} but not in {INDEX}"
-        for name, spec in specs.items()
-        if name not in weight_map
-    ]
-    return problems
+    def _compare(self, weight_map: dict[str, str]) -> None:
+        """Say where the index and the headers differ; the headers are right."""
+        found = {name: spec.file for name, spec in self._specs.items()}
+        kinds = {
+            "names {} that no shard has": weight_map.keys() - found.keys(),
+            "does not name {}": found.keys() - weight_map.keys(),
+            "puts {} into the wrong shard": {
+                name for name in weight_map.keys() & found.keys() if weight_map[name] != found[name]
+            },
+        }
+        said = [
+            words.format(f"{len(names)} tensor(s), such as {min(names)},")
+            for words, names in kinds.items()
+            if names
+        ]
+        said = said if (self.folder / INDEX).exists() else ["is missing"]
+        if said:
+            self.index_fault = f"{INDEX} {', '.join(said)}"
+            words = "%s: %s; the tensors are read as the shards' own headers say"
+            logger.warning(words, self.folder, self.index_fault)

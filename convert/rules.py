@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from convert.axes import axis_sizes, parts
 from convert.export_format import FORMATS, ExportFormat, Widths
 from convert.fields import read_fields
-from moe_jax.config import LatentAttentionConfig, ModelConfig
+from moe_jax.config import ModelConfig
+from moe_jax.errors import InputError
 from moe_jax.quant import is_linear
 from moe_jax.transformer import DecoderLayer
 
@@ -17,7 +19,12 @@ from moe_jax.transformer import DecoderLayer
 # expert, whatever its width or only if that is 0 (the bias of down: [D]).
 Placing = Literal["identity", "expert_rows", "expert_columns", "expert_vector", "emptied_vector"]
 
+# How a folder may hold the experts of a layer in one tensor, see `convert.interleaved`.
+Together = Literal["", "alternating", "halves"]
+
+TEXT = "text_config"  # the text model's part of a wrapper's config.json
 RAGGED = "ragged_"  # prefix of the model types of our custom export
+OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype")  # keys that may stand beside it
 _LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+")
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+")
 
@@ -29,7 +36,7 @@ class TensorRule:
     Attributes:
       hf: name on disk, with `{layer}` and, for experts, `{expert}`.
       ours: attribute path below the decoder layer.
-      shape: axes on disk, letters of `axis_sizes`.
+      shape: axes on disk, letters of `convert.axes.axis_sizes`.
       needs: the part of the architecture that has this tensor, see `parts`.
       layout: how it lies in our array.
       precise: whether it stays float32 whatever the dtype of the rest.
@@ -91,6 +98,33 @@ class Mtp:
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """Where a model of several parts, such as one that sees images, keeps its text model.
+
+    Attributes:
+      prefixes: of its names on disk -> in the family's rules.
+      default_tied: what it means if its config.json does not say `tie_word_embeddings`.
+    """
+
+    prefixes: Mapping[str, str]
+    default_tied: bool = False
+
+    def inner(self, stored: str) -> str | None:
+        """The name in the rules, None if the tensor is of another part."""
+        for theirs, ours in self.prefixes.items():
+            if stored.startswith(theirs):
+                return ours + stored.removeprefix(theirs)
+        return None
+
+    def stored(self, name: str) -> str:
+        """The inverse of `inner`."""
+        for theirs, ours in self.prefixes.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+
+@dataclass(frozen=True)
 class Family:
     """What reading and writing a model type takes.
 
@@ -109,8 +143,11 @@ class Family:
       mtp: its layers that predict further tokens, if it may have any.
       ragged: whether experts or layers have widths of their own (our custom exports).
       twin: the family it is exported as, if not as itself; such a one is never ragged.
-      interleaved: whether a folder holds the experts of a layer together, gate and up channels
-        alternating; `rules` then name what `convert.interleaved` makes of that.
+      together: how a folder holds the experts of a layer in one tensor, if it does; `rules` then
+        name what `convert.interleaved` makes of that.
+      aliases: another name that tensors may have on disk -> the one in `rules`, both with
+        `{layer}` and `{expert}`.
+      wrapper: where it is kept, if it is the text model inside of another one.
       formats: what it can be exported as, of `FORMATS`: only what some program reads.
     """
 
@@ -126,7 +163,9 @@ class Family:
     mtp: Mtp | None = None
     ragged: bool = False
     twin: Twin | None = None
-    interleaved: bool = False
+    together: Together = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    wrapper: Wrapper | None = None
     formats: tuple[str, ...] = tuple(n for n in FORMATS if not ExportFormat(n).is_float4)
 
     def config_from_hf(self, hf: Mapping[str, Any]) -> ModelConfig:
@@ -135,10 +174,39 @@ class Family:
         Raises:
           InputError: a field has another type or an unsupported value, or is missing.
         """
-        fields = read_fields(hf, self.defaults)
+        fields = read_fields(self.text_config(hf), self.defaults)
         if self.mtp is not None:
             fields.get(self.mtp.count_key)  # read by `convert.mtp`
         return self.read_config(fields)
+
+    def text_config(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the text model: itself, or the part of a wrapper's, which says the rest.
+
+        Raises:
+          InputError: there is no such part.
+        """
+        if self.wrapper is None or (TEXT not in hf and "hidden_size" in hf):
+            return dict(hf)
+        text = hf.get(TEXT)
+        if not isinstance(text, Mapping):
+            raise InputError(f"config.json lacks {TEXT}, the part about the text model")
+        outer = {key: hf[key] for key in OF_THE_WHOLE if hf.get(key) is not None}
+        tied = hf.get("tie_word_embeddings", self.wrapper.default_tied)
+        return {**text, **outer, "model_type": self.model_type, "tie_word_embeddings": tied}
+
+    def canonical(self, name: str) -> str:
+        """The name in `rules` of a tensor that may have another on disk."""
+        found = self.aliases.get(_pattern(name))
+        if found is None:
+            return name
+        numbers = (_LAYER_NUMBER.search(name), _EXPERT_NUMBER.search(name))
+        layer, expert = (match[0] if match else "" for match in numbers)
+        return found.replace("{layer}", layer).replace("{expert}", expert)
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads a folder of its own, by the model type."""
+        return "AutoModelForImageTextToText" if self.wrapper else "AutoModelForCausalLM"
 
     @property
     def public_type(self) -> str:
@@ -147,8 +215,7 @@ class Family:
 
     def rule(self, name: str) -> TensorRule | None:
         """The line of the table that a name on disk belongs to, if any."""
-        pattern = _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
-        return self._by_pattern.get(pattern)
+        return self._by_pattern.get(_pattern(name))
 
     def is_precise(self, name: str) -> bool:
         """Whether a tensor stays float32."""
@@ -160,79 +227,14 @@ class Family:
         return {rule.hf: rule for rule in self.rules}
 
 
+def _pattern(name: str) -> str:
+    """A name with `{layer}` and `{expert}` for its numbers."""
+    return _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
+
+
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
-
-
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the axis letters of `TensorRule.shape`, but for F, which an expert may own.
-
-    A and B are all query and all key/value heads' coordinates, O those of all heads' values, N the
-    query heads, G all queries' coordinates and gates, I the width of a dense layer, S that of the
-    shared expert, 1 is one. Of latent attention: Q is the query rank, C the latent width, J that
-    and the rotated part of the key, U what latents expand to. Of linear attention: W are queries,
-    keys, values and gates, X the channels of the convolution and T its positions, Z all values, Y
-    the value heads, M twice as many, P the width of one.
-    """
-    a, m = config.attention, config.moe
-    sizes = {
-        "1": 1,
-        "V": config.vocab_size,
-        "D": config.d_model,
-        "A": a.num_heads * a.key_dim,
-        "B": a.num_kv_heads * a.key_dim,
-        "O": a.num_heads * a.value_dim,
-        "N": a.num_heads,
-        "G": a.num_heads * a.key_dim * 2,
-        "H": a.key_dim,
-        "E": m.num_experts,
-        "I": config.d_dense,
-        "S": m.d_shared,
-    }
-    if isinstance(a, LatentAttentionConfig):
-        sizes |= {
-            "Q": a.query_rank or 0,
-            "C": a.kv_rank,
-            "J": a.kv_rank + a.rope_dim,
-            "U": a.num_heads * (a.plain_dim + a.value_dim),
-        }
-    if config.linear_attention is not None:
-        c = config.linear_attention
-        heads = c.num_value_heads
-        sizes |= {"W": c.channels + c.values, "X": c.channels, "T": c.conv_width, "Z": c.values}
-        sizes |= {"Y": heads, "M": 2 * heads, "P": c.value_dim}
-    return sizes
-
-
-def parts(config: ModelConfig, layer: int) -> set[str]:
-    """Names of the optional parts that a layer has."""
-    a, m = config.attention, config.moe
-    routed = layer not in config.dense_layers
-    present = {
-        "": True,
-        "dense": not routed,
-        "moe": routed,
-        "correction_bias": routed and m.correction_bias,
-        "shared": routed and m.d_shared > 0,
-        "shared_gate": routed and m.d_shared > 0 and m.shared_gate,
-        "logit_bias": routed and m.logit_bias,
-        "expert_bias": routed and m.expert_bias,
-        "emptied_bias": routed and m.emptied_bias,
-    }
-    if config.linear(layer) is not None:
-        present["linear_attention"] = True
-    elif isinstance(a, LatentAttentionConfig):
-        present |= {
-            "direct_query": a.query_rank is None,
-            "query_rank": a.query_rank is not None,
-            "query_rank_bias": a.query_rank is not None and a.bias,
-            "out_bias": a.bias,
-        }
-    else:
-        present |= {"qkv_bias": a.qkv_bias, "out_bias": a.out_bias, "qk_norm": a.qk_norm}
-        present |= {"sinks": a.sinks, "softmax_attention": True}
-    return {name for name, here in present.items() if here}
 
 
 def uniform_widths(config: ModelConfig) -> Widths:

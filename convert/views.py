@@ -8,6 +8,7 @@ from convert.quantized import awq, compressed, float8, gptq, normal_float
 from convert.quantized.config import COMPRESSED, FLOAT8, MXFP4, NORMAL4, Quantization
 from convert.quantized.found import Found
 from convert.reader import SafetensorsFolder
+from convert.rules import Together
 from convert.view import FLOATS, View
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
@@ -23,7 +24,7 @@ _READERS: dict[str, Reader] = {
 
 
 def open_views(
-    folder: SafetensorsFolder, quantization: Quantization | None, *, alternating: bool = False
+    folder: SafetensorsFolder, quantization: Quantization | None, *, together: Together = ""
 ) -> tuple[dict[str, View], list[str]]:
     """Give every tensor of a folder its public per-expert, unpacked name.
 
@@ -33,7 +34,7 @@ def open_views(
     Args:
       folder: the checkpoint.
       quantization: of its config.json.
-      alternating: whether fused experts, if any, are those of `convert.interleaved`.
+      together: how fused experts lie, if they do as in `convert.interleaved`.
 
     Returns:
       (name -> view, problems).
@@ -57,8 +58,8 @@ def open_views(
     for name in folder.names:
         if name in used:
             continue
-        if alternating and interleaved.is_whole(name):
-            for part, shape, read in interleaved.split_experts(folder, name, problems):
+        if together and interleaved.is_whole(folder, name, together):
+            for part, shape, read in interleaved.split_experts(folder, name, together, problems):
                 add(part, View(shape, read))
             continue
         fused = _FUSED.fullmatch(name)

@@ -91,6 +91,6 @@ FAMILY = Family(
     width_key="intermediate_size",
     count_keys=("num_local_experts",),
     rope=ROPE,
-    interleaved=True,
+    together="alternating",
     formats=("ragged-bf16", "padded-bf16", "padded-mxfp4"),
 )

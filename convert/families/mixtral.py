@@ -45,17 +45,16 @@ def config_from_hf(hf: dict) -> ModelConfig:
     return hf_config.model_config(hf, attention=attention, moe=moe, sliding_layers=layers)
 
 
+_EXPERTS = expert_rules("block_sparse_moe", "w1", "w3", "w2")
+
 FAMILY = Family(
     model_type="mixtral",
     stem="Mixtral",
     read_config=config_from_hf,
     defaults=DEFAULTS,
-    rules=NORMS
-    + ATTENTION
-    + (
-        *expert_rules("block_sparse_moe", "w1", "w3", "w2"),
-        emptied_rule("block_sparse_moe"),
-    ),
+    rules=NORMS + ATTENTION + (*_EXPERTS, emptied_rule("block_sparse_moe")),
+    # What transformers 5 calls them in memory, and on disk if save_original_format is False.
+    aliases={own.hf: rule.hf for own, rule in zip(expert_rules(), _EXPERTS, strict=True)},
     width_key="intermediate_size",
     count_keys=("num_local_experts",),
     rope=ROPE,

@@ -1,5 +1,7 @@
 """Qwen3-MoE: normalised queries and keys, no shared expert."""
 
+from collections.abc import Mapping
+
 from convert.families import hf_config
 from convert.families.tables import ATTENTION, DENSE, EXPERTS, NORMS, QK_NORM
 from convert.rules import Family
@@ -19,8 +21,12 @@ DEFAULTS = {
 }
 
 
-def config_from_hf(hf: dict) -> ModelConfig:
+def config_from_hf(hf: dict, rope: Mapping[str, float] | None = None) -> ModelConfig:
     """config.json -> ModelConfig.
+
+    Args:
+      hf: config.json.
+      rope: values of `rope_parameters` that it may leave out.
 
     Raises:
       InputError: if a key is missing or has an unsupported value.
@@ -34,7 +40,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
         head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        rope=hf_config.rope_config(hf),
+        rope=hf_config.rope_config(hf, rope),
         qk_norm=True,
         qkv_bias=bias,
         out_bias=bias,

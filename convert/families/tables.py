@@ -1,4 +1,4 @@
-"""Lines of tables that several families share; letters of shapes as in `rules.axis_sizes`."""
+"""Lines of tables that several families share; letters of shapes as in `convert.axes`."""
 
 from convert.rules import TensorRule
 

@@ -33,6 +33,8 @@ FAMILIES = {  # model type: stem of the class names, names of an expert's gate, 
     "deepseek_v2": ("DeepseekV2", PROJECTIONS),
     "deepseek_v3": ("DeepseekV3", PROJECTIONS),
     "glm4_moe": ("Glm4Moe", PROJECTIONS),
+    "glm4_moe_lite": ("Glm4MoeLite", PROJECTIONS),
+    "dots1": ("Dots1", PROJECTIONS),
     "gpt_oss": ("GptOss", PROJECTIONS),
 }
 

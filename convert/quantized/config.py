@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from convert.rules import Family
 from moe_jax.errors import InputError
 
 FLOAT8, NORMAL4 = "fp8", "bitsandbytes"
@@ -57,12 +58,14 @@ class Quantization:
       options: the JSON value.
       groups: of compressed-tensors, targets and scheme in order.
       ignore: of compressed-tensors, modules that are stored as they are.
+      outer: module of a text model -> its name in the model around it, which is matched, too.
     """
 
     method: str
     options: Mapping[str, Any]
     groups: tuple[tuple[tuple[str, ...], Scheme], ...] = ()
     ignore: tuple[str, ...] = ()
+    outer: Callable[[str], str] = lambda name: name
 
     @functools.cached_property
     def scheme(self) -> Callable[[str], Scheme | None]:
@@ -76,9 +79,10 @@ class Quantization:
 
         @functools.cache
         def find(module: str) -> Scheme | None:
-            if ignored(module):
+            names = (module, self.outer(module))
+            if any(map(ignored, names)):
                 return None
-            return next((scheme for matches, scheme in named if matches(module)), others)
+            return next((one for matches, one in named if any(map(matches, names))), others)
 
         return find
 
@@ -91,13 +95,12 @@ def _matcher(targets: tuple[str, ...]) -> Callable[[str], bool]:
     return lambda module: module in names or any(one.match(module) for one in patterns)
 
 
-def read_quantization(hf: Mapping[str, Any], *, interleaved: bool) -> Quantization | None:
+def read_quantization(hf: Mapping[str, Any], family: Family) -> Quantization | None:
     """The `quantization_config` of a config.json; None without one.
 
     Args:
-      hf: config.json.
-      interleaved: whether the family keeps experts as `convert.interleaved` says, with which
-        MXFP4 is read there.
+      hf: config.json, of the text model.
+      family: of the model; MXFP4 is read where experts alternate, see `convert.interleaved`.
 
     Raises:
       UnreadFormat: it is another one; the sentence names it.
@@ -111,7 +114,7 @@ def read_quantization(hf: Mapping[str, Any], *, interleaved: bool) -> Quantizati
     method = options.get("quant_method")
     if method == FLOAT8:
         return Quantization(method, options | {"weight_block_size": _float8_block(options)})
-    if method == MXFP4 and interleaved:
+    if method == MXFP4 and family.together == "alternating":
         return Quantization(method, options)
     if method in INTEGERS:
         _check_integers(options)
@@ -122,7 +125,7 @@ def read_quantization(hf: Mapping[str, Any], *, interleaved: bool) -> Quantizati
             raise _unread(f"bitsandbytes, not in 4 bits of type nf4 ({kind})")
         return Quantization(method, options)
     if method == COMPRESSED:
-        return _compressed(options)
+        return _compressed(options, family)
     raise _unread(f"{str(method)[:80]}/{str(options.get('format'))[:80]}")
 
 
@@ -173,7 +176,7 @@ def gptq_layout(options: Mapping[str, Any]) -> Any:
     return options.get("checkpoint_format") or options.get("format") or "gptq"
 
 
-def _compressed(options: Mapping[str, Any]) -> Quantization:
+def _compressed(options: Mapping[str, Any], family: Family) -> Quantization:
     for name in ("sparsity_config", "transform_config"):
         said = options.get(name) or {}
         if not isinstance(said, dict) or said.get("format", "dense") != "dense" or (
@@ -190,9 +193,9 @@ def _compressed(options: Mapping[str, Any]) -> Quantization:
         targets = _patterns(group.get("targets", ["Linear"]), f"targets of {key[:80]}")
         form = group.get("format") or options.get("format")
         found.append((targets, _scheme(group["weights"], form)))
-    return Quantization(
-        COMPRESSED, options, tuple(found), _patterns(options.get("ignore") or [], "ignore")
-    )
+    ignore = _patterns(options.get("ignore") or [], "ignore")
+    outer = family.wrapper.stored if family.wrapper else lambda name: name
+    return Quantization(COMPRESSED, options, tuple(found), ignore, outer)
 
 
 def _patterns(values: Any, where: str) -> tuple[str, ...]:

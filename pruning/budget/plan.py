@@ -118,6 +118,18 @@ class PruningPlan:
                 "score this model and plan again"
             )
 
+    def moved_to(self, model_hash: str) -> "PruningPlan":
+        """The same plan for another model of the same shape, which its provenance then says.
+
+        Args:
+          model_hash: identity of the model; without one of its own, a plan stays as it is.
+        """
+        planned = self.provenance.get("model_hash")
+        if planned is None or planned == model_hash:
+            return self
+        said = {"planned_for": planned, **self.provenance, "model_hash": model_hash}
+        return dataclasses.replace(self, provenance=said)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write `plan.json` and `plan.safetensors`, each atomically.
 

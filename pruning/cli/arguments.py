@@ -134,6 +134,10 @@ def apply(command: Parser) -> None:
         "plan", type=Path, metavar="PLAN", help="folder with plan.json, or plan.json itself"
     )
     _model(command)
+    command.add_argument(
+        "--allow-other-model", action="store_true",
+        help="apply the plan to another model of the same shape; the cards say so",
+    )  # fmt: skip
     add_group(command, RunOptions, "output", "overwrite", title="Output")
     add_group(command, ExportOptions, "export", "bits", "group_size", "requantize", "mtp")
 

@@ -149,6 +149,7 @@ def apply(options: Options) -> Outcome:
         group_size=recipe.group_size,
         requantize=recipe.requantize,
         mtp=recipe.mtp,
+        allow_other_model=options.allow_other_model,
         overwrite=recipe.overwrite,
         steps=_steps(options),
     )

@@ -33,13 +33,26 @@ def main(arguments: list[str] | None = None) -> int:
       The exit code: 0, 1 for a failed check, 2 for bad input, 70 for a fault of the program, 130
       if interrupted.
     """
+    try:
+        try:
+            return _main(arguments)
+        finally:  # also after --help, which leaves by SystemExit
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except BrokenPipeError:  # who read our output, such as head, has seen enough
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return 0
+
+
+def _main(arguments: list[str] | None) -> int:
     options = build_parser().parse_args(arguments)
     _log(options.verbose)
     try:
         _run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        raise
     except VerificationError as error:
         return _fail(f"verification failed: {error}", FAILED_CHECK, options.debug)
     except (InputError, OSError) as error:

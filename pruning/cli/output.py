@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
+from pruning.kit.progress import Screen
 from pruning.report.table import TextTable, as_rich
 
 PIPED = 100_000  # columns where nobody looks: no table is folded or cut
@@ -33,7 +34,7 @@ class Outcome:
 
 def stdout() -> Console:
     """Standard output, as wide as its terminal, and without an edge where it is piped."""
-    return Console() if sys.stdout.isatty() else Console(width=PIPED)
+    return Screen() if sys.stdout.isatty() else Screen(width=PIPED)
 
 
 def check_json(path: str | None) -> None:

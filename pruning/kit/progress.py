@@ -48,6 +48,14 @@ def peak_memory(since_reset: bool = False) -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
+class Screen(Console):
+    """A console that leaves a reader who has gone to the command line, rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called where a BrokenPipeError was caught, which goes on from here."""
+        raise
+
+
 @dataclass
 class Steps:
     """Shows stages as they run and remembers seconds and peak memory of each.
@@ -62,7 +70,7 @@ class Steps:
     quiet: bool = False
     verbose: bool = False
     stages: list[dict] = field(default_factory=list)
-    console: Console = field(default_factory=lambda: Console(file=sys.stderr))
+    console: Console = field(default_factory=lambda: Screen(file=sys.stderr))
 
     @contextmanager
     def bar(self, name: str) -> Iterator[OnStep]:

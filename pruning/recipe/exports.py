@@ -26,7 +26,7 @@ def choose_exports(
     group_size: int | None,
     quantizer: str,
 ) -> tuple[FormatName, ...]:
-    """The formats asked for, or the first of the family that has the bits.
+    """The formats asked for, or the first of the family that has the bits, or 16 if none has.
 
     Args:
       asked: names of `FORMATS`, () for the default.
@@ -53,7 +53,8 @@ def choose_exports(
     fitting: list[FormatName] = [
         name for name in FORMATS if name in formats and is_packed(name) == (bits == 4)
     ]
-    exports = tuple(asked or fitting[:1])
+    plain: list[FormatName] = [n for n in FORMATS if n in formats and not is_packed(n)]
+    exports = tuple(asked or fitting[:1] or plain[:1])
     if FLOAT4 in exports and group_size not in (None, FLOAT4_GROUP):
         raise InputError(
             f"group_size={group_size} contradicts export={FLOAT4!r}, whose groups are "

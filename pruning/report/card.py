@@ -179,7 +179,9 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
         # The Hub has no word for a model that is only pruned.
         if facts.folder.group_size is not None:
             values["base_model_relation"] = "quantized"
-    values |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    sees = facts.loading.auto_class == "AutoModelForImageTextToText"
+    task = "image-text-to-text" if sees else "text-generation"
+    values |= {"library_name": "transformers", "pipeline_tag": task}
     pruned = ["pruned"] if facts.plan.removed else []
     return values | {
         "tags": ["moe", *pruned, facts.folder.bits, "moe-jax"], **facts.base.inherited,
@@ -217,6 +219,8 @@ def _made(facts: CardFacts) -> list[list[str]]:
         ["hash of its config, headers and sampled weights (moe-jax)", f"`{base.hash}`"],
         ["SHA-256 of plan.safetensors", f"`{facts.plan.hash}`"],
     ]
+    if said.get("planned_for"):
+        rows.append(["planned for", f"another model of the same shape, `{said['planned_for']}`"])
     if said.get("criterion"):
         planner = said.get("planner") or f"none (width {said.get('width')})"
         rule = f"criterion {said['criterion']}, attribution {said['attribution']}"

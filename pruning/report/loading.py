@@ -39,6 +39,7 @@ class Loading:
       has_tokenizer: whether the folder holds a tokenizer.
       has_latent_attention: whether attention is multi-head latent.
       has_linear_attention: whether some layers attend linearly.
+      auto_class: of transformers, which loads it.
     """
 
     form: str
@@ -46,6 +47,7 @@ class Loading:
     has_tokenizer: bool
     has_latent_attention: bool
     has_linear_attention: bool
+    auto_class: str = "AutoModelForCausalLM"
 
     def verdicts(self) -> list[list[str]]:
         """Program, whether it loads the folder, and why."""
@@ -84,10 +86,10 @@ class Loading:
         if self.form.endswith("int4"):
             packages += ' "compressed-tensors>=0.17" accelerate'
         trust = "" if self.form.startswith("padded") else ", trust_remote_code=True"
-        load = f'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto"{trust})'
+        load = f'model = {self.auto_class}.from_pretrained(".", dtype="auto"{trust})'
         if self.has_tokenizer:
             lines = [
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                f"from transformers import {self.auto_class}, AutoTokenizer",
                 "",
                 f'tokenizer = AutoTokenizer.from_pretrained("."{trust})',
                 load,
@@ -98,7 +100,7 @@ class Loading:
         else:
             lines = [
                 "import torch",
-                "from transformers import AutoModelForCausalLM",
+                f"from transformers import {self.auto_class}",
                 "",
                 load,
                 "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=40))",

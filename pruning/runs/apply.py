@@ -39,6 +39,7 @@ def apply_plan(
     group_size: int | None = None,
     requantize: bool = False,
     mtp: Literal["drop", "keep", "prune"] = "drop",
+    allow_other_model: bool = False,
     overwrite: bool = False,
     steps: Steps | None = None,
 ) -> list[Check]:
@@ -56,6 +57,8 @@ def apply_plan(
       group_size: weights per 4-bit scale; default as in a recipe.
       requantize: round what the model stores in 4-bit groups a second time, as in a recipe.
       mtp: what becomes of layers that predict further tokens, as in a recipe.
+      allow_other_model: apply it to another model of the same shape, such as the base of the one
+        that it was made for; the exports' cards say so.
       overwrite: replace an output folder of ours.
       steps: where progress goes; default stderr.
 
@@ -77,15 +80,21 @@ def apply_plan(
     given |= {"mtp": mtp, "overwrite": overwrite, "requantize": requantize}
     given |= {"group_size": group_size} if group_size else {}
     with only_writer(output):
-        return _apply(Path(plan), model, given, steps or Steps())
+        return _apply(Path(plan), model, given, allow_other_model, steps or Steps())
 
 
-def _apply(source: Path, model: str, given: dict[str, Any], steps: Steps) -> list[Check]:
+def _apply(
+    source: Path, model: str, given: dict[str, Any], allow_other_model: bool, steps: Steps
+) -> list[Check]:
     with steps.bar("open"):
         found = PruningPlan.load(source)
         # 16-bit weights, as in every other stage: the exports store these.
         base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
         _require_shape(found, base)
+    if allow_other_model:  # before any folder is compared with the plan
+        with steps.bar("identify the model") as on_step:
+            base.hash_weights(on_step)
+        found = found.moved_to(base.fingerprint)
     recipe = _recipe(source, found, base, given)
     missing = _prepare(recipe, found, source, base, steps)
     preflight.say_mtp(base.about, recipe, steps)
@@ -110,6 +119,15 @@ def _write(
 
 
 apply = apply_plan  # its name on the command line
+
+
+def _require_model(plan: PruningPlan, base: Checkpoint) -> None:
+    """Raise InputError unless the plan names this model."""
+    try:
+        plan.require_model(base.fingerprint)
+    except InputError as error:
+        cure = "or, if it has the same shape, apply the plan with --allow-other-model"
+        raise InputError(f"{error}, {cure}") from None
 
 
 def _require_shape(plan: PruningPlan, base: Checkpoint) -> None:
@@ -167,7 +185,7 @@ def _prepare(
     say_left_out(base.about.folder, steps)
     with steps.bar("check weights") as on_step:
         base.check_finite(on_step, mtp=recipe.mtp != "drop")
-    plan.require_model(base.fingerprint)
+    _require_model(plan, base)
     output_folder.make_output(recipe, resumed=resumed)
     remember(base, output)
     return missing

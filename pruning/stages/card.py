@@ -134,6 +134,7 @@ def loading(base: Checkpoint, plan: PruningPlan, form: ExportFormat) -> Loading:
         has_tokenizer=any(base.about.folder.glob("tokenizer*")),
         has_latent_attention=isinstance(base.config.attention, LatentAttentionConfig),
         has_linear_attention=bool(base.config.linear_layers),
+        auto_class=base.about.family.auto_class,
     )
 
 

@@ -57,6 +57,7 @@ def client_bytes(export: Export, tokens: int) -> int:
       tokens: on which logits are compared.
     """
     weights = sum(math.prod(stored.shape) for stored in export.tensors.values())
+    weights += sum(math.prod(shape) for _, shape in export.base.beside.values())
     logits = 3 * tokens * export.base.config.vocab_size
     return PROCESS_BYTES + int(4 * (SHARE * weights + logits))
 
@@ -82,6 +83,7 @@ def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
         request = {
             "folder": str(folder.absolute()),
             "trust": bool(export.code_files),
+            "auto_class": export.base.family.auto_class,
             "float4": export.form.is_float4,
             "exchange": exchange,
         }

@@ -6,6 +6,7 @@ a request, a JSON object:
 
   folder: the checkpoint.
   trust: whether the Python file in it is run; the caller has compared its bytes.
+  auto_class: of transformers, which loads the model.
   float4: whether experts are MXFP4.
   exchange: a folder with tokens.npy, int32 [B, T]. It gets logits.npy, float32 [B, T, V],
     loading.json, what loading said of the tensors, and log.txt, what was printed. loading.json
@@ -101,7 +102,7 @@ def _end_with_input() -> None:
 def _answer(request: dict, exchange: Path) -> None:
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -111,7 +112,7 @@ def _answer(request: dict, exchange: Path) -> None:
         from transformers.utils.quantization_config import Mxfp4Config
 
         options["quantization_config"] = Mxfp4Config(dequantize=True)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = getattr(transformers, request["auto_class"]).from_pretrained(
         request["folder"],
         dtype=torch.float32,
         trust_remote_code=request["trust"],

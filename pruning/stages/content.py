@@ -90,11 +90,15 @@ class TensorComparison:
       names: of all tensors that are there or must be.
 
     Raises:
-      CheckpointError: the headers are damaged.
+      CheckpointError: the headers are damaged, or the index says something else.
     """
 
     def __init__(self, folder: Path, export: Export, *, with_codes: bool = True):
         self._stored, self._specs = SafetensorsFolder(folder), export.specs
+        faults = [f"shard {file} is missing" for file in self._stored.missing_shards]
+        faults += [self._stored.index_fault] if self._stored.index_fault else []
+        if faults:
+            raise CheckpointError(folder, faults)
         # Codes that are taken over come with the scales of whoever chose them.
         self._least_scale = MIN_SCALE if export.native is None else 0.0
         self._unknown = frozenset() if with_codes else _packed(export)
@@ -161,4 +165,5 @@ def _place(index: int, shape: tuple[int, ...]) -> str:
 def _packed(export: Export) -> frozenset[str]:
     """The tensors that stand for weights in 4 bits."""
     packed = ((name, stored) for name, stored in export.tensors.items() if stored.packed)
-    return frozenset(part for name, stored in packed for part in stored.specs(name, export.form))
+    parts = (part for name, stored in packed for part in stored.specs(name, export.form))
+    return frozenset(map(export.stored_name, parts))

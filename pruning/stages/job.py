@@ -9,8 +9,8 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.description import Description
-from convert.export import packed_inputs
 from convert.mtp_export import check_mtp
+from convert.packing import packed_inputs
 from convert.rules import uniform_widths
 from moe_jax.errors import InputError, choose
 from pruning.budget.alignment import check_block

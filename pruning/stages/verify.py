@@ -1,6 +1,7 @@
 """Re-reading an exported folder and comparing it with what was meant to be written."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from convert.export_format import ExportFormat
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource
 from convert.reader import CheckpointError
+from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
@@ -35,10 +37,14 @@ from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.sizes import export_of
 from pruning.stages.tokenizer_check import tokenizer_result
 
+logger = logging.getLogger(__name__)
+
 TOLERANCE = 2e-3  # of float32 logits of two programs, as a share of the largest (at least 1)
 LEAST, SHARE = 8, 0.01  # positions to judge by; without so many, how many of all may differ
 # Many and short: a near tie ends what can be compared of its window.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 32
+# Of a window that must be long: tokens, and numbers of the logits of two (256 MiB each time).
+LONGEST_PROBE, MOST_LOGITS = 1024, 1 << 26
 TENSORS, MTP_TENSORS = "tensors", "layers that predict further tokens"
 CODES = "4-bit codes"
 IN_JAX, IN_TRANSFORMERS = "logits in JAX", "logits in transformers"
@@ -65,10 +71,36 @@ class Check:
     done: bool = True
 
 
+def probe_lengths(config: ModelConfig) -> tuple[int, int]:
+    """Tokens of a window to compare logits on, and how many would show all that a model does.
+
+    Those are more than a sliding window or the original context of a stretched rope, by
+    `PROBE_TOKENS`, but never more than the model's context: past them logits can differ that were
+    equal before.
+    """
+    rope = config.attention.rope
+    turning = rope.original_max_position if rope.kind not in ("default", "linear") else None
+    beyond = max(config.sliding_window or 0, turning or 0)
+    needed = min(beyond + PROBE_TOKENS, config.max_position)
+    most = max(PROBE_TOKENS, min(LONGEST_PROBE, MOST_LOGITS // (2 * config.vocab_size)))
+    return min(needed, most), needed
+
+
 def random_probe(base: Checkpoint) -> np.ndarray:
     """Windows of random tokens, int32 [B, T], for comparing logits without a text."""
-    shape = (PROBE_WINDOWS, min(PROBE_TOKENS, base.config.max_position))
+    length, needed = probe_lengths(base.config)
+    if length < needed:
+        logger.warning(
+            "logits are compared on %d tokens, what the model does with more than %d is not",
+            length,
+            needed - PROBE_TOKENS,
+        )
+    shape = (max(2, PROBE_WINDOWS * PROBE_TOKENS // max(length, PROBE_TOKENS)), length)
     tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, shape)
+    # What stands for an image is no text, and programs compute another thing from it.
+    outer = base.about.outer or {}
+    others = {value for key, value in outer.items() if key.endswith("_token_id")}
+    tokens[np.isin(tokens, [one for one in others if isinstance(one, int)])] = 0
     return tokens.astype(np.int32)
 
 
@@ -162,7 +194,7 @@ def _compare(
 
 
 def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
-    drafting = frozenset(export.mtp_specs)
+    drafting = frozenset(map(export.stored_name, export.mtp_specs))
     checks = []
     for check, names in ((TENSORS, comparison.names - drafting), (MTP_TENSORS, drafting)):
         if names:
@@ -196,7 +228,8 @@ def _client_checks(export: Export, answer: Answer, wanted: Logits) -> list[Check
     if answer.logits is None or answer.loading is None:
         return [Check(form.name, loads, False, answer.fault)]
     # It ignores layers that predict further tokens, and reports those of unpublished sizes.
-    mtp = mtp_prefixes(export.base.family, export.base.hf_config)
+    prefixes = mtp_prefixes(export.base.family, export.base.hf_config)
+    mtp = tuple(map(export.stored_name, prefixes))
     known = {k: [v for v in value if not v.startswith(mtp)] for k, value in answer.loading.items()}
     problems = {key: value[:3] for key, value in known.items() if value}
     detail = str(problems) if problems else "none missing, unexpected or mismatched"

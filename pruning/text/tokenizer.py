@@ -24,12 +24,14 @@ class TextCodec:
     Attributes:
       tokenizer: the fast tokenizer.
       end: id of the end-of-text token, None if the checkpoint names none.
+      vocab_size: rows of the embedding; a token that was added later may lie beyond them.
       first: ids that the tokenizer begins every text with, such as that of `<s>`; mostly none.
       folder: of the checkpoint, where its chat template is.
     """
 
     tokenizer: Tokenizer
     end: int | None
+    vocab_size: int
     first: tuple[int, ...]
     folder: Path
 
@@ -38,10 +40,20 @@ class TextCodec:
         template writes.
 
         Raises:
-          InputError: there is no chat template, or it refuses the conversation.
+          InputError: there is no chat template, or it refuses the conversation, or there is a token
+            for which the model has no embedding.
         """
         text = document if isinstance(document, str) else self.template.render(document)
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        if max(found.ids, default=0) >= self.vocab_size:
+            place = next(i for i, token in enumerate(found.ids) if token >= self.vocab_size)
+            start, stop = found.offsets[place]
+            raise InputError(
+                f"{text[max(0, start - 20) : stop + 20]!r} in the text has the token "
+                f"{found.tokens[place]!r} with id {found.ids[place]}, but the model's embedding "
+                f"has {self.vocab_size} rows; take {text[start:stop]!r} out of the text"
+            )
+        return found.ids
 
     def answers(self, conversation: Conversation) -> list[bool]:
         """Which tokens of a conversation the assistant said, with the special one that ends it."""
@@ -92,7 +104,8 @@ def open_codec(folder: Path, vocab_size: int, *, first_tokens: bool = True) -> T
       The codec.
 
     Raises:
-      InputError: the file is missing, unreadable, or has ids beyond the embedding.
+      InputError: the file is missing, unreadable, or has ids beyond the embedding that are no
+        added tokens, which most texts have not.
     """
     folder = Path(folder)
     path, settings = folder / "tokenizer.json", _settings(folder)
@@ -103,7 +116,7 @@ def open_codec(folder: Path, vocab_size: int, *, first_tokens: bool = True) -> T
             raise InputError(f"{path} is not a tokenizer: {error}; download it again") from None
     else:
         path, tokenizer = converted(folder, settings)
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if largest >= vocab_size:
         raise InputError(
             f"{path} has token id {largest} but the model knows {vocab_size}; it is another "
@@ -113,7 +126,13 @@ def open_codec(folder: Path, vocab_size: int, *, first_tokens: bool = True) -> T
     tokenizer.no_truncation()
     end = _end(folder, settings, tokenizer, vocab_size)
     first = _first(tokenizer) if first_tokens else ()
-    return TextCodec(tokenizer, end, first, folder)
+    for kind, one in [("eos_token", end), *(("the first token", one) for one in first)]:
+        if one is not None and one >= vocab_size:
+            raise InputError(
+                f"{folder}/tokenizer_config.json: {kind} has id {one} but the model knows "
+                f"{vocab_size}; name the one that the model was trained with"
+            )
+    return TextCodec(tokenizer, end, vocab_size, first, folder)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

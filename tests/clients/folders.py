@@ -69,6 +69,8 @@ FAMILIES: dict[str, dict] = {
         "shared_expert_intermediate_size": 96,
     },
     "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "glm4_moe_lite": LATENT | {"q_lora_rank": 64, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots1": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "sliding_window": None},
     # Only transformers 5 reads the limit from the config; llama.cpp always truncates YaRN's bounds.
     "gpt_oss": {
         "intermediate_size": 96,

@@ -46,6 +46,14 @@ OWN_SIZES = {
     "deepseek_v2": {**LATENT, "first_k_dense_replace": 0},
     "deepseek_v3": {**LATENT, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
     "glm4_moe": {"n_routed_experts": 8, "first_k_dense_replace": 0, "head_dim": 16},
+    "glm4_moe_lite": {**LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["sparse"] * 2},
+    "dots1": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "head_dim": 16,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
     "gpt_oss": {
         "num_local_experts": 8,
         "intermediate_size": 16,

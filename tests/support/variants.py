@@ -115,6 +115,33 @@ VARIANTS: dict[str, dict[str, dict]] = {
             },
         },
     },
+    "glm4_moe_lite": {
+        "plain, layers as transformers has them by default": {"mlp_layer_types": None},
+        "groups, narrow queries, biased, yarn with mscale, tied, last layer dense": {
+            "mlp_layer_types": ["sparse", "dense"],
+            "q_lora_rank": 20,
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        "rotary pairs half a head apart": {"rope_interleave": False, "norm_topk_prob": False},
+    },
+    "dots1": {
+        "a window shorter than the text in the second layer": {},
+        "groups, biased, tied, renormalised, first layer dense, all windows, yarn": {
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "layer_types": ["sliding_attention", "sliding_attention"],
+            "rope_parameters": YARN | {"rope_theta": 1e4},
+        },
+    },
     "gpt_oss": {
         "a window shorter than the text in even layers, yarn": {},
         "tied, without attention bias, windows in odd layers, plain rope, another activation": {
@@ -166,6 +193,17 @@ EXPORTED: dict[str, dict] = {
         "n_shared_experts": 1,
         "attention_bias": True,
         "use_qk_norm": True,
+    },
+    "glm4_moe_lite": {
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "n_shared_experts": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+    },
+    "dots1": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
     },
     "gpt_oss": {"intermediate_size": 96, "rms_norm_eps": 1e-5},
 }

@@ -10,22 +10,26 @@ import torch
 import transformers
 
 from convert import FAMILIES, CheckpointError, find_family, load_model, open_checkpoint
-from convert.export import packed_inputs
 from convert.families import qwen3_moe
 from convert.fields import FIELDS
+from convert.packing import packed_inputs
 from moe_jax.errors import InputError
 from tests.support import tiny
 
 # What transformers has no class for is read by the published code of the model, or by that of the
 # family whose class it computes.
 STOCK = [name for name in FAMILIES if not name.startswith("ragged_")]
-WITH_CLASS = [name for name in STOCK if name in transformers.CONFIG_MAPPING]
+WITH_CLASS = [
+    name for name in STOCK if name in transformers.CONFIG_MAPPING and not find_family(name).wrapper
+]
+WRAPPERS = [name for name in STOCK if find_family(name).wrapper]
 # Sizes that a model needs for the defaults of the others to fit it.
 FITTING = {
     "qwen2_moe": {"num_attention_heads": 16, "hidden_size": 64},
     "mixtral": {"num_attention_heads": 8},
     "deepseek_v3": {"n_routed_experts": 16, "num_hidden_layers": 4},
     "qwen3_next": {"num_hidden_layers": 4},
+    "dots1": {"num_attention_heads": 32, "hidden_size": 64},
 }
 # Another value than the default, where it is not the switch's other one.
 OTHER = {
@@ -100,12 +104,22 @@ def same_logits(model, folder, length: int) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("family", WITH_CLASS)
+@pytest.mark.parametrize("family", [*WITH_CLASS, *WRAPPERS])
 def test_a_default_is_that_of_transformers(family):
     left = find_family(family).defaults
     assert set(left) <= set(FIELDS)
     needed = {"use_sliding_window": True} if "max_window_layers" in left else {}
     theirs = transformers.AutoConfig.for_model(family, **needed)
+    wrapper = find_family(family).wrapper
+    if wrapper is not None:  # whether the head is tied is said of the whole
+        assert theirs.tie_word_embeddings == wrapper.default_tied
+        left, theirs = (
+            {k: v for k, v in left.items() if k != "tie_word_embeddings"},
+            theirs.text_config,
+        )
+        assert theirs.rope_parameters["rope_theta"] == find_family(family).rope.get(
+            "rope_theta", 1e4
+        )
     if family == "qwen3_moe":  # the value is read only where it is used
         left = {key: value for key, value in left.items() if key != "sliding_window"}
         used = transformers.AutoConfig.for_model(family, use_sliding_window=True)
@@ -144,7 +158,10 @@ def test_another_value_than_the_default_is_read(family, key, tmp_path):
     value = not default if isinstance(default, bool) else OTHER[key]
     value = 0 if value == default else value
     together = {k: v for k, v in TOGETHER.get(key, {}).items() if k in find_family(family).defaults}
-    few = {"first_k_dense_replace": 1, "num_hidden_layers": 2} if family == "deepseek_v3" else {}
+    few = {
+        "deepseek_v3": {"first_k_dense_replace": 1, "num_hidden_layers": 2},
+        "dots1": {"max_window_layers": 1},  # without it no layer has a window
+    }.get(family, {})
     model = model_of(family, **{**few, key: value, **together})
     assert getattr(model.config, key) == value
     tiny.save(model, tmp_path)
@@ -199,7 +216,8 @@ def test_a_field_that_the_family_does_not_read_may_hold_anything(tmp_path):
 @pytest.mark.parametrize("family", STOCK)
 def test_every_field_gone_or_null_is_read_or_refused(family):
     """Neither a KeyError nor a TypeError comes out, whatever is left out of a config.json."""
-    source = {"kimi_k2": "deepseek_v3", "deepseek": "deepseek_v2"}.get(family, family)
+    source = {"kimi_k2": "deepseek_v3", "deepseek": "deepseek_v2", "kimi_k25": "deepseek_v3",
+              "glm4v_moe": "glm4_moe", "qwen3_vl_moe": "qwen3_moe"}.get(family, family)  # fmt: skip
     grouped = {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
     more = {"n_shared_experts": 1, "moe_layer_freq": 1, "first_k_dense_replace": 0}
     whole = transformers.AutoConfig.for_model(source, **{**tiny.SIZES, **tiny.OWN_SIZES[source]})

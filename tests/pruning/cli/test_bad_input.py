@@ -39,7 +39,7 @@ DAMAGES = {
     ),
     "unknown family": (
         lambda folder: change_config(folder, model_type="qwen2_mo"),
-        r"model_type='qwen2_mo' is unknown; did you mean 'qwen2_moe'\? choose one of: qwen2_moe,",
+        r"model_type='qwen2_mo' is unknown; known are: qwen2_moe,.* those of a 'qwen2_moe': if it",
     ),
     "NaN and infinity": (
         poison,

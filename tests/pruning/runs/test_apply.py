@@ -107,6 +107,37 @@ def test_another_model_is_refused(models, travelled, tmp_path, capsys):
     assert re.search(r"plan was made for model \w{64}, this model is \w{64}", shown), shown
 
 
+def test_another_model_of_the_same_shape_is_taken_if_allowed_and_the_card_says_so(
+    models, travelled, tmp_path, capsys
+):
+    arguments = ("apply", travelled, models / "other", "--bits", 16, "--output", tmp_path / "out")
+    assert "apply the plan with --allow-other-model" in refused(capsys, tmp_path, *arguments)
+    assert run(*arguments, "--allow-other-model") == 0  # as the refusal advises
+    folder = tmp_path / "out" / "exports" / "ragged-bf16"
+    hashes = [open_checkpoint(models / name).fingerprint for name in ("single", "other")]
+    card = (folder / "README.md").read_text()
+    assert f"| planned for | another model of the same shape, `{hashes[0]}` |" in card
+    assert f"`{hashes[1]}`" in card
+    keep = load_file(travelled / "plan.safetensors")
+    written, whole = (load_file(f / "model.safetensors") for f in (folder, models / "other"))
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    kept = whole[name][keep["keep.1"][2]].astype("bfloat16")
+    assert written[name].tobytes() == kept.tobytes()
+    assert run("verify", tmp_path / "out") == 0
+    assert run(*arguments, "--allow-other-model") == 0  # goes on where nothing is left to do
+    capsys.readouterr()
+
+
+def test_a_plan_of_another_shape_is_refused_even_if_another_model_is_allowed(
+    models, travelled, tmp_path, capsys
+):
+    said = {"model_hash": "0" * 64}
+    PruningPlan(np.ones((2, 8, 32), bool), (0, 1), said).save(travelled)
+    arguments = ("apply", travelled, models / "single", "--output", tmp_path / "out")
+    shown = refused(capsys, tmp_path, *arguments, "--allow-other-model")
+    assert re.search(r"of 8 experts with 32 channels, .* of 8 experts with 64; give the", shown)
+
+
 def test_an_anonymous_plan_of_another_shape_is_refused(models, travelled, tmp_path, capsys):
     PruningPlan(np.ones((2, 8, 32), bool), (0, 1)).save(travelled)
     arguments = ("apply", travelled, models / "single", "--output", tmp_path / "out")

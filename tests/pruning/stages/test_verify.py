@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from pruning.budget.plan import PruningPlan
 from pruning.cli.tables import checks_table
 from pruning.kit.errors import VerificationError
+from pruning.kit.progress import Steps
 from pruning.runs.verify import verify
 from pruning.stages import client
 from pruning.stages import verify as verifying
@@ -65,7 +66,7 @@ def failed(export: Path) -> dict[str, str]:
 def checks_of(export: Path) -> list[Check]:
     """All checks of one export, as `verify` makes them."""
     recipe = stored_recipe(export.parent.parent)
-    base, plan = stored_base(recipe), PruningPlan.load(export.parent.parent)
+    base, plan = stored_base(recipe, Steps()), PruningPlan.load(export.parent.parent)
     form = dataclasses.replace(form_of(recipe, export.name, plan), mtp="drop")
     return verifying.verify_export(base, plan, form, export, verifying.random_probe(base))
 
@@ -182,6 +183,25 @@ def test_damaged_headers_and_other_files_in_their_place_end_in_a_failed_check(on
     assert "config.json" in failed(export)["files"]
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda index: index.pop(UP), "does not name 1 tensor(s), such as " + UP),
+        (lambda index: index.update(new=index[UP]), "names 1 tensor(s), such as new, that no"),
+        (lambda index: index.update({UP: "model-00002-of-00002.safetensors"}),
+         "shard model-00002-of-00002.safetensors is missing"),
+    ],
+)  # fmt: skip
+def test_an_index_that_lies_is_named_though_our_reader_believes_the_shards(one, change, sentence):
+    export = one("ragged-bf16")
+    shard = export / "model-00001-of-00002.safetensors"
+    (export / "model.safetensors").rename(shard)
+    index = dict.fromkeys(load_file(shard), shard.name)
+    change(index)
+    (export / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert sentence in failed(export)["tensors"]
+
+
 def test_foreign_code_is_found_before_anything_runs_it(exported, tmp_path):
     """With transformers at hand, which runs what lies in the folder."""
     out, ran = tmp_path / "out", tmp_path / "ran"
@@ -224,7 +244,7 @@ def test_another_value_in_config_json_is_named(one, changes, sentence):
 
 def export_of_(export: Path):
     recipe = stored_recipe(export.parent.parent)
-    base, plan = stored_base(recipe), PruningPlan.load(export.parent.parent)
+    base, plan = stored_base(recipe, Steps()), PruningPlan.load(export.parent.parent)
     return export_of(base.about, plan, form_of(recipe, export.name, plan))
 
 

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
+from moe_jax.errors import InputError
 from pruning.demo import model_folder
 from pruning.stages.measure import read_tokens
 from pruning.text.calibration import TokenBatch, _shares, calibration_batch, hold_out
 from pruning.text.documents import open_documents
 from pruning.text.source import TextSource
 from pruning.text.tokenizer import open_codec
+from tests.support.tiny import add_tokenizer
 
 
 def encode(text: str) -> list[int]:
@@ -144,6 +147,31 @@ def test_lines_end_at_newlines_alone_and_windows_files_read_like_others(tmp_path
     assert texts_of(tmp_path / "a.jsonl") == [odd, "last"]
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
     assert texts_of(tmp_path / "a.txt") == ["one\ntwo\nthree\n"]
+
+
+def test_a_token_without_an_embedding_is_refused_only_where_a_text_has_it(tmp_path):
+    """Fine-tunes often got a [PAD] token and no row for it."""
+    add_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    codec = open_codec(tmp_path, 256)
+    assert codec.tokenizer.token_to_id("[PAD]") == 256
+    plain = "plain text"
+    assert codec.encode(plain) == codec.tokenizer.encode(plain).ids
+    with pytest.raises(InputError) as caught:
+        codec.encode("text, then [PAD] and more")
+    assert str(caught.value) == (
+        "'text, then [PAD] and more' in the text has the token '[PAD]' with id 256, but the "
+        "model's embedding has 256 rows; take '[PAD]' out of the text"
+    )
+    assert codec.encode("text, then  and more")  # as advised
+    with pytest.raises(InputError, match="it is another model's tokenizer"):
+        open_codec(tmp_path, 255)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[PAD]"}))
+    with pytest.raises(InputError, match="eos_token has id 256 but the model knows 256; name the"):
+        open_codec(tmp_path, 256)
 
 
 def test_windows_are_held_out_of_every_file():
