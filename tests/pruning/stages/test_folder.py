@@ -103,7 +103,7 @@ def test_overwriting_deletes_what_a_run_writes_and_nothing_else(models, texts, s
         (out / name).write_text("mine")
     assert run("score", models / "other", *given(texts, out), "--overwrite") == 0
     assert {str(path.relative_to(out)) for path in ours if path.exists()} == {
-        "recipe.yaml", "statistics.safetensors", "statistics.json",
+        "recipe.yaml", "model.json", "statistics.safetensors", "statistics.json",
     }  # fmt: skip
     assert {(out / name).read_text() for name in MINE} == {"mine"}
     for name in MINE:
