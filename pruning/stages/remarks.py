@@ -26,8 +26,10 @@ def say_texts(job: Job, steps: Steps, *, evaluates: bool) -> None:
     moe, text = job.base.config.moe, job.calibration
     if not job.recipe.weights_only:
         say_context(job.base.config, job.recipe.window, steps)
-    for source in (*text.sources, *job.evaluation_sources):
-        say_source(source, steps)
+    for files, sources in ((job.recipe.calibration, text.sources),
+                           (job.recipe.evaluation, job.evaluation_sources)):  # fmt: skip
+        for source in sources if files else ():  # the texts of the demo are our own
+            say_source(source, steps)
     rows = text.total * moe.experts_per_token // moe.num_experts
     if text.total and rows < moe.d_expert:
         enough = -(-moe.d_expert * moe.num_experts // moe.experts_per_token)
