@@ -24,8 +24,8 @@ from pruning.stages.measure import evaluation_source, measure, read_tokens, text
 from pruning.stages.remarks import say_context, say_source
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.stages.writer import only_writer
-from pruning.text.calibration import source_note
-from pruning.text.tokenizer import open_codec
+from pruning.text.calibration import TokenStream, source_note
+from pruning.text.tokenizer import TextCodec, open_codec
 
 
 def evaluate(
@@ -82,15 +82,15 @@ def evaluate(
         window = window_within(window, base.config.max_position)
         say_context(base.config, window, steps)
         codec = open_codec(base.about.folder, base.config.vocab_size, first_tokens=first_tokens)
-        opened = {}
-        for text in texts:
-            source = evaluation_source(os.fspath(text), text_field)
-            stream = read_tokens(source, codec, evaluation_tokens, loss_on)
-            say_source(source_note(source, stream, len(stream.tokens)), steps)
-            if len(stream.tokens) == evaluation_tokens:
-                steps.say(f"{text}: the first {evaluation_tokens:,} tokens are measured; "
-                          "--evaluation-tokens takes more")  # fmt: skip
-            opened[str(text)] = text_windows(stream, codec, window, stride)
+        reading: dict[str, Any] = {
+            "field": text_field,
+            "most": evaluation_tokens,
+            "loss_on": loss_on,
+        }
+        opened = {
+            str(text): text_windows(_read(text, codec, steps, **reading), codec, window, stride)
+            for text in texts
+        }
         references, found = {}, {}
         how: dict[str, Any] = {"batch": batch, "dtype": DTYPES[dtype]}
         for name, source in _sources(base, plans).items():
@@ -127,6 +127,24 @@ def _check(
             check_whole(name, value, least, most, f"; change --{name.replace('_', '-')}")
     if len(rates) > 1 and not os.access(folder, os.W_OK):
         raise InputError(f"{folder} gets sweep.csv and sweep.html; make it writable first")
+
+
+def _read(
+    text: str | os.PathLike,
+    codec: TextCodec,
+    steps: Steps,
+    *,
+    field: str,
+    most: int,
+    loss_on: Literal["all", "answers"],
+) -> TokenStream:
+    """The tokens of a text; what file it is, and whether it has more, is said."""
+    source = evaluation_source(os.fspath(text), field)
+    stream = read_tokens(source, codec, most, loss_on)
+    say_source(source_note(source, stream, len(stream.tokens)), steps)
+    if len(stream.tokens) == most:
+        steps.say(f"{text}: {most:,} tokens are measured; --evaluation-tokens takes more")
+    return stream
 
 
 def _sources(
