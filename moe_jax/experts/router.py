@@ -26,7 +26,7 @@ def router_probability(logits: Array, score: Score) -> Array:  # [T, E] -> [T, E
 
 
 def limit_to_groups(choice: Array, config: MoEConfig) -> Array:
-    """TensorRule out the experts of all but a token's best groups.
+    """Rule out the experts of all but a token's best groups.
 
     Args:
       choice: float32 [T, E], what experts are selected by; -inf for those that are not there.
