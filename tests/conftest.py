@@ -1,6 +1,8 @@
 """Strict numerics for every test: no silent promotion, no reduced-precision matmuls."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -8,6 +10,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where transformers copies a checkpoint's code to import it: one folder a worker for all tests,
+# because Python remembers the first one, and two workers would write the same files.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="moe-jax-tests-code-")
 # Compiling is most of the suite's time: compile fast instead of well, and nothing twice. The
 # fusion emitters alone take half of a compilation; two workers leave no core for parts of one.
 # Later versions than 0.10 end the process at that flag, which they no longer know.
@@ -28,6 +33,7 @@ import pytest
 
 from moe_jax.programs import free_programs
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -47,15 +47,6 @@ SLOW = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def code_folder(tmp_path_factory):
-    """Where transformers copies code to import it; one, because Python remembers where it was."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("code"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        yield
-
-
 def applied(scored, models, root: Path, *, form: str, fast: bool, files: dict) -> Path:
     """An export of a copy of the single model with these files; the folder of its plan."""
     base = root / "base"
@@ -73,9 +64,7 @@ def tokenizer_check(out: Path):
 
 
 @pytest.mark.parametrize("form", ["ragged-bf16", "padded-bf16"])
-def test_a_tokenizer_of_remote_code_loads_from_every_export(
-    scored, models, tmp_path, form, capsys, code_folder
-):
+def test_a_tokenizer_of_remote_code_loads_from_every_export(scored, models, tmp_path, form, capsys):
     out = applied(scored, models, tmp_path, form=form, fast=False, files=SLOW)
     assert "left in" in (said := capsys.readouterr().err) and "tool_parser.py" in said
     check = tokenizer_check(out)
