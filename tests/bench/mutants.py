@@ -25,6 +25,7 @@ import os
 import random
 import resource
 import runpy
+import shlex
 import signal
 import sys
 import tempfile
@@ -41,6 +42,7 @@ EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 RESULTS = Path(tempfile.gettempdir()) / f"moe-jax-mutants-{os.getuid()}.jsonl"
 WARM = ("flax.nnx", "hypothesis", "numpy", "optax", "pytest", "safetensors.numpy", "torch",
         "transformers.models.qwen2_moe.modeling_qwen2_moe", "tokenizers", "yaml")  # fmt: skip
+WAIT = 8  # seconds that a mutant may take for one of computing, where it waits or is made to
 MEMORY = 16 << 30  # bytes of address space beyond which a mutant counts as killed
 
 # What replaces an operator of arithmetic or comparison: near kin, which run where others only fail.
@@ -53,15 +55,28 @@ KIN = {
 LEFT_OUT = ("VariableReplacer", "VariableInserter", "ReplaceUnaryOperator_UAdd", "Invert_Not",
             "Invert_UAdd", "Invert_USub")  # fmt: skip
 
+# Module -> its tests, below tests/pruning, fast ones first; "-k" chooses among them as pytest does.
+FAMILY = (
+    "../convert/families/test_families ../convert/families/test_fields"
+    " -k '{stem} and (logits or writing or spelling or test_a_default or null)'"
+)
 TESTS = {
     "pruning/scores/criteria.py": "scores/test_criteria scores/test_formulas",
     "pruning/scores/channel_criteria.py": "scores/test_criteria scores/test_formulas",
     "pruning/scores/expert_criteria.py": "scores/test_criteria scores/test_formulas",
     "pruning/scores/statistics.py": "scores/test_statistics scores/test_criteria test_extension",
-    "pruning/scores/own.py": "scores/test_formulas test_extension",
-    "pruning/scores/details.py": "scores/test_formulas scores/test_details",
+    "pruning/scores/own.py": "test_extension scores/test_formulas",
+    "pruning/scores/details.py": "scores/test_details scores/test_formulas",
     "pruning/scores/similarity.py": "scores/test_similarity scores/test_formulas",
     "pruning/scores/noise.py": "scores/test_noise scores/test_formulas",
+    "pruning/scores/ablation.py": "scores/test_ablation",
+    "pruning/scores/collect.py": "scores/test_formulas scores/test_noise scores/test_layer",
+    "pruning/scores/curvature.py": "scores/test_end_to_end scores/test_formulas",
+    "pruning/scores/end_to_end.py": "scores/test_end_to_end scores/test_formulas",
+    "pruning/scores/expert_sums.py": "scores/test_formulas scores/test_layer",
+    "pruning/scores/layer.py": "scores/test_formulas scores/test_layer",
+    "pruning/scores/states.py": "scores/test_states",
+    "pruning/scores/weight_gradient.py": "scores/test_formulas scores/test_details",
     "pruning/budget/planners.py": "budget/test_values budget/test_planners",
     "pruning/budget/objectives.py": "budget/test_values budget/test_planners",
     "pruning/budget/importance.py": "budget/test_values budget/test_importance",
@@ -79,23 +94,55 @@ TESTS = {
     "pruning/budget/problem.py": "budget/test_values budget/test_decide budget/test_widths",
     "pruning/budget/several_budgets.py": "budget/test_several_budgets",
     "pruning/budget/plan.py": "budget/test_decide budget/test_values budget/test_emptied",
-    "pruning/text/*.py": "text",
-    "pruning/measure/*.py": "measure",
+    "pruning/shrink/gptq_core.py": "shrink/test_gptq_core",
+    "pruning/shrink/gptq*.py": "shrink/test_gptq_core shrink/test_gptq",
+    "pruning/shrink/moments.py": "shrink/test_gptq",
+    "pruning/shrink/prune.py": "shrink/test_prune",
+    "pruning/shrink/*.py": "shrink/test_prune budget/test_emptied",
+    "pruning/measure/agreement.py": "runs/test_audit",
+    "pruning/measure/loss_curves.py": "measure/test_tokens",
+    "pruning/measure/*.py": "measure/test_{stem}",
     "pruning/runs/compare.py": "runs/test_compare",
+    "pruning/report/comparison.py": "runs/test_compare",
     "pruning/stages/sizes.py": "stages/test_preflight runs/test_estimate",
-    "pruning/stages/verify.py": "stages/test_verify runs/test_compress",
-    "convert/formats/*.py": "../convert/test_formats ../convert/test_writer",
-    "convert/export_format.py": "../convert/test_formats",
-    "convert/families/*.py": "../convert/families ../convert/test_errors",
+    "pruning/stages/verify.py": "stages/test_verify",
+    "pruning/stages/content.py": "stages/test_verify",
+    "pruning/stages/plan.py": "runs/test_older_plan cli/test_plan_options",
+    "pruning/text/calibration.py": "text/test_calibration text/test_edges text/test_sources",
+    "pruning/text/chat.py": "text/test_chat",
+    "pruning/text/chat_rows.py": "text/test_chat_rows",
+    "pruning/text/conversation.py": "text/test_chat text/test_chat_calibration",
+    "pruning/text/conversion.py": "text/test_tokenizer",
+    "pruning/text/documents.py": "text/test_sources text/test_layouts text/test_documents",
+    "pruning/text/encoding.py": "text/test_chat_calibration text/test_edges text/test_calibration",
+    "pruning/text/held_out.py": "text/test_held_out",
+    "pruning/text/source.py": "text/test_sources",
+    "pruning/text/tokenizer.py": "text/test_tokenizer text/test_chat",
+    "pruning/text/windows.py": "text/test_edges measure/test_quality text/test_held_out",
+    "pruning/text/*.py": "text/test_layouts text/test_sources text/test_documents",
+    "convert/export_format.py": "../convert/test_formats ../convert/test_layered",
+    "convert/formats/*.py": "../convert/test_formats ../convert/families/test_families"
+    " -k 'not families or export and (mixtral or gpt_oss)'",
+    "convert/quantized/*.py": "../convert/quantized",
+    "convert/families/__init__.py": "../convert/test_errors",
+    "convert/families/deepseek.py": "../convert/families/test_deepseek_v1",
+    "convert/families/kimi_k*.py": "../convert/families/test_kimi_k2",
+    "convert/families/glm4v_moe.py": "../convert/families/test_wrappers",
+    "convert/families/qwen3_vl_moe.py": "../convert/families/test_wrappers",
+    "convert/families/hf_config.py": FAMILY.format(stem="(qwen2_moe or deepseek_v3)"),
+    "convert/families/tables.py": "../convert/test_side_files ../convert/families/test_fields",
+    "convert/families/*.py": FAMILY,
 }
 
 
 def tests_of(module: str) -> list[str]:
-    """Test files of a module, those that are there."""
-    names = next((t for m, t in TESTS.items() if fnmatch.fnmatch(module, m)), "")
-    found = [(ROOT / "tests" / "pruning" / name).resolve() for name in names.split()]
+    """Arguments for pytest that name the tests of a module; none where it has none."""
+    words = shlex.split(next((t for m, t in TESTS.items() if fnmatch.fnmatch(module, m)), ""))
+    words = [word.replace("{stem}", Path(module).stem) for word in words]
+    names, choice = (words[:-2], words[-2:]) if "-k" in words else (words, [])
+    found = [(ROOT / "tests" / "pruning" / name).resolve() for name in names]
     files = [path if path.is_dir() else path.with_suffix(".py") for path in found]
-    return [str(path.relative_to(ROOT)) for path in files if path.exists()]
+    return [*(str(path.relative_to(ROOT)) for path in files if path.exists()), *choice]
 
 
 # --- mutants ---
@@ -167,12 +214,14 @@ def sample(module: str, count: int | None, seed: int) -> list[dict]:
 
 
 def reason(mutant: dict, known: list[list[str]]) -> str | None:
-    """Why a mutant is equivalent, if it is listed: module | line before | line after | reason."""
+    """Why a mutant is equivalent, if it is listed: modules | line before | line after | reason."""
     before, after = (
         [line[1:].strip() for line in mutant["diff"] if line[0] == sign] for sign in "-+"
     )
     for module, old, new, why in known:
-        if module == mutant["module"] and old in before and (new in after or new == "*"):
+        if not fnmatch.fnmatch(mutant["module"], module) or old not in before:
+            continue
+        if new in after or new == "*":
             return why
     return None
 
@@ -211,7 +260,11 @@ def warm_up() -> None:
 
 
 def run(module: str, text: str, files: list[str], limit: float) -> tuple[str, float, str]:
-    """Run tests on a mutated module: (killed, survived or timeout; seconds; end of the output)."""
+    """Run tests on a mutated module within seconds of computing, not of waiting for other programs.
+
+    Returns:
+      (killed, survived or timeout; seconds of computing; end of the output).
+    """
     began, log = time.monotonic(), tempfile.TemporaryFile()
     child = os.fork()
     if child == 0:
@@ -219,6 +272,7 @@ def run(module: str, text: str, files: list[str], limit: float) -> tuple[str, fl
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 1))
         sys.meta_path.insert(0, Mutated(module, text))
         import pytest
 
@@ -232,20 +286,17 @@ def run(module: str, text: str, files: list[str], limit: float) -> tuple[str, fl
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    status = None
-    while status is None:
-        done, found = os.waitpid(child, os.WNOHANG)
-        if done:
-            status = found
-        elif time.monotonic() - began > limit:
+    while not (found := os.wait4(child, os.WNOHANG))[0]:
+        if time.monotonic() - began > WAIT * limit:
             os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return "timeout", time.monotonic() - began, ""
-        else:
-            time.sleep(0.05)
+        time.sleep(0.05)
+    _, status, used = found
     log.seek(0)
     end = log.read().decode(errors="replace")[-1500:]
-    return "survived" if status == 0 else "killed", time.monotonic() - began, end
+    by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    late = by in (signal.SIGXCPU, signal.SIGKILL)
+    outcome = "timeout" if late else "survived" if status == 0 else "killed"
+    return outcome, used.ru_utime + used.ru_stime, end
 
 
 def main() -> None:

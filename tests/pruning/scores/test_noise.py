@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
 from pruning.scores.collect import collect_weights
+from pruning.scores.noise import worthiest_on_noise
 from tests.support import tiny
 from tests.support.variants import VARIANTS
 
@@ -89,4 +90,6 @@ def test_worth_equals_loops_over_rows_and_experts_and_is_the_same_twice(family, 
         expected = worth_by_hand(base.about.folder, layer, 8, centred=family == "qwen3_next")
         atol = 1e-5 * np.abs(expected).max()
         np.testing.assert_allclose(found.noise[slot], expected, rtol=1e-4, atol=atol)
+        best = np.sort(np.argsort(-expected, axis=1)[:, :5], axis=1)
+        np.testing.assert_array_equal(worthiest_on_noise(base.layer(layer), 5), best)
     np.testing.assert_array_equal(collect_weights(base).noise, found.noise)
