@@ -15,6 +15,7 @@ survived. Mutants that no test could kill stand with their reason in mutants_equ
 
 import argparse
 import ast
+import contextlib
 import difflib
 import fnmatch
 import hashlib
@@ -105,7 +106,7 @@ TESTS = {
     "pruning/measure/*.py": "measure/test_{stem}",
     "pruning/runs/compare.py": "runs/test_compare",
     "pruning/report/comparison.py": "report/test_comparison",
-    "pruning/stages/sizes.py": "stages/test_preflight runs/test_estimate",
+    "pruning/stages/sizes.py": "stages/test_sizes",
     "pruning/stages/verify.py": "stages/test_verify",
     "pruning/stages/content.py": "stages/test_verify",
     "pruning/stages/plan.py": "runs/test_older_plan cli/test_plan_options",
@@ -292,6 +293,8 @@ def run(module: str, text: str, files: list[str], limit: float) -> tuple[str, fl
             os.killpg(child, signal.SIGKILL)
         time.sleep(0.05)
     _, status, used = found
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what the tests left running
     log.seek(0)
     end = log.read().decode(errors="replace")[-1500:]
     by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0

@@ -29,7 +29,7 @@ ADDED = {
 def result(rule: str, rate: float, seed: int, added: tuple[float, float]) -> Result:
     place = list(ADDED).index((rule, rate)) + 1
     quality = {
-        text: {"nll": DENSE[text] + more, "tokens": TOKENS[text],
+        text: {"nll": DENSE[text] + more, "tokens": TOKENS[text], "perplexity": 7.0,
                "kl": place / 8 + more / 16, "top1": 0.9 - place / 64 - seed / 32 - slot / 128}
         for slot, (text, more) in enumerate(zip(DENSE, added, strict=True))
     }  # fmt: skip
@@ -39,7 +39,7 @@ def result(rule: str, rate: float, seed: int, added: tuple[float, float]) -> Res
 
 @pytest.fixture
 def comparison() -> Comparison:
-    dense = {text: {"nll": nll, "tokens": TOKENS[text], "kl": None, "top1": None}
+    dense = {text: {"nll": nll, "tokens": TOKENS[text], "perplexity": 7.0, "kl": None, "top1": None}
              for text, nll in DENSE.items()}  # fmt: skip
     results = tuple(
         result(rule, rate, seed, added)
@@ -144,6 +144,7 @@ def test_a_terminal_shows_the_columns_that_fit_and_rules_whole(comparison):
     assert " ".join(console.file.getvalue().split()).endswith(" ".join(table.note.split()))
     (row,) = (line for line in lines if line.split()[:2] == ["3", "random"])
     assert row.split() == " ".join(table.rows[2]).split()
+    assert "smart[2]" in lines[lines.index(row) - 1] and " late " in lines[lines.index(row) + 1]
 
 
 def test_the_csv_has_a_row_per_result_and_text_and_the_json_all_of_it(comparison, tmp_path):
@@ -166,6 +167,7 @@ def test_the_csv_has_a_row_per_result_and_text_and_the_json_all_of_it(comparison
 def test_results_are_added_at_one_budget_and_chosen_by_rule_and_rate(comparison):
     more = result("late", 0.5, 1, (0.1, 0.1))
     refused = Result("other", 0.5, reason="no")
+    assert (refused.seed, refused.kept, refused.emptied, refused.quality) == (0, 0, 0, {})
     found = comparison.with_results([more], [refused])
     assert found.results == (*comparison.results, more)
     assert found.refused == (*comparison.refused, refused) and found.seen == comparison.seen

@@ -1,0 +1,274 @@
+"""Sizes known beforehand, against every plan of a small model and against counts by hand.
+
+The model is a config.json: two layers of two experts with three blocks of channels each, and a
+dense layer between them.
+"""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert.description import describe
+from convert.export import Export
+from convert.export_format import ExportFormat
+from pruning.budget.plan import PruningPlan
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.stages import sizes
+from pruning.stages.job import resolved
+from tests.support.synthetic import statistics
+
+D, F, BLOCK = 64, 96, 32
+CONFIG = {
+    "model_type": "qwen3_moe", "vocab_size": 100, "hidden_size": D, "intermediate_size": 64,
+    "moe_intermediate_size": F, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1,
+    "mlp_only_layers": [1], "decoder_sparse_step": 1, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+OUTER = 2 * 100 * D + D  # embedding, head and norm
+ATTENTION = D * 64 * 2 + D * 32 * 2 + 2 * 16 + 2 * D  # with norms of heads and of the layer
+LAYERS = {"experts": 3 * D * F, "router": 2 * D, "dense": 3 * D * 64}
+WEIGHTS = OUTER + 3 * ATTENTION + LAYERS["dense"] + 2 * LAYERS["router"] + 4 * LAYERS["experts"]
+FORMS = ("ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4")
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    def make(**changes):
+        folder = tmp_path_factory.mktemp("bare")
+        (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+        return describe(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def base(described):
+    return described()
+
+
+def recipe(base, *names: str, **changes):
+    bits = 4 if any("int4" in name for name in names) else 16
+    whole = {"model": "m", "output": "o", "export": names, "group_size": 32, "bits": bits,
+             "emptied": "zero"}  # fmt: skip
+    return resolved(CompressionRecipe(**{**whole, **changes}), base)
+
+
+def every_plan(width: str):
+    """Widths of all plans of a width policy in which every token finds an expert."""
+    for blocks in itertools.product(range(4), repeat=4):
+        first, last = blocks[:2], blocks[2:]
+        alike = {"free": True, "layer": first[0] == first[1] and last[0] == last[1],
+                 "uniform": len(set(blocks)) == 1}  # fmt: skip
+        if any(first) and any(last) and alike[width]:
+            yield tuple(BLOCK * b for b in first), (), tuple(BLOCK * b for b in last)
+
+
+@pytest.mark.parametrize("width", ["free", "layer", "uniform"])
+@pytest.mark.parametrize("name", FORMS)
+def test_the_range_of_an_export_is_that_of_all_plans(base, name, width):
+    options, form = recipe(base, name, width=width), ExportFormat(name, 32)
+    found: dict[int, list[tuple[int, int]]] = {}
+    for widths in every_plan(width):
+        size, widest = Export(base, widths, form).nbytes, max(map(max, filter(None, widths)))
+        found.setdefault(sum(map(sum, widths)), []).append((size, widest))
+    for channels, plans in found.items():
+        fewest, most = sizes.byte_range(base, options, name, channels)
+        # Headers are padded to eight bytes, and bounded by the digits of the widest numbers.
+        assert 0 <= min(plans)[0] - fewest <= 16 and most >= max(plans)[0]
+        # A padded folder's bound asks for a whole expert, whether or not channels are left for it.
+        if not name.startswith("padded") or width == "uniform" or max(w for _, w in plans) == F:
+            assert most - max(plans)[0] <= 24
+    for rate in (0, 1 / 3):
+        plans = [one for channels, some in found.items() if channels <= (1 - rate) * 4 * F
+                 for one in some]  # fmt: skip
+        bound = sizes.most_bytes(base, recipe(base, name, width=width, prune_rate=rate), name)
+        assert 0 <= bound - max(plans)[0] <= 48
+    most = sizes.most_bytes(base, recipe(base, name, width=width, prune_rate=0.0), name)
+    other = "padded-bf16" if name == "ragged-bf16" else "ragged-bf16"
+    for target in (100_000, 10**6):
+        options = recipe(base, name, other, width=width, target_bytes=target)
+        assert sizes.most_bytes(base, options, name) == min(most, target)
+        assert sizes.most_bytes(base, options, other) > 200_000
+
+
+def test_widths_of_the_whole_model_have_none_for_dense_layers(base):
+    keep = np.zeros((2, 2, F), bool)
+    keep[0, 0, :5] = keep[0, 1, :7] = keep[1, 1, 3:] = True
+    plan = PruningPlan(keep, (0, 2), {})
+    assert sizes.kept_widths(plan, base) == ((5, 7), (), (0, F - 3))
+    options = recipe(base, "ragged-bf16", "padded-bf16")
+    wanted = {}
+    for name in ("ragged-bf16", "padded-bf16"):
+        ragged, padded = (
+            Export(base, ((5, 7), (), (0, F - 3)), ExportFormat(form))
+            for form in (name, "padded-bf16")
+        )
+        kept = WEIGHTS - 4 * LAYERS["experts"] + 3 * D * (5 + 7 + F - 3)
+        assert ragged.parameters == kept
+        wanted[name] = {"bytes": ragged.nbytes, "parameters": kept, "padded_bytes": padded.nbytes}
+    assert sizes.export_sizes(base, plan, options) == wanted
+
+
+def test_a_form_has_constants_where_the_plan_has_or_may_have_them(base):
+    keep = np.ones((2, 2, F), bool)
+    keep[1, 0] = False
+    plan = PruningPlan(keep, (0, 2), {})
+    means = (np.zeros((0, D), np.float32), np.zeros((1, D), np.float32))
+    with_means = PruningPlan(keep, (0, 2), {}, constants=means)
+    for emptied in ("mean", "zero"):
+        options = recipe(base, "ragged-bf16", emptied=emptied)
+        assert sizes.form_of(options, "ragged-bf16").constants == (emptied == "mean")
+        assert not sizes.form_of(options, "ragged-bf16", plan).constants
+        assert sizes.form_of(options, "ragged-bf16", with_means).constants
+    stored = CompressionRecipe(model="m", output="o", mtp="keep", requantize=True)
+    assert sizes.form_of(stored, "ragged-int4") == ExportFormat(
+        "ragged-int4", 32, mtp="keep", requantize=True
+    )
+    # What a means' tensor and its entries take is bounded from above.
+    plain, more = (
+        sizes.most_bytes(base, recipe(base, "ragged-bf16", emptied=e), "ragged-bf16")
+        for e in ("zero", "mean")
+    )
+    assert more - plain == 2 * (2 - 1) * (2 * D + 256)
+
+
+def test_a_sample_is_read_from_the_larger_of_the_whole_model_and_the_export(described):
+    base = described()
+    assert base.weights() == WEIGHTS
+    whole = ((F, F), (), (F, F))
+
+    def read(base, name, widths=whole):
+        return sizes.sample_memory(base, Export(base, widths, ExportFormat(name, 32)))
+
+    def with_a_layer(size):
+        return size + size // 3
+
+    few = ((8, 0), (), (8, 0))
+    kept = WEIGHTS - 3 * D * (4 * F - 16)
+    assert read(base, "ragged-bf16", few) == with_a_layer(2 * WEIGHTS)
+    assert read(base, "ragged-int4") == with_a_layer(4 * WEIGHTS)
+    assert 4 * kept < 2 * WEIGHTS
+    assert read(base, "ragged-int4", few) == with_a_layer(2 * WEIGHTS)
+    for wide in ({"dtype": "float32"}, {"torch_dtype": "float32"}):
+        assert read(described(**wide), "ragged-bf16", few) == with_a_layer(4 * WEIGHTS)
+    # 4 GiB of 16-bit weights are still read, and more are not.
+    room = (1 << 31) - WEIGHTS
+    at_most = described(vocab_size=100 + room // (2 * D))
+    assert 0 < 2 * at_most.weights() <= 4 << 30 < 2 * (at_most.weights() + 2 * D)
+    assert read(at_most, "ragged-bf16") == with_a_layer(2 * at_most.weights())
+    assert read(described(vocab_size=101 + room // (2 * D)), "ragged-bf16") == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_active_parameters_are_what_a_token_meets_on_average(described, tied):
+    base = described(tie_word_embeddings=tied)
+    counts = np.array([[3, 96], [0, 50]])
+    sums = statistics(2, 2, F, D=D)
+    always = WEIGHTS - 4 * LAYERS["experts"] - 100 * D  # one of embedding and head, or the one
+    sums = sums.replace(tokens=np.array([[30.0, 10.0], [4.0, 36.0]]),
+                        total_tokens=np.array(40.0))  # fmt: skip
+    met = 3 * D * (3 * 0.75 + 96 * 0.25 + 0 * 0.1 + 50 * 0.9)
+    assert sizes.active_parameters(base, counts, sums) == always + round(met)
+    blank = sums.replace(tokens=0 * sums.tokens, total_tokens=np.array(0.0))
+    even = 3 * D * (3 + 96 + 50) / 2
+    assert sizes.active_parameters(base, counts, blank) == always + round(even)
+
+
+def test_scratch_holds_the_states_of_the_text_that_takes_most(base, monkeypatch):
+    monkeypatch.setattr(sizes.states, "MEMORY_STATES", 0)
+    window, batch = 24, 5
+
+    def found(windows, **groups):
+        whole: dict = {"batch": batch, "window": window, "dtype": "bfloat16", **groups}
+        return sizes.scratch_bytes(base, recipe(base, "ragged-bf16", **whole), windows)
+
+    def states(windows, copies=1):
+        # before and in the middle of three layers, in batches of five
+        return 2 * 3 * copies * math.ceil(windows / batch) * batch * window * D * 2
+
+    assert found(200) == 0
+    for windows in (1, 7, 10, 64, 65, 200):
+        assert found(windows, gradients=True) == states(min(windows, 64))
+        all_of_it = found(windows, gradients=True, weight_gradients=True)
+        assert all_of_it == max(states(min(windows, 64)), states(windows))
+        assert found(windows, nll_ig=20) == states(min(windows, 64 // 20), 20)
+        assert found(windows, nll_ig=3, gradients=True) == max(
+            states(min(windows, 21), 3), states(min(windows, 64))
+        )
+
+
+def test_gptq_keeps_the_codes_of_the_smallest_packed_export_and_two_states(base):
+    names = {"ragged-int4": 5000, "padded-int4": 7000, "ragged-bf16": 100}
+    whole = {"quantizer": "gptq", "window": 24, "batch": 5, "dtype": "bfloat16"}
+    options = recipe(base, *names, bits=4, **whole)
+    states = 2 * (11 + 2 * 4) * 24 * D * 2
+    assert sizes.gptq_bytes(base, options, 11, names) == 5000 + states
+    assert sizes.gptq_bytes(base, options, 11, {"ragged-bf16": 100}) == 0
+    plain = recipe(base, *names, **(whole | {"quantizer": "rtn", "bits": 4}))
+    assert sizes.gptq_bytes(base, plain, 11, names) == 0
+    stored = CompressionRecipe(model="m", output="o", quantizer="gptq", batch=5, dtype="float32")
+    assert sizes.gptq_bytes(base, stored, 1, {"ragged-int4": 7}) == 7 + 2 * 9 * 2048 * D * 4
+
+
+def test_the_mean_width_is_in_whole_blocks_or_whole_experts(base):
+    def mean(rate, rounding=math.ceil, **changes):
+        options = recipe(base, "ragged-bf16", prune_rate=rate, **changes)
+        return sizes.mean_width(base, options, rounding)
+
+    assert [mean(rate, block=8) for rate in (0.0, 0.5, 0.55, 0.9, 0.99)] == [96, 48, 48, 16, 8]
+    assert [mean(rate, math.floor, block=8) for rate in (0.55, 0.9, 0.99)] == [40, 8, 8]
+    # Of four experts as many whole ones as come nearest.
+    assert [mean(rate, block=8, width="experts") for rate in (0.3, 0.45, 0.7)] == [72, 48, 24]
+    assert mean(None, target_bytes=10**6, block=8) == 96
+
+
+def test_a_format_fills_widths_up_where_it_has_one_for_several_experts(base):
+    pads = {
+        (width, name): sizes.pads(
+            recipe(base, name, width=width, cap=64 if width == "capped" else None),
+            ExportFormat(name),
+        )
+        for width in ("free", "capped", "layer", "uniform")
+        for name in ("ragged-bf16", "layered-bf16", "padded-bf16")
+    }
+    assert {key for key, fills in pads.items() if fills} == {
+        ("free", "layered-bf16"), ("capped", "layered-bf16"),
+        ("free", "padded-bf16"), ("capped", "padded-bf16"), ("layer", "padded-bf16"),
+    }  # fmt: skip
+
+
+def test_bytes_of_a_folder_are_those_of_weights_and_their_index(tmp_path):
+    for name, size in {"a.safetensors": 5, "b.safetensors": 7, "x.safetensors.index.json": 11,
+                       "config.json": 1000, "safetensors.txt": 9}.items():  # fmt: skip
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert sizes.folder_bytes(tmp_path) == sizes.folder_bytes(Path(tmp_path)) == 23
+
+
+def test_shared_experts_fill_a_padded_folder_up_at_some_widths(tmp_path):
+    """DeepSeek's shared experts are stored as a whole number of an expert's width."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "deepseek_v2", "vocab_size": 100, "hidden_size": D, "intermediate_size": 80,
+        "moe_intermediate_size": F, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "n_routed_experts": 2, "n_shared_experts": 2,
+        "num_experts_per_tok": 1, "first_k_dense_replace": 0, "kv_lora_rank": 24,
+        "q_lora_rank": None, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "max_position_embeddings": 64, "torch_dtype": "bfloat16",
+    }))  # fmt: skip
+    base = describe(tmp_path)
+    options = recipe(base, "padded-bf16", width="free", block=8)
+    form = ExportFormat("padded-bf16")
+    by_width = {w: Export(base, ((w, w),) * 2, form).nbytes for w in range(8, F + 1, 8)}
+    assert list(by_width.values()) != sorted(by_width.values())
+    for channels in (32, 160, 200, 264):
+        possible = [size for w, size in by_width.items() if 4 * w >= channels]
+        assert sizes.byte_range(base, options, "padded-bf16", channels) == (
+            min(possible), max(possible),
+        )  # fmt: skip
+    most = sizes.most_bytes(base, recipe(base, "padded-bf16", width="free", block=8), "padded-bf16")
+    assert 0 <= most - max(by_width.values()) <= 16
