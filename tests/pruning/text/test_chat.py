@@ -195,3 +195,14 @@ def test_answers_are_what_the_assistant_said_and_the_token_that_ends_it(
     runs += [run] if run else []
     found = [codec.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
     assert [text.strip() for text in found] == wanted
+
+
+def test_an_answer_without_words_stands_nowhere(tmp_path):
+    as_file(tmp_path, BRACKETS)
+    template = open_codec(tmp_path, 300).template
+    silent = [TALK[0], {"role": "assistant", "content": ""}, *TALK[2:]]
+    for talk, wanted in ((TALK, [TALK[1]["content"], TALK[3]["content"]]),
+                         (silent, [TALK[3]["content"]])):  # fmt: skip
+        text = template.render(Conversation(talk))
+        spans = template.answers(Conversation(talk))
+        assert [text[start:end] for start, end in spans] == wanted

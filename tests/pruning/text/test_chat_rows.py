@@ -41,6 +41,35 @@ def read(path, *rows, field="text"):
             "messages",
             Conversation([{"role": "system", "content": "Be brief."}, *TURNS], TOOLS),
         ),
+        (
+            {"messages": [*TURNS, {"role": "system", "content": "Late."}], "system": "Be brief."},
+            "messages",
+            Conversation([{"role": "system", "content": "Be brief."}, *TURNS,
+                          {"role": "system", "content": "Late."}]),
+        ),
+        (
+            {"messages": [{"role": "system", "content": "First."}, *TURNS], "system": "Be brief."},
+            "messages",
+            Conversation([{"role": "system", "content": "First."}, *TURNS]),
+        ),
+        (
+            {"conversations": [
+                {"from": "bing", "value": "a"}, {"from": "function_response", "value": "b"},
+                {"from": "function_call", "value": json.dumps([CALL, CALL])},
+                {"from": "function_call", "value": "no JSON"},
+                {"from": "function_call", "value": json.dumps([CALL, {"city": "Ulm"}])},
+                {"role": "tool", "from": "human", "content": "c", "value": "d", "weight": 0},
+            ]},
+            "conversations",
+            Conversation([
+                {"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"},
+                {"role": "assistant", "content": None,
+                 "tool_calls": [{"type": "function", "function": CALL}] * 2},
+                {"role": "assistant", "content": "no JSON"},
+                {"role": "assistant", "content": json.dumps([CALL, {"city": "Ulm"}])},
+                {"role": "tool", "content": "c", "weight": 0},
+            ]),
+        ),
         ({"messages": TURNS, "tools": json.dumps(TOOLS)}, "messages", Conversation(TURNS, TOOLS)),
         ({"messages": TURNS, "tools": "", "system": ""}, "messages", Conversation(TURNS)),
         (
@@ -76,6 +105,12 @@ def test_a_text_field_comes_first_and_a_named_field_may_be_a_chat(tmp_path):
     assert texts == ["text"]
     with pytest.raises(InputError, match=r"no text in field 'c' \(found: messages, b\)"):
         read(tmp_path / "a.jsonl", {"messages": TURNS, "b": "text"}, field="c")
+
+
+@pytest.mark.parametrize("value", [[], [1], [{}], ["text"], 5, {"role": "user"}, [*TURNS, 1]])
+def test_a_text_field_with_another_value_is_no_chat(tmp_path, value):
+    with pytest.raises(InputError, match=r"no text in field 'text' \(found: text, messages\)"):
+        read(tmp_path / "a.jsonl", {"text": value, "messages": TURNS})
 
 
 def test_chats_in_which_nothing_is_said_are_counted(tmp_path):
