@@ -90,7 +90,7 @@ class JsonText:
         more = self.file.read(min(wanted, self.left))
         self.left -= len(more)
         if not self.left and not more:
-            self.is_full = bool(self.file.read(1))
+            self.is_full = self.is_full or bool(self.file.read(1))
         self.buffer, self.at = self.buffer[self.at :] + more, 0
         return bool(more)
 
