@@ -108,7 +108,7 @@ TESTS = {
     "pruning/report/comparison.py": "report/test_comparison",
     "pruning/stages/sizes.py": "stages/test_sizes",
     "pruning/stages/verify.py": "stages/test_verify",
-    "pruning/stages/content.py": "stages/test_verify",
+    "pruning/stages/content.py": "stages/test_content",
     "pruning/stages/plan.py": "runs/test_older_plan cli/test_plan_options",
     "pruning/text/calibration.py": "text/test_calibration text/test_edges text/test_sources",
     "pruning/text/chat.py": "text/test_chat",

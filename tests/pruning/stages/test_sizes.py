@@ -138,7 +138,7 @@ def test_a_form_has_constants_where_the_plan_has_or_may_have_them(base):
     assert more - plain == 2 * (2 - 1) * (2 * D + 256)
 
 
-def test_a_sample_is_read_from_the_larger_of_the_whole_model_and_the_export(described):
+def test_a_sample_is_read_from_the_larger_of_the_whole_model_and_the_export(described, monkeypatch):
     base = described()
     assert base.weights() == WEIGHTS
     whole = ((F, F), (), (F, F))
@@ -163,6 +163,8 @@ def test_a_sample_is_read_from_the_larger_of_the_whole_model_and_the_export(desc
     assert 0 < 2 * at_most.weights() <= 4 << 30 < 2 * (at_most.weights() + 2 * D)
     assert read(at_most, "ragged-bf16") == with_a_layer(2 * at_most.weights())
     assert read(described(vocab_size=101 + room // (2 * D)), "ragged-bf16") == 0
+    monkeypatch.setattr(sizes, "SAMPLE_BYTES", 2 * WEIGHTS)
+    assert read(base, "ragged-bf16") == with_a_layer(2 * WEIGHTS)
 
 
 @pytest.mark.parametrize("tied", [False, True])

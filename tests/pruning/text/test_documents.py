@@ -185,6 +185,7 @@ def test_of_packed_lines_the_first_are_read(small, tmp_path):
         (line_of(0) + b"x" * 9000, "has a line of more than 5.0 kB"),
         (line_of(0) * 5 + b"oops\n" * 1000, r"a.jsonl, byte \d+: is not valid JSON"),
         (line_of(0) * 5 + b"\xff\n" * 2000, "is not UTF-8"),
+        (b'{"more": 1}\n' + line_of(0) * 9, r"a.jsonl, byte 0: has no text in field 'text'"),
     ],
 )
 def test_a_large_file_is_refused_where_it_is_bad(small, tmp_path, content, message):

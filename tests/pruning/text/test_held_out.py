@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +35,13 @@ def test_a_share_is_that_of_the_sets_of_runs(data):
     known, wanted = runs(tokens, valid), runs(windows.tokens, windows.valid)
     found = seen_shares(TokenBatch(tokens, valid), {"text": windows})["text"]
     assert found == (len(wanted & known) / len(wanted) if wanted else None)
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(12, None), (13, 1.0), (14, 0.5)])
+def test_a_share_needs_a_row_of_thirteen_tokens(length, wanted):
+    known = TokenBatch(np.arange(13, dtype=np.int32)[None], np.ones((1, 13), bool))
+    windows = make_windows(list(range(length)), window=length)
+    assert seen_shares(known, {"text": windows}) == {"text": wanted}
 
 
 def test_only_a_share_that_matters_is_spoken_of():
