@@ -127,6 +127,40 @@ def test_too_few_positions_to_judge_by_leave_a_hundredth_free_to_differ():
     assert not wrong.ok and "193 of 200 positions differ by more" in wrong.detail
 
 
+@pytest.mark.parametrize(
+    ("settled", "differing", "ok"), [(7, 2, True), (7, 3, False), (8, 150, True), (9, 150, True)]
+)
+def test_eight_positions_are_enough_to_judge_by_and_with_fewer_one_in_a_hundred_may_differ(
+    settled, differing, ok
+):
+    place = np.arange(200)
+    found = compared(np.where(place >= 200 - differing, 0.5, 1e-4), place < settled)
+    assert found.ok == ok
+    judged = f" at {settled} of 200 positions; others follow a near tie"
+    others = f"; {differing} of 200 positions differ by more"
+    largest = "0.0001" if settled >= 8 else "0.5"
+    assert found.detail == (
+        f"max difference {largest} (limit 0.002){judged if settled >= 8 else others}"
+    )
+
+
+@pytest.mark.parametrize(("size", "limit"), [(0.2, 2e-3), (1.0, 2e-3), (-8.0, 16e-3)])
+def test_the_limit_is_a_share_of_the_largest_logit_or_of_one(size, limit):
+    wanted = np.zeros((2, 10, 3), np.float32)
+    wanted[1, 4, 2] = size
+    everywhere = np.ones((2, 10), bool)
+    for share, ok in ((0.99, True), (1.01, False)):
+        for sign in (1, -1):
+            found = wanted.copy()
+            found[0, 3, 1] += sign * share * limit
+            assert logit_check("e", "n", found, wanted, everywhere).ok == ok
+    for value in (np.inf, np.nan):
+        found = wanted.copy()
+        found[0, 3, 1] = value
+        for settled in (everywhere, ~everywhere, (np.arange(10) > 3) & everywhere):
+            assert not logit_check("e", "n", found, wanted, settled).ok
+
+
 def test_first_positions_alone_do_not_decide():
     """They see no other, so that an error of positions or masks would not show."""
     shape = (20, 4)
