@@ -1,6 +1,7 @@
 """Whether values read from JSON are of the types that a dataclass declares."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ def _is_required(field: dataclasses.Field) -> bool:
 def fits(value: Any, kind: Any) -> bool:
     """Whether a JSON value is of a type, whole numbers counting as floats and lists as tuples.
 
-    Whole numbers have 64 bits, as elsewhere in the files.
+    Whole numbers have 64 bits, others are finite, as JSON's are.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -50,4 +51,4 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(fits(one, inner[1]) for one in value.values())
     if type(value) is int and kind in (int, float):
         return abs(value) < 1 << 63
-    return type(value) is kind
+    return type(value) is kind and (kind is not float or math.isfinite(value))

@@ -284,8 +284,8 @@ def _agreements(values: Mapping[str, Any]) -> list[tuple[str, bool]]:
         ("plan", all(len(one) == 2 for one in plan.get("starved_experts", ()))),
         ("verification", all(one.keys() <= Check.__annotations__.keys()
                              for one in v["verification"])),
-        ("random", not chance or chance.keys() >= {"seed", "quality"}
-         and chance["quality"].keys() >= v["quality"].keys()),
+        ("random", not chance or (chance.keys() >= {"seed", "quality"}
+         and chance["quality"].keys() >= v["quality"].keys())),
         ("loading", all(one.keys() <= Loading.__annotations__.keys()
                         and all(len(told) == 2 for told in one["clients"].values())
                         for one in v.get("loading", {}).values())),
