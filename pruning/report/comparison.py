@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from rich import box
@@ -61,8 +61,8 @@ class _Stored(TypedDict):
     dense: dict[str, dict[str, float | None]]
     results: list[dict[str, Any]]
     refused: list[dict[str, Any]]
-    sizes: dict[str, int]
-    seen: dict[str, float | None]
+    sizes: NotRequired[dict[str, int]]
+    seen: NotRequired[dict[str, float | None]]
 
 
 @dataclass(frozen=True)

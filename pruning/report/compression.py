@@ -14,7 +14,6 @@ from rich.text import Text
 from moe_jax.errors import InputError, choose
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
-from pruning.kit.fitting import misfits
 from pruning.kit.words import megabytes, percent
 from pruning.report.compression_tables import (
     allocation_table,
@@ -26,6 +25,7 @@ from pruning.report.compression_tables import (
 )
 from pruning.report.html import fragment
 from pruning.report.severity import Severity, severity
+from pruning.report.stored import faults
 from pruning.report.table import TextTable, as_rich
 
 VERSION = 3
@@ -256,21 +256,27 @@ class CompressionReport:
         """Read report.json.
 
         Raises:
-          InputError: missing, or of another version.
+          InputError: missing, of another version, or damaged at any depth.
         """
         if not Path(path).is_file():
             raise InputError(f"{path} does not exist; run `moe-compress compress` first")
         try:
             values = read_json(Path(path))
         except InputError as error:
-            raise InputError(f"{path} is not a report ({error}); compress again") from None
+            told = str(error)[:1000]
+            raise InputError(
+                f"{path} is not a report ({told}); remove it and compress again"
+            ) from None
         version = values.pop("version", None)
         names = [one.name for one in dataclasses.fields(cls)]
         old = names[: names.index("samples")]  # those of every version
         if version != VERSION or not set(old) <= set(values) <= set(names):
-            raise InputError(f"{path} is not a report of version {VERSION}; compress again")
-        if wrong := misfits(cls, values):
-            raise InputError(f"{path} is damaged ({', '.join(wrong)}); compress again")
+            raise InputError(
+                f"{path} is not a report of version {VERSION}; remove it and compress again"
+            )
+        if wrong := faults(values):
+            told = ", ".join(dict.fromkeys(wrong))
+            raise InputError(f"{path} is damaged ({told}); remove it and compress again")
         return cls(**values)
 
 

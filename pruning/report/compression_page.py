@@ -190,12 +190,13 @@ def _layers(report: CompressionReport) -> Drawn:
     kept = (np.asarray(report.counts).mean(axis=1) / report.d_expert).tolist()
     unread = "" if report.calibration["tokens"] else "No text was read: all layers count alike. "
     used = "" if weighs_layers(report.recipe) else "; this run's does not"
+    measured = report.recipe.get("layer_loss", "energy")
     figure = plots.plot_layers(
         report.layer_loss["raw"], report.layer_loss["smoothed"], report.layer_coverage, kept,
         report.layer_indices,
     )  # fmt: skip
     return figure, (
-        f"{unread}Top: {LAYER_LOSS[report.recipe.get('layer_loss', 'energy')]}; planners that "
+        f"{unread}Top: {LAYER_LOSS.get(measured, measured)}; planners that "
         f"weigh layers use the smoothed line{used}. Middle: share of the channel score that is "
         "kept. Bottom: share of the channels that is kept."
     )

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers, replace_text
 from moe_jax.json_files import parse_json
+from pruning.kit.fitting import misfits
 from pruning.kit.progress import Steps
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
@@ -33,10 +35,21 @@ from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows
 
 RECORD = "ablations.jsonl"
-MEASURED = frozenset(("layer", "expert", "channel", "reroute", "dense", "loss"))  # of a line there
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions
 EVALUATION_TEXTS = 3  # beside the calibration text
 TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of `RECORD`: an `Ablation`, and losses in nats, summed over the text."""
+
+    layer: int
+    expert: int
+    channel: int | None
+    reroute: bool
+    dense: float
+    loss: float
 
 
 def check_sample(*, experts: int, channels: int, tokens: int) -> None:
@@ -202,7 +215,7 @@ def _measure(job: Job, chosen: list[Ablation], text, valid, record: Path, steps:
     """Losses of all chosen ablations, those in `record` taken from there."""
     digest = sha256(text.tobytes() + valid.tobytes()).hexdigest()
     key = {"model_hash": job.base.fingerprint, "text": digest, "dtype": job.recipe.dtype}
-    known = _read_record(record, key)
+    known = read_record(record, key)
     _begin(record, key)
     left = [one for one in chosen if one not in known]
     _say_cost(left, chosen, len(job.base), text.size, steps)
@@ -248,16 +261,20 @@ def _append(record: Path, found: Losses) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _read_record(record: Path, key: dict) -> Losses:
-    """What earlier audits of the same model, text and dtype measured; others lie beside it."""
+def read_record(record: Path, key: dict) -> Losses:
+    """What earlier audits of the same model, text and dtype measured; others lie beside it.
+
+    Raises:
+      InputError: a line is damaged.
+    """
     known: Losses = {}
     section = None
     for line in _lines(record):
         if "model_hash" in line:
             section = line
         elif section == key:
-            one = Ablation(line["layer"], line["expert"], line["channel"], line["reroute"])
-            known[one] = line["dense"], line["loss"]
+            dense, loss = line.pop("dense"), line.pop("loss")
+            known[Ablation(**line)] = dense, loss
     return known
 
 
@@ -275,7 +292,7 @@ def _lines(record: Path) -> list[dict[str, Any]]:
             line = parse_json(text)
         except InputError:
             line = None
-        if not isinstance(line, dict) or not ("model_hash" in line or MEASURED <= line.keys()):
+        if not isinstance(line, dict) or not ("model_hash" in line or not misfits(_Line, line)):
             raise InputError(f"{record}:{number} is damaged; remove the file, and measure again")
         found.append(line)
     return found

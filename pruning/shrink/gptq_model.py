@@ -1,10 +1,12 @@
 """GPTQ of a whole model, layer by layer, into a folder; and the model that such a folder makes."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
 from moe_jax.transformer import DecoderLayer
+from pruning.kit.fitting import misfits
 from pruning.shrink.gptq import Solved, gptq_layer
 
 HELD_OUT = 8  # one window in so many measures errors and enters no second moment
@@ -41,6 +44,22 @@ class LayerErrors:
     gptq: float
     matrices: int
     fallbacks: int
+
+
+class Summary(TypedDict):
+    """What gptq.json holds.
+
+    Attributes:
+      provenance: as of `quantize_model`.
+      group_size: weights per scale.
+      codes: SHA-256 of the file of every layer.
+      layers: the fields of `LayerErrors` of every layer.
+    """
+
+    provenance: dict[str, Any]
+    group_size: int
+    codes: list[str]
+    layers: list[dict[str, Any]]
 
 
 def quantize_model(
@@ -85,8 +104,12 @@ def quantize_model(
     found = _read_progress(folder / STATES, provenance)
     if found is None:
         _remove_codes(folder)
-        found = [], (seen.embedded(source, dtype), held.embedded(source, dtype))
-    errors, x = found
+        found = [], [], (seen.embedded(source, dtype), held.embedded(source, dtype))
+    errors, codes, x = found
+
+    def summary() -> Summary:
+        layers = [dataclasses.asdict(one) for one in errors]
+        return Summary(provenance=provenance, group_size=group_size, codes=codes, layers=layers)
 
     def step(index: int, layer: DecoderLayer, x: Texts) -> Texts:
         inputs = list(zip(x[0], seen.places, strict=True))
@@ -94,14 +117,13 @@ def quantize_model(
         errors.append(_errors(layer, quantised, held, x[1], solved, group_size))
         arrays = _stored(quantised)
         replace_file(_layer_file(folder, index), lambda partial: save_file(arrays, partial))
+        codes.append(_digest(_layer_file(folder, index)))
         x = _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
-        _write_progress(folder / STATES, provenance, errors, x)
+        _write_progress(folder / STATES, summary(), x)
         return x
 
     sweep(source, x, step, layers=range(len(errors), len(source)), on_layer=on_layer)
-    layers = [dataclasses.asdict(one) for one in errors]
-    summary = {"provenance": provenance, "group_size": group_size, "layers": layers}
-    replace_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    replace_text(folder / SUMMARY, json.dumps(summary(), indent=2) + "\n")
     (folder / STATES).unlink(missing_ok=True)
     return errors
 
@@ -113,11 +135,9 @@ def _remove_codes(folder: Path) -> None:
         path.unlink()
 
 
-def _write_progress(path: Path, provenance: dict, errors: list[LayerErrors], x: Texts) -> None:
-    """Keep the states behind the last finished layer, and what was measured so far."""
-    parts = [len(states) for states in x]
-    facts = {"provenance": provenance, "parts": parts, "dtype": x[0][0].dtype.name}
-    facts["layers"] = [dataclasses.asdict(one) for one in errors]
+def _write_progress(path: Path, summary: Summary, x: Texts) -> None:
+    """Keep the states behind the last finished layer, and what is known so far."""
+    facts = {"parts": [len(states) for states in x], "dtype": x[0][0].dtype.name, **summary}
 
     def write(partial: Path) -> None:
         with open(partial, "wb") as file:
@@ -128,7 +148,9 @@ def _write_progress(path: Path, provenance: dict, errors: list[LayerErrors], x: 
     replace_file(path, write)
 
 
-def _read_progress(path: Path, provenance: dict) -> tuple[list[LayerErrors], Texts] | None:
+def _read_progress(
+    path: Path, provenance: dict
+) -> tuple[list[LayerErrors], list[str], Texts] | None:
     """What `_write_progress` kept; None if there is nothing, or of other codes."""
     try:
         with open(path, "rb") as file:
@@ -140,7 +162,8 @@ def _read_progress(path: Path, provenance: dict) -> tuple[list[LayerErrors], Tex
                 [np.load(file, allow_pickle=False).view(dtype) for _ in range(count)]
                 for count in facts["parts"]
             )
-        return [LayerErrors(**one) for one in facts["layers"]], (seen, held)
+        errors = [LayerErrors(**one) for one in facts["layers"]]
+        return errors, facts["codes"], (seen, held)
     except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError):  # none, or damaged
         return None
 
@@ -158,10 +181,39 @@ def progress_bytes(config: ModelConfig, shape: tuple[int, int], batch: int, dtyp
     return 2 * windows * shape[1] * config.d_model * jnp.dtype(dtype).itemsize
 
 
-def read_summary(folder: Path) -> dict | None:
-    """Provenance, group size and errors of a finished folder; None if there is none."""
-    path = folder / SUMMARY
-    return read_json(path) if path.is_file() else None
+def read_summary(folder: Path) -> Summary | None:
+    """What is known of a finished folder; None if there is none, or its file is damaged."""
+    try:
+        found: Any = read_json(folder / SUMMARY)
+    except (InputError, OSError):
+        return None
+    if misfits(Summary, found) or any(misfits(LayerErrors, one) for one in found["layers"]):
+        return None
+    return found
+
+
+def codes_fault(folder: Path, **provenance: Any) -> str:
+    """What is wrong with the codes in a folder, as a clause; "" if they are whole.
+
+    Args:
+      folder: of `quantize_model`.
+      provenance: what is asked of theirs.
+    """
+    summary = read_summary(folder)
+    if summary is None:
+        return f"the 4-bit codes that GPTQ chose are no longer in {folder}"
+    if any(summary["provenance"].get(name) != value for name, value in provenance.items()):
+        return f"the 4-bit codes in {folder} are of another plan or text"
+    for index, digest in enumerate(summary["codes"]):
+        file = _layer_file(folder, index)
+        if not file.is_file() or _digest(file) != digest:
+            return f"{file} is not the file that GPTQ wrote"
+    return ""
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def layer_errors(folder: Path | None) -> list[dict]:

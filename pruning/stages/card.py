@@ -14,11 +14,13 @@ from convert.export_format import ExportFormat
 from convert.model_card import CARD, front_matter
 from convert.writer import Content
 from moe_jax.config import LatentAttentionConfig
+from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.budget.record import tool_version
 from pruning.demo import DEMO
+from pruning.kit.fitting import fits
 from pruning.report.card import (
     BaseFacts,
     CardFacts,
@@ -63,9 +65,18 @@ def card_files(
 
 def rounded_again(folder: Path) -> float | None:
     """Relative squared error of a second rounding of an export's weights, 0 if none was rounded
-    again; None where the model has its weights in 16 bits."""
+    again; None where the model has its weights in 16 bits.
+
+    Raises:
+      InputError: the file that says it is damaged.
+    """
     path = folder / ROUNDING
-    return read_json(path)["relative_squared_error"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = read_json(path).get("relative_squared_error")
+    if not fits(found, float):
+        raise InputError(f"{path} is damaged; remove {folder} and export again")
+    return found
 
 
 def write_card(

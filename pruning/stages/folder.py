@@ -11,6 +11,7 @@ from moe_jax.files import LEFTOVER, remove_leftovers, replace_text
 from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
+from pruning.report.compression import CompressionReport
 from pruning.stages import writer
 from pruning.stages.job import Job
 from pruning.stages.made_by import stale_exports
@@ -48,7 +49,11 @@ def is_interrupted(job: Job) -> bool:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the output folder holds all of this very run: report, statistics and exports."""
+    """Whether the output folder holds all of this very run: report, statistics and exports.
+
+    Raises:
+      InputError: it does, but its report is damaged.
+    """
     recipe, written = job.recipe, ("report.json", *(f"exports/{n}" for n in job.recipe.export))
     return (
         not recipe.overwrite
@@ -56,15 +61,9 @@ def is_finished(job: Job) -> bool:
         and _same_recipe(job.output / RECIPE, recipe, lambda: has_moved(job))
         and find_statistics(job) is not None
         and not _are_stale(job.output)
-        and _reported_texts(job.output) == text_hashes(job.evaluation)
+        and CompressionReport.load(job.output / "report.json").evaluation.get("texts")
+        == text_hashes(job.evaluation)
     )
-
-
-def _reported_texts(output: Path) -> dict[str, str] | None:
-    try:
-        return read_json(output / "report.json").get("evaluation", {}).get("texts")
-    except (InputError, OSError, AttributeError):
-        return None
 
 
 def has_moved(job: Job) -> bool:

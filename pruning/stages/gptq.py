@@ -4,10 +4,11 @@ from pathlib import Path
 
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.shrink.gptq_model import STATES, LayerErrors, quantize_model, read_summary
+from pruning.shrink.gptq_model import STATES, SUMMARY, LayerErrors, codes_fault, quantize_model
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.export import codes_folder
 from pruning.stages.job import Job
+from pruning.stages.score import without_paths
 from pruning.stages.sizes import form_of
 
 
@@ -36,12 +37,14 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
         "batch": recipe.batch,  # of another the sums differ in their last bits
         "tokens": job.calibration.total,
         "dtype": recipe.dtype,
-        "sources": [dict(source) for source in job.calibration.sources],
+        "sources": without_paths(job.calibration.sources),
     }
-    found = read_summary(folder)
-    if found is not None and found["provenance"] == provenance:
+    fault = codes_fault(folder, **provenance)
+    if not fault:
         (folder / STATES).unlink(missing_ok=True)  # of a run killed in its last moment
         return folder
+    if (folder / SUMMARY).is_file():
+        steps.say(f"{fault}; they are chosen again")
     with steps.bar("gptq") as on_step:
         errors = quantize_model(
             PrunedSource(job.base, plan),

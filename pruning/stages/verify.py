@@ -24,6 +24,7 @@ from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
+from pruning.shrink.gptq_model import codes_fault
 from pruning.shrink.rounding import bfloat16_experts
 from pruning.stages.client import Answer, client_answer
 from pruning.stages.content import (
@@ -147,7 +148,7 @@ def verify_export(
         checks.append(Check(form.name, "tokenizer", *tokenizer))
     if not form.is_packed or form.is_float4:
         codes = None  # GPTQ has none for it
-    lost = codes is not None and not codes.is_dir()
+    lost = "" if codes is None else codes_fault(codes, plan=plan.content_hash)
     expected = pruned_source(base, plan, form, None if lost else codes)
     try:
         comparison = TensorComparison(target, export, with_codes=not lost)
@@ -164,7 +165,7 @@ def verify_export(
         checks.append(Check(form.name, IN_JAX, False, str(error)))
         return [*checks, _undone(form, IN_TRANSFORMERS, "JAX does not read the folder")]
     if lost:
-        why = f"the 4-bit codes that GPTQ chose are no longer in {codes}"
+        why = f"{lost}; `moe-compress export --overwrite` chooses them again"
         checks += [_undone(form, name, why) for name in (CODES, IN_JAX)]
         wanted = found
     else:

@@ -8,11 +8,11 @@ end, and all files are compared byte for byte, paths and dates aside. A point ta
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,9 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 import tests.conftest  # noqa: E402, F401  # fast compilation, kept on disk
 from pruning.scores import states  # noqa: E402
+from pruning.stages import client  # noqa: E402
 from tests.support import command, tiny  # noqa: E402
 from tests.support.killing import contents, counting  # noqa: E402
 
+FORKS = multiprocessing.get_context("fork")
 GRADIENTS = ("--gradients", "--weight-gradients", "--nll-ig", "2")
 GPTQ = ("--quantizer", "gptq", "--export", "ragged-int4", "padded-int4")
 STAGES = {  # a command, and the commands that make its folder
@@ -44,27 +46,36 @@ STAGES = {  # a command, and the commands that make its folder
 }  # fmt: skip
 
 
-def one_run(out: str, at: str, *arguments: str) -> int:
-    """The body of a process: run a command and die at an event; prints the number of events."""
+def one_run(out: Path, at: int, log: Path, arguments: list[str]) -> None:
+    """The body of a process: run a command, dying at an event; its number of events goes to a log."""
+    with open(log, "w") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
     states.MEMORY_STATES = 0  # states go to scratch files
-    with counting(Path(out), int(at), lambda event: os.kill(os.getpid(), signal.SIGKILL)) as seen:
+    client.free_memory = lambda: 0  # transformers is not asked
+    with counting(out, at, lambda event: os.kill(os.getpid(), signal.SIGKILL)) as seen:
         code = command.run("--quiet", *arguments)
-    print(f"\nevents {len(seen)}")
-    return code
+    print(f"\nevents {len(seen)}", flush=True)
+    sys.exit(code)
 
 
-def started(out: Path, at: int, arguments: list[str]) -> subprocess.CompletedProcess:
-    """Run a command in a process that dies at event `at`, or with 0 not."""
-    words = [sys.executable, __file__, "--run", str(out), str(at), *arguments]
-    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+def started(out: Path, at: int, arguments: list[str]) -> tuple[int, str]:
+    """Run a command in a process that dies at event `at`, or with 0 not; its code and its log."""
+    log = out.with_suffix(".log")
+    # A fork: torch and jax are imported once, and neither has begun to work here.
+    child = FORKS.Process(target=one_run, args=(out, at, log, arguments))
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode, log.read_text()
 
 
 def ended(out: Path, arguments: list[str]) -> int:
     """Run a command to its end; the number of its file events."""
-    done = started(out, 0, arguments)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
-    return int(done.stdout.rsplit("events ", 1)[1])
+    code, printed = started(out, 0, arguments)
+    if code:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{printed}")
+    return int(printed.rsplit("events ", 1)[1])
 
 
 def kill_stage(name: str, points: int, home: Path, rng: random.Random) -> tuple[int, list[str]]:
@@ -93,20 +104,19 @@ def kill_stage(name: str, points: int, home: Path, rng: random.Random) -> tuple[
             shutil.copytree(start, out)
             recipe = out / "recipe.yaml"
             recipe.write_text(recipe.read_text().replace(str(calm), str(out)))
-        killed = started(out, at, words(wanted_command, out))
-        again = started(out, 0, words(wanted_command, out))
+        killed, _ = started(out, at, words(wanted_command, out))
+        again, printed = started(out, 0, words(wanted_command, out))
         found = contents(out)
         differ = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
-        if killed.returncode != -signal.SIGKILL or again.returncode or differ:
-            faults.append(f"event {at}: {killed.returncode}, then {again.returncode}, differ "
-                          f"{sorted(differ)}, {again.stderr[-300:]}")  # fmt: skip
+        if killed != -signal.SIGKILL or again or differ:
+            faults.append(
+                f"event {at}: {killed}, then {again}, differ {sorted(differ)}, {printed[-300:]}"
+            )
     return events, faults
 
 
 def main() -> int:
     """Print a line for each stage; 1 if one ended otherwise than undisturbed."""
-    if sys.argv[1:2] == ["--run"]:
-        return one_run(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=20)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))

@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from pruning.stages import client
 from tests.support import command, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +18,7 @@ OUTPUT = "output"
 
 
 def output_folder(place: Path) -> Path:
-    """What `score`, `plan` and `compare` write, in one folder."""
+    """What `compress`, `audit` and `compare` write, in one folder."""
     place.mkdir()
     model, text, out = place / "model", place / "text.txt", place / "out"
     tiny.add_tokenizer(tiny.save(tiny.tiny_model("qwen2_moe", **command.SIZES), model))
@@ -25,8 +27,10 @@ def output_folder(place: Path) -> Path:
     rules = ("--rules", "random", "--prune-rate", 0.5, "--block", 8, "--evaluation", text)
     assert command.run("compare", *given, *rules) == 0
     compared = (out / "compare.json").read_bytes()
-    assert command.run("score", *given, "--bits", 16, "--overwrite") == 0
-    assert command.run("plan", out, "--prune-rate", 0.5) == 0
+    coded = ("--quantizer", "gptq", "--export", "ragged-int4", "--prune-rate", 0.5, "--overwrite")
+    with patch.object(client, "free_memory", lambda: 0):  # transformers is not asked
+        assert command.run("compress", *given, *coded) == 0
+    assert command.run("audit", out, "--experts", 2, "--channels", 2) == 0
     (out / "compare.json").write_bytes(compared)
     return out
 

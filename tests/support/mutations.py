@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 
@@ -82,8 +83,11 @@ def _damage_output(folder: Path, rng: random.Random) -> str:
     changes = {
         "plan.json": _nested, "statistics.json": _nested, "recipe.yaml": _recipe,
         "plan.safetensors": _header, "statistics.safetensors": _header, "compare.json": _nested,
+        "report.json": _nested, "gptq/gptq.json": _nested, "model.json": _nested,
+        "ablations.jsonl": _line, "exports/ragged-int4/provenance.yaml": _recipe,
     }  # fmt: skip
-    name = rng.choice([name for name in changes if (folder / name).is_file()])
+    # A report has a hundred fields.
+    name = rng.choices(list(changes), [5 if name == "report.json" else 1 for name in changes])[0]
     change = changes[name]
     if rng.random() < 0.1 and name.endswith(".json"):
         change = _text
@@ -93,7 +97,21 @@ def _damage_output(folder: Path, rng: random.Random) -> str:
 def _nested(path: Path, rng: random.Random) -> str:
     """Another value at any depth."""
     content = json.loads(path.read_text())
-    where, told = content, ""
+    told = _change(content, rng)
+    path.write_text(json.dumps(content))
+    return told
+
+
+def _line(path: Path, rng: random.Random) -> str:
+    """The same in one of several lines of JSON."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    told = _change(lines, rng)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return told
+
+
+def _change(where: dict | list, rng: random.Random) -> str:
+    told = ""
     while True:
         key = rng.choice(list(where) if isinstance(where, dict) else range(len(where)))
         told += f".{key}"
@@ -105,7 +123,6 @@ def _nested(path: Path, rng: random.Random) -> str:
     else:
         where[key] = rng.choice(VALUES)
         told += f" {str(where[key])[:40]}"
-    path.write_text(json.dumps(content))
     return told
 
 
@@ -219,14 +236,19 @@ def _text(path: Path, rng: random.Random) -> str:
 
 
 def _open_output(folder: Path) -> None:
-    """Read what `score` and `plan` wrote, as far as every reader does."""
+    """Read what commands wrote, as far as every reader does."""
     from pruning.budget.decide import plan_pruning
     from pruning.budget.plan import PruningPlan
     from pruning.budget.record import recorded_options
     from pruning.recipe.options import PlanOptions, part_of
     from pruning.recipe.recipe import load_recipe
+    from pruning.report import comparison_page, compression_page
     from pruning.report.comparison import Comparison
+    from pruning.report.compression import CompressionReport
+    from pruning.runs.audit import read_record
     from pruning.scores.statistics import load_statistics
+    from pruning.shrink.gptq_model import codes_fault
+    from pruning.stages.made_by import stale_exports
 
     recipe = load_recipe(folder / "recipe.yaml")
     plan = PruningPlan.load(folder)
@@ -234,8 +256,20 @@ def _open_output(folder: Path) -> None:
     statistics, _ = load_statistics(folder / "statistics.safetensors")
     options = PlanOptions(prune_rate=0.5, criterion="act", attribution="energy", seed=recipe.seed)
     plan_pruning(statistics, part_of(options, PlanOptions), experts_per_token=1)
-    if (folder / "compare.json").is_file():
-        Comparison.load(folder / "compare.json").table()
+    read_record(folder / "ablations.jsonl", {})
+    codes_fault(folder / "gptq", plan=plan.content_hash)
+    stale_exports(folder, plan)
+    compared = Comparison.load(folder / "compare.json")
+    report = CompressionReport.load(folder / "report.json")
+    compared.table()
+    report.terminal_table()
+    # Figures are made and not drawn, which would take a second.
+    with (
+        patch.object(comparison_page, "figure_html"),
+        patch.object(compression_page, "figure_html"),
+    ):
+        comparison_page.comparison_page(compared)
+        compression_page.page(report)
 
 
 def outcome(folder: Path, seconds: float = SECONDS) -> str:

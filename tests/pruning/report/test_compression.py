@@ -30,6 +30,7 @@ from pruning.report.figures import concentration
 from pruning.report.html import section_html
 from pruning.report.severity import SCALE
 from pruning.report.table import TextTable
+from tests.support.command import run
 
 L, E, F = 3, 4, 8
 
@@ -84,6 +85,50 @@ def test_a_report_of_another_version_is_refused(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
     with pytest.raises(ValueError, match="version 3"):
         CompressionReport.load(file)
+
+
+@pytest.mark.parametrize(
+    ("field", "damage"),
+    [
+        ("sizes", lambda r: r["sizes"]["exports"]["ragged-int4"].pop("bits_per_parameter")),
+        ("sizes", lambda r: r["sizes"]["exports"]["ragged-int4"].update(bytes=0)),
+        ("sizes", lambda r: r["sizes"]["exports"].clear()),
+        ("quality", lambda r: r["quality"]["held-out"].clear()),
+        ("quality", lambda r: r["quality"]["held-out"]["dense"].update(nll="2.0")),
+        ("quality", lambda r: r["quality"]["held-out"]["dense"].update(nll=1e6)),
+        ("counts", lambda r: r["counts"][1].pop()),
+        ("attribution", lambda r: r["attribution"].pop()),
+        ("layer_coverage", lambda r: r["layer_coverage"].__setitem__(0, 1e200)),
+        ("layer_loss", lambda r: r["layer_loss"].update(raw={})),
+        ("concentration", lambda r: r["concentration"]["curves"][0][0].pop()),
+        ("calibration", lambda r: r["calibration"].update(sources=[{"path": "x"}])),
+        ("calibration", lambda r: r["calibration"].update(stability={"tokens": [1]})),
+        ("quantization", lambda r: r["quantization"].append({"nearest": 1.0})),
+        ("plan", lambda r: r["plan"].update(starved_experts=[1])),
+        ("plan", lambda r: r["plan"].update(coverage_optimum=0.5)),
+        ("verification", lambda r: r["verification"][0].update(more=1)),
+        ("verification", lambda r: r["verification"][0].update(ok="yes")),
+        ("random", lambda r: r.update(random={"seed": 0})),
+        ("loading", lambda r: r.update(loading={"ragged-int4": {}})),
+        ("alone", lambda r: r.update(alone={"ragged-int4": {"pruned_bytes": 1}})),
+        ("environment", lambda r: r["environment"].pop("date")),
+        ("stages", lambda r: r["stages"][0].update(seconds=None)),
+    ],
+)
+def test_a_report_that_is_damaged_at_depth_is_refused_by_the_name_of_its_field(
+    field, damage, tmp_path, capsys
+):
+    report().save(tmp_path)
+    assert run("--quiet", "report", tmp_path) == 0
+    page_before, file = (tmp_path / "report.html").read_bytes(), tmp_path / "report.json"
+    values = json.loads(file.read_text())
+    damage(values)
+    file.write_text(json.dumps(values))
+    capsys.readouterr()
+    assert run("--quiet", "report", tmp_path) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown == f"moe-compress: {file} is damaged ({field}); remove it and compress again"
+    assert (tmp_path / "report.html").read_bytes() == page_before
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

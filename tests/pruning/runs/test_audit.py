@@ -161,8 +161,8 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(audited, models, texts, m
 def test_losses_of_another_text_are_not_taken_over(audited, models, texts, tmp_path):
     record = audited / audit_stage.RECORD
     (tmp_path / audit_stage.RECORD).write_text(record.read_text())
-    assert audit_stage._read_record(record, json.loads(record.read_text().splitlines()[0]))
-    assert not audit_stage._read_record(record, {"model_hash": "other"})
+    assert audit_stage.read_record(record, json.loads(record.read_text().splitlines()[0]))
+    assert not audit_stage.read_record(record, {"model_hash": "other"})
 
 
 def test_a_scored_folder_is_audited_without_scoring_again(scored, tmp_path, capsys):

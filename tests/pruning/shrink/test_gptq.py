@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from convert import open_checkpoint
 from convert.export import Export
@@ -230,6 +231,60 @@ def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
     again = load_file(moved / "exports" / "ragged-int4" / "model.safetensors")
     assert first.keys() == again.keys()
     assert all(first[name].tobytes() == again[name].tobytes() for name in first)
+
+
+def test_damaged_codes_are_named_by_verify_and_chosen_again_by_export(
+    models, texts, tmp_path, capsys
+):
+    folder = tmp_path / "out"
+    options = ("--quantizer", "gptq", "--export", "ragged-int4")
+    assert run("--quiet", "score", models / "single", *given(texts, folder), *options) == 0
+    assert run("--quiet", "plan", folder, "--prune-rate", 0.5) == 0
+    assert run("--quiet", "export", folder) == 0
+    codes, written = folder / "gptq", folder / "exports" / "ragged-int4" / "model.safetensors"
+    whole = {path.name: path.read_bytes() for path in codes.iterdir()}
+    first, layer = written.read_bytes(), "layer-00001.safetensors"
+
+    def summary(**changes) -> bytes:
+        return json.dumps(json.loads(whole["gptq.json"]) | changes).encode()
+
+    arrays = load_file(codes / layer)
+    other = save({name: value[..., :-1] for name, value in arrays.items()})
+    damages = {
+        layer: (whole[layer][:-3], b"", whole[layer][:-9] + b"\1" + whole[layer][-8:], other, None),
+        "gptq.json": (b"{", summary(codes=[1, 2]), summary(layers=[{}, {}]), summary(provenance=[]),
+                      summary(provenance={"plan": "of another"})),
+    }  # fmt: skip
+    for name, contents in damages.items():
+        for content in contents:
+            (codes / name).unlink() if content is None else (codes / name).write_bytes(content)
+            capsys.readouterr()
+            assert run("--quiet", "verify", folder, "--json", "-") == 0
+            checks = json.loads(capsys.readouterr().out)
+            undone = {check["check"]: check["detail"] for check in checks if not check["done"]}
+            assert undone.keys() == {"4-bit codes", "logits in JAX"}
+            said = f"{codes / layer} is not the file that GPTQ wrote" if name == layer else "4-bit"
+            assert said in undone["4-bit codes"]
+            assert "`moe-compress export --overwrite` chooses them again" in undone["4-bit codes"]
+            assert run("export", folder, "--overwrite") == 0
+            assert (said + "; they are chosen again" in capsys.readouterr().err) == (name == layer)
+            assert {path.name: path.read_bytes() for path in codes.iterdir()} == whole
+            assert written.read_bytes() == first
+
+
+def test_codes_are_those_of_a_text_wherever_it_lies(models, texts, tmp_path, capsys):
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    shutil.copy(texts / "good.txt", text)
+    arguments = ("--quiet", "compress", models / "single", *given(tmp_path, out, "text.txt"))
+    arguments += ("--quantizer", "gptq", "--export", "ragged-int4")
+    assert run(*arguments) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "gptq").iterdir()}
+    (out / "report.json").unlink()
+    moved = text.rename(tmp_path / "moved.txt")
+    recipe = out / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(text), str(moved)))
+    assert run("--quiet", "export", out, "--overwrite") == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "gptq").iterdir()} == before
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
