@@ -71,13 +71,13 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         max_position: int,
         inputs: Iterable[int] = (),
         formats: Sequence[str] = FORMATS,
-        native: tuple[Storage, int] | None = None,
+        native: int | None = None,
     ) -> "ResolvedRecipe":
         """The recipe with every default that depends on the model filled in.
 
         `inputs` are the input widths of further linear layers that go to 4 bits, `formats` the
-        exports that the model's family has, `native` the storage of a model whose codes exports of
-        the same can take over, and the channels that share a scale there.
+        exports that the model's family has, `native` the group size of a model that is stored in
+        4 bits whose codes exports can take over.
 
         Raises:
           InputError: a group size or block that the model's widths do not allow, or exports of
@@ -88,11 +88,11 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         widths += [("input width of a linear layer", size) for size in inputs]
         storages: set[Storage] = {ExportFormat(name).storage for name in exports}
         copied = self._copied(native, storages)
-        group = copied.get("int4") or self._group([size for _, size in widths], exports)
+        group = copied or self._group([size for _, size in widths], exports)
         if storages & {"int4", "mxfp4"}:
             _check_group(group, widths)
         block = self._block(d_expert, group, storages)
-        grid = self.grid or copied.get("int4")
+        grid = self.grid or copied
         if grid is not None and block % grid:
             raise InputError(
                 f"block={block} must be a multiple of grid={grid}, in which channels stay or go; "
@@ -114,24 +114,21 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         }
         return ResolvedRecipe(**{**given, **filled})
 
-    def _copied(
-        self, native: tuple[Storage, int] | None, storages: Set[Storage]
-    ) -> dict[Storage, int]:
-        # Channels that share a scale in the model whose codes an export takes over, by its storage.
-        if native is None or self.requantize or native[0] not in storages:
-            return {}
-        if native[0] == "int4" and self.quantizer == "gptq":
+    def _copied(self, native: int | None, storages: Set[Storage]) -> int | None:
+        # Weights per scale of the model whose codes an export takes over.
+        if native is None or self.requantize or "int4" not in storages:
+            return None
+        if self.quantizer == "gptq":
             raise InputError(
                 "quantizer='gptq' chooses new codes, and the model is stored in 4 bits already; "
                 "add --requantize to round it a second time, or leave --quantizer away"
             )
-        if native[0] == "int4" and self.group_size not in (None, native[1]):
+        if self.group_size not in (None, native):
             raise InputError(
-                f"group_size={self.group_size} is not that of the model, {native[1]}, whose codes "
-                "are taken over; leave --group-size away, or add --requantize to round a second "
-                "time"
+                f"group_size={self.group_size} is not that of the model, {native}, whose codes are "
+                "taken over; leave --group-size away, or add --requantize to round a second time"
             )
-        return dict([native])
+        return native
 
     def _block(self, d_expert: int, group: int, storages: Set[Storage]) -> int:
         # What widths are multiples of: whole groups of the weights that share a scale.

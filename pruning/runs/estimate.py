@@ -97,9 +97,9 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
         native = base.native is not None and base.native.floating
         shown = {recipe.bits, 16, *((8,) if native and recipe.bits == 4 else ())}
         jobs = {
-            name: resolved(dataclasses.replace(recipe, export=(name,)), base)
+            name: resolved(dataclasses.replace(recipe, export=(name,), bits=bits), base)
             for name in base.family.formats
-            if ExportFormat(name).bits in shown
+            if (bits := ExportFormat(name).bits) in shown
         }
         jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)

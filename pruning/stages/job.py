@@ -9,7 +9,6 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.description import Description
-from convert.export_format import FLOAT8_BLOCK, Storage
 from convert.mtp_export import check_mtp
 from convert.packing import packed_inputs
 from convert.rules import uniform_widths
@@ -133,13 +132,5 @@ def resolved(recipe: CompressionRecipe, base: Description) -> ResolvedRecipe:
     c = base.config
     formats = base.family.formats
     inputs = packed_inputs(base, recipe.requantize)
-    return recipe.resolved(
-        c.moe.d_expert, c.d_model, c.max_position, inputs, formats, _native(base)
-    )
-
-
-def _native(base: Description) -> tuple[Storage, int] | None:
-    """The storage of a model whose codes exports can take over, and channels per scale."""
-    if base.native is None or base.native.floating:
-        return None if base.native is None else ("fp8", FLOAT8_BLOCK)
-    return None if base.native.group_size is None else ("int4", base.native.group_size)
+    native = None if base.native is None else base.native.group_size
+    return recipe.resolved(c.moe.d_expert, c.d_model, c.max_position, inputs, formats, native)

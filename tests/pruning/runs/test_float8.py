@@ -165,7 +165,7 @@ def test_an_export_is_verified_in_jax_and_in_transformers(model, tmp_path, capsy
     assert all(check["ok"] and check["done"] for check in checks)
 
 
-def test_a_changed_scale_is_found(model, tmp_path):
+def test_a_changed_scale_is_found(model, tmp_path, capsys):
     folder = applied(model, tmp_path, whole_blocks())
     path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -174,7 +174,8 @@ def test_a_changed_scale_is_found(model, tmp_path):
     at = 8 + int.from_bytes(data[:8], "little") + header[name]["data_offsets"][0]
     data[at] ^= 1
     path.write_bytes(data)
-    assert run("verify", tmp_path / "out") == 4
+    assert run("verify", tmp_path / "out") == 1
+    assert f"tensors: {name}[0, 0] is" in " ".join(capsys.readouterr().err.split())
 
 
 def test_incomplete_blocks_are_left_to_programs_that_read_them(tmp_path):
@@ -269,8 +270,8 @@ def test_what_an_export_will_take_is_known_before(fresh, tmp_path, capsys):
     assert sum(f.stat().st_size for f in (out / "exports" / NAME).glob("*.safetensors")) <= written
 
 
-def test_servers_share_an_expert_over_gpus_in_whole_blocks(model):
-    base = open_checkpoint(model).about
+def test_servers_share_an_expert_over_gpus_in_whole_blocks(fresh):
+    base = open_checkpoint(fresh[2]).about
     export = Export(base, tuple((256,) * len(row) for row in base.widths), ExportFormat(NAME))
     assert client_table(export)["vLLM"].verdict == client_table(export)["SGLang"].verdict == "yes"
     assert client_table(export, 2)["vLLM"].verdict == "yes"
@@ -316,6 +317,16 @@ def test_a_model_in_8_bits_is_estimated_in_them_unless_told_otherwise(model, cap
     base = open_checkpoint(model, dtype=jnp.bfloat16).about
     assert base.native is not None and base.is_native("model.layers.1.self_attn.o_proj.weight")
     assert not base.is_native("model.layers.1.self_attn.kv_a_proj_with_mqa.weight")
+
+
+def test_channels_are_single_unless_whole_blocks_are_asked_for(model):
+    about = open_checkpoint(model).about
+    ours = {"model": str(model), "output": "out", "bits": 8}
+    found = resolved(CompressionRecipe(**ours), about)
+    assert (found.grid, found.block, found.minimum) == (None, 128, 128)
+    assert resolved(CompressionRecipe(**ours, grid=128), about).grid == 128
+    with pytest.raises(InputError, match="block=128 must be a multiple of grid=256"):
+        resolved(CompressionRecipe(**ours, grid=256), about)
 
 
 def test_all_linear_layers_are_rounded_anew_when_it_is_asked_for(model, tmp_path):
