@@ -239,9 +239,20 @@ def open_checkpoint(path: Path | str, dtype=None) -> Checkpoint:
     about = dataclasses.replace(about, mtp=mtp, beside=beside)
     if about.config.tie_embeddings and not found.tied:
         about = about.untied()
-    if any(view.codes is None for name, view in found.model.items() if about.is_native(name)):
-        about = dataclasses.replace(about, native=None)  # scales are not bfloat16, as exports have
-    return Checkpoint(about, tensors, found.model, found.mtp, dtype)
+    return Checkpoint(_as_stored(about, found.model), tensors, found.model, found.mtp, dtype)
+
+
+def _as_stored(about: Description, views: dict[str, View]) -> Description:
+    """What config.json says of codes, made true by what the files hold."""
+    native = {name: view for name, view in views.items() if about.is_native(name)}
+    plain = frozenset(name for name, view in native.items() if view.codes is None)
+    if about.native is None or not (plain or about.native.floating):
+        return about
+    scales = {view.scale for view in native.values() if view.scale is not None}
+    rules = map(about.family.rule, plain)
+    if not about.native.floating or len(scales) > 1 or any(r and r.is_of_expert for r in rules):
+        return dataclasses.replace(about, native=None)  # exports have scales of another dtype
+    return dataclasses.replace(about, plain=plain, scale=scales.pop())
 
 
 def load_model(path: Path | str, dtype=None) -> Transformer:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.export import Export
-from convert.export_format import ExportFormat
+from convert.export_format import FLOAT8_BLOCK, ExportFormat
 from moe_jax.config import Activation, LatentAttentionConfig, ModelConfig, RopeConfig
 
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
@@ -67,11 +67,15 @@ def _custom(case: Case) -> bool:
 
 def _integer4(case: Case) -> bool:
     """Whether the experts of a layer are fused and in 4-bit integers."""
-    return case.form.is_packed and not (case.form.is_ragged or case.form.is_float4)
+    return case.form.is_integer and not case.form.is_ragged
 
 
 def _float4(case: Case) -> bool:
     return case.form.is_float4
+
+
+def _float8(case: Case) -> bool:
+    return case.form.is_float8
 
 
 def _idle_gpu(case: Case) -> bool:
@@ -173,6 +177,9 @@ FACTS: tuple[Fact, ...] = (
          "the group size does not divide the model width"),
     Fact(SERVERS, "no", lambda c: _integer4(c) and c.cuts(c.form.group_size),
          "the group size does not divide the expert width per GPU; use expert parallelism"),
+    Fact(SERVERS, "no", lambda c: _float8(c) and c.cuts(FLOAT8_BLOCK),
+         "the expert width per GPU is no multiple of the 128 channels of a block; use expert "
+         "parallelism"),
     Fact((VLLM,), "slower", lambda c: _custom(c) and _latent(c),
          "trust_remote_code and VLLM_MLA_DISABLE=1: whole keys and values are cached, not latents"),
     Fact((VLLM,), "slower", _ragged,
@@ -187,6 +194,11 @@ FACTS: tuple[Fact, ...] = (
     Fact(SERVERS, "slower", lambda c: _float4(c) and c.cuts(c.form.group_size),
          "blocks of 32 are dealt out unevenly over the GPUs and padded; read, not run"),
     Fact(SERVERS, "yes", _float4, "stock class; read in its source, needs a GPU to run"),
+    Fact((T5,), "yes", _float8,
+         "needs accelerate; computes in 8 bits on GPUs that can, is dequantised elsewhere"),
+    Fact((T4,), "yes", _float8, "needs accelerate; read in its source, not run"),
+    Fact(SERVERS, "yes", _float8, "stock class; read in its source, needs a GPU to run"),
+    Fact((LLAMA,), "yes", _float8, "its converter dequantises; read in its source, not run"),
     Fact(TORCH, "yes", _integer4,
          "needs compressed-tensors and accelerate; dequantised at load, no memory saved"),
     Fact((VLLM, SGLANG, LLAMA), "yes", lambda c: _is(c, *UNTRIED, *WRAPPERS),

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.export_format import GROUP_SIZES, Widths
+import numpy as np
+
+from convert.export_format import Widths
 from convert.families import find_family
 from convert.formats.ragged import emptied_model, widths_from_hf
-from convert.layout import Spec
+from convert.layout import BFLOAT16, FLOAT32, Spec
 from convert.matching import hints
 from convert.model_card import original_model
 from convert.mtp import mtp_tensors
@@ -34,8 +36,12 @@ class Description:
       mtp: dtypes and shapes of the tensors of layers that predict further tokens, as an export
         keeps them; no part of all of the above.
       quantization: how weights are stored in few bits, None if they are not.
-      native: how it stores every routed expert's weights, if an export in 4-bit integers can take
-        their codes over: symmetric, in groups of 32, 64 or 128. None of any other model.
+      native: how it stores every routed expert's weights, if an export can take their codes over:
+        4-bit integers, symmetric, in groups of 32, 64 or 128, or 8-bit floats in blocks of 128 x
+        128. None of any other model.
+      plain: linear layers' weights, by name, that files hold in 16 bits though config.json says
+        that they are stored like those of experts.
+      scale: dtype of the scales of 8-bit floats.
       outer: the whole config.json of a wrapper, else None.
       beside: dtypes and shapes of the tensors of a wrapper that are no part of its text model, by
         their names on disk.
@@ -51,6 +57,8 @@ class Description:
     native: Scheme | None
     outer: dict[str, Any] | None = None
     beside: Mapping[str, Spec] = field(default_factory=dict)
+    plain: frozenset[str] = frozenset()
+    scale: np.dtype = FLOAT32
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -60,7 +68,14 @@ class Description:
         rule = self.family.rule(name)
         if self.native is None or self.quantization is None or rule is None or not rule.is_linear:
             return False
-        return self.quantization.scheme(name.removesuffix(".weight")) == self.native
+        scheme = self.quantization.scheme(name.removesuffix(".weight"))
+        return scheme == self.native and name not in self.plain
+
+    @property
+    def has_powers_of_two(self) -> bool:
+        """Whether the scales of 8-bit floats are powers of two."""
+        said = None if self.quantization is None else self.quantization.options.get("scale_fmt")
+        return said == "ue8m0"
 
     def weights(self, widths: Widths | None = None, *, constants: bool = False) -> int:
         """Weights of the model, those of `mtp` not counted.
@@ -129,6 +144,4 @@ def _native(family: Family, config: ModelConfig, quantization: Quantization) -> 
         if rule is not None and rule.is_of_expert and rule.is_linear
     }
     scheme = schemes.pop() if len(schemes) == 1 else None
-    if scheme is None or not (scheme.packed and scheme.bits == 4 and scheme.symmetric):
-        return None
-    return scheme if scheme.group_size in GROUP_SIZES else None
+    return scheme if scheme is not None and scheme.is_native(BFLOAT16) else None

@@ -10,6 +10,7 @@ from convert.interleaved import fuse_experts
 from convert.rules import EMBEDDING, FINAL_NORM, LM_HEAD, Family, TensorRule
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
+from moe_jax.float8 import BLOCK, Float8Tensor
 from moe_jax.norm import Centred
 from moe_jax.quant import QTensor, Weight, dequantize, unpack_nibbles
 from moe_jax.stream import LayerSource
@@ -45,7 +46,8 @@ def layer_on_disk(
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight [out, in] in 4 bits: codes int8 [out, in] in -8..7, scale float [out, in / g]."""
+    """A weight [out, in] in few bits: codes int8 in -8..7 with scale float [out, in / g], or
+    float8_e4m3fn with scale float [ceil(out / 128), ceil(in / 128)]."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -54,13 +56,16 @@ class Codes:
 def layer_codes(
     rules: Iterable[TensorRule], layer: DecoderLayer, index: int
 ) -> Iterator[tuple[str, Codes]]:
-    """The 4-bit weights of a decoder layer under their names on disk, exactly as they are."""
+    """The coded weights of a decoder layer under their names on disk, exactly as they are."""
     for rule in rules:
         value = _lookup(layer, rule.ours)
-        if not isinstance(value, QTensor):
+        if isinstance(value, QTensor):
+            group, codes = value.group_size if value.axis == 0 else 1, unpack_nibbles(value.packed)
+        elif isinstance(value, Float8Tensor):
+            group, codes = BLOCK, value.codes
+        else:
             continue
-        group = value.group_size if value.axis == 0 else 1
-        codes, scale = np.asarray(unpack_nibbles(value.packed)), np.asarray(value.scale)
+        codes, scale = np.asarray(codes), np.asarray(value.scale)
         for (name, part), (_, own) in zip(
             _named_parts(rule, layer, index, codes, channels_per_row=1),
             _named_parts(rule, layer, index, scale, channels_per_row=group),

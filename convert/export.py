@@ -1,7 +1,6 @@
 """A pruned model in one of the formats that other programs load: known first, then written."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,16 +12,16 @@ import numpy as np
 from convert.description import Description
 from convert.disk_layer import outer_tensors
 from convert.export_format import ExportFormat, Widths
-from convert.formats import compressed_tensors, mxfp4, padded, ragged
+from convert.few_bits import quantization_config
+from convert.formats import compressed_tensors, float8, mxfp4, padded, ragged
 from convert.formats.wrapped import wrapped_config
 from convert.interleaved import check_shape, fuse_experts, fuse_specs
 from convert.layout import BFLOAT16, FLOAT32, Spec, nbytes, weight_bytes
-from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs, mtp_width
 from convert.portable import portable_config
 from convert.quantized.config import Scheme
 from convert.reader import SafetensorsFolder
-from convert.rules import EMBEDDING, TensorRule, ruled_tensors
+from convert.rules import TensorRule, ruled_tensors
 from convert.stored import Stored, stored_layer
 from convert.writer import Content, write_folder
 from convert.written import Written, as_written
@@ -53,13 +52,15 @@ class Export:
         if form.is_padded:
             config = padded.padded_model(config, source.family, form.padded_width(self.widths))
         packs, experts_only = form.is_packed, form.is_float4
+        scale = FLOAT32 if self.native is None else self.base.scale
 
         def stored(name: str, shape: tuple[int, ...], rule: TensorRule | None) -> Stored:
             if rule is None:
                 return Stored(shape, BFLOAT16, packed=False, of_expert=False)
             packed = packs and rule.is_linear and (rule.is_of_expert or not experts_only)
             packed = packed and (self.native is None or self.base.is_native(name))
-            return Stored(shape, FLOAT32 if rule.precise else BFLOAT16, packed, rule.is_of_expert)
+            dtype = FLOAT32 if rule.precise else BFLOAT16
+            return Stored(shape, dtype, packed, rule.is_of_expert, scale)
 
         found = ruled_tensors(source.family, config, form.stored_widths(self.widths))
         return {name: stored(name, shape, rule) for name, shape, rule in found}
@@ -68,9 +69,10 @@ class Export:
     def native(self) -> Scheme | None:
         """How the base stores the weights whose codes are taken over; None if none are."""
         form, native = self.form, self.base.native
-        copies = form.is_packed and not form.is_float4 and not form.requantize
-        alike = native is not None and native.group_size == form.group_size
-        return native if copies and alike else None
+        if native is None or form.requantize:
+            return None
+        integers = form.is_integer and native.group_size == form.group_size
+        return native if integers or (form.is_float8 and native.floating) else None
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
@@ -115,7 +117,7 @@ class Export:
 
     @cached_property
     def packed_inputs(self) -> list[int]:
-        """Input widths of the linear layers that are stored in 4 bits, each once, ascending."""
+        """Input widths of the linear layers that are stored in few bits, each once, ascending."""
         return sorted({stored.shape[1] for stored in self.tensors.values() if stored.packed})
 
     @property
@@ -140,11 +142,9 @@ class Export:
         else:
             width = form.padded_width(self.widths)
             config = padded.padded_config(config, source.config, source.family, width)
-        if form.is_float4:
-            config["quantization_config"] = mxfp4.quantization_config()
-        elif form.is_packed:
-            config["quantization_config"] = compressed_tensors.quantization_config(
-                self._unpacked_modules(), form.group_size
+        if form.is_packed:
+            config["quantization_config"] = quantization_config(
+                self.base, form, self.tensors, self.mtp_specs, native=self.native is not None
             )
         return config if self.base.outer is None else wrapped_config(config, self.base.outer)
 
@@ -173,6 +173,8 @@ class Export:
         kept = {count for counts in self.widths for count in counts}
         if form.is_float4:
             mxfp4.check_widths(sorted(kept), config.d_model)
+        elif form.is_float8:
+            float8.check_widths(kept)
         elif form.is_packed:
             compressed_tensors.check_group_size(form.group_size, [*self.packed_inputs, *kept])
 
@@ -194,8 +196,9 @@ class Export:
 
         Args:
           source: the pruned model in the order of `base`'s layers, as wide as `widths` say; in a
-            4-bit format weights that are `QTensor` keep their codes and scales, others are rounded
-            to nearest; MXFP4 always rounds, which leaves rounded weights as they are.
+            4-bit format weights that are `QTensor` keep their codes and scales, in 8-bit floats
+            those that are `Float8Tensor`, others are rounded to nearest; MXFP4 always rounds, which
+            leaves rounded weights as they are.
           target: folder to make.
           mtp: where the layers that predict further tokens come from, unless they are dropped.
           extra_files: such as a model card, see `write_folder`.
@@ -282,19 +285,3 @@ class Export:
     def _is_fused(self) -> bool:
         """Whether the folder holds the experts of a layer together."""
         return bool(self._source.family.together) and self.form.is_padded
-
-    def _unpacked_modules(self) -> list[str]:
-        """The linear layers that stay 16-bit, as a quantisation config names them."""
-        modules = [
-            name.removesuffix(".weight")
-            for name, stored in self.tensors.items()
-            if name.endswith(".weight") and len(stored.shape) == 2 and not stored.packed
-            and name != EMBEDDING
-        ]  # fmt: skip
-        if self._source.config.tie_embeddings:
-            modules.append("lm_head")
-        if self.form.mtp != "drop":
-            # Not by exact names: vLLM asks for some of these modules under the name of several.
-            prefixes = mtp_prefixes(self.base.family, self.base.hf_config)
-            modules += [f"re:{re.escape(prefix)}" for prefix in prefixes]
-        return modules

@@ -15,15 +15,18 @@ from moe_jax.errors import InputError
 # What folders are made as; only those that some program reads.
 FormatName = Literal[
     "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
-    "padded-mxfp4",
+    "padded-mxfp4", "padded-fp8",
 ]  # fmt: skip
 FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
 FLOAT4: FormatName = "padded-mxfp4"
+FLOAT8: FormatName = "padded-fp8"
 Layout = Literal["ragged", "layered", "padded"]  # a width per expert, per layer or per model
-Storage = Literal["bf16", "int4", "mxfp4"]  # of linear layers, or with mxfp4 of experts alone
+# Of linear layers, or with mxfp4 of experts alone.
+Storage = Literal["bf16", "int4", "mxfp4", "fp8"]
 
 GROUP_SIZES = (128, 64, 32)  # weights per 4-bit scale to choose from
 FLOAT4_GROUP = 32  # of MXFP4, which knows no other
+FLOAT8_BLOCK = 128  # rows, and columns, of a weight per scale of 8-bit floats
 MTP = ("drop", "keep", "prune")  # what becomes of layers that predict further tokens
 
 Widths = tuple[tuple[int, ...], ...]  # channels [layer][expert], () for a dense layer
@@ -31,15 +34,15 @@ Widths = tuple[tuple[int, ...], ...]  # channels [layer][expert], () for a dense
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A folder layout: a width per expert, per layer or per model, 16 or 4 bits.
+    """A folder layout: a width per expert, per layer or per model, 16, 8 or 4 bits.
 
     Attributes:
       name: one of `FORMATS`, its layout and its storage.
-      group_size: weights per 4-bit scale; MXFP4 knows 32 only.
+      group_size: weights per 4-bit scale; MXFP4 knows 32 only, 8-bit floats have blocks instead.
       constants: whether experts without channels add constants (ragged folders, or in the place of
         the output's bias), or nothing.
       mtp: one of `MTP`: what becomes of layers that predict further tokens.
-      requantize: whether weights that the base stores in 4 bits are rounded a second time, and
+      requantize: whether weights that the base stores in few bits are rounded a second time, and
         linear layers that it stores in 16 bits are rounded too; else codes are taken over, where
         the two formats are alike.
 
@@ -76,8 +79,8 @@ class ExportFormat:
 
     @property
     def bits(self) -> int:
-        """Bits of a stored weight, 4 or 16."""
-        return 16 if self.storage == "bf16" else 4
+        """Bits of a stored weight: 4, 8 or 16."""
+        return {"bf16": 16, "fp8": 8}.get(self.storage, 4)
 
     @property
     def is_ragged(self) -> bool:
@@ -96,13 +99,30 @@ class ExportFormat:
 
     @property
     def is_packed(self) -> bool:
-        """Whether linear layers are stored in 4 bits: all as integers, or experts as floats."""
-        return self.bits == 4
+        """Whether linear layers are stored in few bits."""
+        return self.storage != "bf16"
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether linear layers are stored in 4-bit integers."""
+        return self.storage == "int4"
 
     @property
     def is_float4(self) -> bool:
         """Whether experts are stored in MXFP4."""
         return self.storage == "mxfp4"
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether linear layers are stored in 8-bit floats with a scale per block."""
+        return self.storage == "fp8"
+
+    @property
+    def step(self) -> int:
+        """Channels of which the widths of experts are multiples: those that share a scale."""
+        if self.is_float8:
+            return FLOAT8_BLOCK
+        return self.group_size if self.is_packed else 1
 
     def holds_constants(self, expert_bias: bool) -> bool:
         """Whether there is a place for what emptied experts add, in a family with biases or not."""
@@ -135,4 +155,4 @@ class ExportFormat:
 
     def _filled(self, counts: Sequence[int]) -> int:
         widest = max(1, *counts)  # clients know no expert without channels
-        return -(-widest // self.group_size) * self.group_size if self.is_packed else widest
+        return -(-widest // self.step) * self.step

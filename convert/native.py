@@ -5,7 +5,7 @@ down lie along the channels: those that are kept or removed whole keep their cod
 keeps a part of some group is rounded a second time there.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -14,12 +14,10 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.rules import layer_rules
+from convert.view import OnRounded
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import MIN_SCALE, QTensor, dequantize, quantize
 from moe_jax.transformer import DecoderLayer
-
-# Told of weights that are rounded a second time: before and after, arrays of one shape.
-OnRounded = Callable[[np.ndarray, np.ndarray], None]
 
 
 def with_native_codes(

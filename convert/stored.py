@@ -1,4 +1,4 @@
-"""How an export holds each tensor of the model: in 16 bits or packed, filled up to its width."""
+"""How an export holds each tensor of the model: in 16 bits or fewer, filled up to its width."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Set
@@ -8,12 +8,12 @@ import numpy as np
 
 from convert.disk_layer import Codes, layer_codes, layer_to_hf
 from convert.export_format import ExportFormat
-from convert.formats import compressed_tensors, mxfp4
+from convert.formats import compressed_tensors, float8, mxfp4
 from convert.layout import FLOAT32, Spec
 from convert.rules import Family
 from moe_jax.errors import InputError
 from moe_jax.quant import MIN_SCALE
-from moe_jax.quantized import quantize_layer
+from moe_jax.quantized import float8_layer, quantize_layer
 from moe_jax.transformer import DecoderLayer
 
 
@@ -24,14 +24,16 @@ class Stored:
     Attributes:
       shape: as if it were not packed.
       dtype: of the file unless it is packed.
-      packed: whether 4-bit tensors stand for it.
+      packed: whether codes in few bits, and their scales, stand for it.
       of_expert: whether it is one routed expert's.
+      scale: dtype of the file's scales of 8-bit floats.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     packed: bool
     of_expert: bool
+    scale: np.dtype = FLOAT32
 
     def specs(self, name: str, form: ExportFormat) -> dict[str, Spec]:
         """Names, dtypes and shapes of the tensors that stand for it."""
@@ -40,6 +42,8 @@ class Stored:
         rows, columns = self.shape
         if form.is_float4:
             found = mxfp4.packed_specs(rows, columns)
+        elif form.is_float8:
+            found = float8.packed_specs(rows, columns, self.scale)
         else:
             found = compressed_tensors.packed_specs(rows, columns, form.group_size)
         stem = name.removesuffix("weight")
@@ -57,7 +61,8 @@ def stored_layer(
 
     Args:
       family: whose names they get.
-      layer: the layer; `QTensor` weights keep their codes in integer formats.
+      layer: the layer; `QTensor` weights keep their codes in integer formats, `Float8Tensor` ones
+        in 8-bit floats.
       index: its position in the model.
       tensors: what the export holds of the layer, by name.
       form: the format.
@@ -66,10 +71,13 @@ def stored_layer(
       InputError: the layer has other tensors, or weights in groups of another size.
     """
     codes: dict[str, Codes] = {}
-    if form.is_packed and not form.is_float4:
+    if form.is_integer or form.is_float8:
         packed = {name for name, stored in tensors.items() if stored.packed}
         paths = {rule.ours for rule in map(family.rule, packed) if rule is not None}
-        layer = quantize_layer(layer, form.group_size, paths)
+        if form.is_float8:
+            layer = float8_layer(layer, paths)
+        else:
+            layer = quantize_layer(layer, form.group_size, paths)
         found = layer_codes(family.rules, layer, index)
         codes = {name: code for name, code in found if name in packed}
     here = {n: v for n, v in layer_to_hf(family.rules, layer, index) if n not in codes}
@@ -82,6 +90,8 @@ def stored_layer(
             weight = _filled(here.get(name), dataclasses.replace(stored, dtype=FLOAT32))
             stem = name.removesuffix("weight")
             yield from ((stem + key, part) for key, part in mxfp4.pack(weight).items())
+        elif form.is_float8:
+            yield from _in_blocks(name, codes.get(name), stored)
         else:
             yield from _as_coded(name, codes.get(name), stored.shape, form.group_size)
 
@@ -106,6 +116,19 @@ def _filled(value: np.ndarray | None, stored: Stored) -> np.ndarray:
     if value is not None:
         full[tuple(slice(size) for size in value.shape)] = value.astype(stored.dtype)
     return full
+
+
+def _in_blocks(name: str, weight: Codes | None, stored: Stored) -> Iterator[tuple[str, np.ndarray]]:
+    """A weight in 8-bit floats, bit for bit; padding is zero at scale 1."""
+    specs = float8.packed_specs(stored.shape[0], stored.shape[1], stored.scale)
+    for (suffix, (dtype, shape)), part, fill in zip(
+        specs.items(), (None, None) if weight is None else (weight.codes, weight.scale), (0, 1),
+        strict=True,
+    ):  # fmt: skip
+        full = np.full(shape, fill, dtype)
+        if part is not None:
+            full[tuple(slice(size) for size in part.shape)] = part.astype(dtype)
+        yield name.removesuffix("weight") + suffix, full
 
 
 def _as_coded(

@@ -8,6 +8,7 @@ from flax import struct
 from jax import Array
 
 from moe_jax.errors import InputError
+from moe_jax.float8 import Float8Tensor, block_values
 
 MIN_SCALE = 2.0**-14  # smallest normal float16: every client sees the same scale
 CODE_MIN, CODE_MAX = -8, 7
@@ -47,13 +48,14 @@ class QTensor:
         return self.scale.dtype
 
 
-Weight = Array | QTensor
+Weight = Array | QTensor | Float8Tensor
+CODED = (QTensor, Float8Tensor)  # what a weight may be beside an array
 
 
 def is_linear(path: str) -> bool:
     """Whether a weight of a decoder layer, by its attribute path, is a linear layer's matrix.
 
-    These are the weights that go to 4 bits, in memory and in every export; routers, gates of
+    These are the weights that go to few bits, in memory and in every export; routers, gates of
     shared experts, norms and biases are named otherwise and stay.
     """
     return path.rpartition(".")[2].startswith("w_")
@@ -160,6 +162,8 @@ def nearest_codes(groups: Array, scale: Array) -> Array:
 
 def dequantize(weight: Weight) -> Array:  # -> [rows, cols]
     """The matrix that a weight stands for; plain arrays are returned as they are."""
+    if isinstance(weight, Float8Tensor):
+        return block_values(weight)
     return _dequantize(weight) if isinstance(weight, QTensor) else weight
 
 

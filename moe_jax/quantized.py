@@ -1,17 +1,20 @@
-"""Decoder layers whose linear weights are rounded to 4 bits."""
+"""Decoder layers whose linear weights are rounded to 4 or 8 bits."""
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from moe_jax.experts.pool import Experts
-from moe_jax.quant import QTensor, is_linear, quantize
+from moe_jax.float8 import Float8Tensor, float8
+from moe_jax.quant import QTensor, Weight, dequantize, is_linear, quantize
 from moe_jax.transformer import DecoderLayer
 
 M = TypeVar("M", bound=nnx.Module)
+Code = Callable[[Array, int], Weight]  # (a matrix, the axis of its inputs) -> its codes
 
 
 def quantize_layer(
@@ -20,29 +23,44 @@ def quantize_layer(
     """Round a layer's linear weights to symmetric int4; router, norms and biases stay.
 
     Args:
-      layer: with 16- or 32-bit weights, or already in 4 bits; expert widths are multiples of the
-        group size.
+      layer: expert widths are multiples of the group size; `QTensor` weights keep their codes.
       group_size: weights per scale, along the input of each linear layer.
       only: attribute paths below the layer of the weights to round; default all.
 
     Returns:
       The layer with `QTensor` weights, scales in float32 so that products are exact.
     """
-    return _quantize(layer, group_size, "", only)
+
+    def code(weight: Array, axis: int) -> QTensor:
+        return quantize(weight, group_size=group_size, axis=axis, dtype=jnp.float32)
+
+    return _coded(layer, code, QTensor, "", only)
 
 
-def _quantize(module: M, group_size: int, prefix: str, only: Set[str] | None) -> M:
-    packed = {}
+def float8_layer(layer: DecoderLayer, only: Set[str] | None = None) -> DecoderLayer:
+    """Round a layer's linear weights to 8-bit floats in blocks of 128 x 128; the rest stays.
+
+    Args:
+      layer: expert widths are multiples of 128, so that no block spans two; `Float8Tensor` weights
+        keep their codes.
+      only: as of `quantize_layer`.
+
+    Returns:
+      The layer with `Float8Tensor` weights.
+    """
+    return _coded(layer, lambda weight, axis: float8(weight), Float8Tensor, "", only)
+
+
+def _coded(module: M, code: Code, kind: type, prefix: str, only: Set[str] | None) -> M:
+    coded = {}
     for field in dataclasses.fields(module):  # type: ignore[arg-type]
         value, path = getattr(module, field.name), prefix + field.name
         if isinstance(value, nnx.Module):
-            packed[field.name] = _quantize(value, group_size, f"{path}.", only)
+            coded[field.name] = _coded(value, code, kind, f"{path}.", only)
         elif only is not None and path not in only:
             continue
-        elif is_linear(field.name) and value is not None and not isinstance(value, QTensor):
+        elif is_linear(field.name) and value is not None and not isinstance(value, kind):
             # rows of the pool of experts are inputs of w_down
             axis = 0 if isinstance(module, Experts) and field.name == "w_down" else 1
-            packed[field.name] = quantize(
-                value, group_size=group_size, axis=axis, dtype=jnp.float32
-            )
-    return dataclasses.replace(module, **packed)  # type: ignore[type-var]
+            coded[field.name] = code(dequantize(value), axis)
+    return dataclasses.replace(module, **coded)  # type: ignore[type-var]

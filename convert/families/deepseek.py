@@ -16,7 +16,7 @@ from convert.rules import Family, Twin
 from moe_jax.attention.grouped import Attention
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.experts.moe import MoE
-from moe_jax.quant import QTensor, Weight
+from moe_jax.quant import CODED, Weight
 from moe_jax.transformer import DecoderLayer
 
 # What a Qwen2-MoE states otherwise, or not at all.
@@ -101,7 +101,7 @@ def _qwen2_moe_layer(layer: DecoderLayer) -> DecoderLayer:
 
 
 def _double(weight: Weight) -> Weight:
-    if isinstance(weight, QTensor):
+    if isinstance(weight, CODED):
         return dataclasses.replace(weight, scale=weight.scale * 2)
     return weight * 2
 

@@ -68,9 +68,8 @@ def _view(
         return None
     read = functools.partial(_read, folder, module, scheme, shape)
     scale = folder.spec(f"{module}.weight_scale")[0]
-    native = packed and scheme.bits == 4 and scheme.symmetric and scheme.group_size is not None
     codes = functools.partial(_codes_and_scales, folder, module, scheme, shape)
-    return View(shape, read, codes if native and scale.name == "bfloat16" else None)
+    return View(shape, read, codes if scheme.is_native(scale) else None, scale)
 
 
 def _shape(folder: SafetensorsFolder, module: str, packed: bool) -> tuple[int, int] | None:

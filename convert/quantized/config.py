@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from convert.export_format import FLOAT8_BLOCK, GROUP_SIZES
 from convert.rules import Family
 from moe_jax.errors import InputError
 
@@ -47,6 +50,13 @@ class Scheme:
     def group_size(self) -> int | None:
         """Weights of a row per scale; None unless the strategy is "group"."""
         return self.block[1] if self.strategy == "group" else None
+
+    def is_native(self, scale: np.dtype) -> bool:
+        """Whether an export can hold the codes, with scales of this dtype."""
+        if self.floating:
+            return self.symmetric and self.block == (FLOAT8_BLOCK, FLOAT8_BLOCK)
+        integers = self.packed and self.bits == 4 and self.symmetric
+        return integers and self.group_size in GROUP_SIZES and scale.name == "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,14 @@ def read_quantization(hf: Mapping[str, Any], family: Family) -> Quantization | N
         raise InputError(f"quantization_config={str(options)[:80]} must be an object")
     method = options.get("quant_method")
     if method == FLOAT8:
-        return Quantization(method, options | {"weight_block_size": _float8_block(options)})
+        block = _float8_block(options)
+        found = Scheme(packed=False, bits=8, floating=True, symmetric=True, strategy="block",
+                       block=block)  # fmt: skip
+        listed = options.get("modules_to_not_convert")
+        listed = listed if isinstance(listed, list) else []
+        ignore = tuple(name for name in listed if isinstance(name, str))
+        groups = ((("Linear",), found),)
+        return Quantization(method, options | {"weight_block_size": block}, groups, ignore)
     if method == MXFP4 and family.together == "alternating":
         return Quantization(method, options)
     if method in INTEGERS:

@@ -39,10 +39,15 @@ def _view(folder: SafetensorsFolder, weight: str, block: Block, problems: list[s
             f"{list(block)} needs floats {list(wanted)}"
         )
         return None
-    return View(shape, functools.partial(_read, folder, weight, block))
+    codes = functools.partial(_codes_and_scales, folder, weight)
+    return View(shape, functools.partial(_read, folder, weight, block), codes, dtype)
+
+
+def _codes_and_scales(folder: SafetensorsFolder, weight: str) -> tuple[np.ndarray, np.ndarray]:
+    return folder.read(weight), folder.read(weight + "_scale_inv")
 
 
 def _read(folder: SafetensorsFolder, weight: str, block: Block) -> np.ndarray:
-    codes, scale = folder.read(weight), folder.read(weight + "_scale_inv")
+    codes, scale = _codes_and_scales(folder, weight)
     shape = (codes.shape[0], codes.shape[1])
     return scaled(codes, spread(scale, block, shape), np.dtype(np.float32))

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from convert.export_format import FLOAT4, FLOAT4_GROUP, FORMATS, ExportFormat, FormatName
+from convert.export_format import FLOAT4, FLOAT4_GROUP, FLOAT8, FORMATS, ExportFormat, FormatName
 from moe_jax.errors import InputError
 
 
-def is_packed(export: str) -> bool:
-    """Whether an export has 4 bits."""
-    return ExportFormat(export).is_packed
+def bits_of(export: str) -> int:
+    """Bits of an export's weights."""
+    return ExportFormat(export).bits
 
 
 def width_policy(exports: Sequence[str]) -> str:
@@ -26,12 +26,12 @@ def choose_exports(
     group_size: int | None,
     quantizer: str,
 ) -> tuple[FormatName, ...]:
-    """The formats asked for, or the first of the family that has the bits, or 16 if none has.
+    """The formats asked for, or the first of the family that has the bits.
 
     Args:
       asked: names of `FORMATS`, () for the default.
       formats: those the model's family has.
-      bits: 4 or 16.
+      bits: 4, 8 or 16; 4, the default, takes 16 where the family has no 4.
       group_size: weights per scale, None if left open.
       quantizer: "rtn" or "gptq".
 
@@ -46,22 +46,28 @@ def choose_exports(
             f"export={lacking[0]!r} does not exist for this model's family, because no "
             f"program would read it; choose from {', '.join(formats)}"
         )
-    if bits == 16 and any(is_packed(name) for name in asked):
+    least = min((bits_of(name) for name in asked), default=bits)
+    if least < bits or (bits == 8 and least > bits):
         raise InputError(
-            f"bits=16 contradicts export={list(asked)}; give one of the two, or --bits 4"
+            f"bits={bits} contradicts export={list(asked)}; give one of the two, or --bits "
+            f"{least}" + ("" if bits == 16 else f", or --export {FLOAT8}")
         )
-    fitting: list[FormatName] = [
-        name for name in FORMATS if name in formats and is_packed(name) == (bits == 4)
-    ]
-    plain: list[FormatName] = [n for n in FORMATS if n in formats and not is_packed(n)]
+    if bits == 8 and FLOAT8 not in formats:
+        raise InputError(
+            f"bits=8 is the format {FLOAT8}, which this model's family has not; choose from "
+            f"{', '.join(formats)}"
+        )
+    fitting: list[FormatName] = [n for n in FORMATS if n in formats and bits_of(n) == bits]
+    plain: list[FormatName] = [n for n in FORMATS if n in formats and bits_of(n) == 16]
     exports = tuple(asked or fitting[:1] or plain[:1])
     if FLOAT4 in exports and group_size not in (None, FLOAT4_GROUP):
         raise InputError(
             f"group_size={group_size} contradicts export={FLOAT4!r}, whose groups are "
             f"{FLOAT4_GROUP}; leave --group-size away"
         )
-    if FLOAT4 in exports and quantizer == "gptq":
+    floats = [name for name in exports if name in (FLOAT4, FLOAT8)]
+    if floats and quantizer == "gptq":
         raise InputError(
-            f"quantizer='gptq' chooses integers, export={FLOAT4!r} stores floats; use rtn"
+            f"quantizer='gptq' chooses integers, export={floats[0]!r} stores floats; use rtn"
         )
     return exports

@@ -221,7 +221,9 @@ class ExportOptions(Options):
             shown="FORMAT",
         ),
     ] = ()
-    bits: Annotated[Literal[4, 16], About("bits of the weights")] = 4
+    bits: Annotated[
+        Literal[4, 8, 16], About("bits of the weights; 8 is padded-fp8, floats in blocks")
+    ] = 4
     group_size: Annotated[
         int | None,
         About(
@@ -239,8 +241,9 @@ class ExportOptions(Options):
     requantize: Annotated[
         bool,
         About(
-            "round all linear layers of a model that is stored in 4-bit groups anew; without it "
-            "int4 exports take its codes over, and what it stores in 16 bits stays so"
+            "round all linear layers of a model that is stored in 4-bit groups or 8-bit blocks "
+            "anew; without it exports of these bits take its codes over, and what it stores in 16 "
+            "bits stays so"
         ),
     ] = False
     mtp: Annotated[

@@ -132,7 +132,8 @@ class PlanOptions(Options):
         int | None,
         About(
             "channels stay or go in whole groups of so many neighbours; default 1, or the group "
-            "size of a model that is stored in 4-bit groups whose codes an export takes over",
+            "size of a model that is stored in 4-bit groups whose codes an export takes over; 128 "
+            "keeps the codes of a model in 8-bit floats",
             least=1,
         ),
     ] = None

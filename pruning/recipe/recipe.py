@@ -2,17 +2,26 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 
-from convert.export_format import FLOAT4, FORMATS, GROUP_SIZES, ExportFormat, FormatName
+from convert.export_format import (
+    FLOAT4,
+    FLOAT8,
+    FLOAT8_BLOCK,
+    FORMATS,
+    GROUP_SIZES,
+    ExportFormat,
+    FormatName,
+    Storage,
+)
 from moe_jax.errors import InputError, choose
 from pruning.kit.hub import NAME
-from pruning.recipe.exports import choose_exports, is_packed, width_policy
+from pruning.recipe.exports import choose_exports, width_policy
 from pruning.recipe.group import about
 from pruning.recipe.options import (
     BUDGETS,
@@ -71,23 +80,18 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         4 bits whose codes exports can take over.
 
         Raises:
-          InputError: a group size or block that the model's widths do not allow, or 4-bit exports
-            of a 16-bit recipe, or a window longer than the model's context.
+          InputError: a group size or block that the model's widths do not allow, or exports of
+            other bits than the recipe's, or a window longer than the model's context.
         """
         exports = choose_exports(self.export, formats, self.bits, self.group_size, self.quantizer)
         widths = [("expert width", d_expert), ("model width", d_model)]
         widths += [("input width of a linear layer", size) for size in inputs]
-        packed = any(is_packed(name) for name in exports)
-        copied = self._copied(native, exports)
+        storages: set[Storage] = {ExportFormat(name).storage for name in exports}
+        copied = self._copied(native, storages)
         group = copied or self._group([size for _, size in widths], exports)
-        if packed:
+        if storages & {"int4", "mxfp4"}:
             _check_group(group, widths)
-        block = self.block or (group if d_expert % group == 0 else 1)
-        if packed and block % group:
-            raise InputError(
-                f"block={block} must be a multiple of group_size={group}, so that every group of "
-                f"4-bit weights is whole; choose --block {group}"
-            )
+        block = self._block(d_expert, group, storages)
         grid = self.grid or copied
         if grid is not None and block % grid:
             raise InputError(
@@ -110,10 +114,9 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         }
         return ResolvedRecipe(**{**given, **filled})
 
-    def _copied(self, native: int | None, exports: Sequence[FormatName]) -> int | None:
+    def _copied(self, native: int | None, storages: Set[Storage]) -> int | None:
         # Weights per scale of the model whose codes an export takes over.
-        integers = any(ExportFormat(name).storage == "int4" for name in exports)
-        if native is None or self.requantize or not integers:
+        if native is None or self.requantize or "int4" not in storages:
             return None
         if self.quantizer == "gptq":
             raise InputError(
@@ -126,6 +129,27 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 "taken over; leave --group-size away, or add --requantize to round a second time"
             )
         return native
+
+    def _block(self, d_expert: int, group: int, storages: Set[Storage]) -> int:
+        # What widths are multiples of: whole groups of the weights that share a scale.
+        if "fp8" in storages and d_expert % FLOAT8_BLOCK:
+            raise InputError(
+                f"{FLOAT8} has blocks of {FLOAT8_BLOCK}, which do not divide the expert width "
+                f"{d_expert}; export padded-bf16"
+            )
+        step = FLOAT8_BLOCK if "fp8" in storages else group
+        block = self.block or (step if d_expert % step == 0 else 1)
+        if "fp8" in storages and block % FLOAT8_BLOCK:
+            raise InputError(
+                f"block={block} must be a multiple of {FLOAT8_BLOCK}, so that every block of 8-bit "
+                f"weights is whole; choose --block {FLOAT8_BLOCK}"
+            )
+        if storages & {"int4", "mxfp4"} and block % group:
+            raise InputError(
+                f"block={block} must be a multiple of group_size={group}, so that every group of "
+                f"4-bit weights is whole; choose --block {group}"
+            )
+        return block
 
     def _group(self, widths: Sequence[int], exports: Sequence[FormatName]) -> int:
         # Weights per scale; the first width is an expert's.

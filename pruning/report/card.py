@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from convert.export_format import ExportFormat
 from pruning.budget.record import recorded_options
 from pruning.kit.words import percent
 from pruning.report.html import render
@@ -81,14 +82,14 @@ class FolderFacts:
     Attributes:
       written_as: model type in its config.json.
       form: name of the format.
-      group_size: weights per scale, None in 16 bits.
+      group_size: weights per 4-bit scale, None in other formats.
       quantizer: "rtn", "gptq", or None in 16 bits.
       parameters: that are left after pruning.
       stored: parameters in the files, where padding counts.
       bytes: of weight files and index.
       mtp: what has become of the layers that predict further tokens, None if the base has none.
       mtp_width: channels of each of their experts.
-      native: whether the codes of a base in 4 bits were taken over.
+      native: whether the codes of a base in few bits were taken over.
       requantize: whether that was refused.
       rounded_again: relative squared error of rounding weights that the base stores in few bits, 0
         if none was; None if it stores 16 bits, or the folder does.
@@ -114,7 +115,7 @@ class FolderFacts:
 
     @property
     def bits(self) -> str:
-        """bf16, int4 or mxfp4."""
+        """bf16, int4, mxfp4 or fp8."""
         return self.form.partition("-")[2]
 
     @property
@@ -177,7 +178,7 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
     if facts.base.repository is not None:
         values["base_model"] = facts.base.repository
         # The Hub has no word for a model that is only pruned.
-        if facts.folder.group_size is not None:
+        if facts.folder.bits != "bf16":
             values["base_model_relation"] = "quantized"
     sees = facts.loading.auto_class == "AutoModelForImageTextToText"
     task = "image-text-to-text" if sees else "text-generation"
@@ -249,8 +250,7 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values["prune_rate"] = said.get("prune_rate", facts.plan.removed)
     values |= {name: said[name] for name in ("block", "minimum") if said.get(name) is not None}
     values |= {"mtp": folder.mtp} if folder.mtp else {}
-    values |= {"export": [folder.form], "bits": 16 if folder.group_size is None else 4}
+    values |= {"export": [folder.form], "bits": ExportFormat(folder.form).bits}
     if folder.group_size is not None:
         values |= {"group_size": folder.group_size, "quantizer": folder.quantizer}
-        values |= {"requantize": True} if folder.requantize else {}
-    return values
+    return values | ({"requantize": True} if folder.requantize and folder.bits != "bf16" else {})

@@ -85,6 +85,8 @@ class Loading:
         packages = '"transformers>=4.57"' if has_four else '"transformers>=5.20"'
         if self.form.endswith("int4"):
             packages += ' "compressed-tensors>=0.17" accelerate'
+        if self.form.endswith("fp8"):
+            packages += " accelerate"
         trust = "" if self.form.startswith("padded") else ", trust_remote_code=True"
         load = f'model = {self.auto_class}.from_pretrained(".", dtype="auto"{trust})'
         if self.has_tokenizer:
@@ -120,6 +122,12 @@ class Loading:
                 "model again."
             )
             blocks.append(Block("", memory))
+        if self.form.endswith("fp8"):
+            kernels = (
+                "transformers computes with 8-bit weights on GPUs that have instructions for them "
+                "(NVIDIA from Ada and Hopper on) and turns them into 16 bits elsewhere."
+            )
+            blocks.append(Block("", kernels))
         return tuple(blocks)
 
 

@@ -35,7 +35,7 @@ def apply_plan(
     output: str | os.PathLike,
     *,
     export: Sequence[FormatName] = (),
-    bits: Literal[4, 16] = 4,
+    bits: Literal[4, 8, 16] = 4,
     group_size: int | None = None,
     requantize: bool = False,
     mtp: Literal["drop", "keep", "prune"] = "drop",
@@ -52,10 +52,11 @@ def apply_plan(
       plan: folder with plan.json and plan.safetensors, or plan.json.
       model: the dense checkpoint that the plan was made for, or "demo".
       output: folder to make.
-      export: formats to write; default ragged-int4, or ragged-bf16 where `bits` is 16.
-      bits: 4 or 16; 4-bit weights are rounded to nearest.
+      export: formats to write; default ragged-int4, ragged-bf16 where `bits` is 16, and padded-fp8
+        where it is 8.
+      bits: 4, 8 or 16; weights in few bits are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
-      requantize: round what the model stores in 4-bit groups a second time, as in a recipe.
+      requantize: round what the model stores in few bits a second time, as in a recipe.
       mtp: what becomes of layers that predict further tokens, as in a recipe.
       allow_other_model: apply it to another model of the same shape, such as the base of the one
         that it was made for; the exports' cards say so.
@@ -158,9 +159,8 @@ def _recipe(
     asked = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
     recipe = resolved(asked, base.about)
     assert all(getattr(recipe, name) is None for name in BUDGETS if name != "prune_rate")
-    packed = any(form_of(recipe, name).is_packed for name in recipe.export)
     block = said.get("block")
-    if block and not (packed and block % (recipe.group_size)):
+    if block and not any(block % form_of(recipe, name).step for name in recipe.export):
         recipe = dataclasses.replace(recipe, block=block, minimum=said.get("minimum") or block)
     return recipe
 

@@ -94,10 +94,12 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
     if recipe.export or recipe.target_bytes is not None:
         jobs = dict.fromkeys(whole.export, whole)
     else:
+        native = base.native is not None and base.native.floating
+        shown = {recipe.bits, 16, *((8,) if native and recipe.bits == 4 else ())}
         jobs = {
-            name: resolved(dataclasses.replace(recipe, export=(name,)), base)
+            name: resolved(dataclasses.replace(recipe, export=(name,), bits=bits), base)
             for name in base.family.formats
-            if recipe.bits == 4 or not ExportFormat(name).is_packed
+            if (bits := ExportFormat(name).bits) in shown
         }
         jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
@@ -145,7 +147,7 @@ def _export(
         "bytes": export.nbytes,
         "fewest_bytes": fewest,
         "most_bytes": most,
-        "group_size": form.group_size if form.is_packed else None,
+        "group_size": form.step if form.is_packed else None,
         "width": form.padded_width(export.widths) if form.is_padded else None,
         "parameters": parameters(base, export.widths, export.mtp_parameters),
         "clients": {client: dataclasses.asdict(found) for client, found in table.items()},

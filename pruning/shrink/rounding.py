@@ -9,28 +9,31 @@ import numpy as np
 
 from moe_jax.experts.moe import MoE
 from moe_jax.mxfp4 import round_experts
-from moe_jax.quant import QTensor, dequantize
-from moe_jax.quantized import quantize_layer
+from moe_jax.quant import CODED, dequantize
+from moe_jax.quantized import float8_layer, quantize_layer
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 
 ROWS_AT_ONCE = 4096
 
 
-def QuantizedSource(base: LayerSource, group_size: int, float4: bool = False) -> LayerSource:
-    """A model whose layers are rounded to 4 bits as they are read; embedding and head are not.
+def QuantizedSource(base: LayerSource, group_size: int, storage: str = "int4") -> LayerSource:
+    """A model whose layers are rounded to few bits as they are read; embedding and head are not.
 
     Args:
       base: the model.
-      group_size: weights per scale.
-      float4: round the experts to MXFP4, as float values, instead of all linear layers to integers.
+      group_size: weights per scale of integers.
+      storage: as of an export: all linear layers to "int4", or to "fp8" in blocks of 128 x 128, or
+        the experts to "mxfp4", as float values.
 
     Returns:
       The source.
     """
 
     def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        return round_experts(layer) if float4 else quantize_layer(layer, group_size)
+        if storage == "mxfp4":
+            return round_experts(layer)
+        return float8_layer(layer) if storage == "fp8" else quantize_layer(layer, group_size)
 
     return mapped(base, change)
 
@@ -79,7 +82,7 @@ def compared(
 
     def compare(index: int, layer: DecoderLayer) -> DecoderLayer:
         leaves = (
-            jax.tree.leaves(one, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+            jax.tree.leaves(one, is_leaf=lambda leaf: isinstance(leaf, CODED))
             for one in (before.pop(), layer)
         )
         for old, new in zip(*leaves, strict=True):

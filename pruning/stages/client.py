@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.export import Export
+from convert.export_format import FLOAT8_BLOCK
 from pruning.kit.memory import free_memory
 from pruning.kit.words import amount, duration
 
@@ -62,6 +63,18 @@ def client_bytes(export: Export, tokens: int) -> int:
     return PROCESS_BYTES + int(4 * (SHARE * weights + logits))
 
 
+def uneven_blocks(export: Export) -> str:
+    """Why transformers, which takes all blocks to be of one size where it dequantises, cannot read
+    an export in 8-bit floats; "" if it can. Its kernels for GPUs can."""
+    for name, stored in export.tensors.items() if export.form.is_float8 else ():
+        if stored.packed and any(n > FLOAT8_BLOCK and n % FLOAT8_BLOCK for n in stored.shape):
+            return (
+                f"{name} {list(stored.shape)} ends with an incomplete block of {FLOAT8_BLOCK}, "
+                "which transformers reads rightly on a GPU only"
+            )
+    return ""
+
+
 def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
     """Logits of a folder in transformers, where it is installed and its memory is free.
 
@@ -72,6 +85,8 @@ def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
     """
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         return Answer(undone="torch and transformers are not installed")
+    if uneven := uneven_blocks(export):
+        return Answer(undone=uneven)
     needed, free = client_bytes(export, tokens.size), free_memory()
     if needed > free:
         return Answer(
@@ -84,7 +99,7 @@ def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
             "folder": str(folder.absolute()),
             "trust": bool(export.code_files),
             "auto_class": export.base.family.auto_class,
-            "float4": export.form.is_float4,
+            "storage": export.form.storage,
             "exchange": exchange,
         }
         patience = PATIENCE + export.nbytes / PER_SECOND

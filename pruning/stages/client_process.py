@@ -7,7 +7,7 @@ a request, a JSON object:
   folder: the checkpoint.
   trust: whether the Python file in it is run; the caller has compared its bytes.
   auto_class: of transformers, which loads the model.
-  float4: whether experts are MXFP4.
+  storage: how weights are stored, as `convert.export_format` calls it.
   exchange: a folder with tokens.npy, int32 [B, T]. It gets logits.npy, float32 [B, T, V],
     loading.json, what loading said of the tensors, and log.txt, what was printed. loading.json
     comes last; in its place comes undone.txt with the reason if something but the folder is at
@@ -108,10 +108,12 @@ def _answer(request: dict, exchange: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options: dict[str, Any] = {}
-    if request["float4"]:  # its kernels would need a GPU; this way the values are exact
-        from transformers.utils.quantization_config import Mxfp4Config
+    if request["storage"] in ("mxfp4", "fp8"):
+        # Its kernels would need a GPU, and round activations; this way the values are exact.
+        from transformers.utils import quantization_config as known
 
-        options["quantization_config"] = Mxfp4Config(dequantize=True)
+        kind = known.Mxfp4Config if request["storage"] == "mxfp4" else known.FineGrainedFP8Config
+        options["quantization_config"] = kind(dequantize=True)
     loaded: Any = getattr(transformers, request["auto_class"]).from_pretrained(
         request["folder"],
         dtype=torch.float32,

@@ -1,12 +1,15 @@
 """The export stage: the pruned model as a source of layers, and its folders."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from convert.checkpoint import Checkpoint
 from convert.export_format import ExportFormat
 from convert.mtp_export import MtpSource
-from convert.native import OnRounded, with_native_codes
+from convert.native import with_native_codes
+from convert.native_float8 import with_native_blocks
+from convert.view import OnRounded
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
@@ -28,7 +31,7 @@ def pruned_source(
     codes: Path | None = None,
     on_rounded: OnRounded | None = None,
 ) -> LayerSource:
-    """The pruned model, with 4-bit weights if the format has them.
+    """The pruned model, with weights in few bits if the format has them.
 
     They are those in the folder `codes`; or else the model's own, if it stores them alike; or else
     rounded to nearest.
@@ -45,23 +48,28 @@ def pruned_source(
     if form is None or not form.is_packed:
         return pruned
     if codes is None and export_of(base.about, plan, form).native is not None:
-        return _with_own_codes(base, pruned, plan, on_rounded)
-    if codes is not None and not form.is_float4:
+        own = with_native_blocks if form.is_float8 else with_native_codes
+        return _with_own_codes(base, pruned, plan, own, on_rounded)
+    if codes is not None and form.is_integer:
         rounding = functools.partial(with_codes, folder=codes, group_size=form.group_size)
     else:
         rounding = functools.partial(
-            QuantizedSource, group_size=form.group_size, float4=form.is_float4
+            QuantizedSource, group_size=form.group_size, storage=form.storage
         )
     return rounding(pruned) if on_rounded is None else compared(pruned, rounding, on_rounded)
 
 
 def _with_own_codes(
-    base: Checkpoint, pruned: LayerSource, plan: PruningPlan, on_rounded: OnRounded | None
+    base: Checkpoint,
+    pruned: LayerSource,
+    plan: PruningPlan,
+    own: Callable[..., DecoderLayer],
+    on_rounded: OnRounded | None,
 ) -> LayerSource:
     kept = dict(zip(plan.layer_indices, plan.keep, strict=True))
 
     def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        return with_native_codes(base, index, layer, kept.get(index), on_rounded)
+        return own(base, index, layer, kept.get(index), on_rounded)
 
     return mapped(pruned, change)
 

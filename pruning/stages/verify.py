@@ -146,7 +146,7 @@ def verify_export(
     checks = [Check(form.name, "files", not problems, in_words(problems) or fine)]
     if tokenizer := tokenizer_result(target, export):
         checks.append(Check(form.name, "tokenizer", *tokenizer))
-    if not form.is_packed or form.is_float4:
+    if not form.is_integer:
         codes = None  # GPTQ has none for it
     lost = "" if codes is None else codes_fault(codes, plan=plan.content_hash)
     expected = pruned_source(base, plan, form, None if lost else codes)
@@ -219,7 +219,7 @@ def _undone(form: ExportFormat, check: str, why: str) -> Check:
 def _narrows_experts(form: ExportFormat) -> bool:
     """Whether transformers dequantises the experts of a format to bfloat16: 5 does, 4 did not."""
     fuses = int(version("transformers").partition(".")[0]) >= 5
-    return fuses and form.is_packed and form.is_padded and not form.is_float4
+    return fuses and form.is_integer and form.is_padded
 
 
 def _client_checks(export: Export, answer: Answer, wanted: Logits) -> list[Check]:

@@ -138,7 +138,7 @@ def cases(families: list[str], forms: list[str], work: Path) -> Iterator[Case]:
             folder = work / f"{family}-{name}"
             export = Export(base.about, widths, form)
             export.write(pruned, folder)
-            source = QuantizedSource(pruned, 32, form.is_float4) if form.is_packed else pruned
+            source = QuantizedSource(pruned, 32, form.storage) if form.is_packed else pruned
             verdicts = client_table(export)
             yield Case(family, name, folder, logits(source, TOKENS), verdicts)
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from convert import FAMILIES, find_family, layer_tensors, load_model, open_checkpoint, outer_tensors
 from convert.export import Export
-from convert.export_format import ExportFormat
+from convert.export_format import FLOAT8, ExportFormat
 from moe_jax.experts.router import route
 from moe_jax.quant import dequantize
 from pruning.budget.plan import PruningPlan
@@ -33,7 +33,7 @@ each_variant = pytest.mark.parametrize(
 )
 each_export = pytest.mark.parametrize(
     ("pruned", "name"),
-    [(family, name) for family in EXPORTED for name in find_family(family).formats],
+    [(f, name) for f in EXPORTED for name in find_family(f).formats if name != FLOAT8],
     indirect=["pruned"],
 )
 forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
@@ -297,7 +297,7 @@ def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, 
     assert ("auto_map" in config) != form.is_padded
     ours = logits(open_checkpoint(folder, dtype=jnp.float32), TOKENS)
     if form.is_float4:
-        source = QuantizedSource(PrunedSource(base, plan), 32, float4=True)
+        source = QuantizedSource(PrunedSource(base, plan), 32, "mxfp4")
         check_float4(source, folder, plan.layer_indices[0], counts[plan.layer_indices[0]])
         wanted = logits(source, TOKENS)
     elif form.is_packed:
