@@ -261,7 +261,7 @@ def _taken(
     choice = {
         "candidates": sorted(candidates, key=lambda one: one["mean"]),
         "refused": [{"rule": one, "reason": reason} for one, reason in table.refused.items()],
-        "named": {one: getattr(asked, one) for one in asked.named},
+        "asked": {one: getattr(asked, one) for one in ("planner", "width", *asked.named)},
         "kept_out": {**provenance["kept_out"], "predictions": int(tokens.sum())},
         "dense": {text: float(dense[r].sum() / tokens[r].sum()) for text, r in rows.items()},
     }
