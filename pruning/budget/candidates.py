@@ -49,8 +49,11 @@ def candidate(rule: Rule, options: Given, collected: frozenset[str]) -> Given:
       collected: statistics beyond the forward sums, names of `GROUPS`.
 
     Raises:
-      InputError: the rule has another width, needs what is not collected, or contradicts the rest.
+      InputError: the rule has another width, needs what is not collected or no recipe can say, or
+        contradicts the rest.
     """
+    if rule.prepare is not None:
+        raise InputError("it fixes experts beforehand, for which a recipe has no option")
     said: Mapping[str, object] = {
         name: getattr(options if name in options.named else rule.options, name) for name in RULE
     }

@@ -1,5 +1,6 @@
 """The plan of a recipe; planner auto takes the rule that loses least on text kept out."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def measurable(recipe: ResolvedRecipe, provenance: dict, steps: Steps) -> Resolv
     usual = recipe.fixed()
     steps.say(
         "no window of calibration text was kept out of the statistics, so no rule can be measured "
-        f"and the usual one decides: {_words(usual)}"
+        f"and the usual one decides: {_words(usual, recipe)}"
     )
     return usual
 
@@ -120,18 +121,20 @@ def choose(
     plans = [plan for table in tables for _, plan in table.plans.values()]
     measured = _measured(folder, recipes[0], provenance, base, plans, kept_out, steps)
     found = [_taken(table, measured, provenance, recipes[0]) for table in tables]
-    for recipe, plan in found:
-        added = next(c for c in plan.provenance["choice"]["candidates"] if c["taken"])
-        steps.say(f"rule {added['rule']} adds least, {added['mean']:+.4f} nats per token: "
-                  f"{_words(recipe)}")  # fmt: skip
+    for asked, (recipe, plan) in zip(recipes, found, strict=True):
+        taken = next(c for c in plan.provenance["choice"]["candidates"] if c["taken"])
+        steps.say(
+            f"rule {taken['rule']} is taken, {taken['mean']:+.4f} nats per token on text kept out: "
+            f"{_words(recipe, asked)}"
+        )
     return found
 
 
-def _words(recipe: ResolvedRecipe) -> str:
-    return (
-        f"--criterion {recipe.used_criterion} --attribution {recipe.used_attribution} "
-        f"--planner {recipe.used_planner}"
-    )
+def _words(recipe: ResolvedRecipe, asked: ResolvedRecipe) -> str:
+    """A rule as options, which without measuring give the same rule."""
+    names = ["criterion", "attribution", "planner"]
+    names += [name for name in ("align", "width") if getattr(recipe, name) != getattr(asked, name)]
+    return " ".join(f"--{name} {getattr(recipe, name)}" for name in names)
 
 
 def _candidates(
@@ -189,7 +192,8 @@ def _measured(
         text.scored.sum(axis=1).tolist(), files.tolist(),
     )  # fmt: skip
     content = {"key": key, **dataclasses.asdict(measured)}
-    replace_text(folder / CHOICE, json.dumps(content, indent=1) + "\n")
+    with contextlib.suppress(PermissionError):  # `eval` may read a folder where it may not write
+        replace_text(folder / CHOICE, json.dumps(content, indent=1) + "\n")
     return measured
 
 
@@ -217,8 +221,8 @@ def _losses(
     windows, found, names = text.windows(), {}, list(plans)
     state = text.tokens.size * base.config.d_model * np.dtype(DTYPES[recipe.dtype]).itemsize
     size, layers = max(1, STATE_BYTES // state), len(base)
-    tokens = int(windows.scored.sum())
-    with steps.bar(f"measure {len(names)} plans on {tokens:,} tokens") as on_step:
+    steps.detail(f"  {len(names)} plans on {int(windows.scored.sum()):,} predictions")
+    with steps.bar("measure rules") as on_step:
         for start in range(0, len(names), size):
             group = names[start : start + size]
 

@@ -21,7 +21,7 @@ def keep_out(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch | None]:
     """Keep some windows out of what is scored: evenly spread, and some of every file.
 
     Of a file of several windows one is kept out at least, unless that came to more than a quarter
-    of the text. The choice depends on the number of windows alone.
+    of the text. Full windows are taken, if there are any; what they say decides nothing.
 
     Args:
       batch: windows of calibration text.
@@ -34,17 +34,22 @@ def keep_out(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch | None]:
     if count < FEWEST:
         return batch, None
     wanted = kept_out_windows(count, batch.tokens.shape[1])
+    usable = batch.scored.any(axis=1)
+    full = usable & batch.valid.all(axis=1)
+    usable = full if full.any() else usable
+    if not usable.any():
+        return batch, None
     files = np.zeros(count, int) if batch.files is None else batch.files
-    parts = [rows for file in np.unique(files) if len(rows := np.flatnonzero(files == file)) > 1]
+    parts = [
+        np.flatnonzero(usable & (files == file))
+        for file in np.unique(files[usable]) if (files == file).sum() > 1
+    ]  # fmt: skip
     shares = [max(1, round(wanted * len(rows) / count)) for rows in parts]
     if not parts or sum(shares) > max(wanted, MOST_SHARE * count):
-        parts, shares = [np.arange(count)], [wanted]
+        parts, shares = [np.flatnonzero(usable)], [min(wanted, int(usable.sum()))]
     out = np.zeros(count, bool)
     for rows, share in zip(parts, shares, strict=True):
-        # Never the last window of a file, which may be padded, unless all others are taken.
         out[rows[np.linspace(0, len(rows) - 1, share + 2)[1:-1].astype(int)]] = True
-    if not batch.scored[out].any():
-        return batch, None
     return batch.of(~out), batch.of(out)
 
 

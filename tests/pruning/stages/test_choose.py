@@ -133,7 +133,8 @@ def test_windows_kept_out_are_in_no_statistic(models, domains, finished, tmp_pat
         (place / f"{name}.txt").write_text(text)
     assert changed == len(job.kept_out.tokens) == 2
     out = tmp_path / "out"
-    assert run("--quiet", "score", *command(models / "single", place, out)) == 0
+    text = ("--evaluation", domains / "words.txt")
+    assert run("--quiet", "score", *command(models / "single", place, out, *text)) == 0
     ours, theirs = (load_file(f / "statistics.safetensors") for f in (out, finished))
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
@@ -175,7 +176,7 @@ def test_a_rate_of_its_own_has_a_choice_of_its_own(finished, tmp_path, monkeypat
     out = shutil.copytree(finished, tmp_path / "out")
     assert run("plan", out, "--prune-rate", 0.25, 0.75, 0.5) == 0
     shown = capsys.readouterr()
-    assert shown.err.count("adds least") == 3 and shown.out.count("Rules measured") == 3
+    assert shown.err.count("is taken, ") == 3 and shown.out.count("Rules measured") == 3
     no_measuring(monkeypatch)
     found = dict(plan_folder(out, [0.25, 0.75]))
     for plan in found.values():
@@ -214,13 +215,10 @@ def test_what_is_named_holds_in_every_candidate(finished, tmp_path, capsys):
     found = plan.provenance["choice"]
     assert found["asked"]["criterion"] == "energy"
     names = {one["rule"] for one in found["candidates"]}
-    assert {"fair-shapley criterion=energy", "paper-act criterion=energy"} <= names
+    assert "fair-shapley criterion=energy" in names and all("energy" in name for name in names)
     refused = {one["rule"]: one["reason"] for one in found["refused"]}
-    assert refused[
-        "paper-act criterion=energy"
-        if "paper-shapley criterion=energy" in names
-        else "paper-shapley criterion=energy"
-    ].startswith("it keeps the channels of")
+    same = "it keeps the channels of paper-shapley criterion=energy"
+    assert refused["paper-act criterion=energy"] == same
 
 
 def test_a_rule_that_cannot_is_listed_with_the_reason(finished, tmp_path, monkeypatch):
@@ -298,9 +296,7 @@ def test_rules_that_tie_are_told_apart_by_their_worst_text():
     tokens, domains = np.full(4, 10), np.array([0, 0, 1, 1])
     dense = np.zeros(4)
     best = np.array([2.0, 3.0, 7.0, 8.0])  # .5 a token; worst text .75
-    even = best + np.array(
-        [3.1, 1.0, -1.0, -3.0]
-    )  # .0025 more, unsure
+    even = best + np.array([3.1, 1.0, -1.0, -3.0])  # .0025 more, unsure
     losses = {"best": best, "even": even}
     assert take(losses, dense, tokens, domains) == ("even", ["best", "even"])
     # of one text nothing tells them apart but the loss
