@@ -44,7 +44,7 @@ def plan_pruning(
     Args:
       statistics: sums of a calibration sweep.
       options: rate, criterion, planner and the rest; what is left open is criterion shapley,
-        attribution ala, width free, block 1 and one block as the minimum.
+        attribution ala, planner fair, width free, block 1 and one block as the minimum.
       experts_per_token: experts per layer that keep at least the minimum, so that every token
         finds its experts; those of largest attribution.
       layer_indices: the model's layer number of each MoE layer; default 0, 1, 2, ...
@@ -87,9 +87,7 @@ def plan_pruning(
 def _filled(options: PlanOptions) -> PlanOptions:
     block = options.block or options.grid or 1
     return dataclasses.replace(
-        part_of(options, PlanOptions),
-        criterion=options.criterion or "shapley",
-        attribution=options.attribution or "ala",
+        part_of(options, PlanOptions).fixed(),
         width=options.width or "free",
         block=block,
         minimum=options.minimum or block,
@@ -195,7 +193,7 @@ def _constants(
 
 
 def _planner(options: PlanOptions) -> Planner:
-    planner = choose(PLANNERS, options.planner, "planner")
+    planner = choose(PLANNERS, options.used_planner, "planner")
     if options.align in SOLVERS and planner.objective is None:
         able = ", ".join(name for name, entry in PLANNERS.items() if entry.objective)
         raise InputError(

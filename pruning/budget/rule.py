@@ -42,8 +42,8 @@ class Rule:
     @property
     def needs(self) -> frozenset[str]:
         """All that must be collected beyond the forward sums, names of `GROUPS`."""
-        channel = choose(CHANNEL_CRITERIA, self.options.criterion or "shapley", "criterion")
-        expert = expert_criterion(self.options.attribution or "ala")
+        channel = choose(CHANNEL_CRITERIA, self.options.used_criterion, "criterion")
+        expert = expert_criterion(self.options.used_attribution)
         details = ("expert-details",) if self.options.emptied == "mean" else ()
         found = {channel.needs, expert.needs, *details, *self.prepare_needs}
         return frozenset(name for name in found if name is not None)

@@ -24,6 +24,7 @@ from pruning.kit.progress import Steps
 from pruning.recipe.options import ExportOptions, PlanOptions, TextOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.audit_page import audit_tables
+from pruning.report.choice_table import choice_table
 from pruning.report.cost_tables import estimate_tables
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
@@ -121,7 +122,8 @@ def plan(options: Options) -> Outcome:
     )
     values = [{"plan": f"{folder}/plan.json", **one.provenance} for folder, one in plans]
     pages = [Path(options.folder, "sweep.html")] if len(plans) > 1 else [plans[0][0] / "plan.json"]
-    return Outcome(values, [plans_table(plans)], pages)
+    chosen = [one.provenance["choice"] for _, one in plans if "choice" in one.provenance]
+    return Outcome(values, [plans_table(plans), *map(choice_table, chosen)], pages)
 
 
 def export(options: Options) -> Outcome:

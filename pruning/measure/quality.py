@@ -136,5 +136,30 @@ def quality_of(model: Reference, windows: Windows, reference: Reference | None =
     return quality
 
 
+def window_losses(model: Reference, windows: Windows) -> np.ndarray:
+    """The loss of every window.
+
+    Args:
+      model: last hidden states, and the head they go through.
+      windows: the text they come from.
+
+    Returns:
+      float64 [B], nats summed over the predictions that are scored.
+
+    Raises:
+      InputError: if the model's output is not finite.
+    """
+    scored = windows.scored
+    states, targets = model.hidden[:, :-1][scored], windows.tokens[:, 1:][scored]
+    found = np.zeros(len(targets))
+    for start in range(0, len(targets), POSITIONS):
+        part = slice(start, start + POSITIONS)
+        x, y = (jnp.asarray(pad_rows(v[part], POSITIONS)) for v in (states, targets))
+        found[part] = np.asarray(_loss(model.head, x, y), np.float64)[: len(targets[part])]
+    if not np.isfinite(found).all():
+        raise InputError("the loss on the text is not finite; the model's weights are broken")
+    return np.bincount(np.nonzero(scored)[0], weights=found, minlength=len(windows.tokens))
+
+
 def _total(values: Array, count: int) -> float:
     return float(np.asarray(values, np.float64)[:count].sum())

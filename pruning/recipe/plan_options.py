@@ -1,7 +1,8 @@
 """The options of a plan; the other groups are in `pruning.recipe.options`."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from moe_jax.errors import InputError
 from pruning.recipe.group import About, Options
@@ -10,6 +11,10 @@ from pruning.recipe.values import check_rate, check_share, layer_rates
 
 BUDGETS = ("prune_rate", "target_parameters", "target_bytes")  # one of them at most
 LayerLoss = Literal["energy", "attribution", "nll_ig"]
+AUTO = "auto"  # the planner that measures rules and takes the best
+# What makes a rule, beside its planner; all other options say what any rule must keep to.
+RULE = ("criterion", "attribution", "weights", "rho_max", "layer_loss", "smoothing", "passes",
+        "align", "per_layer")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,11 @@ class PlanOptions(Options):
     ] = None
     criterion: Annotated[
         str | None,
-        About("channel score; default shapley, or noise with weights_only", names=CRITERIA),
+        About(
+            "channel score; default shapley, or noise with weights_only, or what planner auto "
+            "finds best",
+            names=CRITERIA,
+        ),
     ] = None
     attribution: Annotated[
         str | None,
@@ -56,7 +65,16 @@ class PlanOptions(Options):
             names=ATTRIBUTIONS,
         ),
     ] = None
-    planner: Annotated[str, About("how the budget is allocated", names=PLANNERS)] = "fair"
+    planner: Annotated[
+        str | None,
+        About(
+            "how the budget is allocated; auto plans by some eight rules, measures each on "
+            "calibration windows that it keeps out of the statistics, and takes the one that loses "
+            "least, with what is named of criterion, attribution, weights, align and so on held "
+            "in all of them; default auto, or fair where one of these is named or no text is read",
+            names=(AUTO, *PLANNERS),
+        ),
+    ] = None
     weights: Annotated[
         str | None,
         About("how experts count in the planner's objective; default its own", names=WEIGHTS),
@@ -174,6 +192,36 @@ class PlanOptions(Options):
     def layer_rates(self) -> dict[int, float]:
         """Prune rates of the layers that have one of their own, by the model's layer number."""
         return layer_rates([*self.layer_rate, *(f"{layer}=0" for layer in self.skip_layers)])
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Options of `RULE` that differ from their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(PlanOptions)}
+        return tuple(name for name in RULE if getattr(self, name) != defaults[name])
+
+    @property
+    def used_criterion(self) -> str:
+        """The channel score, the usual one where it is open."""
+        return self.criterion or "shapley"
+
+    @property
+    def used_attribution(self) -> str:
+        """The expert score, the usual one where it is open."""
+        return self.attribution or "ala"
+
+    @property
+    def used_planner(self) -> str:
+        """The planner, the usual one where nothing is measured."""
+        return self.planner if self.planner not in (None, AUTO) else "fair"
+
+    def fixed(self) -> Self:
+        """The same with the usual rule where it is open, which nothing measures."""
+        return dataclasses.replace(
+            self,
+            criterion=self.used_criterion,
+            attribution=self.used_attribution,
+            planner=self.used_planner,
+        )
 
     @property
     def has_budget(self) -> bool:

@@ -33,6 +33,7 @@ from pruning.recipe.options import (
     TextOptions,
     fields_of,
 )
+from pruning.recipe.plan_options import AUTO
 from pruning.recipe.values import NEEDS_TEXT, window_within
 
 TEXTS = ("calibration", "evaluation")  # options that name files
@@ -102,8 +103,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         filled = {
             "export": tuple(exports),
             "group_size": group,
-            "criterion": self.criterion or ("noise" if self.weights_only else "shapley"),
-            "attribution": self.attribution or ("aimer" if self.weights_only else "ala"),
+            **self._rule(),
             "block": block,
             "grid": grid,
             "minimum": self.minimum or block,
@@ -113,6 +113,16 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "evaluation_tokens": self.evaluation_tokens or EVALUATION_TOKENS,
         }
         return ResolvedRecipe(**{**given, **filled})
+
+    def _rule(self) -> dict[str, str | None]:
+        """Criterion, attribution and planner; what planner auto is to find stays open."""
+        if self.weights_only:
+            usual = {"criterion": "noise", "attribution": "aimer", "planner": "fair"}
+        elif (self.planner or AUTO) == AUTO and not (self.planner is None and self.named):
+            usual = {"criterion": None, "attribution": None, "planner": AUTO}
+        else:
+            usual = {"criterion": "shapley", "attribution": "ala", "planner": "fair"}
+        return {name: getattr(self, name) or value for name, value in usual.items()}
 
     def _copied(self, native: int | None, storages: Set[Storage]) -> int | None:
         # Weights per scale of the model whose codes an export takes over.
@@ -181,12 +191,11 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRecipe(CompressionRecipe):
-    """A recipe for one model: what depends on the model is decided, so nothing here is open."""
+    """A recipe for one model: what depends on it is decided; planner auto leaves a rule open."""
 
     export: Annotated[tuple[FormatName, ...], about(ExportOptions, "export")] = ()
     group_size: Annotated[int, about(ExportOptions, "group_size")] = 32
-    criterion: Annotated[str, about(PlanOptions, "criterion")] = "shapley"
-    attribution: Annotated[str, about(PlanOptions, "attribution")] = "ala"
+    planner: Annotated[str, about(PlanOptions, "planner")] = AUTO
     block: Annotated[int, about(PlanOptions, "block")] = 1
     minimum: Annotated[int, about(PlanOptions, "minimum")] = 1
     width: Annotated[

@@ -7,6 +7,8 @@ from typing import Any
 from convert.export_format import ExportFormat
 from pruning.budget.record import recorded_options
 from pruning.kit.words import percent
+from pruning.recipe.plan_options import RULE
+from pruning.report.choice_table import choice_table
 from pruning.report.html import render
 from pruning.report.loading import Loading
 from pruning.report.phrases import check_result, second_rounding
@@ -164,6 +166,7 @@ def model_card(facts: CardFacts) -> str:
         seen_warning=not_held_out(facts.evaluation.get("seen", {})),
         checks=[[c["check"], check_result(c), c["detail"]] for c in facts.checks],
         made=_made(facts),
+        choice=choice_table(choice) if (choice := facts.plan.provenance.get("choice")) else None,
         recipe=_recipe(facts),
         sources=[
             [s["text"], f"{s['documents']:,}", f"{s['tokens']:,}", f"`{s['sha256']}`"]
@@ -246,6 +249,8 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     if said.get("evaluation"):
         values["evaluation"] = said["evaluation"]
     options = {**(said.get("scoring") or {}), **recorded_options(said)}
+    if choice := said.get("choice"):  # what was asked for repeats it, windows kept out as before
+        options = {k: v for k, v in options.items() if k not in RULE} | choice["asked"]
     values |= {k: v for k, v in options.items() if v is not None and v is not False and v != []}
     values["prune_rate"] = said.get("prune_rate", facts.plan.removed)
     values |= {name: said[name] for name in ("block", "minimum") if said.get(name) is not None}

@@ -15,6 +15,7 @@ from moe_jax.errors import InputError, choose
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from pruning.kit.words import megabytes, percent
+from pruning.report.choice_table import choice_table
 from pruning.report.compression_tables import (
     allocation_table,
     quality_table,
@@ -50,7 +51,7 @@ class CompressionReport:
 
     Attributes:
       model: path, family, fingerprint, parameters, bytes (of its weight files).
-      recipe: every option of the resolved recipe by name.
+      recipe: every option of the resolved recipe by name, with the rule that planner auto took.
       environment: moe-jax (version), date (UTC), device, cores, python, jax.
       calibration: tokens (scored), sources: per file path, sha256, weight, documents, tokens
         (those set aside for measuring included), and how it was read: format, field, begins,
@@ -58,7 +59,8 @@ class CompressionReport:
         text (see pruning.stages.parts), null for weights_only; router_entropy [L] mean over
         tokens in nats and usage [L][E] share of a layer's routed tokens, if any text was read. 0
         tokens: the weights alone decided.
-      plan: provenance of the plan: choices, budget, channels kept, experts emptied.
+      plan: provenance of the plan: choices, budget, channels kept, experts emptied; with planner
+        auto `choice`: candidates (rule, added loss per text and mean, taken), refused (reason).
       layer_indices: [L] index of each expert layer in the model.
       d_expert: channels per expert before pruning.
       counts: [L][E] channels kept.
@@ -225,10 +227,12 @@ class CompressionReport:
         return [smaller, lost, tokens]
 
     def tables(self) -> list[TextTable]:
-        """Sizes, quality, allocation, verification and stages."""
+        """Sizes, quality, the rules measured if any, allocation, verification and stages."""
+        choice = self.plan.get("choice")
         return [
             sizes_table(self.sizes, self.model),
             quality_table(self.quality, self.evaluation),
+            *([choice_table(choice)] if choice else []),
             allocation_table(self.plan, self.sizes, self.model),
             verification_table(self.verification),
             stages_table(self.stages),

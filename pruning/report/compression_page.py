@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from moe_jax.files import replace_text
 from pruning.kit.words import percent
 from pruning.report import figures as plots
+from pruning.report.choice_table import choice_table
 from pruning.report.command import command_line
 from pruning.report.compression import CompressionReport
 from pruning.report.compression_tables import (
@@ -39,6 +40,7 @@ ONE_LEVEL = frozenset({
     "fair", "fair0.5", "fair2", "linear", "uniform", "random", "global_topk", "normalized_topk",
     "layer_topk",
 })  # fmt: skip
+MANY = 12  # texts that have a column of their own in a table of the page
 EARLIER = "not measured: the report is of an earlier version"
 
 
@@ -84,6 +86,7 @@ def page(report: CompressionReport, notice: str = "") -> str:
             report.counts, report.layer_coverage, report.layer_indices, report.d_expert,
             report.recipe.get("criterion", "channel"),
         ),
+        choice=choice_table(choice, MANY) if (choice := report.plan.get("choice")) else None,
         allocation=allocation_table(report.plan, report.sizes, report.model),
         stages=stages_table(report.stages),
     )  # fmt: skip

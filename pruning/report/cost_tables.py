@@ -7,6 +7,7 @@ from pruning.report.table import TextTable
 
 STAGES = {  # of `pruning.runs.memory.memory`
     "scoring": "to score",
+    "choice": "to measure rules",
     "gptq": "for GPTQ",
     "export": "to export",
     "verify": "to verify",
@@ -95,6 +96,9 @@ def _costs(found: dict[str, Any]) -> TextTable:
     written = " + ".join(f"{name} {megabytes(size)}" for name, size in disk["parts"].items())
     scored = f"{found['tokens']:,} tokens" if found["tokens"] else "the weights"
     time = "not probed" if seconds is None else f"about {duration(seconds)}"
+    choosing, kept = found["choosing_seconds"], found["kept_out_tokens"]
+    choice = "not probed" if choosing is None else f"about {duration(choosing)}"
+    measured = [[f"time to measure rules on {kept:,} of them", choice]] if kept else []
     rows = [
         *(
             [f"memory {STAGES[stage]}", f"about {megabytes(size)} MB"]
@@ -102,6 +106,7 @@ def _costs(found: dict[str, Any]) -> TextTable:
             if size
         ),
         [f"time to score {scored}", time],
+        *measured,
         ["disk needed", f"at most {megabytes(disk['needed_bytes'])} MB: {written} + spare"],
         ["disk free", f"{megabytes(disk['free_bytes'])} MB"],
     ]

@@ -151,6 +151,7 @@ def _recipe(
     """The recipe beside the plan, with what the plan says of itself and what is given on top."""
     said = plan.provenance
     told = recorded_options(said)
+    told |= {"planner": said.get("planner") or "fair"}  # nothing is measured here
     told |= {"skip_layers": (), "prune_rate": said.get("prune_rate", 1.0 - plan.keep.mean().item())}
     # Codes chosen on text do not travel with a plan, and blocks follow the group size given now.
     told |= {"quantizer": "rtn", "block": None, "minimum": None}

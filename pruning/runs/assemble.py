@@ -152,7 +152,8 @@ def _scores(found: Outcome) -> dict[str, Any]:
     """Attribution, coverage, layer losses and concentration under the recipe's scores."""
     recipe, plan = found.job.recipe, found.plan
     scores = channel_scores(
-        found.statistics, criterion=recipe.criterion, attribution=recipe.attribution,
+        found.statistics, criterion=recipe.used_criterion,
+        attribution=recipe.used_attribution,
         seed=recipe.seed,
     )  # fmt: skip
     fractions, curves = concentration(scores.channel)

@@ -1,5 +1,6 @@
 """The stage behind `moe-compress audit`: measure, remember, compare, write."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def _opened(
 ) -> dict[str, Any]:
     """Open what is audited, scored if it is a recipe, and audit it."""
     if isinstance(source, CompressionRecipe):
-        job = open_job(source)
+        job = open_job(dataclasses.replace(source, planner=source.used_planner))
         identify(job.base, job.output, steps)
         preflight.prepare(job, steps, exports=False)
         statistics, _ = scoring.score(job, steps)
@@ -174,7 +175,10 @@ def _figures(
     """What single tokens show on some of the calibration text and of the evaluation texts."""
     recipe = job.recipe
     scores = channel_scores(
-        statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
+        statistics,
+        criterion=recipe.used_criterion,
+        attribution=recipe.used_attribution,
+        seed=recipe.seed,
     )
     evaluation = list(job.evaluation.items())[:EVALUATION_TEXTS]
     texts = {
@@ -192,7 +196,7 @@ def _figures(
         seen=seen,
         usage=statistics.tokens,
         layer_indices=job.base.config.moe_layers,
-        criterion=recipe.criterion,
+        criterion=recipe.used_criterion,
     )
 
 

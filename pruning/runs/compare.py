@@ -86,7 +86,7 @@ def _compare(
     check_needs(names, recipe.groups)
     with steps.bar("open"):
         # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
-        job = _open(dataclasses.replace(recipe, bits=16, export=()))
+        job = _open(dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner))
     identify(job.base, job.output, steps)
     texts = job.evaluation
     if not texts:

@@ -19,6 +19,7 @@ from pruning.report.compression import CompressionReport
 from pruning.runs.assemble import Outcome, Qualities, assemble
 from pruning.runs.score import open_for
 from pruning.scores.statistics import ChannelStatistics
+from pruning.stages import choose as choosing
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import plan as planning
@@ -80,10 +81,9 @@ def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
         return _finished(job, steps)
     preflight.prepare(job, steps)
     statistics, provenance = scoring.score(job, steps)
-    with steps.bar("plan"):
-        plan = planning.plan(job.recipe, statistics, provenance, job.base.about)
-        output_folder.drop_stale_exports(job.output, plan)
-        plan.save(job.output)
+    job, plan = choosing.job_plan(job, statistics, provenance, steps)
+    output_folder.drop_stale_exports(job.output, plan)
+    plan.save(job.output)
     sizes = export_sizes(job.base.about, plan, job.recipe)
     preflight.say_sizes(sizes, steps)
     say_nothing_saved(plan, job.recipe, steps)

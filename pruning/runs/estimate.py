@@ -15,10 +15,11 @@ from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
 from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
+from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import check_whole
 from pruning.runs.memory import memory
-from pruning.runs.probe import scoring_seconds
+from pruning.runs.probe import choosing_seconds, kept_out_tokens, scoring_seconds
 from pruning.stages.job import require_possible, resolved
 from pruning.stages.preflight import (
     SCRATCH,
@@ -59,7 +60,8 @@ def estimate(
       recipe: what would be done; config.json suffices as its model.
       rates: prune rates instead of the recipe's budget.
       tensor_parallel: GPUs that will share each layer, at least 1.
-      probe: time a layer to foretell the seconds of scoring; default if the weights are there.
+      probe: time a layer to foretell the seconds of scoring and of measuring rules; default if
+        the weights are there.
 
     Returns:
       One entry per rate, of JSON-compatible values; sizes are bytes.
@@ -73,13 +75,15 @@ def estimate(
     recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
     about = base.about if isinstance(base, Checkpoint) else base
     found = [_estimate(about, one, tensor_parallel) for one in recipes or [recipe]]
-    seconds = None
+    scoring, choosing = None, None
     if isinstance(base, Checkpoint) if probe is None else probe:
         if not isinstance(base, Checkpoint):
             raise InputError(f"{about.folder} has no weights to probe; leave out --probe")
         # The time is the same at every rate.
-        seconds = round(scoring_seconds(base, resolved(recipe, about)), 1)
-    return [{**one, "scoring_seconds": seconds} for one in found]
+        whole = resolved(recipe, about)
+        scoring = round(scoring_seconds(base, whole), 1)
+        choosing = round(choosing_seconds(base, whole), 1)
+    return [{**one, "scoring_seconds": scoring, "choosing_seconds": choosing} for one in found]
 
 
 def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int) -> dict[str, Any]:
@@ -120,6 +124,7 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
             **({"scratch": apart} if apart else {}),
         },
         "tokens": 0 if whole.weights_only else whole.max_tokens,
+        "kept_out_tokens": kept_out_tokens(whole) if whole.planner == AUTO else 0,
         "tensor_parallel": tensor_parallel,
     }
 

@@ -76,7 +76,7 @@ def evaluate(
         if rates:
             recipe = stored_recipe(folder)
             base = stored_base(recipe, steps)
-            plans, statistics = stored_plans(folder, recipe, base, rates)
+            plans, statistics = stored_plans(folder, recipe, base, rates, steps)
         else:
             base = open_checkpoint(model_folder(model))
         window = window_within(window, base.config.max_position)

@@ -5,12 +5,16 @@ import math
 from convert.description import Description
 from convert.rules import ruled_tensors
 from moe_jax.experts.dispatch import padded_rows
+from pruning.budget.candidates import CANDIDATES
 from pruning.measure.quality import POSITIONS
+from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.runs.probe import kept_out_tokens
 from pruning.scores.collect import CHUNK
 from pruning.scores.noise import ROWS_PER_EXPERT
 from pruning.scores.states import projection_bytes, projection_room
 from pruning.shrink.gptq import MOMENT_BYTES
+from pruning.stages.choose import STATE_BYTES
 from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.sizes import export_of, form_of, sample_memory, statistics_bytes
@@ -46,6 +50,7 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     sample = max(sample_memory(base, one) for one in exports)
     return {
         "scoring": _scoring(base, recipe, fixed, layer),
+        "choice": _choice(base, recipe, fixed, layer) if recipe.planner == AUTO else 0,
         "gptq": fixed + pruned + moments if gptq else 0,
         "export": fixed + pruned,
         "verify": late + max(pruned, 4 * outer + held[4]),
@@ -62,6 +67,19 @@ def _largest_layer(base: Description) -> int:
         if rule is not None:
             layers[int(name.split(".")[2])] += math.prod(shape)
     return max(layers)
+
+
+def _choice(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
+    """Two layers, the hidden states of plans that share a reading twice, a batch at work and the
+    down-projections of a layer without what is masked."""
+    c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
+    tokens = kept_out_tokens(recipe)
+    states = tokens * c.d_model * item
+    together = max(1, min(1 + len(CANDIDATES), STATE_BYTES // states))
+    rows = min(recipe.batch * recipe.window, tokens) * c.moe.experts_per_token
+    work = rows * (3 * c.moe.d_expert + 3 * c.d_model) * 4
+    work += c.moe.num_experts * c.moe.d_expert * c.d_model * item
+    return int(fixed + LAYERS_HELD * 2 * layer + 2 * together * states + work)
 
 
 def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:

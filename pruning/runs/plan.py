@@ -59,7 +59,7 @@ def _plan_folder(
     recipe = stored_recipe(folder, **options)
     clear_leftovers(folder)
     base = stored_base(recipe, steps)
-    plans, statistics = stored_plans(folder, recipe, base, rates)
+    plans, statistics = stored_plans(folder, recipe, base, rates, steps)
     single, made = len(plans) == 1, []
     for one, plan in plans:
         target = folder if single else folder / f"plans/{one.prune_rate}"

@@ -1,17 +1,24 @@
 """A short measurement from which the time of a whole sweep is foretold."""
 
+import math
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from moe_jax.attention.context import Context
 from moe_jax.stream import LayerSource, in_batches
+from pruning.budget.candidates import CANDIDATES
+from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
+from pruning.shrink.masked import masked_forward
 from pruning.stages.extra_scores import costs
+from pruning.text.kept_out import kept_out_windows
 
 PROBE_TOKENS = 512
 # Times the plain sweep: gradients by tests/bench/bench_statistics.py, others as options say.
@@ -33,17 +40,45 @@ def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
         noise = noise_rows(source.config.d_model)
         seconds = _seconds(noise_worth, layer, noise[:PROBE_TOKENS])
         return seconds * len(noise) / PROBE_TOKENS * len(source.config.moe_layers)
+    x, context = _step(source, recipe)
+    seconds = _seconds(layer_statistics, layer, x, context)
+    sweep = seconds / (x.shape[0] * x.shape[1]) * recipe.max_tokens * len(source)
+    asked = [1.0, *(times - 1 for name, times in TIMES.items() if getattr(recipe, name))]
+    extra = sum(costs(source, recipe).values()) / len(source)
+    return sweep * (sum(asked) + extra)
+
+
+def choosing_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
+    """Seconds that planner auto will take to measure its rules, by the same layer; 0 without it.
+
+    Args:
+      source: the dense model.
+      recipe: a resolved one.
+    """
+    if recipe.planner != AUTO:
+        return 0.0
+    c = source.config
+    layer, keep = source.layer(c.moe_layers[0]), jnp.ones((c.moe.num_experts, c.moe.d_expert), bool)
+    x, context = _step(source, recipe)
+    seconds = _seconds(masked_forward, layer, x, context, keep)
+    plans = 1 + len(CANDIDATES)
+    return seconds / (x.shape[0] * x.shape[1]) * plans * kept_out_tokens(recipe) * len(source)
+
+
+def kept_out_tokens(recipe: ResolvedRecipe) -> int:
+    """Tokens that planner auto keeps out of a text as long as may be."""
+    windows = math.ceil(recipe.max_tokens / recipe.window)
+    return kept_out_windows(windows, recipe.window) * recipe.window
+
+
+def _step(source: LayerSource, recipe: ResolvedRecipe) -> tuple[Array, Context]:
+    """A few hundred tokens [B, T, D] at their places."""
     length = min(recipe.window, PROBE_TOKENS)
     rows = max(1, min(recipe.batch, PROBE_TOKENS // length))
     valid = np.ones((rows, length), bool)
     (context,) = in_batches(source, np.zeros(valid.shape, np.int32), valid, rows).places
     x = jax.random.normal(jax.random.key(0), (*valid.shape, source.config.d_model), jnp.float32)
-    x = x.astype(recipe.dtype)
-    seconds = _seconds(layer_statistics, layer, x, context)
-    sweep = seconds / valid.size * recipe.max_tokens * len(source)
-    asked = [1.0, *(times - 1 for name, times in TIMES.items() if getattr(recipe, name))]
-    extra = sum(costs(source, recipe).values()) / len(source)
-    return sweep * (sum(asked) + extra)
+    return x.astype(recipe.dtype), context
 
 
 def _seconds(function: Callable, *arguments) -> float:

@@ -35,7 +35,10 @@ def sweep_of(
       The sweep, rates rising.
     """
     channel = channel_scores(
-        statistics, criterion=recipe.criterion, attribution=recipe.attribution, seed=recipe.seed
+        statistics,
+        criterion=recipe.used_criterion,
+        attribution=recipe.used_attribution,
+        seed=recipe.seed,
     ).channel
 
     def point(rate: float | None, plan: PruningPlan) -> SweepPoint:
@@ -50,4 +53,4 @@ def sweep_of(
 
     whole = PruningPlan(np.ones_like(plans[0].keep), plans[0].layer_indices)
     order = sorted(zip(rates, plans, strict=True), key=lambda pair: pair[0])
-    return Sweep(recipe.criterion, point(None, whole), tuple(point(*pair) for pair in order))
+    return Sweep(recipe.used_criterion, point(None, whole), tuple(point(*pair) for pair in order))

@@ -28,7 +28,7 @@ OURS = (
     "parts/[0-9]*.safetensors", "parts/[0-9]*.json",
     "plan.json", "plan.safetensors",
     "compare.json", "compare.csv", "compare.html",
-    "statistics.json", "statistics.safetensors",
+    "choice.json", "statistics.json", "statistics.safetensors",
     "report.html", "report.json", "model.json",
     "audit.json", "audit.csv", "audit.html", "ablations.jsonl",
     "sweep.csv", "sweep.html",

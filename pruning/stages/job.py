@@ -18,12 +18,14 @@ from pruning.budget.importance import PlannerOptions
 from pruning.budget.planners import PLANNERS
 from pruning.demo import demo_texts, model_folder
 from pruning.kit.hub import pinned
+from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
 from pruning.stages.measure import open_texts
 from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
+from pruning.text.kept_out import keep_out
 from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec, open_codec
 from pruning.text.windows import Windows
@@ -35,7 +37,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Job:
     """A recipe together with the opened model, its tokenizer and its texts.
 
-    `evaluation_sources` are as `TokenBatch.sources`, of the evaluation files.
+    `evaluation_sources` are as `TokenBatch.sources`, of the evaluation files. `kept_out` are the
+    windows of calibration text on which planner auto measures rules, and no others see them.
     """
 
     recipe: ResolvedRecipe
@@ -44,6 +47,7 @@ class Job:
     calibration: TokenBatch
     evaluation: dict[str, Windows]
     evaluation_sources: tuple[dict, ...] = ()
+    kept_out: TokenBatch | None = None
 
     @property
     def output(self) -> Path:
@@ -79,13 +83,12 @@ def open_job(recipe: CompressionRecipe) -> Job:
     )  # fmt: skip
     if not texts and not recipe.weights_only:
         calibration, held = hold_out(calibration)
-        counted = held.valid if held.counted is None else held.counted
-        scored = held.valid[:, :-1] & held.valid[:, 1:] & counted[:, 1:]
-        if scored.any():
-            texts["held-out calibration"] = Windows(
-                held.tokens, held.valid, scored, recipe.window, recipe.window
-            )
-    return Job(recipe, base, codec, calibration, texts, notes)
+        if held.scored.any():
+            texts["held-out calibration"] = held.windows()
+    kept_out = None
+    if recipe.planner == AUTO:
+        calibration, kept_out = keep_out(calibration)
+    return Job(recipe, base, codec, calibration, texts, notes, kept_out)
 
 
 def require_possible(recipe: ResolvedRecipe, base: Description) -> None:
@@ -101,11 +104,11 @@ def require_possible(recipe: ResolvedRecipe, base: Description) -> None:
     if base.widths != uniform_widths(c):
         raise InputError(f"{base.folder} is already pruned; give the dense model that it came from")
     check_mtp(base, recipe.mtp)
-    choose(CHANNEL_CRITERIA, recipe.criterion, "criterion")
-    expert_criterion(recipe.attribution)
+    choose(CHANNEL_CRITERIA, recipe.used_criterion, "criterion")
+    expert_criterion(recipe.used_attribution)
     if recipe.weights_only:
-        require_data_free(recipe.criterion, recipe.attribution)
-    choose(PLANNERS, recipe.planner, "planner")
+        require_data_free(recipe.used_criterion, recipe.used_attribution)
+    choose({AUTO: None, **PLANNERS}, recipe.planner, "planner")
     PlannerOptions.of(recipe)
     check_block(recipe.block, c.moe.d_expert)
 

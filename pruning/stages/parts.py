@@ -113,7 +113,10 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
 
 
 def _kept_set(job: Job) -> Callable[[ChannelStatistics], np.ndarray | None]:
-    scores = CHANNEL_CRITERIA[job.recipe.criterion], expert_criterion(job.recipe.attribution)
+    scores = (
+        CHANNEL_CRITERIA[job.recipe.used_criterion],
+        expert_criterion(job.recipe.used_attribution),
+    )
     if any(score.whole_text for score in scores):
         return lambda statistics: None
     notes = {"model_hash": job.base.fingerprint}

@@ -17,6 +17,7 @@ from pruning.scores.weight_gradient import weight_gradient_scores
 from pruning.stages import extra_scores
 from pruning.stages.job import Job
 from pruning.stages.parts import collect_parts
+from pruning.text.kept_out import kept_out_note
 
 STATISTICS = "statistics.safetensors"
 
@@ -60,7 +61,7 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
 def _score_weights(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     steps.say(
         "no text is read: the weights alone decide "
-        f"(criterion {job.recipe.criterion}, attribution {job.recipe.attribution})"
+        f"(criterion {job.recipe.used_criterion}, attribution {job.recipe.used_attribution})"
     )
     with steps.bar("score weights") as on_step:
         visits, total = itertools.count(1), len(job.base.config.moe_layers)
@@ -91,6 +92,7 @@ def identity(job: Job) -> dict:
         "sources": without_paths(job.calibration.sources),
         **({"nll_ig_steps": job.recipe.nll_ig} if job.recipe.nll_ig else {}),
         "until_stable": job.recipe.until_stable,
+        **({"kept_out": kept_out_note(job.kept_out)} if job.kept_out else {}),
     }
 
 

@@ -13,12 +13,14 @@ from pruning.budget.plan import PruningPlan
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS
+from pruning.recipe.plan_options import AUTO, RULE
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.recipe.values import check_rate
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import plan as planning
 from pruning.stages import score as scoring
-from pruning.stages.job import resolved
+from pruning.stages.choose import choose, measurable
+from pruning.stages.job import open_job, resolved
 from pruning.stages.model_record import identify
 
 
@@ -27,7 +29,10 @@ def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
     if not (folder / "recipe.yaml").is_file():
         raise InputError(f"{folder}/recipe.yaml does not exist; run `moe-compress score` first")
     # The folder may have moved since the recipe was written.
-    return load_recipe(folder / "recipe.yaml", **{"output": str(folder), **given})
+    recipe = load_recipe(folder / "recipe.yaml", **{"output": str(folder), **given})
+    # As on the command line of `compress`: who names a rule gets it, and measures none.
+    is_named = any(given.get(name) is not None for name in RULE) and not given.get("planner")
+    return recipe.fixed() if is_named else recipe
 
 
 def stored_base(recipe: CompressionRecipe, steps: Steps) -> Checkpoint:
@@ -48,9 +53,11 @@ def stored_base(recipe: CompressionRecipe, steps: Steps) -> Checkpoint:
 
 
 def stored_plans(
-    folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: Sequence[float]
+    folder: Path, recipe: CompressionRecipe, base: Checkpoint, rates: Sequence[float], steps: Steps
 ) -> tuple[list[tuple[ResolvedRecipe, PruningPlan]], ChannelStatistics]:
     """A plan for every prune rate, or for the recipe's own budget, from stored statistics.
+
+    Plans of one rule lie within each other; planner auto takes a rule for every rate by itself.
 
     Returns:
       (recipe resolved, plan) per rate, and the statistics.
@@ -60,6 +67,11 @@ def stored_plans(
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe
     one = resolved(one, base.about)
     statistics, provenance = scoring.stored_statistics(folder, base)
+    one = measurable(one, provenance, steps)
+    if one.planner == AUTO:
+        open_recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates] or [one]
+        texts = lambda: open_job(recipe).kept_out  # noqa: E731
+        return choose(open_recipes, statistics, provenance, base, texts, steps), statistics
     if not rates:
         return [(one, planning.plan(one, statistics, provenance, base.about))], statistics
     plans = planning.plans_of_rates(one, list(rates), statistics, provenance, base.about)

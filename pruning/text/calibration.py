@@ -12,6 +12,7 @@ from moe_jax.errors import InputError
 from pruning.text.documents import WHOLE, open_documents
 from pruning.text.encoding import Answers, Encode, encoded, with_first
 from pruning.text.source import TextSource
+from pruning.text.windows import Windows
 
 MIN_TOKENS = 64
 CHARACTERS = 16  # of a document, at most, for each token that is wanted
@@ -30,12 +31,14 @@ class TokenBatch:
         `options`, see `TextSource`, unless ""; the `about` of its `TokenStream`; `first`, the ids
         that begin each text and window, if there are any; `loss_on` unless "all".
       counted: bool [B, T], tokens whose prediction counts in losses and gradients; None for all.
+      files: int [B], the place in `sources` of the file that each window is of; None if unknown.
     """
 
     tokens: np.ndarray
     valid: np.ndarray
     sources: tuple[dict, ...] = ()
     counted: np.ndarray | None = None
+    files: np.ndarray | None = None
 
     @property
     def total(self) -> int:
@@ -45,6 +48,23 @@ class TokenBatch:
     def counted_in(self, rows: np.ndarray) -> np.ndarray | None:
         """`counted` of some windows."""
         return None if self.counted is None else self.counted[rows]
+
+    @property
+    def scored(self) -> np.ndarray:
+        """bool [B, T - 1], position t tells whether the prediction of token t + 1 counts."""
+        counted = self.valid if self.counted is None else self.counted
+        return self.valid[:, :-1] & self.valid[:, 1:] & counted[:, 1:]
+
+    def of(self, rows: np.ndarray) -> "TokenBatch":
+        """Some windows, chosen by number or by a mask [B]."""
+        files = None if self.files is None else self.files[rows]
+        parts = {"tokens": self.tokens[rows], "valid": self.valid[rows], "files": files}
+        return replace(self, counted=self.counted_in(rows), **parts)
+
+    def windows(self) -> Windows:
+        """As windows of an evaluation text, side by side."""
+        length = self.tokens.shape[1]
+        return Windows(self.tokens, self.valid, self.scored, length, length)
 
 
 @dataclass(frozen=True)
@@ -183,18 +203,19 @@ def calibration_batch(
         streams.append(replace(stream, tokens=tokens, counted=counted))
     shares = _shares([len(s.tokens) for s in streams], [s.weight for s in sources], max_tokens)
     how = ({"first": list(first)} if first else {}) | ({"loss_on": "answers"} if answers else {})
-    rows, masks, counts, notes = [], [], [], []
+    rows, masks, counts, notes, number = [], [], [], [], []
     for source, stream, share in zip(sources, streams, shares, strict=True):
         windows = -(-share // length)
         padded, counted = np.zeros(windows * length, np.int32), np.zeros(windows * length, bool)
         padded[:share], counted[:share] = stream.tokens[:share], stream.counted[:share]
         rows.append(padded.reshape(windows, length))
         counts.append(counted.reshape(windows, length))
+        number.append(windows)
         masks.append((np.arange(windows * length) < share).reshape(windows, length))
         notes.append(source_note(source, stream, share) | how)
     batch = TokenBatch(
         np.concatenate(rows), np.concatenate(masks), tuple(notes),
-        np.concatenate(counts) if how else None,
+        np.concatenate(counts) if how else None, np.repeat(np.arange(len(number)), number),
     )  # fmt: skip
     if batch.total < MIN_TOKENS:
         raise InputError(
@@ -217,14 +238,7 @@ def hold_out(batch: TokenBatch, share: float = 1 / 16) -> tuple[TokenBatch, Toke
     count = max(1, round(share * len(batch.tokens))) if len(batch.tokens) >= 4 else 0
     aside = np.zeros(len(batch.tokens), bool)
     aside[np.linspace(0, len(aside) - 1, count + 2)[1:-1].round().astype(int)] = True
-    left, held = (
-        replace(
-            batch, tokens=batch.tokens[rows], valid=batch.valid[rows],
-            counted=batch.counted_in(rows),
-        )
-        for rows in (~aside, aside)
-    )  # fmt: skip
-    return left, held
+    return batch.of(~aside), batch.of(aside)
 
 
 def _shares(available: list[int], weights: list[float], total: int) -> list[int]:

@@ -83,9 +83,8 @@ def kill_stage(name: str, points: int, home: Path, rng: random.Random) -> tuple[
     wanted_command, before = STAGES[name]
 
     def words(line, out: Path) -> list[str]:
-        given = [str(part) for part in command.given(home, out)]
-        places = {"MODEL": [str(home / "model")], "OUT": [str(out)], "GIVEN": given}
-        return [word for part in line for word in places.get(part, [part])]
+        places = {"MODEL": [home / "model"], "OUT": [out], "GIVEN": command.read(home, out)}
+        return [str(word) for part in line for word in places.get(part, [part])]
 
     calm, out, faults = home / "calm", home / "out", []
     for folder in (calm, out):

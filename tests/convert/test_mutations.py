@@ -23,9 +23,9 @@ def output_folder(place: Path) -> Path:
     model, text, out = place / "model", place / "text.txt", place / "out"
     tiny.add_tokenizer(tiny.save(tiny.tiny_model("qwen2_moe", **command.SIZES), model))
     text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
-    given = (model, *command.given(place, out, text.name))
+    given, read = ((model, *of(place, out, text.name)) for of in (command.given, command.read))
     rules = ("--rules", "random", "--prune-rate", 0.5, "--block", 8, "--evaluation", text)
-    assert command.run("compare", *given, *rules) == 0
+    assert command.run("compare", *read, *rules) == 0
     compared = (out / "compare.json").read_bytes()
     coded = ("--quantizer", "gptq", "--export", "ragged-int4", "--prune-rate", 0.5, "--overwrite")
     with patch.object(client, "free_memory", lambda: 0):  # transformers is not asked

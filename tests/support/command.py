@@ -18,8 +18,14 @@ def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
 
 
-def given(texts: Path, out: Path, text: str = "good.txt") -> tuple:
+def read(texts: Path, out: Path, text: str = "good.txt") -> tuple:
+    """Output folder and text, which every command that scores takes."""
     return ("--output", out, "--calibration", texts / text, "--batch", 4)
+
+
+def given(texts: Path, out: Path, text: str = "good.txt") -> tuple:
+    """The same for `compress` and `score` with one rule: measuring rules is a test of its own."""
+    return (*read(texts, out, text), "--planner", "fair")
 
 
 def snapshot(folder: Path) -> dict:

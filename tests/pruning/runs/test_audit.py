@@ -111,7 +111,7 @@ def audited(models, texts, tmp_path_factory):
 
 def arguments(texts, out, experts: int = 6) -> tuple:
     sizes = ("--experts", experts, "--channels", 5, "--tokens", 128)
-    return (*command.given(texts, out), *sizes)
+    return (*command.read(texts, out), *sizes)
 
 
 def test_an_audit_writes_numbers_rows_and_a_page(audited):

@@ -207,7 +207,7 @@ def test_results_of_other_texts_are_refused_unless_overwritten(recipe):
 
 def test_the_command_prints_the_ranking_and_writes_table_and_page(models, texts, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ("compare", models / "single", *command.given(texts, out), "--rules", "uniform-*e*")
+    arguments = ("compare", models / "single", *command.read(texts, out), "--rules", "uniform-*e*")
     assert command.run("--quiet", *arguments, "--prune-rate", 0.5) == 2
     assert "--gradients" in capsys.readouterr().err and not out.exists()
     arguments = (*arguments[:-1], "uniform-energy", "--evaluation", texts / "good.txt")

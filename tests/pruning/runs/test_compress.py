@@ -28,7 +28,7 @@ from pruning.stages.sizes import folder_bytes
 
 TEXTS = sorted(str(path) for path in (DEMO / "text").glob("evaluation-*.txt"))
 CALIBRATION = str(DEMO / "text" / "calibration.jsonl")
-SMALL = ["--max-tokens", "16384", "--batch", "4"]
+SMALL = ["--max-tokens", "16384", "--batch", "4", "--planner", "fair"]
 
 
 def run(*arguments: str) -> int:

@@ -28,7 +28,7 @@ def printed(capsys, *arguments):
 def test_scores_are_those_of_the_folder(models, texts, scored, tmp_path):
     recipe = pruning.CompressionRecipe(
         model=str(models / "single"), output=tmp_path / "out", batch=4, bits=16,
-        calibration=[str(texts / "good.txt")],
+        calibration=[str(texts / "good.txt")], planner="fair",
     )  # fmt: skip
     found = pruning.score(recipe, QUIET)
     stored, _ = pruning.load_statistics(scored / "statistics.safetensors")

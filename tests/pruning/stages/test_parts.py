@@ -40,7 +40,7 @@ def test_parts_add_up_to_one_sweep_and_say_how_stable_the_plan_is(models, texts,
     found, notes = load_statistics(out / "statistics.safetensors")
     job = open_job(
         CompressionRecipe(model=str(models / "single"), output=str(tmp_path / "other"),
-                          calibration=(str(texts / "good.txt"),), batch=4)
+                          calibration=(str(texts / "good.txt"),), batch=4, planner="fair")
     )  # fmt: skip
     whole = collect_statistics(
         job.base, job.calibration.tokens, job.calibration.valid, expert_details=True, batch=4
@@ -77,7 +77,7 @@ def test_gradient_sums_of_parts_add_up_to_those_of_one_sweep(models, texts, tmp_
     assert len(list((out / "parts").glob("*.safetensors"))) >= 4
     job = open_job(
         CompressionRecipe(model=str(models / "single"), output=str(tmp_path / "other"),
-                          calibration=(str(texts / "good.txt"),), batch=4)
+                          calibration=(str(texts / "good.txt"),), batch=4, planner="fair")
     )  # fmt: skip
     text = job.calibration.tokens, job.calibration.valid
     whole = collect_statistics(job.base, *text, gradients=True, batch=4)

@@ -16,7 +16,7 @@ import pytest
 from moe_jax.errors import InputError
 from pruning import plan_folder
 from pruning.stages.writer import only_writer
-from tests.support.command import given, refused, run
+from tests.support.command import given, read, refused, run
 
 HOLD = """
 import errno, fcntl, sys
@@ -55,7 +55,7 @@ def holder():
 
 def commands(models, texts, out) -> list[tuple]:
     """Every command that writes into an output folder."""
-    recipe = (models / "single", *given(texts, out), "--overwrite")
+    recipe = (models / "single", *read(texts, out), "--overwrite")
     text = ("--text", texts / "good.txt")
     return [
         ("compress", *recipe), ("score", *recipe), ("compare", *recipe), ("audit", *recipe),

@@ -73,7 +73,7 @@ def test_a_run_that_measures_on_its_own_calibration_text_says_so_everywhere(
 def test_a_comparison_on_its_own_calibration_text_says_so(models, texts, tmp_path, capsys):
     out = tmp_path / "out"
     assert command.run(
-        "compare", models / "single", *command.given(texts, out), "--block", 8,
+        "compare", models / "single", *command.read(texts, out), "--block", 8,
         "--evaluation", texts / "good.txt", "--rules", "random", "--prune-rate", 0.5,
     ) == 0  # fmt: skip
     said = "Calibration has shown at least 100% of good"
@@ -85,6 +85,6 @@ def test_a_comparison_on_its_own_calibration_text_says_so(models, texts, tmp_pat
     (out / "compare.json").write_text(json.dumps(stored))
     assert Comparison.load(out / "compare.json").seen == {}
     assert command.run(
-        "compare", models / "single", *command.given(texts, out), "--block", 8,
+        "compare", models / "single", *command.read(texts, out), "--block", 8,
         "--evaluation", texts / "good.txt", "--rules", "random", "--prune-rate", 0.5,
     ) == 0  # fmt: skip

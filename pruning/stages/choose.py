@@ -1,0 +1,287 @@
+"""The plan of a recipe; planner auto takes the rule that loses least on text kept out."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.checkpoint import Checkpoint
+from moe_jax.errors import InputError
+from moe_jax.files import replace_text
+from moe_jax.json_files import read_json
+from pruning.budget.candidates import CANDIDATES, candidate, candidate_name
+from pruning.budget.plan import PruningPlan
+from pruning.kit.progress import Steps
+from pruning.measure.choice import take
+from pruning.measure.quality import Reference, window_losses
+from pruning.recipe.plan_options import AUTO
+from pruning.recipe.recipe import ResolvedRecipe
+from pruning.scores.statistics import ChannelStatistics
+from pruning.shrink.masked import masked_hidden
+from pruning.stages import plan as planning
+from pruning.stages.job import DTYPES, Job
+from pruning.text.calibration import TokenBatch
+from pruning.text.kept_out import kept_out_note
+
+CHOICE = "choice.json"
+STATE_BYTES = 2 << 30  # hidden states of the plans that share a reading of the model
+
+Planned = tuple[ResolvedRecipe, PruningPlan]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Losses on the windows kept out: of the dense model, and of plans by their content.
+
+    Attributes:
+      dense: [B] nats summed over each window.
+      plans: content hash of a plan -> the same.
+      tokens: [B] predictions in each window.
+      files: [B] the place of each window's file among the sources.
+    """
+
+    dense: list[float]
+    plans: dict[str, list[float]]
+    tokens: list[int]
+    files: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The plans of all rules under one recipe, by name, and why others have none."""
+
+    plans: dict[str, Planned]
+    refused: dict[str, str]
+
+
+def job_plan(
+    job: Job, statistics: ChannelStatistics, provenance: dict, steps: Steps
+) -> tuple[Job, PruningPlan]:
+    """The plan of a job, and the job with the rule that it was made by."""
+    recipe = measurable(job.recipe, provenance, steps)
+    if recipe.planner != AUTO:
+        with steps.bar("plan"):
+            plan = planning.plan(recipe, statistics, provenance, job.base.about)
+    else:
+        ((recipe, plan),) = choose(
+            [recipe], statistics, provenance, job.base, lambda: job.kept_out, steps
+        )
+    return dataclasses.replace(job, recipe=recipe), plan
+
+
+def measurable(recipe: ResolvedRecipe, provenance: dict, steps: Steps) -> ResolvedRecipe:
+    """The recipe, or that with the usual rule if planner auto has nothing to measure rules on."""
+    if recipe.planner != AUTO or "kept_out" in provenance:
+        return recipe
+    usual = recipe.fixed()
+    steps.say(
+        "no window of calibration text was kept out of the statistics, so no rule can be measured "
+        f"and the usual one decides: {_words(usual, recipe)}"
+    )
+    return usual
+
+
+def choose(
+    recipes: Sequence[ResolvedRecipe],
+    statistics: ChannelStatistics,
+    provenance: dict,
+    base: Checkpoint,
+    kept_out: Callable[[], TokenBatch | None],
+    steps: Steps,
+) -> list[Planned]:
+    """Plan by every rule of `CANDIDATES`, measure all plans by masking, and take the best.
+
+    What was measured is remembered in choice.json of the output folder by what the plans keep, so
+    that nothing is measured twice.
+
+    Args:
+      recipes: resolved ones with planner auto, of one folder, each with a budget of its own.
+      statistics, provenance: of scoring, which kept windows out: see `measurable`.
+      base: the dense model.
+      kept_out: opens those windows, where something is left to measure.
+      steps: where progress goes.
+
+    Returns:
+      For each recipe the same with the rule that is taken, and its plan, whose provenance has the
+      table of all rules as `choice`.
+
+    Raises:
+      InputError: no rule has a plan, or the windows are not those that were kept out.
+    """
+    with steps.bar("plan by every rule") as on_step:
+        tables = []
+        for number, recipe in enumerate(recipes, 1):
+            tables.append(_candidates(recipe, statistics, provenance, base))
+            on_step(number, len(recipes))
+    folder = Path(recipes[0].output)
+    plans = [plan for table in tables for _, plan in table.plans.values()]
+    measured = _measured(folder, recipes[0], provenance, base, plans, kept_out, steps)
+    found = [_taken(table, measured, provenance, recipes[0]) for table in tables]
+    for asked, (recipe, plan) in zip(recipes, found, strict=True):
+        taken = next(c for c in plan.provenance["choice"]["candidates"] if c["taken"])
+        steps.say(
+            f"rule {taken['rule']} is taken, {taken['mean']:+.4f} nats per token on text kept out: "
+            f"{_words(recipe, asked)}"
+        )
+    return found
+
+
+def _words(recipe: ResolvedRecipe, asked: ResolvedRecipe) -> str:
+    """A rule as options, which without measuring give the same rule."""
+    names = ["criterion", "attribution", "planner"]
+    names += [name for name in ("align", "width") if getattr(recipe, name) != getattr(asked, name)]
+    return " ".join(f"--{name} {getattr(recipe, name)}" for name in names)
+
+
+def _candidates(
+    recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: dict, base: Checkpoint
+) -> Candidates:
+    found, refused, seen = {}, {}, {}
+    for name, rule in CANDIDATES.items():
+        shown = candidate_name(name, rule, recipe)
+        try:
+            one = candidate(rule, recipe, frozenset(statistics.groups))
+            plan = planning.plan(one, statistics, provenance, base.about)
+        except InputError as error:
+            refused[shown] = str(error)
+            continue
+        if (same := seen.setdefault(plan.content_hash, shown)) != shown:
+            refused[shown] = f"it keeps the channels of {same}"
+            continue
+        found[shown] = one, plan
+    if not found:
+        raise InputError(next(iter(refused.values())))
+    return Candidates(found, refused)
+
+
+def _measured(
+    folder: Path,
+    recipe: ResolvedRecipe,
+    provenance: dict,
+    base: Checkpoint,
+    plans: Sequence[PruningPlan],
+    kept_out: Callable[[], TokenBatch | None],
+    steps: Steps,
+) -> Measured:
+    """Losses of plans, those found in choice.json not measured again."""
+    key = {"model_hash": base.fingerprint, "dtype": recipe.dtype, **provenance["kept_out"]}
+    known = _remembered(folder / CHOICE, key)
+    missing = {plan.content_hash: plan for plan in plans}
+    if known is not None:
+        missing = {name: plan for name, plan in missing.items() if name not in known.plans}
+    if known is not None and not missing:
+        return known
+    text = kept_out()
+    if text is None or kept_out_note(text) != provenance["kept_out"]:
+        raise InputError(
+            f"the calibration text is not the one that {folder} was scored on, so rules cannot be "
+            "measured on the windows kept out of it; name a --planner, or score again"
+        )
+    if known is None:
+        whole = PruningPlan(np.ones_like(plans[0].keep), plans[0].layer_indices)
+        missing = {"dense": whole, **missing}
+    found = _losses(text, missing, recipe, base, steps)
+    dense = known.dense if known else found.pop("dense")
+    files = np.zeros(len(text.tokens), int) if text.files is None else text.files
+    measured = Measured(
+        dense, {**(known.plans if known else {}), **found},
+        text.scored.sum(axis=1).tolist(), files.tolist(),
+    )  # fmt: skip
+    content = {"key": key, **dataclasses.asdict(measured)}
+    with contextlib.suppress(PermissionError):  # `eval` may read a folder where it may not write
+        replace_text(folder / CHOICE, json.dumps(content, indent=1) + "\n")
+    return measured
+
+
+def _remembered(path: Path, key: dict[str, Any]) -> Measured | None:
+    """What choice.json holds of the same model and windows; None if nothing, or nothing whole."""
+    try:
+        found = read_json(path)
+        if found.pop("key") != key:
+            return None
+        known = Measured(**found)
+        windows = {len(known.tokens), len(known.files), len(known.dense)}
+        return known if windows | set(map(len, known.plans.values())) == {key["windows"]} else None
+    except (InputError, OSError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def _losses(
+    text: TokenBatch,
+    plans: dict[str, PruningPlan],
+    recipe: ResolvedRecipe,
+    base: Checkpoint,
+    steps: Steps,
+) -> dict[str, list[float]]:
+    """Nats of every window under every plan; plans share a reading of the weights."""
+    windows, found, names = text.windows(), {}, list(plans)
+    state = text.tokens.size * base.config.d_model * np.dtype(DTYPES[recipe.dtype]).itemsize
+    size, layers = max(1, STATE_BYTES // state), len(base)
+    steps.detail(f"  {len(names)} plans on {int(windows.scored.sum()):,} predictions")
+    with steps.bar("measure rules") as on_step:
+        for start in range(0, len(names), size):
+            group = names[start : start + size]
+
+            def visited(layer: int, start=start, count=len(group)) -> None:  # noqa: B008
+                on_step(start * layers + (layer + 1) * count, len(names) * layers)
+
+            hidden = masked_hidden(
+                base, text.tokens, text.valid, [plans[name] for name in group],
+                batch=min(recipe.batch, len(text.tokens)), dtype=DTYPES[recipe.dtype],
+                on_layer=visited,
+            )  # fmt: skip
+            for name, states in zip(group, hidden, strict=True):
+                found[name] = window_losses(Reference(base.head, states), windows).tolist()
+    return found
+
+
+def _taken(
+    table: Candidates, measured: Measured, provenance: dict, asked: ResolvedRecipe
+) -> Planned:
+    """The best of the candidates; its plan says how all of them fared."""
+    losses = {
+        name: np.asarray(measured.plans[plan.content_hash])
+        for name, (_, plan) in table.plans.items()
+    }
+    dense, tokens, files = map(np.asarray, (measured.dense, measured.tokens, measured.files))
+    name, tied = take(losses, dense, tokens, files)
+    recipe, plan = table.plans[name]
+    rows = _text_rows(provenance, tokens, files)
+    candidates = [
+        {
+            "rule": one,
+            "mean": float((loss - dense).sum() / tokens.sum()),
+            "added": {t: float((loss - dense)[r].sum() / tokens[r].sum()) for t, r in rows.items()},
+            "kept": int(table.plans[one][1].counts.sum()),
+            "tied": one in tied,
+            "taken": one == name,
+        }
+        for one, loss in losses.items()
+    ]
+    choice = {
+        "candidates": sorted(candidates, key=lambda one: one["mean"]),
+        "refused": [{"rule": one, "reason": reason} for one, reason in table.refused.items()],
+        "asked": {one: getattr(asked, one) for one in ("planner", "width", *asked.named)},
+        "kept_out": {**provenance["kept_out"], "predictions": int(tokens.sum())},
+        "dense": {text: float(dense[r].sum() / tokens[r].sum()) for text, r in rows.items()},
+    }
+    said = {**plan.provenance, "choice": choice}
+    return recipe, dataclasses.replace(plan, provenance=said)
+
+
+def _text_rows(
+    provenance: dict, tokens: np.ndarray, files: np.ndarray
+) -> dict[str, np.ndarray]:  # bool [B] each
+    """Which windows are of which text, by names that differ; texts without a prediction are out."""
+    found: dict[str, np.ndarray] = {}
+    paths = [Path(source["path"]) for source in provenance.get("sources", ())]
+    for number in np.unique(files[tokens > 0]):
+        path = paths[number] if number < len(paths) else Path("text")
+        names = (path.stem, path.name, f"{path.name} ({number + 1})")
+        name = next(name for name in names if name not in found)
+        found[name] = files == number
+    return found

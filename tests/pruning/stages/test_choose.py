@@ -1,0 +1,337 @@
+"""Planner auto: rules are measured on windows that no statistic saw, and the best one is taken."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from ml_dtypes import bfloat16
+from safetensors.numpy import load_file, save_file
+
+from pruning.budget.candidates import CANDIDATES
+from pruning.budget.plan import PruningPlan
+from pruning.measure.choice import take
+from pruning.recipe.recipe import load_recipe
+from pruning.runs.plan import plan_folder
+from pruning.stages import choose as choosing
+from pruning.stages.job import open_job
+from pruning.text.calibration import TokenBatch
+from pruning.text.kept_out import keep_out
+from tests.support.command import given, read, run
+
+OPTIONS = ("--bits", 16, "--block", 8, "--prune-rate", 0.5)
+LENGTH = 64  # tokens of a window, each a byte
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """Two texts of unlike letters."""
+    folder, rng = tmp_path_factory.mktemp("domains"), np.random.default_rng(0)
+    for name, letters in (("words", "abcdefghij "), ("digits", "0123456789 +")):
+        text = "".join(rng.choice(list(letters), 12 * LENGTH))
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def command(model, domains, out, *more) -> tuple:
+    names = [domains / f"{name}.txt" for name in ("words", "digits")]
+    return (model, "--output", out, "--batch", 4, *OPTIONS, *more, "--calibration", *names)
+
+
+@pytest.fixture(scope="module")
+def finished(models, domains, tmp_path_factory):
+    out = tmp_path_factory.mktemp("chosen") / "out"
+    more = ("--evaluation", domains / "words.txt")
+    assert run("--quiet", "compress", *command(models / "single", domains, out, *more)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def choice(finished):
+    return json.loads((finished / "plan.json").read_text())["provenance"]["choice"]
+
+
+def torch_losses(folder, plan, windows, place) -> np.ndarray:  # [B]
+    """Nats of each window by transformers on float32 copies of the 16-bit weights, masked."""
+    stored = load_file(folder / "model.safetensors")
+    stored = {name: value.astype(bfloat16).astype(np.float32) for name, value in stored.items()}
+    for layer, keep in zip(plan.layer_indices, plan.keep, strict=True):
+        for expert, mask in enumerate(keep):
+            stored[f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"][:, ~mask] = 0.0
+    shutil.copytree(folder, place)
+    save_file(stored, place / "model.safetensors", metadata={"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(windows).long()).logits.double()
+    found = torch.log_softmax(logits[:, :-1], -1)
+    wanted = torch.tensor(windows[:, 1:]).long()
+    return -found.gather(-1, wanted[..., None])[..., 0].sum(1).numpy()
+
+
+def test_the_choice_is_that_of_brute_force(models, finished, choice, tmp_path):
+    """Every rule planned by its own name, masked by hand, and run by transformers."""
+    job = open_job(load_recipe(finished / "recipe.yaml"))
+    assert job.kept_out is not None and job.kept_out.valid.all()
+    windows, files = job.kept_out.tokens, job.kept_out.files
+    assert sorted(set(files)) == [0, 1]
+    whole = PruningPlan.load(finished)
+    whole = PruningPlan(np.ones_like(whole.keep), whole.layer_indices)
+    losses = {"dense": torch_losses(models / "single", whole, windows, tmp_path / "dense")}
+    for name, rule in CANDIDATES.items():
+        out, asked = shutil.copytree(finished, tmp_path / name), rule.options
+        options = {key: getattr(asked, key) for key in ("criterion", "attribution", "planner",
+                                                        "align")}  # fmt: skip
+        if asked.width:
+            options["width"] = asked.width
+        ((_, plan),) = plan_folder(out, **options)
+        assert "choice" not in plan.provenance
+        losses[name] = torch_losses(models / "single", plan, windows, tmp_path / f"{name}-model")
+    dense = losses.pop("dense")
+    tokens = len(windows) * (LENGTH - 1)
+    assert choice["dense"] == pytest.approx(
+        {t: dense[files == i].sum() / (files == i).sum() / 63 for i, t in ((0, "words"),
+                                                                          (1, "digits"))},
+        abs=1e-5,
+    )  # fmt: skip
+    assert {one["rule"] for one in choice["candidates"]} | {
+        one["rule"] for one in choice["refused"]
+    } == set(CANDIDATES)
+    for one in choice["candidates"]:
+        added = losses[one["rule"]] - dense
+        assert one["mean"] == pytest.approx(added.sum() / tokens, abs=1e-5)
+        for number, text in enumerate(("words", "digits")):
+            rows = files == number
+            assert one["added"][text] == pytest.approx(added[rows].sum() / rows.sum() / 63,
+                                                       abs=1e-5)  # fmt: skip
+    measured = {one["rule"]: losses[one["rule"]] for one in choice["candidates"]}
+    best, _ = take(measured, dense, np.full(len(dense), 63), files)
+    (taken,) = (one["rule"] for one in choice["candidates"] if one["taken"])
+    assert taken == best != "fair-shapley"
+    plan = PruningPlan.load(finished)
+    np.testing.assert_array_equal(plan.keep, PruningPlan.load(tmp_path / best).keep)
+
+
+def test_windows_kept_out_are_in_no_statistic(models, domains, finished, tmp_path):
+    """Their text is another one, and everything that scoring leaves is the same."""
+    job = open_job(load_recipe(finished / "recipe.yaml"))
+    assert job.kept_out is not None
+    place = tmp_path / "domains"
+    place.mkdir()
+    changed = 0
+    for number, name in enumerate(("words", "digits")):
+        text = (domains / f"{name}.txt").read_text()
+        for row in job.kept_out.tokens[job.kept_out.files == number]:
+            old = "".join(map(chr, load_bytes(job, row)))
+            assert text.count(old) == 1
+            text = text.replace(old, old[::-1])
+            changed += 1
+        (place / f"{name}.txt").write_text(text)
+    assert changed == len(job.kept_out.tokens) == 2
+    out = tmp_path / "out"
+    text = ("--evaluation", domains / "words.txt")
+    assert run("--quiet", "score", *command(models / "single", place, out, *text)) == 0
+    ours, theirs = (load_file(f / "statistics.safetensors") for f in (out, finished))
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    said, before = (json.loads((f / "statistics.json").read_text()) for f in (out, finished))
+    assert said["kept_out"]["sha256"] != before["kept_out"]["sha256"]
+    assert said["tokens"] == before["tokens"] == (2 * 12 - 2) * LENGTH
+    # with one rule all of the text is scored
+    assert run("--quiet", "score", *command(models / "single", place, out, "--overwrite",
+                                            "--planner", "fair")) == 0  # fmt: skip
+    said = json.loads((out / "statistics.json").read_text())
+    assert said["tokens"] == 2 * 12 * LENGTH and "kept_out" not in said
+
+
+def load_bytes(job, row) -> bytes:
+    return job.codec.decode(row.tolist()).encode()
+
+
+def no_measuring(monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("a rule is measured again")
+
+    monkeypatch.setattr(choosing, "masked_hidden", refuse)
+
+
+def test_nothing_is_measured_twice(models, domains, finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    no_measuring(monkeypatch)
+    ((_, plan),) = plan_folder(out)  # the same rate
+    assert plan.is_same(PruningPlan.load(finished))
+    for name in ("plan.json", "plan.safetensors", "report.json"):
+        (out / name).unlink()
+    text = ("--evaluation", domains / "words.txt")
+    assert run("--quiet", "compress", *command(models / "single", domains, out, *text)) == 0
+    assert PruningPlan.load(out).is_same(plan)
+
+
+def test_a_rate_of_its_own_has_a_choice_of_its_own(finished, tmp_path, monkeypatch, capsys):
+    """`plan` measures again at rates that are new, and only there; the plans need not be nested."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    assert run("plan", out, "--prune-rate", 0.25, 0.75, 0.5) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("is taken, ") == 3 and shown.out.count("Rules measured") == 3
+    no_measuring(monkeypatch)
+    found = dict(plan_folder(out, [0.25, 0.75]))
+    for plan in found.values():
+        rows = plan.provenance["choice"]["candidates"]
+        assert sum(one["taken"] for one in rows) == 1 and "nested_in" not in plan.provenance
+    rate = {plan.provenance["prune_rate"]: plan for plan in found.values()}
+    assert rate[0.25].keep.sum() > rate[0.75].keep.sum()
+    assert rate[0.25].provenance["choice"]["dense"] == rate[0.75].provenance["choice"]["dense"]
+
+
+def test_the_table_is_shown_wherever_the_plan_is(finished, choice):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["plan"]["choice"] == choice
+    (taken,) = (one for one in choice["candidates"] if one["taken"])
+    rule = CANDIDATES[taken["rule"]].options
+    assert (report["recipe"]["criterion"], report["recipe"]["planner"]) == (
+        rule.criterion, rule.planner,
+    )  # fmt: skip
+    assert report["random"]["kept"] == sum(map(sum, report["counts"]))
+    page = re.sub(r"<[^>]+>|\s+", " ", (finished / "report.html").read_text())
+    card = (finished / "exports" / "ragged-bf16" / "README.md").read_text()
+    for one in choice["candidates"]:
+        assert one["rule"] in page and f"{one['mean']:+.4f}" in page
+        assert f"| {one['rule']} | {one['mean']:+.4f} |" in card
+    # what repeats the run keeps the same windows out
+    recipe = yaml.safe_load(card.partition("```yaml")[2].partition("```")[0])
+    assert recipe["planner"] == "auto" and "criterion" not in recipe and recipe["width"] == "free"
+
+
+def test_what_is_named_holds_in_every_candidate(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "out")
+    ((_, plan),) = plan_folder(out, criterion="energy")  # a rule is named: nothing is measured
+    assert (plan.provenance["criterion"], plan.provenance["planner"]) == ("energy", "fair")
+    ((_, plan),) = plan_folder(out, criterion="energy", planner="auto")
+    assert plan.provenance["criterion"] == "energy"
+    found = plan.provenance["choice"]
+    assert found["asked"]["criterion"] == "energy"
+    names = {one["rule"] for one in found["candidates"]}
+    assert "fair-shapley criterion=energy" in names and all("energy" in name for name in names)
+    refused = {one["rule"]: one["reason"] for one in found["refused"]}
+    same = "it keeps the channels of paper-shapley criterion=energy"
+    assert refused["paper-act criterion=energy"] == same
+
+
+def test_a_rule_that_cannot_is_listed_with_the_reason(finished, tmp_path, monkeypatch):
+    needs = dataclasses.replace(
+        CANDIDATES["fair-shapley"],
+        options=dataclasses.replace(CANDIDATES["fair-shapley"].options, criterion="fisher"),
+    )
+    monkeypatch.setitem(CANDIDATES, "fair-fisher", needs)
+    out = shutil.copytree(finished, tmp_path / "out")
+    ((_, plan),) = plan_folder(out, width="capped", cap=48)
+    refused = {one["rule"]: one["reason"] for one in plan.provenance["choice"]["refused"]}
+    assert refused["uniform-energy"] == "it has width uniform, the recipe asks for capped"
+    assert "--gradients, which were not collected" in refused["fair-fisher"]
+    assert plan.counts.max() <= 48
+    taken = [one["rule"] for one in plan.provenance["choice"]["candidates"] if one["taken"]]
+    assert len(taken) == 1 and taken[0] not in refused
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_without_windows_to_measure_on_the_usual_rule_decides_and_says_so(
+    models, domains, tmp_path, capsys, weights_only
+):
+    text = tmp_path / "text.txt"
+    text.write_text((domains / "words.txt").read_text()[: 3 * LENGTH])
+    files = ("--weights-only",) if weights_only else ("--calibration", text, "--batch", 4)
+    plans = []
+    for planner in ("auto", "fair"):
+        out = tmp_path / planner
+        flags = ("--output", out, *OPTIONS, "--planner", planner, *files)
+        assert run("score", models / "single", *flags) == 0
+        capsys.readouterr()
+        assert run("plan", out) == 0
+        said = re.sub(r"\s+", " ", capsys.readouterr().err)
+        assert ("no rule can be measured and the usual one decides" in said) == (planner == "auto")
+        plans.append(PruningPlan.load(out))
+        assert not (out / "choice.json").exists()
+    assert plans[0].content_hash == plans[1].content_hash
+    assert plans[0].provenance["criterion"] == ("noise" if weights_only else "shapley")
+
+
+def test_a_folder_scored_for_one_rule_measures_none(models, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--quiet", "score", models / "single", *given(texts, out), *OPTIONS) == 0
+    assert run("plan", out, "--planner", "auto") == 0
+    assert "no window of calibration text was kept out" in capsys.readouterr().err
+    assert PruningPlan.load(out).provenance["planner"] == "fair"
+
+
+def test_comparing_and_auditing_keep_nothing_out(models, texts, tmp_path):
+    for stage in ("compare", "audit"):
+        out = tmp_path / stage
+        more = {"compare": ("--rules", "random", "--block", 8), "audit": ("--experts", 1,
+                "--channels", 0, "--sample-tokens", 64)}[stage]  # fmt: skip
+        assert run("--quiet", stage, models / "single", *read(texts, out), *more) == 0
+        assert "kept_out" not in json.loads((out / "statistics.json").read_text())
+
+
+def test_the_calibration_text_must_be_the_one_that_was_scored(
+    models, domains, finished, tmp_path, capsys
+):
+    out = shutil.copytree(finished, tmp_path / "out")
+    recipe = load_recipe(out / "recipe.yaml")
+    other = tmp_path / "words.txt"
+    other.write_text((domains / "words.txt").read_text()[::-1])
+    calibration = (str(other), recipe.calibration[1])
+    changed = yaml.safe_load((out / "recipe.yaml").read_text()) | {"calibration": calibration}
+    (out / "recipe.yaml").write_text(yaml.safe_dump({**changed, "calibration": list(calibration)}))
+    assert run("plan", out, "--prune-rate", 0.3) == 2
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "is not the one that" in said and "name a --planner, or score again" in said
+    assert run("plan", out, "--prune-rate", 0.3, "--planner", "fair") == 0
+
+
+def test_rules_that_tie_are_told_apart_by_their_worst_text():
+    tokens, domains = np.full(4, 10), np.array([0, 0, 1, 1])
+    dense = np.zeros(4)
+    best = np.array([2.0, 3.0, 7.0, 8.0])  # .5 a token; worst text .75
+    even = best + np.array([3.1, 1.0, -1.0, -3.0])  # .0025 more, unsure
+    losses = {"best": best, "even": even}
+    assert take(losses, dense, tokens, domains) == ("even", ["best", "even"])
+    # of one text nothing tells them apart but the loss
+    assert take(losses, dense, tokens, np.zeros(4, int))[0] == "best"
+    # sure, however small
+    assert take({"best": best, "more": best + 0.025}, dense, tokens, domains)[0] == "best"
+    # far, however unsure
+    assert take({"best": best, "far": even + 0.2}, dense, tokens, domains) == ("best", ["best"])
+    # a window of more tokens counts for more
+    assert take({"a": np.array([1.0, 9.0]), "b": np.array([5.0, 4.0])}, np.zeros(2),
+                np.array([10, 90]), np.zeros(2, int))[0] == "b"  # fmt: skip
+
+
+def test_kept_out_windows_are_few_and_of_every_file():
+    def batch(*windows, length=8):
+        count = sum(windows)
+        files = np.repeat(np.arange(len(windows)), windows)
+        valid = np.ones((count, length), bool)
+        last = np.cumsum(windows) - 1
+        valid[last, 1:] = False  # the last window of a file is padded
+        return TokenBatch(np.arange(count)[:, None].repeat(length, 1), valid, files=files)
+
+    for windows in ((4,), (100,), (3, 40), (20, 20, 20), (1000, 24)):
+        left, held = keep_out(batch(*windows))
+        assert held is not None and held.files is not None
+        rows = sorted([*left.tokens[:, 0], *held.tokens[:, 0]])
+        assert rows == list(range(sum(windows)))
+        assert held.scored.all()  # none is padded
+        assert set(held.files) == set(range(len(windows)))
+        assert len(held.tokens) <= len(windows) + sum(windows) / 20
+    assert keep_out(batch(3))[1] is None
+    # one of every file would be half of the text
+    _, held = keep_out(batch(*[2] * 10))
+    assert held is not None and len(held.tokens) == 1
+    _, held = keep_out(batch(2000, length=32))
+    assert held is not None and held.total == 100 * 32
+    _, held = keep_out(batch(2000, length=1024))
+    assert held is not None and held.total == 16384
