@@ -124,7 +124,7 @@ def plan(command: Parser) -> None:
 def export(command: Parser) -> None:
     """Arguments of `export`."""
     _folder(command, "folder with plan.json")
-    add_group(command, ExportOptions, "export", "mtp")
+    add_group(command, ExportOptions, "export", "mtp", "repair")
     add_group(command, RunOptions, "overwrite", title="Output")
 
 

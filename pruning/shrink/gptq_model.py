@@ -1,7 +1,6 @@
 """GPTQ of a whole model, layer by layer, into a folder; and the model that such a folder makes."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +8,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
-from moe_jax.files import remove_leftovers, replace_file, replace_text
-from moe_jax.json_files import parse_json, read_json
 from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.shrink.gptq import Solved, gptq_layer
+from pruning.shrink.progress import LayerFolder, States, held_out
 
-HELD_OUT = 8  # one window in so many measures errors and enters no second moment
 SUMMARY = "gptq.json"
-STATES = "states"  # behind the last finished layer; gone when all are
-Texts = tuple[list[np.ndarray], list[np.ndarray]]  # what is learnt from and what is held out
 
 
 @dataclass(frozen=True)
@@ -78,71 +72,28 @@ def quantize_model(
       FullDiskError: the disk is full; what was finished stays.
     """
     learn, check = _windows(len(tokens))
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    codes = _folder(folder)
     seen = in_batches(source, tokens[learn], valid[learn], batch)
     held = in_batches(source, tokens[check], valid[check], batch)
-    found = _read_progress(folder / STATES, provenance)
-    if found is None:
-        _remove_codes(folder)
-        found = [], (seen.embedded(source, dtype), held.embedded(source, dtype))
-    errors, x = found
+    found = codes.open(provenance)
+    layers, x = found or ([], (seen.embedded(source, dtype), held.embedded(source, dtype)))
 
-    def step(index: int, layer: DecoderLayer, x: Texts) -> Texts:
+    def step(index: int, layer: DecoderLayer, x: States) -> States:
         inputs = list(zip(x[0], seen.places, strict=True))
         quantised, solved = gptq_layer(layer, inputs, group_size)
-        errors.append(_errors(layer, quantised, held, x[1], solved, group_size))
-        arrays = _stored(quantised)
-        replace_file(_layer_file(folder, index), lambda partial: save_file(arrays, partial))
+        errors = _errors(layer, quantised, held, x[1], solved, group_size)
+        layers.append(dataclasses.asdict(errors))
         x = _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
-        _write_progress(folder / STATES, provenance, errors, x)
+        codes.add(index, _stored(quantised), provenance, layers, x)
         return x
 
-    sweep(source, x, step, layers=range(len(errors), len(source)), on_layer=on_layer)
-    layers = [dataclasses.asdict(one) for one in errors]
-    summary = {"provenance": provenance, "group_size": group_size, "layers": layers}
-    replace_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    (folder / STATES).unlink(missing_ok=True)
-    return errors
+    sweep(source, x, step, layers=range(len(layers), len(source)), on_layer=on_layer)
+    codes.close({"provenance": provenance, "group_size": group_size, "layers": layers})
+    return [LayerErrors(**one) for one in layers]
 
 
-def _remove_codes(folder: Path) -> None:
-    for name in (SUMMARY, STATES):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("layer-[0-9]*.safetensors"):
-        path.unlink()
-
-
-def _write_progress(path: Path, provenance: dict, errors: list[LayerErrors], x: Texts) -> None:
-    """Keep the states behind the last finished layer, and what was measured so far."""
-    parts = [len(states) for states in x]
-    facts = {"provenance": provenance, "parts": parts, "dtype": x[0][0].dtype.name}
-    facts["layers"] = [dataclasses.asdict(one) for one in errors]
-
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            file.write(json.dumps(facts).encode() + b"\n")
-            for states in (*x[0], *x[1]):  # as bytes: numpy's files do not know bfloat16
-                np.save(file, states.view(np.uint8), allow_pickle=False)
-
-    replace_file(path, write)
-
-
-def _read_progress(path: Path, provenance: dict) -> tuple[list[LayerErrors], Texts] | None:
-    """What `_write_progress` kept; None if there is nothing, or of other codes."""
-    try:
-        with open(path, "rb") as file:
-            facts = parse_json(file.readline())
-            if facts["provenance"] != provenance:
-                return None
-            dtype = jnp.dtype(facts["dtype"])
-            seen, held = (
-                [np.load(file, allow_pickle=False).view(dtype) for _ in range(count)]
-                for count in facts["parts"]
-            )
-        return [LayerErrors(**one) for one in facts["layers"]], (seen, held)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError):  # none, or damaged
-        return None
+def _folder(path: Path) -> LayerFolder:
+    return LayerFolder(path, SUMMARY)
 
 
 def progress_bytes(config: ModelConfig, shape: tuple[int, int], batch: int, dtype) -> int:
@@ -160,8 +111,7 @@ def progress_bytes(config: ModelConfig, shape: tuple[int, int], batch: int, dtyp
 
 def read_summary(folder: Path) -> dict | None:
     """Provenance, group size and errors of a finished folder; None if there is none."""
-    path = folder / SUMMARY
-    return read_json(path) if path.is_file() else None
+    return _folder(folder).read_summary()
 
 
 def layer_errors(folder: Path | None) -> list[dict]:
@@ -177,9 +127,7 @@ def _windows(number: int) -> tuple[np.ndarray, np.ndarray]:
             f"GPTQ needs at least 2 calibration windows, one of them held out, but has {number}; "
             "give more text, a shorter --window, or use --quantizer rtn"
         )
-    order = np.arange(number)
-    check = order[HELD_OUT - 1 :: HELD_OUT] if number >= HELD_OUT else order[-1:]
-    return np.setdiff1d(order, check), check
+    return held_out(number)
 
 
 def _forward(layer: DecoderLayer, text: Batches, x: list[np.ndarray]) -> list[np.ndarray]:
@@ -213,10 +161,6 @@ def _errors(
     )
 
 
-def _layer_file(folder: Path, index: int) -> Path:
-    return folder / f"layer-{index:05d}.safetensors"
-
-
 def _is_coded(leaf) -> bool:
     return isinstance(leaf, QTensor)
 
@@ -248,7 +192,7 @@ def with_codes(source: LayerSource, folder: Path, group_size: int) -> LayerSourc
     """
 
     def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        stored = load_file(_layer_file(folder, index))
+        stored = _folder(folder).layer(index)
 
         def code(keys, leaf):
             path = _path(keys)

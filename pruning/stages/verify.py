@@ -121,6 +121,7 @@ def verify_export(
     target: Path,
     probe: np.ndarray,
     codes: Path | None = None,
+    repair: Path | None = None,
 ) -> list[Check]:
     """Compare one export with what base, plan and quantiser give, and with what it computes.
 
@@ -134,6 +135,7 @@ def verify_export(
       target: the folder.
       probe: int32 [B, T] tokens to compare logits on.
       codes: folder of the 4-bit codes, None if weights are rounded to nearest.
+      repair: folder of the repaired weights, None if none were.
 
     Returns:
       The checks, in order; what cannot be done after a failure, or for want of memory, says so.
@@ -148,7 +150,7 @@ def verify_export(
     if not form.is_packed or form.is_float4:
         codes = None  # GPTQ has none for it
     lost = codes is not None and not codes.is_dir()
-    expected = pruned_source(base, plan, form, None if lost else codes)
+    expected = pruned_source(base, plan, form, None if lost else codes, repair=repair)
     try:
         comparison = TensorComparison(target, export, with_codes=not lost)
     except CheckpointError as error:
