@@ -139,7 +139,9 @@ def apply(command: Parser) -> None:
         help="apply the plan to another model of the same shape; the cards say so",
     )  # fmt: skip
     add_group(command, RunOptions, "output", "overwrite", title="Output")
-    add_group(command, ExportOptions, "export", "bits", "group_size", "requantize", "mtp")
+    names = ("export", "bits", "group_size", "requantize", "mtp", "repair")
+    add_group(command, ExportOptions, *names)
+    add_group(command, TextOptions, "calibration", title="Text: what the plan was repaired on")
 
 
 def evaluate(command: Parser) -> None:

@@ -7,6 +7,7 @@ from pruning.report.table import TextTable
 
 STAGES = {  # of `pruning.runs.memory.memory`
     "scoring": "to score",
+    "repair": "to repair",
     "gptq": "for GPTQ",
     "export": "to export",
     "verify": "to verify",

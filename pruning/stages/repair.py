@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from convert.description import Description
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.report.phrases import repair_words
+from pruning.shrink.gptq_model import progress_bytes
 from pruning.shrink.progress import STATES
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import (
@@ -18,6 +20,7 @@ from pruning.shrink.repair_model import (
     with_repair,
 )
 from pruning.stages.job import Job
+from pruning.stages.sizes import mean_width
 
 FOLDER = "repair"
 
@@ -36,6 +39,11 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
     """
     recipe, windows = job.recipe, len(job.calibration.tokens)
     folder = repair_folder(recipe)
+    if recipe.repair == "none" and job.base.about.native is not None and not recipe.requantize:
+        steps.say(
+            "not repaired: the model's 4-bit codes are taken over as they are; --requantize "
+            "--repair layer changes weights and rounds them a second time"
+        )
     if folder is None or plan.keep.all():
         return None
     if windows < LEAST_WINDOWS:
@@ -95,6 +103,24 @@ def repaired_source(base: LayerSource, plan: PruningPlan, repair: Path | None) -
     """The pruned model, repaired if there is a folder of `repair`, before any rounding."""
     pruned = PrunedSource(base, plan)
     return pruned if repair is None else with_repair(pruned, repair)
+
+
+def repair_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> int:
+    """Most bytes of the folder of a repair, while at work; 0 if there is none.
+
+    Args:
+      base: the dense model.
+      recipe: a resolved one.
+      windows: of calibration text.
+    """
+    if recipe.repair == "none" or windows < LEAST_WINDOWS:
+        return 0
+    c = base.config
+    experts = len(c.moe_layers) * c.moe.num_experts
+    weights = 2 * experts * (mean_width(base, recipe) + c.moe.expert_bias) * c.d_model
+    text = windows, recipe.window
+    # The states of the dense and of the pruned model.
+    return weights + 2 * progress_bytes(c, text, recipe.batch, recipe.dtype)
 
 
 def repair_facts(repair: Path | None) -> dict[str, Any]:
