@@ -124,7 +124,7 @@ def plan(command: Parser) -> None:
 def export(command: Parser) -> None:
     """Arguments of `export`."""
     _folder(command, "folder with plan.json")
-    add_group(command, ExportOptions, "export", "mtp")
+    add_group(command, ExportOptions, "export", "mtp", "repair")
     add_group(command, RunOptions, "overwrite", title="Output")
 
 
@@ -139,7 +139,9 @@ def apply(command: Parser) -> None:
         help="apply the plan to another model of the same shape; the cards say so",
     )  # fmt: skip
     add_group(command, RunOptions, "output", "overwrite", title="Output")
-    add_group(command, ExportOptions, "export", "bits", "group_size", "requantize", "mtp")
+    names = ("export", "bits", "group_size", "requantize", "mtp", "repair")
+    add_group(command, ExportOptions, *names)
+    add_group(command, TextOptions, "calibration", title="Text: what the plan was repaired on")
 
 
 def evaluate(command: Parser) -> None:

@@ -151,6 +151,8 @@ def apply(options: Options) -> Outcome:
         group_size=recipe.group_size,
         requantize=recipe.requantize,
         mtp=recipe.mtp,
+        calibration=recipe.calibration,
+        repair=recipe.repair,
         allow_other_model=options.allow_other_model,
         overwrite=recipe.overwrite,
         steps=_steps(options),

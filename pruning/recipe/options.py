@@ -238,6 +238,15 @@ class ExportOptions(Options):
             "calibration text close, at the cost of two more passes over it"
         ),
     ] = "rtn"
+    repair: Annotated[
+        Literal["none", "expert", "layer"] | None,
+        About(
+            "how the down-projections of what is kept take over what the rest did, by least "
+            'squares on the calibration text, before any rounding: each "expert" for itself, or '
+            'those of a "layer" together; default layer, or none without text or where exports '
+            "take codes of the model over"
+        ),
+    ] = None
     requantize: Annotated[
         bool,
         About(

@@ -58,6 +58,11 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 f"weights_only reads no calibration text, which {', '.join(asked)} needs; leave "
                 "out one or the other"
             )
+        if self.weights_only and self.repair not in (None, "none"):
+            raise InputError(
+                f"weights_only reads no calibration text, which repair={self.repair!r} needs; "
+                "leave out one or the other"
+            )
         whole = [name for name in WHOLE_LOSS if getattr(self, name)]
         if self.loss_on == "answers" and whole:
             raise InputError(
@@ -99,6 +104,8 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 f"block={block} must be a multiple of grid={grid}, in which channels stay or go; "
                 f"choose --block {grid}, or --grid 1"
             )
+        # Weights that the model stores in few bits would be rounded a second time.
+        kept = bool(copied) or FLOAT4 in exports
         given = {name: getattr(self, name) for name in fields_of(CompressionRecipe)}
         filled = {
             "export": tuple(exports),
@@ -109,6 +116,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "minimum": self.minimum or block,
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
             "width": self.width or width_policy(exports),
+            "repair": self.repair or ("none" if kept or self.weights_only else "layer"),
             "window": window_within(self.window, max_position),
             "evaluation_tokens": self.evaluation_tokens or EVALUATION_TOKENS,
         }
@@ -132,6 +140,11 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             raise InputError(
                 "quantizer='gptq' chooses new codes, and the model is stored in 4 bits already; "
                 "add --requantize to round it a second time, or leave --quantizer away"
+            )
+        if self.repair not in (None, "none"):
+            raise InputError(
+                f"repair={self.repair!r} changes weights, and the 4-bit codes of the model are "
+                "taken over; add --requantize to round a second time, or leave --repair away"
             )
         if self.group_size not in (None, native):
             raise InputError(
@@ -203,6 +216,7 @@ class ResolvedRecipe(CompressionRecipe):
         about(PlanOptions, "width"),
     ] = "free"
     window: Annotated[int, about(TextOptions, "window")] = 2048
+    repair: Annotated[Literal["none", "expert", "layer"], about(ExportOptions, "repair")] = "layer"
     evaluation_tokens: Annotated[int, about(TextOptions, "evaluation_tokens")] = EVALUATION_TOKENS
 
 

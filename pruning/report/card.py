@@ -11,7 +11,7 @@ from pruning.recipe.plan_options import RULE
 from pruning.report.choice_table import choice_table
 from pruning.report.html import render
 from pruning.report.loading import Loading
-from pruning.report.phrases import check_result, second_rounding
+from pruning.report.phrases import check_result, repair_words, second_rounding
 from pruning.text.held_out import not_held_out
 
 Quality = Mapping[str, Mapping[str, Mapping[str, Any]]]  # text -> model -> field -> value
@@ -135,6 +135,7 @@ class CardFacts:
       quality: per text the dense model, the pruned one and this folder, None before measuring.
       evaluation: window and stride in tokens, and what of the texts calibration has seen.
       checks: of this folder, as in the report; none before it is verified.
+      repair: as in the report.
       version: of moe-jax.
     """
 
@@ -145,6 +146,7 @@ class CardFacts:
     quality: Quality | None
     evaluation: Mapping[str, Any]
     checks: Sequence[Mapping[str, Any]]
+    repair: Mapping[str, Any]
     version: str
 
 
@@ -160,6 +162,7 @@ def model_card(facts: CardFacts) -> str:
         sizes=_sizes(facts),
         quality=_quality(facts.quality or {}),
         evaluation=facts.evaluation,
+        repaired=repair_words(facts.repair) if facts.repair else "",
         rounded_again=""
         if facts.folder.rounded_again is None
         else second_rounding(facts.folder.rounded_again),
@@ -255,6 +258,7 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values["prune_rate"] = said.get("prune_rate", facts.plan.removed)
     values |= {name: said[name] for name in ("block", "minimum") if said.get(name) is not None}
     values |= {"mtp": folder.mtp} if folder.mtp else {}
+    values |= {"repair": facts.repair.get("mode", "none")}
     values |= {"export": [folder.form], "bits": ExportFormat(folder.form).bits}
     if folder.group_size is not None:
         values |= {"group_size": folder.group_size, "quantizer": folder.quantizer}

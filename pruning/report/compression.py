@@ -69,6 +69,9 @@ class CompressionReport:
       layer_coverage: [L] the same for a layer's experts together.
       layer_loss: raw [L] and smoothed [L]; all 1 if no text was read.
       concentration: fractions [K] of an expert's channels, curves [L][E][K] of their score share.
+      repair: mode, tokens, experts that keep something and how many of them changed, and starved of
+        text; layers, and of how many of them the repair of their experts alone (`expert`) or of all
+        together (`layer`) was taken; {} without a repair.
       quantization: per layer of the model what GPTQ did: nearest and gptq, squared output errors on
         held-out text relative to what the layer adds, matrices and fallbacks; [] without GPTQ.
       sizes: source_bytes, channels, channels_kept, active_parameters (of the source and of every
@@ -122,6 +125,7 @@ class CompressionReport:
     loading: dict[str, dict[str, Any]] = field(default_factory=dict)
     command: str = ""
     not_run: dict[str, str] = field(default_factory=dict)
+    repair: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         broken = [f.name for f in dataclasses.fields(self) if not _finite(getattr(self, f.name))]

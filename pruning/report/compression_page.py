@@ -27,6 +27,7 @@ from pruning.report.drawing import figure_html
 from pruning.report.glossary import GLOSSARY
 from pruning.report.html import render
 from pruning.report.loading import Loading
+from pruning.report.phrases import repair_words
 from pruning.report.table import TextTable
 
 Drawn = tuple[Figure, str]  # with its caption
@@ -135,6 +136,9 @@ def checks_table(report: CompressionReport) -> TextTable:
         ["every export computes the same in transformers",
          "FAILED" if differs else "not run" if missing else "ok",
          "; ".join(f"{name}: {why}" for name, why in missing.items()) or "see below"],
+        ["what is kept makes up for what is gone",
+         *(("repaired", repair_words(report.repair)) if report.repair
+           else ("not run", f"repair {report.recipe.get('repair', 'none')}"))],
         ["loss on text", *(("measured", texts) if texts else ("not run", "no text was named"))],
         ["loss of random channels",
          *(("measured", f"seed {report.random['seed']}") if report.random

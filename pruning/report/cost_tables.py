@@ -8,6 +8,7 @@ from pruning.report.table import TextTable
 STAGES = {  # of `pruning.runs.memory.memory`
     "scoring": "to score",
     "choice": "to measure rules",
+    "repair": "to repair",
     "gptq": "for GPTQ",
     "export": "to export",
     "verify": "to verify",

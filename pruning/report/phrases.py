@@ -11,6 +11,20 @@ def check_result(check: Mapping[str, Any]) -> str:
     return "ok" if check.get("done", True) else "not done"
 
 
+def repair_words(found: Mapping[str, Any]) -> str:
+    """A sentence on what was repaired without training.
+
+    Args:
+      found: as `repair` of the report; not empty.
+    """
+    whole = f"{found['layer']} of {found['layers']} layers as a whole, "
+    taken = whole if found["mode"] == "layer" else ""
+    return (
+        f"repaired on {found['tokens']:,} tokens: {taken}{found['changed']:,} of "
+        f"{found['experts']:,} experts changed, {found['starved']:,} starved of text"
+    )
+
+
 def second_rounding(error: float) -> str:
     """A sentence on weights that the model stores in few bits: how exactly an export has them.
 

@@ -1,6 +1,7 @@
 """A plan made before or elsewhere, applied to the weights it was made for."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,18 @@ from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.stages import folder as output_folder
 from pruning.stages import preflight
+from pruning.stages import repair as repair_stage
 from pruning.stages.export import export
-from pruning.stages.job import resolved
+from pruning.stages.job import open_job, resolved
 from pruning.stages.model_record import remember
 from pruning.stages.remarks import say_left_out, say_nothing_saved
+from pruning.stages.repair import repair_bytes
 from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
 from pruning.stages.writer import only_writer
+
+# How a plan's text was read, of what it says of its scoring.
+READING = ("calibration_field", "max_tokens", "window", "dtype")
 
 
 def apply_plan(
@@ -39,14 +45,17 @@ def apply_plan(
     group_size: int | None = None,
     requantize: bool = False,
     mtp: Literal["drop", "keep", "prune"] = "drop",
+    calibration: Sequence[str] = (),
+    repair: Literal["none", "expert", "layer"] | None = None,
     allow_other_model: bool = False,
     overwrite: bool = False,
     steps: Steps | None = None,
 ) -> list[Check]:
     """Export a model under a stored plan and verify every export.
 
-    Nothing is scored or planned, so no text is read. The output folder gets `exports/`, the plan
-    and a recipe that says how both came about. An interrupted run goes on when it is repeated.
+    Nothing is scored or planned, and a text is read only to repeat the repair of the plan. The
+    output folder gets `exports/`, the plan and a recipe that says how both came about. An
+    interrupted run goes on when it is repeated.
 
     Args:
       plan: folder with plan.json and plan.safetensors, or plan.json.
@@ -58,6 +67,8 @@ def apply_plan(
       group_size: weights per 4-bit scale; default as in a recipe.
       requantize: round what the model stores in few bits a second time, as in a recipe.
       mtp: what becomes of layers that predict further tokens, as in a recipe.
+      calibration: text files to repair on, as in a recipe; without any, nothing is repaired.
+      repair: how, as in a recipe; default as the plan says.
       allow_other_model: apply it to another model of the same shape, such as the base of the one
         that it was made for; the exports' cards say so.
       overwrite: replace an output folder of ours.
@@ -80,6 +91,8 @@ def apply_plan(
     }
     given |= {"mtp": mtp, "overwrite": overwrite, "requantize": requantize}
     given |= {"group_size": group_size} if group_size else {}
+    given |= {"calibration": tuple(calibration)} if calibration else {}
+    given |= {"repair": repair} if repair else {}
     with only_writer(output):
         return _apply(Path(plan), model, given, allow_other_model, steps or Steps())
 
@@ -100,23 +113,49 @@ def _apply(
     missing = _prepare(recipe, found, source, base, steps)
     preflight.say_mtp(base.about, recipe, steps)
     found.save(recipe.output)
-    checks = _write(base, found, recipe, missing, steps)
+    repair = _repair(base, found, recipe, steps)
+    checks = _write(base, found, recipe, missing, repair, steps)
     require_verified(checks)
     return checks
 
 
 def _write(
-    base: Checkpoint, plan: PruningPlan, recipe: ResolvedRecipe, missing: list[str], steps: Steps
+    base: Checkpoint,
+    plan: PruningPlan,
+    recipe: ResolvedRecipe,
+    missing: list[str],
+    repair: Path | None,
+    steps: Steps,
 ) -> list[Check]:
     """Write the missing exports; checks of all."""
     checks = []
     for name in recipe.export:
         form, target = form_of(recipe, name, plan), Path(recipe.output) / "exports" / name
         if name in missing:
-            export(base, plan, form, target, steps)
+            export(base, plan, form, target, steps, repair=repair)
         with steps.bar(f"verify {name}"):
-            checks += verify_export(base, plan, form, target, random_probe(base))
+            checks += verify_export(base, plan, form, target, random_probe(base), repair=repair)
     return checks
+
+
+def _repair(
+    base: Checkpoint, plan: PruningPlan, recipe: ResolvedRecipe, steps: Steps
+) -> Path | None:
+    """Repeat the repair of a plan on the text that is given, or say that there is none."""
+    said = plan.provenance
+    if recipe.repair == "none":
+        if said.get("repair") in ("expert", "layer"):
+            steps.say(
+                f"not repaired: the plan names repair={said['repair']!r}, which needs its "
+                "calibration text; give it with --calibration"
+            )
+        return None
+    # As when the plan was made: with texts to measure on, all windows were read.
+    job = open_job(recipe, measures=not said.get("evaluation"))
+    texts = {source["sha256"] for source in job.calibration.sources}
+    if texts != {source.get("sha256") for source in said.get("sources") or ()}:
+        steps.say("the text is not the one that the plan was made on, so neither is the repair")
+    return repair_stage.repair(dataclasses.replace(job, base=base), plan, steps)
 
 
 apply = apply_plan  # its name on the command line
@@ -154,7 +193,14 @@ def _recipe(
     told |= {"planner": said.get("planner") or "fair"}  # nothing is measured here
     told |= {"skip_layers": (), "prune_rate": said.get("prune_rate", 1.0 - plan.keep.mean().item())}
     # Codes chosen on text do not travel with a plan, and blocks follow the group size given now.
-    told |= {"quantizer": "rtn", "block": None, "minimum": None}
+    told |= {"quantizer": "rtn", "block": None, "minimum": None, "repair": "none"}
+    if given.get("calibration"):
+        told |= {n: v for n, v in (said.get("scoring") or {}).items() if n in READING}
+        told |= {"repair": said.get("repair")}
+    elif given.get("repair") in ("expert", "layer"):
+        raise InputError(
+            f"repair={given['repair']!r} needs text; give that of the plan with --calibration"
+        )
     beside = (source if source.is_dir() else source.parent) / output_folder.RECIPE
     fields = {**told, **given}
     asked = load_recipe(beside, **fields) if beside.is_file() else CompressionRecipe(**fields)
@@ -180,7 +226,10 @@ def _prepare(
     wanted = dataclasses.replace(recipe, export=missing)
     sizes = export_sizes(base.about, plan, wanted)
     replaced = 0 if resumed else output_folder.replaced_bytes(output)
-    preflight.require_space(output, {n: size["bytes"] for n, size in sizes.items()}, replaced)
+    parts = {n: size["bytes"] for n, size in sizes.items()}
+    if needed := repair_bytes(base.about, recipe, math.ceil(recipe.max_tokens / recipe.window)):
+        parts["repair"] = max(0, needed - output_folder.written_there(output, ("repair",)))
+    preflight.require_space(output, parts, replaced)
     preflight.say_sizes(sizes, steps)
     say_nothing_saved(plan, wanted, steps)
     say_left_out(base.about.folder, steps)

@@ -23,6 +23,7 @@ from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.gptq_model import layer_errors
 from pruning.stages.card import loading, rounded_again
 from pruning.stages.job import Job
+from pruning.stages.repair import repair_facts
 from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of
 from pruning.stages.verify import Check
 from pruning.text.held_out import seen_shares
@@ -42,6 +43,7 @@ class Outcome:
       plan: what is kept.
       sizes: of the exports, as planned: see `export_sizes`.
       codes: folder of the 4-bit codes of GPTQ, None without.
+      repair: folder of the repaired weights, None without.
       checks: of all exports.
       quality: as in the report.
       random: as in the report; {} if it was not measured.
@@ -57,6 +59,7 @@ class Outcome:
     plan: PruningPlan
     sizes: dict[str, dict]
     codes: Path | None
+    repair: Path | None
     checks: list[Check]
     quality: Qualities
     random: dict[str, Any]
@@ -110,6 +113,7 @@ def assemble(found: Outcome) -> CompressionReport:
         },
         command=command_line(found.asked),
         not_run=found.not_run,
+        repair=repair_facts(found.repair),
     )
 
 

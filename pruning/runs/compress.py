@@ -1,6 +1,7 @@
 """The whole story: score, plan, export, verify, evaluate, report."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -24,12 +25,14 @@ from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import plan as planning
 from pruning.stages import preflight
+from pruning.stages import repair as repair_stage
 from pruning.stages import score as scoring
 from pruning.stages.card import write_card
 from pruning.stages.export import export, pruned_source
 from pruning.stages.job import Job
 from pruning.stages.measure import measure
 from pruning.stages.remarks import say_left_out, say_nothing_saved
+from pruning.stages.repair import repaired_source
 from pruning.stages.sizes import (
     SAMPLE_BYTES,
     export_of,
@@ -88,24 +91,26 @@ def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
     preflight.say_sizes(sizes, steps)
     say_nothing_saved(plan, job.recipe, steps)
     say_left_out(job.base.about.folder, steps)
-    codes = gptq_stage.quantize(job, plan, steps)
+    repair = repair_stage.repair(job, plan, steps)
+    codes = gptq_stage.quantize(job, plan, steps, repair)
     checks = []
     for name in job.recipe.export:
         form, target = form_of(job.recipe, name, plan), job.output / "exports" / name
         if not target.exists():
-            export(job.base, plan, form, target, steps, codes=codes)
+            export(job.base, plan, form, target, steps, codes=codes, repair=repair)
         with steps.bar(f"verify {name}"):
-            checks += verify_export(job.base, plan, form, target, probe_tokens(job), codes)
+            probe = probe_tokens(job)
+            checks += verify_export(job.base, plan, form, target, probe, codes, repair)
     references: dict[str, Reference] = {}
-    quality = _measure(job, plan, references, steps)
+    quality = _measure(job, plan, repair, references, steps)
     random, no_random = _measure_random(job, statistics, plan, references, steps)
     samples, no_samples = _samples(job, plan, steps)
     reasons = {"random": no_random, "samples": no_samples}
     report = assemble(
         Outcome(
             asked=dataclasses.asdict(recipe), job=job, statistics=statistics,
-            provenance=provenance, plan=plan, sizes=sizes, codes=codes, checks=checks,
-            quality=quality, random=random, samples=samples, stages=steps.stages,
+            provenance=provenance, plan=plan, sizes=sizes, codes=codes, repair=repair,
+            checks=checks, quality=quality, random=random, samples=samples, stages=steps.stages,
             not_run={name: why for name, why in reasons.items() if why},
         )
     )  # fmt: skip
@@ -140,11 +145,15 @@ def probe_tokens(job: Job) -> np.ndarray:
 
 
 def _measure(
-    job: Job, plan: PruningPlan, references: dict[str, Reference], steps: Steps
+    job: Job,
+    plan: PruningPlan,
+    repair: Path | None,
+    references: dict[str, Reference],
+    steps: Steps,
 ) -> Qualities:
     """Quality per text and variant: the dense model, the pruned one, and every export on disk."""
     variants: dict[str, LayerSource] = {"dense": job.base}
-    variants["pruned"] = pruned_source(job.base, plan, None)
+    variants["pruned"] = repaired_source(job.base, plan, repair)
     for name in job.recipe.export:
         variants[name] = open_checkpoint(job.output / "exports" / name, dtype=None)
     by_model = {
@@ -221,8 +230,8 @@ def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None
         write_card(
             job.output / "exports" / name, job.base, plan,
             form_of(job.recipe, name, plan),
-            quantizer=job.recipe.quantizer, quality=report.quality, evaluation=report.evaluation,
-            verification=report.verification,
+            quantizer=job.recipe.quantizer, repair=report.repair, quality=report.quality,
+            evaluation=report.evaluation, verification=report.verification,
         )  # fmt: skip
 
 

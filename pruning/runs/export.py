@@ -10,8 +10,10 @@ from pruning.kit.progress import Steps
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import preflight
+from pruning.stages import repair as repair_stage
 from pruning.stages.export import codes_folder, export
 from pruning.stages.job import open_job
+from pruning.stages.repair import stored_repair
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
 from pruning.stages.writer import only_writer
@@ -30,7 +32,8 @@ def export_folder(
       folder: holds plan.json and recipe.yaml; gets exports/NAME.
       overwrite: replace exports that are there.
       steps: where progress goes; default stderr.
-      options: `export` and `mtp` of `ExportOptions`, on top of the stored recipe.
+      options: `export`, `mtp` and `repair` of `ExportOptions`, on top of the stored recipe; without
+        `repair`, weights are repaired if they were for this plan.
 
     Returns:
       The folders, in the order of the recipe.
@@ -52,11 +55,14 @@ def _export_folder(
     plan, base = PruningPlan.load(folder), stored_base(recipe, steps)
     exports = folder / "exports"
     preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
-    codes = None
-    if codes_folder(recipe) is not None:
+    asked = options.get("repair")
+    codes, repair = None, stored_repair(recipe, plan) if asked is None else None
+    if codes_folder(recipe) is not None or asked in ("expert", "layer"):
         job = dataclasses.replace(open_job(recipe), base=base)  # identified
-        codes = gptq_stage.quantize(job, plan, steps)
+        repair = repair if asked is None else repair_stage.repair(job, plan, steps)
+        codes = gptq_stage.quantize(job, plan, steps, repair)
     for name in recipe.export:
         form, target = form_of(recipe, name, plan), exports / name
-        export(base, plan, form, target, steps, codes=codes, overwrite=overwrite)
+        given: dict[str, Any] = {"codes": codes, "repair": repair, "overwrite": overwrite}
+        export(base, plan, form, target, steps, **given)
     return [exports / name for name in recipe.export]

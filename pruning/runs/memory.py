@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
+
 from convert.description import Description
 from convert.rules import ruled_tensors
 from moe_jax.experts.dispatch import padded_rows
 from pruning.budget.candidates import CANDIDATES
+from pruning.budget.plan import PruningPlan
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import ResolvedRecipe
@@ -44,6 +47,7 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     held = {item: int(LAYERS_HELD * item * layer) for item in (2, 4)}
     late, pruned = fixed + LATE_BYTES, held[2] + 4 * layer
     gptq = packed and recipe.quantizer == "gptq"
+    repairs = recipe.repair != "none"
     moments = 2 * MOMENT_BYTES + recipe.max_tokens * c.d_model * item
     texts = (len(recipe.evaluation) or 1) * recipe.evaluation_tokens
     measured = 2 * outer + 3 * (POSITIONS * c.vocab_size + texts * c.d_model) * 4
@@ -51,6 +55,7 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     return {
         "scoring": _scoring(base, recipe, fixed, layer),
         "choice": _choice(base, recipe, fixed, layer) if recipe.planner == AUTO else 0,
+        "repair": fixed + pruned + _repair(base, recipe, plan, layer) if repairs else 0,
         "gptq": fixed + pruned + moments if gptq else 0,
         "export": fixed + pruned,
         "verify": late + max(pruned, 4 * outer + held[4]),
@@ -58,6 +63,15 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
         "evaluation": late + measured + max(pruned, packed * held[4]),
         "sample": late + sample if sample else 0,
     }
+
+
+def _repair(base: Description, recipe: ResolvedRecipe, plan: PruningPlan, layer: int) -> int:
+    """The states of two models and the results of a third, inputs and lacks of the experts, three
+    candidates of a layer, and the Grams of its experts with their eigenvectors."""
+    item = 2 if recipe.dtype == "bfloat16" else 4
+    states = recipe.max_tokens * base.config.d_model * (3 * item + 3 * 4)
+    grams = 5 * 8 * int(np.square(plan.counts).sum(axis=1).max())
+    return states + 3 * 2 * layer + grams
 
 
 def _largest_layer(base: Description) -> int:

@@ -8,7 +8,8 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.stages.export import codes_folder
-from pruning.stages.made_by import require_current
+from pruning.stages.made_by import is_repaired, require_current
+from pruning.stages.repair import stored_repair
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export, written_form
@@ -38,8 +39,9 @@ def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]
     checks = []
     for target in folders:
         form = written_form(target, base.about, plan, form_of(recipe, target.name, plan))
-        codes = codes_folder(recipe)
+        repair = stored_repair(recipe, plan) if is_repaired(target) else None
+        given = (target, random_probe(base), codes_folder(recipe), repair)
         with steps.bar(f"verify {target.name}"):
-            checks += verify_export(base, plan, form, target, random_probe(base), codes)
+            checks += verify_export(base, plan, form, *given)
     require_verified(checks)
     return checks

@@ -1,33 +1,24 @@
 """GPTQ of a whole model, layer by layer, into a folder; and the model that such a folder makes."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
-from moe_jax.files import remove_leftovers, replace_file, replace_text
-from moe_jax.json_files import parse_json, read_json
 from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
 from moe_jax.transformer import DecoderLayer
-from pruning.kit.fitting import misfits
 from pruning.shrink.gptq import Solved, gptq_layer
+from pruning.shrink.progress import LayerFolder, States, held_out
 
-HELD_OUT = 8  # one window in so many measures errors and enters no second moment
 SUMMARY = "gptq.json"
-STATES = "states"  # behind the last finished layer; gone when all are
-Texts = tuple[list[np.ndarray], list[np.ndarray]]  # what is learnt from and what is held out
 
 
 @dataclass(frozen=True)
@@ -44,22 +35,6 @@ class LayerErrors:
     gptq: float
     matrices: int
     fallbacks: int
-
-
-class Summary(TypedDict):
-    """What gptq.json holds.
-
-    Attributes:
-      provenance: as of `quantize_model`.
-      group_size: weights per scale.
-      codes: SHA-256 of the file of every layer.
-      layers: the fields of `LayerErrors` of every layer.
-    """
-
-    provenance: dict[str, Any]
-    group_size: int
-    codes: list[str]
-    layers: list[dict[str, Any]]
 
 
 def quantize_model(
@@ -97,75 +72,29 @@ def quantize_model(
       FullDiskError: the disk is full; what was finished stays.
     """
     learn, check = _windows(len(tokens))
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    codes = codes_in(folder)
     seen = in_batches(source, tokens[learn], valid[learn], batch)
     held = in_batches(source, tokens[check], valid[check], batch)
-    found = _read_progress(folder / STATES, provenance)
-    if found is None:
-        _remove_codes(folder)
-        found = [], [], (seen.embedded(source, dtype), held.embedded(source, dtype))
-    errors, codes, x = found
+    found = codes.open(provenance)
+    layers, x = found or ([], (seen.embedded(source, dtype), held.embedded(source, dtype)))
 
-    def summary() -> Summary:
-        layers = [dataclasses.asdict(one) for one in errors]
-        return Summary(provenance=provenance, group_size=group_size, codes=codes, layers=layers)
-
-    def step(index: int, layer: DecoderLayer, x: Texts) -> Texts:
+    def step(index: int, layer: DecoderLayer, x: States) -> States:
         inputs = list(zip(x[0], seen.places, strict=True))
         quantised, solved = gptq_layer(layer, inputs, group_size)
-        errors.append(_errors(layer, quantised, held, x[1], solved, group_size))
-        arrays = _stored(quantised)
-        replace_file(_layer_file(folder, index), lambda partial: save_file(arrays, partial))
-        codes.append(_digest(_layer_file(folder, index)))
+        errors = _errors(layer, quantised, held, x[1], solved, group_size)
+        layers.append(dataclasses.asdict(errors))
         x = _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
-        _write_progress(folder / STATES, summary(), x)
+        codes.add(index, _stored(quantised), provenance, layers, x)
         return x
 
-    sweep(source, x, step, layers=range(len(errors), len(source)), on_layer=on_layer)
-    replace_text(folder / SUMMARY, json.dumps(summary(), indent=2) + "\n")
-    (folder / STATES).unlink(missing_ok=True)
-    return errors
+    sweep(source, x, step, layers=range(len(layers), len(source)), on_layer=on_layer)
+    codes.close(provenance, layers)
+    return [LayerErrors(**one) for one in layers]
 
 
-def _remove_codes(folder: Path) -> None:
-    for name in (SUMMARY, STATES):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("layer-[0-9]*.safetensors"):
-        path.unlink()
-
-
-def _write_progress(path: Path, summary: Summary, x: Texts) -> None:
-    """Keep the states behind the last finished layer, and what is known so far."""
-    facts = {"parts": [len(states) for states in x], "dtype": x[0][0].dtype.name, **summary}
-
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            file.write(json.dumps(facts).encode() + b"\n")
-            for states in (*x[0], *x[1]):  # as bytes: numpy's files do not know bfloat16
-                np.save(file, states.view(np.uint8), allow_pickle=False)
-
-    replace_file(path, write)
-
-
-def _read_progress(
-    path: Path, provenance: dict
-) -> tuple[list[LayerErrors], list[str], Texts] | None:
-    """What `_write_progress` kept; None if there is nothing, or of other codes."""
-    try:
-        with open(path, "rb") as file:
-            facts = parse_json(file.readline())
-            if facts["provenance"] != provenance:
-                return None
-            dtype = jnp.dtype(facts["dtype"])
-            seen, held = (
-                [np.load(file, allow_pickle=False).view(dtype) for _ in range(count)]
-                for count in facts["parts"]
-            )
-        errors = [LayerErrors(**one) for one in facts["layers"]]
-        return errors, facts["codes"], (seen, held)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError):  # none, or damaged
-        return None
+def codes_in(folder: Path) -> LayerFolder:
+    """A folder of `quantize_model`."""
+    return LayerFolder(folder, SUMMARY, "the 4-bit codes that GPTQ chose", LayerErrors)
 
 
 def progress_bytes(config: ModelConfig, shape: tuple[int, int], batch: int, dtype) -> int:
@@ -181,44 +110,9 @@ def progress_bytes(config: ModelConfig, shape: tuple[int, int], batch: int, dtyp
     return 2 * windows * shape[1] * config.d_model * jnp.dtype(dtype).itemsize
 
 
-def read_summary(folder: Path) -> Summary | None:
-    """What is known of a finished folder; None if there is none, or its file is damaged."""
-    try:
-        found: Any = read_json(folder / SUMMARY)
-    except (InputError, OSError):
-        return None
-    if misfits(Summary, found) or any(misfits(LayerErrors, one) for one in found["layers"]):
-        return None
-    return found
-
-
-def codes_fault(folder: Path, **provenance: Any) -> str:
-    """What is wrong with the codes in a folder, as a clause; "" if they are whole.
-
-    Args:
-      folder: of `quantize_model`.
-      provenance: what is asked of theirs.
-    """
-    summary = read_summary(folder)
-    if summary is None:
-        return f"the 4-bit codes that GPTQ chose are no longer in {folder}"
-    if any(summary["provenance"].get(name) != value for name, value in provenance.items()):
-        return f"the 4-bit codes in {folder} are of another plan or text"
-    for index, digest in enumerate(summary["codes"]):
-        file = _layer_file(folder, index)
-        if not file.is_file() or _digest(file) != digest:
-            return f"{file} is not the file that GPTQ wrote"
-    return ""
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def layer_errors(folder: Path | None) -> list[dict]:
     """`LayerErrors` of every layer as dicts, from a finished folder; none without one."""
-    summary = None if folder is None else read_summary(folder)
+    summary = None if folder is None else codes_in(folder).read_summary()
     return [] if summary is None else summary["layers"]
 
 
@@ -229,9 +123,7 @@ def _windows(number: int) -> tuple[np.ndarray, np.ndarray]:
             f"GPTQ needs at least 2 calibration windows, one of them held out, but has {number}; "
             "give more text, a shorter --window, or use --quantizer rtn"
         )
-    order = np.arange(number)
-    check = order[HELD_OUT - 1 :: HELD_OUT] if number >= HELD_OUT else order[-1:]
-    return np.setdiff1d(order, check), check
+    return held_out(number)
 
 
 def _forward(layer: DecoderLayer, text: Batches, x: list[np.ndarray]) -> list[np.ndarray]:
@@ -265,10 +157,6 @@ def _errors(
     )
 
 
-def _layer_file(folder: Path, index: int) -> Path:
-    return folder / f"layer-{index:05d}.safetensors"
-
-
 def _is_coded(leaf) -> bool:
     return isinstance(leaf, QTensor)
 
@@ -300,7 +188,7 @@ def with_codes(source: LayerSource, folder: Path, group_size: int) -> LayerSourc
     """
 
     def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        stored = load_file(_layer_file(folder, index))
+        stored = codes_in(folder).arrays(index)
 
         def code(keys, leaf):
             path = _path(keys)

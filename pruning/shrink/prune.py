@@ -115,18 +115,21 @@ def PrunedSource(base: LayerSource, plan: PruningPlan, block: int = 128) -> Laye
     Returns:
       The source, all of whose pruned layers have pools of one size and share one compilation.
     """
+    return mapped(base, lambda index, layer: pruned_layer(index, layer, plan, block))
 
-    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        if index not in plan.layer_indices:
-            return layer
-        slot = plan.layer_indices.index(index)
-        counts = plan.keep.sum(axis=2)  # [L, E]
-        widest = max(1, int(counts.max()))  # a plan may empty every expert
-        step = min(block, widest)
-        width = -(-widest // step) * step
-        rows = int(counts.sum(axis=1).max()) + step
-        return prune_layer(
-            layer, plan.keep[slot], width=width, rows=rows, block=step, constants=plan.added(slot)
-        )
 
-    return mapped(base, change)
+def pruned_layer(
+    index: int, layer: DecoderLayer, plan: PruningPlan, block: int = 128
+) -> DecoderLayer:
+    """Layer `index` of `PrunedSource`, from that of the dense model."""
+    if index not in plan.layer_indices:
+        return layer
+    slot = plan.layer_indices.index(index)
+    counts = plan.keep.sum(axis=2)  # [L, E]
+    widest = max(1, int(counts.max()))  # a plan may empty every expert
+    step = min(block, widest)
+    width = -(-widest // step) * step
+    rows = int(counts.sum(axis=1).max()) + step
+    return prune_layer(
+        layer, plan.keep[slot], width=width, rows=rows, block=step, constants=plan.added(slot)
+    )

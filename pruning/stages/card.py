@@ -32,6 +32,7 @@ from pruning.report.card import (
 from pruning.report.loading import Loading
 from pruning.shrink.rounding import RoundingError
 from pruning.stages.made_by import MADE_BY, provenance_text
+from pruning.stages.repair import repair_facts
 from pruning.stages.sizes import export_of, folder_bytes
 
 BASE_CARD = "BASE_README.md"
@@ -46,18 +47,20 @@ def card_files(
     *,
     quantizer: str,
     again: RoundingError | None = None,
+    repair: Path | None = None,
 ) -> dict[str, Content]:
     """Files of a new export by name: its card, on which no quality is measured yet, the base's, and
     if `again` knows of it once the tensors are written, what a second rounding did."""
 
     def card() -> str:
         error = None if again is None else again.relative
-        return model_card(card_facts(base, plan, form, quantizer, rounded_again=error))
+        found = repair_facts(repair)
+        return model_card(card_facts(base, plan, form, quantizer, found, rounded_again=error))
 
     files: dict[str, Content] = {CARD: card}
     if again is not None:
         files[ROUNDING] = lambda: json.dumps({"relative_squared_error": again.relative}) + "\n"
-    files[MADE_BY] = provenance_text(base, plan)
+    files[MADE_BY] = provenance_text(base, plan, repair)
     if (base.about.folder / CARD).is_file():
         files[BASE_CARD] = base.about.folder / CARD
     return files
@@ -86,6 +89,7 @@ def write_card(
     form: ExportFormat,
     *,
     quantizer: str,
+    repair: Mapping[str, Any],
     quality: Quality,
     evaluation: Mapping[str, Any],
     verification: Sequence[Mapping[str, Any]],
@@ -96,6 +100,7 @@ def write_card(
       folder: the export.
       base, plan, form: what it was made from.
       quantizer: "rtn" or "gptq".
+      repair: as in the report.
       quality: per text and model: nll, perplexity, tokens, kl, top1; other exports are left out.
       evaluation, verification: as in the report; checks of other exports are left out.
     """
@@ -104,7 +109,7 @@ def write_card(
         for text, found in quality.items()
     }
     facts = card_facts(
-        base, plan, form, quantizer,
+        base, plan, form, quantizer, repair,
         rounded_again=rounded_again(folder), quality=shown, evaluation=evaluation,
         checks=[check for check in verification if check["export"] == form.name],
     )  # fmt: skip
@@ -116,6 +121,7 @@ def card_facts(
     plan: PruningPlan,
     form: ExportFormat,
     quantizer: str,
+    repair: Mapping[str, Any],
     *,
     rounded_again: float | None = None,
     quality: Quality | None = None,
@@ -132,6 +138,7 @@ def card_facts(
         quality=quality,
         evaluation=evaluation or {},
         checks=checks,
+        repair=repair,
         version=tool_version(),
     )
 

@@ -18,9 +18,9 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.phrases import second_rounding
 from pruning.scores.noise import worthiest_on_noise
 from pruning.shrink.gptq_model import with_codes
-from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource, RoundingError, compared
 from pruning.stages.card import card_files
+from pruning.stages.repair import repaired_source
 from pruning.stages.sizes import export_of
 
 
@@ -30,6 +30,7 @@ def pruned_source(
     form: ExportFormat | None,
     codes: Path | None = None,
     on_rounded: OnRounded | None = None,
+    repair: Path | None = None,
 ) -> LayerSource:
     """The pruned model, with weights in few bits if the format has them.
 
@@ -42,9 +43,10 @@ def pruned_source(
       form: of the export, None for the model before rounding.
       codes: as of `codes_folder`.
       on_rounded: told of every weight that is rounded, before and after.
+      repair: folder of repaired weights, which are what is rounded.
     """
     plan.require_model(base.fingerprint)
-    pruned = PrunedSource(base, plan)
+    pruned = repaired_source(base, plan, repair)
     if form is None or not form.is_packed:
         return pruned
     if codes is None and export_of(base.about, plan, form).native is not None:
@@ -87,16 +89,17 @@ def export(
     steps: Steps,
     *,
     codes: Path | None = None,
+    repair: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write one export of a plan with its model card; `codes` as for `pruned_source`.
+    """Write one export of a plan with its model card; `codes`, `repair` as for `pruned_source`.
 
     Says there, and to `steps`, whether weights that the model stores in few bits were rounded a
     second time, and what that did to them.
     """
     plan.require_model(base.fingerprint)
     again = RoundingError() if base.about.quantization and form.is_packed else None
-    source = pruned_source(base, plan, form, codes, again)
+    source = pruned_source(base, plan, form, codes, again, repair)
     quantizer = "gptq" if codes else "rtn"
     target.parent.mkdir(parents=True, exist_ok=True)
     with steps.bar(f"export {form.name}") as on_step:
@@ -104,7 +107,9 @@ def export(
             source,
             target,
             mtp=mtp_source(base),
-            extra_files=card_files(base, plan, form, quantizer=quantizer, again=again),
+            extra_files=card_files(
+                base, plan, form, quantizer=quantizer, again=again, repair=repair
+            ),
             overwrite=overwrite,
             on_layer=lambda index: on_step(index + 1, len(base)),
         )

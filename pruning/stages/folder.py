@@ -24,6 +24,7 @@ RECIPE = "recipe.yaml"
 # counts as finished, so what a killed removal leaves is never taken for an interrupted run.
 OURS = (
     *(f"exports/{name}" for name in FORMATS),
+    "repair/repair.json", "repair/states", "repair/layer-[0-9]*.safetensors",
     "gptq/gptq.json", "gptq/states", "gptq/layer-[0-9]*.safetensors",
     "parts/[0-9]*.safetensors", "parts/[0-9]*.json",
     "plan.json", "plan.safetensors",
@@ -33,7 +34,7 @@ OURS = (
     "audit.json", "audit.csv", "audit.html", "ablations.jsonl",
     "sweep.csv", "sweep.html",
 )  # fmt: skip
-FOLDERS = ("exports", "gptq", "parts")  # that hold some of them
+FOLDERS = ("exports", "repair", "gptq", "parts")  # that hold some of them
 
 
 def is_interrupted(job: Job) -> bool:

@@ -4,21 +4,23 @@ from pathlib import Path
 
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.shrink.gptq_model import STATES, SUMMARY, LayerErrors, codes_fault, quantize_model
-from pruning.shrink.prune import PrunedSource
+from pruning.shrink.gptq_model import SUMMARY, LayerErrors, codes_in, quantize_model
+from pruning.shrink.progress import STATES
 from pruning.stages.export import codes_folder
 from pruning.stages.job import Job
+from pruning.stages.repair import repair_facts, repaired_source
 from pruning.stages.score import without_paths
 from pruning.stages.sizes import form_of
 
 
-def quantize(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
+def quantize(job: Job, plan: PruningPlan, steps: Steps, repair: Path | None = None) -> Path | None:
     """Choose the codes of a plan, or find those an earlier run chose for the same one.
 
     Args:
       job: a resolved recipe with its model and calibration text.
       plan: what is kept.
       steps: where progress goes.
+      repair: folder of repaired weights, which are what is rounded.
 
     Returns:
       The folder that `pruned_source` takes; None if the recipe rounds to nearest or
@@ -39,7 +41,8 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
         "dtype": recipe.dtype,
         "sources": without_paths(job.calibration.sources),
     }
-    fault = codes_fault(folder, **provenance)
+    provenance |= {"repair": None if repair is None else repair_facts(repair)}
+    fault = codes_in(folder).fault(**provenance)
     if not fault:
         (folder / STATES).unlink(missing_ok=True)  # of a run killed in its last moment
         return folder
@@ -47,7 +50,7 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
         steps.say(f"{fault}; they are chosen again")
     with steps.bar("gptq") as on_step:
         errors = quantize_model(
-            PrunedSource(job.base, plan),
+            repaired_source(job.base, plan, repair),
             job.calibration.tokens,
             job.calibration.valid,
             folder,

@@ -60,8 +60,13 @@ class Job:
         return DTYPES[self.recipe.dtype]
 
 
-def open_job(recipe: CompressionRecipe) -> Job:
+def open_job(recipe: CompressionRecipe, *, measures: bool = True) -> Job:
     """Open and check everything a recipe needs; no weights are read.
+
+    Args:
+      recipe: what is asked for.
+      measures: whether, if there is no text to measure on, some of the calibration windows are set
+        aside for it.
 
     Raises:
       InputError: whatever is wrong with the model, the texts or the options, before any work.
@@ -81,7 +86,7 @@ def open_job(recipe: CompressionRecipe) -> Job:
         evaluation, codec, recipe.window, recipe.evaluation_tokens, recipe.calibration_field,
         recipe.loss_on,
     )  # fmt: skip
-    if not texts and not recipe.weights_only:
+    if measures and not texts and not recipe.weights_only:
         calibration, held = hold_out(calibration)
         if held.scored.any():
             texts["held-out calibration"] = held.windows()

@@ -1,6 +1,8 @@
-"""Which plan an export was made by: said in a file of its folder, read before it is used."""
+"""Which plan and repair made an export: said in a file of its folder, read before it is used."""
 
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -10,21 +12,36 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.record import tool_version
 from pruning.kit.progress import Steps
+from pruning.shrink.repair_model import SUMMARY
 
 MADE_BY = "provenance.yaml"  # no program that loads the folder reads it
 OLDER = "this export was made by an older plan; run `moe-compress export` again"
 
 
-def provenance_text(base: Checkpoint, plan: PruningPlan) -> str:
-    """The content of `MADE_BY`: hashes of plan and dense model, and the version of this tool."""
-    told = {"plan": plan.content_hash, "model": base.fingerprint, "moe-jax": tool_version()}
+def provenance_text(base: Checkpoint, plan: PruningPlan, repair: Path | None = None) -> str:
+    """The content of `MADE_BY`: hashes of plan, dense model and, if there is one, the repair, and
+    the version of this tool."""
+    told = {"plan": plan.content_hash, "model": base.fingerprint}
+    told |= {} if repair is None else {"repair": _hash(repair)}
+    told |= {"moe-jax": tool_version()}
     return yaml.safe_dump(told, sort_keys=False)
 
 
 def stale_exports(folder: Path, plan: PruningPlan) -> list[Path]:
-    """Exports in an output folder that say they were made by another plan than this one."""
+    """Exports in an output folder that say they were made by another plan than this one, or with
+    another repair than the one there."""
     exports = [folder / "exports" / name for name in FORMATS]
-    return [path for path in exports if _plan_of(path) not in (None, plan.content_hash)]
+    current = {"plan": plan.content_hash, "repair": _hash(folder / "repair")}
+    return [
+        path
+        for path in exports
+        if any(_told(path, name) not in (None, value) for name, value in current.items())
+    ]
+
+
+def is_repaired(export: Path) -> bool:
+    """Whether an export says that its weights were repaired."""
+    return _told(export, "repair") is not None
 
 
 def require_current(folder: Path, plan: PruningPlan) -> None:
@@ -51,11 +68,17 @@ def say_stale(folder: Path, steps: Steps) -> None:
             steps.say(f"{path}: {OLDER}")
 
 
-def _plan_of(export: Path) -> str | None:
-    """Hash of the plan that an export says it is of; None if it is not there or does not say."""
+def _hash(repair: Path) -> str | None:
+    """SHA-256 of what a finished repair says of itself."""
+    summary = repair / SUMMARY
+    return sha256(summary.read_bytes()).hexdigest() if summary.is_file() else None
+
+
+def _told(export: Path, name: str) -> str | None:
+    """A hash that an export says; None if it is not there or does not say."""
     try:
-        told = yaml.safe_load((export / MADE_BY).read_text(encoding="utf-8"))
+        told: Any = yaml.safe_load((export / MADE_BY).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
-    found = told.get("plan") if isinstance(told, dict) else None
+    found = told.get(name) if isinstance(told, dict) else None
     return found if isinstance(found, str) else None

@@ -96,6 +96,7 @@ def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: di
         "tokens": int(statistics.total_tokens),
         "sources": texts,
         "evaluation": list(map(without_folders, recipe.evaluation)),
+        "repair": recipe.repair,
         "scoring": {name: getattr(recipe, name) for name in SCORING},
     }
 

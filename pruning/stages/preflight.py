@@ -24,6 +24,7 @@ from pruning.stages.job import Job
 from pruning.stages.model_record import remember
 from pruning.stages.parts import rows_of_parts
 from pruning.stages.remarks import say_left_out, say_nothing_saved, say_texts
+from pruning.stages.repair import repair_bytes
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import (
     equal_export,
@@ -41,7 +42,8 @@ from pruning.text.held_out import not_held_out, seen_shares
 
 SCRATCH = "scratch files"
 SCORED = ("statistics", SCRATCH)  # what scoring takes, and nothing later
-WRITTEN = {"statistics": ("parts", "statistics.*"), SCRATCH: (), "gptq": ("gptq",)}
+WRITTEN = {"statistics": ("parts", "statistics.*"), SCRATCH: (), "repair": ("repair",),
+           "gptq": ("gptq",)}  # fmt: skip
 
 
 def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
@@ -141,6 +143,7 @@ def written_bytes(
     if not exports:
         return parts
     sizes = {name: most_bytes(base, recipe, name) for name in recipe.export}
+    parts |= {"repair": size} if (size := repair_bytes(base, recipe, windows)) else {}
     parts |= {"gptq": size} if (size := gptq_bytes(base, recipe, windows, sizes)) else {}
     return parts | sizes
 

@@ -24,7 +24,7 @@ from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
-from pruning.shrink.gptq_model import codes_fault
+from pruning.shrink.gptq_model import codes_in
 from pruning.shrink.rounding import bfloat16_experts
 from pruning.stages.client import Answer, client_answer
 from pruning.stages.content import (
@@ -122,6 +122,7 @@ def verify_export(
     target: Path,
     probe: np.ndarray,
     codes: Path | None = None,
+    repair: Path | None = None,
 ) -> list[Check]:
     """Compare one export with what base, plan and quantiser give, and with what it computes.
 
@@ -135,6 +136,7 @@ def verify_export(
       target: the folder.
       probe: int32 [B, T] tokens to compare logits on.
       codes: folder of the 4-bit codes, None if weights are rounded to nearest.
+      repair: folder of the repaired weights, None if none were.
 
     Returns:
       The checks, in order; what cannot be done after a failure, or for want of memory, says so.
@@ -148,8 +150,8 @@ def verify_export(
         checks.append(Check(form.name, "tokenizer", *tokenizer))
     if not form.is_integer:
         codes = None  # GPTQ has none for it
-    lost = "" if codes is None else codes_fault(codes, plan=plan.content_hash)
-    expected = pruned_source(base, plan, form, None if lost else codes)
+    lost = "" if codes is None else codes_in(codes).fault(plan=plan.content_hash)
+    expected = pruned_source(base, plan, form, None if lost else codes, repair=repair)
     try:
         comparison = TensorComparison(target, export, with_codes=not lost)
     except CheckpointError as error:

@@ -247,7 +247,7 @@ def _open_output(folder: Path) -> None:
     from pruning.report.compression import CompressionReport
     from pruning.runs.audit import read_record
     from pruning.scores.statistics import load_statistics
-    from pruning.shrink.gptq_model import codes_fault
+    from pruning.shrink.gptq_model import codes_in
     from pruning.stages.made_by import stale_exports
 
     recipe = load_recipe(folder / "recipe.yaml")
@@ -257,7 +257,7 @@ def _open_output(folder: Path) -> None:
     options = PlanOptions(prune_rate=0.5, criterion="act", attribution="energy", seed=recipe.seed)
     plan_pruning(statistics, part_of(options, PlanOptions), experts_per_token=1)
     read_record(folder / "ablations.jsonl", {})
-    codes_fault(folder / "gptq", plan=plan.content_hash)
+    codes_in(folder / "gptq").fault(plan=plan.content_hash)
     stale_exports(folder, plan)
     compared = Comparison.load(folder / "compare.json")
     report = CompressionReport.load(folder / "report.json")

@@ -21,7 +21,7 @@ from moe_jax.transformer import init
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.shrink.gptq import gptq_layer
-from pruning.shrink.gptq_model import quantize_model, read_summary, with_codes
+from pruning.shrink.gptq_model import codes_in, quantize_model, with_codes
 from pruning.shrink.moments import Batch, attention_moments, expert_moments
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.job import open_job
@@ -193,7 +193,7 @@ def test_an_export_with_another_group_size_than_the_codes_is_refused(coded, tmp_
 
 
 def test_the_summary_names_errors_and_fallbacks_of_every_layer(coded):
-    summary = read_summary(coded[2])
+    summary = codes_in(coded[2]).read_summary()
     assert summary is not None and summary["provenance"] == {"made": "here"}
     sparse, dense = summary["layers"]
     shared = coded[0].config.moe.d_shared > 0
@@ -252,7 +252,7 @@ def test_damaged_codes_are_named_by_verify_and_chosen_again_by_export(
     other = save({name: value[..., :-1] for name, value in arrays.items()})
     damages = {
         layer: (whole[layer][:-3], b"", whole[layer][:-9] + b"\1" + whole[layer][-8:], other, None),
-        "gptq.json": (b"{", summary(codes=[1, 2]), summary(layers=[{}, {}]), summary(provenance=[]),
+        "gptq.json": (b"{", summary(files=[1, 2]), summary(layers=[{}, {}]), summary(provenance=[]),
                       summary(provenance={"plan": "of another"})),
     }  # fmt: skip
     for name, contents in damages.items():
@@ -263,7 +263,7 @@ def test_damaged_codes_are_named_by_verify_and_chosen_again_by_export(
             checks = json.loads(capsys.readouterr().out)
             undone = {check["check"]: check["detail"] for check in checks if not check["done"]}
             assert undone.keys() == {"4-bit codes", "logits in JAX"}
-            said = f"{codes / layer} is not the file that GPTQ wrote" if name == layer else "4-bit"
+            said = f"{codes / layer} is not the file that was written" if name == layer else "4-bit"
             assert said in undone["4-bit codes"]
             assert "`moe-compress export --overwrite` chooses them again" in undone["4-bit codes"]
             assert run("export", folder, "--overwrite") == 0
@@ -308,7 +308,7 @@ def test_a_run_that_dies_goes_on_at_the_next_layer_and_ends_the_same(tmp_path, d
     visited.clear()
     with pytest.raises(KeyboardInterrupt):
         quantize("codes", die, plan="a")
-    assert read_summary(tmp_path / "codes") is None
+    assert codes_in(tmp_path / "codes").read_summary() is None
     assert quantize("codes", plan="a") == calm
     assert visited == list(range(2, len(source)))
     assert contents("codes") == contents("calm")

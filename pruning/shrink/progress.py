@@ -1,0 +1,156 @@
+"""The folder of a stage that goes through a model layer by layer, and goes on after a kill.
+
+It holds a file per layer, the states behind the last finished one, and, once all are finished and
+the states gone, a summary with the digests of the files.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from moe_jax.errors import InputError
+from moe_jax.files import remove_leftovers, replace_file, replace_text
+from moe_jax.json_files import parse_json, read_json
+from pruning.kit.fitting import misfits
+
+HELD_OUT = 8  # one window in so many measures errors and enters no sum
+STATES = "states"
+States = tuple[list[np.ndarray], ...]  # of each text, an array per batch
+
+
+def held_out(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the windows to learn from and of those held out, of two or more."""
+    order = np.arange(number)
+    check = order[HELD_OUT - 1 :: HELD_OUT] if number >= HELD_OUT else order[-1:]
+    return np.setdiff1d(order, check), check
+
+
+class Summary(TypedDict):
+    """What the summary of a finished folder holds.
+
+    Attributes:
+      provenance: all that the layers depend on.
+      files: SHA-256 of the file of every layer.
+      layers: what is known of every layer, the fields of a dataclass.
+    """
+
+    provenance: dict[str, Any]
+    files: list[str]
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LayerFolder:
+    """Where the layers go.
+
+    Attributes:
+      path: the folder.
+      summary: name of the file without which it is not whole.
+      holds: what lies there, in words.
+      layer: the dataclass of what is known of a layer.
+    """
+
+    path: Path
+    summary: str
+    holds: str
+    layer: type
+
+    def open(self, provenance: dict) -> tuple[list[dict], States] | None:
+        """What is known of the layers that an earlier call finished, and the states behind them;
+        None after removing what is of another provenance."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        found = self._read(provenance)
+        if found is None:
+            for name in (self.summary, STATES):
+                (self.path / name).unlink(missing_ok=True)
+            for file in self.path.glob("layer-[0-9]*.safetensors"):
+                file.unlink()
+        return found
+
+    def add(
+        self, index: int, arrays: dict[str, np.ndarray], provenance: dict, layers: Sequence[dict],
+        x: States,
+    ) -> None:  # fmt: skip
+        """Keep a layer, what is known of all so far, and the states behind it."""
+        replace_file(self._file(index), lambda partial: save_file(arrays, partial))
+        facts = {"parts": [len(states) for states in x], "dtype": x[0][0].dtype.name}
+        facts |= {"provenance": provenance, "layers": list(layers)}
+
+        def write(partial: Path) -> None:
+            with open(partial, "wb") as file:
+                file.write(json.dumps(facts).encode() + b"\n")
+                for states in (states for text in x for states in text):
+                    # As bytes: numpy's files do not know bfloat16.
+                    np.save(file, states.view(np.uint8), allow_pickle=False)
+
+        replace_file(self.path / STATES, write)
+
+    def _read(self, provenance: dict) -> tuple[list[dict], States] | None:
+        try:
+            with open(self.path / STATES, "rb") as file:
+                facts = parse_json(file.readline())
+                if facts["provenance"] != provenance:
+                    return None
+                dtype = jnp.dtype(facts["dtype"])
+                x = tuple(
+                    [np.load(file, allow_pickle=False).view(dtype) for _ in range(count)]
+                    for count in facts["parts"]
+                )
+            layers = list(map(dict, facts["layers"]))
+            return None if any(misfits(self.layer, one) for one in layers) else (layers, x)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError):  # none, or damaged
+            return None
+
+    def close(self, provenance: dict, layers: Sequence[dict]) -> None:
+        """Say that all layers are there."""
+        files = [_digest(self._file(index)) for index in range(len(layers))]
+        summary = Summary(provenance=provenance, files=files, layers=list(layers))
+        replace_text(self.path / self.summary, json.dumps(summary, indent=2) + "\n")
+        (self.path / STATES).unlink(missing_ok=True)
+
+    def read_summary(self) -> Summary | None:
+        """What `close` wrote; None if there is nothing, or it is damaged."""
+        try:
+            found: Any = read_json(self.path / self.summary)
+        except (InputError, OSError):
+            return None
+        if misfits(Summary, found) or any(misfits(self.layer, one) for one in found["layers"]):
+            return None
+        return found
+
+    def fault(self, **provenance: Any) -> str:
+        """What is wrong with the folder, as a clause; "" if it is whole.
+
+        Args:
+          provenance: what is asked of its layers'.
+        """
+        summary = self.read_summary()
+        if summary is None:
+            return f"{self.holds} are no longer in {self.path}"
+        if any(summary["provenance"].get(name) != value for name, value in provenance.items()):
+            return f"{self.holds} in {self.path} are of another plan or text"
+        for index, digest in enumerate(summary["files"]):
+            file = self._file(index)
+            if not file.is_file() or _digest(file) != digest:
+                return f"{file} is not the file that was written"
+        return ""
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays of a layer."""
+        return load_file(self._file(index))
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"layer-{index:05d}.safetensors"
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,210 @@
+"""Repair of a whole pruned model, layer by layer, into a folder; and the model that it makes."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.experts.moe import MoE
+from moe_jax.stream import (
+    Batches,
+    LayerSource,
+    in_batches,
+    layer_attend,
+    layer_feed_forward,
+    layer_forward,
+    mapped,
+    sweep,
+)
+from moe_jax.transformer import DecoderLayer
+from pruning.budget.plan import PruningPlan
+from pruning.shrink.progress import LayerFolder, States, held_out
+from pruning.shrink.prune import pruned_layer
+from pruning.shrink.repair_layer import LayerRepair, routed
+
+SUMMARY = "repair.json"
+LEAST_WINDOWS = 3  # two halves and one held out
+Mode = Literal["expert", "layer"]
+
+
+@dataclass(frozen=True)
+class RepairedLayer:
+    """What became of one layer.
+
+    Attributes:
+      index: of the layer in the model.
+      choice: "expert" if every expert makes up for its own channels, "layer" if for those of all,
+        "none" if the layer is as it was pruned.
+      experts: how many keep something that repair can change.
+      changed: how many of them were changed.
+      starved: how many of them fewer tokens reached than they keep channels.
+      errors: choice -> squared error of the residual stream behind the layer, on held-out windows.
+    """
+
+    index: int
+    choice: str
+    experts: int
+    changed: int
+    starved: int
+    errors: dict[str, float]
+
+
+def repair_model(
+    source: LayerSource,
+    plan: PruningPlan,
+    tokens: np.ndarray,
+    valid: np.ndarray,
+    folder: Path,
+    *,
+    mode: Mode,
+    provenance: dict,
+    batch: int = 8,
+    dtype=jnp.float32,
+    on_layer: Callable[[int], None] | None = None,
+) -> list[RepairedLayer]:
+    """Refit the down-projections, and output biases, of what a plan keeps.
+
+    Every layer is repaired behind the repaired layers before it, beside the dense model. Of the
+    windows one in eight is held out; the others, in turns, are the halves of `HalvedRidge`.
+
+    Args:
+      source: the dense model; at most one of its layers is held.
+      plan: what is kept of it.
+      tokens: int32 [B, T] calibration windows, B at least `LEAST_WINDOWS`.
+      valid: bool [B, T].
+      folder: where the repaired weights go, a file per layer, and last a summary, without which it
+        is not whole. What lies there of another provenance goes first. If an earlier call was
+        killed there, this one goes on after its last layer.
+      mode: "expert" makes each expert give what it gave before; "layer" also lets the experts of a
+        layer make up for each other, and takes of both and of none what errs least on what is held
+        out.
+      provenance: all that the weights depend on, JSON-compatible; kept in the folder.
+      batch: windows per step.
+      dtype: of the activations.
+      on_layer: called with the index of each finished layer.
+
+    Returns:
+      What became of every layer; nothing of those before the first that lacks a channel.
+
+    Raises:
+      FullDiskError: the disk is full; what was finished stays.
+    """
+    learn, check = held_out(len(tokens))
+    files = repaired_in(folder)
+    texts = tuple(in_batches(source, tokens[part], valid[part], batch) for part in (learn, check))
+    found = files.open(provenance)
+    if found is None:
+        first = tuple(text.embedded(source, dtype) for text in texts)
+        found = [], (*first, *(list(x) for x in first))
+    layers, x = found
+
+    def step(index: int, dense: DecoderLayer, x: States) -> States:
+        repaired, arrays, about = _repair(index, dense, plan, texts, x, mode)
+        layers.append(dataclasses.asdict(about))
+        for text, states in zip(texts, x[2:], strict=True):
+            text.each(states, lambda x, place, rows: layer_feed_forward(repaired, x, place))
+        files.add(index, arrays, provenance, layers, x)
+        return x
+
+    sweep(source, x, step, layers=range(len(layers), len(source)), on_layer=on_layer)
+    files.close(provenance, layers)
+    return [RepairedLayer(**one) for one in layers]
+
+
+def _repair(
+    index: int,
+    dense: DecoderLayer,
+    plan: PruningPlan,
+    texts: tuple[Batches, ...],
+    x: States,
+    mode: Mode,
+) -> tuple[DecoderLayer, dict[str, np.ndarray], RepairedLayer]:
+    """One layer: x[:2] go through the dense one, x[2:] through its repaired attention."""
+    pruned = pruned_layer(index, dense, plan)
+    for text, wanted, states in zip(texts, x[:2], x[2:], strict=True):
+        text.each(wanted, lambda x, place, rows: layer_forward(dense, x, place))
+        text.each(states, lambda x, place, rows: layer_attend(pruned, x, place))
+    before = [slot for slot, layer in enumerate(plan.layer_indices) if layer <= index]
+    if index not in plan.layer_indices or plan.keep[before].all():
+        return pruned, {}, RepairedLayer(index, "none", 0, 0, 0, {})
+    seen, held = texts
+    keep = plan.keep[before[-1]]
+    first = np.arange(len(seen.tokens)) % 2 == 0
+    work = LayerRepair(dense, pruned, keep, routed(dense, x[2], seen.places, first))
+    changes = {"none": {}, "expert": work.alone()}
+    if mode == "layer":
+        changes["layer"] = work.together(_lacking(pruned, seen, x[0], x[2]), changes["expert"])
+    layers = {name: work.repaired(change) for name, change in changes.items()}
+    errors = {name: _error(layer, held, x[1], x[3]) for name, layer in layers.items()}
+    choice = "expert" if mode == "expert" else min(errors, key=lambda name: errors[name])
+    about = RepairedLayer(
+        index, choice, int(work.mendable.sum()), len(changes[choice]), work.starved, errors
+    )
+    return layers[choice], _stored(layers[choice], keep) if changes[choice] else {}, about
+
+
+def _lacking(
+    layer: DecoderLayer, text: Batches, wanted: list[np.ndarray], middle: list[np.ndarray]
+) -> Array:  # float32 [N, D]
+    """What the stream behind a layer lacks of what it should be."""
+    found = _behind(layer, text, middle)
+    parts = [
+        jnp.asarray(a).astype(jnp.float32) - jnp.asarray(b).astype(jnp.float32)
+        for a, b in zip(wanted, found, strict=True)
+    ]
+    return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def _error(
+    layer: DecoderLayer, text: Batches, wanted: list[np.ndarray], middle: list[np.ndarray]
+) -> float:
+    """Squared error of the stream behind a layer."""
+    parts = zip(wanted, _behind(layer, text, middle), text.rows, strict=True)
+    return sum(
+        float(np.square(a.astype(np.float64) - b.astype(np.float64))[text.valid[rows]].sum())
+        for a, b, rows in parts
+    )
+
+
+def _behind(layer: DecoderLayer, text: Batches, middle: list[np.ndarray]) -> list[np.ndarray]:
+    return text.each(list(middle), lambda x, place, rows: layer_feed_forward(layer, x, place))
+
+
+def _stored(layer: DecoderLayer, keep: np.ndarray) -> dict[str, np.ndarray]:
+    assert isinstance(layer.mlp, MoE)
+    experts = layer.mlp.experts
+    arrays = {"w_down": np.asarray(experts.w_down)[: int(keep.sum())]}
+    return arrays | ({} if experts.b_down is None else {"b_down": np.asarray(experts.b_down)})
+
+
+def repaired_in(folder: Path) -> LayerFolder:
+    """A folder of `repair_model`."""
+    return LayerFolder(folder, SUMMARY, "the repaired weights", RepairedLayer)
+
+
+def with_repair(pruned: LayerSource, folder: Path) -> LayerSource:
+    """A pruned model with the repaired weights in a folder of `repair_model`.
+
+    Args:
+      pruned: the model of the plan that was repaired.
+      folder: of the weights; each layer's are read with it.
+    """
+
+    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
+        stored = repaired_in(folder).arrays(index)
+        if not stored:
+            return layer
+        assert isinstance(layer.mlp, MoE)
+        experts = layer.mlp.experts
+        down = np.zeros(experts.w_down.shape, stored["w_down"].dtype)
+        down[: len(stored["w_down"])] = stored["w_down"]
+        bias = jnp.asarray(stored["b_down"]) if "b_down" in stored else experts.b_down
+        experts = dataclasses.replace(experts, w_down=jnp.asarray(down), b_down=bias)
+        return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, experts=experts))
+
+    return mapped(pruned, change)

@@ -1,0 +1,95 @@
+"""The least squares of one expert against numpy's own, and the strength that halves choose."""
+
+import numpy as np
+import pytest
+
+from pruning.shrink.repair import NONE, STRENGTHS, HalvedRidge, Missing, Ridge
+
+TOKENS, KEPT, D = 60, 5, 3
+
+
+def rows(seed: int, tokens: int = TOKENS) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(KEPT, KEPT))
+    return rng.normal(size=(tokens, KEPT)) @ mixed, rng.normal(size=(tokens, D))
+
+
+def sums(hidden: np.ndarray, lacks: np.ndarray) -> tuple[np.ndarray, Missing]:
+    return hidden.T @ hidden, Missing(hidden.T @ lacks, float((lacks**2).sum()))
+
+
+def by_numpy(hidden: np.ndarray, lacks: np.ndarray, strength: float, channels: int) -> np.ndarray:
+    """Rows of the pull below those of the tokens."""
+    mean = (hidden**2).sum(axis=0)[: channels or None].mean()
+    pull = np.sqrt(strength * mean) * np.eye(hidden.shape[1])
+    stacked = np.concatenate([hidden, pull]), np.concatenate([lacks, np.zeros((len(pull), D))])
+    return np.linalg.lstsq(*stacked, rcond=None)[0]
+
+
+@pytest.mark.parametrize("channels", [KEPT, KEPT - 1, 0])
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_the_closed_form_is_least_squares_on_stacked_rows(strength, channels):
+    hidden, lacks = rows(0)
+    gram, missing = sums(hidden, lacks)
+    wanted = by_numpy(hidden, lacks, strength, channels)
+    np.testing.assert_allclose(Ridge(gram, channels).change(missing.cross, strength), wanted)
+
+
+def test_errors_on_other_tokens_are_those_of_the_rows_themselves():
+    (hidden, lacks), (others, wanted) = rows(0), rows(1)
+    gram, missing = sums(hidden, lacks)
+    found = Ridge(gram, KEPT).errors(missing.cross, *sums(others, wanted))
+    for strength, error in zip(STRENGTHS, found, strict=True):
+        left = wanted - others @ by_numpy(hidden, lacks, strength, KEPT)
+        np.testing.assert_allclose(error, (left**2).sum())
+
+
+def halves(noise: float, tokens: int = TOKENS) -> tuple[list, np.ndarray]:
+    """Hidden rows of two halves, whose lack is linear in them but for noise."""
+    true, found = np.random.default_rng(9).normal(size=(KEPT, D)), []
+    for seed in (0, 1):
+        hidden, other = rows(seed, tokens)
+        found.append((hidden, hidden @ true + noise * other))
+    return found, true
+
+
+def fitted(found) -> tuple[np.ndarray | None, float]:
+    (a, first), (b, second) = (sums(*half) for half in found)
+    return HalvedRidge((a, b), KEPT).fit((first, second))
+
+
+def test_what_the_kept_channels_span_is_restored_exactly():
+    found, true = halves(noise=0.0)
+    change, strength = fitted(found)
+    assert strength == 0.0
+    for hidden, lacks in found:
+        np.testing.assert_allclose(hidden @ change, lacks, atol=1e-6)
+    np.testing.assert_allclose(change, true, atol=1e-6)
+
+
+def test_the_strength_is_that_of_least_error_on_the_other_half():
+    found, _ = halves(noise=4.0, tokens=8)
+    change, strength = fitted(found)
+    (a, y), (b, z) = found
+    errors = [
+        ((z - b @ by_numpy(a, y, s, KEPT)) ** 2).sum() / (z**2).sum()
+        + ((y - a @ by_numpy(b, z, s, KEPT)) ** 2).sum() / (y**2).sum()
+        for s in STRENGTHS
+    ]
+    assert strength == STRENGTHS[int(np.argmin(errors))] > 0
+    both = np.concatenate([a, b]), np.concatenate([y, z])
+    np.testing.assert_allclose(change, by_numpy(*both, strength, KEPT))
+
+
+def test_nothing_moves_where_the_halves_contradict_each_other_or_lack_nothing():
+    (a, y), _ = halves(noise=0.0)[0]
+    assert fitted([(a, y), (a, -y)]) == (None, NONE)
+    assert fitted([(a, y), (a, 0 * y)]) == (None, NONE)
+
+
+def test_directions_that_no_token_has_do_not_move():
+    found, _ = halves(noise=0.1)
+    flat = [(np.c_[hidden[:, :-1], hidden[:, :1]], lacks) for hidden, lacks in found]
+    change, _ = fitted(flat)
+    assert change is not None
+    np.testing.assert_allclose(change[0], change[-1], atol=1e-6)  # the smallest of many that fit
