@@ -126,8 +126,10 @@ TESTS = {
     "pruning/text/json_values.py": "text/test_json_values",
     "pruning/text/*.py": "text/test_layouts text/test_sources text/test_chat_rows",
     "convert/export_format.py": "../convert/test_formats ../convert/test_layered",
-    "convert/formats/*.py": "../convert/test_formats ../convert/families/test_families"
-    " -k 'not families or export and (mixtral or gpt_oss)'",
+    "convert/formats/modeling_ragged_moe.py": "../convert/families/test_families"
+    " -k 'export and (mixtral or qwen2_moe) and ragged-bf16'",
+    "convert/formats/wrapped.py": "../convert/families/test_wrappers",
+    "convert/formats/*.py": "../convert/test_format_configs ../convert/test_formats",
     "convert/quantized/awq.py": "../convert/quantized -k awq",
     "convert/quantized/gptq.py": "../convert/quantized -k gptq",
     "convert/quantized/normal_float.py": "../convert/quantized -k nf4",
