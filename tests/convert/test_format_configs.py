@@ -214,3 +214,10 @@ def test_one_channel_is_a_width():
     assert ragged.widths_from_hf(one, CONFIG) == ((1, 1), (), (1, 1))
     none = {"expert_intermediate_sizes": [[0, 1], [], [0, 0]]}
     assert ragged.widths_from_hf(none, CONFIG) == ((0, 1), (), (0, 0))
+
+
+def test_five_wrong_widths_are_shown():
+    many = CONFIG.replace(moe=dataclasses.replace(CONFIG.moe, num_experts=4), dense_layers=())
+    with pytest.raises(InputError, match=r"holds \[-1, -2, -3, -4, -5\]; widths must be natural"):
+        wrong = [[-1, -2, -3, 7], [-4, -5, -6, 7], [1, 2, 3, 4]]
+        ragged.widths_from_hf({"expert_intermediate_sizes": wrong}, many)
