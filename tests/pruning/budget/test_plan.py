@@ -82,8 +82,8 @@ def test_a_plan_is_read_as_it_was_written(tmp_path, constants, name):
     numbers = {"a": np.float32(0.5), "b": np.arange(3), "path": Path("x/y"), "rate": 0.25}
     plan, place = plan_of(constants, **numbers), tmp_path / "new" / name
     plan.save(place)
-    stem = "own" if name.startswith("own") else f"{name}/plan"
-    files = [tmp_path / "new" / f"{stem}{end}" for end in (".json", ".safetensors")]
+    folder, stem = (place.parent, "own") if name.startswith("own") else (place, "plan")
+    files = [folder / f"{stem}{end}" for end in (".json", ".safetensors")]
     assert all(file.is_file() for file in files)
     for path in (place, *files):
         found = PruningPlan.load(path)
