@@ -10,7 +10,8 @@ served to the import system and the files untouched.
 
 A sample takes a place in the source at random and one mutant there. Outcomes are kept in --results
 by the mutated source, so that a run goes on where another ended; --retry tries those again that
-survived. Mutants that no test could kill stand with their reason in mutants_equivalent.txt.
+survived. The table counts what is known of each module as it is now, all samples together. Mutants
+that no test could kill stand with their reason in mutants_equivalent.txt.
 """
 
 import argparse
@@ -59,17 +60,18 @@ LEFT_OUT = ("VariableReplacer", "VariableInserter", "ReplaceUnaryOperator_UAdd",
 
 # Module -> its tests, below tests/pruning, fast ones first; "-k" chooses among them as pytest does.
 FAMILY = (
-    "../convert/families/test_families ../convert/families/test_fields"
-    " -k '{stem} and (logits or writing or spelling or test_a_default or null)'"
+    "../convert/families/test_config_values ../convert/families/test_families"
+    " ../convert/families/test_fields"
+    " -k 'values or {stem} and (writing or spelling or test_a_default or null)'"
 )
 TESTS = {
     "pruning/scores/criteria.py": "scores/test_criteria scores/test_formulas",
     "pruning/scores/channel_criteria.py": "scores/test_criteria scores/test_formulas",
     "pruning/scores/expert_criteria.py": "scores/test_criteria scores/test_formulas",
-    "pruning/scores/statistics.py": "scores/test_statistics scores/test_criteria test_extension",
-    "pruning/scores/own.py": "test_extension scores/test_formulas",
+    "pruning/scores/statistics.py": "scores/test_statistics scores/test_criteria",
+    "pruning/scores/own.py": "scores/test_own",
     "pruning/scores/details.py": "scores/test_details scores/test_formulas",
-    "pruning/scores/similarity.py": "scores/test_similarity scores/test_formulas",
+    "pruning/scores/similarity.py": "scores/test_similarity",
     "pruning/scores/noise.py": "scores/test_noise scores/test_formulas",
     "pruning/scores/ablation.py": "scores/test_ablation",
     "pruning/scores/collect.py": "scores/test_formulas scores/test_noise scores/test_layer",
@@ -90,19 +92,21 @@ TESTS = {
     "pruning/budget/whole_experts.py": "budget/test_whole_experts budget/test_values",
     "pruning/budget/outliers.py": "budget/test_outliers",
     "pruning/budget/decide.py": "budget/test_decide budget/test_widths",
-    "pruning/budget/record.py": "budget/test_decide budget/test_values",
+    "pruning/budget/record.py": "budget/test_plan budget/test_values budget/test_decide",
     "pruning/budget/rule.py": "budget/test_rules",
     "pruning/budget/rules.py": "budget/test_rules",
     "pruning/budget/problem.py": "budget/test_values budget/test_decide budget/test_widths",
     "pruning/budget/several_budgets.py": "budget/test_several_budgets",
-    "pruning/budget/plan.py": "budget/test_decide budget/test_values budget/test_emptied",
+    "pruning/budget/plan.py": "budget/test_plan",
     "pruning/shrink/gptq_core.py": "shrink/test_gptq_core",
     "pruning/shrink/gptq*.py": "shrink/test_gptq_core shrink/test_gptq",
     "pruning/shrink/moments.py": "shrink/test_gptq",
     "pruning/shrink/prune.py": "shrink/test_prune",
-    "pruning/shrink/*.py": "shrink/test_prune budget/test_emptied",
+    "pruning/shrink/masked.py": "runs/test_compare -k 'masked or constant'",
+    "pruning/shrink/rounding.py": "shrink/test_rounding",
     "pruning/measure/agreement.py": "runs/test_audit",
     "pruning/measure/loss_curves.py": "measure/test_tokens",
+    "pruning/measure/quality.py": "measure/test_quality -k 'states or broken or by_hand'",
     "pruning/measure/*.py": "measure/test_{stem}",
     "pruning/runs/compare.py": "runs/test_compare",
     "pruning/report/comparison.py": "report/test_comparison",
@@ -111,25 +115,35 @@ TESTS = {
     " -k 'not nearly and not four_bit'",
     "pruning/stages/content.py": "stages/test_content",
     "pruning/stages/plan.py": "runs/test_older_plan cli/test_plan_options",
-    "pruning/text/calibration.py": "text/test_calibration text/test_edges text/test_sources",
+    "pruning/text/calibration.py": "text/test_encoding text/test_edges text/test_calibration",
     "pruning/text/chat.py": "text/test_chat",
     "pruning/text/chat_rows.py": "text/test_chat_rows",
     "pruning/text/conversation.py": "text/test_chat text/test_chat_calibration",
     "pruning/text/conversion.py": "text/test_tokenizer",
     "pruning/text/documents.py": "text/test_layouts text/test_documents -k 'not bomb'",
-    "pruning/text/encoding.py": "text/test_chat_calibration text/test_edges text/test_calibration",
+    "pruning/text/encoding.py": "text/test_encoding",
     "pruning/text/held_out.py": "text/test_held_out -k share",
     "pruning/text/source.py": "text/test_sources",
     "pruning/text/tokenizer.py": "text/test_tokenizer text/test_chat",
-    "pruning/text/windows.py": "text/test_edges measure/test_quality",
+    "pruning/text/windows.py": "text/test_encoding text/test_edges",
     "pruning/text/json_values.py": "text/test_json_values",
     "pruning/text/*.py": "text/test_layouts text/test_sources text/test_chat_rows",
     "convert/export_format.py": "../convert/test_formats ../convert/test_layered",
-    "convert/formats/*.py": "../convert/test_formats ../convert/families/test_families"
-    " -k 'not families or export and (mixtral or gpt_oss)'",
-    "convert/quantized/*.py": "../convert/quantized",
+    "convert/formats/modeling_ragged_moe.py": "../convert/families/test_families"
+    " -k 'export and (mixtral or qwen2_moe) and ragged-bf16'",
+    "convert/formats/wrapped.py": "../convert/families/test_wrappers",
+    "convert/formats/*.py": "../convert/test_format_configs ../convert/test_formats",
+    "convert/quantized/awq.py": "../convert/quantized -k awq",
+    "convert/quantized/gptq.py": "../convert/quantized -k gptq",
+    "convert/quantized/normal_float.py": "../convert/quantized -k nf4",
+    "convert/quantized/compressed.py": "../convert/quantized -k 'int or fp8 or scheme'",
+    "convert/quantized/float8.py": "../convert/quantized ../convert/families/test_deepseek_v3"
+    " -k 'fp8 or blocks'",
+    "convert/quantized/config.py": "../convert/quantized -k 'not as_the_library'",
+    "convert/quantized/*.py": "../convert/quantized -k 'awq or gptq-8 or int4-zeros'",
     "convert/families/__init__.py": "../convert/test_errors",
-    "convert/families/deepseek.py": "../convert/families/test_deepseek_v1",
+    "convert/families/deepseek.py": "../convert/families/test_config_values"
+    " ../convert/families/test_deepseek_v1",
     "convert/families/kimi_k*.py": "../convert/families/test_kimi_k2",
     "convert/families/glm4v_moe.py": "../convert/families/test_wrappers",
     "convert/families/qwen3_vl_moe.py": "../convert/families/test_wrappers",
@@ -194,10 +208,15 @@ def places(source: str) -> list[tuple[Place, list[tuple[str, int]]]]:
     return sorted(found.items())
 
 
+def digest(text: str) -> str:
+    """A short name of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def sample(module: str, count: int | None, seed: int) -> list[dict]:
     """Mutants of a module: one at each of `count` places drawn at random, or all there are."""
     source, rng = (ROOT / module).read_text(), random.Random(f"{seed} {module}")
-    chosen = places(source)
+    chosen, version = places(source), digest(source)
     if count is not None:
         chosen = rng.sample(chosen, min(count, len(chosen)))
         chosen = [(place, [rng.choice(ways)]) for place, ways in chosen]
@@ -207,12 +226,11 @@ def sample(module: str, count: int | None, seed: int) -> list[dict]:
             text = mutate_code(source, get_operator(name)(), occurrence)
             if text is None or text == source:
                 continue
-            key = hashlib.sha256((module + text).encode()).hexdigest()[:16]
             diff = [line for line in difflib.unified_diff(
                 source.splitlines(), text.splitlines(), lineterm="", n=0)][3:]  # fmt: skip
             mutants.append(
-                {"key": key, "module": module, "line": start[0], "operator": name[5:],
-                 "diff": diff, "text": text}
+                {"key": digest(module + text), "module": module, "source": version,
+                 "line": start[0], "operator": name[5:], "diff": diff, "text": text}
             )  # fmt: skip
     return mutants
 
@@ -328,9 +346,12 @@ def main() -> None:
     paths = [str(p.relative_to(ROOT)) for room in ("pruning", "convert", "moe_jax")
              for p in sorted((ROOT / room).rglob("*.py"))]  # fmt: skip
     modules = [p for p in paths if any(fnmatch.fnmatch(p, w) for w in wanted) and tests_of(p)]
-    mutants = [one for module in modules
-               for one in sample(module, arguments.sample, arguments.seed)]  # fmt: skip
-    if not arguments.table:
+    if arguments.table:
+        now = {module: digest((ROOT / module).read_text()) for module in modules}
+        mutants = [one for one in done.values() if now.get(one["module"]) == one["source"]]
+    else:
+        mutants = [one for module in modules
+                   for one in sample(module, arguments.sample, arguments.seed)]  # fmt: skip
         _run_all(mutants, done, arguments)
     show(mutants, done)
 
@@ -347,10 +368,12 @@ def _run_all(mutants: list[dict], done: dict[str, dict], arguments) -> None:
             outcome, seconds, end = run(module, (ROOT / module).read_text(), files, 900)
             if outcome != "survived":
                 sys.exit(f"{module}: its tests fail unchanged ({files})\n{end}")
-            limits[module] = 2 * seconds + 10
+            limits[module] = 2 * seconds + 5
             print(f"{module}: {seconds:.0f} s unchanged", flush=True)
         outcome, seconds, _ = run(module, mutant["text"], files, limits[module])
-        done[key] = {"key": key, "outcome": outcome}
+        first = done.get(key, {}).get("first", outcome)
+        known = {name: value for name, value in mutant.items() if name != "text"}
+        done[key] = {**known, "first": first, "outcome": outcome}
         with arguments.results.open("a") as file:
             file.write(json.dumps(done[key]) + "\n")
         print(f"{number + 1}/{len(mutants)} {outcome} {seconds:.0f} s {module}:{mutant['line']} "
@@ -365,22 +388,26 @@ def show(mutants: list[dict], done: dict[str, dict]) -> None:
     for mutant in mutants:
         if mutant["key"] not in done:
             continue
-        outcome = done[mutant["key"]]["outcome"]
+        outcome, first = (done[mutant["key"]][name] for name in ("outcome", "first"))
         if outcome == "survived" and reason(mutant, known):
             outcome = "equivalent"
         counts = table.setdefault(mutant["module"], {})
         counts[outcome] = counts.get(outcome, 0) + 1
+        if first == "survived" and outcome != "equivalent":
+            counts["lived"] = counts.get("lived", 0) + 1
         if outcome == "survived":
             print(f"\n{mutant['module']}:{mutant['line']} {mutant['operator']}")
             print("\n".join(mutant["diff"]))
-    kinds = ("killed", "timeout", "survived", "equivalent")
-    print("\n| module | " + " | ".join(kinds) + " | of the others dead |\n|---|" + "---|" * 5)
+    kinds = ("killed", "timeout", "survived", "equivalent", "lived")
+    print("\n| module | killed | timeout | survived | equivalent | of the others dead | at first |")
+    print("|---|" + "---|" * 6)
     total = {kind: sum(counts.get(kind, 0) for counts in table.values()) for kind in kinds}
     for module, counts in [*sorted(table.items()), ("all", total)]:
-        numbers = [counts.get(kind, 0) for kind in kinds]
-        others = sum(numbers[:3])
-        share = f"{sum(numbers[:2]) / others:.0%}" if others else "-"
-        print(f"| {module} | " + " | ".join(map(str, numbers)) + f" | {share} |")
+        killed, late, alive, equal, lived = (counts.get(kind, 0) for kind in kinds)
+        others = killed + late + alive
+        shares = (f"{part / others:.0%}" if others else "-"
+                  for part in (killed + late, others - lived))  # fmt: skip
+        print("| " + " | ".join(map(str, (module, killed, late, alive, equal, *shares))) + " |")
 
 
 if __name__ == "__main__":

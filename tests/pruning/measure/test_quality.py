@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.transformer import init
-from pruning.measure.quality import measure_quality
+from moe_jax.errors import InputError
+from moe_jax.transformer import Head, init
+from pruning.measure.quality import Reference, measure_quality, quality_of
 from pruning.text.windows import make_windows
 from tests.pruning.scores.test_layer import CONFIG
 
@@ -70,6 +71,54 @@ def test_divergence_and_agreement_equal_those_of_the_logits_by_hand(model):
     assert quality.kl == pytest.approx(kl.mean(), rel=1e-4)
     assert quality.top1 == pytest.approx(same.mean())
     assert quality.tokens == 299
+
+
+def by_hand(head: Head, x: np.ndarray) -> np.ndarray:
+    """Logarithms of probabilities, float64."""
+    x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + head.norm_eps)
+    logits = (x * np.asarray(head.norm, np.float64)) @ np.asarray(head.weight, np.float64).T
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("length", [9, 257, 258, 700])
+def test_states_are_scored_where_windows_say_whatever_number_of_positions(length):
+    rng = np.random.default_rng(length)
+    heads = [Head(norm=rng.random(8, np.float32) + 0.5, weight=rng.random((11, 8), np.float32) * 3,
+                  norm_eps=1e-3) for _ in range(2)]  # fmt: skip
+    windows = make_windows(
+        rng.integers(0, 11, length), window=40, stride=33, counted=rng.random(length) < 0.9
+    )
+    shape = (*windows.tokens.shape, 8)
+    dense, small = (Reference(h, rng.standard_normal(shape, np.float32)) for h in heads)
+    loss = kl = agree = count = 0
+    for row, scored in enumerate(windows.scored):
+        for t in np.flatnonzero(scored):
+            p, q = (by_hand(r.head, r.hidden[row, t].astype(np.float64)) for r in (dense, small))
+            loss -= q[windows.tokens[row, t + 1]]
+            kl += (np.exp(p) * (p - q)).sum()
+            agree, count = agree + (p.argmax() == q.argmax()), count + 1
+    found = quality_of(small, windows, dense)
+    assert found.tokens == count and found.top1 == agree / count
+    np.testing.assert_allclose([found.nll, found.kl], [loss / count, kl / count], rtol=1e-5)
+    assert found.perplexity == np.exp(found.nll)
+    alone = quality_of(small, windows)
+    assert alone.nll == pytest.approx(found.nll, rel=1e-6) and alone.tokens == count
+    assert alone.to_dict() | {"kl": None, "top1": None} == alone.to_dict()
+
+
+def test_a_model_that_gives_no_number_is_broken_and_a_bad_one_has_a_large_perplexity():
+    windows = make_windows(np.zeros(5, int), window=5)
+    states = np.ones((1, 5, 1), np.float32)
+
+    def model(scale: float) -> Reference:
+        norm, weight = np.ones(1, np.float32), np.array([[-scale], [scale]], np.float32)
+        return Reference(Head(norm=norm, weight=weight, norm_eps=0.0), states)
+
+    assert quality_of(model(300.0), windows).perplexity == np.exp(600.0)
+    assert quality_of(model(400.0), windows).perplexity == np.exp(700.0)
+    for scale in (np.nan, np.inf):
+        with pytest.raises(InputError, match="weights are broken"):
+            quality_of(model(scale), windows)
 
 
 def test_bad_windows_are_refused():

@@ -15,7 +15,9 @@ from moe_jax.errors import InputError
 from pruning.text import documents
 from pruning.text.calibration import calibration_batch
 from pruning.text.documents import open_documents
+from pruning.text.rows import Rows
 from pruning.text.source import TextSource
+from pruning.text.tables import parquet_documents
 
 TEXTS = [
     f'Page {n}.\nThe river "Elbe" rises, {{high}}, and\tflows é {n} km.\n' * 3 for n in range(40)
@@ -231,3 +233,14 @@ def test_of_large_parquet_all_row_groups_give_some(tmp_path, monkeypatch):
     assert (groups > 200).all() and (groups < 300).all()  # of 100 bytes and their lengths each
     monkeypatch.setattr(documents, "WHOLE", 10**9)
     assert len(texts_of(source)) == 30_000
+
+
+def test_of_large_parquet_no_row_is_read_beyond_what_may_be(tmp_path):
+    texts = [f"{number:04d}" for number in range(600)]
+    table = pyarrow.Table.from_pylist([{"text": text} for text in texts])
+    pyarrow.parquet.write_table(table, tmp_path / "a", use_dictionary=False)
+    with pyarrow.parquet.ParquetFile(tmp_path / "a") as file:
+        first = next(file.iter_batches(batch_size=256)).nbytes
+    for most, count in ((first, 256), (first // 2, 128), (first + 1, 257), (10**6, 600)):
+        found, is_all = parquet_documents(Rows(TextSource(tmp_path / "a")), most)
+        assert found == texts[:count] and is_all == (count == 600)

@@ -1,0 +1,310 @@
+"""What each family reads of a config.json, value by value, written down by hand.
+
+Whether the meaning is right, logits say (`test_families`); here every number is another one, so
+that none can stand in for its neighbour.
+"""
+
+import dataclasses
+
+import pytest
+
+from convert import FAMILIES, find_family
+from moe_jax.config import (
+    Activation,
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
+from moe_jax.errors import InputError
+
+SAID = {
+    "vocab_size": 101, "hidden_size": 60, "num_hidden_layers": 5, "max_position_embeddings": 77,
+    "rms_norm_eps": 3e-5, "tie_word_embeddings": True, "intermediate_size": 56,
+    "num_attention_heads": 6, "num_experts_per_tok": 4, "rope_theta": 5000.0,
+}  # fmt: skip
+READ = {
+    "vocab_size": 101, "d_model": 60, "num_layers": 5, "max_position": 77, "norm_eps": 3e-5,
+    "tie_embeddings": True, "d_dense": 56,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+        "mscale_all_dim": 1.3, "beta_fast": 16, "beta_slow": 2, "truncate": False,
+        "attention_factor": 1.1}  # fmt: skip
+YARN_READ = {"kind": "yarn", "factor": 3.0, "original_max_position": 16, "mscale": 0.7,
+             "mscale_all_dim": 1.3, "beta_fast": 16, "beta_slow": 2, "truncate": False,
+             "attention_factor": 1.1}  # fmt: skip
+GROUPED = {"num_key_value_heads": 3, "head_dim": 18}
+HEADS = {"num_heads": 6, "num_kv_heads": 3, "head_dim": 18}
+LATENT = {"q_lora_rank": 21, "kv_lora_rank": 22, "qk_nope_head_dim": 13, "qk_rope_head_dim": 8,
+          "v_head_dim": 17, "attention_bias": True, "rope_interleave": False}  # fmt: skip
+SHARED = {"n_routed_experts": 12, "n_shared_experts": 3, "moe_intermediate_size": 20}
+LATENT_READ = LatentAttentionConfig(
+    num_heads=6, query_rank=21, kv_rank=22, plain_dim=13, rope_dim=8, value_dim=17, bias=True,
+    interleaved=False, rope=RopeConfig(theta=5000.0),
+)  # fmt: skip
+SIGMOID = {
+    "num_experts": 12, "experts_per_token": 4, "d_expert": 20, "renormalize": False, "d_shared": 60,
+    "score": "sigmoid", "correction_bias": True, "num_groups": 3, "groups_per_token": 2,
+    "group_score": "top2", "routed_scale": 1.7, "float32_router": True,
+}  # fmt: skip
+GROUPS = {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.7, "norm_topk_prob": False}
+MOE = {"num_experts": 12, "experts_per_token": 4, "d_expert": 20}
+ROPE = RopeConfig(theta=5000.0)
+
+
+def attention(**changes) -> AttentionConfig:
+    return AttentionConfig(**{**HEADS, "rope": ROPE, "norm_eps": 3e-5, **changes})
+
+
+def model(attention, moe: dict, **changes) -> ModelConfig:
+    return ModelConfig(**{**READ, "attention": attention, "moe": MoEConfig(**moe), **changes})
+
+
+CASES = {
+    "qwen2_moe": (
+        GROUPED | {
+            "num_experts": 12, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True, "qkv_bias": False, "use_sliding_window": True,
+            "sliding_window": 9, "max_window_layers": 4, "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+        },
+        model(
+            attention(), MOE | {"renormalize": True, "d_shared": 24, "shared_gate": True},
+            dense_layers=(0, 2, 3, 4), sliding_window=9, sliding_layers=(0, 2),
+        ),
+    ),
+    "qwen3_moe": (
+        GROUPED | {
+            "num_experts": 12, "moe_intermediate_size": 20, "norm_topk_prob": True,
+            "attention_bias": True, "use_sliding_window": True, "sliding_window": 9,
+            "decoder_sparse_step": 3, "rope_scaling": YARN,
+        },
+        model(
+            attention(qk_norm=True, qkv_bias=True, out_bias=True,
+                      rope=RopeConfig(theta=5000.0, **YARN_READ)),
+            MOE | {"renormalize": True}, dense_layers=(0, 1, 3, 4), sliding_window=9,
+            sliding_layers=(0, 1, 2, 3, 4),
+        ),
+    ),
+    "mixtral": (
+        GROUPED | {"num_local_experts": 12, "sliding_window": 9},
+        model(attention(norm_eps=1e-6), MOE | {"d_expert": 56, "renormalize": True},
+              sliding_window=9, sliding_layers=(0, 1, 2, 3, 4)),
+    ),
+    "olmoe": (
+        {"num_key_value_heads": 2, "num_experts": 12, "attention_bias": True, "clip_qkv": 0.4,
+         "norm_topk_prob": True},
+        model(attention(num_kv_heads=2, head_dim=10, qk_norm=True, joint_qk_norm=True, clip_qkv=0.4,
+                        qkv_bias=True, out_bias=True),
+              MOE | {"d_expert": 56, "renormalize": True}),
+    ),
+    "deepseek_v2": (
+        LATENT | SHARED | {"topk_method": "group_limited_greedy", "first_k_dense_replace": 2,
+                           "n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.7},
+        model(LATENT_READ,
+              MOE | {"renormalize": False, "d_shared": 60, "num_groups": 3, "groups_per_token": 2,
+                     "routed_scale": 1.7, "float32_router": True}, dense_layers=(0, 1)),
+    ),
+    "deepseek_v3": (
+        LATENT | SHARED | GROUPS | {"first_k_dense_replace": 2},
+        model(LATENT_READ, SIGMOID, dense_layers=(0, 1)),
+    ),
+    "glm4_moe": (
+        GROUPED | SHARED | GROUPS | {
+            "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.25,
+        },
+        model(attention(qk_norm=True, qkv_bias=True, rope=RopeConfig(theta=5000.0, fraction=0.25)),
+              SIGMOID, dense_layers=(0,)),
+    ),
+    "glm4_moe_lite": (
+        LATENT | SHARED | GROUPS | {
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"],
+        },
+        model(LATENT_READ, SIGMOID, dense_layers=(0, 2)),
+    ),
+    "dots1": (
+        GROUPED | SHARED | GROUPS | {
+            "attention_bias": True, "sliding_window": 9, "max_window_layers": 3,
+            "first_k_dense_replace": 1,
+        },
+        model(attention(qk_norm=True, qkv_bias=True, out_bias=True), SIGMOID, dense_layers=(0,),
+              sliding_window=9, sliding_layers=(3, 4)),
+    ),
+    "gpt_oss": (
+        GROUPED | {
+            "num_local_experts": 12, "attention_bias": False, "sliding_window": 9,
+            "swiglu_alpha": 1.3, "swiglu_limit": 0.6, "rope_scaling": YARN,
+        },
+        model(attention(sinks=True, rope=RopeConfig(theta=5000.0, **YARN_READ)),
+              MOE | {"d_expert": 56, "renormalize": True, "logit_bias": True, "expert_bias": True,
+                     "activation": Activation(slope=1.3, shift=1.0, limit=0.6)},
+              sliding_window=9, sliding_layers=(0, 2, 4)),
+    ),
+    "qwen3_next": (
+        GROUPED | {
+            "num_experts": 12, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
+            "attention_bias": True, "norm_topk_prob": False, "decoder_sparse_step": 2,
+            "partial_rotary_factor": 0.5, "full_attention_interval": 3, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 7, "linear_value_head_dim": 11,
+            "linear_conv_kernel_dim": 3,
+        },
+        model(
+            attention(qk_norm=True, qkv_bias=True, out_bias=True, output_gate=True,
+                      rope=RopeConfig(theta=5000.0, fraction=0.5)),
+            MOE | {"renormalize": False, "d_shared": 24, "shared_gate": True},
+            dense_layers=(0, 2, 4), linear_layers=(0, 1, 3, 4), centred_norms=True,
+            linear_attention=LinearAttentionConfig(
+                num_key_heads=2, num_value_heads=4, key_dim=7, value_dim=11, conv_width=3,
+                norm_eps=3e-5,
+            ),
+        ),
+    ),
+    "deepseek": (
+        SHARED | {"num_key_value_heads": 2, "norm_topk_prob": True, "first_k_dense_replace": 2,
+                  "moe_layer_freq": 3},
+        model(attention(num_kv_heads=2, head_dim=10, norm_eps=1e-6),
+              MOE | {"renormalize": True, "d_shared": 60}, dense_layers=(0, 1, 2, 4)),
+    ),
+}  # fmt: skip
+
+
+def read(family: str, **changes) -> ModelConfig:
+    said = {**SAID, **CASES[family][0], **changes}
+    return find_family(family).config_from_hf({k: v for k, v in said.items() if v is not ...})
+
+
+def test_every_family_with_a_reader_of_its_own_is_here():
+    readers = {family.read_config for name, family in FAMILIES.items() if not family.ragged}
+    assert {find_family(name).read_config for name in CASES} <= readers
+    own = {n for n, family in FAMILIES.items() if not (family.ragged or family.wrapper)}
+    assert own - {"kimi_k2"} == CASES.keys()
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_every_value_is_read_and_goes_where_it_belongs(family):
+    assert read(family) == CASES[family][1]
+
+
+def of(family: str, part: str = "", **changes) -> ModelConfig:
+    wanted = CASES[family][1]
+    if not part:
+        return wanted.replace(**changes)
+    return wanted.replace(**{part: dataclasses.replace(getattr(wanted, part), **changes)})
+
+
+WITHOUT_WINDOW = {"sliding_window": None, "sliding_layers": ()}
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "wanted"),
+    [
+        ("qwen2_moe", {"head_dim": ..., "num_key_value_heads": None},
+         of("qwen2_moe", "attention", head_dim=10, num_kv_heads=6)),
+        ("qwen2_moe", {"use_sliding_window": False}, of("qwen2_moe", **WITHOUT_WINDOW)),
+        ("qwen2_moe", {"layer_types": ["full_attention"] * 4 + ["sliding_attention"]},
+         of("qwen2_moe", sliding_layers=(4,))),
+        ("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": []},
+         of("qwen2_moe", dense_layers=())),
+        ("qwen3_moe", {"head_dim": ...}, of("qwen3_moe", "attention", head_dim=10)),
+        ("qwen3_moe", {"use_sliding_window": False}, of("qwen3_moe", **WITHOUT_WINDOW)),
+        ("qwen3_moe", {"sliding_window": None}, of("qwen3_moe", **WITHOUT_WINDOW)),
+        ("mixtral", {"head_dim": ...}, of("mixtral", "attention", head_dim=10)),
+        ("mixtral", {"sliding_window": ...}, of("mixtral", **WITHOUT_WINDOW)),
+        ("deepseek_v2", {"topk_method": "greedy"},
+         of("deepseek_v2", "moe", num_groups=1, groups_per_token=1)),
+        ("deepseek_v2", {"first_k_dense_replace": 9},
+         of("deepseek_v2", dense_layers=(0, 1, 2, 3, 4))),
+        ("deepseek_v2", {"q_lora_rank": None}, of("deepseek_v2", "attention", query_rank=None)),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1},
+         of("deepseek_v3", "moe", num_groups=1, groups_per_token=1)),
+        ("glm4_moe", {"head_dim": ...}, of("glm4_moe", "attention", head_dim=10)),
+        ("glm4_moe_lite", {"mlp_layer_types": ...}, of("glm4_moe_lite", dense_layers=(0,))),
+        ("dots1", {"head_dim": ...}, of("dots1", "attention", head_dim=10)),
+        ("dots1", {"sliding_window": None}, of("dots1", **WITHOUT_WINDOW)),
+        ("dots1", {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 3},
+         of("dots1", sliding_layers=(0, 1))),
+        ("gpt_oss", {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 3},
+         of("gpt_oss", sliding_layers=(0, 1))),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 2 + ["full_attention"] * 3},
+         of("qwen3_next", linear_layers=(0, 1))),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 5},
+         of("qwen3_next", linear_layers=(), linear_attention=None)),
+        ("qwen3_next", {"mlp_only_layers": [1, 3]}, of("qwen3_next", dense_layers=(0, 1, 2, 3, 4))),
+        ("deepseek", {"first_k_dense_replace": 0, "moe_layer_freq": 1},
+         of("deepseek", dense_layers=())),
+    ],
+)  # fmt: skip
+def test_what_one_value_changes(family, said, wanted):
+    assert read(family, **said) == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "message"),
+    [
+        ("deepseek_v2", {"num_key_value_heads": 3}, "num_key_value_heads=3 must equal"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True must be False"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid' must be 'softmax'"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 must be 1"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "must be 'greedy' or 'group_limited_greedy'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' must be 'sigmoid'"),
+        ("deepseek", {"attention_bias": True}, "attention_bias=True must be False"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "for each of the 5 layers"),
+        ("glm4_moe_lite", {"first_k_dense_replace": 2}, "but the latter have dense layers"),
+        ("qwen3_next", {"layer_types": ["sliding_attention"] * 5}, "must name 'linear_attention'"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),
+        ("qwen3_moe", {"num_local_experts": 13}, "must agree but say"),
+        ("qwen3_moe", {"num_experts": ...}, "config.json lacks num_experts"),
+        ("qwen3_moe", {"rope_scaling": {"rope_type": "su"}}, "rope_type='su' must be one of"),
+        ("gpt_oss", {"rope_scaling": ...}, "lacks rope_parameters"),
+    ],
+)
+def test_what_is_not_computed_is_refused(family, said, message):
+    with pytest.raises(InputError, match=message):
+        read(family, **said)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"kind": "linear", "factor": 2.0}),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+          "rope_theta": ...}, {"kind": "linear", "factor": 2.0, "theta": 7.0}),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 8.0}},
+         {"kind": "dynamic", "factor": 2.0, "theta": 8.0}),
+        # Without a factor it is the ratio of the contexts, where the original one is known.
+        ({"rope_scaling": {"rope_type": "yarn"}, "original_max_position_embeddings": 11},
+         {"kind": "yarn", "original_max_position": 11, "factor": 7.0}),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 3.0,
+                           "original_max_position_embeddings": 7},
+          "original_max_position_embeddings": 11},
+         {"kind": "yarn", "original_max_position": 11, "factor": 3.0}),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+          "original_max_position_embeddings": 11}, {"kind": "linear", "factor": 2.0}),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0,
+                           "high_freq_factor": 5.0, "original_max_position_embeddings": 9}},
+         {"kind": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 5.0,
+          "original_max_position": 9}),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 9,
+                           "long_factor": [2.0] * 9, "original_max_position_embeddings": 7}},
+         {"kind": "longrope", "short_factor": (1.0,) * 9, "long_factor": (2.0,) * 9, "factor": 11.0,
+          "original_max_position": 7}),
+        ({"partial_rotary_factor": 0.5}, {}),  # the plain rope turns whole heads in most families
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+         {"kind": "linear", "factor": 2.0, "fraction": 0.5}),
+        ({"rope_scaling": None, "rope_theta": ...}, {"theta": 10000.0}),
+    ],
+)  # fmt: skip
+def test_rope_in_every_spelling(said, wanted):
+    found = read("qwen3_moe", **{"rope_scaling": ..., **said}).attention.rope
+    assert found == RopeConfig(**{"theta": 5000.0, **wanted})
+
+
+def test_families_have_a_rope_of_their_own_where_config_json_says_nothing():
+    ropes = {"mixtral": {"theta": 1e6}, "glm4_moe": {"fraction": 0.5},
+             "qwen3_next": {"fraction": 0.25}}  # fmt: skip
+    for family, wanted in ropes.items():
+        found = read(family, rope_theta=..., partial_rotary_factor=...).attention.rope
+        assert found == RopeConfig(**{"theta": 10000.0, **wanted})
+    assert read("gpt_oss", rope_theta=...).attention.rope.theta == 150000.0

@@ -1,0 +1,49 @@
+"""What a second rounding did to weights: squares summed by hand, of just the weights it changed."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.quant import QTensor, dequantize
+from moe_jax.quantized import quantize_layer
+from moe_jax.transformer import init
+from pruning.shrink.rounding import ROWS_AT_ONCE, QuantizedSource, RoundingError, compared
+from tests.pruning.scores.test_layer import CONFIG
+
+
+@pytest.mark.parametrize("rows", [1, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 1])
+def test_errors_are_squares_over_squares_of_all_that_is_told(rows):
+    rng = np.random.default_rng(rows)
+    error, wrong, total = RoundingError(), 0.0, 0.0
+    assert error.relative == 0.0
+    for columns in (1, 3):
+        before = rng.standard_normal((rows, columns)).astype(np.float32)
+        after = before + rng.standard_normal((rows, columns)).astype(np.float32) / 8
+        error(before, after)
+        wrong += ((after.astype(float) - before.astype(float)) ** 2).sum()
+        total += (before.astype(float) ** 2).sum()
+    assert (error.wrong, error.total) == pytest.approx((wrong, total), rel=1e-12)
+    assert error.relative == pytest.approx(wrong / total, rel=1e-12)
+    same = RoundingError()
+    same(before, before)
+    assert same.relative == same.wrong == 0.0 < same.total
+
+
+def test_every_weight_that_is_rounded_is_told_before_and_after():
+    model = init(CONFIG, jax.random.key(0))
+    told: list[tuple[np.ndarray, np.ndarray]] = []
+    source = compared(model, lambda base: QuantizedSource(base, 4), lambda *pair: told.append(pair))
+    for index in range(len(source)):
+        told.clear()
+        found = source.layer(index)
+        wanted = quantize_layer(model.layer(index), 4)
+        leaves = [
+            jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+            for layer in (model.layer(index), wanted, found)
+        ]
+        pairs = [(old, new) for old, new, _ in zip(*leaves, strict=True)
+                 if isinstance(new, QTensor)]  # fmt: skip
+        assert len(told) == len(pairs) >= 6
+        for (before, after), (old, new) in zip(told, pairs, strict=True):
+            np.testing.assert_array_equal(before, old)
+            np.testing.assert_array_equal(after, dequantize(new))
