@@ -21,10 +21,11 @@ from pruning.stages.choose import STATE_BYTES
 from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.sizes import export_of, form_of, sample_memory, statistics_bytes
-from pruning.stages.verify import PROBE_TOKENS, PROBE_WINDOWS
+from pruning.stages.verify import probe_shape
 
 PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
 LATE_BYTES = 300 << 20  # programs of all stages before the last ones, which stay
+LOGITS_HELD = 5  # of a probe: two programs', their difference, its size, and who is asked
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
 
 
@@ -33,9 +34,9 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
 
     Exporting holds two layers and a float32 copy of one, as does evaluating what is pruned on the
     fly. Verifying does that again, and then holds two layers of the export as float32, as
-    evaluating does where weights have 4 bits. A sample is written by whole models, where they are
-    small enough. "transformers" is what the process takes that is asked about an export, if so
-    much is free; all others are the process of `compress`.
+    evaluating does where weights have 4 bits, beside the logits of the longest probe. A sample is
+    written by whole models, where they are small enough. "transformers" is what the process takes
+    that is asked about an export, if so much is free; all others are the process of `compress`.
     """
     c = base.config
     outer = (1 if c.tie_embeddings else 2) * c.vocab_size * c.d_model
@@ -52,14 +53,16 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     texts = (len(recipe.evaluation) or 1) * recipe.evaluation_tokens
     measured = 2 * outer + 3 * (POSITIONS * c.vocab_size + texts * c.d_model) * 4
     sample = max(sample_memory(base, one) for one in exports)
+    probe = math.prod(probe_shape(c))
+    logits = 4 * LOGITS_HELD * probe * c.vocab_size
     return {
         "scoring": _scoring(base, recipe, fixed, layer),
         "choice": _choice(base, recipe, fixed, layer) if recipe.planner == AUTO else 0,
         "repair": fixed + pruned + _repair(base, recipe, plan, layer) if repairs else 0,
         "gptq": fixed + pruned + moments if gptq else 0,
         "export": fixed + pruned,
-        "verify": late + max(pruned, 4 * outer + held[4]),
-        "transformers": max(client_bytes(one, PROBE_WINDOWS * PROBE_TOKENS) for one in exports),
+        "verify": late + max(pruned, 4 * outer + held[4]) + logits,
+        "transformers": max(client_bytes(one, probe) for one in exports),
         "evaluation": late + measured + max(pruned, packed * held[4]),
         "sample": late + sample if sample else 0,
     }

@@ -87,6 +87,12 @@ def probe_lengths(config: ModelConfig) -> tuple[int, int]:
     return min(needed, most), needed
 
 
+def probe_shape(config: ModelConfig) -> tuple[int, int]:
+    """Windows and their tokens of a probe without a text, which is as long as any."""
+    length, _ = probe_lengths(config)
+    return max(2, PROBE_WINDOWS * PROBE_TOKENS // max(length, PROBE_TOKENS)), length
+
+
 def random_probe(base: Checkpoint) -> np.ndarray:
     """Windows of random tokens, int32 [B, T], for comparing logits without a text."""
     length, needed = probe_lengths(base.config)
@@ -96,8 +102,7 @@ def random_probe(base: Checkpoint) -> np.ndarray:
             length,
             needed - PROBE_TOKENS,
         )
-    shape = (max(2, PROBE_WINDOWS * PROBE_TOKENS // max(length, PROBE_TOKENS)), length)
-    tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, shape)
+    tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, probe_shape(base.config))
     # What stands for an image is no text, and programs compute another thing from it.
     outer = base.about.outer or {}
     others = {value for key, value in outer.items() if key.endswith("_token_id")}

@@ -47,7 +47,7 @@ STAGES = {  # a command, and the commands that make its folder
 
 
 def one_run(out: Path, at: int, log: Path, arguments: list[str]) -> None:
-    """The body of a process: run a command, dying at an event; its number of events goes to a log."""
+    """The body of a process: run a command and die at an event; a log gets the number of events."""
     with open(log, "w") as printed:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)

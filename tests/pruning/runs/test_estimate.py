@@ -24,6 +24,7 @@ from pruning.stages import plan as planning
 from pruning.stages.export import export
 from pruning.stages.job import resolved
 from pruning.stages.sizes import active_parameters, byte_range, form_of
+from pruning.stages.verify import random_probe
 from tests.support import tiny
 from tests.support.command import refused, run
 from tests.support.synthetic import statistics
@@ -265,6 +266,23 @@ def test_a_target_that_only_4_bits_reach_is_estimated_as_compress_would_meet_it(
 def test_the_impossible_is_refused(models, tmp_path, capsys, arguments, message):
     shown = refused(capsys, tmp_path, "estimate", models / "single", "--no-probe", *arguments)
     assert re.search(message, shown), shown
+
+
+def test_memory_counts_the_logits_of_the_longest_probe(tmp_path):
+    """A window of 300 tokens is seen by no probe of 32: its logits take what they take."""
+    memory, tokens = [], []
+    for window in (4, 300):
+        sizes = {"sliding_window": window, "max_position_embeddings": 512}
+        folder = tiny.save(tiny.tiny_model("dots1", **sizes), tmp_path / str(window))
+        (found,) = estimated(folder, tmp_path, "--export", "padded-bf16")
+        memory.append(found["memory"])
+        tokens.append(random_probe(open_checkpoint(folder)).size)
+    more = tokens[1] - tokens[0]
+    assert tokens == [7 * 36, 2 * 332]
+    logits = more * tiny.SIZES["vocab_size"] * 4
+    assert memory[1]["transformers"] - memory[0]["transformers"] == 3 * logits
+    assert memory[1]["verify"] - memory[0]["verify"] == 5 * logits
+    assert memory[1]["export"] == memory[0]["export"]
 
 
 def test_a_probe_without_weights_is_refused(models, tmp_path, capsys):
