@@ -1,7 +1,7 @@
 """What config.json of an export says of weights in few bits."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from convert.description import Description
@@ -43,11 +43,27 @@ def quantization_config(
         if native and said is not None and said.method == float8.METHOD:
             return float8.quantization_config(drafting, base.hf_config["quantization_config"])
         return float8.quantization_config([*plain, *drafting], None)
+    wrapped = base.family.wrapper is not None
+    plain = _anywhere(plain, base.beside) if wrapped else plain
     if form.mtp != "drop":
         # Not by exact names: vLLM asks for some of these modules under the name of several.
-        prefixes = mtp_prefixes(base.family, base.hf_config)
-        plain += [f"re:{re.escape(prefix)}" for prefix in prefixes]
+        prefixes = (re.escape(prefix) for prefix in mtp_prefixes(base.family, base.hf_config))
+        plain += [f"re:{'.*' * wrapped}{name.removeprefix('model' * wrapped)}" for name in prefixes]
     return compressed_tensors.quantization_config(plain, form.group_size)
+
+
+def _anywhere(plain: Iterable[str], beside: Iterable[str]) -> list[str]:
+    """Modules of a wrapper that stay 16-bit: those of its text model and all of its other parts.
+
+    As patterns: its class in transformers has other names in front than its files.
+    """
+    inner = (name.removeprefix("model.") for name in plain)
+    parts = {name.removeprefix("model.").partition(".")[0] for name in beside}
+    return [
+        "lm_head",
+        *(rf"re:(.*\.)?{re.escape(name)}$" for name in inner),
+        *(rf"re:(.*\.)?{re.escape(part)}\." for part in sorted(parts)),
+    ]
 
 
 def _matrices(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

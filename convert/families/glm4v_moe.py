@@ -34,5 +34,5 @@ FAMILY = dataclasses.replace(
     read_config=config_from_hf,
     defaults=DEFAULTS,
     wrapper=Wrapper({"model.language_model.": "model.", "lm_head.": "lm_head."}),
-    formats=("padded-bf16",),
+    formats=("padded-bf16", "padded-int4"),
 )

@@ -13,5 +13,5 @@ FAMILY = dataclasses.replace(
         {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
         default_tied=True,
     ),
-    formats=("padded-bf16",),
+    formats=("padded-bf16", "padded-int4"),
 )

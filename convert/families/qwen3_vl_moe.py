@@ -42,5 +42,5 @@ FAMILY = dataclasses.replace(
     rope=ROPE,
     together="halves",
     wrapper=Wrapper({"model.language_model.": "model.", "lm_head.": "lm_head."}),
-    formats=("padded-bf16",),
+    formats=("padded-bf16",),  # its class reads fused experts only
 )

@@ -21,6 +21,7 @@ from convert.export import Export
 from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
+from pruning.runs.apply import apply_plan
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.sizes import kept_widths
 from tests.support import quantized, tiny, wrapped
@@ -130,13 +131,45 @@ def _blind(model):
     return model
 
 
-@each_wrapper
-@pytest.mark.parametrize("name", ["ragged-bf16", "layered-bf16", "padded-int4"])
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [(family, name) for family in WRAPPERS for name in ("ragged-bf16", "layered-bf16")]
+    + [("qwen3_vl_moe", "padded-int4")],
+    indirect=["checkpoint"],
+)
 def test_a_format_that_no_multimodal_class_reads_is_refused(checkpoint, name):
     base, plan, _ = checkpoint
     export = Export(base.about, kept_widths(plan, base.about), ExportFormat(name))
     with pytest.raises(InputError, match=r"does not exist for .* choose from padded-bf16"):
         export.check()
+
+
+@pytest.mark.parametrize("checkpoint", ["glm4v_moe", "kimi_k25"], indirect=True)
+def test_a_text_model_in_4_bits_is_verified_inside_the_whole(checkpoint, tmp_path):
+    base, plan, reference = checkpoint
+    family = base.about.family.model_type
+    (tmp_path / "plan").mkdir()
+    plan.save(tmp_path / "plan")
+    model = shutil.copytree(base.about.folder, tmp_path / "model")
+    arguments = {"export": ["padded-int4"], "group_size": 32}
+    checks = apply_plan(tmp_path / "plan", str(model), tmp_path / "out", **arguments)
+    named = {check.check: check for check in checks if check.done}
+    assert all(check.ok for check in checks)
+    assert {"tensors", "logits in JAX", "logits in transformers"} <= named.keys()
+
+    folder = tmp_path / "out/exports/padded-int4"
+    before, after = (others(stored(f), family) for f in (model, folder))
+    assert before.keys() == after.keys() and before
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    coded = [name for name in stored(folder) if name.endswith("weight_packed")]
+    assert len(coded) > 2 * 8 * 3
+    loaded, info = wrapped.load(folder)
+    assert not any(info.values()), info
+    loaded = torch.nn.Module.float(loaded)  # experts come in bfloat16, whatever the dtype asked for
+    found = wrapped.image_logits(loaded, family)
+    whole = wrapped.image_logits(reference, family)
+    assert np.isfinite(found).all() and 1e-2 < np.abs(found - whole).max()
+    assert np.abs(found[:, 7:] - wrapped.image_logits(_blind(loaded), family)[:, 7:]).max() > 1e-3
 
 
 def test_a_text_model_under_its_published_name_is_read_too(tmp_path):
@@ -171,10 +204,12 @@ def test_experts_as_transformers_5_writes_them_are_read_too(tmp_path):
 
 
 @each_wrapper
-def test_without_a_format_named_the_only_one_is_estimated(checkpoint, capsys):
-    assert run("estimate", checkpoint[0].about.folder, "--json", "-") == 0
+def test_without_a_format_named_those_of_the_family_are_estimated(checkpoint, capsys):
+    about = checkpoint[0].about
+    assert run("estimate", about.folder, "--json", "-") == 0
     (told,) = json.loads(capsys.readouterr().out)
-    assert list(told["exports"]) == ["padded-bf16"] and told["memory"]["export"] > 0
+    packed = [] if about.family.model_type == "qwen3_vl_moe" else ["padded-int4"]
+    assert list(told["exports"]) == ["padded-bf16", *packed] and told["memory"]["export"] > 0
 
 
 @each_wrapper
