@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from pruning.budget.candidates import CANDIDATES
 from pruning.budget.plan import PruningPlan
+from pruning.budget.rules import RULES
 from pruning.measure.choice import take
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.report.cost_tables import estimate_tables
@@ -229,11 +230,13 @@ def test_a_rule_that_cannot_is_listed_with_the_reason(finished, tmp_path, monkey
         options=dataclasses.replace(CANDIDATES["fair-shapley"].options, criterion="fisher"),
     )
     monkeypatch.setitem(CANDIDATES, "fair-fisher", needs)
+    monkeypatch.setitem(CANDIDATES, "naee", RULES["naee"])
     out = shutil.copytree(finished, tmp_path / "out")
     ((_, plan),) = plan_folder(out, width="capped", cap=48)
     refused = {one["rule"]: one["reason"] for one in plan.provenance["choice"]["refused"]}
     assert refused["uniform-energy"] == "it has width uniform, the recipe asks for capped"
     assert "--gradients, which were not collected" in refused["fair-fisher"]
+    assert "fixes experts beforehand" in refused["naee"]
     assert plan.counts.max() <= 48
     taken = [one["rule"] for one in plan.provenance["choice"]["candidates"] if one["taken"]]
     assert len(taken) == 1 and taken[0] not in refused
