@@ -17,7 +17,7 @@ EXAMPLES = {
     "\\\n      --prune-rate 0.25 --output out\n"
     "  moe-compress compress ./Qwen3-30B-A3B --weights-only --output preview\n\n"
     "An interrupted run goes on when it is repeated. The result is in out/report.html.\n"
-    "The rule that prunes is measured on windows of the calibration text that are then not scored,\n"
+    "The rule that prunes is measured on windows of the calibration text that are not scored,\n"
     "in less than half of the time of scoring; --planner fair, or any part of a rule, spares that.",
     "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
     "estimate": "moe-compress estimate demo --prune-rate 0.25 0.5\n"
