@@ -145,8 +145,8 @@ def test_windows_kept_out_are_in_no_statistic(models, domains, finished, tmp_pat
     assert said["kept_out"]["sha256"] != before["kept_out"]["sha256"]
     assert said["tokens"] == before["tokens"] == (2 * 12 - 2) * LENGTH
     # with one rule all of the text is scored
-    assert run("--quiet", "score", *command(models / "single", place, out, "--overwrite",
-                                            "--planner", "fair")) == 0  # fmt: skip
+    more = (*text, "--overwrite", "--planner", "fair")
+    assert run("--quiet", "score", *command(models / "single", place, out, *more)) == 0
     said = json.loads((out / "statistics.json").read_text())
     assert said["tokens"] == 2 * 12 * LENGTH and "kept_out" not in said
 
