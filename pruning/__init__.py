@@ -12,6 +12,7 @@ from moe_jax.facade import lazy_face
 
 if TYPE_CHECKING:
     from pruning.budget import objectives, planners
+    from pruning.budget.candidates import CANDIDATES
     from pruning.budget.decide import plan_pruning
     from pruning.budget.importance import IMPORTANCE, PlannerOptions, smooth_layer_loss
     from pruning.budget.plan import PruningPlan
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from pruning.text.windows import make_windows
 
 __all__ = [
+    "CANDIDATES",
     "CHANNEL_CRITERIA",
     "EXPERT_CRITERIA",
     "IMPORTANCE",
@@ -137,6 +139,7 @@ __all__ = [
 
 # Names are imported when they are used: `--help` and the checks of options need no jax.
 _HOMES = {
+    "budget.candidates": ("CANDIDATES",),
     "budget.several_budgets": ("nested_plans", "plan_for_target"),
     "budget.decide": ("plan_pruning",),
     "budget.importance": ("IMPORTANCE", "PlannerOptions", "smooth_layer_loss"),

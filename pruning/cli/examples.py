@@ -16,7 +16,9 @@ EXAMPLES = {
     "  moe-compress compress ./Qwen3-30B-A3B --calibration c4.txt code.jsonl=0.5 "
     "\\\n      --prune-rate 0.25 --output out\n"
     "  moe-compress compress ./Qwen3-30B-A3B --weights-only --output preview\n\n"
-    "An interrupted run goes on when it is repeated. The result is in out/report.html.",
+    "An interrupted run goes on when it is repeated. The result is in out/report.html.\n"
+    "The rule that prunes is measured on windows of the calibration text that are not scored,\n"
+    "in less than half of the time of scoring; --planner fair, or any part of a rule, spares that.",
     "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
     "estimate": "moe-compress estimate demo --prune-rate 0.25 0.5\n"
     "  moe-compress estimate ./Qwen3-30B-A3B --export padded-int4 --tensor-parallel 2\n\n"
@@ -27,7 +29,10 @@ EXAMPLES = {
     "score": "moe-compress score ./Qwen3-30B-A3B --calibration c4.txt --output out\n\n"
     "Every option of `compress` is taken: those of planning and export are stored in\n"
     "out/recipe.yaml, where `plan` and `export` begin from.",
-    "plan": "moe-compress plan out --prune-rate 0.25 0.5\n\n"
+    "plan": "moe-compress plan out --prune-rate 0.25 0.5\n"
+    "  moe-compress plan out --prune-rate 0.25 0.5 --planner fair\n\n"
+    "With planner auto the model is read, and every rate has the rule that loses least there;\n"
+    "plans of one planner need the statistics alone and lie within each other.\n"
     "Several rates also write out/sweep.csv and out/sweep.html: the size of every export format\n"
     "against the share of the channel score that goes. `eval` with them measures the loss.",
     "export": "moe-compress export out --export ragged-int4 padded-bf16",

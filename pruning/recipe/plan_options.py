@@ -72,7 +72,7 @@ class PlanOptions(Options):
             "calibration windows that it keeps out of the statistics, and takes the one that loses "
             "least, with what is named of criterion, attribution, weights, align and so on held "
             "in all of them; default auto, or fair where one of these is named or no text is read",
-            names=(AUTO, *PLANNERS),
+            names=(*PLANNERS, AUTO),
         ),
     ] = None
     weights: Annotated[

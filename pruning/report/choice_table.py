@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.errors import InputError
 from pruning.measure.choice import MARGIN
 from pruning.report.table import TextTable
 
@@ -15,7 +16,18 @@ def choice_table(choice: Mapping[str, Any], columns: int = COLUMNS) -> TextTable
     Args:
       choice: of a plan's provenance, see `pruning.stages.choose`.
       columns: most texts that have a column each; of more the worst is shown.
+
+    Raises:
+      InputError: it is damaged.
     """
+    try:
+        return _table(choice, columns)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        told = str(error)[:200]
+        raise InputError(f"the plan's table of rules is damaged ({told}); plan again") from None
+
+
+def _table(choice: Mapping[str, Any], columns: int) -> TextTable:
     texts = list(choice["dense"])
     each = texts if 1 < len(texts) <= columns else []
     worst = ["worst text"] if len(texts) > columns else []

@@ -38,7 +38,9 @@ def plan_folder(
         options. Exports and a report that are there stay, marked if of an older plan.
       rates: prune rates; default the budget of the stored recipe or of `options`.
       steps: where progress goes; default stderr.
-      options: of `PlanOptions`, on top of the stored recipe.
+      options: of `PlanOptions`, on top of the stored recipe. With planner auto the rules are
+        measured at every rate by itself, for which the model is read; else one rule plans all
+        rates within each other.
 
     Returns:
       (folder of the plan, plan) per rate, in the order of `rates`.

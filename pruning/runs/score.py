@@ -18,7 +18,8 @@ def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStati
     An interrupted run is repeated with the same recipe and goes on after its last part.
 
     Args:
-      recipe: what to do; its planner options decide when the kept set counts as stable.
+      recipe: what to do; its planner options decide when the kept set counts as stable, and
+        planner auto keeps windows out of the statistics, for `plan` to measure rules on.
       steps: where progress goes; default stderr.
 
     Returns:

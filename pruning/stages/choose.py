@@ -15,6 +15,7 @@ from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from pruning.budget.candidates import CANDIDATES, candidate, candidate_name
 from pruning.budget.plan import PruningPlan
+from pruning.kit.fitting import fits, misfits
 from pruning.kit.progress import Steps
 from pruning.measure.choice import take
 from pruning.measure.quality import Reference, window_losses
@@ -75,7 +76,10 @@ def job_plan(
 
 def measurable(recipe: ResolvedRecipe, provenance: dict, steps: Steps) -> ResolvedRecipe:
     """The recipe, or that with the usual rule if planner auto has nothing to measure rules on."""
-    if recipe.planner != AUTO or "kept_out" in provenance:
+    note = provenance.get("kept_out")
+    if note is not None and not (fits(note, dict[str, Any]) and "windows" in note):
+        raise InputError(f"kept_out={note!r} in {recipe.output}/statistics.json; score again")
+    if recipe.planner != AUTO or note is not None:
         return recipe
     usual = recipe.fixed()
     steps.say(
@@ -201,7 +205,7 @@ def _remembered(path: Path, key: dict[str, Any]) -> Measured | None:
     """What choice.json holds of the same model and windows; None if nothing, or nothing whole."""
     try:
         found = read_json(path)
-        if found.pop("key") != key:
+        if found.pop("key") != key or misfits(Measured, found):
             return None
         known = Measured(**found)
         windows = {len(known.tokens), len(known.files), len(known.dense)}

@@ -8,7 +8,7 @@ import numpy as np
 from pruning.text.calibration import TokenBatch
 
 FEWEST = 4  # windows of text from which on one is kept out
-SHARE, MOST_TOKENS = 1 / 20, 16384  # of the text: nine plans on it cost half of scoring the text
+SHARE, MOST_TOKENS = 1 / 24, 16384  # of the text: nine plans on it cost half of scoring it
 MOST_SHARE = 1 / 4  # where every file gives a window
 
 

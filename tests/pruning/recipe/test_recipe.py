@@ -229,7 +229,33 @@ def test_resolving_fills_every_default_and_is_idempotent(export, bits):
         assert recipe.width == policies[recipe.export[0].partition("-")[0]]
         assert recipe.export == (exports or (f"ragged-{'int4' if recipe.bits == 4 else 'bf16'}",))
         assert recipe.resolved(96, 64, 1000) == recipe
-        assert (recipe.criterion, recipe.attribution) == ("shapley", "ala")
+        assert (recipe.planner, recipe.criterion, recipe.attribution) == ("auto", None, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({}, (None, None, "auto")),
+        ({"planner": "auto"}, (None, None, "auto")),
+        ({"planner": "fair"}, ("shapley", "ala", "fair")),
+        ({"planner": "paper", "criterion": "act"}, ("act", "ala", "paper")),
+        ({"criterion": "energy"}, ("energy", "ala", "fair")),
+        ({"align": "hull"}, ("shapley", "ala", "fair")),
+        ({"weights": "mass"}, ("shapley", "ala", "fair")),
+        ({"planner": "auto", "attribution": "reap"}, (None, "reap", "auto")),
+        ({"width": "uniform", "keep_experts": True, "block": 32}, (None, None, "auto")),
+        ({"weights_only": True}, ("noise", "aimer", "fair")),
+        ({"weights_only": True, "criterion": "weight"}, ("weight", "aimer", "fair")),
+    ],
+)
+def test_who_names_a_rule_gets_it_and_others_have_it_measured(given, rule):
+    asked = CompressionRecipe(model="m", output="o", **given)
+    recipe = asked.resolved(96, 64, 1000)
+    assert (recipe.criterion, recipe.attribution, recipe.planner) == rule
+    usual = recipe.fixed()
+    wanted = (rule[0] or "shapley", rule[1] or "ala", rule[2].replace("auto", "fair"))
+    assert (usual.criterion, usual.attribution, usual.planner) == wanted
+    assert (recipe.used_criterion, recipe.used_attribution, recipe.used_planner) == wanted
 
 
 def test_formats_of_several_shapes_are_planned_for_the_least_free_one():

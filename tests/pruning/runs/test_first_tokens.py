@@ -88,7 +88,8 @@ def opened(folder, **options):
     return open_job(
         pruning.CompressionRecipe(
             model=str(folder), output=str(folder.parent / "out"), calibration=(text,),
-            evaluation=(text,), window=50, bits=16, export=("padded-bf16",), **options,
+            evaluation=(text,), window=50, bits=16, export=("padded-bf16",), planner="fair",
+            **options,
         )
     )  # fmt: skip
 

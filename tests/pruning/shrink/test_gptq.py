@@ -42,7 +42,8 @@ def first_inputs(source, tokens, valid, batch: int) -> list[Batch]:
 @pytest.fixture(scope="module")
 def demo():
     """The first layer of the shipped model and real inputs of it."""
-    job = open_job(CompressionRecipe(model="demo", output="unused", max_tokens=10240))
+    recipe = CompressionRecipe(model="demo", output="unused", max_tokens=10240, planner="fair")
+    job = open_job(recipe)
     tokens, valid = job.calibration.tokens, job.calibration.valid
     inputs = first_inputs(job.base, tokens, valid, 8)
     return job.base.layer(0), inputs[:4], inputs[4]

@@ -15,8 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from pruning.budget.candidates import CANDIDATES
 from pruning.budget.plan import PruningPlan
+from pruning.budget.rules import RULES
 from pruning.measure.choice import take
-from pruning.recipe.recipe import load_recipe
+from pruning.recipe.recipe import CompressionRecipe, load_recipe
+from pruning.report.cost_tables import estimate_tables
+from pruning.runs.estimate import estimate
 from pruning.runs.plan import plan_folder
 from pruning.stages import choose as choosing
 from pruning.stages.job import open_job
@@ -142,8 +145,8 @@ def test_windows_kept_out_are_in_no_statistic(models, domains, finished, tmp_pat
     assert said["kept_out"]["sha256"] != before["kept_out"]["sha256"]
     assert said["tokens"] == before["tokens"] == (2 * 12 - 2) * LENGTH
     # with one rule all of the text is scored
-    assert run("--quiet", "score", *command(models / "single", place, out, "--overwrite",
-                                            "--planner", "fair")) == 0  # fmt: skip
+    more = (*text, "--overwrite", "--planner", "fair")
+    assert run("--quiet", "score", *command(models / "single", place, out, *more)) == 0
     said = json.loads((out / "statistics.json").read_text())
     assert said["tokens"] == 2 * 12 * LENGTH and "kept_out" not in said
 
@@ -227,11 +230,13 @@ def test_a_rule_that_cannot_is_listed_with_the_reason(finished, tmp_path, monkey
         options=dataclasses.replace(CANDIDATES["fair-shapley"].options, criterion="fisher"),
     )
     monkeypatch.setitem(CANDIDATES, "fair-fisher", needs)
+    monkeypatch.setitem(CANDIDATES, "naee", RULES["naee"])
     out = shutil.copytree(finished, tmp_path / "out")
     ((_, plan),) = plan_folder(out, width="capped", cap=48)
     refused = {one["rule"]: one["reason"] for one in plan.provenance["choice"]["refused"]}
     assert refused["uniform-energy"] == "it has width uniform, the recipe asks for capped"
     assert "--gradients, which were not collected" in refused["fair-fisher"]
+    assert "fixes experts beforehand" in refused["naee"]
     assert plan.counts.max() <= 48
     taken = [one["rule"] for one in plan.provenance["choice"]["candidates"] if one["taken"]]
     assert len(taken) == 1 and taken[0] not in refused
@@ -292,6 +297,19 @@ def test_the_calibration_text_must_be_the_one_that_was_scored(
     assert run("plan", out, "--prune-rate", 0.3, "--planner", "fair") == 0
 
 
+def test_an_estimate_counts_the_measuring_of_rules(models):
+    known = {"model": str(models / "single"), "output": "out", "bits": 16, "max_tokens": 4096}
+    (found,) = estimate(CompressionRecipe(**known), probe=True)
+    assert found["kept_out_tokens"] == 3 * LENGTH and found["memory"]["choice"] > 600 << 20
+    assert found["choosing_seconds"] > 0
+    shown = {row[0]: row[1] for row in estimate_tables(found)[-1].rows}
+    assert "memory to measure rules" in shown and "time to measure rules on 192 of them" in shown
+    for one in ({"planner": "fair"}, {"criterion": "energy"}, {"weights_only": True}):
+        (found,) = estimate(CompressionRecipe(**known, **one), probe=False)
+        assert found["kept_out_tokens"] == found["memory"]["choice"] == 0
+        assert not any("rules" in row[0] for row in estimate_tables(found)[-1].rows)
+
+
 def test_rules_that_tie_are_told_apart_by_their_worst_text():
     tokens, domains = np.full(4, 10), np.array([0, 0, 1, 1])
     dense = np.zeros(4)
@@ -332,6 +350,6 @@ def test_kept_out_windows_are_few_and_of_every_file():
     _, held = keep_out(batch(*[2] * 10))
     assert held is not None and len(held.tokens) == 1
     _, held = keep_out(batch(2000, length=32))
-    assert held is not None and held.total == 100 * 32
+    assert held is not None and held.total == 83 * 32
     _, held = keep_out(batch(2000, length=1024))
     assert held is not None and held.total == 16384

@@ -193,7 +193,7 @@ def test_little_text_and_nothing_to_evaluate_are_said_before_the_work(
     def said(*flags) -> str:
         capsys.readouterr()
         command = ("compress", models / "single", "--output", tmp_path / str(len(shown)))
-        assert run(*command, "--bits", 16, *flags) == 0
+        assert run(*command, "--bits", 16, "--planner", "fair", *flags) == 0
         shown.append(capsys.readouterr().err)
         return re.sub(r"\s+", " ", shown[-1].partition("check weights")[0])
 

@@ -25,7 +25,8 @@ def test_a_run_says_and_keeps_what_it_read_of_each_file(models, tmp_path, capsys
     capsys.readouterr()
     assert command.run(
         "compress", models / "single", "--output", out, "--batch", 4, "--bits", 16,
-        "--window", 64, "--max-tokens", 1000, "--calibration", f"{maths}=0.75:template="
+        "--planner", "fair", "--window", 64, "--max-tokens", 1000,
+        "--calibration", f"{maths}=0.75:template="
         r"Q: {question}\nA: {answer}", f"{tmp_path}/code.json=0.25",
         "--evaluation", f"{tmp_path}/wiki.csv:field=body",
     ) == 0  # fmt: skip
