@@ -48,13 +48,13 @@ def test_no_change_moves_a_settled_token_and_some_change_moves_any_other(name, s
     values = rng.normal(size=(40, E)).astype(np.float32)
     settled = np.asarray(is_settled(jnp.asarray(values), config, jnp.full(40, change), bias))
     before = chosen(values, config, bias)
-    moved = np.zeros(40, bool)
     # Random directions, and for every set of losers the one that favours all others.
-    for number in range(256):
-        sign = 1.0 - 2.0 * ((number >> np.arange(E)) & 1)
-        for size in (1.0, rng.random()):
-            other = values + (sign * size * change).astype(np.float32)
-            moved |= (chosen(other, config, bias) != before).any(axis=-1)
+    signs = 1.0 - 2.0 * ((np.arange(256)[:, None] >> np.arange(E)) & 1)
+    sizes = np.stack([np.ones(256), rng.random(256)], axis=1)
+    steps = (signs[:, None] * sizes[..., None] * change).astype(np.float32)  # [256, 2, E]
+    others = (values + steps[:, :, None]).reshape(-1, E)
+    after = chosen(others, config, bias).reshape(256, 2, 40, K)
+    moved = (after != before).any(axis=(0, 1, 3))
     assert not (moved & settled).any()
     # What differs by rounding of the scores alone stays undecided here.
     near = is_settled(jnp.asarray(values), config, jnp.full(40, change - 1e-5), bias)

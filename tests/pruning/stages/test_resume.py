@@ -44,14 +44,10 @@ sys.exit(main(arguments))
 EXPORT = "ragged-bf16"
 
 
-def stopped(moment: str, number: int, *arguments, cache: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def stopped(moment: str, number: int, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", STOPPED, moment, str(int(number)), *map(str, arguments)],
-        capture_output=True, text=True, env=environment,
+        capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -64,11 +60,11 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(models, texts, 
     def arguments(out: Path) -> tuple:
         return ("--quiet", "compress", models / "single", *given(texts, out), "--bits", 16)
 
-    calm, out, cache = tmp_path / "calm", tmp_path / "out", tmp_path / "cache"
+    calm, out = tmp_path / "calm", tmp_path / "out"
     assert run(*arguments(calm)) == 0
 
     def stop(moment: str, number: int, code: int) -> str:
-        done = stopped(moment, number, *arguments(out), cache=cache)
+        done = stopped(moment, number, *arguments(out))
         assert done.returncode == code, done.stderr
         return done.stderr
 
