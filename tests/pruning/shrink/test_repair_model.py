@@ -17,6 +17,7 @@ from pruning.shrink.prune import PrunedSource, pruned_layer
 from pruning.shrink.repair import STRENGTHS
 from pruning.shrink.repair_layer import LayerRepair, routed
 from pruning.shrink.repair_model import read_summary, repair_model, with_repair
+from tests.bench.bench_repair import measured
 
 EXPERTS, CHANNELS, LAYERS = 4, 8, (0, 2)
 PLAIN = ModelConfig(
@@ -274,3 +275,10 @@ def test_with_too_little_text_nothing_gets_worse_and_starved_experts_are_counted
     assert found[0].starved > 0
     other = rng.integers(0, 64, (8, 30)).astype(np.int32), np.ones((8, 30), bool)
     assert distance(model, source, other) <= 1.1 * distance(model, PrunedSource(model, plan), other)
+
+
+@pytest.mark.slow
+def test_on_the_shipped_model_a_thousand_tokens_of_text_suffice_not_to_lose():
+    """Larger texts by `tests/bench/bench_repair.py`."""
+    none, repaired = (row[2] for row in measured("demo", 1024, [0.5], ["layer"], evaluated=256))
+    assert repaired < none
