@@ -11,8 +11,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers, replace_file, replace_text
 from moe_jax.json_files import parse_json, read_json
 
@@ -97,8 +99,18 @@ class LayerFolder:
         return read_json(path) if path.is_file() else None
 
     def layer(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays of a layer."""
-        return load_file(self._file(index))
+        """The arrays of a layer.
+
+        Raises:
+          InputError: its file is missing or damaged.
+        """
+        try:
+            return load_file(self._file(index))
+        except (FileNotFoundError, SafetensorError) as error:
+            raise InputError(
+                f"{self._file(index)} cannot be read ({error}); remove {self.path} and repeat what "
+                "made it"
+            ) from None
 
     def _file(self, index: int) -> Path:
         return self.path / f"layer-{index:05d}.safetensors"

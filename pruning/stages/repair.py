@@ -95,7 +95,8 @@ def stored_repair(recipe: CompressionRecipe, plan: PruningPlan) -> Path | None:
     """The folder of repaired weights in an output folder, if they are whole and of this plan."""
     folder = Path(recipe.output) / FOLDER
     found = read_summary(folder)
-    is_of_plan = found is not None and found["provenance"]["plan"] == plan.content_hash
+    said = found.get("provenance") if isinstance(found, dict) else None
+    is_of_plan = isinstance(said, dict) and said.get("plan") == plan.content_hash
     return folder if is_of_plan else None
 
 
