@@ -51,7 +51,8 @@ def model(models, tmp_path_factory) -> Path:
 def recipe(model, texts, output, **options) -> CompressionRecipe:
     return CompressionRecipe(
         model=str(model), output=str(output), calibration=(str(texts / "good.txt"),),
-        evaluation=(str(texts / "good.txt"),), batch=4, block=8, prune_rate=0.5, **options,
+        evaluation=(str(texts / "good.txt"),), batch=4, block=8, prune_rate=0.5,
+        repair="none", **options,
     )  # fmt: skip
 
 
