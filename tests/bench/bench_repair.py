@@ -52,9 +52,8 @@ def measured(
         references: dict[str, Reference] = {}
 
         def loss(source) -> float:
-            found = measure(
-                source, job.evaluation, references, steps, "x", batch=8, dtype=job.dtype
-            )
+            how = {"batch": job.recipe.batch, "dtype": job.dtype}
+            found = measure(source, job.evaluation, references, steps, "x", **how)
             return float(np.mean([quality.nll for quality in found.values()]))
 
         dense = loss(job.base)
