@@ -258,7 +258,8 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values["prune_rate"] = said.get("prune_rate", facts.plan.removed)
     values |= {name: said[name] for name in ("block", "minimum") if said.get(name) is not None}
     values |= {"mtp": folder.mtp} if folder.mtp else {}
-    values |= {"repair": facts.repair.get("mode", "none")}
+    if facts.repair or said.get("repair"):
+        values["repair"] = facts.repair.get("mode", "none")
     values |= {"export": [folder.form], "bits": ExportFormat(folder.form).bits}
     if folder.group_size is not None:
         values |= {"group_size": folder.group_size, "quantizer": folder.quantizer}

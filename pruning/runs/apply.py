@@ -196,7 +196,7 @@ def _recipe(
     told |= {"quantizer": "rtn", "block": None, "minimum": None, "repair": "none"}
     if given.get("calibration"):
         told |= {n: v for n, v in (said.get("scoring") or {}).items() if n in READING}
-        told |= {"repair": said.get("repair")}
+        told |= {"repair": said["repair"] if said.get("repair") in ("expert", "layer") else None}
     elif given.get("repair") in ("expert", "layer"):
         raise InputError(
             f"repair={given['repair']!r} needs text; give that of the plan with --calibration"

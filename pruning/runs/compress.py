@@ -1,4 +1,4 @@
-"""The whole story: score, plan, export, verify, evaluate, report."""
+"""The whole story: score, plan, repair, export, verify, evaluate, report."""
 
 import dataclasses
 from pathlib import Path
@@ -57,7 +57,7 @@ RANDOM_SEED = 0  # of the channels that every choice must beat
 
 
 def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> CompressionReport:
-    """Score, plan, export, verify, evaluate and report.
+    """Score, plan, repair, export, verify, evaluate and report.
 
     An interrupted run is repeated with the same recipe and goes on after its last whole stage; of
     a finished one the report is read again.

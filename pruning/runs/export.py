@@ -59,7 +59,11 @@ def _export_folder(
     codes, repair = None, stored_repair(recipe, plan) if asked is None else None
     if codes_folder(recipe) is not None or asked in ("expert", "layer"):
         job = dataclasses.replace(open_job(recipe), base=base)  # identified
-        repair = repair if asked is None else repair_stage.repair(job, plan, steps)
+        if asked is not None:
+            windows = len(job.calibration.tokens)
+            needed = repair_stage.repair_bytes(base.about, job.recipe, windows)
+            preflight.require_space(folder, {"repair": needed})
+            repair = repair_stage.repair(job, plan, steps)
         codes = gptq_stage.quantize(job, plan, steps, repair)
     for name in recipe.export:
         form, target = form_of(recipe, name, plan), exports / name

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import InputError
@@ -54,13 +55,13 @@ class LayerFolder:
       path: the folder.
       summary: name of the file without which it is not whole.
       holds: what lies there, in words.
-      layer: the dataclass of what is known of a layer.
+      about: the dataclass of what is known of a layer.
     """
 
     path: Path
     summary: str
     holds: str
-    layer: type
+    about: type
 
     def open(self, provenance: dict) -> tuple[list[dict], States] | None:
         """What is known of the layers that an earlier call finished, and the states behind them;
@@ -105,7 +106,7 @@ class LayerFolder:
                     for count in facts["parts"]
                 )
             layers = list(map(dict, facts["layers"]))
-            return None if any(misfits(self.layer, one) for one in layers) else (layers, x)
+            return None if any(misfits(self.about, one) for one in layers) else (layers, x)
         except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError):  # none, or damaged
             return None
 
@@ -122,7 +123,7 @@ class LayerFolder:
             found: Any = read_json(self.path / self.summary)
         except (InputError, OSError):
             return None
-        if misfits(Summary, found) or any(misfits(self.layer, one) for one in found["layers"]):
+        if misfits(Summary, found) or any(misfits(self.about, one) for one in found["layers"]):
             return None
         return found
 
@@ -144,8 +145,18 @@ class LayerFolder:
         return ""
 
     def arrays(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays of a layer."""
-        return load_file(self._file(index))
+        """The arrays of a layer.
+
+        Raises:
+          InputError: its file is missing or damaged.
+        """
+        try:
+            return load_file(self._file(index))
+        except (FileNotFoundError, SafetensorError) as error:
+            raise InputError(
+                f"{self._file(index)} cannot be read ({error}); remove {self.path} and repeat what "
+                "made it"
+            ) from None
 
     def _file(self, index: int) -> Path:
         return self.path / f"layer-{index:05d}.safetensors"

@@ -40,6 +40,7 @@ STAGES = {  # a command, and the commands that make its folder
     "compare": (("compare", "MODEL", "GIVEN", "--prune-rate", "0.5"), ()),
     "audit": (("audit", "MODEL", "GIVEN", "--experts", "4", "--channels", "4"), ()),
     "compress": (("compress", "MODEL", "GIVEN"), ()),
+    "compress, repair": (("compress", "MODEL", "GIVEN", "--repair", "layer"), ()),
     "compress, gptq": (("compress", "MODEL", "GIVEN", *GPTQ), ()),
     "compress, again": (("compress", "MODEL", "GIVEN", "--overwrite", "--seed", "1"),
                         (("compress", "MODEL", "GIVEN"),)),

@@ -52,7 +52,7 @@ def recipe(model, texts, output, **options) -> CompressionRecipe:
     return CompressionRecipe(
         model=str(model), output=str(output), calibration=(str(texts / "good.txt"),),
         evaluation=(str(texts / "good.txt"),), batch=4, block=8, prune_rate=0.5,
-        **{"planner": "fair", **options},
+        **{"planner": "fair", "repair": "none", **options},
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_every_field_has_a_flag_that_sets_it():
         "planner": "z", "weights": "mass", "rho_max": 0.5, "layer_loss": "attribution",
         "smoothing": "huber", "passes": 4,
         "align": "hull", "per_layer": True, "width": "capped", "cap": 9, "block": 7,
-        "grid": 7, "requantize": True,
+        "grid": 7, "requantize": True, "repair": "expert",
         "minimum": 8, "keep_experts": True, "emptied": "mean",
         "layer_rate": ("3=0.5", "4=0"), "skip_layers": (1, 2),
         "gradients": True,

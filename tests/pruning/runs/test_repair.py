@@ -1,5 +1,6 @@
 """Repair in whole runs of the command line: what compress, export, verify and apply do with it."""
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from moe_jax.errors import InputError
-from pruning import apply_plan
+from pruning import apply_plan, estimate
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
@@ -210,3 +211,15 @@ def test_codes_that_are_taken_over_are_not_repaired_unless_rounded_anew():
 
 def test_the_stored_recipe_says_what_was_done(out):
     assert load_recipe(out / "recipe.yaml").repair == "layer"
+
+
+def test_an_estimate_counts_it(out, tmp_path):
+    recipe = load_recipe(out / "recipe.yaml", output=str(tmp_path / "new"))
+    with_it, without = (
+        estimate(dataclasses.replace(recipe, repair=mode), probe=False)[0]
+        for mode in ("layer", "none")
+    )
+    assert with_it["memory"]["repair"] > 0 == without["memory"]["repair"]
+    assert "repair" not in without["disk"]["parts"]
+    written = sum(path.stat().st_size for path in (out / "repair").iterdir())
+    assert written < with_it["disk"]["parts"]["repair"]

@@ -13,10 +13,12 @@ from moe_jax.experts.moe import MoE
 from moe_jax.stream import forward_hidden, in_batches, layer_attend
 from moe_jax.transformer import init
 from pruning.budget.plan import PruningPlan
+from pruning.demo import DEMO
 from pruning.shrink.prune import PrunedSource, pruned_layer
 from pruning.shrink.repair import STRENGTHS
 from pruning.shrink.repair_layer import LayerRepair, routed
 from pruning.shrink.repair_model import repair_model, repaired_in, with_repair
+from tests.bench.bench_repair import measured
 
 EXPERTS, CHANNELS, LAYERS = 4, 8, (0, 2)
 PLAIN = ModelConfig(
@@ -279,3 +281,14 @@ def test_with_too_little_text_nothing_gets_worse_and_starved_experts_are_counted
     assert found[0].starved > 0
     other = rng.integers(0, 64, (8, 30)).astype(np.int32), np.ones((8, 30), bool)
     assert distance(model, source, other) <= 1.1 * distance(model, PrunedSource(model, plan), other)
+
+
+@pytest.mark.slow
+def test_on_the_shipped_model_a_thousand_tokens_of_text_suffice_not_to_lose():
+    """Larger texts by `tests/bench/bench_repair.py`."""
+    text = min((DEMO / "text").glob("evaluation-*"))
+    rows = measured(
+        "demo", 1024, [0.5], ["layer"], evaluated=1024, evaluation=(str(text),), batch=4
+    )
+    none, repaired = (row[2] for row in rows)
+    assert repaired < none
