@@ -251,6 +251,7 @@ def test_what_one_value_changes(family, said, wanted):
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' must be 'sigmoid'"),
         ("deepseek", {"attention_bias": True}, "attention_bias=True must be False"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "for each of the 5 layers"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse"] * 6}, "for each of the 5 layers"),
         ("glm4_moe_lite", {"first_k_dense_replace": 2}, "but the latter have dense layers"),
         ("qwen3_next", {"layer_types": ["sliding_attention"] * 5}, "must name 'linear_attention'"),
         ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),

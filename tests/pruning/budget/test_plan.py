@@ -124,6 +124,10 @@ def retold(folder: Path, change) -> Path:
     ("damage", "message"),
     [
         (lambda f: rewritten(f, lambda s: s.update(format_version=2)), "has format 2, expected 1"),
+        (
+            lambda f: rewritten(f, lambda s: s.update(format_version="9" * 200)),
+            "has format 9{80}, expected 1",
+        ),
         (lambda f: rewritten(f, lambda s: s["counts"][0].reverse()), "are of different plans"),
         (lambda f: rewritten(f, lambda s: s.pop("counts")), "no readable plan .*counts"),
         (lambda f: rewritten(f, lambda s: s.update(layer_indices=["1", "4"])), "something else"),

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -7,8 +8,10 @@ from hypothesis import strategies as st
 
 from moe_jax.errors import InputError
 from pruning.budget.planners import PLANNERS
+from pruning.budget.problem import Problem
 from pruning.budget.widths import ALIGNMENTS, WIDTHS
-from pruning.scores.criteria import channel_scores
+from pruning.kit.errors import BudgetError
+from pruning.scores.criteria import ChannelScores, channel_scores
 from tests.support.plans import plan_of
 from tests.support.synthetic import statistics
 
@@ -262,3 +265,56 @@ def test_a_plan_within_another_keeps_no_channel_that_the_other_lacks():
     assert smaller.counts.sum() == math.floor(0.4 * L * E * F) // 4 * 4
     with pytest.raises(ValueError, match=r"within is \[2, 4\]"):
         plan(within=np.ones((2, 4), int))
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_experts_that_may_not_stay_whole_are_passed_over_whatever_they_are_worth(per_layer):
+    """Limits as a larger plan sets them: of the experts that stay, the worthiest."""
+    rng = np.random.default_rng(0)
+    layers, experts, width = 2, 6, 4
+    scores = ChannelScores(
+        channel=rng.random((layers, experts, width)),
+        expert=np.array([[9.0, 1.0, 8.0, 2.0, 7.0, 3.0], [1.0, 5.0, 6.0, 4.0, 9.0, 2.0]]),
+        layer=np.ones(layers), layer_nll=np.ones(layers),
+    )  # fmt: skip
+    most = np.full((layers, experts), width)
+    most[0, 0] = most[1, 4] = 0
+    most[0, 2] = width - 1
+    problem = Problem(
+        scores=scores, budget=4 * width, floor=np.zeros((layers, experts), np.int64), most=most,
+        planner=PLANNERS["fair"], per_layer=per_layer, expert_rate=0.5,
+    )  # fmt: skip
+
+    def best(allowed, kept):
+        places = [p for p in np.ndindex(layers, experts) if allowed[p]]
+        places.sort(key=lambda p: -scores.expert[p])
+        if per_layer:
+            return {
+                p for at in range(layers) for p in [q for q in places if q[0] == at][: kept // 2]
+            }
+        return set(places[:kept])
+
+    whole = WIDTHS["experts"](problem).counts
+    assert set(np.unique(whole)) == {0, width}
+    assert set(zip(*np.nonzero(whole), strict=True)) == best(most == width, 4)
+    # No more can stay than may.
+    most_of_all = dataclasses.replace(problem, budget=12 * width, per_layer=False)
+    assert (WIDTHS["experts"](most_of_all).counts == np.where(most == width, width, 0)).all()
+    some = WIDTHS["combined"](problem).counts
+    assert some.sum() == problem.budget and (some <= most).all()
+    assert set(zip(*np.nonzero(some), strict=True)) <= best(most > 0, 6)
+
+
+def test_one_width_per_layer_needs_the_minimum_for_every_layer():
+    scores = ChannelScores(
+        channel=np.random.default_rng(0).random((3, 4, 6)), expert=np.ones((3, 4)),
+        layer=np.ones(3), layer_nll=np.ones(3),
+    )  # fmt: skip
+    problem = Problem(
+        scores=scores, budget=3 * 4 * 5, floor=np.full((3, 4), 5), most=np.full((3, 4), 6),
+        planner=PLANNERS["fair"], least=5,
+    )  # fmt: skip
+    assert (WIDTHS["layer"](problem).counts == 5).all()
+    for budget in (3 * 4 * 5 - 1, 4 * 5, 4):
+        with pytest.raises(BudgetError, match=rf"{budget} channels leaves less than 5 for each"):
+            WIDTHS["layer"](dataclasses.replace(problem, budget=budget))

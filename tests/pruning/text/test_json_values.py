@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.errors import InputError
@@ -12,11 +12,11 @@ from pruning.text import json_values
 from pruning.text.json_values import JsonText, json_layout
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.text(max_size=40)
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.text(max_size=20)
     | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
                                                                 max_size=3),
-    max_leaves=8,
+    max_leaves=5,
 )  # fmt: skip
 BLANK = st.text(" \t\r\n\ufeff", max_size=3)
 
@@ -33,7 +33,7 @@ def small_reads():
 ROWS = VALUES.filter(lambda value: type(value) not in (int, float))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(ROWS, max_size=5), st.data())
 def test_values_are_those_that_were_written(values, data):
     """As an array, and one after another, whatever is blank between them."""
