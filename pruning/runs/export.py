@@ -1,16 +1,21 @@
 """The exports of the plan in a folder."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from moe_jax.errors import InputError
+from moe_jax.files import replace_text
+from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import preflight
 from pruning.stages.export import codes_folder, export
+from pruning.stages.folder import BEGUN
 from pruning.stages.job import open_job
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
@@ -25,6 +30,8 @@ def export_folder(
     **options: Any,
 ) -> list[Path]:
     """Write the checkpoints of a plan.
+
+    An interrupted call is repeated with the same arguments and goes on at the next of them.
 
     Args:
       folder: holds plan.json and recipe.yaml; gets exports/NAME.
@@ -50,13 +57,31 @@ def _export_folder(
     recipe = stored_recipe(folder, **options)
     output_folder.clear_leftovers(folder)
     plan, base = PruningPlan.load(folder), stored_base(recipe, steps)
-    exports = folder / "exports"
-    preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
+    exports, begun = folder / "exports", folder / BEGUN
+    asked = {"plan": plan.content_hash, "export": list(recipe.export), "mtp": recipe.mtp}
+    wanted = [exports / name for name in recipe.export]
+    # None of them was there when the same command began, so those that are there are whole.
+    resumed = not overwrite and _read_begun(begun) == asked
+    left = tuple(path.name for path in wanted if not (resumed and path.exists()))
+    if left:
+        recipe = dataclasses.replace(recipe, export=left)
+        preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
+        exports.mkdir(exist_ok=True)
+        replace_text(begun, json.dumps(asked) + "\n")
     codes = None
-    if codes_folder(recipe) is not None:
+    if left and codes_folder(recipe) is not None:
         job = dataclasses.replace(open_job(recipe), base=base)  # identified
         codes = gptq_stage.quantize(job, plan, steps)
-    for name in recipe.export:
+    for name in left:
         form, target = form_of(recipe, name, plan), exports / name
         export(base, plan, form, target, steps, codes=codes, overwrite=overwrite)
-    return [exports / name for name in recipe.export]
+    begun.unlink(missing_ok=True)
+    return wanted
+
+
+def _read_begun(begun: Path) -> dict[str, Any] | None:
+    """What the command was that was interrupted here, if one was."""
+    try:
+        return read_json(begun)
+    except (InputError, OSError):
+        return None
