@@ -60,14 +60,16 @@ def _export_folder(
     exports, begun = folder / "exports", folder / BEGUN
     asked = {"plan": plan.content_hash, "export": list(recipe.export), "mtp": recipe.mtp}
     wanted = [exports / name for name in recipe.export]
-    # None of them was there when the same command began, so those that are there are whole.
+    # None of them was there when that command began, so those that are there are whole.
     resumed = not overwrite and _read_begun(begun) == asked
     left = tuple(path.name for path in wanted if not (resumed and path.exists()))
     if left:
         recipe = dataclasses.replace(recipe, export=left)
         preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
         exports.mkdir(exist_ok=True)
-        replace_text(begun, json.dumps(asked) + "\n")
+        begun.unlink(missing_ok=True)
+        if not overwrite:
+            replace_text(begun, json.dumps(asked) + "\n")
     codes = None
     if left and codes_folder(recipe) is not None:
         job = dataclasses.replace(open_job(recipe), base=base)  # identified

@@ -189,7 +189,7 @@ def read_summary(folder: Path) -> Summary | None:
         return None
     if misfits(Summary, found) or any(misfits(LayerErrors, one) for one in found["layers"]):
         return None
-    return found
+    return found if len(found["codes"]) == len(found["layers"]) else None
 
 
 def codes_fault(folder: Path, **provenance: Any) -> str:
