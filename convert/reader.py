@@ -189,7 +189,7 @@ class SafetensorsFolder:
             problems.append(f"{INDEX} has no weight_map of tensor names to file names")
             return {}
         bad = {f for f in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", f)}
-        problems += [f"{INDEX} names {file!r}, which is not a plain shard name" for file in bad]
+        problems += [f"{INDEX} names {f[:80]!r}, which is not a plain shard name" for f in bad]
         return {name: file for name, file in weight_map.items() if file not in bad}
 
     def _add_file(self, file: str, problems: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What report.json holds at every depth, as far as tables, figures and pages read it."""
+"""What report.json holds at every depth, as far as tables, figures and pages rely on it."""
 
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
@@ -18,15 +18,10 @@ class Model(TypedDict):
 
 
 class Recipe(TypedDict):
-    """Options that the page names; all others are shown as they are."""
+    """Options that decide what the page shows; all others are shown as they are."""
 
-    output: NotRequired[str]
-    criterion: NotRequired[str]
-    attribution: NotRequired[str]
     planner: NotRequired[str]
-    weights: NotRequired[str | None]
     layer_loss: NotRequired[str]
-    smoothing: NotRequired[str]
     until_stable: NotRequired[float | None]
 
 
@@ -59,7 +54,6 @@ class Calibration(TypedDict):
 class Plan(TypedDict):
     """Provenance of the plan."""
 
-    content_hash: NotRequired[str]
     width: NotRequired[str]
     align: NotRequired[str]
     coverage_before: NotRequired[float]

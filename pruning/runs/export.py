@@ -1,17 +1,24 @@
 """The exports of the plan in a folder."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoint import Checkpoint
+from moe_jax.errors import InputError
+from moe_jax.files import replace_text
+from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
+from pruning.recipe.recipe import CompressionRecipe
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import preflight
 from pruning.stages import repair as repair_stage
 from pruning.stages.export import codes_folder, export
+from pruning.stages.folder import BEGUN
 from pruning.stages.job import open_job
 from pruning.stages.repair import stored_repair
 from pruning.stages.sizes import form_of
@@ -27,6 +34,8 @@ def export_folder(
     **options: Any,
 ) -> list[Path]:
     """Write the checkpoints of a plan.
+
+    An interrupted call is repeated with the same arguments and goes on at the next of them.
 
     Args:
       folder: holds plan.json and recipe.yaml; gets exports/NAME.
@@ -53,20 +62,51 @@ def _export_folder(
     recipe = stored_recipe(folder, **options)
     output_folder.clear_leftovers(folder)
     plan, base = PruningPlan.load(folder), stored_base(recipe, steps)
-    exports = folder / "exports"
-    preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
-    asked = options.get("repair")
-    codes, repair = None, stored_repair(recipe, plan) if asked is None else None
-    if codes_folder(recipe) is not None or asked in ("expert", "layer"):
-        job = dataclasses.replace(open_job(recipe), base=base)  # identified
-        if asked is not None:
-            windows = len(job.calibration.tokens)
-            needed = repair_stage.repair_bytes(base.about, job.recipe, windows)
-            preflight.require_space(folder, {"repair": needed})
-            repair = repair_stage.repair(job, plan, steps)
-        codes = gptq_stage.quantize(job, plan, steps, repair)
-    for name in recipe.export:
-        form, target = form_of(recipe, name, plan), exports / name
-        given: dict[str, Any] = {"codes": codes, "repair": repair, "overwrite": overwrite}
-        export(base, plan, form, target, steps, **given)
-    return [exports / name for name in recipe.export]
+    exports, begun = folder / "exports", folder / BEGUN
+    asked = {"plan": plan.content_hash, "export": list(recipe.export), "mtp": recipe.mtp}
+    asked |= {"repair": options.get("repair")}
+    wanted = [exports / name for name in recipe.export]
+    # None of them was there when that command began, so those that are there are whole.
+    resumed = not overwrite and _read_begun(begun) == asked
+    left = tuple(path.name for path in wanted if not (resumed and path.exists()))
+    if left:
+        recipe = dataclasses.replace(recipe, export=left)
+        preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
+        exports.mkdir(exist_ok=True)
+        begun.unlink(missing_ok=True)
+        if not overwrite:
+            replace_text(begun, json.dumps(asked) + "\n")
+        given = {**_changed(base, plan, recipe, asked["repair"], steps), "overwrite": overwrite}
+        for name in left:
+            export(base, plan, form_of(recipe, name, plan), exports / name, steps, **given)
+    begun.unlink(missing_ok=True)
+    return wanted
+
+
+def _changed(
+    base: Checkpoint, plan: PruningPlan, recipe: CompressionRecipe, mode: str | None, steps: Steps
+) -> dict[str, Path | None]:
+    """Folders of repaired weights and 4-bit codes, as `export` takes them, made if need be.
+
+    Args:
+      base, plan, recipe: what is written.
+      mode: of a repair that is asked for; None takes what there is.
+      steps: where progress goes.
+    """
+    repair = stored_repair(recipe, plan) if mode is None else None
+    if codes_folder(recipe) is None and mode in (None, "none"):
+        return {"codes": None, "repair": repair}
+    job = dataclasses.replace(open_job(recipe), base=base)  # identified
+    if mode is not None:
+        needed = repair_stage.repair_bytes(base.about, job.recipe, len(job.calibration.tokens))
+        preflight.require_space(job.output, {"repair": needed})
+        repair = repair_stage.repair(job, plan, steps)
+    return {"codes": gptq_stage.quantize(job, plan, steps, repair), "repair": repair}
+
+
+def _read_begun(begun: Path) -> dict[str, Any] | None:
+    """What the command was that was interrupted here, if one was."""
+    try:
+        return read_json(begun)
+    except (InputError, OSError):
+        return None

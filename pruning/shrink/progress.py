@@ -125,7 +125,7 @@ class LayerFolder:
             return None
         if misfits(Summary, found) or any(misfits(self.about, one) for one in found["layers"]):
             return None
-        return found
+        return found if len(found["files"]) == len(found["layers"]) else None
 
     def fault(self, **provenance: Any) -> str:
         """What is wrong with the folder, as a clause; "" if it is whole.

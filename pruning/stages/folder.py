@@ -20,10 +20,11 @@ from pruning.text.source import TextSource
 from pruning.text.windows import text_hashes
 
 RECIPE = "recipe.yaml"
+BEGUN = "exports/.begun.json"  # while `export` writes: its plan and options
 # All that a run writes but its recipe, in the order of removal: while a report is there a folder
 # counts as finished, so what a killed removal leaves is never taken for an interrupted run.
 OURS = (
-    *(f"exports/{name}" for name in FORMATS),
+    BEGUN, *(f"exports/{name}" for name in FORMATS),
     "repair/repair.json", "repair/states", "repair/layer-[0-9]*.safetensors",
     "gptq/gptq.json", "gptq/states", "gptq/layer-[0-9]*.safetensors",
     "parts/[0-9]*.safetensors", "parts/[0-9]*.json",

@@ -37,6 +37,10 @@ STAGES = {  # a command, and the commands that make its folder
         ("export", "OUT", "--overwrite"),
         (("score", "MODEL", "GIVEN", *GPTQ), ("plan", "OUT", "--prune-rate", "0.5")),
     ),
+    "export": (
+        ("export", "OUT", "--export", "padded-bf16", "ragged-bf16"),
+        (("score", "MODEL", "GIVEN"), ("plan", "OUT", "--prune-rate", "0.5")),
+    ),
     "compare": (("compare", "MODEL", "GIVEN", "--prune-rate", "0.5"), ()),
     "audit": (("audit", "MODEL", "GIVEN", "--experts", "4", "--channels", "4"), ()),
     "compress": (("compress", "MODEL", "GIVEN"), ()),

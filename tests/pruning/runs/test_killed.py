@@ -17,11 +17,12 @@ STAGES = {
     "score": ("--gradients", "--expert-details", "--weight-gradients", "--nll-ig", 2),
     "plan": ("--prune-rate", 0.25, 0.5),
     "export": ("--overwrite",),
+    "export new": ("--export", "padded-bf16", "ragged-bf16"),
     "compare": ("--rules", "uniform-act", "layer-topk-energy", "--prune-rate", 0.5),
     "audit": ("--experts", 2, "--channels", 2, "--sample-tokens", 64),
     "compress": (),
 }
-IN_FOLDER = ("plan", "export", "audit")
+IN_FOLDER = ("plan", "export", "export new", "audit")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_a_disturbed_stage_ends_like_an_undisturbed_one(
 
     def go(out) -> int:
         if stage in IN_FOLDER:
-            return run("--quiet", stage, out, *STAGES[stage])
+            return run("--quiet", stage.split()[0], out, *STAGES[stage])
         words = (given if stage in ("score", "compress") else read)(texts, out)
         return run("--quiet", stage, models / "single", *words, *STAGES[stage])
 

@@ -253,7 +253,8 @@ def test_damaged_codes_are_named_by_verify_and_chosen_again_by_export(
     other = save({name: value[..., :-1] for name, value in arrays.items()})
     damages = {
         layer: (whole[layer][:-3], b"", whole[layer][:-9] + b"\1" + whole[layer][-8:], other, None),
-        "gptq.json": (b"{", summary(files=[1, 2]), summary(layers=[{}, {}]), summary(provenance=[]),
+        "gptq.json": (b"{", summary(files=[1, 2]), summary(files=[]), summary(layers=[{}, {}]),
+                      summary(provenance=[]),
                       summary(provenance={"plan": "of another"})),
     }  # fmt: skip
     for name, contents in damages.items():
