@@ -183,6 +183,24 @@ def test_a_text_model_under_its_published_name_is_read_too(tmp_path):
     np.testing.assert_array_equal(logits(open_checkpoint(copy), TEXT), wanted)
 
 
+@pytest.mark.parametrize("checkpoint", ["kimi_k25"], indirect=True)
+def test_the_code_of_processors_and_tokenizers_stays_named_and_comes_along(checkpoint, tmp_path):
+    _, plan, _ = checkpoint
+    model = shutil.copytree(checkpoint[0].about.folder, tmp_path / "model")
+    texts = {"AutoProcessor": "processing_kimi.Processor",
+             "AutoTokenizer": ["tokenization_kimi.Slow", None]}  # fmt: skip
+    change_config(model, auto_map=texts | {"AutoModel": "modeling_kimi.Model"})
+    code = {"processing_kimi.py": "import media_utils\n", "media_utils.py": "", 
+            "tokenization_kimi.py": "", "modeling_kimi.py": ""}  # fmt: skip
+    for name, text in code.items():
+        (model / name).write_text(text)
+    base = open_checkpoint(model, dtype=jnp.bfloat16)
+    export = Export(base.about, kept_widths(plan, base.about), ExportFormat("padded-bf16"))
+    folder = export.write(PrunedSource(base, plan), tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == texts
+    assert {path.name for path in folder.glob("*.py")} == code.keys() - {"modeling_kimi.py"}
+
+
 def test_a_wrapper_without_its_text_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25"}))
     with pytest.raises(CheckpointError, match="lacks text_config, the part about the text model"):
