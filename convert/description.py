@@ -19,6 +19,7 @@ from convert.mtp import mtp_tensors
 from convert.quantized.config import Quantization, Scheme, UnreadFormat, read_quantization
 from convert.reader import CheckpointError, read_json
 from convert.rules import Family, ruled_tensors, uniform_widths
+from convert.towers import wrapped_family
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 
@@ -115,7 +116,7 @@ def describe(folder: Path | str) -> Description:
         raise CheckpointError(folder, ["is not a folder; pass a downloaded checkpoint"])
     hf = read_json(folder / "config.json")
     try:
-        family = find_family(hf.get("model_type"))
+        family = wrapped_family(folder, hf)
     except InputError as error:
         raise CheckpointError(folder, [f"config.json: {error}", *hints(folder, hf)]) from None
     try:

@@ -19,6 +19,7 @@ import numpy as np
 
 from convert.export import Export
 from convert.export_format import FLOAT8_BLOCK
+from convert.families import FAMILIES
 from pruning.kit.memory import free_memory
 from pruning.kit.words import amount, duration
 
@@ -100,6 +101,7 @@ def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
             "trust": bool(export.code_files),
             "auto_class": export.base.family.auto_class,
             "storage": export.form.storage,
+            "known": (export.base.outer or export.config)["model_type"] in FAMILIES,
             "exchange": exchange,
         }
         patience = PATIENCE + export.nbytes / PER_SECOND

@@ -8,6 +8,7 @@ a request, a JSON object:
   trust: whether the Python file in it is run; the caller has compared its bytes.
   auto_class: of transformers, which loads the model.
   storage: how weights are stored, as `convert.export_format` calls it.
+  known: whether every transformers has its class; of others it may know nothing.
   exchange: a folder with tokens.npy, int32 [B, T]. It gets logits.npy, float32 [B, T, V],
     loading.json, what loading said of the tensors, and log.txt, what was printed. loading.json
     comes last; in its place comes undone.txt with the reason if something but the folder is at
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 IDLE = 60  # seconds
+UNKNOWN = ("does not recognize this architecture", "Unrecognized configuration class")
 FULL = ("can't allocate memory", "not enough memory", "std::bad_alloc")  # as torch says it
 
 
@@ -83,7 +85,9 @@ def _run(request: dict) -> None:
     except ImportError as error:
         (exchange / "undone.txt").write_text(str(error))
     except BaseException as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in FULL):
+        if not request.get("known", True) and any(words in str(error) for words in UNKNOWN):
+            (exchange / "undone.txt").write_text(str(error).splitlines()[0])
+        elif isinstance(error, MemoryError) or any(words in str(error) for words in FULL):
             (exchange / "undone.txt").write_text("its memory ran out")
         else:
             traceback.print_exc()

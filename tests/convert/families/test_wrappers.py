@@ -183,6 +183,24 @@ def test_a_text_model_under_its_published_name_is_read_too(tmp_path):
     np.testing.assert_array_equal(logits(open_checkpoint(copy), TEXT), wanted)
 
 
+@pytest.mark.parametrize("checkpoint", ["kimi_k25"], indirect=True)
+def test_the_code_of_processors_and_tokenizers_stays_named_and_comes_along(checkpoint, tmp_path):
+    _, plan, _ = checkpoint
+    model = shutil.copytree(checkpoint[0].about.folder, tmp_path / "model")
+    texts = {"AutoProcessor": "processing_kimi.Processor",
+             "AutoTokenizer": ["tokenization_kimi.Slow", None]}  # fmt: skip
+    change_config(model, auto_map=texts | {"AutoModel": "modeling_kimi.Model"})
+    code = {"processing_kimi.py": "import media_utils\n", "media_utils.py": "", 
+            "tokenization_kimi.py": "", "modeling_kimi.py": ""}  # fmt: skip
+    for name, text in code.items():
+        (model / name).write_text(text)
+    base = open_checkpoint(model, dtype=jnp.bfloat16)
+    export = Export(base.about, kept_widths(plan, base.about), ExportFormat("padded-bf16"))
+    folder = export.write(PrunedSource(base, plan), tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == texts
+    assert {path.name for path in folder.glob("*.py")} == code.keys() - {"modeling_kimi.py"}
+
+
 def test_a_wrapper_without_its_text_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25"}))
     with pytest.raises(CheckpointError, match="lacks text_config, the part about the text model"):
@@ -311,6 +329,75 @@ def test_another_part_in_few_bits_is_refused(checkpoint, tmp_path):
     tower = {"vision_tower.blocks.0.weight_packed": np.zeros((8, 4), np.int32)}
     save_file(load_file(path) | tower, path)
     with pytest.raises(CheckpointError, match=r"weight_packed is int32: only the text model is"):
+        open_checkpoint(tmp_path / "model")
+
+
+def around(folder, inner, *, prefix="model.language_model.", **outer):
+    """A model of a type that nobody knows, with a Qwen3-MoE inside of it."""
+    sizes = {"num_hidden_layers": 2, "moe_intermediate_size": 32}
+    plain = tiny.save(tiny.half(tiny.tiny_model("qwen3_moe", **sizes)), inner)
+    folder.mkdir()
+    tensors = {}
+    for name, value in load_file(plain / "model.safetensors").items():
+        tensors[name if name.startswith("lm_head") else prefix + name.removeprefix("model.")] = (
+            value
+        )
+    tensors["model.eyes.patch.weight"] = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tensors["model.eyes.places"] = np.arange(5)
+    save_file(tensors, folder / "model.safetensors")
+    text = json.loads((plain / "config.json").read_text())
+    config = {"model_type": "seer_moe", "architectures": ["SeerForConditionalGeneration"],
+              "eyes_config": {"depth": 1}, "text_config": text, "dtype": "bfloat16"}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | outer))
+    return plain
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_an_unknown_model_around_a_known_text_model_is_pruned_too(tmp_path, caplog, prefix):
+    plain = around(tmp_path / "model", tmp_path / "plain", prefix=prefix)
+    tokens = TEXT % 80
+    base = open_checkpoint(tmp_path / "model", dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(logits(base, tokens), logits(
+        open_checkpoint(plain, dtype=jnp.bfloat16), tokens))  # fmt: skip
+    words = f"seer_moe is not known itself: its text model, a qwen3_moe under {prefix}, is read"
+    assert words in caplog.text
+    keep = np.zeros((2, 8, 32), bool)
+    keep[:, :, ::2] = True
+    (tmp_path / "plan").mkdir()
+    PruningPlan(keep, (0, 1), {"model_hash": base.fingerprint}).save(tmp_path / "plan")
+    checks = apply_plan(tmp_path / "plan", str(tmp_path / "model"), tmp_path / "out")
+    assert all(check.ok for check in checks)
+    (undone,) = (check for check in checks if not check.done)
+    assert undone.check == "logits in transformers" and "seer_moe" in undone.detail
+    folder = tmp_path / "out/exports/padded-bf16"
+    before, after = stored(tmp_path / "model"), stored(folder)
+    eyes = [name for name in before if "eyes" in name]
+    assert len(eyes) == 2 and all(after[n].tobytes() == before[n].tobytes() for n in eyes)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "seer_moe" and config["eyes_config"] == {"depth": 1}
+    assert config["text_config"]["moe_intermediate_size"] == 16
+    assert config["text_config"]["model_type"] == "qwen3_moe"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"model_type": "seer_text"}, "model_type='seer_moe' is unknown; known are"),
+        ({"hidden_size": 64}, r"model.embed_tokens.weight has shape \[96, 32\]; config.json asks"),
+        (None, r"its text_config is a qwen3_moe, but there is no one tensor that ends with embed"),
+    ],
+)
+def test_an_unknown_model_whose_tensors_do_not_fit_is_refused(tmp_path, text, message):
+    around(tmp_path / "model", tmp_path / "plain")
+    path = tmp_path / "model/model.safetensors"
+    if text is None:
+        tensors = load_file(path)
+        del tensors["model.language_model.norm.weight"]
+        save_file(tensors, path)
+    else:
+        config = json.loads((tmp_path / "model/config.json").read_text())
+        change_config(tmp_path / "model", text_config=config["text_config"] | text)
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "model")
 
 
