@@ -51,12 +51,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def _programs_of_other_files():
     """A worker that kept every file's programs would run out of memory maps in some ten minutes."""
     free_programs()
-
-
-def pytest_collection_finish():
-    """Collecting garbage took a twelfth of the time, nearly all of it among what imports hold."""
+    gc.unfreeze()
+    gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000)
+
+
+def pytest_runtest_setup():
+    """Every stage of a command collects garbage, and would look at all that was ever imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -19,7 +19,7 @@ from tests.support.command import given, run
 # Runs the command and sends itself a signal at the moment a file would take its final name, or
 # while an export lies half written.
 STOPPED = """
-import os, signal, sys
+import gc, os, signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
 moment, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
@@ -37,7 +37,8 @@ def stopping_fsync(descriptor):
 
 os.replace, os.fsync = stopping_replace, stopping_fsync
 import tests.conftest
-from pruning.cli import main
+from pruning.cli import commands, main
+gc.freeze()  # as before each test
 sys.exit(main(arguments))
 """
 EXPORT = "ragged-bf16"
