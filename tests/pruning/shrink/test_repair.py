@@ -61,6 +61,7 @@ def fitted(found) -> tuple[np.ndarray | None, float]:
 def test_what_the_kept_channels_span_is_restored_exactly():
     found, true = halves(noise=0.0)
     change, strength = fitted(found)
+    assert change is not None
     assert strength == 0.0
     for hidden, lacks in found:
         np.testing.assert_allclose(hidden @ change, lacks, atol=1e-6)
@@ -70,6 +71,7 @@ def test_what_the_kept_channels_span_is_restored_exactly():
 def test_the_strength_is_that_of_least_error_on_the_other_half():
     found, _ = halves(noise=4.0, tokens=8)
     change, strength = fitted(found)
+    assert change is not None
     (a, y), (b, z) = found
     errors = [
         ((z - b @ by_numpy(a, y, s, KEPT)) ** 2).sum() / (z**2).sum()
