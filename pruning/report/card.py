@@ -12,6 +12,7 @@ from pruning.report.phrases import check_result, second_rounding
 from pruning.text.held_out import not_held_out
 
 Quality = Mapping[str, Mapping[str, Mapping[str, Any]]]  # text -> model -> field -> value
+Recovery = Sequence[Sequence[str]]  # (what, value) of a training after pruning
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class CardFacts:
       quality: per text the dense model, the pruned one and this folder, None before measuring.
       evaluation: window and stride in tokens, and what of the texts calibration has seen.
       checks: of this folder, as in the report; none before it is verified.
+      recovery: what was trained on what, in rows of a table; none without training.
       version: of moe-jax.
     """
 
@@ -142,6 +144,7 @@ class CardFacts:
     quality: Quality | None
     evaluation: Mapping[str, Any]
     checks: Sequence[Mapping[str, Any]]
+    recovery: Recovery
     version: str
 
 
@@ -163,6 +166,7 @@ def model_card(facts: CardFacts) -> str:
         seen_warning=not_held_out(facts.evaluation.get("seen", {})),
         checks=[[c["check"], check_result(c), c["detail"]] for c in facts.checks],
         made=_made(facts),
+        recovery=facts.recovery,
         recipe=_recipe(facts),
         sources=[
             [s["text"], f"{s['documents']:,}", f"{s['tokens']:,}", f"`{s['sha256']}`"]

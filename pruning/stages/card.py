@@ -25,6 +25,7 @@ from pruning.report.card import (
     FolderFacts,
     PlanFacts,
     Quality,
+    Recovery,
     model_card,
 )
 from pruning.report.loading import Loading
@@ -44,13 +45,15 @@ def card_files(
     *,
     quantizer: str,
     again: RoundingError | None = None,
+    recovery: Recovery = (),
 ) -> dict[str, Content]:
     """Files of a new export by name: its card, on which no quality is measured yet, the base's, and
     if `again` knows of it once the tensors are written, what a second rounding did."""
 
     def card() -> str:
         error = None if again is None else again.relative
-        return model_card(card_facts(base, plan, form, quantizer, rounded_again=error))
+        facts = card_facts(base, plan, form, quantizer, rounded_again=error, recovery=recovery)
+        return model_card(facts)
 
     files: dict[str, Content] = {CARD: card}
     if again is not None:
@@ -78,6 +81,7 @@ def write_card(
     quality: Quality,
     evaluation: Mapping[str, Any],
     verification: Sequence[Mapping[str, Any]],
+    recovery: Recovery = (),
 ) -> None:
     """Replace the card of an export, atomically, once its quality is known.
 
@@ -87,15 +91,18 @@ def write_card(
       quantizer: "rtn" or "gptq".
       quality: per text and model: nll, perplexity, tokens, kl, top1; other exports are left out.
       evaluation, verification: as in the report; checks of other exports are left out.
+      recovery: as of `CardFacts`.
     """
+    names = ("dense", "pruned", "recovered", form.name)
     shown = {
-        text: {name: found[name] for name in ("dense", "pruned", form.name) if name in found}
+        text: {name: found[name] for name in names if name in found}
         for text, found in quality.items()
     }
     facts = card_facts(
         base, plan, form, quantizer,
         rounded_again=rounded_again(folder), quality=shown, evaluation=evaluation,
         checks=[check for check in verification if check["export"] == form.name],
+        recovery=recovery,
     )  # fmt: skip
     replace_text(folder / CARD, model_card(facts))
 
@@ -110,6 +117,7 @@ def card_facts(
     quality: Quality | None = None,
     evaluation: Mapping[str, Any] | None = None,
     checks: Sequence[Mapping[str, Any]] = (),
+    recovery: Recovery = (),
 ) -> CardFacts:
     """What the card of an export says, from shapes, the plan and the base folder alone."""
     folder = _folder_facts(base, plan, form, quantizer)
@@ -121,6 +129,7 @@ def card_facts(
         quality=quality,
         evaluation=evaluation or {},
         checks=checks,
+        recovery=recovery,
         version=tool_version(),
     )
 
