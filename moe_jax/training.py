@@ -6,6 +6,7 @@ The loop knows a pytree of parameters and a loss; what the parameters mean is th
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,36 +203,34 @@ def train(
             updates, state = optimizer.update(gradient, state, parameters)
         return optax.apply_updates(parameters, updates), state, metrics
 
-    manager = _manager(checkpoints, config)
     progress = {"parameters": parameters, "state": optimizer.init(parameters)}
     if held_out is not None:
         progress |= {"best": parameters, "least": jnp.asarray(jnp.inf), "stale": jnp.asarray(0)}
-    start, progress = _resumed(manager, progress)
-    if start:
-        logger.info("resumed at step %d of %d", start, config.steps)
-    elif held_out is not None:
-        held_out.judge(0, progress)
-    window, clock = [], time.monotonic()
-    for step in range(start, config.steps):
-        if held_out is not None and held_out.is_over(progress):
-            break
-        progress["parameters"], progress["state"], metrics = update(
-            loss, progress["parameters"], progress["state"], batch(step)
-        )
-        window.append(metrics)
-        done, is_last = step + 1, step + 1 == config.steps
-        if on_log and (done % config.log_every == 0 or is_last):
-            means = {key: float(sum(m[key] for m in window)) / len(window) for key in metrics}
-            means["steps_per_second"] = len(window) / (time.monotonic() - clock)
-            on_log(done, means)
-            window, clock = [], time.monotonic()
-        if held_out is not None and (done % held_out.every == 0 or is_last):
-            held_out.judge(done, progress)
-        if manager is not None and (done % config.checkpoint_every == 0 or is_last):
-            manager.save(done, args=ocp.args.StandardSave(progress))
-    if manager is not None:
-        manager.wait_until_finished()
-        manager.close()
+    # Closed also when it is interrupted: a checkpoint that is being written is then whole.
+    with _manager(checkpoints) or nullcontext() as manager:
+        start, progress = _resumed(manager, progress)
+        if start:
+            logger.info("resumed at step %d of %d", start, config.steps)
+        elif held_out is not None:
+            held_out.judge(0, progress)
+        window, clock = [], time.monotonic()
+        for step in range(start, config.steps):
+            if held_out is not None and held_out.is_over(progress):
+                break
+            progress["parameters"], progress["state"], metrics = update(
+                loss, progress["parameters"], progress["state"], batch(step)
+            )
+            window.append(metrics)
+            done, is_last = step + 1, step + 1 == config.steps
+            if on_log and (done % config.log_every == 0 or is_last):
+                means = {key: float(sum(m[key] for m in window)) / len(window) for key in metrics}
+                means["steps_per_second"] = len(window) / (time.monotonic() - clock)
+                on_log(done, means)
+                window, clock = [], time.monotonic()
+            if held_out is not None and (done % held_out.every == 0 or is_last):
+                held_out.judge(done, progress)
+            if manager is not None and (done % config.checkpoint_every == 0 or is_last):
+                manager.save(done, args=ocp.args.StandardSave(progress))
     return progress["best" if held_out is not None else "parameters"]
 
 
@@ -265,10 +264,10 @@ def _resumed(
     latest = None if manager is None else manager.latest_step()
     if manager is None or latest is None:
         return 0, progress
-    return latest, manager.restore(latest, args=ocp.args.StandardRestore(progress))
+    return latest, dict(manager.restore(latest, args=ocp.args.StandardRestore(progress)))
 
 
-def _manager(folder: Path | None, config: TrainingConfig) -> ocp.CheckpointManager | None:
+def _manager(folder: Path | None) -> ocp.CheckpointManager | None:
     if folder is None:
         return None
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)

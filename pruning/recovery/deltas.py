@@ -7,6 +7,7 @@ are zero at first, bit for bit: of two factors of low rank one is. Of the outerm
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ def merged(layer: DecoderLayer, deltas: dict[str, Any], config: DeltaConfig) -> 
     if "attention" in deltas:
         weights, ratio = _attention_weights(layer), config.alpha / config.rank
         changed = {
-            name: _dora(weights[name], _product(one, ratio), one["magnitude"], 1, config)
+            name: _dora(weights[name], _product(one, ratio), one["magnitude"], config)
             for name, one in deltas["attention"].items()
         }
         attention = dataclasses.replace(layer.attention, **changed)
@@ -194,16 +195,14 @@ def _pool_dora(
     config: DeltaConfig,
 ) -> Array:
     if name != "w_down":  # a row of the pool is a row of the matrix
-        return _dora(weight, change, magnitude, 1, config)
+        return _dora(weight, change, magnitude, config)
     owner, count = _owner(experts), experts.count.shape[0]
 
-    def norm(rows: Array) -> Array:  # [C, D] -> [E, D]: an output's weights lie along the channels
-        return jnp.sqrt(jax.ops.segment_sum(jnp.square(rows), owner, count) + TINY)
+    def lengths(squares: Array) -> Array:  # [2, C, D] -> [2, E, D]: along an expert's channels
+        return jax.vmap(lambda one: jax.ops.segment_sum(one, owner, count))(squares)
 
-    direction = weight + change
-    length = norm(direction)
-    length = jax.lax.stop_gradient(length) if config.fixed_norm else length
-    return direction * ((norm(weight) + magnitude) / length)[owner]
+    direction, scale = _rescaled(weight, change, magnitude, lengths, config)
+    return direction * scale[owner]
 
 
 # --- single matrices ---
@@ -219,22 +218,32 @@ def _product(factors: dict[str, Array], ratio: float) -> Array:
     return ratio * (factors["up"] @ factors["down"])
 
 
-def _dora(
-    weight: Array | QTensor, change: Array, magnitude: Array, axis: int, config: DeltaConfig
-) -> Array:
-    """Magnitude times direction, row by row of a matrix [out, in].
+def _dora(weight: Array | QTensor, change: Array, magnitude: Array, config: DeltaConfig) -> Array:
+    """Magnitude times direction, row by row of a matrix [out, in]."""
+    before = dequantize(weight).astype(jnp.float32)
+    direction, scale = _rescaled(
+        before, change, magnitude[:, None], lambda squares: squares.sum(2, keepdims=True), config
+    )
+    return direction * scale
+
+
+def _rescaled(
+    before: Array,
+    change: Array,
+    magnitude: Array,
+    lengths: Callable[[Array], Array],
+    config: DeltaConfig,
+) -> tuple[Array, Array]:
+    """A changed matrix, and by what its rows are to be multiplied to have their magnitude.
+
+    Both lengths come of one sum, so that they are the same number where nothing has changed.
 
     Source: DoRA, arXiv:2402.09353, equation 5; the magnitude is kept as its change.
     """
-    before = dequantize(weight).astype(jnp.float32)
-
-    def norm(matrix: Array) -> Array:
-        return jnp.sqrt(jnp.square(matrix).sum(axis=axis, keepdims=True) + TINY)
-
     direction = before + change
-    length = norm(direction)
-    length = jax.lax.stop_gradient(length) if config.fixed_norm else length
-    return direction * ((norm(before) + magnitude[:, None]) / length)
+    old, new = jnp.sqrt(lengths(jnp.square(jnp.stack([before, direction]))) + TINY)
+    new = jax.lax.stop_gradient(new) if config.fixed_norm else new
+    return direction, (old + magnitude) / new
 
 
 def _attention_weights(layer: DecoderLayer) -> dict[str, Array]:

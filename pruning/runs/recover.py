@@ -149,7 +149,7 @@ def _fit(
     rate = run.how.schedule(len(texts[0])).schedule()
 
     def log(step: int, means: dict[str, float]) -> None:
-        place.log(step, means | {"learning_rate": float(rate(step - 1))})
+        place.log(step, means | {"learning_rate": np.asarray(rate(step - 1)).item()})
 
     return fit(
         model, *texts, run.deltas, run.how, checkpoints=place.checkpoints, on_step=on_step,
