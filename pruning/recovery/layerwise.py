@@ -50,7 +50,8 @@ def layer_loss(
     out, target = (x.astype(jnp.float32) for x in (out, batch["target"]))
     wrong = jnp.square(out - target).sum(-1) / (jnp.square(target).sum(-1) + EPS)
     valid = batch["valid"]
-    loss = jnp.sum(jnp.where(valid, wrong, 0)) / jnp.maximum(valid.sum(), 1)
+    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+    loss = jnp.sum(jnp.where(valid, wrong, 0)) / count
     metrics = {"loss": loss}
     if balance and trace is not None:
         metrics["balance"] = balance_loss(trace)
