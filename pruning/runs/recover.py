@@ -82,12 +82,13 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps) -> RecoveryRep
     checks: list[Check] = []
     for name, form in run.forms.items():
         target = run.output / "exports" / name
+        stored = recovered_source(run.student.source, deltas, run.deltas, form)
         if not target.exists():
-            write_recovered(run.student, model, form, target, rows, steps)
+            write_recovered(run.student, stored, form, target, rows, steps)
         with steps.bar(f"verify {name}"):
             checks += verify_export(
                 run.student.base, run.student.plan, form, target, random_probe(run.student.base),
-                model=model,
+                model=stored,
             )  # fmt: skip
     quality = _quality(run, model, steps)
     report = _report(run, place, training, quality, checks, steps)

@@ -55,13 +55,6 @@ def pruned_source(
     return rounding(pruned) if on_rounded is None else compared(pruned, rounding, on_rounded)
 
 
-def rounded_source(model: LayerSource, form: ExportFormat) -> LayerSource:
-    """A model as a format stores it, 4-bit weights rounded to nearest."""
-    if not form.is_packed:
-        return model
-    return QuantizedSource(model, form.group_size, form.is_float4)
-
-
 def _with_own_codes(
     base: Checkpoint, pruned: LayerSource, plan: PruningPlan, on_rounded: OnRounded | None
 ) -> LayerSource:

@@ -3,18 +3,22 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
 from moe_jax.files import replace_file
+from moe_jax.mxfp4 import round_experts
+from moe_jax.quantized import quantize_layer
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.structure import named_leaves
-from moe_jax.transformer import Transformer
+from moe_jax.transformer import DecoderLayer, Transformer
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
@@ -24,10 +28,12 @@ from pruning.recovery.fit import FitOptions
 from pruning.recovery.forward import layer_deltas
 from pruning.report.card import Recovery
 from pruning.stages.card import card_files
-from pruning.stages.export import mtp_source, pruned_source, rounded_source
+from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.made_by import require_current
 from pruning.stages.sizes import export_of, form_of, kept_widths
 from pruning.stages.stored import stored_base, stored_recipe
+
+M = TypeVar("M", bound=nnx.Module)
 
 PLAN = "plan.json"
 BALANCE = 0.001
@@ -165,10 +171,42 @@ def fit_options(options: RecoverOptions, source: LayerSource) -> FitOptions:
 _merged = jax.jit(merged, static_argnames="config")
 
 
-def recovered_source(source: LayerSource, deltas: Deltas, config: DeltaConfig) -> LayerSource:
-    """The student with its trained changes, in float32 where it was changed, not rounded."""
+def recovered_source(
+    source: LayerSource, deltas: Deltas, config: DeltaConfig, form: ExportFormat | None = None
+) -> LayerSource:
+    """The student with its trained changes.
+
+    Args:
+      source: the student.
+      deltas: its changes.
+      config: of the changes.
+      form: a format as which it is rounded; None leaves what was changed in float32.
+    """
     plain = dataclasses.replace(config, group_size=None)
-    return mapped(source, lambda i, layer: _merged(layer, layer_deltas(deltas, i), config=plain))
+
+    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
+        changed = _merged(layer, layer_deltas(deltas, index), config=plain)
+        if form is None:
+            return changed
+        if form.is_float4:
+            changed = round_experts(changed)
+        elif form.is_packed:
+            changed = quantize_layer(changed, form.group_size)
+        return _narrowed(changed, layer)
+
+    return mapped(source, change)
+
+
+def _narrowed(changed: M, before: nnx.Module) -> M:
+    """A changed module whose arrays have the types that they had, but for those in 4 bits."""
+    narrow = {}
+    for field in dataclasses.fields(changed):  # type: ignore[arg-type]
+        new, old = getattr(changed, field.name), getattr(before, field.name)
+        if isinstance(new, nnx.Module):
+            narrow[field.name] = _narrowed(new, old)
+        elif isinstance(new, jax.Array):
+            narrow[field.name] = new.astype(old.dtype)
+    return dataclasses.replace(changed, **narrow)  # type: ignore[type-var]
 
 
 def save_deltas(file: Path, deltas: Deltas) -> None:
@@ -198,12 +236,12 @@ def write_recovered(
     recovery: Recovery,
     steps: Steps,
 ) -> None:
-    """Write one export of a trained student with its card; it is complete or absent."""
+    """Write one export of a trained student, rounded as `form` has it, with its card."""
     base, plan = student.base, student.plan
     target.parent.mkdir(parents=True, exist_ok=True)
     with steps.bar(f"export {form.name}") as on_step:
         export_of(base.about, plan, form).write(
-            rounded_source(model, form),
+            model,
             target,
             mtp=mtp_source(base),
             extra_files=card_files(base, plan, form, quantizer="rtn", recovery=recovery),

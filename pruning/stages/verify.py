@@ -33,7 +33,7 @@ from pruning.stages.content import (
     in_words,
     not_copied,
 )
-from pruning.stages.export import mtp_source, pruned_source, rounded_source
+from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.sizes import export_of
 from pruning.stages.tokenizer_check import tokenizer_result
 
@@ -135,8 +135,8 @@ def verify_export(
       target: the folder.
       probe: int32 [B, T] tokens to compare logits on.
       codes: folder of the 4-bit codes, None if weights are rounded to nearest.
-      model: what was written before it was rounded, if weights were changed; default what base and
-        plan give.
+      model: what was written, rounded as the format has it, if weights were changed; default what
+        base and plan give.
 
     Returns:
       The checks, in order; what cannot be done after a failure, or for want of memory, says so.
@@ -151,10 +151,7 @@ def verify_export(
     if not form.is_packed or form.is_float4:
         codes = None  # GPTQ has none for it
     lost = codes is not None and not codes.is_dir()
-    if model is None:
-        expected = pruned_source(base, plan, form, None if lost else codes)
-    else:
-        expected = rounded_source(model, form)
+    expected = model or pruned_source(base, plan, form, None if lost else codes)
     try:
         comparison = TensorComparison(target, export, with_codes=not lost)
     except CheckpointError as error:
