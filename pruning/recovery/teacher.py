@@ -14,6 +14,7 @@ from moe_jax.stream import LayerSource, forward_hidden, pad_rows
 from moe_jax.transformer import Head
 
 POSITIONS = 256  # whose logits are in memory at once
+STATES = 2 << 30  # bytes of hidden states in memory at once
 
 
 def prediction_type(top: int) -> np.dtype:
@@ -35,7 +36,7 @@ def write_predictions(
     *,
     batch: int = 8,
     dtype=jnp.float32,
-    on_layer: Callable[[int], None] | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run a model over a text and keep what it predicts; the file is complete or absent.
 
@@ -44,30 +45,40 @@ def write_predictions(
 
     Args:
       file: to write, a .npy file [B, T] of `prediction_type`.
-      source: the dense model; each layer is read once.
+      source: the dense model; each layer is read once for `STATES` bytes of hidden states.
       tokens: int32 [B, T].
       valid: bool [B, T].
       top: likeliest tokens that are kept of a position, at most the vocabulary.
       batch: windows per step.
       dtype: of the activations.
-      on_layer: called with the index of each finished layer.
+      on_layer: called with the layers done and the layers in all, of all parts of the text.
     """
-    hidden = forward_hidden(source, tokens, valid, batch=batch, dtype=dtype, on_layer=on_layer)
-    head, states = source.head, hidden.reshape(-1, hidden.shape[-1])
+    numbers = tokens.shape[1] * source.config.d_model
+    rows = batch * max(1, STATES // (batch * numbers * np.dtype(dtype).itemsize))
+    parts = [slice(start, start + rows) for start in range(0, len(tokens), rows)]
 
     def fill(partial_file: Path) -> None:
         kept = np.lib.format.open_memmap(
             partial_file, "w+", dtype=prediction_type(top), shape=tokens.shape
         )
-        flat = kept.reshape(-1)
-        for start in range(0, len(states), POSITIONS):
-            part = states[start : start + POSITIONS]
-            logp, token = _likeliest(head, jnp.asarray(pad_rows(part, POSITIONS)), top)
-            flat["logp"][start : start + len(part)] = np.asarray(logp)[: len(part)]
-            flat["token"][start : start + len(part)] = np.asarray(token)[: len(part)]
+        for number, part in enumerate(parts):
+            hidden = forward_hidden(
+                source, tokens[part], valid[part], batch=batch, dtype=dtype,
+                on_layer=lambda i, n=number: on_layer
+                and on_layer(n * len(source) + i + 1, len(parts) * len(source)),
+            )  # fmt: skip
+            _fill(kept[part].reshape(-1), source.head, hidden.reshape(-1, hidden.shape[-1]), top)
         kept.flush()
 
     replace_file(file, fill)
+
+
+def _fill(kept: np.ndarray, head: Head, states: np.ndarray, top: int) -> None:
+    for start in range(0, len(states), POSITIONS):
+        part = states[start : start + POSITIONS]
+        logp, token = _likeliest(head, jnp.asarray(pad_rows(part, POSITIONS)), top)
+        kept["logp"][start : start + len(part)] = np.asarray(logp)[: len(part)]
+        kept["token"][start : start + len(part)] = np.asarray(token)[: len(part)]
 
 
 def read_predictions(file: Path) -> np.ndarray:

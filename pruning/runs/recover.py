@@ -12,7 +12,6 @@ import numpy as np
 from convert.checkpoint import open_checkpoint
 from moe_jax.stream import LayerSource
 from pruning.budget.record import tool_version
-from pruning.demo import demo_texts
 from pruning.kit.progress import OnStep, Steps
 from pruning.measure.quality import Reference
 from pruning.recipe.recover_options import RecoverOptions
@@ -23,7 +22,7 @@ from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import read_predictions, write_predictions
 from pruning.report.recovery import NAME, RecoveryReport
 from pruning.stages.card import write_card
-from pruning.stages.measure import measure, open_texts
+from pruning.stages.measure import measure
 from pruning.stages.recover_folder import RecoverFolder
 from pruning.stages.recover_job import RecoverJob, check_recovery, open_recovery
 from pruning.stages.recovered import (
@@ -35,7 +34,7 @@ from pruning.stages.recovered import (
 from pruning.stages.sizes import folder_bytes
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
 from pruning.stages.writer import only_writer
-from pruning.text.windows import Windows
+from pruning.text.held_out import seen_shares
 
 
 def recover(
@@ -170,10 +169,9 @@ def _texts(
                 np.concatenate([getattr(one, name) for one in both]) for name in ("tokens", "valid")
             )
             with steps.bar("predictions of the dense model") as on_step:
-                base = run.student.base
                 write_predictions(
-                    file, base, tokens, valid, run.options.top, batch=run.options.batch,
-                    dtype=run.how.dtype, on_layer=lambda i: on_step(i + 1, len(base)),
+                    file, run.student.base, tokens, valid, run.options.top,
+                    batch=run.options.batch, dtype=run.how.dtype, on_layer=on_step,
                 )  # fmt: skip
         predictions = read_predictions(file)
     count = len(run.text.tokens)
@@ -187,17 +185,8 @@ def _texts(
 
 
 def _quality(run: RecoverJob, model: LayerSource, steps: Steps) -> dict[str, dict[str, dict]]:
-    """Likelihood of the run's evaluation texts, or of the held-out windows, under every model."""
-    recipe, how = run.student.recipe, {"batch": run.options.batch, "dtype": run.how.dtype}
-    files = recipe.evaluation or (demo_texts("evaluation") if recipe.model == "demo" else ())
-    texts, _ = open_texts(
-        files, run.codec, run.window, recipe.evaluation_tokens or 16384, recipe.calibration_field,
-        recipe.loss_on,
-    )  # fmt: skip
-    held = run.held
-    wanted = predicted(held.valid, held.counted)[:, :-1]
-    if not texts and wanted.any():
-        texts["held-out text"] = Windows(held.tokens, held.valid, wanted, run.window, run.window)
+    """Likelihood of the evaluation texts under every model."""
+    texts, how = run.evaluation, {"batch": run.options.batch, "dtype": run.how.dtype}
     sources: dict[str, LayerSource] = {"dense": run.student.base, "pruned": run.student.source}
     sources["recovered"] = model
     for name in run.forms:
@@ -234,6 +223,7 @@ def _report(
             "sources": list(run.text.sources),
             "tokens": run.text.total,
             "held_out": run.held.total,
+            "seen": seen_shares(run.text, run.evaluation),
         },
         training=training,
         history=place.history(),

@@ -7,9 +7,11 @@ from typing import Any
 
 from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
+from pruning.demo import demo_texts
 from pruning.kit.memory import free_memory
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount, duration
+from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions
 from pruning.recipe.values import window_within
 from pruning.recovery.deltas import DeltaConfig
@@ -17,6 +19,7 @@ from pruning.recovery.fit import FitOptions
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_bytes
 from pruning.report.card import Recovery
+from pruning.stages.measure import open_texts
 from pruning.stages.preflight import require_space
 from pruning.stages.recovered import (
     Student,
@@ -28,8 +31,12 @@ from pruning.stages.recovered import (
 )
 from pruning.stages.sizes import export_of
 from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
+from pruning.text.held_out import MUCH, RUN, seen_shares
 from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec, open_codec
+from pruning.text.windows import Windows
+
+CHECKPOINT = 2 * 16 + 4  # bytes for each number that is trained: two checkpoints, and the result
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class RecoverJob:
       student: what is trained.
       codec: its tokenizer.
       text, held: windows to train on and to measure on.
+      evaluation: the run's evaluation texts by name, or the windows that are held out.
       forms: the formats to write, by name.
       deltas: which weights change.
       how: the schedule.
@@ -52,6 +60,7 @@ class RecoverJob:
     codec: TextCodec
     text: TokenBatch
     held: TokenBatch
+    evaluation: dict[str, Windows]
     forms: dict[str, ExportFormat]
     deltas: DeltaConfig
     how: FitOptions
@@ -114,7 +123,9 @@ def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> Recove
     config = student.base.config
     window = window_within(options.window or min(DEFAULT_WINDOW, config.max_position),
                            config.max_position)  # fmt: skip
-    codec = open_codec(student.base.about.folder, config.vocab_size)
+    codec = open_codec(
+        student.base.about.folder, config.vocab_size, first_tokens=student.recipe.first_tokens
+    )
     batch = calibration_batch(
         [TextSource.parse(file, options.text_field) for file in options.text],
         codec.encode,
@@ -131,9 +142,24 @@ def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> Recove
     # The rest of a prediction is an outcome of its own, so that one token at least must be left.
     options = dataclasses.replace(options, top=min(options.top, config.vocab_size - 1))
     return RecoverJob(
-        options, student, codec, text, held, forms,
+        options, student, codec, text, held, _evaluation(student, codec, held, window), forms,
         delta_config(options, forms), fit_options(options, student.source), window,
     )  # fmt: skip
+
+
+def _evaluation(
+    student: Student, codec: TextCodec, held: TokenBatch, window: int
+) -> dict[str, Windows]:
+    recipe = student.recipe
+    files = recipe.evaluation or (demo_texts("evaluation") if recipe.model == "demo" else ())
+    texts, _ = open_texts(
+        files, codec, window, recipe.evaluation_tokens or EVALUATION_TOKENS,
+        recipe.calibration_field, recipe.loss_on,
+    )  # fmt: skip
+    wanted = predicted(held.valid, held.counted)[:, :-1]
+    if not texts and wanted.any():
+        texts["held-out text"] = Windows(held.tokens, held.valid, wanted, window, window)
+    return texts
 
 
 def check_recovery(run: RecoverJob, steps: Steps) -> None:
@@ -154,7 +180,16 @@ def check_recovery(run: RecoverJob, steps: Steps) -> None:
             parts["predictions"] = size
         else:
             require_space(run.options.scratch_folder, {"predictions": size})
-    needed = needed_memory(run.student, run.deltas, run.options, windows * run.window, run.window)
+    shares = seen_shares(run.text, run.evaluation)
+    if much := [f"{one:.0%} of {name}" for name, one in shares.items() if (one or 0) >= MUCH]:
+        steps.say(
+            f"what is trained on holds at least {', '.join(much)} (runs of {RUN} tokens), so the "
+            "loss there says little about other text"
+        )
+    needed, trained = needed_memory(
+        run.student, run.deltas, run.options, windows * run.window, run.window
+    )
+    parts["checkpoints"] = CHECKPOINT * trained
     free = free_memory()
     steps.say(f"training takes about {amount(needed)} of memory, {amount(free)} are free")
     if needed > free and run.options.mode == "model":

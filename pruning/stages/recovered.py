@@ -251,8 +251,8 @@ def write_recovered(
 
 def needed_memory(
     student: Student, config: DeltaConfig, options: RecoverOptions, tokens: int, window: int
-) -> int:
-    """Bytes that training takes, an estimate from shapes; each layer is read once for it.
+) -> tuple[int, int]:
+    """(bytes that training takes, numbers that it trains), from shapes; reads each layer once.
 
     Adam keeps two numbers for each that is trained; with the numbers themselves, their gradient,
     the best of them and those that are made of them that is six. A layer's changed weights, their
@@ -271,9 +271,10 @@ def needed_memory(
     outer = 2 * c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
     layer_bytes = 3 * 4 * widest + 40 * batch * c.d_model * c.moe.experts_per_token
     if options.mode == "layer":
-        return outer + 2 * max(weights) + 24 * max(trained) + 4 * sum(trained) + layer_bytes + (
-            3 * 4 * tokens * c.d_model
-        )  # fmt: skip
+        streams = 3 * 4 * tokens * c.d_model  # before and behind the layer, dense and student's
+        each = 2 * max(weights) + 24 * max(trained) + layer_bytes
+        return outer + each + 4 * sum(trained) + streams, sum(trained)
     kept = 4 * batch * c.d_model * len(weights) * (1 if options.remat else 20)
     logits = 3 * 4 * window * c.vocab_size
-    return outer + sum(weights) + 24 * sum(trained) + layer_bytes + kept + logits
+    needed = outer + sum(weights) + 24 * sum(trained) + layer_bytes + kept + logits
+    return needed, sum(trained)

@@ -12,7 +12,7 @@ from pruning.recovery.fit import FitOptions, TrainingText, first_deltas, fit, he
 from pruning.recovery.forward import student_hidden, student_loss
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_type, read_predictions, write_predictions
-from tests.pruning.recovery.students import dense_model, pruned_model, stirred
+from tests.pruning.recovery.students import COUNTS, dense_model, pruned_model, stirred
 from tests.support import tiny
 
 RNG = np.random.default_rng(4)
@@ -117,10 +117,13 @@ def test_training_lowers_the_divergence_from_the_dense_model(texts, config, rate
     assert best < 0.9 * seen[0][1]["loss"]
     again = held_out_losses(student, found, held, config, options)
     np.testing.assert_allclose(again["kl"], best, rtol=1e-5)
-    # Ten of the twenty windows are copies of those in the training text; nothing else is judged.
     start = first_deltas(student, config, 0)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), found, start)
     assert all(size > 0 for size in jax.tree.leaves(moved["router"]))
+    if config.train == "full":  # nobody's rows of the pool stay nobody's
+        for index, layer in found["experts"].items():
+            for delta in layer.values():
+                np.testing.assert_array_equal(delta[sum(COUNTS[int(index)]) :], 0)
     if config.train == "dora":
         for layer in moved["experts"].values():
             assert all(delta["magnitude"] > 0 for delta in layer.values())
