@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from convert import load_model
+from pruning.recovery import teacher
 from pruning.recovery.deltas import DeltaConfig
 from pruning.recovery.fit import FitOptions, TrainingText, first_deltas, fit, held_out_losses
 from pruning.recovery.forward import student_hidden, student_loss
@@ -45,13 +46,27 @@ def test_the_file_holds_the_likeliest_tokens_of_the_dense_model(texts):
     assert text.predictions.dtype == prediction_type(8)
 
 
+def test_a_long_text_is_predicted_part_by_part(texts, tmp_path, monkeypatch):
+    text, _, _, dense = texts
+    monkeypatch.setattr(teacher, "STATES", 1)
+    steps = []
+    write_predictions(
+        tmp_path / "parts.npy", dense, LINES[:10], VALID[:10], 8, batch=4,
+        on_layer=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert steps == [(number, 6) for number in range(1, 7)]
+    found = read_predictions(tmp_path / "parts.npy")
+    np.testing.assert_array_equal(found["token"], text.predictions["token"][:10])
+    np.testing.assert_allclose(found["logp"], text.predictions["logp"][:10], atol=1e-5)
+
+
 def test_gradients_of_experts_and_router_are_those_of_torch(tmp_path):
     theirs = tiny.tiny_model("qwen3_moe")
     ours = load_model(tiny.save(theirs, tmp_path / "model"))
     tokens, valid = tiny.tokens_and_mask()
     top = 5
-    teacher = np.random.default_rng(8).normal(size=(*tokens.shape, 96))
-    logp = teacher - np.log(np.exp(teacher).sum(-1, keepdims=True))
+    drawn = np.random.default_rng(8).normal(size=(*tokens.shape, 96))
+    logp = drawn - np.log(np.exp(drawn).sum(-1, keepdims=True))
     token = np.argsort(-logp, -1)[..., :top]
     kept = np.take_along_axis(logp, token, -1)
     wanted, share = predicted(valid), 0.3
