@@ -103,6 +103,8 @@ class RecoverJob:
              f"{how.learning_rate * how.router_rate:g}; AdamW, cosine"],
             ["took", duration(training["seconds"])],
         ]  # fmt: skip
+        if options.attention_rank:
+            rows.append(["attention", f"DoRA adapters of rank {options.attention_rank}, merged"])
         if options.quantize_aware:
             rows.append(["rounding", "to 4 bits in every step of the training"])
         return rows
