@@ -5,8 +5,9 @@ The loop knows a pytree of parameters and a loss; what the parameters mean is th
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,17 @@ Loss = Callable[[Parameters, Any], tuple[Array, dict[str, Array]]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Schedule of a run: AdamW, linear warm-up, cosine decay to a tenth, global-norm clipping.
+    """Schedule of a run: AdamW, linear warm-up, cosine decay, global-norm clipping.
 
     Weight decay touches matrices only. `checkpoint_every` counts steps.
+
+    Attributes:
+      b2: decay of Adam's second moments.
+      end_rate: share of the learning rate that is left at the last step.
+      accumulate: batches per step; each leaf of a batch then has them as its first axis, and the
+        step follows the mean of their gradients.
+      group_rates: learning rates of parts of the parameters, by their key in the outermost dict,
+        as multiples of `learning_rate`; other parts have 1.
     """
 
     steps: int
@@ -40,20 +49,62 @@ class TrainingConfig:
     clip_norm: float = 1.0
     checkpoint_every: int = 250
     log_every: int = 50
+    b2: float = 0.95
+    end_rate: float = 0.1
+    accumulate: int = 1
+    group_rates: Mapping[str, float] = field(default_factory=dict)
+
+    def schedule(self) -> optax.Schedule:
+        """The learning rate of each step."""
+        end = self.learning_rate * self.end_rate
+        return optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, self.warmup_steps, self.steps, end
+        )
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax transformation this schedule describes."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.warmup_steps, self.steps, self.learning_rate / 10
-        )
 
         def is_matrix(tree):
             return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay, mask=is_matrix),
+        def scaled(updates, parameters):
+            rates = {name: self.group_rates.get(name, 1.0) for name in updates}
+            return {name: optax.tree.scale(rates[name], part) for name, part in updates.items()}
+
+        adamw = optax.adamw(
+            self.schedule(), b2=self.b2, weight_decay=self.weight_decay, mask=is_matrix
         )
+        steps = [optax.clip_by_global_norm(self.clip_norm), adamw]
+        return optax.chain(*steps, *([optax.stateless(scaled)] if self.group_rates else []))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A loss on what is not trained on, which says which parameters of a run are the best.
+
+    Attributes:
+      loss: (steps done, parameters) -> nats.
+      every: steps from one measurement to the next; the first parameters and the last are measured
+        too.
+      patience: measurements in a row without a new best after which the run ends; None for never.
+    """
+
+    loss: Callable[[int, Parameters], float]
+    every: int
+    patience: int | None = None
+
+    def judge(self, step: int, progress: dict[str, Any]) -> None:
+        """Measure the parameters in `progress`, and keep them there if they are the best yet."""
+        found = self.loss(step, progress["parameters"])
+        if found < float(progress["least"]):
+            progress |= {"best": progress["parameters"], "least": jnp.asarray(found, jnp.float32)}
+            progress["stale"] = jnp.zeros((), jnp.int32)
+        else:
+            progress["stale"] = progress["stale"] + 1
+
+    def is_over(self, progress: dict[str, Any]) -> bool:
+        """Whether nothing better was found for too long."""
+        return self.patience is not None and int(progress["stale"]) >= self.patience
 
 
 def split_parameters(model: Transformer) -> tuple[dict[str, Array], Callable[..., Transformer]]:
@@ -124,66 +175,99 @@ def train(
     *,
     checkpoints: Path | None = None,
     on_log: Callable[[int, dict[str, float]], None] | None = None,
+    held_out: HeldOut | None = None,
 ) -> Parameters:
     """Minimise a loss; a run that was interrupted goes on where its last checkpoint stands.
 
     Args:
       parameters: pytree of float arrays.
-      loss: (parameters, batch) -> (scalar, metrics); traced once.
+      loss: (parameters, batch) -> (scalar, metrics); traced once. Arrays that it reads besides,
+        such as a model that stays as it is, come in as those of a `jax.tree_util.Partial`.
       batch: step -> batch. It must depend on the step alone, so that a resumed run sees what an
         uninterrupted one would have seen.
       config: the schedule.
       checkpoints: folder of orbax checkpoints; None keeps nothing.
       on_log: receives (step, mean metrics and steps per second) every `config.log_every` steps.
+      held_out: measured on the way; None takes the last parameters for the best.
 
     Returns:
-      The trained parameters.
+      The trained parameters, with `held_out` the best of those that were measured.
     """
-    optimizer = config.optimizer()
+    optimizer, loss = config.optimizer(), _with_arrays(loss)
 
     @jax.jit
-    def update(parameters, state, batch):
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(parameters, batch)
+    def update(loss, parameters, state, batch):
+        gradient, metrics = _gradient(loss, parameters, batch, config.accumulate)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
-        updates, state = optimizer.update(gradient, state, parameters)
+        with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to a whole power
+            updates, state = optimizer.update(gradient, state, parameters)
         return optax.apply_updates(parameters, updates), state, metrics
 
-    manager = _manager(checkpoints, config)
-    start, parameters, state = _resumed(manager, parameters, optimizer.init(parameters))
-    if start:
-        logger.info("resumed at step %d of %d", start, config.steps)
-    window, clock = [], time.monotonic()
-    for step in range(start, config.steps):
-        parameters, state, metrics = update(parameters, state, batch(step))
-        window.append(metrics)
-        done = step + 1
-        if on_log and (done % config.log_every == 0 or done == config.steps):
-            means = {key: float(sum(m[key] for m in window)) / len(window) for key in metrics}
-            means["steps_per_second"] = len(window) / (time.monotonic() - clock)
-            on_log(done, means)
-            window, clock = [], time.monotonic()
-        if manager is not None and (done % config.checkpoint_every == 0 or done == config.steps):
-            tree = {"parameters": parameters, "state": state}
-            manager.save(done, args=ocp.args.StandardSave(tree))
-    if manager is not None:
-        manager.wait_until_finished()
-        manager.close()
-    return parameters
+    progress = {"parameters": parameters, "state": optimizer.init(parameters)}
+    if held_out is not None:
+        progress |= {"best": parameters, "least": jnp.asarray(jnp.inf), "stale": jnp.asarray(0)}
+    # Closed also when it is interrupted: a checkpoint that is being written is then whole.
+    with _manager(checkpoints) or nullcontext() as manager:
+        start, progress = _resumed(manager, progress)
+        if start:
+            logger.info("resumed at step %d of %d", start, config.steps)
+        elif held_out is not None:
+            held_out.judge(0, progress)
+        window, clock = [], time.monotonic()
+        for step in range(start, config.steps):
+            if held_out is not None and held_out.is_over(progress):
+                break
+            progress["parameters"], progress["state"], metrics = update(
+                loss, progress["parameters"], progress["state"], batch(step)
+            )
+            window.append(metrics)
+            done, is_last = step + 1, step + 1 == config.steps
+            if on_log and (done % config.log_every == 0 or is_last):
+                means = {key: float(sum(m[key] for m in window)) / len(window) for key in metrics}
+                means["steps_per_second"] = len(window) / (time.monotonic() - clock)
+                on_log(done, means)
+                window, clock = [], time.monotonic()
+            if held_out is not None and (done % held_out.every == 0 or is_last):
+                held_out.judge(done, progress)
+            if manager is not None and (done % config.checkpoint_every == 0 or is_last):
+                manager.save(done, args=ocp.args.StandardSave(progress))
+    return progress["best" if held_out is not None else "parameters"]
+
+
+def _with_arrays(loss: Loss) -> Loss:
+    """A loss as a pytree of its arrays."""
+    partial = jax.tree_util.Partial
+    return loss if isinstance(loss, partial) else partial(loss)
+
+
+def _gradient(
+    loss: Loss, parameters: Parameters, batch: Any, accumulate: int
+) -> tuple[Parameters, dict[str, Array]]:
+    """(gradient, metrics), the means over the batches of a step."""
+    slope = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        return slope(parameters, batch)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, slope(parameters, part)), None
+
+    shapes = jax.eval_shape(slope, parameters, jax.tree.map(lambda leaf: leaf[0], batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    sums, _ = jax.lax.scan(add, zeros, batch)
+    return jax.tree.map(lambda leaf: leaf / accumulate, sums)
 
 
 def _resumed(
-    manager: ocp.CheckpointManager | None, parameters: Parameters, state: optax.OptState
-) -> tuple[int, Parameters, optax.OptState]:
-    """Steps done, parameters and optimiser of the last checkpoint; 0 and the given ones without."""
+    manager: ocp.CheckpointManager | None, progress: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Steps done, and the progress of the last checkpoint; 0 and the given one without."""
     latest = None if manager is None else manager.latest_step()
     if manager is None or latest is None:
-        return 0, parameters, state
-    wanted = {"parameters": parameters, "state": state}
-    saved = manager.restore(latest, args=ocp.args.StandardRestore(wanted))
-    return latest, saved["parameters"], saved["state"]
+        return 0, progress
+    return latest, dict(manager.restore(latest, args=ocp.args.StandardRestore(progress)))
 
 
-def _manager(folder: Path | None, config: TrainingConfig) -> ocp.CheckpointManager | None:
+def _manager(folder: Path | None) -> ocp.CheckpointManager | None:
     if folder is None:
         return None
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)

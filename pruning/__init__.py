@@ -1,8 +1,8 @@
 """Attribution-guided channel pruning of Mixture-of-Experts models.
 
 What a user of Python calls: `compress`, `score`, `evaluate`, `verify`, `audit`, `compare`,
-`estimate`, `apply`, each the command of its name; `CompressionRecipe` says what to do. The
-registries, in capitals, are open: add a name.
+`estimate`, `apply`, `recover`, each the command of its name; `CompressionRecipe` says what to do.
+The registries, in capitals, are open: add a name.
 """
 
 from typing import TYPE_CHECKING
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from pruning.measure.tokens import TokenView, view_tokens
     from pruning.recipe.options import PlanOptions
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
+    from pruning.recipe.recover_options import RecoverOptions
     from pruning.report import audit_figures as audit_plots
     from pruning.report import comparison_page as comparison_plots
     from pruning.report import figures as plots
     from pruning.report.comparison import Comparison
     from pruning.report.compression import CompressionReport
+    from pruning.report.recovery import RecoveryReport
     from pruning.runs.apply import apply, apply_plan
     from pruning.runs.audit import audit
     from pruning.runs.compare import compare
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from pruning.runs.evaluate import evaluate
     from pruning.runs.export import export_folder
     from pruning.runs.plan import plan_folder
+    from pruning.runs.recover import recover
     from pruning.runs.score import score
     from pruning.runs.verify import verify
     from pruning.scores.ablation import Ablation, ablate
@@ -88,6 +91,8 @@ __all__ = [
     "PruningPlan",
     "Quality",
     "QuantizedSource",
+    "RecoverOptions",
+    "RecoveryReport",
     "Rule",
     "Statistic",
     "Steps",
@@ -127,6 +132,7 @@ __all__ = [
     "planners",
     "plots",
     "prune_layer",
+    "recover",
     "sample_ablations",
     "save_statistics",
     "score",
@@ -157,7 +163,9 @@ _HOMES = {
     "recipe.options": ("PlanOptions",),
     "recipe.recipe": ("CompressionRecipe", "load_recipe"),
     "report.comparison": ("Comparison",),
+    "recipe.recover_options": ("RecoverOptions",),
     "report.compression": ("CompressionReport",),
+    "report.recovery": ("RecoveryReport",),
     "runs.apply": ("apply", "apply_plan"),
     "runs.audit": ("audit",),
     "runs.compare": ("compare",),
@@ -166,6 +174,7 @@ _HOMES = {
     "runs.evaluate": ("evaluate",),
     "runs.export": ("export_folder",),
     "runs.plan": ("plan_folder",),
+    "runs.recover": ("recover",),
     "runs.score": ("score",),
     "runs.verify": ("verify",),
     "scores.ablation": ("Ablation", "ablate"),

@@ -18,6 +18,7 @@ from pruning.recipe.options import (
     TextOptions,
     fields_of,
 )
+from pruning.recipe.recover_options import RecoverOptions
 
 MODEL = (
     "checkpoint folder (config.json, safetensors, tokenizer.json), OWNER/NAME[@REVISION] in the "
@@ -142,6 +143,15 @@ def apply(command: Parser) -> None:
     names = ("export", "bits", "group_size", "requantize", "mtp", "repair")
     add_group(command, ExportOptions, *names)
     add_group(command, TextOptions, "calibration", title="Text: what the plan was repaired on")
+
+
+def recover(command: Parser) -> None:
+    """Arguments of `recover`."""
+    command.add_argument(
+        "folder", type=Path, metavar="OUT_OR_FOLDER",
+        help="output folder of compress or apply, or one of its exports",
+    )  # fmt: skip
+    add_group(command, RecoverOptions)
 
 
 def evaluate(command: Parser) -> None:

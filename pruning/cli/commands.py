@@ -10,6 +10,7 @@ from pathlib import Path
 
 from convert.checkpoint import open_checkpoint
 from convert.mtp import mtp_layers
+from moe_jax.errors import InputError
 from pruning.cli.flags import given_options, recipe_from
 from pruning.cli.output import Outcome, stdout
 from pruning.cli.tables import (
@@ -23,6 +24,7 @@ from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import ExportOptions, PlanOptions, TextOptions
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recover_options import RecoverOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
 from pruning.report.cost_tables import estimate_tables
@@ -34,6 +36,7 @@ from pruning.runs import estimate as estimating
 from pruning.runs import evaluate as evaluating
 from pruning.runs import export as exporting
 from pruning.runs import plan as planning
+from pruning.runs import recover as recovering
 from pruning.runs import report as reporting
 from pruning.runs import score as scoring
 from pruning.runs import verify as verifying
@@ -171,6 +174,17 @@ def verify(options: Options) -> Outcome:
     """Check every export of a folder."""
     checks = verifying.verify(options.folder, _steps(options))
     return Outcome([dataclasses.asdict(check) for check in checks], [checks_table(checks)])
+
+
+def recover(options: Options) -> Outcome:
+    """A pruned model trained and exported; shows what came back."""
+    given = {name: () for name in ("text", "output")} | given_options(options, RecoverOptions)
+    if not given["output"]:
+        raise InputError("output is missing; give it with --output")
+    report = recovering.recover(options.folder, steps=_steps(options), **given)
+    folder = Path(given["output"])
+    pages = [*(folder / "exports" / name for name in report.exports), folder / "recover.html"]
+    return Outcome(dataclasses.asdict(report), [report.terminal_table(), ""], pages)
 
 
 def evaluate(options: Options) -> Outcome:

@@ -42,6 +42,13 @@ EXAMPLES = {
     "weights are rounded to nearest. Sizes and free space are checked first, every export is read\n"
     "back and verified; `verify out` and `eval out/exports/ragged-int4` take the result.",
     "verify": "moe-compress verify out",
+    "recover": "moe-compress recover out --text train.jsonl --tokens 10M --output recovered\n"
+    "  moe-compress recover out --text train.jsonl --train full --quantize-aware \\\n"
+    "      --export ragged-int4 --output recovered\n\n"
+    "The dense model runs once over the text and what it predicts is kept in a file; then the\n"
+    "student, or adapters of it, learn that. A model that does not fit in memory is trained layer\n"
+    "by layer with --mode layer. The same command goes on after an interruption. Read\n"
+    "recovered/recover.html first: how much of the loss that pruning added is left.",
     "eval": "moe-compress eval out/exports/ragged-int4 --text test.txt --json quality.json\n"
     "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json\n\n"
     "Several rates also write out/sweep.csv and out/sweep.html: size against added loss.",

@@ -43,6 +43,11 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
         arguments.apply,
     ),
     "verify": ("FOLDER", "Check every export in a folder against the plan.", arguments.verify),
+    "recover": (
+        "OUT_OR_FOLDER --text FILE ... --output FOLDER [options]",
+        "Train a pruned model to win back what it lost, and export it.",
+        arguments.recover,
+    ),
     "eval": (
         "FOLDER --text FILE ... [options]",
         "Measure likelihood on text; with --prune-rate, a sweep over plans.",

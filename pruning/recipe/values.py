@@ -12,9 +12,9 @@ from typing import Any, Literal
 from moe_jax.errors import InputError, choose
 
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
-TEXTS = ("calibration", "evaluation")
+TEXTS = ("calibration", "evaluation", "text")
 LONGEST = 500  # characters of a value that an error shows
-AMOUNTS = ("target_bytes", "target_parameters")
+AMOUNTS = ("target_bytes", "target_parameters", "tokens")
 # What asks for calibration text, with the value that asks for none.
 NEEDS_TEXT: dict[str, Any] = {
     "calibration": (), "gradients": False, "expert_details": False, "weight_gradients": False,

@@ -15,6 +15,7 @@ from pruning.report.phrases import check_result, repair_words, second_rounding
 from pruning.text.held_out import not_held_out
 
 Quality = Mapping[str, Mapping[str, Mapping[str, Any]]]  # text -> model -> field -> value
+Recovery = Sequence[Sequence[str]]  # (what, value) of a training after pruning
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class CardFacts:
       evaluation: window and stride in tokens, and what of the texts calibration has seen.
       checks: of this folder, as in the report; none before it is verified.
       repair: as in the report.
+      recovery: what was trained on what, in rows of a table; none without training.
       version: of moe-jax.
     """
 
@@ -147,6 +149,7 @@ class CardFacts:
     evaluation: Mapping[str, Any]
     checks: Sequence[Mapping[str, Any]]
     repair: Mapping[str, Any]
+    recovery: Recovery
     version: str
 
 
@@ -170,6 +173,7 @@ def model_card(facts: CardFacts) -> str:
         checks=[[c["check"], check_result(c), c["detail"]] for c in facts.checks],
         made=_made(facts),
         choice=choice_table(choice) if (choice := facts.plan.provenance.get("choice")) else None,
+        recovery=facts.recovery,
         recipe=_recipe(facts),
         sources=[
             [s["text"], f"{s['documents']:,}", f"{s['tokens']:,}", f"`{s['sha256']}`"]

@@ -30,12 +30,14 @@ def QuantizedSource(base: LayerSource, group_size: int, storage: str = "int4") -
       The source.
     """
 
-    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        if storage == "mxfp4":
-            return round_experts(layer)
-        return float8_layer(layer) if storage == "fp8" else quantize_layer(layer, group_size)
+    return mapped(base, lambda index, layer: rounded_layer(layer, group_size, storage))
 
-    return mapped(base, change)
+
+def rounded_layer(layer: DecoderLayer, group_size: int, storage: str) -> DecoderLayer:
+    """One layer of `QuantizedSource`."""
+    if storage == "mxfp4":
+        return round_experts(layer)
+    return float8_layer(layer) if storage == "fp8" else quantize_layer(layer, group_size)
 
 
 class RoundingError:

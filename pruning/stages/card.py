@@ -27,6 +27,7 @@ from pruning.report.card import (
     FolderFacts,
     PlanFacts,
     Quality,
+    Recovery,
     model_card,
 )
 from pruning.report.loading import Loading
@@ -48,6 +49,7 @@ def card_files(
     quantizer: str,
     again: RoundingError | None = None,
     repair: Path | None = None,
+    recovery: Recovery = (),
 ) -> dict[str, Content]:
     """Files of a new export by name: its card, on which no quality is measured yet, the base's, and
     if `again` knows of it once the tensors are written, what a second rounding did."""
@@ -55,7 +57,10 @@ def card_files(
     def card() -> str:
         error = None if again is None else again.relative
         found = repair_facts(repair)
-        return model_card(card_facts(base, plan, form, quantizer, found, rounded_again=error))
+        facts = card_facts(
+            base, plan, form, quantizer, found, rounded_again=error, recovery=recovery
+        )
+        return model_card(facts)
 
     files: dict[str, Content] = {CARD: card}
     if again is not None:
@@ -93,6 +98,7 @@ def write_card(
     quality: Quality,
     evaluation: Mapping[str, Any],
     verification: Sequence[Mapping[str, Any]],
+    recovery: Recovery = (),
 ) -> None:
     """Replace the card of an export, atomically, once its quality is known.
 
@@ -103,15 +109,18 @@ def write_card(
       repair: as in the report.
       quality: per text and model: nll, perplexity, tokens, kl, top1; other exports are left out.
       evaluation, verification: as in the report; checks of other exports are left out.
+      recovery: as of `CardFacts`.
     """
+    names = ("dense", "pruned", "recovered", form.name)
     shown = {
-        text: {name: found[name] for name in ("dense", "pruned", form.name) if name in found}
+        text: {name: found[name] for name in names if name in found}
         for text, found in quality.items()
     }
     facts = card_facts(
         base, plan, form, quantizer, repair,
         rounded_again=rounded_again(folder), quality=shown, evaluation=evaluation,
         checks=[check for check in verification if check["export"] == form.name],
+        recovery=recovery,
     )  # fmt: skip
     replace_text(folder / CARD, model_card(facts))
 
@@ -127,6 +136,7 @@ def card_facts(
     quality: Quality | None = None,
     evaluation: Mapping[str, Any] | None = None,
     checks: Sequence[Mapping[str, Any]] = (),
+    recovery: Recovery = (),
 ) -> CardFacts:
     """What the card of an export says, from shapes, the plan and the base folder alone."""
     folder = _folder_facts(base, plan, form, quantizer)
@@ -139,6 +149,7 @@ def card_facts(
         evaluation=evaluation or {},
         checks=checks,
         repair=repair,
+        recovery=recovery,
         version=tool_version(),
     )
 

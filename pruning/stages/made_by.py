@@ -22,7 +22,7 @@ def provenance_text(base: Checkpoint, plan: PruningPlan, repair: Path | None = N
     """The content of `MADE_BY`: hashes of plan, dense model and, if there is one, the repair, and
     the version of this tool."""
     told = {"plan": plan.content_hash, "model": base.fingerprint}
-    told |= {} if repair is None else {"repair": _hash(repair)}
+    told |= {} if repair is None else {"repair": repair_hash(repair)}
     told |= {"moe-jax": tool_version()}
     return yaml.safe_dump(told, sort_keys=False)
 
@@ -31,7 +31,7 @@ def stale_exports(folder: Path, plan: PruningPlan) -> list[Path]:
     """Exports in an output folder that say they were made by another plan than this one, or with
     another repair than the one there."""
     exports = [folder / "exports" / name for name in FORMATS]
-    current = {"plan": plan.content_hash, "repair": _hash(folder / "repair")}
+    current = {"plan": plan.content_hash, "repair": repair_hash(folder / "repair")}
     return [
         path
         for path in exports
@@ -68,7 +68,7 @@ def say_stale(folder: Path, steps: Steps) -> None:
             steps.say(f"{path}: {OLDER}")
 
 
-def _hash(repair: Path) -> str | None:
+def repair_hash(repair: Path) -> str | None:
     """SHA-256 of what a finished repair says of itself."""
     summary = repair / SUMMARY
     return sha256(summary.read_bytes()).hexdigest() if summary.is_file() else None

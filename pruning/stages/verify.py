@@ -128,6 +128,7 @@ def verify_export(
     probe: np.ndarray,
     codes: Path | None = None,
     repair: Path | None = None,
+    model: LayerSource | None = None,
 ) -> list[Check]:
     """Compare one export with what base, plan and quantiser give, and with what it computes.
 
@@ -142,6 +143,8 @@ def verify_export(
       probe: int32 [B, T] tokens to compare logits on.
       codes: folder of the 4-bit codes, None if weights are rounded to nearest.
       repair: folder of the repaired weights, None if none were.
+      model: what was written, rounded as the format has it, if weights were changed; default what
+        base and plan give.
 
     Returns:
       The checks, in order; what cannot be done after a failure, or for want of memory, says so.
@@ -156,7 +159,7 @@ def verify_export(
     if not form.is_integer:
         codes = None  # GPTQ has none for it
     lost = "" if codes is None else codes_in(codes).fault(plan=plan.content_hash)
-    expected = pruned_source(base, plan, form, None if lost else codes, repair=repair)
+    expected = model or pruned_source(base, plan, form, None if lost else codes, repair=repair)
     try:
         comparison = TensorComparison(target, export, with_codes=not lost)
     except CheckpointError as error:

@@ -1,5 +1,6 @@
 """The training loop: it learns, it resumes bit for bit, and its losses follow by hand."""
 
+import dataclasses
 import functools
 import time
 
@@ -12,6 +13,7 @@ from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.experts.dispatch import make_dispatch
 from moe_jax.experts.moe import MoETrace
 from moe_jax.training import (
+    HeldOut,
     TrainingConfig,
     balance_loss,
     language_model_loss,
@@ -155,6 +157,85 @@ def test_weight_decay_shrinks_matrices_and_spares_vectors():
     updates, _ = optimizer.update(nothing, state, parameters)  # the first step's rate is zero
     np.testing.assert_allclose(updates["matrix"], -0.5 * 0.1 * 4.0, rtol=1e-6)
     np.testing.assert_array_equal(updates["norm"], 0)
+
+
+def test_gradients_of_several_batches_are_averaged_before_a_step():
+    parts = [square_batch(step) for step in range(3)]
+    joined = tuple(np.concatenate(side) for side in zip(*parts, strict=True))
+    stacked = tuple(np.stack(side) for side in zip(*parts, strict=True))
+    config = dataclasses.replace(SQUARES, steps=3, accumulate=3)
+    several = train(start(), squares, lambda step: stacked, config)
+    whole = train(start(), squares, lambda step: joined, dataclasses.replace(config, accumulate=1))
+    for name, value in whole.items():
+        np.testing.assert_allclose(several[name], value, rtol=1e-5)
+    assert np.abs(whole["matrix"] - start()["matrix"]).max() > 0.05
+
+
+def test_a_part_of_the_parameters_has_a_learning_rate_of_its_own():
+    two = dataclasses.replace(SQUARES, steps=2, warmup_steps=1)
+    one = train(start(), squares, square_batch, two)
+    config = dataclasses.replace(two, group_rates={"offset": 0.25})
+    other = train(start(), squares, square_batch, config)
+    np.testing.assert_allclose(other["matrix"], one["matrix"], rtol=1e-6)
+    moved = [np.asarray(x["offset"] - start()["offset"]) for x in (one, other)]
+    np.testing.assert_allclose(moved[1], 0.25 * moved[0], rtol=1e-5)
+    assert np.abs(moved[0]).min() > 0
+
+
+def test_arrays_of_a_partial_loss_are_no_constants_of_the_program():
+    def scaled(factor, parameters, batch):
+        loss, metrics = squares(parameters, batch)
+        return factor * loss, metrics
+
+    one = train(start(), squares, square_batch, SQUARES)
+    partial = jax.tree_util.Partial(scaled, jnp.asarray(1.0))
+    np.testing.assert_array_equal(
+        train(start(), partial, square_batch, SQUARES)["matrix"], one["matrix"]
+    )
+
+
+def held_losses(*losses):
+    """A held-out loss that falls and rises as told, and the steps at which it was asked for."""
+    asked = []
+
+    def loss(step, parameters):
+        asked.append((step, np.asarray(parameters["offset"])))
+        return losses[len(asked) - 1]
+
+    return loss, asked
+
+
+def test_the_parameters_with_the_least_held_out_loss_are_taken():
+    loss, asked = held_losses(5.0, 2.0, 1.0, 4.0, 3.0)
+    found = train(start(), squares, square_batch, SQUARES, held_out=HeldOut(loss, 2))
+    assert [step for step, _ in asked] == [0, 2, 4, 6, 7]
+    np.testing.assert_array_equal(found["offset"], asked[2][1])
+
+
+def test_training_that_only_hurts_gives_the_first_parameters_back_and_ends_early():
+    loss, asked = held_losses(1.0, 2.0, 3.0)
+    found = train(start(), squares, square_batch, SQUARES, held_out=HeldOut(loss, 2, 2))
+    assert [step for step, _ in asked] == [0, 2, 4]
+    np.testing.assert_array_equal(found["matrix"], start()["matrix"])
+
+
+def test_a_run_killed_between_measurements_still_finds_the_same_best(tmp_path):
+    def loss(step, parameters):
+        return float(jnp.square(parameters["matrix"] - 0.35).sum())  # passes by, and goes on
+
+    straight = train(start(), squares, square_batch, SQUARES, held_out=HeldOut(loss, 3))
+
+    def interrupted(step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return square_batch(step)
+
+    how = {"checkpoints": tmp_path / "run", "held_out": HeldOut(loss, 3)}
+    with pytest.raises(KeyboardInterrupt):
+        train(start(), squares, interrupted, SQUARES, **how)
+    again = train(start(), squares, square_batch, SQUARES, **how)
+    for name, value in straight.items():
+        np.testing.assert_array_equal(again[name], value)
 
 
 def test_balance_loss_is_one_for_even_load_and_the_expert_count_for_one_expert():

@@ -1,0 +1,219 @@
+"""Training a student that fits in memory end to end, on windows of text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.stream import pad_rows
+from moe_jax.training import HeldOut, TrainingConfig, train
+from moe_jax.transformer import Transformer
+from pruning.recovery.deltas import DeltaConfig, Deltas, init_deltas
+from pruning.recovery.forward import student_loss, window_losses
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingText:
+    """Windows of text, and what the teacher says of them.
+
+    Attributes:
+      tokens: int32 [B, T].
+      valid: bool [B, T].
+      wanted: bool [B, T], positions whose prediction counts.
+      predictions: [B, T] of `teacher.prediction_type`, on disk or in memory; None without teacher.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    wanted: np.ndarray
+    predictions: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, chosen: np.ndarray | slice) -> dict[str, np.ndarray]:
+        """Some windows as `student_loss` takes them, but for count and share."""
+        found = {name: getattr(self, name)[chosen] for name in ("tokens", "valid", "wanted")}
+        if self.predictions is not None:
+            kept = self.predictions[chosen]
+            found |= {"logp": np.array(kept["logp"]), "token": np.array(kept["token"])}
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How a student is trained.
+
+    Attributes:
+      learning_rate: of the experts' changes, or of the router's where it is trained alone.
+      router_rate, attention_rate: of their changes, as multiples of it.
+      epochs: times that every window is seen.
+      batch: windows whose gradient is taken at once.
+      accumulate: such batches per step.
+      warmup: share of the steps in which the learning rate rises.
+      clip: largest norm of a gradient.
+      share_from, share_to: of the next-token loss at the first step and at the last; the rest is
+        the divergence from the teacher.
+      balance: factor of the load-balance loss.
+      patience: measurements without a better held-out loss that end the run; None for never.
+      measurements: of the held-out loss, in all.
+      seed: of the order of windows and of what adapters begin with.
+      dtype: of the activations.
+      remat: compute layers twice instead of keeping what is in them.
+    """
+
+    learning_rate: float
+    router_rate: float = 1.0
+    attention_rate: float = 0.5
+    epochs: int = 1
+    batch: int = 8
+    accumulate: int = 1
+    warmup: float = 0.1
+    clip: float = 0.5
+    share_from: float = 0.0
+    share_to: float = 0.0
+    balance: float = 0.0
+    patience: int | None = None
+    measurements: int = 10
+    seed: int = 0
+    dtype: Any = jnp.float32
+    remat: bool = True
+
+    def schedule(self, windows: int) -> TrainingConfig:
+        """The schedule for a text of so many windows: AdamW, warm-up, cosine to zero, clipping."""
+        steps = max(1, -(-self.epochs * windows // (self.batch * self.accumulate)))
+        every = max(1, steps // self.measurements)
+        return TrainingConfig(
+            steps=steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(round(self.warmup * steps), steps - 1),
+            weight_decay=0.0,
+            clip_norm=self.clip,
+            checkpoint_every=every,
+            log_every=every,
+            b2=0.999,
+            end_rate=0.0,
+            accumulate=self.accumulate,
+            group_rates={"router": self.router_rate, "attention": self.attention_rate},
+        )
+
+    def chosen(self, step: int, windows: int) -> np.ndarray:
+        """Windows of a step, int [batch * accumulate]: each epoch has an order of its own."""
+        size = self.batch * self.accumulate
+        places = np.arange(step * size, (step + 1) * size)
+        orders = {
+            epoch: np.random.default_rng((self.seed, epoch)).permutation(windows)
+            for epoch in np.unique(places // windows).tolist()
+        }
+        return np.array([orders[place // windows][place % windows] for place in places.tolist()])
+
+
+def first_deltas(model: Transformer, config: DeltaConfig, seed: int) -> Deltas:
+    """Changes of all layers that change nothing yet."""
+    keys = jax.random.split(jax.random.key(seed), len(model.layers))
+    found: Deltas = {}
+    for index, (layer, key) in enumerate(zip(model.layers, keys, strict=True)):
+        for group, part in init_deltas(layer, config, key).items():
+            found.setdefault(group, {})[str(index)] = part
+    return found
+
+
+def fit(
+    model: Transformer,
+    text: TrainingText,
+    held: TrainingText,
+    config: DeltaConfig,
+    options: FitOptions,
+    *,
+    checkpoints: Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_log: Callable[[int, dict[str, float]], None] | None = None,
+    on_held_out: Callable[[int, dict[str, float]], None] | None = None,
+) -> Deltas:
+    """Train changes of a student; a run that was interrupted goes on from its checkpoints.
+
+    Args:
+      model: the student, in memory; where it rounds, `rounded` already.
+      text: to train on.
+      held: to measure on; without windows the last changes are taken for the best.
+      config: which weights change.
+      options: how.
+      checkpoints: folder of orbax checkpoints; None keeps nothing.
+      on_step: called with the steps begun and the steps in all.
+      on_log: receives (step, mean metrics since the last time).
+      on_held_out: receives (step, nats per token on `held`: "loss", "nll", "kl"), 0 first.
+
+    Returns:
+      The changes with the least held-out loss.
+    """
+    schedule = options.schedule(len(text))
+    loss = jax.tree_util.Partial(
+        partial(
+            student_loss,
+            config=config,
+            balance=options.balance,
+            dtype=options.dtype,
+            remat=options.remat,
+        ),
+        model,
+    )
+
+    def batch(step: int) -> dict[str, Any]:
+        if on_step:
+            on_step(step, schedule.steps)
+        found = text.rows(options.chosen(step, len(text)))
+        return _step_batch(found, options, step / max(1, schedule.steps - 1))
+
+    def measured(step: int, deltas: Deltas) -> float:
+        found = held_out_losses(model, deltas, held, config, options)
+        if on_held_out:
+            on_held_out(step, found)
+        return found["loss"]
+
+    return train(
+        first_deltas(model, config, options.seed),
+        loss,
+        batch,
+        schedule,
+        checkpoints=checkpoints,
+        on_log=on_log,
+        held_out=HeldOut(measured, schedule.log_every, options.patience) if len(held) else None,
+    )
+
+
+def held_out_losses(
+    model: Transformer,
+    deltas: Deltas,
+    text: TrainingText,
+    config: DeltaConfig,
+    options: FitOptions,
+) -> dict[str, float]:
+    """Nats per predicted token of a text: "nll", with a teacher "kl", and their mixture "loss"."""
+    sums: dict[str, float] = {}
+    for start in range(0, len(text), options.batch):
+        rows = text.rows(slice(start, start + options.batch))
+        part = {name: pad_rows(value, options.batch) for name, value in rows.items()}
+        part |= {"count": np.float32(1), "share": np.float32(options.share_to)}
+        found = window_losses(model, deltas, part, config, options.dtype)
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {name: value / max(1, int(text.wanted.sum())) for name, value in sums.items()}
+
+
+def _step_batch(
+    rows: dict[str, np.ndarray], options: FitOptions, progress: float
+) -> dict[str, Any]:
+    """A step's windows, in as many parts as are accumulated; all its tokens count alike."""
+    parts = options.accumulate
+    share = options.share_from + progress * (options.share_to - options.share_from)
+    each = {
+        "count": np.full(parts, max(1, rows["wanted"].sum()) / parts, np.float32),
+        "share": np.full(parts, share, np.float32),
+    }
+    each |= {n: value.reshape(parts, -1, *value.shape[1:]) for n, value in rows.items()}
+    return each if parts > 1 else {name: value[0] for name, value in each.items()}

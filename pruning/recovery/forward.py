@@ -1,0 +1,119 @@
+"""The student with its changes: forward, and the loss of a batch."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moe_jax.attention.context import Context, make_context
+from moe_jax.experts.moe import MoETrace
+from moe_jax.training import balance_loss
+from moe_jax.transformer import DecoderLayer, Transformer
+from pruning.recovery.deltas import DeltaConfig, Deltas, merged
+from pruning.recovery.loss import next_token_loss, teacher_divergence
+
+
+def layer_deltas(deltas: Deltas, index: int) -> dict[str, Any]:
+    """The changes of one layer, by group."""
+    return {name: part[str(index)] for name, part in deltas.items() if str(index) in part}
+
+
+def student_hidden(
+    model: Transformer,
+    deltas: Deltas,
+    tokens: Array,
+    valid: Array,
+    *,
+    config: DeltaConfig,
+    dtype=jnp.float32,
+    remat: bool = True,
+) -> tuple[Array, list[MoETrace | None]]:
+    """Hidden states of the student before its head, and the trace of every layer.
+
+    Args:
+      model: the student.
+      deltas: its changes.
+      tokens: int32 [B, T].
+      valid: bool [B, T].
+      config: of the changes.
+      dtype: of the activations.
+      remat: compute each layer a second time in the backward pass, its merged weights too, instead
+        of keeping them.
+
+    Returns:
+      ([B, T, D], traces).
+    """
+    c = model.config
+    context = make_context(c.attention, c.max_position, valid)
+    x, traces = model.embedding(tokens, dtype), []
+
+    def run(layer: DecoderLayer, own: dict, x: Array, context: Context):
+        return merged(layer, own, config).trace(x, context)
+
+    run = jax.checkpoint(run) if remat else run
+    for index, layer in enumerate(model.layers):
+        x, trace = run(layer, layer_deltas(deltas, index), x, context)
+        traces.append(trace)
+    return x, traces
+
+
+def student_loss(
+    model: Transformer,
+    deltas: Deltas,
+    batch: dict[str, Array],
+    *,
+    config: DeltaConfig,
+    balance: float,
+    dtype=jnp.float32,
+    remat: bool = True,
+) -> tuple[Array, dict[str, Array]]:
+    """Loss of a batch of windows.
+
+    Args:
+      model, deltas, config, dtype, remat: as of `student_hidden`.
+      batch: tokens, valid and wanted [B, T]; count, positions by which the sums are divided; share
+        of the next-token loss in [0, 1]; unless that is always 1, logp and token [B, T, k] of the
+        teacher.
+      balance: factor of the mean load-balance loss of the layers.
+
+    Returns:
+      (scalar, {"loss": without the balance, and its parts "nll" and, with a teacher, "kl"}).
+    """
+    hidden, traces = student_hidden(
+        model, deltas, batch["tokens"], batch["valid"], config=config, dtype=dtype, remat=remat
+    )
+
+    @jax.checkpoint
+    def window(row: dict[str, Array]) -> dict[str, Array]:
+        logits = model.head(row["hidden"])
+        nll = next_token_loss(logits[None], row["tokens"][None])[0]
+        found = {"nll": jnp.sum(jnp.where(row["wanted"], nll, 0))}
+        if "logp" in row:
+            kl = teacher_divergence(logits, row["logp"], row["token"])
+            found["kl"] = jnp.sum(jnp.where(row["wanted"], kl, 0))
+        return found
+
+    names = ("tokens", "wanted", "logp", "token")
+    rows = {name: batch[name] for name in names if name in batch} | {"hidden": hidden}
+    # A window at a time, so that the logits of one are in memory.
+    parts = jax.tree.map(lambda sums: sums.sum() / batch["count"], jax.lax.map(window, rows))
+    share = batch["share"]
+    loss = share * parts["nll"] + (1 - share) * parts["kl"] if "kl" in parts else parts["nll"]
+    metrics = {**parts, "loss": loss}
+    if balance:
+        routed = [balance_loss(trace) for trace in traces if trace is not None]
+        metrics["balance"] = jnp.stack(routed).mean()
+        loss = loss + balance * metrics["balance"]
+    return loss, metrics
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def window_losses(
+    model: Transformer, deltas: Deltas, batch: dict[str, Array], config: DeltaConfig, dtype
+) -> dict[str, Array]:
+    """The parts of `student_loss` summed over a batch whose count is 1, without a gradient."""
+    return student_loss(model, deltas, batch, config=config, balance=0.0, dtype=dtype, remat=False)[
+        1
+    ]

@@ -1,0 +1,202 @@
+"""A recovery opened, and what can be said of it before any work."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.export_format import ExportFormat
+from moe_jax.errors import InputError
+from pruning.demo import demo_texts
+from pruning.kit.memory import free_memory
+from pruning.kit.progress import Steps
+from pruning.kit.words import amount, duration
+from pruning.recipe.options import EVALUATION_TOKENS
+from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions
+from pruning.recipe.values import window_within
+from pruning.recovery.deltas import DeltaConfig
+from pruning.recovery.fit import FitOptions
+from pruning.recovery.loss import predicted
+from pruning.recovery.teacher import prediction_bytes
+from pruning.report.card import Recovery
+from pruning.stages.measure import open_texts
+from pruning.stages.preflight import require_space
+from pruning.stages.recovered import (
+    Student,
+    delta_config,
+    fit_options,
+    forms_of,
+    needed_memory,
+    open_student,
+)
+from pruning.stages.sizes import export_of
+from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
+from pruning.text.held_out import MUCH, RUN, seen_shares
+from pruning.text.source import TextSource
+from pruning.text.tokenizer import TextCodec, open_codec
+from pruning.text.windows import Windows
+
+CHECKPOINT = 2 * 16 + 4  # bytes for each number that is trained: two checkpoints, and the result
+
+
+@dataclass(frozen=True)
+class RecoverJob:
+    """A recovery opened: what is trained, on what, how, and what is written.
+
+    Attributes:
+      options: filled.
+      student: what is trained.
+      codec: its tokenizer.
+      text, held: windows to train on and to measure on.
+      evaluation: the run's evaluation texts by name, or the windows that are held out.
+      forms: the formats to write, by name.
+      deltas: which weights change.
+      how: the schedule.
+      window: tokens.
+    """
+
+    options: RecoverOptions
+    student: Student
+    codec: TextCodec
+    text: TokenBatch
+    held: TokenBatch
+    evaluation: dict[str, Windows]
+    forms: dict[str, ExportFormat]
+    deltas: DeltaConfig
+    how: FitOptions
+    window: int
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.options.output)
+
+    @property
+    def learns_predictions(self) -> bool:
+        """Whether the dense model's predictions on the text are needed."""
+        return self.options.mode == "model" and self.options.needs_teacher
+
+    def card_rows(self, training: dict[str, Any]) -> Recovery:
+        """What a card says of the training, and of what it took."""
+        options, how = self.options, self.how
+        what = {
+            "router": "the routers",
+            "dora": f"DoRA adapters of rank {options.rank}, merged, and the routers",
+            "full": "all weights of the routed experts, and the routers",
+        }
+        if options.mode == "layer":
+            loss = "each layer's residual stream against the dense model's"
+        elif options.needs_teacher:
+            loss = f"KL divergence from the dense model ({options.top} tokens of each prediction)"
+            if options.next_token or options.next_token_from:
+                loss += f", next token {options.next_token_from:g} to {options.next_token:g}"
+        else:
+            loss = "next token"
+        files = ", ".join(
+            f"{Path(one['path']).name} ({one['tokens']:,} tokens)" for one in self.text.sources
+        )
+        rows = [
+            ["trained", f"{what[options.train]}: {training['parameters']:,} parameters"],
+            ["loss", loss],
+            ["text", f"{files}; {self.text.total:,} tokens, {how.epochs} times"],
+            ["learning rate", f"{how.learning_rate:g}, of routers "
+             f"{how.learning_rate * how.router_rate:g}; AdamW, cosine"],
+            ["took", duration(training["seconds"])],
+        ]  # fmt: skip
+        if options.attention_rank:
+            rows.append(["attention", f"DoRA adapters of rank {options.attention_rank}, merged"])
+        if options.quantize_aware:
+            rows.append(["rounding", "to 4 bits in every step of the training"])
+        return rows
+
+
+def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> RecoverJob:
+    """Open and check all that a recovery needs.
+
+    Args:
+      folder: output of `compress` or `apply`, or one of its exports.
+      options: filled.
+      steps: where progress goes.
+
+    Raises:
+      InputError: whatever is wrong with the folder, the text or the options, before any work.
+    """
+    student = open_student(folder, steps)
+    config = student.base.config
+    window = window_within(options.window or min(DEFAULT_WINDOW, config.max_position),
+                           config.max_position)  # fmt: skip
+    codec = open_codec(
+        student.base.about.folder, config.vocab_size, first_tokens=student.recipe.first_tokens
+    )
+    batch = calibration_batch(
+        [TextSource.parse(file, options.text_field) for file in options.text],
+        codec.encode,
+        length=window,
+        max_tokens=options.tokens or 0,
+        separator=codec.end,
+        first=codec.first,
+        answers=codec.answers if options.loss_on == "answers" else None,
+    )
+    text, held = hold_out(batch)
+    if not predicted(text.valid, text.counted).any():
+        raise InputError("the text has no token to learn: no answer is in the part that is read")
+    forms = forms_of(student, options)
+    # The rest of a prediction is an outcome of its own, so that one token at least must be left.
+    options = dataclasses.replace(options, top=min(options.top, config.vocab_size - 1))
+    return RecoverJob(
+        options, student, codec, text, held, _evaluation(student, codec, held, window), forms,
+        delta_config(options, forms), fit_options(options, student.source), window,
+    )  # fmt: skip
+
+
+def _evaluation(
+    student: Student, codec: TextCodec, held: TokenBatch, window: int
+) -> dict[str, Windows]:
+    recipe = student.recipe
+    files = recipe.evaluation or (demo_texts("evaluation") if recipe.model == "demo" else ())
+    texts, _ = open_texts(
+        files, codec, window, recipe.evaluation_tokens or EVALUATION_TOKENS,
+        recipe.calibration_field, recipe.loss_on,
+    )  # fmt: skip
+    wanted = predicted(held.valid, held.counted)[:, :-1]
+    if not texts and wanted.any():
+        texts["held-out text"] = Windows(held.tokens, held.valid, wanted, window, window)
+    return texts
+
+
+def check_recovery(run: RecoverJob, steps: Steps) -> None:
+    """Say what the run takes, and refuse what does not fit in memory or on the disk."""
+    base, windows = run.student.base, len(run.text.tokens) + len(run.held.tokens)
+    exports = {
+        name: export_of(base.about, run.student.plan, form).nbytes
+        for name, form in run.forms.items()
+    }
+    parts = dict(exports)
+    if run.learns_predictions:
+        size = prediction_bytes(windows, run.window, run.options.top)
+        steps.say(
+            f"the dense model's predictions take {amount(size)} in {run.options.scratch_folder} "
+            "until the end"
+        )
+        if run.options.scratch_folder == run.output:
+            parts["predictions"] = size
+        else:
+            require_space(run.options.scratch_folder, {"predictions": size})
+    shares = seen_shares(run.text, run.evaluation)
+    if much := [f"{one:.0%} of {name}" for name, one in shares.items() if (one or 0) >= MUCH]:
+        steps.say(
+            f"what is trained on holds at least {', '.join(much)} (runs of {RUN} tokens), so the "
+            "loss there says little about other text"
+        )
+    needed, trained = needed_memory(
+        run.student, run.deltas, run.options, windows * run.window, run.window
+    )
+    parts["checkpoints"] = CHECKPOINT * trained
+    free = free_memory()
+    steps.say(f"training takes about {amount(needed)} of memory, {amount(free)} are free")
+    if needed > free and run.options.mode == "model":
+        raise InputError(
+            f"training the whole model takes about {amount(needed)} of memory and {amount(free)} "
+            "are free; add --mode layer, or a smaller --batch or --window"
+        )
+    require_space(run.output, parts)

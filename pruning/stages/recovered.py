@@ -1,0 +1,284 @@
+"""The student of a recovery: opened, checked, and written once it is trained."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.export_format import ExportFormat
+from moe_jax.errors import InputError
+from moe_jax.files import replace_file
+from moe_jax.stream import LayerSource, mapped
+from moe_jax.structure import named_leaves
+from moe_jax.transformer import DecoderLayer, Transformer
+from pruning.budget.plan import PruningPlan
+from pruning.kit.progress import Steps
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recover_options import RecoverOptions
+from pruning.recovery.deltas import DeltaConfig, Deltas, init_deltas, merged
+from pruning.recovery.fit import FitOptions
+from pruning.recovery.forward import layer_deltas
+from pruning.report.card import Recovery
+from pruning.shrink.rounding import rounded_layer
+from pruning.stages.card import card_files
+from pruning.stages.export import mtp_source, pruned_source
+from pruning.stages.made_by import is_repaired, require_current
+from pruning.stages.repair import stored_repair
+from pruning.stages.sizes import export_of, form_of, kept_widths
+from pruning.stages.stored import stored_base, stored_recipe
+
+M = TypeVar("M", bound=nnx.Module)
+
+PLAN = "plan.json"
+BALANCE = 0.001
+
+
+@dataclass(frozen=True)
+class Student:
+    """A pruned model, and the dense one that it came from.
+
+    Attributes:
+      folder: what was named: the output of `compress`, or one of its exports.
+      recipe: of the run.
+      base: the dense model.
+      plan: what is kept of it.
+      source: the pruned model.
+      repair: folder of its repaired weights, None if there are none.
+    """
+
+    folder: Path
+    recipe: CompressionRecipe
+    base: Checkpoint
+    plan: PruningPlan
+    source: LayerSource
+    repair: Path | None
+
+    def resident(self) -> Transformer:
+        """The student in memory."""
+        layers = tuple(self.source.layer(index) for index in range(len(self.source)))
+        head, config = self.source.head, self.source.config
+        return Transformer(
+            embedding=self.source.embedding,
+            layers=layers,
+            final_norm=head.norm,
+            lm_head=None if config.tie_embeddings else head.weight,
+            config=config,
+        )
+
+
+def open_student(folder: Path, steps: Steps) -> Student:
+    """Open what a run of `compress` left, or one of its exports, whose weights are then trained on.
+
+    Raises:
+      InputError: it is neither, or the export is of another plan or stored at other widths.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; name the output folder of `compress`")
+    is_run = (folder / PLAN).is_file()
+    run = folder if is_run else folder.absolute().parent.parent
+    if not (run / PLAN).is_file():
+        raise InputError(
+            f"{folder} holds no {PLAN} and is no export in a folder that does; name the output "
+            "folder of `compress` or `apply`, or OUT/exports/NAME in it"
+        )
+    plan, recipe = PruningPlan.load(run), stored_recipe(run)
+    base = stored_base(recipe, steps)
+    plan.require_model(base.fingerprint)
+    repair = stored_repair(recipe, plan)
+    if is_run:
+        source = pruned_source(base, plan, None, repair=repair)
+        return Student(folder, recipe, base, plan, source, repair)
+    require_current(run, plan)
+    source = open_checkpoint(folder, dtype=jnp.bfloat16)
+    if source.about.widths != kept_widths(plan, base.about):
+        raise InputError(
+            f"{folder} stores experts at other widths than its plan keeps; name {run}, or a ragged "
+            "export of it"
+        )
+    return Student(folder, recipe, base, plan, source, repair if is_repaired(folder) else None)
+
+
+def forms_of(student: Student, options: RecoverOptions) -> dict[str, ExportFormat]:
+    """The formats to write, each checked.
+
+    Raises:
+      InputError: one does not suit the plan or the family.
+    """
+    forms = {}
+    for name in options.export or student.recipe.export:
+        form = form_of(student.recipe, name, student.plan)
+        # Weights that were trained are no longer those whose codes the model stores.
+        form = dataclasses.replace(form, requantize=student.base.about.native is not None)
+        export_of(student.base.about, student.plan, form).check()
+        forms[name] = form
+    return forms
+
+
+def delta_config(options: RecoverOptions, forms: dict[str, ExportFormat]) -> DeltaConfig:
+    """What is trained, of filled options.
+
+    Raises:
+      InputError: training is to round to 4 bits and no integer format is written.
+    """
+    group = None
+    if options.quantize_aware:
+        packed = (form for form in forms.values() if form.is_integer)
+        groups = [form.group_size for form in packed]
+        if not groups:
+            raise InputError(
+                f"quantize_aware=True needs an int4 export, and {', '.join(forms)} is none; add "
+                "--export ragged-int4"
+            )
+        group = groups[0]
+    assert options.router_rank is not None
+    return DeltaConfig(
+        train=options.train,
+        rank=options.rank,
+        alpha=options.alpha,
+        router_rank=options.router_rank,
+        attention_rank=options.attention_rank,
+        fixed_norm=options.fixed_norm,
+        group_size=group,
+    )
+
+
+def fit_options(options: RecoverOptions, source: LayerSource) -> FitOptions:
+    """How it is trained, of filled options."""
+    balance = options.balance
+    if balance is None:  # a bias that balances was trained without this loss
+        balance = 0.0 if source.config.moe.correction_bias else BALANCE
+    rate, router = options.learning_rate, options.router_learning_rate
+    assert rate and router and options.epochs and options.next_token is not None
+    assert options.next_token_from is not None
+    return FitOptions(
+        learning_rate=router if options.train == "router" else rate,
+        router_rate=1.0 if options.train == "router" else router / rate,
+        epochs=options.epochs,
+        batch=options.batch,
+        accumulate=options.accumulate,
+        share_from=options.next_token_from,
+        share_to=options.next_token,
+        balance=balance,
+        patience=options.patience,
+        seed=options.seed,
+        dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[options.dtype],
+        remat=options.remat,
+    )
+
+
+_merged = jax.jit(merged, static_argnames="config")
+
+
+def recovered_source(
+    source: LayerSource, deltas: Deltas, config: DeltaConfig, form: ExportFormat | None = None
+) -> LayerSource:
+    """The student with its trained changes.
+
+    Args:
+      source: the student.
+      deltas: its changes.
+      config: of the changes.
+      form: a format as which it is rounded; None leaves what was changed in float32.
+    """
+    plain = dataclasses.replace(config, group_size=None)
+
+    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
+        changed = _merged(layer, layer_deltas(deltas, index), config=plain)
+        if form is None:
+            return changed
+        if form.is_packed:
+            changed = rounded_layer(changed, form.group_size, form.storage)
+        return _narrowed(changed, layer)
+
+    return mapped(source, change)
+
+
+def _narrowed(changed: M, before: nnx.Module) -> M:
+    """A changed module whose arrays have the types that they had, but for those in 4 bits."""
+    narrow = {}
+    for field in dataclasses.fields(changed):  # type: ignore[arg-type]
+        new, old = getattr(changed, field.name), getattr(before, field.name)
+        if isinstance(new, nnx.Module):
+            narrow[field.name] = _narrowed(new, old)
+        elif isinstance(new, jax.Array):
+            narrow[field.name] = new.astype(old.dtype)
+    return dataclasses.replace(changed, **narrow)  # type: ignore[type-var]
+
+
+def save_deltas(file: Path, deltas: Deltas) -> None:
+    """Write trained changes, whole or not at all."""
+    arrays = {name: jax.device_get(leaf) for name, leaf in named_leaves(deltas).items()}
+    replace_file(file, lambda partial: save_file(arrays, partial))
+
+
+def load_deltas(file: Path, source: LayerSource, config: DeltaConfig) -> Deltas:
+    """What `save_deltas` wrote for a student."""
+    shapes: Deltas = {}
+    for index in range(len(source)):
+        layer, key = source.layer(index), jax.random.key(0)
+        found = jax.eval_shape(lambda layer, key: init_deltas(layer, config, key), layer, key)
+        for group, part in found.items():
+            shapes.setdefault(group, {})[str(index)] = part
+    stored = load_file(file)
+    leaves = [jnp.asarray(stored[name]) for name in named_leaves(shapes)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def write_recovered(
+    student: Student,
+    model: LayerSource,
+    form: ExportFormat,
+    target: Path,
+    recovery: Recovery,
+    steps: Steps,
+) -> None:
+    """Write one export of a trained student, rounded as `form` has it, with its card."""
+    base, plan = student.base, student.plan
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with steps.bar(f"export {form.name}") as on_step:
+        export_of(base.about, plan, form).write(
+            model,
+            target,
+            mtp=mtp_source(base),
+            extra_files=card_files(
+                base, plan, form, quantizer="rtn", repair=student.repair, recovery=recovery
+            ),
+            on_layer=lambda index: on_step(index + 1, len(base)),
+        )
+
+
+def needed_memory(
+    student: Student, config: DeltaConfig, options: RecoverOptions, tokens: int, window: int
+) -> tuple[int, int]:
+    """(bytes that training takes, numbers that it trains), from shapes; reads each layer once.
+
+    Adam keeps two numbers for each that is trained; with the numbers themselves, their gradient,
+    the best of them and those that are made of them that is six. A layer's changed weights, their
+    gradient and what is on its way are float32, three at once.
+    """
+    weights, trained, widest = [], [], 0
+    for index in range(len(student.source)):
+        layer = student.source.layer(index)
+        found = jax.eval_shape(
+            lambda layer, key: init_deltas(layer, config, key), layer, jax.random.key(0)
+        )
+        weights.append(sum(leaf.nbytes for leaf in jax.tree.leaves(layer)))
+        trained.append(sum(leaf.size for leaf in jax.tree.leaves(found)))
+        widest = max(widest, sum(leaf.size for leaf in jax.tree.leaves(layer)))
+    c, batch = student.source.config, options.batch * window
+    outer = 2 * c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    layer_bytes = 3 * 4 * widest + 40 * batch * c.d_model * c.moe.experts_per_token
+    if options.mode == "layer":
+        streams = 3 * 4 * tokens * c.d_model  # before and behind the layer, dense and student's
+        each = 2 * max(weights) + 24 * max(trained) + layer_bytes
+        return outer + each + 4 * sum(trained) + streams, sum(trained)
+    kept = 4 * batch * c.d_model * len(weights) * (1 if options.remat else 20)
+    logits = 3 * 4 * window * c.vocab_size
+    needed = outer + sum(weights) + 24 * sum(trained) + layer_bytes + kept + logits
+    return needed, sum(trained)
