@@ -244,3 +244,15 @@ def test_of_large_parquet_no_row_is_read_beyond_what_may_be(tmp_path):
     for most, count in ((first, 256), (first // 2, 128), (first + 1, 257), (10**6, 600)):
         found, is_all = parquet_documents(Rows(TextSource(tmp_path / "a")), most)
         assert found == texts[:count] and is_all == (count == 600)
+
+
+def test_of_a_long_table_the_row_that_the_look_cuts_does_not_count_and_of_a_short_text_all_do(
+    tmp_path,
+):
+    (tmp_path / "long").write_text("text,n\n" + "word,1\n" * 20_000)
+    found = open_documents(TextSource(tmp_path / "long"), 10**6)
+    assert str(found.layout) == "CSV" and list(found.texts) == ["word"] * 20_000
+    prose = "text,n\na,1\nand no more of it"
+    (tmp_path / "short").write_text(prose)
+    found = open_documents(TextSource(tmp_path / "short"), 10**6)
+    assert str(found.layout) == "prose" and list(found.texts) == [prose]
