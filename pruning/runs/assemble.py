@@ -20,7 +20,7 @@ from pruning.report.compression import CompressionReport
 from pruning.report.figures import concentration
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
-from pruning.shrink.gptq_model import layer_errors
+from pruning.shrink.gptq_codes import layer_errors
 from pruning.stages.card import loading, rounded_again
 from pruning.stages.job import Job
 from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of

@@ -1,65 +1,27 @@
-"""GPTQ of a whole model, layer by layer, into a folder; and the model that such a folder makes."""
+"""GPTQ of a whole model, layer by layer, into a folder."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers, replace_file, replace_text
-from moe_jax.json_files import parse_json, read_json
-from moe_jax.quant import QTensor
+from moe_jax.json_files import parse_json
 from moe_jax.quantized import quantize_layer
-from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
+from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
-from pruning.kit.fitting import misfits
 from pruning.shrink.gptq import Solved, gptq_layer
+from pruning.shrink.gptq_codes import SUMMARY, LayerErrors, Summary, digest, layer_file, stored
 
 HELD_OUT = 8  # one window in so many measures errors and enters no second moment
-SUMMARY = "gptq.json"
 STATES = "states"  # behind the last finished layer; gone when all are
 Texts = tuple[list[np.ndarray], list[np.ndarray]]  # what is learnt from and what is held out
-
-
-@dataclass(frozen=True)
-class LayerErrors:
-    """Error of one quantised layer on held-out tokens that it really receives.
-
-    Attributes:
-      nearest, gptq: squared error of the output by rounding to nearest and by GPTQ, relative to
-        the square of what the layer adds to its input.
-      matrices, fallbacks: see `Solved`.
-    """
-
-    nearest: float
-    gptq: float
-    matrices: int
-    fallbacks: int
-
-
-class Summary(TypedDict):
-    """What gptq.json holds.
-
-    Attributes:
-      provenance: as of `quantize_model`.
-      group_size: weights per scale.
-      codes: SHA-256 of the file of every layer.
-      layers: the fields of `LayerErrors` of every layer.
-    """
-
-    provenance: dict[str, Any]
-    group_size: int
-    codes: list[str]
-    layers: list[dict[str, Any]]
 
 
 def quantize_model(
@@ -115,9 +77,9 @@ def quantize_model(
         inputs = list(zip(x[0], seen.places, strict=True))
         quantised, solved = gptq_layer(layer, inputs, group_size)
         errors.append(_errors(layer, quantised, held, x[1], solved, group_size))
-        arrays = _stored(quantised)
-        replace_file(_layer_file(folder, index), lambda partial: save_file(arrays, partial))
-        codes.append(_digest(_layer_file(folder, index)))
+        arrays = stored(quantised)
+        replace_file(layer_file(folder, index), lambda partial: save_file(arrays, partial))
+        codes.append(digest(layer_file(folder, index)))
         x = _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
         _write_progress(folder / STATES, summary(), x)
         return x
@@ -181,47 +143,6 @@ def progress_bytes(config: ModelConfig, shape: tuple[int, int], batch: int, dtyp
     return 2 * windows * shape[1] * config.d_model * jnp.dtype(dtype).itemsize
 
 
-def read_summary(folder: Path) -> Summary | None:
-    """What is known of a finished folder; None if there is none, or its file is damaged."""
-    try:
-        found: Any = read_json(folder / SUMMARY)
-    except (InputError, OSError):
-        return None
-    if misfits(Summary, found) or any(misfits(LayerErrors, one) for one in found["layers"]):
-        return None
-    return found if len(found["codes"]) == len(found["layers"]) else None
-
-
-def codes_fault(folder: Path, **provenance: Any) -> str:
-    """What is wrong with the codes in a folder, as a clause; "" if they are whole.
-
-    Args:
-      folder: of `quantize_model`.
-      provenance: what is asked of theirs.
-    """
-    summary = read_summary(folder)
-    if summary is None:
-        return f"the 4-bit codes that GPTQ chose are no longer in {folder}"
-    if any(summary["provenance"].get(name) != value for name, value in provenance.items()):
-        return f"the 4-bit codes in {folder} are of another plan or text"
-    for index, digest in enumerate(summary["codes"]):
-        file = _layer_file(folder, index)
-        if not file.is_file() or _digest(file) != digest:
-            return f"{file} is not the file that GPTQ wrote"
-    return ""
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def layer_errors(folder: Path | None) -> list[dict]:
-    """`LayerErrors` of every layer as dicts, from a finished folder; none without one."""
-    summary = None if folder is None else read_summary(folder)
-    return [] if summary is None else summary["layers"]
-
-
 def _windows(number: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the windows to learn from and of those held out."""
     if number < 2:
@@ -263,56 +184,3 @@ def _errors(
         gptq=square(best, exact) / added,
         **dataclasses.asdict(solved),
     )
-
-
-def _layer_file(folder: Path, index: int) -> Path:
-    return folder / f"layer-{index:05d}.safetensors"
-
-
-def _is_coded(leaf) -> bool:
-    return isinstance(leaf, QTensor)
-
-
-def _path(keys) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator=".")
-
-
-def _stored(layer: DecoderLayer) -> dict[str, np.ndarray]:
-    """Codes and scales of a layer by attribute path."""
-    arrays = {}
-    for keys, leaf in jax.tree.leaves_with_path(layer, is_leaf=_is_coded):
-        if _is_coded(leaf):
-            arrays[_path(keys) + ".packed"] = np.asarray(leaf.packed)
-            arrays[_path(keys) + ".scale"] = np.asarray(leaf.scale)
-    return arrays
-
-
-def with_codes(source: LayerSource, folder: Path, group_size: int) -> LayerSource:
-    """A model whose linear weights are the 4-bit codes in a folder of `quantize_model`.
-
-    Args:
-      source: the model that the codes were chosen for.
-      folder: of the codes.
-      group_size: weights per scale.
-
-    Returns:
-      The source; each layer's codes are read with it.
-    """
-
-    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        stored = load_file(_layer_file(folder, index))
-
-        def code(keys, leaf):
-            path = _path(keys)
-            if path + ".packed" not in stored:
-                return leaf
-            return QTensor(
-                packed=jnp.asarray(stored[path + ".packed"]),
-                scale=jnp.asarray(stored[path + ".scale"]),
-                group_size=group_size,
-                axis=0 if path.endswith("experts.w_down") else 1,
-            )
-
-        return jax.tree.map_with_path(code, layer)
-
-    return mapped(source, change)

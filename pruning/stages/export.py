@@ -14,7 +14,7 @@ from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.phrases import second_rounding
 from pruning.scores.noise import worthiest_on_noise
-from pruning.shrink.gptq_model import with_codes
+from pruning.shrink.gptq_codes import with_codes
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource, RoundingError, compared
 from pruning.stages.card import card_files

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.shrink.gptq_model import STATES, SUMMARY, LayerErrors, codes_fault, quantize_model
+from pruning.shrink.gptq_codes import SUMMARY, LayerErrors, codes_fault
+from pruning.shrink.gptq_model import STATES, quantize_model
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.export import codes_folder
 from pruning.stages.job import Job

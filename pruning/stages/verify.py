@@ -24,7 +24,7 @@ from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
-from pruning.shrink.gptq_model import codes_fault
+from pruning.shrink.gptq_codes import codes_fault
 from pruning.shrink.rounding import bfloat16_experts
 from pruning.stages.client import Answer, client_answer
 from pruning.stages.content import (

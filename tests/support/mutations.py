@@ -247,7 +247,7 @@ def _open_output(folder: Path) -> None:
     from pruning.report.compression import CompressionReport
     from pruning.runs.audit import read_record
     from pruning.scores.statistics import load_statistics
-    from pruning.shrink.gptq_model import codes_fault
+    from pruning.shrink.gptq_codes import codes_fault
     from pruning.stages.made_by import stale_exports
 
     recipe = load_recipe(folder / "recipe.yaml")

@@ -21,7 +21,8 @@ from moe_jax.stream import forward_hidden
 from pruning.budget.plan import PruningPlan
 from pruning.scores.collect import collect_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
-from pruning.shrink.gptq_model import quantize_model, with_codes
+from pruning.shrink.gptq_codes import with_codes
+from pruning.shrink.gptq_model import quantize_model
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
 from tests.convert.families.test_families import unpack

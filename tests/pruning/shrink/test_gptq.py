@@ -21,7 +21,8 @@ from moe_jax.transformer import init
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.shrink.gptq import gptq_layer
-from pruning.shrink.gptq_model import quantize_model, read_summary, with_codes
+from pruning.shrink.gptq_codes import read_summary, with_codes
+from pruning.shrink.gptq_model import quantize_model
 from pruning.shrink.moments import Batch, attention_moments, expert_moments
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.job import open_job
@@ -252,8 +253,8 @@ def test_damaged_codes_are_named_by_verify_and_chosen_again_by_export(
     other = save({name: value[..., :-1] for name, value in arrays.items()})
     damages = {
         layer: (whole[layer][:-3], b"", whole[layer][:-9] + b"\1" + whole[layer][-8:], other, None),
-        "gptq.json": (b"{", summary(codes=[1, 2]), summary(codes=[]), summary(layers=[{}, {}]), summary(provenance=[]),
-                      summary(provenance={"plan": "of another"})),
+        "gptq.json": (b"{", summary(codes=[1, 2]), summary(codes=[]), summary(layers=[{}, {}]),
+                      summary(provenance=[]), summary(provenance={"plan": "of another"})),
     }  # fmt: skip
     for name, contents in damages.items():
         for content in contents:
