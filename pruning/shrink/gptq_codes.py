@@ -85,7 +85,7 @@ def codes_fault(folder: Path, **provenance: Any) -> str:
 def digest(file: Path) -> str:
     """SHA-256 of a file, as `Summary.codes` has it."""
     with open(file, "rb") as opened:
-        return hashlib.filedigest(opened, "sha256").hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def layer_errors(folder: Path | None) -> list[dict]:
