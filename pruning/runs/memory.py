@@ -100,8 +100,9 @@ def _choice(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -
 
 
 def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
-    """Two layers, the hidden states of a chunk of windows and the projections that its backward
-    sweep keeps, the rows at work and the sums three times."""
+    """Two layers, half of one in float32, for XLA widens a matrix of all experts at a time,
+    the hidden states of a chunk of windows and the projections that its backward sweep keeps, the
+    rows at work and the sums three times."""
     c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
     tokens = 0 if recipe.weights_only else recipe.max_tokens
     windows = min(CHUNK, math.ceil(tokens / recipe.window))
@@ -115,4 +116,4 @@ def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) 
         rows = padded_rows(c.moe.num_experts * ROWS_PER_EXPERT, c.moe.num_experts)
     work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
     sums = 3 * statistics_bytes(base, recipe)
-    return int(fixed + LAYERS_HELD * 2 * layer + states + work + sums)
+    return int(fixed + (LAYERS_HELD + 1) * 2 * layer + states + work + sums)
