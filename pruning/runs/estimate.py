@@ -82,7 +82,7 @@ def estimate(
         # The time is the same at every rate.
         whole = resolved(recipe, about)
         scoring = round(scoring_seconds(base, whole), 1)
-        choosing = round(choosing_seconds(base, whole), 1)
+        choosing = round(choosing_seconds(base, whole), 3)
     return [{**one, "scoring_seconds": scoring, "choosing_seconds": choosing} for one in found]
 
 

@@ -72,9 +72,9 @@ def _export_folder(
     if left:
         recipe = dataclasses.replace(recipe, export=left)
         preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
-        exports.mkdir(exist_ok=True)
         begun.unlink(missing_ok=True)
-        if not overwrite:
+        if len(wanted) > 1 and not overwrite:
+            exports.mkdir(exist_ok=True)
             replace_text(begun, json.dumps(asked) + "\n")
         given = {**_changed(base, plan, recipe, asked["repair"], steps), "overwrite": overwrite}
         for name in left:

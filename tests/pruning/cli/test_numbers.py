@@ -66,6 +66,7 @@ def test_a_flag_refuses_them_before_any_work(
     given = {
         "plan": folder, "eval": (*folder, "--text", texts / "good.txt"),
         "apply": (scored, *model), "estimate": (models / "single",),
+        "recover": (scored, *model[1:], "--text", texts / "good.txt"),
     }.get(command, (*model, *text))  # fmt: skip
     more = {"--cap": ("--width", "capped"), "--expert-rate": ("--width", "combined")}.get(flag, ())
     before = snapshot(scored)

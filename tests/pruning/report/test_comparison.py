@@ -189,7 +189,7 @@ def test_results_are_added_at_one_budget_and_chosen_by_rule_and_rate(comparison)
         (lambda s: s.update(sizes={"dense": "1"}), "sizes hold something else"),
         (lambda s: s["results"][0].update(rate="0.5"), "a result holds something else"),
         (lambda s: s["refused"][0].update(reason=5), "a result holds something else"),
-        (lambda s: s["results"][0].pop("rule"), "rule"),
+        (lambda s: s["results"][0].pop("rule"), "a result holds something else"),
         (lambda s: s.pop("refused"), "refused"),
         (lambda s: s.update(other=1), "other"),
     ],

@@ -161,7 +161,7 @@ def test_the_page_says_how_to_load_and_how_to_repeat(output, text):
     report = json.loads((output / "report.json").read_text())
     assert report["command"] == (
         f"moe-compress compress demo --output {output} --evaluation {text} --max-tokens 16384 "
-        "--batch 4 --export ragged-int4 ragged-bf16 --repair none"
+        "--batch 4 --planner fair --export ragged-int4 ragged-bf16 --repair none"
     )
     page = (output / "report.html").read_text()
     assert report["command"] in page

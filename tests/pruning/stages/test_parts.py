@@ -20,7 +20,7 @@ def test_a_killed_sweep_resumes_at_the_next_part_and_ends_the_same(models, texts
 
     calm, out = tmp_path / "calm", tmp_path / "out"
     assert run(*arguments(calm)) == 0
-    killed = stopped("parts/001.safetensors", signal.SIGKILL, *arguments(out), cache=tmp_path / "c")
+    killed = stopped("parts/001.safetensors", signal.SIGKILL, *arguments(out))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [p.name for p in (out / "parts").glob("*.json")] == ["000.json"]
     first = (out / "parts" / "000.safetensors").stat().st_mtime_ns
