@@ -143,13 +143,18 @@ def _tokenize(request: dict, exchange: Path) -> None:
 
     found = []
     for folder in request["folders"]:
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-            found.append([tokenizer(text)["input_ids"] for text in request["texts"]])
-        except Exception as error:  # whatever its classes raise
-            found.append(" ".join(str(error).split())[:300] or type(error).__name__)
+        # The configuration of a type of our own is read by our code alone, if it stretches a rope.
+        for trusted in (False, True) if folder in request["trusted"] else (False,):
+            try:
+                tokenizer: Any = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=trusted, local_files_only=True
+                )
+                ids = [tokenizer(text)["input_ids"] for text in request["texts"]]
+            except Exception as error:  # whatever its classes raise
+                ids = " ".join(str(error).split())[:300] or type(error).__name__
+            if not isinstance(ids, str):
+                break
+        found.append(ids)
     (exchange / "ids.json").write_text(json.dumps(found))
 
 

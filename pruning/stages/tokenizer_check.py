@@ -1,5 +1,6 @@
 """Whether the tokenizer of an export gives the ids of the base's in the programs that read it."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,9 @@ TEXTS = {
 }
 
 
-def tokenizer_result(folder: Path, export: Export) -> tuple[bool, str, bool] | None:
+def tokenizer_result(
+    folder: Path, export: Export, *, trusted: bool
+) -> tuple[bool, str, bool] | None:
     """Compare token ids of an export's tokenizer with those of its base's on text in many scripts.
 
     Code that a tokenizer brings is not run: its files are only compared, by `file_problems`.
@@ -35,6 +38,7 @@ def tokenizer_result(folder: Path, export: Export) -> tuple[bool, str, bool] | N
     Args:
       folder: the export.
       export: what it holds.
+      trusted: whether all files of the folder are as planned: our own code there may be run.
 
     Returns:
       (whether nothing is wrong, what was found, whether anything was compared); None if the base
@@ -44,7 +48,8 @@ def tokenizer_result(folder: Path, export: Export) -> tuple[bool, str, bool] | N
     if not any(path for kind in KINDS for path in base.glob(kind)):
         return None
     code = [name for name in side_files(base) if name.endswith(".py")]
-    programs = {"tokenizers": _fast_ids, "transformers": client_ids}
+    in_transformers = functools.partial(client_ids, trusted=(folder,) if trusted else ())
+    programs = {"tokenizers": _fast_ids, "transformers": in_transformers}
     readers, reasons, faults, count = [], [], [], 0
     if code:  # without it transformers may take a class of its own, and find no word
         del programs["transformers"]

@@ -154,7 +154,7 @@ def verify_export(
     fine = "code, config.json, tokenizer and all else that programs read: as planned"
     fine += not_copied(base.about.folder)
     checks = [Check(form.name, "files", not problems, in_words(problems) or fine)]
-    if tokenizer := tokenizer_result(target, export):
+    if tokenizer := tokenizer_result(target, export, trusted=not problems):
         checks.append(Check(form.name, "tokenizer", *tokenizer))
     if not form.is_integer:
         codes = None  # GPTQ has none for it

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pruning import VerificationError, apply, verify
 from tests.convert.test_side_files import write
+from tests.support import tiny
 from tests.support.command import run
 
 REMOTE = """
@@ -111,3 +112,19 @@ def test_fast_and_remote_code_together(scored, models, tmp_path, capsys):
     capsys.readouterr()
     assert run("verify", out, "--json", "-") == 0
     assert "pieces.py" in json.loads(capsys.readouterr().out)[1]["detail"]
+
+
+def test_a_stretched_rope_does_not_keep_the_tokenizer_from_loading(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny.add_tokenizer(tiny.save(tiny.tiny_model("deepseek_v3", vocab_size=320), base))
+    settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    (base / "tokenizer_config.json").write_text(settings)
+    config = json.loads((base / "config.json").read_text())
+    for name in ("max_position_embeddings", "rope_parameters"):
+        config.pop(name, None)
+    rope = {"type": "yarn", "factor": 4.0}
+    (base / "config.json").write_text(json.dumps({**config, "rope_scaling": rope}))
+    how = ("--weights-only", "--prune-rate", 0.5, "--export", "ragged-bf16", "--bits", 16)
+    assert run("--quiet", "compress", base, "--output", out, *how) == 0
+    check = tokenizer_check(out)
+    assert check.done and check.detail.endswith("by tokenizers and transformers")
