@@ -21,6 +21,7 @@ from pruning.budget.whole_experts import replacement_vectors
 from pruning.budget.widths import WIDTHS, with_layer_budgets
 from pruning.kit.errors import BudgetError
 from pruning.recipe.options import PlanOptions, part_of
+from pruning.recipe.plan_options import AUTO
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import channel_scores
 
@@ -85,6 +86,11 @@ def plan_pruning(
 
 
 def _filled(options: PlanOptions) -> PlanOptions:
+    if options.planner == AUTO:
+        raise InputError(
+            f"planner={AUTO!r} runs the model on a text, which statistics do not hold; `compress` "
+            "and `plan` measure rules, here name a planner"
+        )
     block = options.block or options.grid or 1
     return dataclasses.replace(
         part_of(options, PlanOptions).fixed(),

@@ -1,7 +1,9 @@
 """Planner auto: rules are measured on windows that no statistic saw, and the best one is taken."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -20,6 +22,7 @@ from pruning.measure.choice import take
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.report.cost_tables import estimate_tables
 from pruning.runs.estimate import estimate
+from pruning.runs.evaluate import evaluate
 from pruning.runs.plan import plan_folder
 from pruning.stages import choose as choosing
 from pruning.stages.job import open_job
@@ -180,6 +183,7 @@ def test_a_rate_of_its_own_has_a_choice_of_its_own(finished, tmp_path, monkeypat
     assert run("plan", out, "--prune-rate", 0.25, 0.75, 0.5) == 0
     shown = capsys.readouterr()
     said = re.sub(r"\s+", " ", shown.err)
+    assert all(f"prune rate {rate}: rule " in said for rate in (0.25, 0.75, 0.5))
     assert said.count("is taken, ") == 3 and shown.out.count("Rules measured") == 3
     no_measuring(monkeypatch)
     found = dict(plan_folder(out, [0.25, 0.75]))
@@ -298,6 +302,46 @@ def test_the_calibration_text_must_be_the_one_that_was_scored(
     assert run("plan", out, "--prune-rate", 0.3, "--planner", "fair") == 0
 
 
+def test_evaluation_texts_are_not_read_to_measure_rules(finished, tmp_path):
+    """They may be gone: which calibration windows were kept out does not depend on them."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["evaluation"]
+    recipe["evaluation"] = [str(tmp_path / "gone.txt")]
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run("plan", out, "--prune-rate", 0.3) == 0
+    assert "choice" in PruningPlan.load(out).provenance
+
+
+def test_a_folder_that_is_only_read_is_left_as_it_is(domains, finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = (out / "choice.json").read_bytes()
+
+    def refuse(file, text):
+        raise OSError(errno.EROFS, "Read-only file system", str(file))
+
+    monkeypatch.setattr(choosing, "replace_text", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    found = evaluate(out, [domains / "words.txt"], [0.6], evaluation_tokens=LENGTH)
+    assert set(found["texts"]) == {"dense", "prune-rate 0.6"}
+    assert (out / "choice.json").read_bytes() == before
+
+
+def test_what_is_said_of_a_rule_repeats_it(finished, tmp_path, monkeypatch, capsys):
+    """Options that a rule of a user's own has beside criterion, attribution and planner, too."""
+    for name in list(CANDIDATES):
+        monkeypatch.delitem(CANDIDATES, name)
+    monkeypatch.setitem(CANDIDATES, "mass", RULES["fair-act-mass"])
+    out = shutil.copytree(finished, tmp_path / "out")
+    ((_, plan),) = plan_folder(out, prune_rate=0.4)
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    options = re.search(r"on text kept out: (--[^:]*--weights mass)", said)
+    assert options is not None
+    words = options[1].split()
+    assert run("plan", out, "--prune-rate", 0.4, *words) == 0
+    assert PruningPlan.load(out).content_hash == plan.content_hash
+
+
 def test_an_estimate_counts_the_measuring_of_rules(models):
     known = {"model": str(models / "single"), "output": "out", "bits": 16, "max_tokens": 4096}
     (found,) = estimate(CompressionRecipe(**known), probe=True)
@@ -305,9 +349,16 @@ def test_an_estimate_counts_the_measuring_of_rules(models):
     assert found["choosing_seconds"] > 0
     shown = {row[0]: row[1] for row in estimate_tables(found)[-1].rows}
     assert "memory to measure rules" in shown and "time to measure rules on 192 of them" in shown
-    for one in ({"planner": "fair"}, {"criterion": "energy"}, {"weights_only": True}):
-        (found,) = estimate(CompressionRecipe(**known, **one), probe=False)
+    for one in (
+        {"planner": "fair"},
+        {"criterion": "energy"},
+        {"weights_only": True},
+        {"weights_only": True, "planner": "auto"},
+        {"max_tokens": 3 * LENGTH},  # too few windows to keep one out
+    ):
+        (found,) = estimate(CompressionRecipe(**{**known, **one}), probe=True)
         assert found["kept_out_tokens"] == found["memory"]["choice"] == 0
+        assert found["choosing_seconds"] == 0
         assert not any("rules" in row[0] for row in estimate_tables(found)[-1].rows)
 
 
