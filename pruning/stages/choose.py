@@ -128,10 +128,10 @@ def choose(
     found = [_taken(table, measured, provenance, recipes[0]) for table in tables]
     for asked, (recipe, plan) in zip(recipes, found, strict=True):
         taken = next(c for c in plan.provenance["choice"]["candidates"] if c["taken"])
-        which = f"prune rate {asked.prune_rate}: " if len(recipes) > 1 else ""
+        of = f"prune rate {asked.prune_rate}: " if len(recipes) > 1 else ""
         steps.say(
-            f"{which}rule {taken['rule']} is taken, {taken['mean']:+.4f} nats per token on text kept out: "
-            f"{_words(recipe, asked)}"
+            f"{of}rule {taken['rule']} is taken, {taken['mean']:+.4f} nats per token on text kept "
+            f"out: {_words(recipe, asked)}"
         )
     return found
 

@@ -15,6 +15,7 @@ import yaml
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
+from moe_jax.errors import InputError
 from pruning.budget.candidates import CANDIDATES
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rules import RULES
@@ -311,6 +312,13 @@ def test_evaluation_texts_are_not_read_to_measure_rules(finished, tmp_path):
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert run("plan", out, "--prune-rate", 0.3) == 0
     assert "choice" in PruningPlan.load(out).provenance
+
+
+def test_texts_to_evaluate_are_opened_before_rules_are_measured(finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    no_measuring(monkeypatch)
+    with pytest.raises((InputError, OSError), match="gone"):
+        evaluate(out, [tmp_path / "gone.txt"], [0.65])
 
 
 def test_a_folder_that_is_only_read_is_left_as_it_is(domains, finished, tmp_path, monkeypatch):
