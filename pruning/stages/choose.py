@@ -29,6 +29,7 @@ from pruning.text.calibration import TokenBatch
 from pruning.text.kept_out import FEWEST, kept_out_note
 
 CHOICE = "choice.json"
+ASKED = ("planner", "width", "prune_rate")  # what a choice says of its recipe beside the rule
 STATE_BYTES = 2 << 30  # hidden states of the plans that share a reading of the model
 
 Planned = tuple[ResolvedRecipe, PruningPlan]
@@ -125,7 +126,8 @@ def choose(
     folder = Path(recipes[0].output)
     plans = [plan for table in tables for _, plan in table.plans.values()]
     measured = _measured(folder, recipes[0], provenance, base, plans, kept_out, steps)
-    found = [_taken(table, measured, provenance, recipes[0]) for table in tables]
+    pairs = zip(tables, recipes, strict=True)
+    found = [_taken(table, measured, provenance, recipe) for table, recipe in pairs]
     for asked, (recipe, plan) in zip(recipes, found, strict=True):
         taken = next(c for c in plan.provenance["choice"]["candidates"] if c["taken"])
         of = f"prune rate {asked.prune_rate}: " if len(recipes) > 1 else ""
@@ -275,7 +277,7 @@ def _taken(
     choice = {
         "candidates": sorted(candidates, key=lambda one: one["mean"]),
         "refused": [{"rule": one, "reason": reason} for one, reason in table.refused.items()],
-        "asked": {one: getattr(asked, one) for one in ("planner", "width", *asked.named)},
+        "asked": {one: getattr(asked, one) for one in (*ASKED, *asked.named)},
         "kept_out": {**provenance["kept_out"], "predictions": int(tokens.sum())},
         "dense": {text: float(dense[r].sum() / tokens[r].sum()) for text, r in rows.items()},
     }

@@ -24,9 +24,10 @@ from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.report.cost_tables import estimate_tables
 from pruning.runs.estimate import estimate
 from pruning.runs.evaluate import evaluate
-from pruning.runs.plan import plan_folder
+from pruning.runs.plan import plan_folder, save_sweep
 from pruning.stages import choose as choosing
 from pruning.stages.job import open_job
+from pruning.stages.score import stored_statistics
 from pruning.text.calibration import TokenBatch
 from pruning.text.kept_out import keep_out
 from tests.support.command import given, read, run
@@ -185,6 +186,8 @@ def test_a_rate_of_its_own_has_a_choice_of_its_own(finished, tmp_path, monkeypat
     shown = capsys.readouterr()
     said = re.sub(r"\s+", " ", shown.err)
     assert all(f"prune rate {rate}: rule " in said for rate in (0.25, 0.75, 0.5))
+    titles = [f"Rules measured at prune rate {rate}" for rate in (0.25, 0.75, 0.5)]
+    assert [line.strip() for line in shown.out.splitlines() if "Rules measured" in line] == titles
     assert said.count("is taken, ") == 3 and shown.out.count("Rules measured") == 3
     no_measuring(monkeypatch)
     found = dict(plan_folder(out, [0.25, 0.75]))
@@ -194,6 +197,42 @@ def test_a_rate_of_its_own_has_a_choice_of_its_own(finished, tmp_path, monkeypat
     rate = {plan.provenance["prune_rate"]: plan for plan in found.values()}
     assert rate[0.25].keep.sum() > rate[0.75].keep.sum()
     assert rate[0.25].provenance["choice"]["dense"] == rate[0.75].provenance["choice"]["dense"]
+
+
+def test_rates_of_unlike_rules_are_shown_by_one_score_in_any_order(finished, tmp_path):
+    job = open_job(load_recipe(finished / "recipe.yaml"))
+    statistics, _ = stored_statistics(finished, job.base)
+    plan = PruningPlan.load(finished)
+    fewer = PruningPlan(plan.keep & (np.arange(plan.keep.shape[2]) % 4 > 0), plan.layer_indices)
+    one, two = (
+        dataclasses.replace(job.recipe, criterion=name, attribution="ala", prune_rate=rate)
+        for name, rate in (("energy", 0.5), ("act", 0.75))
+    )
+    pages = []
+    for pairs in ([(one, plan), (two, fewer)], [(two, fewer), (one, plan)]):
+        save_sweep(tmp_path, job.base, pairs, statistics)
+        pages.append((tmp_path / "sweep.csv").read_text())
+        assert "share of shapley that is kept" in (tmp_path / "sweep.html").read_text()
+    assert pages[0] == pages[1]
+
+
+def test_a_target_of_bytes_is_one_for_every_rule(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "out")
+    whole = json.loads((out / "report.json").read_text())["sizes"]["exports"]["ragged-bf16"]
+    target = int(0.95 * whole["bytes"])
+    assert run("plan", out, "--target-bytes", target) == 0
+    shown = capsys.readouterr()
+    assert "Rules measured\n" in shown.out and "prune rate 0.25" not in shown.out + shown.err
+    plan = PruningPlan.load(out)
+    channel = 3 * 2 * open_job(load_recipe(out / "recipe.yaml")).base.config.d_model
+    kept = {one["rule"]: one["kept"] for one in plan.provenance["choice"]["candidates"]}
+    before = PruningPlan.load(finished).counts.sum()
+    for name, count in kept.items():  # whole blocks, of every expert where all are as wide
+        size, step = whole["bytes"] - (before - count) * channel, 8 * channel
+        step *= plan.counts.size if name == "uniform-energy" else 1
+        assert target - step < size <= target, name
+    assert run("plan", out, "--target-bytes", 3000) == 2
+    assert "bytes" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_table_is_shown_wherever_the_plan_is(finished, choice):
