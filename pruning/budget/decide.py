@@ -21,8 +21,9 @@ from pruning.budget.whole_experts import replacement_vectors
 from pruning.budget.widths import WIDTHS, with_layer_budgets
 from pruning.kit.errors import BudgetError
 from pruning.recipe.options import PlanOptions, part_of
+from pruning.recipe.plan_options import AUTO
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
-from pruning.scores.criteria import channel_scores
+from pruning.scores.criteria import ChannelScores, channel_scores
 
 if TYPE_CHECKING:
     from pruning.scores.statistics import ChannelStatistics
@@ -85,6 +86,11 @@ def plan_pruning(
 
 
 def _filled(options: PlanOptions) -> PlanOptions:
+    if options.planner == AUTO:
+        raise InputError(
+            f"planner={AUTO!r} runs the model on a text, which statistics do not hold; `compress` "
+            "and `plan` measure rules, here name a planner"
+        )
     block = options.block or options.grid or 1
     return dataclasses.replace(
         part_of(options, PlanOptions).fixed(),
@@ -104,7 +110,7 @@ def _problem(
 ) -> tuple[Problem, np.ndarray]:
     """What the width policy reads, and the super-channels, bool [L, E, F]."""
     shape = layers, experts, d_expert = statistics.shape
-    assert options.block and options.minimum and options.criterion and options.attribution
+    assert options.block and options.minimum and options.criterion
     grid = options.grid or 1
     check_block(options.block, d_expert)
     if options.block % grid:
@@ -114,15 +120,7 @@ def _problem(
     always = experts if options.keep_experts else experts_per_token
     _check_floor(always, shape, least, budget)
     planner = _planner(options)
-    scores = channel_scores(
-        statistics,
-        criterion=options.criterion,
-        attribution=options.attribution,
-        seed=options.seed,
-    )
-    scores = scores.replace(  # type: ignore[attr-defined]
-        channel=of_groups(scores.channel, grid)
-    )
+    scores = _scores(statistics, options, grid)
     # The experts of largest attribution are reserved, ties to the lower index.
     rank = np.argsort(np.argsort(-scores.expert, axis=1, kind="stable"), axis=1)
     most = limits.most((layers, experts), d_expert)
@@ -152,6 +150,20 @@ def _problem(
         seed=options.seed,
     )
     return problem, outliers
+
+
+def _scores(statistics: "ChannelStatistics", options: PlanOptions, grid: int) -> ChannelScores:
+    """Scores of channels, those of a group of `grid` neighbours alike, and of experts."""
+    assert options.criterion and options.attribution
+    scores = channel_scores(
+        statistics,
+        criterion=options.criterion,
+        attribution=options.attribution,
+        seed=options.seed,
+    )
+    return scores.replace(  # type: ignore[attr-defined]
+        channel=of_groups(scores.channel, grid)
+    )
 
 
 def _allocation(

@@ -53,4 +53,6 @@ def _table(choice: Mapping[str, Any], columns: int) -> TextTable:
             f"; of rules that tie with it (apart by no more than chance and {MARGIN:.0%}), the one "
             "whose worst text is best"
         )
-    return TextTable("Rules measured", ["rule", "+nats", *each, *worst, ""], rows, f"{note}.")
+    rate = choice["asked"].get("prune_rate")
+    title = "Rules measured" + ("" if rate is None else f" at prune rate {rate}")
+    return TextTable(title, ["rule", "+nats", *each, *worst, ""], rows, f"{note}.")

@@ -15,7 +15,6 @@ from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
 from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
-from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import check_whole
 from pruning.runs.memory import memory
@@ -124,7 +123,7 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
             **({"scratch": apart} if apart else {}),
         },
         "tokens": 0 if whole.weights_only else whole.max_tokens,
-        "kept_out_tokens": kept_out_tokens(whole) if whole.planner == AUTO else 0,
+        "kept_out_tokens": kept_out_tokens(whole),
         "tensor_parallel": tensor_parallel,
     }
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,40 @@ from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.stages.writer import only_writer
 from pruning.text.calibration import TokenStream, source_note
 from pruning.text.tokenizer import TextCodec, open_codec
+from pruning.text.windows import Windows
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How texts are read and cut; the options of `evaluate` of these names."""
+
+    text_field: str
+    window: int | None
+    stride: int | None
+    evaluation_tokens: int
+    first_tokens: bool
+    loss_on: Literal["all", "answers"]
+
+    def windows(
+        self, texts: Sequence[str | os.PathLike], base: Checkpoint, window: int, steps: Steps
+    ) -> dict[str, Windows]:
+        """The windows of every text, `window` tokens long at most."""
+        vocabulary = base.config.vocab_size
+        codec = open_codec(base.about.folder, vocabulary, first_tokens=self.first_tokens)
+        return {
+            str(text): text_windows(self._stream(text, codec, steps), codec, window, self.stride)
+            for text in texts
+        }
+
+    def _stream(self, text: str | os.PathLike, codec: TextCodec, steps: Steps) -> TokenStream:
+        """The tokens of a text; what file it is, and whether it has more, is said."""
+        most = self.evaluation_tokens
+        source = evaluation_source(os.fspath(text), self.text_field)
+        stream = read_tokens(source, codec, most, self.loss_on)
+        say_source(source_note(source, stream, len(stream.tokens)), steps)
+        if len(stream.tokens) == most:
+            steps.say(f"{text}: {most:,} tokens are measured; --evaluation-tokens takes more")
+        return stream
 
 
 def evaluate(
@@ -67,42 +102,44 @@ def evaluate(
       InputError: a number is out of range, a text or the folder cannot be read, or another process
         writes where the results of several rates go.
     """
-    # A path forgets whether it began with "./".
-    model, folder, steps = folder, Path(folder), steps or Steps()
-    _check(folder, texts, rates, window, stride, evaluation_tokens, batch)
-    say_stale(folder, steps)
+    _check(Path(folder), texts, rates, window, stride, evaluation_tokens, batch)
+    steps = steps or Steps()
+    say_stale(Path(folder), steps)
+    reading = _Reading(text_field, window, stride, evaluation_tokens, first_tokens, loss_on)
+    how: dict[str, Any] = {"batch": batch, "dtype": DTYPES[dtype]}
     with only_writer(folder) if len(rates) > 1 else nullcontext():
-        plans, statistics = [], None
-        if rates:
-            recipe = stored_recipe(folder)
-            base = stored_base(recipe, steps)
-            plans, statistics = stored_plans(folder, recipe, base, rates, steps)
-        else:
-            base = open_checkpoint(model_folder(model))
-        window = window_within(window, base.config.max_position)
-        say_context(base.config, window, steps)
-        codec = open_codec(base.about.folder, base.config.vocab_size, first_tokens=first_tokens)
-        reading: dict[str, Any] = {
-            "field": text_field,
-            "most": evaluation_tokens,
-            "loss_on": loss_on,
-        }
-        opened = {
-            str(text): text_windows(_read(text, codec, steps, **reading), codec, window, stride)
-            for text in texts
-        }
-        references, found = {}, {}
-        how: dict[str, Any] = {"batch": batch, "dtype": DTYPES[dtype]}
-        for name, source in _sources(base, plans).items():
-            measured = measure(source, opened, references, steps, name, **how)
-            found[name] = {text: quality.to_dict() for text, quality in measured.items()}
-        if statistics is not None and len(plans) > 1:
-            clear_leftovers(folder)
-            quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
-            quality[None] = found["dense"]
-            save_sweep(folder, base, plans, statistics, quality)
-        stride, found = next(iter(opened.values())).stride, found.get("model", found)
-        return {"folder": str(folder), "window": window, "stride": stride, "texts": found}
+        return _evaluate(folder, texts, rates, reading, how, steps)
+
+
+def _evaluate(
+    model: str | os.PathLike,
+    texts: Sequence[str | os.PathLike],
+    rates: Sequence[float],
+    reading: _Reading,
+    how: dict[str, Any],
+    steps: Steps,
+) -> dict[str, Any]:
+    """Measure, with `how` as `measure` has it, and write the sweep of several rates."""
+    # A path forgets whether it began with "./".
+    folder, plans, statistics = Path(model), [], None
+    recipe = stored_recipe(folder) if rates else None
+    base = stored_base(recipe, steps) if recipe else open_checkpoint(model_folder(model))
+    window = window_within(reading.window, base.config.max_position)
+    say_context(base.config, window, steps)
+    opened = reading.windows(texts, base, window, steps)
+    if recipe:  # after the texts: planner auto runs the model
+        plans, statistics = stored_plans(folder, recipe, base, rates, steps)
+    references, found = {}, {}
+    for name, source in _sources(base, plans).items():
+        measured = measure(source, opened, references, steps, name, **how)
+        found[name] = {text: quality.to_dict() for text, quality in measured.items()}
+    if statistics is not None and len(plans) > 1:
+        clear_leftovers(folder)
+        quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
+        quality[None] = found["dense"]
+        save_sweep(folder, base, plans, statistics, quality)
+    stride, found = next(iter(opened.values())).stride, found.get("model", found)
+    return {"folder": str(folder), "window": window, "stride": stride, "texts": found}
 
 
 def _check(
@@ -127,24 +164,6 @@ def _check(
             check_whole(name, value, least, most, f"; change --{name.replace('_', '-')}")
     if len(rates) > 1 and not os.access(folder, os.W_OK):
         raise InputError(f"{folder} gets sweep.csv and sweep.html; make it writable first")
-
-
-def _read(
-    text: str | os.PathLike,
-    codec: TextCodec,
-    steps: Steps,
-    *,
-    field: str,
-    most: int,
-    loss_on: Literal["all", "answers"],
-) -> TokenStream:
-    """The tokens of a text; what file it is, and whether it has more, is said."""
-    source = evaluation_source(os.fspath(text), field)
-    stream = read_tokens(source, codec, most, loss_on)
-    say_source(source_note(source, stream, len(stream.tokens)), steps)
-    if len(stream.tokens) == most:
-        steps.say(f"{text}: {most:,} tokens are measured; --evaluation-tokens takes more")
-    return stream
 
 
 def _sources(

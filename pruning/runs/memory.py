@@ -10,7 +10,6 @@ from moe_jax.experts.dispatch import padded_rows
 from pruning.budget.candidates import CANDIDATES
 from pruning.budget.plan import PruningPlan
 from pruning.measure.quality import POSITIONS
-from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.probe import kept_out_tokens
 from pruning.scores.collect import CHUNK
@@ -57,7 +56,7 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     logits = 4 * LOGITS_HELD * probe * c.vocab_size
     return {
         "scoring": _scoring(base, recipe, fixed, layer),
-        "choice": _choice(base, recipe, fixed, layer) if recipe.planner == AUTO else 0,
+        "choice": _choice(base, recipe, fixed, layer),
         "repair": fixed + pruned + _repair(base, recipe, plan, layer) if repairs else 0,
         "gptq": fixed + pruned + moments if gptq else 0,
         "export": fixed + pruned,
@@ -88,9 +87,11 @@ def _largest_layer(base: Description) -> int:
 
 def _choice(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
     """Two layers, the hidden states of plans that share a reading twice, a batch at work and the
-    down-projections of a layer without what is masked."""
+    down-projections of a layer without what is masked; 0 if no rule is measured."""
     c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
     tokens = kept_out_tokens(recipe)
+    if not tokens:
+        return 0
     states = tokens * c.d_model * item
     together = max(1, min(1 + len(CANDIDATES), STATE_BYTES // states))
     rows = min(recipe.batch * recipe.window, tokens) * c.moe.experts_per_token

@@ -89,6 +89,10 @@ def save_sweep(
     """Write sweep.csv and sweep.html for the plans of several rates; `quality` as in `sweep_of`."""
     rates = [one.prune_rate for one, _ in plans if one.prune_rate is not None]
     made = [plan for _, plan in plans]
-    found = sweep_of(plans[0][0], rates, made, statistics, base, quality)
+    recipe = plans[0][0]
+    if len({(one.criterion, one.attribution) for one, _ in plans}) > 1:
+        # Planner auto took unlike rules: the usual score shows them all, whichever rate is first.
+        recipe = dataclasses.replace(recipe, criterion=None, attribution=None)
+    found = sweep_of(recipe, rates, made, statistics, base, quality)
     found.save(folder)
     rates_page.save(found, folder)

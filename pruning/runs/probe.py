@@ -55,18 +55,21 @@ def choosing_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
       source: the dense model.
       recipe: a resolved one.
     """
-    if recipe.planner != AUTO:
+    tokens = kept_out_tokens(recipe)
+    if not tokens:
         return 0.0
     c = source.config
     layer, keep = source.layer(c.moe_layers[0]), jnp.ones((c.moe.num_experts, c.moe.d_expert), bool)
     x, context = _step(source, recipe)
     seconds = _seconds(masked_forward, layer, x, context, keep)
     plans = 1 + len(CANDIDATES)
-    return seconds / (x.shape[0] * x.shape[1]) * plans * kept_out_tokens(recipe) * len(source)
+    return seconds / (x.shape[0] * x.shape[1]) * plans * tokens * len(source)
 
 
 def kept_out_tokens(recipe: ResolvedRecipe) -> int:
-    """Tokens that planner auto keeps out of a text as long as may be."""
+    """Tokens that planner auto keeps out of a text as long as may be; 0 where it measures none."""
+    if recipe.planner != AUTO or recipe.weights_only:
+        return 0
     windows = math.ceil(recipe.max_tokens / recipe.window)
     return kept_out_windows(windows, recipe.window) * recipe.window
 

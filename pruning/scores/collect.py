@@ -14,7 +14,7 @@ from moe_jax.attention.context import Context
 from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import Weight, dequantize
-from moe_jax.stream import Batches, LayerSource, in_batches, sweep
+from moe_jax.stream import Batches, LayerSource, in_batches, row_slices, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter
 from pruning.scores.details import DetailSums, wanda_sums
@@ -79,23 +79,13 @@ def collect_statistics(
     groups = [name for name, on in asked if on]
     sums = _empty_sums(source, groups)
     detail = DetailSums(source.config, sums) if expert_details else None
-    starts = range(0, len(tokens), chunk)
+    parts = row_slices(len(tokens), chunk)
     wanda = expert_details and finish
-    backward = len(source) - source.config.moe_layers[0] if gradients else 0
-    visits = len(starts) * (len(source) + backward) + wanda * len(source)
-    visit = partial(counter(visits, on_step), 1)
-    for start in starts:
-        part = slice(start, start + chunk)
+    visit = partial(counter(_visits(source, len(parts), gradients, wanda), on_step), 1)
+    for part in parts:
         some = None if counted is None else counted[part]
         text = in_batches(source, tokens[part], valid[part], batch, some)
-        room = projection_room(source.config, len(text.rows), batch * tokens.shape[1])
-        shape = text.tokens.shape
-        kept = States(source, shape, dtype, scratch, room) if gradients else nullcontext()
-        with kept as states:
-            last = _forward_sweep(source, text, sums, dtype, states, detail, visit)
-            if states is not None:
-                _backward_sweep(source, text, sums, last, states, visit)
-        sums["total_tokens"] += text.valid.sum()
+        _add_chunk(source, text, sums, dtype, gradients, scratch, detail, visit)
     more = {"similarity": detail.similarity} if detail else {}
     statistics = ChannelStatistics.from_arrays(sums | more)
     return with_wanda(source, statistics, visit) if wanda else statistics
@@ -155,6 +145,35 @@ def _empty_sums(source: LayerSource, groups) -> Sums:
     sizes = (len(config.moe_layers), moe.num_experts, moe.d_expert, config.d_model)
     shapes = field_shapes(*sizes, groups, finished=False)
     return {name: np.zeros(shape) for name, shape in shapes.items()}
+
+
+def _visits(source: LayerSource, chunks: int, gradients: bool, wanda: bool) -> int:
+    """How many layers all sweeps read: those of chunks, backward ones, and of `with_wanda`."""
+    backward = len(source) - source.config.moe_layers[0] if gradients else 0
+    return chunks * (len(source) + backward) + wanda * len(source)
+
+
+def _add_chunk(
+    source: LayerSource,
+    text: Batches,
+    sums: Sums,
+    dtype,
+    gradients: bool,
+    scratch: Path | None,
+    detail: DetailSums | None,
+    visit: Visit,
+) -> None:
+    """Add what some windows give: forward, and backward if gradients are asked for."""
+    shape = text.tokens.shape
+    kept = nullcontext()
+    if gradients:
+        room = projection_room(source.config, len(text.rows), text.tokens[text.rows[0]].size)
+        kept = States(source, shape, dtype, scratch, room)
+    with kept as states:
+        last = _forward_sweep(source, text, sums, dtype, states, detail, visit)
+        if states is not None:
+            _backward_sweep(source, text, sums, last, states, visit)
+    sums["total_tokens"] += text.valid.sum()
 
 
 def _forward_sweep(

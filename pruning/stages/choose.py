@@ -1,8 +1,8 @@
 """The plan of a recipe; planner auto takes the rule that loses least on text kept out."""
 
-import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ from pruning.kit.fitting import fits, misfits
 from pruning.kit.progress import Steps
 from pruning.measure.choice import take
 from pruning.measure.quality import Reference, window_losses
-from pruning.recipe.plan_options import AUTO
+from pruning.recipe.plan_options import AUTO, RULE
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
 from pruning.stages import plan as planning
 from pruning.stages.job import DTYPES, Job
 from pruning.text.calibration import TokenBatch
-from pruning.text.kept_out import kept_out_note
+from pruning.text.kept_out import FEWEST, kept_out_note
 
 CHOICE = "choice.json"
+ASKED = ("planner", "width", "prune_rate")  # what a choice says of its recipe beside the rule
 STATE_BYTES = 2 << 30  # hidden states of the plans that share a reading of the model
 
 Planned = tuple[ResolvedRecipe, PruningPlan]
@@ -84,7 +85,8 @@ def measurable(recipe: ResolvedRecipe, provenance: dict, steps: Steps) -> Resolv
     usual = recipe.fixed()
     steps.say(
         "no window of calibration text was kept out of the statistics, so no rule can be measured "
-        f"and the usual one decides: {_words(usual, recipe)}"
+        f"and the usual one decides: {_words(usual, recipe)}; to measure rules, score {FEWEST} "
+        f"windows or more with --planner {AUTO}"
     )
     return usual
 
@@ -124,21 +126,27 @@ def choose(
     folder = Path(recipes[0].output)
     plans = [plan for table in tables for _, plan in table.plans.values()]
     measured = _measured(folder, recipes[0], provenance, base, plans, kept_out, steps)
-    found = [_taken(table, measured, provenance, recipes[0]) for table in tables]
+    pairs = zip(tables, recipes, strict=True)
+    found = [_taken(table, measured, provenance, recipe) for table, recipe in pairs]
     for asked, (recipe, plan) in zip(recipes, found, strict=True):
         taken = next(c for c in plan.provenance["choice"]["candidates"] if c["taken"])
+        of = f"prune rate {asked.prune_rate}: " if len(recipes) > 1 else ""
         steps.say(
-            f"rule {taken['rule']} is taken, {taken['mean']:+.4f} nats per token on text kept out: "
-            f"{_words(recipe, asked)}"
+            f"{of}rule {taken['rule']} is taken, {taken['mean']:+.4f} nats per token on text kept "
+            f"out: {_words(recipe, asked)}"
         )
     return found
 
 
 def _words(recipe: ResolvedRecipe, asked: ResolvedRecipe) -> str:
-    """A rule as options, which without measuring give the same rule."""
+    """A rule as options, which beside those asked for give the same rule without measuring."""
     names = ["criterion", "attribution", "planner"]
-    names += [name for name in ("align", "width") if getattr(recipe, name) != getattr(asked, name)]
-    return " ".join(f"--{name} {getattr(recipe, name)}" for name in names)
+    names += [
+        name for name in (*RULE, "width")
+        if name not in names and getattr(recipe, name) != getattr(asked, name)
+    ]  # fmt: skip
+    said = ((f"--{name.replace('_', '-')}", getattr(recipe, name)) for name in names)
+    return " ".join(flag if value is True else f"{flag} {value}" for flag, value in said)
 
 
 def _candidates(
@@ -196,7 +204,7 @@ def _measured(
         text.scored.sum(axis=1).tolist(), files.tolist(),
     )  # fmt: skip
     content = {"key": key, **dataclasses.asdict(measured)}
-    with contextlib.suppress(PermissionError):  # `eval` may read a folder where it may not write
+    if os.access(folder, os.W_OK):  # `eval` may read a folder where it may not write
         replace_text(folder / CHOICE, json.dumps(content, indent=1) + "\n")
     return measured
 
@@ -269,7 +277,7 @@ def _taken(
     choice = {
         "candidates": sorted(candidates, key=lambda one: one["mean"]),
         "refused": [{"rule": one, "reason": reason} for one, reason in table.refused.items()],
-        "asked": {one: getattr(asked, one) for one in ("planner", "width", *asked.named)},
+        "asked": {one: getattr(asked, one) for one in (*ASKED, *asked.named)},
         "kept_out": {**provenance["kept_out"], "predictions": int(tokens.sum())},
         "dense": {text: float(dense[r].sum() / tokens[r].sum()) for text, r in rows.items()},
     }

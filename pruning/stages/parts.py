@@ -113,11 +113,10 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
 
 
 def _kept_set(job: Job) -> Callable[[ChannelStatistics], np.ndarray | None]:
-    scores = (
-        CHANNEL_CRITERIA[job.recipe.used_criterion],
-        expert_criterion(job.recipe.used_attribution),
-    )
+    # The rule that planner auto will take is not known yet; the usual one stands for it.
+    usual = job.recipe.fixed()
+    scores = CHANNEL_CRITERIA[usual.used_criterion], expert_criterion(usual.used_attribution)
     if any(score.whole_text for score in scores):
         return lambda statistics: None
     notes = {"model_hash": job.base.fingerprint}
-    return lambda statistics: planning.plan(job.recipe, statistics, notes, job.base.about).keep
+    return lambda statistics: planning.plan(usual, statistics, notes, job.base.about).keep

@@ -110,7 +110,7 @@ def rehearsed_plan(recipe: ResolvedRecipe, base: Description) -> PruningPlan:
     statistics = ChannelStatistics.from_arrays(
         {name: np.broadcast_to(values[name], shape) for name, shape in shapes.items()}
     )
-    return planning.plan(recipe, statistics, {"model_hash": None, "tokens": 0}, base)
+    return planning.plan(recipe.fixed(), statistics, {"model_hash": None, "tokens": 0}, base)
 
 
 def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:

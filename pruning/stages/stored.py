@@ -1,6 +1,7 @@
 """An output folder opened again: its recipe, its model, and plans from its statistics."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pruning.stages import score as scoring
 from pruning.stages.choose import choose, measurable
 from pruning.stages.job import open_job, resolved
 from pruning.stages.model_record import identify
+from pruning.text.calibration import TokenBatch
 
 
 def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
@@ -70,10 +72,17 @@ def stored_plans(
     one = measurable(one, provenance, steps)
     if one.planner == AUTO:
         open_recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates] or [one]
-        texts = lambda: open_job(recipe).kept_out  # noqa: E731
+        texts = functools.partial(_kept_out, recipe)
         return choose(open_recipes, statistics, provenance, base, texts, steps), statistics
     if not rates:
         return [(one, planning.plan(one, statistics, provenance, base.about))], statistics
     plans = planning.plans_of_rates(one, list(rates), statistics, provenance, base.about)
     recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates]
     return list(zip(recipes, plans, strict=True)), statistics
+
+
+def _kept_out(recipe: CompressionRecipe) -> TokenBatch | None:
+    """The windows that scoring kept out, from the calibration text alone."""
+    # Evaluation texts decide only that no further windows were set aside for measuring.
+    calibration = dataclasses.replace(recipe, evaluation=())
+    return open_job(calibration, measures=not recipe.evaluation).kept_out

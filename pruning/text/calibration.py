@@ -203,26 +203,33 @@ def calibration_batch(
         streams.append(replace(stream, tokens=tokens, counted=counted))
     shares = _shares([len(s.tokens) for s in streams], [s.weight for s in sources], max_tokens)
     how = ({"first": list(first)} if first else {}) | ({"loss_on": "answers"} if answers else {})
-    rows, masks, counts, notes, number = [], [], [], [], []
-    for source, stream, share in zip(sources, streams, shares, strict=True):
-        windows = -(-share // length)
-        padded, counted = np.zeros(windows * length, np.int32), np.zeros(windows * length, bool)
-        padded[:share], counted[:share] = stream.tokens[:share], stream.counted[:share]
-        rows.append(padded.reshape(windows, length))
-        counts.append(counted.reshape(windows, length))
-        number.append(windows)
-        masks.append((np.arange(windows * length) < share).reshape(windows, length))
-        notes.append(source_note(source, stream, share) | how)
-    batch = TokenBatch(
-        np.concatenate(rows), np.concatenate(masks), tuple(notes),
-        np.concatenate(counts) if how else None, np.repeat(np.arange(len(number)), number),
-    )  # fmt: skip
+    read = list(zip(sources, streams, shares, strict=True))
+    batch = replace(
+        _packed([(stream, share) for _, stream, share in read], length),
+        sources=tuple(source_note(*one) | how for one in read),
+    )
+    batch = batch if how else replace(batch, counted=None)
     if batch.total < MIN_TOKENS:
         raise InputError(
             f"the calibration text gives only {batch.total} tokens, at least {MIN_TOKENS} are "
             "needed (and 100 000 or more for stable scores); give more text"
         )
     return batch
+
+
+def _packed(parts: Sequence[tuple[TokenStream, int]], length: int) -> TokenBatch:
+    """The first so many tokens of every stream in windows of its own, the last one padded."""
+    rows, masks, counts, windows = [], [], [], [-(-share // length) for _, share in parts]
+    for (stream, share), number in zip(parts, windows, strict=True):
+        shape = number, length
+        padded, counted = np.zeros(number * length, np.int32), np.zeros(number * length, bool)
+        padded[:share], counted[:share] = stream.tokens[:share], stream.counted[:share]
+        rows.append(padded.reshape(shape))
+        counts.append(counted.reshape(shape))
+        masks.append((np.arange(number * length) < share).reshape(shape))
+    files = np.repeat(np.arange(len(parts)), windows)
+    rows, masks, counts = map(np.concatenate, (rows, masks, counts))
+    return TokenBatch(rows, masks, counted=counts, files=files)
 
 
 def hold_out(batch: TokenBatch, share: float = 1 / 16) -> tuple[TokenBatch, TokenBatch]:

@@ -14,6 +14,8 @@ MOST_SHARE = 1 / 4  # where every file gives a window
 
 def kept_out_windows(windows: int, length: int) -> int:
     """How many of so many windows of a length in tokens are kept out, if no file asks for more."""
+    if windows < FEWEST:
+        return 0
     return min(max(1, round(SHARE * windows)), max(1, MOST_TOKENS // length))
 
 
@@ -31,13 +33,11 @@ def keep_out(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch | None]:
       of those kept out has a token to predict.
     """
     count = len(batch.tokens)
-    if count < FEWEST:
-        return batch, None
     wanted = kept_out_windows(count, batch.tokens.shape[1])
     usable = batch.scored.any(axis=1)
     full = usable & batch.valid.all(axis=1)
     usable = full if full.any() else usable
-    if not usable.any():
+    if not wanted or not usable.any():
         return batch, None
     files = np.zeros(count, int) if batch.files is None else batch.files
     parts = [

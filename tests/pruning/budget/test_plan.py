@@ -9,9 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_jax.errors import InputError
+from pruning.budget.decide import plan_pruning
 from pruning.budget.plan import PruningPlan
 from pruning.budget.problem import Allocation
 from pruning.budget.record import expert_record, outlier_record, recorded_options
+from pruning.recipe.options import PlanOptions
 from tests.support.synthetic import statistics
 
 L, E, F, D = 2, 3, 5, 4
@@ -55,6 +57,14 @@ def test_constants_are_one_row_for_each_expert_without_channels(shapes):
     np.testing.assert_array_equal(first, [[0] * D, [2] * D, [0] * D])
     np.testing.assert_array_equal(second, [[0, 1, 2, 3], [0] * D, [4, 5, 6, 7]])
     assert first.dtype == second.dtype == np.float32
+
+
+def test_statistics_alone_cannot_measure_rules():
+    auto = PlanOptions(prune_rate=0.5, planner="auto")
+    with pytest.raises(InputError, match="planner='auto' runs the model on a text, which"):
+        plan_pruning(statistics(L, E, F), auto, experts_per_token=1)
+    plan = plan_pruning(statistics(L, E, F), PlanOptions(prune_rate=0.5), experts_per_token=1)
+    assert plan.provenance["planner"] == "fair"
 
 
 def test_coverages_are_shares_of_scores_or_of_channels_where_there_is_no_score():

@@ -1,7 +1,9 @@
 """Planner auto: rules are measured on windows that no statistic saw, and the best one is taken."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -13,6 +15,7 @@ import yaml
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
+from moe_jax.errors import InputError
 from pruning.budget.candidates import CANDIDATES
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rules import RULES
@@ -20,9 +23,11 @@ from pruning.measure.choice import take
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.report.cost_tables import estimate_tables
 from pruning.runs.estimate import estimate
-from pruning.runs.plan import plan_folder
+from pruning.runs.evaluate import evaluate
+from pruning.runs.plan import plan_folder, save_sweep
 from pruning.stages import choose as choosing
 from pruning.stages.job import open_job
+from pruning.stages.score import stored_statistics
 from pruning.text.calibration import TokenBatch
 from pruning.text.kept_out import keep_out
 from tests.support.command import given, read, run
@@ -180,6 +185,9 @@ def test_a_rate_of_its_own_has_a_choice_of_its_own(finished, tmp_path, monkeypat
     assert run("plan", out, "--prune-rate", 0.25, 0.75, 0.5) == 0
     shown = capsys.readouterr()
     said = re.sub(r"\s+", " ", shown.err)
+    assert all(f"prune rate {rate}: rule " in said for rate in (0.25, 0.75, 0.5))
+    titles = [f"Rules measured at prune rate {rate}" for rate in (0.25, 0.75, 0.5)]
+    assert [line.strip() for line in shown.out.splitlines() if "Rules measured" in line] == titles
     assert said.count("is taken, ") == 3 and shown.out.count("Rules measured") == 3
     no_measuring(monkeypatch)
     found = dict(plan_folder(out, [0.25, 0.75]))
@@ -189,6 +197,42 @@ def test_a_rate_of_its_own_has_a_choice_of_its_own(finished, tmp_path, monkeypat
     rate = {plan.provenance["prune_rate"]: plan for plan in found.values()}
     assert rate[0.25].keep.sum() > rate[0.75].keep.sum()
     assert rate[0.25].provenance["choice"]["dense"] == rate[0.75].provenance["choice"]["dense"]
+
+
+def test_rates_of_unlike_rules_are_shown_by_one_score_in_any_order(finished, tmp_path):
+    job = open_job(load_recipe(finished / "recipe.yaml"))
+    statistics, _ = stored_statistics(finished, job.base)
+    plan = PruningPlan.load(finished)
+    fewer = PruningPlan(plan.keep & (np.arange(plan.keep.shape[2]) % 4 > 0), plan.layer_indices)
+    one, two = (
+        dataclasses.replace(job.recipe, criterion=name, attribution="ala", prune_rate=rate)
+        for name, rate in (("energy", 0.5), ("act", 0.75))
+    )
+    pages = []
+    for pairs in ([(one, plan), (two, fewer)], [(two, fewer), (one, plan)]):
+        save_sweep(tmp_path, job.base, pairs, statistics)
+        pages.append((tmp_path / "sweep.csv").read_text())
+        assert "share of shapley that is kept" in (tmp_path / "sweep.html").read_text()
+    assert pages[0] == pages[1]
+
+
+def test_a_target_of_bytes_is_one_for_every_rule(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "out")
+    whole = json.loads((out / "report.json").read_text())["sizes"]["exports"]["ragged-bf16"]
+    target = int(0.95 * whole["bytes"])
+    assert run("plan", out, "--target-bytes", target) == 0
+    shown = capsys.readouterr()
+    assert "Rules measured\n" in shown.out and "prune rate 0.25" not in shown.out + shown.err
+    plan = PruningPlan.load(out)
+    channel = 3 * 2 * open_job(load_recipe(out / "recipe.yaml")).base.config.d_model
+    kept = {one["rule"]: one["kept"] for one in plan.provenance["choice"]["candidates"]}
+    before = PruningPlan.load(finished).counts.sum()
+    for name, count in kept.items():  # whole blocks, of every expert where all are as wide
+        size, step = whole["bytes"] - (before - count) * channel, 8 * channel
+        step *= plan.counts.size if name == "uniform-energy" else 1
+        assert target - step < size <= target, name
+    assert run("plan", out, "--target-bytes", 3000) == 2
+    assert "bytes" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_table_is_shown_wherever_the_plan_is(finished, choice):
@@ -298,6 +342,53 @@ def test_the_calibration_text_must_be_the_one_that_was_scored(
     assert run("plan", out, "--prune-rate", 0.3, "--planner", "fair") == 0
 
 
+def test_evaluation_texts_are_not_read_to_measure_rules(finished, tmp_path):
+    """They may be gone: which calibration windows were kept out does not depend on them."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["evaluation"]
+    recipe["evaluation"] = [str(tmp_path / "gone.txt")]
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run("plan", out, "--prune-rate", 0.3) == 0
+    assert "choice" in PruningPlan.load(out).provenance
+
+
+def test_texts_to_evaluate_are_opened_before_rules_are_measured(finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    no_measuring(monkeypatch)
+    with pytest.raises((InputError, OSError), match="gone"):
+        evaluate(out, [tmp_path / "gone.txt"], [0.65])
+
+
+def test_a_folder_that_is_only_read_is_left_as_it_is(domains, finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = (out / "choice.json").read_bytes()
+
+    def refuse(file, text):
+        raise OSError(errno.EROFS, "Read-only file system", str(file))
+
+    monkeypatch.setattr(choosing, "replace_text", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    found = evaluate(out, [domains / "words.txt"], [0.6], evaluation_tokens=LENGTH)
+    assert set(found["texts"]) == {"dense", "prune-rate 0.6"}
+    assert (out / "choice.json").read_bytes() == before
+
+
+def test_what_is_said_of_a_rule_repeats_it(finished, tmp_path, monkeypatch, capsys):
+    """Options that a rule of a user's own has beside criterion, attribution and planner, too."""
+    for name in list(CANDIDATES):
+        monkeypatch.delitem(CANDIDATES, name)
+    monkeypatch.setitem(CANDIDATES, "mass", RULES["fair-act-mass"])
+    out = shutil.copytree(finished, tmp_path / "out")
+    ((_, plan),) = plan_folder(out, prune_rate=0.4)
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    options = re.search(r"on text kept out: (--[^:]*--weights mass)", said)
+    assert options is not None
+    words = options[1].split()
+    assert run("plan", out, "--prune-rate", 0.4, *words) == 0
+    assert PruningPlan.load(out).content_hash == plan.content_hash
+
+
 def test_an_estimate_counts_the_measuring_of_rules(models):
     known = {"model": str(models / "single"), "output": "out", "bits": 16, "max_tokens": 4096}
     (found,) = estimate(CompressionRecipe(**known), probe=True)
@@ -305,9 +396,16 @@ def test_an_estimate_counts_the_measuring_of_rules(models):
     assert found["choosing_seconds"] > 0
     shown = {row[0]: row[1] for row in estimate_tables(found)[-1].rows}
     assert "memory to measure rules" in shown and "time to measure rules on 192 of them" in shown
-    for one in ({"planner": "fair"}, {"criterion": "energy"}, {"weights_only": True}):
-        (found,) = estimate(CompressionRecipe(**known, **one), probe=False)
+    for one in (
+        {"planner": "fair"},
+        {"criterion": "energy"},
+        {"weights_only": True},
+        {"weights_only": True, "planner": "auto"},
+        {"max_tokens": 3 * LENGTH},  # too few windows to keep one out
+    ):
+        (found,) = estimate(CompressionRecipe(**{**known, **one}), probe=True)
         assert found["kept_out_tokens"] == found["memory"]["choice"] == 0
+        assert found["choosing_seconds"] == 0
         assert not any("rules" in row[0] for row in estimate_tables(found)[-1].rows)
 
 
