@@ -83,16 +83,10 @@ def apply_plan(
       OSError: the plan is missing, or the disk is too small.
       VerificationError: an export differs from the model in memory; it is kept.
     """
-    given = {
-        "model": pinned(model),
-        "output": os.fspath(output),
-        "export": tuple(export),
-        "bits": bits,
-    }
-    given |= {"mtp": mtp, "overwrite": overwrite, "requantize": requantize}
-    given |= {"group_size": group_size} if group_size else {}
-    given |= {"calibration": tuple(calibration)} if calibration else {}
-    given |= {"repair": repair} if repair else {}
+    given = {"model": pinned(model), "output": os.fspath(output), "export": tuple(export)}
+    given |= {"bits": bits, "mtp": mtp, "overwrite": overwrite, "requantize": requantize}
+    optional = {"group_size": group_size, "calibration": tuple(calibration), "repair": repair}
+    given |= {name: value for name, value in optional.items() if value}
     with only_writer(output):
         return _apply(Path(plan), model, given, allow_other_model, steps or Steps())
 

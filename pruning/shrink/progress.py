@@ -115,6 +115,15 @@ class LayerFolder:
         files = [_digest(self._file(index)) for index in range(len(layers))]
         summary = Summary(provenance=provenance, files=files, layers=list(layers))
         replace_text(self.path / self.summary, json.dumps(summary, indent=2) + "\n")
+        self.drop_states()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called, for whatever provenance."""
+        return (self.path / self.summary).is_file()
+
+    def drop_states(self) -> None:
+        """Remove the states of a finished folder, which a run killed in `close` leaves."""
         (self.path / STATES).unlink(missing_ok=True)
 
     def read_summary(self) -> Summary | None:
@@ -137,7 +146,7 @@ class LayerFolder:
         if summary is None:
             return f"{self.holds} are no longer in {self.path}"
         if any(summary["provenance"].get(name) != value for name, value in provenance.items()):
-            return f"{self.holds} in {self.path} are of another plan or text"
+            return f"{self.holds} in {self.path} are of another plan, repair or text"
         for index, digest in enumerate(summary["files"]):
             file = self._file(index)
             if not file.is_file() or _digest(file) != digest:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.shrink.gptq_model import SUMMARY, LayerErrors, codes_in, quantize_model
-from pruning.shrink.progress import STATES
+from pruning.shrink.gptq_model import LayerErrors, codes_in, quantize_model
 from pruning.stages.export import codes_folder
 from pruning.stages.job import Job
-from pruning.stages.repair import repair_facts, repaired_source
-from pruning.stages.score import without_paths
+from pruning.stages.layers import already_made, provenance
+from pruning.stages.made_by import repair_hash
+from pruning.stages.repair import repaired_source
 from pruning.stages.sizes import form_of
 
 
@@ -30,24 +30,10 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps, repair: Path | None = No
     packed = any(form_of(recipe, name).is_integer for name in recipe.export)
     if folder is None or not packed:
         return None
-    plan.require_model(job.base.fingerprint)
-    provenance = {
-        "model_hash": job.base.fingerprint,
-        "plan": plan.content_hash,
-        "group_size": recipe.group_size,
-        "window": recipe.window,
-        "batch": recipe.batch,  # of another the sums differ in their last bits
-        "tokens": job.calibration.total,
-        "dtype": recipe.dtype,
-        "sources": without_paths(job.calibration.sources),
-    }
-    provenance |= {"repair": None if repair is None else repair_facts(repair)}
-    fault = codes_in(folder).fault(**provenance)
-    if not fault:
-        (folder / STATES).unlink(missing_ok=True)  # of a run killed in its last moment
+    wanted = provenance(job, plan) | {"group_size": recipe.group_size}
+    wanted |= {"repair": None if repair is None else repair_hash(repair)}
+    if already_made(codes_in(folder), wanted, steps):
         return folder
-    if (folder / SUMMARY).is_file():
-        steps.say(f"{fault}; they are chosen again")
     with steps.bar("gptq") as on_step:
         errors = quantize_model(
             repaired_source(job.base, plan, repair),
@@ -55,7 +41,7 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps, repair: Path | None = No
             job.calibration.valid,
             folder,
             group_size=recipe.group_size,
-            provenance=provenance,
+            provenance=wanted,
             batch=recipe.batch,
             dtype=job.dtype,
             on_layer=lambda index: on_step(index + 1, len(job.base)),

@@ -11,18 +11,16 @@ from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.report.phrases import repair_words
 from pruning.shrink.gptq_model import progress_bytes
-from pruning.shrink.progress import STATES
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import (
     LEAST_WINDOWS,
-    SUMMARY,
     RepairedLayer,
     repair_model,
     repaired_in,
     with_repair,
 )
 from pruning.stages.job import Job
-from pruning.stages.score import without_paths
+from pruning.stages.layers import already_made, provenance
 from pruning.stages.sizes import mean_width
 
 FOLDER = "repair"
@@ -40,8 +38,7 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
       The folder that `repaired_source` takes; None if the recipe asks for no repair, nothing was
       removed, or there are too few windows to tell whether it helps.
     """
-    recipe, windows = job.recipe, len(job.calibration.tokens)
-    folder = repair_folder(recipe)
+    recipe, folder = job.recipe, repair_folder(job.recipe)
     if recipe.repair == "none" and job.base.about.native is not None and not recipe.requantize:
         steps.say(
             "not repaired: the model's 4-bit codes are taken over as they are; --requantize "
@@ -49,31 +46,17 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
         )
     if folder is None or plan.keep.all():
         return None
-    if windows < LEAST_WINDOWS:
+    if (windows := len(job.calibration.tokens)) < LEAST_WINDOWS:
         steps.say(
             f"not repaired: that takes {LEAST_WINDOWS} windows of calibration text, there are "
             f"{windows}; give more text or a shorter --window"
         )
         return None
-    plan.require_model(job.base.fingerprint)
     mode = recipe.repair
     assert mode == "expert" or mode == "layer"
-    provenance = {
-        "mode": mode,
-        "model_hash": job.base.fingerprint,
-        "plan": plan.content_hash,
-        "window": recipe.window,
-        "batch": recipe.batch,  # of another the sums differ in their last bits
-        "tokens": job.calibration.total,
-        "dtype": recipe.dtype,
-        "sources": without_paths(job.calibration.sources),
-    }
-    fault = repaired_in(folder).fault(**provenance)
-    if not fault:
-        (folder / STATES).unlink(missing_ok=True)  # of a run killed in its last moment
+    wanted = provenance(job, plan) | {"mode": mode}
+    if already_made(repaired_in(folder), wanted, steps):
         return folder
-    if (folder / SUMMARY).is_file():
-        steps.say(f"{fault}; they are made again")
     with steps.bar("repair") as on_step:
         repair_model(
             job.base,
@@ -82,7 +65,7 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
             job.calibration.valid,
             folder,
             mode=mode,
-            provenance=provenance,
+            provenance=wanted,
             batch=recipe.batch,
             dtype=job.dtype,
             on_layer=lambda index: on_step(index + 1, len(job.base)),

@@ -35,6 +35,7 @@ from pruning.stages.content import (
     not_copied,
 )
 from pruning.stages.export import mtp_source, pruned_source
+from pruning.stages.made_by import repair_hash
 from pruning.stages.sizes import export_of
 from pruning.stages.tokenizer_check import tokenizer_result
 
@@ -158,7 +159,8 @@ def verify_export(
         checks.append(Check(form.name, "tokenizer", *tokenizer))
     if not form.is_integer:
         codes = None  # GPTQ has none for it
-    lost = "" if codes is None else codes_in(codes).fault(plan=plan.content_hash)
+    made_of = {"plan": plan.content_hash, "repair": None if repair is None else repair_hash(repair)}
+    lost = "" if codes is None else codes_in(codes).fault(**made_of)
     expected = model or pruned_source(base, plan, form, None if lost else codes, repair=repair)
     try:
         comparison = TensorComparison(target, export, with_codes=not lost)
@@ -169,17 +171,26 @@ def verify_export(
     if problems:
         why = "its files are not those that were written, and nobody else's code is run"
         return [*checks, *(_undone(form, name, why) for name in (IN_JAX, IN_TRANSFORMERS))]
+    return checks + _logit_checks(target, export, probe, wanted, lost)
+
+
+def _logit_checks(
+    target: Path, export: Export, probe: np.ndarray, wanted: Logits, lost: str
+) -> list[Check]:
+    """Whether programs compute what is wanted from a folder whose files are right; `lost` says why
+    that is not known of its 4-bit codes."""
+    form = export.form
     try:
         found = _stored_logits(target, probe)
     except InputError as error:
-        checks.append(Check(form.name, IN_JAX, False, str(error)))
-        return [*checks, _undone(form, IN_TRANSFORMERS, "JAX does not read the folder")]
+        why = "JAX does not read the folder"
+        return [Check(form.name, IN_JAX, False, str(error)), _undone(form, IN_TRANSFORMERS, why)]
     if lost:
         why = f"{lost}; `moe-compress export --overwrite` chooses them again"
-        checks += [_undone(form, name, why) for name in (CODES, IN_JAX)]
+        checks = [_undone(form, name, why) for name in (CODES, IN_JAX)]
         wanted = found
     else:
-        checks.append(logit_check(form.name, IN_JAX, found[0], *wanted))
+        checks = [logit_check(form.name, IN_JAX, found[0], *wanted)]
     answer = client_answer(target, export, probe)
     if answer.logits is not None and _narrows_experts(form):
         wanted = _stored_logits(target, probe, bfloat16_experts)

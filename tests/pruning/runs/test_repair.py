@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -141,15 +142,25 @@ def test_a_plan_made_anew_is_not_exported_with_the_repair_of_another(out, tmp_pa
     assert run("verify", again) == 0
 
 
-def test_gptq_chooses_the_codes_of_repaired_weights(out, tmp_path):
+def test_gptq_chooses_the_codes_of_repaired_weights(out, tmp_path, capsys):
     again = shutil.copytree(out, tmp_path / "out")
     recipe = yaml.safe_load((again / "recipe.yaml").read_text())
     recipe |= {"bits": 4, "export": ["ragged-int4"], "quantizer": "gptq", "group_size": 32}
     (again / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert run("export", again) == 0
     said = json.loads((again / "gptq" / "gptq.json").read_text())["provenance"]
-    assert said["repair"] == CompressionReport.load(out / "report.json").repair
+    assert said["repair"] == sha256((out / "repair" / "repair.json").read_bytes()).hexdigest()
     assert run("verify", again) == 0
+    # Codes of weights without repair take their place: what was made of the others stays right.
+    assert run("export", again, "--export", "padded-int4", "--repair", "none") == 0
+    capsys.readouterr()
+    assert run("verify", again, "--json", "-") == 0
+    checks = json.loads(capsys.readouterr().out)
+    undone = {
+        check["export"]: check["detail"] for check in checks if check["check"] == "4-bit codes"
+    }
+    assert undone.keys() == {"ragged-int4"}
+    assert "of another plan, repair or text" in undone["ragged-int4"]
 
 
 def test_apply_repeats_the_repair_on_the_same_text_and_says_if_it_lacks_it(

@@ -269,7 +269,7 @@ def test_damaged_codes_are_named_by_verify_and_chosen_again_by_export(
             assert said in undone["4-bit codes"]
             assert "`moe-compress export --overwrite` chooses them again" in undone["4-bit codes"]
             assert run("export", folder, "--overwrite") == 0
-            assert (said + "; they are chosen again" in capsys.readouterr().err) == (name == layer)
+            assert (said + "; they are made again" in capsys.readouterr().err) == (name == layer)
             assert {path.name: path.read_bytes() for path in codes.iterdir()} == whole
             assert written.read_bytes() == first
 
