@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 Parameters = Any
 Loss = Callable[[Parameters, Any], tuple[Array, dict[str, Array]]]
+OnLog = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ def train(
     config: TrainingConfig,
     *,
     checkpoints: Path | None = None,
-    on_log: Callable[[int, dict[str, float]], None] | None = None,
+    on_log: OnLog | None = None,
     held_out: HeldOut | None = None,
 ) -> Parameters:
     """Minimise a loss; a run that was interrupted goes on where its last checkpoint stands.
@@ -194,15 +195,7 @@ def train(
       The trained parameters, with `held_out` the best of those that were measured.
     """
     optimizer, loss = config.optimizer(), _with_arrays(loss)
-
-    @jax.jit
-    def update(loss, parameters, state, batch):
-        gradient, metrics = _gradient(loss, parameters, batch, config.accumulate)
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
-        with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to a whole power
-            updates, state = optimizer.update(gradient, state, parameters)
-        return optax.apply_updates(parameters, updates), state, metrics
-
+    update = _updating(optimizer, config.accumulate)
     progress = {"parameters": parameters, "state": optimizer.init(parameters)}
     if held_out is not None:
         progress |= {"best": parameters, "least": jnp.asarray(jnp.inf), "stale": jnp.asarray(0)}
@@ -213,20 +206,15 @@ def train(
             logger.info("resumed at step %d of %d", start, config.steps)
         elif held_out is not None:
             held_out.judge(0, progress)
-        window, clock = [], time.monotonic()
+        log = _Log(config.log_every, on_log)
         for step in range(start, config.steps):
             if held_out is not None and held_out.is_over(progress):
                 break
             progress["parameters"], progress["state"], metrics = update(
                 loss, progress["parameters"], progress["state"], batch(step)
             )
-            window.append(metrics)
             done, is_last = step + 1, step + 1 == config.steps
-            if on_log and (done % config.log_every == 0 or is_last):
-                means = {key: float(sum(m[key] for m in window)) / len(window) for key in metrics}
-                means["steps_per_second"] = len(window) / (time.monotonic() - clock)
-                on_log(done, means)
-                window, clock = [], time.monotonic()
+            log.add(done, metrics, is_last)
             if held_out is not None and (done % held_out.every == 0 or is_last):
                 held_out.judge(done, progress)
             if manager is not None and (done % config.checkpoint_every == 0 or is_last):
@@ -234,10 +222,45 @@ def train(
     return progress["best" if held_out is not None else "parameters"]
 
 
+class _Log:
+    """Metrics since the last time that something was said of them."""
+
+    def __init__(self, every: int, on_log: OnLog | None) -> None:
+        self.every, self.on_log = every, on_log
+        self._begin()
+
+    def _begin(self) -> None:
+        self.window: list[dict[str, Array]] = []
+        self.clock = time.monotonic()
+
+    def add(self, done: int, metrics: dict[str, Array], is_last: bool) -> None:
+        """Add a step's metrics, and say the means if it is time."""
+        if self.on_log is None:
+            return
+        self.window.append(metrics)
+        if done % self.every == 0 or is_last:
+            count = len(self.window)
+            means = {key: float(sum(m[key] for m in self.window)) / count for key in metrics}
+            means["steps_per_second"] = count / (time.monotonic() - self.clock)
+            self.on_log(done, means)
+            self._begin()
+
+
+def _updating(optimizer: optax.GradientTransformation, accumulate: int) -> Callable[..., Any]:
+    @jax.jit
+    def update(loss, parameters, state, batch):
+        gradient, metrics = _gradient(loss, parameters, batch, accumulate)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to a whole power
+            updates, state = optimizer.update(gradient, state, parameters)
+        return optax.apply_updates(parameters, updates), state, metrics
+
+    return update
+
+
 def _with_arrays(loss: Loss) -> Loss:
     """A loss as a pytree of its arrays."""
-    partial = jax.tree_util.Partial
-    return loss if isinstance(loss, partial) else partial(loss)
+    return loss if isinstance(loss, jax.tree_util.Partial) else jax.tree_util.Partial(loss)
 
 
 def _gradient(

@@ -77,7 +77,7 @@ class RecoverOptions(Options):
     next_token: Annotated[
         float | None,
         About("share of the next-token loss at the last step; the rest is the KL divergence from "
-              "the dense model"),
+              "the dense model (default 0, with preset paper 1)"),
     ] = None  # fmt: skip
     next_token_from: Annotated[
         float | None, About("that share at the first step (default the same)")
@@ -85,8 +85,14 @@ class RecoverOptions(Options):
     top: Annotated[
         int, About("tokens of the dense model's prediction that are kept", least=1, most=4096)
     ] = 64
-    epochs: Annotated[int | None, About("times that the text is seen", least=1)] = None
-    learning_rate: Annotated[float | None, About("of the experts, or of the routers alone")] = None
+    epochs: Annotated[
+        int | None, About("times that the text is seen (default 1, with preset paper 2)", least=1)
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        About("of the experts, or of the routers alone (default 2e-3 for dora, else 1e-3; with "
+              "preset paper 1e-4 and for routers 1e-6)"),
+    ] = None  # fmt: skip
     router_learning_rate: Annotated[
         float | None, About("of the routers beside experts (default the same)")
     ] = None
@@ -115,7 +121,7 @@ class RecoverOptions(Options):
     patience: Annotated[
         int | None,
         About("of ten measurements of the held-out loss, how many in a row without a better one "
-              "end the training", least=1),
+              "end the training (default: it ends with the text)", least=1),
     ] = None  # fmt: skip
     remat: Annotated[
         bool, About("compute layers twice instead of keeping what is in them (default true)")
@@ -149,15 +155,32 @@ class RecoverOptions(Options):
                 check_share(name, value, "0 learns the dense model's predictions alone")
         if self.balance is not None and not 0 <= self.balance < 1e3:
             raise InputError(f"balance={self.balance} must not be negative; choose e.g. 0.001")
-        if self.mode == "layer" and self.attention_rank:
+        if self.mode == "layer":
+            self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Raise InputError at what means nothing where each layer learns the dense one's output."""
+        if self.attention_rank:
             raise InputError(
                 f"attention_rank={self.attention_rank} trains attention, which mode='layer' does "
                 "not; leave one of the two out"
             )
+        given = {"next_token": self.next_token, "next_token_from": self.next_token_from,
+                 "loss_on": None if self.loss_on == "all" else self.loss_on}  # fmt: skip
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(
+                    f"{name}={value!r} is about predicted tokens, and mode='layer' predicts none: "
+                    "each layer learns the dense one's output; leave one of the two out"
+                )
 
     def filled(self) -> "RecoverOptions":
         """The options with what the preset and the kind of training decide."""
         preset = {"learning_rate": RATES[self.train], **PRESETS[self.preset]}
+        if self.train == "router" and self.learning_rate is not None:
+            preset.pop("router_learning_rate", None)  # one rate is asked for, and trains alone
+        if self.mode == "layer":
+            preset.pop("next_token")  # nothing is predicted there
         values = {name: value for name, value in preset.items() if getattr(self, name) is None}
         one = dataclasses.replace(self, **values)
         given: dict[str, Any] = {

@@ -102,6 +102,12 @@ class FitOptions:
             group_rates={"router": self.router_rate, "attention": self.attention_rate},
         )
 
+    def parts(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A step's windows; where several batches make a step, batch by batch."""
+        if self.accumulate == 1:
+            return rows
+        return {n: v.reshape(self.accumulate, -1, *v.shape[1:]) for n, v in rows.items()}
+
     def chosen(self, step: int, windows: int) -> np.ndarray:
         """Windows of a step, int [batch * accumulate]: each epoch has an order of its own."""
         size = self.batch * self.accumulate
@@ -111,6 +117,43 @@ class FitOptions:
             for epoch in np.unique(places // windows).tolist()
         }
         return np.array([orders[place // windows][place % windows] for place in places.tolist()])
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """One training, end to end or of layers: on what, of which weights, and how.
+
+    Attributes:
+      text: to train on.
+      held: to measure on; without windows the last changes are taken for the best.
+      config: which weights change.
+      options: how.
+      checkpoints: folder of orbax checkpoints, from which an interrupted training goes on; None
+        keeps nothing.
+      on_step: called with the steps begun and the steps in all.
+    """
+
+    text: TrainingText
+    held: TrainingText
+    config: DeltaConfig
+    options: FitOptions
+    checkpoints: Path | None = None
+    on_step: Callable[[int, int], None] | None = None
+
+    @property
+    def schedule(self) -> TrainingConfig:
+        """The schedule for its text."""
+        return self.options.schedule(len(self.text))
+
+    def chosen(self, step: int) -> np.ndarray:
+        """Windows of a step that begins."""
+        if self.on_step:
+            self.on_step(step, self.schedule.steps)
+        return self.options.chosen(step, len(self.text))
+
+    def judge(self, loss: Callable[[int, Any], float]) -> HeldOut | None:
+        """A held-out loss that says which changes are the best."""
+        return HeldOut(loss, self.schedule.log_every, self.options.patience) if self.held else None
 
 
 def first_deltas(model: Transformer, config: DeltaConfig, seed: int) -> Deltas:
@@ -125,13 +168,8 @@ def first_deltas(model: Transformer, config: DeltaConfig, seed: int) -> Deltas:
 
 def fit(
     model: Transformer,
-    text: TrainingText,
-    held: TrainingText,
-    config: DeltaConfig,
-    options: FitOptions,
+    course: Course,
     *,
-    checkpoints: Path | None = None,
-    on_step: Callable[[int, int], None] | None = None,
     on_log: Callable[[int, dict[str, float]], None] | None = None,
     on_held_out: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Deltas:
@@ -139,50 +177,40 @@ def fit(
 
     Args:
       model: the student, in memory; where it rounds, `rounded` already.
-      text: to train on.
-      held: to measure on; without windows the last changes are taken for the best.
-      config: which weights change.
-      options: how.
-      checkpoints: folder of orbax checkpoints; None keeps nothing.
-      on_step: called with the steps begun and the steps in all.
+      course: the training.
       on_log: receives (step, mean metrics since the last time).
       on_held_out: receives (step, nats per token on `held`: "loss", "nll", "kl"), 0 first.
 
     Returns:
       The changes with the least held-out loss.
     """
-    schedule = options.schedule(len(text))
-    loss = jax.tree_util.Partial(
-        partial(
-            student_loss,
-            config=config,
-            balance=options.balance,
-            dtype=options.dtype,
-            remat=options.remat,
-        ),
-        model,
+    config, options, schedule = course.config, course.options, course.schedule
+    how = partial(
+        student_loss,
+        config=config,
+        balance=options.balance,
+        dtype=options.dtype,
+        remat=options.remat,
     )
 
     def batch(step: int) -> dict[str, Any]:
-        if on_step:
-            on_step(step, schedule.steps)
-        found = text.rows(options.chosen(step, len(text)))
-        return _step_batch(found, options, step / max(1, schedule.steps - 1))
+        rows = course.text.rows(course.chosen(step))
+        return _step_batch(rows, options, step / max(1, schedule.steps - 1))
 
     def measured(step: int, deltas: Deltas) -> float:
-        found = held_out_losses(model, deltas, held, config, options)
+        found = held_out_losses(model, deltas, course.held, config, options)
         if on_held_out:
             on_held_out(step, found)
         return found["loss"]
 
     return train(
         first_deltas(model, config, options.seed),
-        loss,
+        jax.tree_util.Partial(how, model),
         batch,
         schedule,
-        checkpoints=checkpoints,
+        checkpoints=course.checkpoints,
         on_log=on_log,
-        held_out=HeldOut(measured, schedule.log_every, options.patience) if len(held) else None,
+        held_out=course.judge(measured),
     )
 
 
@@ -210,10 +238,10 @@ def _step_batch(
 ) -> dict[str, Any]:
     """A step's windows, in as many parts as are accumulated; all its tokens count alike."""
     parts = options.accumulate
+    shape = () if parts == 1 else (parts,)
     share = options.share_from + progress * (options.share_to - options.share_from)
-    each = {
-        "count": np.full(parts, max(1, rows["wanted"].sum()) / parts, np.float32),
-        "share": np.full(parts, share, np.float32),
+    count = max(1, rows["wanted"].sum()) / parts
+    return options.parts(rows) | {
+        "count": np.full(shape, count, np.float32),
+        "share": np.full(shape, share, np.float32),
     }
-    each |= {n: value.reshape(parts, -1, *value.shape[1:]) for n, value in rows.items()}
-    return each if parts > 1 else {name: value[0] for name, value in each.items()}

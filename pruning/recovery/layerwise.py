@@ -1,8 +1,8 @@
 """Training one layer after the other against the dense model's: one layer of each in memory."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +13,10 @@ from jax import Array
 from moe_jax.attention.context import Context, make_context
 from moe_jax.config import ModelConfig
 from moe_jax.stream import LayerSource, in_batches, layer_forward, pad_rows
-from moe_jax.training import HeldOut, TrainingConfig, balance_loss, train
+from moe_jax.training import balance_loss, train
 from moe_jax.transformer import DecoderLayer
 from pruning.recovery.deltas import DeltaConfig, Deltas, init_deltas, merged, rounded
-from pruning.recovery.fit import FitOptions, TrainingText
+from pruning.recovery.fit import Course
 
 EPS = 1e-6  # added to the squared length of a target
 
@@ -70,13 +70,8 @@ def changed_forward(
 def fit_layers(
     dense: LayerSource,
     student: LayerSource,
-    text: TrainingText,
-    held: TrainingText,
-    config: DeltaConfig,
-    options: FitOptions,
+    course: Course,
     *,
-    checkpoints: Path | None = None,
-    on_step: Callable[[int, int], None] | None = None,
     on_layer: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Deltas:
     """Train the changes of each layer behind the layers below it that have theirs already.
@@ -84,25 +79,22 @@ def fit_layers(
     Args:
       dense: the dense model; each layer is read once.
       student: likewise.
-      text: to train on; predictions are not read.
-      held: to measure on.
-      config: which weights change, none of them of attention.
-      options: how; the shares of the losses at the head mean nothing here.
-      checkpoints: folder of a folder of orbax checkpoints for each layer.
-      on_step: called with the steps begun and the steps in all, of all layers.
+      course: the training, of no weights of attention; predictions are not read, shares of the
+        losses at the head mean nothing here, checkpoints have a folder for each layer, and steps
+        are those of all layers.
       on_layer: receives the index of each layer that was trained, and its held-out loss "before"
         and "after".
 
     Returns:
       The changes.
     """
-    rows, deltas = len(text), {}
+    config, options, deltas = course.config, course.options, {}
     tokens, valid = (
-        np.concatenate([getattr(one, name) for one in (text, held)]) for name in ("tokens", "valid")
+        np.concatenate([getattr(one, name) for one in (course.text, course.held)])
+        for name in ("tokens", "valid")
     )
     every = in_batches(dense, tokens, valid, options.batch)
     streams = [every.embedded(dense, options.dtype) for _ in range(2)]  # dense, student
-    schedule = options.schedule(rows)
     keys = jax.random.split(jax.random.key(options.seed), len(student))
     for index in range(len(student)):
         layer, teacher = student.layer(index), dense.layer(index)
@@ -110,21 +102,13 @@ def fit_layers(
         layer = layer if config.group_size is None else rounded(layer, own, config.group_size)
         every.each(streams[0], lambda x, place, _, it=teacher: layer_forward(it, x, place))
         if own:
-            measured: dict[int, float] = {}
-            own = _fit_layer(
-                layer, own, _Pairs(streams, valid, rows, options), schedule, config, student.config,
-                None if checkpoints is None else checkpoints / str(index),
-                lambda step, at=index: on_step and on_step(
-                    at * schedule.steps + step, len(student) * schedule.steps
-                ),
-                measured,
-            )  # fmt: skip
-            if on_layer and measured:
-                on_layer(
-                    index, {"before": measured[min(measured)], "after": min(measured.values())}
-                )
-        for group, part in own.items():
-            deltas.setdefault(group, {})[str(index)] = part
+            pairs = _Pairs(streams, valid, options.batch)
+            part = _of_layer(course, index, len(student))
+            own, losses = _fit_layer(layer, own, pairs, part, student.config)
+            if on_layer and losses:
+                on_layer(index, losses)
+        for group, changes in own.items():
+            deltas.setdefault(group, {})[str(index)] = changes
         every.each(
             streams[1],
             lambda x, place, _, it=layer, own=own: changed_forward(it, own, x, place, config),
@@ -132,24 +116,29 @@ def fit_layers(
     return deltas
 
 
+def _of_layer(course: Course, index: int, layers: int) -> Course:
+    """The training of one layer, whose steps are told as those of all layers."""
+    folder, on_step = course.checkpoints, course.on_step
+    return dataclasses.replace(
+        course,
+        checkpoints=None if folder is None else folder / str(index),
+        on_step=on_step and (lambda step, steps: on_step(index * steps + step, layers * steps)),
+    )
+
+
 class _Pairs:
     """What enters a layer of the student and what should come out, by window."""
 
-    def __init__(
-        self, streams: list[list[np.ndarray]], valid: np.ndarray, rows: int, options: FitOptions
-    ):
+    def __init__(self, streams: list[list[np.ndarray]], valid: np.ndarray, batch: int):
         self.target, self.x = streams
-        self.valid, self.rows, self.options = valid, rows, options
-
-    def __len__(self) -> int:
-        return len(self.valid)
+        self.valid, self.batch = valid, batch
 
     def of(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
         """Some windows as `layer_loss` takes them."""
-        size = self.options.batch
 
         def gathered(stream: list[np.ndarray]) -> np.ndarray:
-            return np.stack([stream[row // size][row % size] for row in chosen.tolist()])
+            places = [divmod(row, self.batch) for row in chosen.tolist()]
+            return np.stack([stream[number][row] for number, row in places])
 
         return {"x": gathered(self.x), "target": gathered(self.target),
                 "valid": self.valid[chosen]}  # fmt: skip
@@ -157,40 +146,34 @@ class _Pairs:
 
 def _fit_layer(
     layer: DecoderLayer,
-    own: dict[str, Any],
+    first: dict[str, Any],
     pairs: _Pairs,
-    schedule: TrainingConfig,
-    config: DeltaConfig,
+    course: Course,
     model: ModelConfig,
-    checkpoints: Path | None,
-    on_step: Callable[[int], object],
-    measured: dict[int, float],
-) -> dict[str, Any]:
-    options = pairs.options
-    how = partial(layer_loss, model=model, config=config)
-    loss = jax.tree_util.Partial(partial(how, balance=options.balance), layer)
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The trained changes, and the held-out loss of the first and of these; {} without windows."""
+    options, windows = course.options, np.arange(len(pairs.valid))
+    how = partial(layer_loss, model=model, config=course.config)
     look = jax.jit(partial(how, balance=0.0))
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        on_step(step)
-        found = pairs.of(options.chosen(step, pairs.rows))
-        if options.accumulate == 1:
-            return found
-        return {n: v.reshape(options.accumulate, -1, *v.shape[1:]) for n, v in found.items()}
-
-    def held_loss(step: int, own: dict[str, Any]) -> float:
+    def held_loss(own: dict[str, Any]) -> float:
         total = count = 0.0
-        for start in range(pairs.rows, len(pairs), options.batch):
-            part = pairs.of(np.arange(start, min(start + options.batch, len(pairs))))
+        for start in range(len(course.text), len(windows), options.batch):
+            part = pairs.of(windows[start : start + options.batch])
             tokens = float(part["valid"].sum())
             part = {name: pad_rows(value, options.batch) for name, value in part.items()}
             total += tokens * float(look(layer, own, part)[1]["loss"])
             count += tokens
-        measured[step] = total / max(count, 1.0)
-        return measured[step]
+        return total / max(count, 1.0)
 
-    judge = HeldOut(held_loss, schedule.log_every, options.patience)
-    return train(
-        own, loss, batch, schedule, checkpoints=checkpoints,
-        held_out=judge if pairs.rows < len(pairs) else None,
-    )  # fmt: skip
+    found = train(
+        first,
+        jax.tree_util.Partial(partial(how, balance=options.balance), layer),
+        lambda step: options.parts(pairs.of(course.chosen(step))),
+        course.schedule,
+        checkpoints=course.checkpoints,
+        held_out=course.judge(lambda _, own: held_loss(own)),
+    )
+    # Measured here: of a training that was resumed, what came before is not measured on the way.
+    told = {"before": held_loss(first), "after": held_loss(found)} if course.held else {}
+    return found, told

@@ -33,7 +33,9 @@ class RecoveryReport:
         removed (share of the expert channels).
       options: every option with what preset and training decided.
       text: sources as of `TokenBatch`, tokens (trained on, each counted once), held_out (tokens).
-      training: parameters (that were trained), steps, seconds, tokens_seen, peak_memory_bytes.
+      training: parameters (that were trained), steps, tokens_seen, seconds and peak_memory_bytes
+        over all sessions of a training that was interrupted. Where layers were trained one after
+        the other, steps and tokens are those of each if its patience lasts.
       history: in order of steps; step and either what was logged of the training (loss, its parts,
         gradient_norm, learning_rate) or held_out, the same parts on held-out windows. Where layers
         were trained one after the other: layer, before and after.

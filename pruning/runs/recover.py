@@ -12,11 +12,12 @@ import numpy as np
 from convert.checkpoint import open_checkpoint
 from moe_jax.stream import LayerSource
 from pruning.budget.record import tool_version
-from pruning.kit.progress import OnStep, Steps
+from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.recovery.deltas import Deltas, rounded
-from pruning.recovery.fit import TrainingText, first_deltas, fit
+from pruning.recovery.fit import Course, TrainingText, first_deltas, fit
+from pruning.recovery.forward import layer_deltas
 from pruning.recovery.layerwise import fit_layers
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import read_predictions, write_predictions
@@ -35,7 +36,6 @@ from pruning.stages.repair import repair_facts
 from pruning.stages.sizes import folder_bytes
 from pruning.stages.verify import Check, random_probe, require_verified, verify_export
 from pruning.stages.writer import only_writer
-from pruning.text.held_out import seen_shares
 
 
 def recover(
@@ -68,10 +68,11 @@ def recover(
 def _recover(folder: Path, options: RecoverOptions, steps: Steps) -> RecoveryReport:
     with steps.bar("open"):
         run = open_recovery(folder, options, steps)
-    place = RecoverFolder(run.output, folder, options, run.student, [run.text, run.held])
+    place = RecoverFolder(folder, run)
     if place.is_finished():
         report = RecoveryReport.load(run.output / NAME)
         steps.say(f"this run is finished since {report.environment['date']}; --overwrite repeats")
+        place.clear_working_files()  # of a run killed in its last moment
         require_verified([Check(**check) for check in report.verification])
         return report
     check_recovery(run, steps)
@@ -97,7 +98,7 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps) -> RecoveryRep
             run.output / "exports" / name, run.student.base, run.student.plan, form,
             quantizer="rtn", repair=repair_facts(run.student.repair), quality=quality,
             recovery=rows,
-            evaluation={"window": run.window, "stride": run.window // 2},
+            evaluation=run.evaluated,
             verification=report.verification,
         )  # fmt: skip
     report.save(run.output)
@@ -110,53 +111,41 @@ def _trained(run: RecoverJob, place: RecoverFolder, steps: Steps) -> tuple[Delta
     """The trained changes, and what training took; read again if that is done already."""
     if place.deltas.is_file():
         return load_deltas(place.deltas, run.student.source, run.deltas), place.training()
-    texts = _texts(run, place, steps)
-    with steps.bar("train") as on_step:
+    text, held = _texts(run, place, steps)
+    with steps.bar("train") as on_step, place.session(on_step) as on_step:
+        course = Course(text, held, run.deltas, run.how, place.checkpoints, on_step)
         if run.options.mode == "layer":
-            deltas = fit_layers(
-                run.student.base, run.student.source, *texts, run.deltas, run.how,
-                checkpoints=place.checkpoints, on_step=on_step, on_layer=place.log_layer,
-            )  # fmt: skip
+            student = run.student.source
+            deltas = fit_layers(run.student.base, student, course, on_layer=place.log_layer)
         else:
-            deltas = _fit(run, texts, place, on_step)
-    stage = steps.stages[-1]
-    training = {
+            deltas = _fit(run, course, place)
+    planned = course.schedule.steps
+    done = max((row["step"] for row in place.history() if "step" in row), default=planned)
+    training = place.finish_training({
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(deltas)),
-        "steps": run.how.schedule(len(texts[0])).steps,
-        "seconds": stage["seconds"],
-        "tokens_seen": run.text.total * run.how.epochs,
-        "peak_memory_bytes": stage["peak_memory_bytes"],
-    }
-    place.finish_training(training)
+        "steps": done,
+        "tokens_seen": run.text.total * run.how.epochs * done // planned,
+    })  # fmt: skip
     save_deltas(place.deltas, deltas)
     return deltas, training
 
 
-def _fit(
-    run: RecoverJob,
-    texts: tuple[TrainingText, TrainingText],
-    place: RecoverFolder,
-    on_step: OnStep,
-) -> Deltas:
+def _fit(run: RecoverJob, course: Course, place: RecoverFolder) -> Deltas:
     """Train the student in memory end to end."""
     model, group = run.student.resident(), run.deltas.group_size
     if group is not None:
         first = first_deltas(model, run.deltas, run.how.seed)
-        parts = [
-            {name: part[str(i)] for name, part in first.items() if str(i) in part}
-            for i in range(len(model.layers))
-        ]
-        layers = (rounded(one, own, group) for one, own in zip(model.layers, parts, strict=True))
+        layers = (
+            rounded(one, layer_deltas(first, index), group)
+            for index, one in enumerate(model.layers)
+        )
         model = dataclasses.replace(model, layers=tuple(layers))
-    rate = run.how.schedule(len(texts[0])).schedule()
+    rate = course.schedule.schedule()
 
     def log(step: int, means: dict[str, float]) -> None:
         place.log(step, means | {"learning_rate": np.asarray(rate(step - 1)).item()})
 
-    return fit(
-        model, *texts, run.deltas, run.how, checkpoints=place.checkpoints, on_step=on_step,
-        on_log=log, on_held_out=place.log_held_out,
-    )  # fmt: skip
+    return fit(model, course, on_log=log, on_held_out=place.log_held_out)
 
 
 def _texts(
@@ -165,7 +154,7 @@ def _texts(
     """What is trained and measured on, with the dense model's predictions, made if they lack."""
     both, predictions = (run.text, run.held), None
     if run.learns_predictions:
-        file = place.predictions(run.options.scratch_folder)
+        file = place.predictions()
         if not file.is_file():
             tokens, valid = (
                 np.concatenate([getattr(one, name) for one in both]) for name in ("tokens", "valid")
@@ -226,7 +215,7 @@ def _report(
             "sources": list(run.text.sources),
             "tokens": run.text.total,
             "held_out": run.held.total,
-            "seen": seen_shares(run.text, run.evaluation),
+            "seen": run.seen,
         },
         training=training,
         history=place.history(),

@@ -4,28 +4,32 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from convert.checkpoint import Checkpoint
 from convert.export_format import FORMATS
 from moe_jax.errors import InputError
 from moe_jax.files import LEFTOVER, remove_leftovers, replace_text
 from moe_jax.json_files import read_json
+from pruning.kit.progress import OnStep, peak_memory
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.report.recovery import NAME, PAGE
 from pruning.stages import writer
 from pruning.stages.made_by import repair_hash
-from pruning.stages.recovered import Student
-from pruning.text.calibration import TokenBatch
+from pruning.stages.recover_job import RecoverJob
 
 IDENTITY, HISTORY, DELTAS = "recover.yaml", "history.json", "deltas.safetensors"
 TRAINING, CHECKPOINTS, PREDICTIONS = "training.json", "checkpoints", "predictions.npy"
 EXPORTS = tuple(f"exports/{name}" for name in FORMATS)
 # What an older run left goes in this order: the report first, which says that all is there.
-OURS = (NAME, PAGE, *EXPORTS, DELTAS, TRAINING, HISTORY, CHECKPOINTS, PREDICTIONS, IDENTITY)
+OURS = (NAME, PAGE, *EXPORTS, DELTAS, TRAINING, HISTORY, CHECKPOINTS, PREDICTIONS)
 NOT_ITS_OWN = ("overwrite", "scratch", "output")  # decide nothing about the result
 
 
@@ -33,40 +37,35 @@ class RecoverFolder:
     """Where a recovery writes.
 
     Args:
-      output: the folder.
-      student: what was named on the command line.
-      options: filled.
-      opened: the student.
-      texts: what is trained and measured on.
+      folder: what was named on the command line.
+      run: the recovery.
 
     Attributes:
       checkpoints: folder of those of the training.
       deltas: file of what was trained, once it is.
+      identity: what decides the result; a run of another one is not gone on with.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        student: Path,
-        options: RecoverOptions,
-        opened: Student,
-        texts: Sequence[TokenBatch],
-    ) -> None:
-        self.output, self.overwrite = output, options.overwrite
+    def __init__(self, folder: Path, run: RecoverJob) -> None:
+        options, student = run.options, run.student
+        self.output, self.overwrite = run.output, options.overwrite
         self.scratch = options.scratch_folder
-        self.checkpoints, self.deltas = output / CHECKPOINTS, output / DELTAS
+        self.checkpoints, self.deltas = self.output / CHECKPOINTS, self.output / DELTAS
         sources = [
-            {key: value for key, value in one.items() if key != "path"} for one in texts[0].sources
+            {key: value for key, value in one.items() if key != "path"} for one in run.text.sources
         ]
+        export = student.source if isinstance(student.source, Checkpoint) else None
         self.identity = {
-            "student": os.path.abspath(student),
-            "model": opened.base.fingerprint,
-            "plan": opened.plan.content_hash,
-            "repair": None if opened.repair is None else repair_hash(opened.repair),
+            "student": os.path.abspath(folder),
+            "weights": None if export is None else export.fingerprint,
+            "model": student.base.fingerprint,
+            "plan": student.plan.content_hash,
+            "repair": None if student.repair is None else repair_hash(student.repair),
+            "formats": {name: form.group_size for name, form in run.forms.items()},
             "sources": sources,
             **self.told(options),
         }
-        self._history = _History(output / HISTORY)
+        self._history = _History(self.output / HISTORY)
 
     @staticmethod
     def told(options: RecoverOptions) -> dict[str, Any]:
@@ -98,24 +97,51 @@ class RecoverFolder:
                     f"output={self.output} already exists and is not an interrupted run of these "
                     "options; name another folder or add --overwrite"
                 )
+            # Nobody's run: killed from here on, what is left of the older one is removed again.
+            self.predictions(self._stored()).unlink(missing_ok=True)
+            replace_text(self.output / IDENTITY, "{}\n")
             self._remove(OURS)
         self.output.mkdir(parents=True, exist_ok=True)
         for folder in (self.output, self.output / "exports"):
             remove_leftovers(folder)
         replace_text(self.output / IDENTITY, yaml.safe_dump(self.identity, sort_keys=False))
 
-    def predictions(self, scratch: Path) -> Path:
-        """The file of the dense model's predictions."""
-        scratch.mkdir(parents=True, exist_ok=True)
-        own = self.output.resolve().name
-        return scratch / (PREDICTIONS if scratch == self.output else f"{own}-{PREDICTIONS}")
+    def predictions(self, identity: Any = None) -> Path:
+        """The file of the dense model's predictions, in a shared folder one of this very run.
 
-    def finish_training(self, training: dict[str, Any]) -> None:
-        """Remember what training took."""
+        Args:
+          identity: of another run in this folder; default its own.
+        """
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        if self.scratch == self.output:
+            return self.output / PREDICTIONS
+        place = self.output.resolve()
+        told = json.dumps([str(place), identity or self.identity], sort_keys=True)
+        return self.scratch / f"{place.name}-{sha256(told.encode()).hexdigest()[:16]}-{PREDICTIONS}"
+
+    @contextmanager
+    def session(self, on_step: OnStep) -> Iterator[OnStep]:
+        """Add what a session of the training takes to what earlier ones took; its steps are to be
+        told to the value, which passes them on."""
+        spent = _Spent(self.output / TRAINING)
+
+        def step(done: int, total: int) -> None:
+            on_step(done, total)
+            spent.tell(after=1.0)
+
+        try:
+            yield step
+        finally:
+            spent.tell()
+
+    def finish_training(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Remember what was trained; the value is that and what all sessions took."""
+        training = self.training() | found
         replace_text(self.output / TRAINING, json.dumps(training) + "\n")
+        return training
 
     def training(self) -> dict[str, Any]:
-        """What `finish_training` was told."""
+        """What `session` and `finish_training` remember."""
         return read_json(self.output / TRAINING)
 
     def log(self, step: int, means: dict[str, float]) -> None:
@@ -138,19 +164,46 @@ class RecoverFolder:
     def clear_working_files(self) -> None:
         """Remove what only an interrupted run needs."""
         self._remove((CHECKPOINTS, PREDICTIONS, TRAINING, HISTORY))
-        self.predictions(self.scratch).unlink(missing_ok=True)
+        self.predictions().unlink(missing_ok=True)
 
     def _is_same(self) -> bool:
+        return self._stored() == self.identity
+
+    def _stored(self) -> Any:
+        """The identity in the folder; None if there is none that can be read."""
         try:
-            stored = yaml.safe_load((self.output / IDENTITY).read_text(encoding="utf-8"))
+            return yaml.safe_load((self.output / IDENTITY).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
-            return False
-        return stored == self.identity
+            return None
 
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:
             path = self.output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+class _Spent:
+    """Time and memory of a training, summed over its sessions in a file as they go on; of one that
+    was killed at most the time since it was told last is missing."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.begun = file, time.monotonic()
+        self.before = {"seconds": 0.0, "peak_memory_bytes": 0}
+        self.before |= read_json(file) if file.is_file() else {}
+        self.told = self.begun
+
+    def tell(self, after: float = 0.0) -> None:
+        """Write them down, unless that was done less than so many seconds ago."""
+        now = time.monotonic()
+        if now - self.told < after:
+            return
+        self.told = now
+        peak = peak_memory(since_reset=Path("/proc/self/status").is_file())
+        found = {
+            "seconds": round(self.before["seconds"] + now - self.begun, 2),
+            "peak_memory_bytes": max(self.before["peak_memory_bytes"], peak),
+        }
+        replace_text(self.file, json.dumps(self.before | found) + "\n")
 
 
 class _History:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,27 @@ class RecoverJob:
             rows.append(["attention", f"DoRA adapters of rank {options.attention_rank}, merged"])
         if options.quantize_aware:
             rows.append(["rounding", "to 4 bits in every step of the training"])
+        if seen := self.seen_words:
+            rows.append(["not held out", f"training has seen at least {seen}"])
         return rows
+
+    @cached_property
+    def seen(self) -> dict[str, float | None]:
+        """Share of each evaluation text that is trained on."""
+        return seen_shares(self.text, self.evaluation)
+
+    @property
+    def seen_words(self) -> str:
+        """The evaluation texts of which much is trained on; "" if there are none."""
+        shares = self.seen.items()
+        much = [f"{one:.0%} of {name}" for name, one in shares if (one or 0) >= MUCH]
+        return f"{', '.join(much)} (runs of {RUN} tokens)" if much else ""
+
+    @property
+    def evaluated(self) -> dict[str, int]:
+        """Window and stride of the evaluation, as cards have them."""
+        texts = self.evaluation.values()
+        return next(({"window": one.window, "stride": one.stride} for one in texts), {})
 
 
 def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> RecoverJob:
@@ -182,11 +203,10 @@ def check_recovery(run: RecoverJob, steps: Steps) -> None:
             parts["predictions"] = size
         else:
             require_space(run.options.scratch_folder, {"predictions": size})
-    shares = seen_shares(run.text, run.evaluation)
-    if much := [f"{one:.0%} of {name}" for name, one in shares.items() if (one or 0) >= MUCH]:
+    if run.seen_words:
         steps.say(
-            f"what is trained on holds at least {', '.join(much)} (runs of {RUN} tokens), so the "
-            "loss there says little about other text"
+            f"what is trained on holds at least {run.seen_words}, so the loss there says little "
+            "about other text"
         )
     needed, trained = needed_memory(
         run.student, run.deltas, run.options, windows * run.window, run.window

@@ -28,7 +28,7 @@ from pruning.report.card import Recovery
 from pruning.shrink.rounding import rounded_layer
 from pruning.stages.card import card_files
 from pruning.stages.export import mtp_source, pruned_source
-from pruning.stages.made_by import is_repaired, require_current
+from pruning.stages.made_by import OLDER, is_repaired, stale_exports
 from pruning.stages.repair import stored_repair
 from pruning.stages.sizes import export_of, form_of, kept_widths
 from pruning.stages.stored import stored_base, stored_recipe
@@ -94,7 +94,8 @@ def open_student(folder: Path, steps: Steps) -> Student:
     if is_run:
         source = pruned_source(base, plan, None, repair=repair)
         return Student(folder, recipe, base, plan, source, repair)
-    require_current(run, plan)
+    if folder.absolute() in stale_exports(run, plan):
+        raise InputError(f"{folder}: {OLDER}")
     source = open_checkpoint(folder, dtype=jnp.bfloat16)
     if source.about.widths != kept_widths(plan, base.about):
         raise InputError(
@@ -154,16 +155,15 @@ def fit_options(options: RecoverOptions, source: LayerSource) -> FitOptions:
     if balance is None:  # a bias that balances was trained without this loss
         balance = 0.0 if source.config.moe.correction_bias else BALANCE
     rate, router = options.learning_rate, options.router_learning_rate
-    assert rate and router and options.epochs and options.next_token is not None
-    assert options.next_token_from is not None
+    assert rate and router and options.epochs
     return FitOptions(
         learning_rate=router if options.train == "router" else rate,
         router_rate=1.0 if options.train == "router" else router / rate,
         epochs=options.epochs,
         batch=options.batch,
         accumulate=options.accumulate,
-        share_from=options.next_token_from,
-        share_to=options.next_token,
+        share_from=options.next_token_from or 0.0,
+        share_to=options.next_token or 0.0,
         balance=balance,
         patience=options.patience,
         seed=options.seed,
@@ -211,6 +211,10 @@ def _narrowed(changed: M, before: nnx.Module) -> M:
     return dataclasses.replace(changed, **narrow)  # type: ignore[type-var]
 
 
+def _shapes(layer: DecoderLayer, config: DeltaConfig) -> Deltas:
+    return jax.eval_shape(lambda one, key: init_deltas(one, config, key), layer, jax.random.key(0))
+
+
 def save_deltas(file: Path, deltas: Deltas) -> None:
     """Write trained changes, whole or not at all."""
     arrays = {name: jax.device_get(leaf) for name, leaf in named_leaves(deltas).items()}
@@ -221,9 +225,7 @@ def load_deltas(file: Path, source: LayerSource, config: DeltaConfig) -> Deltas:
     """What `save_deltas` wrote for a student."""
     shapes: Deltas = {}
     for index in range(len(source)):
-        layer, key = source.layer(index), jax.random.key(0)
-        found = jax.eval_shape(lambda layer, key: init_deltas(layer, config, key), layer, key)
-        for group, part in found.items():
+        for group, part in _shapes(source.layer(index), config).items():
             shapes.setdefault(group, {})[str(index)] = part
     stored = load_file(file)
     leaves = [jnp.asarray(stored[name]) for name in named_leaves(shapes)]
@@ -265,9 +267,7 @@ def needed_memory(
     weights, trained, widest = [], [], 0
     for index in range(len(student.source)):
         layer = student.source.layer(index)
-        found = jax.eval_shape(
-            lambda layer, key: init_deltas(layer, config, key), layer, jax.random.key(0)
-        )
+        found = _shapes(layer, config)
         weights.append(sum(leaf.nbytes for leaf in jax.tree.leaves(layer)))
         trained.append(sum(leaf.size for leaf in jax.tree.leaves(found)))
         widest = max(widest, sum(leaf.size for leaf in jax.tree.leaves(layer)))

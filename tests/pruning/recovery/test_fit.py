@@ -9,7 +9,14 @@ import torch
 from convert import load_model
 from pruning.recovery import teacher
 from pruning.recovery.deltas import DeltaConfig
-from pruning.recovery.fit import FitOptions, TrainingText, first_deltas, fit, held_out_losses
+from pruning.recovery.fit import (
+    Course,
+    FitOptions,
+    TrainingText,
+    first_deltas,
+    fit,
+    held_out_losses,
+)
 from pruning.recovery.forward import student_hidden, student_loss
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_type, read_predictions, write_predictions
@@ -124,9 +131,8 @@ def test_training_lowers_the_divergence_from_the_dense_model(texts, config, rate
     text, held, student, _ = texts
     options = FitOptions(learning_rate=rate, epochs=8, batch=4, measurements=4, remat=False)
     seen = []
-    found = fit(
-        student, text, held, config, options, on_held_out=lambda step, one: seen.append((step, one))
-    )
+    course = Course(text, held, config, options)
+    found = fit(student, course, on_held_out=lambda step, one: seen.append((step, one)))
     assert [step for step, _ in seen] == [0, 8, 16, 24, 32]
     best = min(one["loss"] for _, one in seen)
     assert best < 0.9 * seen[0][1]["loss"]

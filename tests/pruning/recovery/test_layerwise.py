@@ -1,12 +1,14 @@
 """Training layer by layer against the dense residual stream."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from moe_jax.stream import forward_hidden, mapped
 from pruning.recovery.deltas import DeltaConfig, merged
-from pruning.recovery.fit import FitOptions, TrainingText
+from pruning.recovery.fit import Course, FitOptions, TrainingText
 from pruning.recovery.forward import layer_deltas
 from pruning.recovery.layerwise import fit_layers
 from pruning.recovery.loss import predicted
@@ -20,6 +22,9 @@ OPTIONS = FitOptions(learning_rate=0.01, epochs=6, batch=2, measurements=3)
 
 def text(rows: slice) -> TrainingText:
     return TrainingText(TOKENS[rows], VALID[rows], predicted(VALID[rows]))
+
+
+COURSE = Course(text(slice(0, 10)), text(slice(10, 12)), CONFIG, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +42,7 @@ def error(dense, student) -> float:
 def test_each_layer_comes_nearer_to_the_dense_one_and_so_does_the_model(models):
     dense, student = models
     told = {}
-    deltas = fit_layers(
-        dense, student, text(slice(0, 10)), text(slice(10, 12)), CONFIG, OPTIONS,
-        on_layer=told.__setitem__,
-    )  # fmt: skip
+    deltas = fit_layers(dense, student, COURSE, on_layer=told.__setitem__)
     assert list(told) == [0, 1]
     recovered = mapped(student, lambda i, one: merged(one, layer_deltas(deltas, i), CONFIG))
     assert error(dense, recovered) < 0.9 * error(dense, student)
@@ -49,31 +51,26 @@ def test_each_layer_comes_nearer_to_the_dense_one_and_so_does_the_model(models):
 def test_a_student_that_is_the_dense_model_has_nothing_to_learn(models):
     dense, _ = models
     told = {}
-    deltas = fit_layers(
-        dense, dense, text(slice(0, 10)), text(slice(10, 12)), CONFIG, OPTIONS,
-        on_layer=told.__setitem__,
-    )  # fmt: skip
+    deltas = fit_layers(dense, dense, COURSE, on_layer=told.__setitem__)
     assert all(one["before"] < 1e-10 for one in told.values())
     same = mapped(dense, lambda i, one: merged(one, layer_deltas(deltas, i), CONFIG))
     assert error(dense, same) < 1e-8
 
 
 def test_a_killed_run_ends_bit_for_bit_where_an_undisturbed_one_does(models, tmp_path):
-    texts = (text(slice(0, 10)), text(slice(10, 12)))
-    straight = fit_layers(*models, *texts, CONFIG, OPTIONS)
+    told, killed = {}, {}
+    straight = fit_layers(*models, COURSE, on_layer=told.__setitem__)
 
     def interrupted(step, total):
         if step == total // 2 + 13:
             raise KeyboardInterrupt
 
+    course = dataclasses.replace(COURSE, checkpoints=tmp_path / "run", on_step=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit_layers(
-            *models, *texts, CONFIG, OPTIONS, checkpoints=tmp_path / "run", on_step=interrupted
-        )
+        fit_layers(*models, course)
     steps = []
-    found = fit_layers(
-        *models, *texts, CONFIG, OPTIONS, checkpoints=tmp_path / "run",
-        on_step=lambda step, total: steps.append(step),
-    )  # fmt: skip
+    course = dataclasses.replace(course, on_step=lambda step, total: steps.append(step))
+    found = fit_layers(*models, course, on_layer=killed.__setitem__)
     assert steps[0] == 40 and len(steps) == 20  # of thirty a layer; checkpoints after each ten
     jax.tree.map(np.testing.assert_array_equal, found, straight)
+    assert killed == told and list(told) == [0, 1]

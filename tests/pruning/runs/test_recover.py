@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from convert import load_model
 from moe_jax.stream import forward_hidden
@@ -16,8 +19,11 @@ from pruning import Steps, recover
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.recovery.deltas import DeltaConfig, rounded
 from pruning.recovery.forward import layer_deltas, student_hidden
+from pruning.stages import verify as verifying
+from pruning.stages.client import Answer
+from pruning.stages.recover_folder import RecoverFolder
 from pruning.stages.recovered import load_deltas, open_student, recovered_source
-from tests.support.command import refused, run
+from tests.support.command import given, refused, run
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (2, 12)).astype(np.int32)
 VALID = np.ones(TOKENS.shape, bool)
@@ -147,13 +153,126 @@ def test_a_killed_run_equals_an_undisturbed_one_bit_for_bit(scored, texts, tmp_p
 
     straight = train("straight")
     assert not train("killed", stop=7).exists()
+    took = tmp_path / "killed" / "training.json"
+    spent = json.loads(took.read_text())
+    assert 0 < spent["seconds"] < 600 and spent["peak_memory_bytes"] > 1e8
+    took.write_text(json.dumps({"seconds": 5000.0, "peak_memory_bytes": 1 << 50}))
     assert train("killed").read_bytes() == straight.read_bytes()
-    if mode == "model":
-        histories = [
-            json.loads((tmp_path / name / "history.json").read_text())
-            for name in ("straight", "killed")
-        ]
-        assert histories[0] == histories[1] and len(histories[0]["rows"]) > 10
+    both = json.loads(took.read_text())  # of the two sessions
+    assert 5000 < both["seconds"] < 5600 and both["peak_memory_bytes"] == 1 << 50
+    histories = [
+        json.loads((tmp_path / name / "history.json").read_text())
+        for name in ("straight", "killed")
+    ]
+    assert histories[0] == histories[1]
+    assert len(histories[0]["rows"]) > (10 if mode == "model" else 1)
+
+
+def stopped(folder: Path, output: Path, **how: Any) -> None:
+    """A run that is killed at the first step of its training."""
+    steps = Stopping(quiet=True)
+    steps.stop = 0
+    with pytest.raises(KeyboardInterrupt):
+        recover(folder, output=output, batch=2, steps=steps, **how)
+    assert not (output / "deltas.safetensors").exists()
+
+
+def test_predictions_in_a_shared_folder_are_of_the_run_that_reads_them(scored, texts, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Pack my box with five dozen liquor jugs! " * 20)
+    how: dict[str, Any] = {
+        "tokens": 448,
+        "export": ("ragged-bf16",),
+        "scratch": tmp_path / "scratch",
+    }
+    for place in ("one", "two"):  # folders of one name
+        stopped(scored, tmp_path / place / "out", text=(texts / "good.txt",), **how)
+    stopped(scored, tmp_path / "one" / "out", text=(other,), overwrite=True, **how)
+    stopped(scored, tmp_path / "alone", text=(other,), **(how | {"scratch": None}))
+    wanted = np.load(tmp_path / "alone" / "predictions.npy")
+    found = [np.load(path) for path in (tmp_path / "scratch").iterdir()]
+    assert len(found) == 2  # what was overwritten is gone
+    assert sorted(np.array_equal(one, wanted) for one in found) == [False, True]
+
+
+def test_an_overwriting_run_that_was_killed_begins_anew(scored, texts, recovered, tmp_path):
+    out = Path(shutil.copytree(recovered, tmp_path / "out"))
+    how = {
+        "text": (texts / "good.txt",), "tokens": 448, "train": "full", "quantize_aware": True,
+        "learning_rate": 0.003, "epochs": 3, "export": ("ragged-bf16", "ragged-int4"),
+        "overwrite": True,
+    }  # fmt: skip
+
+    def killed(self, names):
+        (out / names[0]).unlink()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RecoverFolder, "_remove", killed)
+        recover(scored, output=out, batch=2, steps=Steps(quiet=True), **how)
+    assert not (out / "recover.json").exists() and (out / "deltas.safetensors").exists()
+    stopped(scored, out, **how)
+    assert not (out / "exports").exists() or not list((out / "exports").iterdir())
+
+
+@pytest.fixture(scope="module")
+def repaired(models, tmp_path_factory) -> Path:
+    """A run whose weights were repaired, with an export of them."""
+    folder = tmp_path_factory.mktemp("repaired")
+    words = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs!".split()
+    rng = np.random.default_rng(0)
+    (folder / "words.txt").write_text(" ".join(rng.choice(words, 400)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verifying, "client_answer", lambda *_: Answer(undone="of no interest here"))
+        how = ("--prune-rate", 0.5, "--window", 32, "--bits", 16, "--repair", "layer")
+        text = given(folder, folder / "out", "words.txt")
+        assert run("compress", models / "single", *text, *how) == 0
+    return folder / "out"
+
+
+def test_an_export_that_was_not_repaired_is_trained_as_it_is(repaired):
+    steps = Steps(quiet=True)
+    plain = Path(shutil.copytree(repaired, repaired.parent / "plain"))
+    assert run("export", plain, "--export", "ragged-bf16", "--repair", "none", "--overwrite") == 0
+    pairs = [
+        (open_student(repaired, steps), open_student(repaired / "exports/ragged-bf16", steps)),
+        (open_student(plain / "exports/ragged-bf16", steps),) * 2,
+    ]
+    assert [one.repair is None for pair in pairs for one in pair] == [False, False, True, True]
+    downs = [[one.source.layer(1).mlp.experts.w_down for one in pair] for pair in pairs]
+    np.testing.assert_array_equal(*downs[0])
+    assert np.abs(downs[0][0] - downs[1][0]).max() > 1e-3
+
+
+def weights(export: Path) -> dict[str, np.ndarray]:
+    """All tensors but those of routers."""
+    found = {}
+    for file in export.glob("*.safetensors"):
+        found |= load_file(file)
+    return {name: one for name, one in found.items() if not name.endswith("mlp.gate.weight")}
+
+
+@pytest.mark.parametrize(
+    ("place", "mode"), [(".", "model"), (".", "layer"), ("exports/ragged-bf16", "model")]
+)
+def test_training_begins_with_the_repaired_weights_and_the_card_says_both(
+    repaired, texts, tmp_path, monkeypatch, place, mode
+):
+    monkeypatch.setattr(verifying, "client_answer", lambda *_: Answer(undone="of no interest here"))
+    recover(
+        repaired / place, text=(texts / "good.txt",), output=tmp_path / "out", tokens=448, batch=2,
+        train="router", mode=mode, export=("ragged-bf16",), steps=Steps(quiet=True),
+    )  # fmt: skip
+    found = weights(tmp_path / "out/exports/ragged-bf16")
+    wanted = weights(repaired / "exports/ragged-bf16")
+    assert found.keys() == wanted.keys()
+    for name, one in wanted.items():
+        np.testing.assert_array_equal(found[name], one, name)
+    card = (tmp_path / "out/exports/ragged-bf16/README.md").read_text()
+    assert "refitted by least squares" in card and "then trained, see below" in " ".join(
+        card.split()
+    )
+    assert "Training after pruning" in card
 
 
 NONSENSE = {
@@ -166,6 +285,14 @@ NONSENSE = {
     "no integers": (
         ("--text", "good.txt", "--quantize-aware"),
         r"quantize_aware=True needs an int4 export, and ragged-bf16 is none",
+    ),
+    "predictions by layers": (
+        ("--text", "good.txt", "--mode", "layer", "--next-token", "0.5"),
+        r"next_token=0\.5 is about predicted tokens, and mode='layer' predicts none",
+    ),
+    "answers by layers": (
+        ("--text", "good.txt", "--mode", "layer", "--loss-on", "answers"),
+        r"loss_on='answers' is about predicted tokens, and mode='layer' predicts none",
     ),
     "attention by layers": (
         ("--text", "good.txt", "--mode", "layer", "--attention-rank", "2"),
@@ -203,6 +330,10 @@ def test_presets_fill_in_what_is_not_given():
     assert (paper.learning_rate, paper.router_learning_rate) == (1e-4, 1e-6)
     assert (paper.rank, paper.alpha, paper.router_rank, paper.epochs) == (32, 128.0, 4, 2)
     assert not paper.needs_teacher and paper.next_token_from == 1
+    alone: dict[str, Any] = {"preset": "paper", "train": "router"}
+    named = RecoverOptions(text=("a",), output="o", learning_rate=1e-3, **alone).filled()
+    assert named.router_learning_rate == 1e-3  # what is asked for, not the preset's
+    assert RecoverOptions(text=("a",), output="o", **alone).filled().router_learning_rate == 1e-6
     mixed = RecoverOptions(text=("a",), output="o", next_token=0.5, next_token_from=0.0).filled()
     assert mixed.needs_teacher and mixed.epochs == 1
     assert (mixed.next_token_from, mixed.next_token) == (0.0, 0.5)
