@@ -12,6 +12,9 @@ from convert.mtp import mtp_prefixes
 from convert.rules import EMBEDDING
 from convert.stored import Stored
 
+# Modules outside of a wrapper's text model, as files, programs and a text model alone name that.
+OTHER_PARTS = r"re:(?!(.*\.)?language_model\.|(model\.)?layers\.)"
+
 
 def quantization_config(
     base: Description,
@@ -44,7 +47,7 @@ def quantization_config(
             return float8.quantization_config(drafting, base.hf_config["quantization_config"])
         return float8.quantization_config([*plain, *drafting], None)
     wrapped = base.family.wrapper is not None
-    plain = _anywhere(plain, base.beside) if wrapped else plain
+    plain = _anywhere(plain) if wrapped else plain
     if form.mtp != "drop":
         # Not by exact names: vLLM asks for some of these modules under the name of several.
         prefixes = (re.escape(prefix) for prefix in mtp_prefixes(base.family, base.hf_config))
@@ -52,18 +55,14 @@ def quantization_config(
     return compressed_tensors.quantization_config(plain, form.group_size)
 
 
-def _anywhere(plain: Iterable[str], beside: Iterable[str]) -> list[str]:
+def _anywhere(plain: Iterable[str]) -> list[str]:
     """Modules of a wrapper that stay 16-bit: those of its text model and all of its other parts.
 
-    As patterns: its class in transformers has other names in front than its files.
+    As patterns: its class in transformers has other names in front than its files, and may have
+    parts of which the files hold nothing.
     """
     inner = (name.removeprefix("model.") for name in plain)
-    parts = {name.removeprefix("model.").partition(".")[0] for name in beside}
-    return [
-        "lm_head",
-        *(rf"re:(.*\.)?{re.escape(name)}$" for name in inner),
-        *(rf"re:(.*\.)?{re.escape(part)}\." for part in sorted(parts)),
-    ]
+    return ["lm_head", *(rf"re:(.*\.)?{re.escape(name)}$" for name in inner), OTHER_PARTS]
 
 
 def _matrices(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

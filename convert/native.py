@@ -5,18 +5,19 @@ down lie along the channels: those that are kept or removed whole keep their cod
 keeps a part of some group is rounded a second time there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from convert.checkpoint import Checkpoint
-from convert.rules import layer_rules
+from convert.rules import TensorRule, layer_rules
 from convert.view import OnRounded
 from moe_jax.experts.moe import MoE
-from moe_jax.quant import MIN_SCALE, QTensor, dequantize, quantize
+from moe_jax.quant import MIN_SCALE, QTensor, Weight, dequantize, quantize
 from moe_jax.transformer import DecoderLayer
 
 
@@ -39,23 +40,51 @@ def with_native_codes(
     Returns:
       The layer; weights that `about.is_native` are `QTensor`, all others as they were.
     """
+    assert base.about.native is not None and base.about.native.group_size is not None
+    group = base.about.native.group_size
+
+    def of_experts(rule: TensorRule, name: str, counts: np.ndarray, pool: Array) -> QTensor:
+        experts = _Experts(base, name, counts, keep, group)
+        rows = rule.layout == "expert_rows"
+        parts = experts.rows() if rows else experts.columns(np.asarray(pool), on_rounded)
+        return _tensor(parts, group, axis=int(rows), rows=len(pool))
+
+    def of_matrix(codes: np.ndarray, scale: np.ndarray) -> QTensor:
+        return _tensor([_part(codes, scale)], group, axis=1, rows=len(codes))
+
+    return with_coded(base, index, layer, of_experts, of_matrix)
+
+
+def with_coded(
+    base: Checkpoint,
+    index: int,
+    layer: DecoderLayer,
+    of_experts: Callable[[TensorRule, str, np.ndarray, Array], Weight],
+    of_matrix: Callable[[np.ndarray, np.ndarray], Weight],
+) -> DecoderLayer:
+    """Put coded weights in the place of those that a model stores in few bits.
+
+    Args:
+      base: the dense model, whose `about.native` is not None.
+      index: of the layer.
+      layer: pruned, its weights dequantised.
+      of_experts: (rule, name with `{expert}` left open, channels kept [E], pool of the experts'
+        values) -> one weight of all experts; not asked of a layer that lost all of them.
+      of_matrix: (codes, scale) as stored -> any other weight.
+
+    Returns:
+      The layer; weights that are not `about.is_native` are as they were.
+    """
     about, coded = base.about, {}
-    assert about.native is not None and about.native.group_size is not None
-    group = about.native.group_size
     for rule, name in layer_rules(about.family.rules, about.config, index):
         if rule.is_linear and rule.is_of_expert:
             assert isinstance(layer.mlp, MoE)
             counts = np.asarray(layer.mlp.experts.count)
-            if not counts.any():  # a layer that lost all its experts
-                continue
-            pool = getattr(layer.mlp.experts, rule.ours.rpartition(".")[2])
-            experts = _Experts(base, name, counts, keep, group)
-            rows = rule.layout == "expert_rows"
-            parts = experts.rows() if rows else experts.columns(np.asarray(pool), on_rounded)
-            coded[rule.ours] = _tensor(parts, group, axis=int(rows), rows=len(pool))
+            if counts.any():
+                pool = getattr(layer.mlp.experts, rule.ours.rpartition(".")[2])
+                coded[rule.ours] = of_experts(rule, name, counts, pool)
         elif rule.is_linear and about.is_native(name):
-            codes, scale = base.read_codes(name)
-            coded[rule.ours] = _tensor([_part(codes, scale)], group, axis=1, rows=len(codes))
+            coded[rule.ours] = of_matrix(*base.read_codes(name))
 
     def code(keys, leaf):
         return coded.get(jax.tree_util.keystr(keys, simple=True, separator="."), leaf)

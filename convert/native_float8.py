@@ -8,14 +8,14 @@ rounded a second time.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from convert.checkpoint import Checkpoint
-from convert.rules import layer_rules
+from convert.native import with_coded
+from convert.rules import TensorRule
 from convert.view import OnRounded
-from moe_jax.experts.moe import MoE
 from moe_jax.float8 import BLOCK, CODE, Float8Tensor, round_blocks
 from moe_jax.transformer import DecoderLayer
 
@@ -41,24 +41,15 @@ def with_native_blocks(
     Returns:
       The layer; weights that `about.is_native` are `Float8Tensor`, all others as they were.
     """
-    about, coded = base.about, {}
-    for rule, name in layer_rules(about.family.rules, about.config, index):
-        if rule.is_linear and rule.is_of_expert:
-            assert isinstance(layer.mlp, MoE)
-            counts = np.asarray(layer.mlp.experts.count)
-            if not counts.any():  # a layer that lost all its experts
-                continue
-            pool = getattr(layer.mlp.experts, rule.ours.rpartition(".")[2])
-            experts = _Experts(base, name, rule.layout == "expert_columns", keep, on_rounded)
-            coded[rule.ours] = _tensor(experts.parts(np.flatnonzero(counts)), len(pool))
-        elif rule.is_linear and about.is_native(name):
-            codes, scale = base.read_codes(name)
-            coded[rule.ours] = _tensor([(codes, scale.astype(np.float32))], len(codes))
 
-    def code(keys, leaf):
-        return coded.get(jax.tree_util.keystr(keys, simple=True, separator="."), leaf)
+    def of_experts(rule: TensorRule, name: str, counts: np.ndarray, pool: Array) -> Float8Tensor:
+        experts = _Experts(base, name, rule.layout == "expert_columns", keep, on_rounded)
+        return _tensor(experts.parts(np.flatnonzero(counts)), len(pool))
 
-    return jax.tree.map_with_path(code, layer)
+    def of_matrix(codes: np.ndarray, scale: np.ndarray) -> Float8Tensor:
+        return _tensor([(codes, scale.astype(np.float32))], len(codes))
+
+    return with_coded(base, index, layer, of_experts, of_matrix)
 
 
 @dataclass(frozen=True)

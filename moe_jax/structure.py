@@ -1,7 +1,7 @@
 """What a model is besides its numbers, as plain JSON: classes, static fields, shapes and dtypes.
 
 Pruned models differ from what their config alone says: layer by layer in the width of their pools,
-weight by weight in whether it is an array or a `QTensor`. So the whole tree is written down, and
+weight by weight in whether it is an array or in few bits. So the whole tree is written down, and
 the tree can be rebuilt without the program that made it.
 """
 
@@ -28,7 +28,7 @@ from moe_jax.experts.dense import DenseMLP, SharedExpert
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.norm import Centred
-from moe_jax.quant import CODED, QTensor
+from moe_jax.quant import CODED
 from moe_jax.transformer import DecoderLayer, Embedding, Transformer
 
 VERSION = 1
@@ -36,7 +36,7 @@ CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         *(Transformer, Embedding, DecoderLayer, Attention, LatentAttention),
-        *(LinearAttention, MoE, Experts, SharedExpert, DenseMLP, QTensor, Centred),
+        *(LinearAttention, MoE, Experts, SharedExpert, DenseMLP, *CODED, Centred),
         *(ModelConfig, AttentionConfig, LatentAttentionConfig, LinearAttentionConfig),
         *(RopeConfig, MoEConfig, Activation),
     )

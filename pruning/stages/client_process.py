@@ -38,7 +38,7 @@ from typing import Any
 
 IDLE = 60  # seconds
 UNKNOWN = ("does not recognize this architecture", "Unrecognized configuration class")
-NO_GPU = "No GPU or XPU found"  # transformers 4, of 8-bit floats
+NO_GPU = "No GPU or XPU found"  # transformers 4 of 8-bit floats, asked to dequantise them or not
 FULL = ("can't allocate memory", "not enough memory", "std::bad_alloc")  # as torch says it
 
 
@@ -87,7 +87,8 @@ def _run(request: dict) -> None:
         (exchange / "undone.txt").write_text(str(error))
     except BaseException as error:
         lacks = not request.get("known", True) and any(words in str(error) for words in UNKNOWN)
-        if lacks or NO_GPU in str(error):
+        lacks |= request.get("storage") == "fp8" and str(error).startswith(NO_GPU)
+        if lacks:
             (exchange / "undone.txt").write_text(str(error).splitlines()[0])
         elif isinstance(error, MemoryError) or any(words in str(error) for words in FULL):
             (exchange / "undone.txt").write_text("its memory ran out")

@@ -253,10 +253,20 @@ def _client_checks(export: Export, answer: Answer, wanted: Logits) -> list[Check
     prefixes = mtp_prefixes(export.base.family, export.base.hf_config)
     mtp = tuple(map(export.stored_name, prefixes))
     known = {k: [v for v in value if not v.startswith(mtp)] for k, value in answer.loading.items()}
+    missing = known.get("missing_keys", [])
+    absent = _other_parts(missing) if export.base.outer and not export.base.beside else set()
+    known["missing_keys"] = [name for name in missing if name not in absent]
     problems = {key: value[:3] for key, value in known.items() if value}
     detail = str(problems) if problems else "none missing, unexpected or mismatched"
+    detail += f", but for {len(absent)} of other parts, of which the model has none" * bool(absent)
     checks = [Check(form.name, loads, not problems, detail)]
     return [*checks, logit_check(form.name, IN_TRANSFORMERS, answer.logits, *wanted)]
+
+
+def _other_parts(names: list[str]) -> set[str]:
+    """Those that classes of transformers have outside of a wrapper's text model."""
+    own = ("language_model", "lm_head")
+    return {name for name in names if not any(part in own for part in name.split("."))}
 
 
 def written_form(

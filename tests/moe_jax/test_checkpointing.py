@@ -24,7 +24,6 @@ from moe_jax import (
     AttentionConfig,
     ModelConfig,
     MoEConfig,
-    QTensor,
     RopeConfig,
     init,
     restore_model,
@@ -33,7 +32,8 @@ from moe_jax import (
 from moe_jax.config import Activation, LatentAttentionConfig, LinearAttentionConfig
 from moe_jax.experts.pool import pooled_experts
 from moe_jax.norm import Centred
-from moe_jax.quantized import quantize_layer
+from moe_jax.quant import CODED
+from moe_jax.quantized import float8_layer, quantize_layer
 from moe_jax.sharding import split_over
 from moe_jax.structure import CLASSES, describe
 from moe_jax.transformer import Head
@@ -127,11 +127,17 @@ def packed(model, group_size=8):
     return dataclasses.replace(model, layers=layers)
 
 
+def in_8_bits(model):
+    layers = tuple(float8_layer(layer) for layer in model.layers)
+    return dataclasses.replace(model, layers=layers)
+
+
 MODELS = {
     "dense": lambda: init(GROUPED, jax.random.key(0)),
     "bfloat16, emptied experts": lambda: pruned(GROUPED, jnp.bfloat16),
     "int4, latent attention, a dense layer, tied": lambda: packed(pruned(LATENT, rows=(48, 32))),
     "biases, sinks, windows, cut experts, another activation": lambda: pruned(BIASED),
+    "8-bit floats, a dense layer": lambda: in_8_bits(pruned(GROUPED)),
     "int4, linear attention, centred norms": lambda: packed(pruned(HYBRID, rows=(48, 32))),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -192,10 +198,8 @@ def test_every_module_and_config_of_the_library_can_be_written_down():
             ):
                 found.add(cls)
     assert len(found) > 10
-    assert found - {Head} == set(CLASSES.values()) - {
-        QTensor,
-        Centred,
-    }  # a Head is made of others' parts
+    # A Head is made of others' parts.
+    assert found - {Head} == set(CLASSES.values()) - {*CODED, Centred}
 
 
 def test_what_cannot_be_written_down_is_refused_before_anything_is_written(tmp_path):

@@ -1,6 +1,7 @@
 """Models that see images: the text model is pruned, all else is copied byte for byte."""
 
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ from convert import (
 )
 from convert.export import Export
 from convert.export_format import ExportFormat
+from convert.few_bits import OTHER_PARTS
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
+from pruning.kit.errors import VerificationError
 from pruning.runs.apply import apply_plan
 from pruning.shrink.prune import PrunedSource
+from pruning.stages import verify
 from pruning.stages.sizes import kept_widths
 from tests.support import quantized, tiny, wrapped
 from tests.support.command import change_config, run
@@ -170,6 +174,63 @@ def test_a_text_model_in_4_bits_is_verified_inside_the_whole(checkpoint, tmp_pat
     whole = wrapped.image_logits(reference, family)
     assert np.isfinite(found).all() and 1e-2 < np.abs(found - whole).max()
     assert np.abs(found[:, 7:] - wrapped.image_logits(_blind(loaded), family)[:, 7:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("checkpoint", ["glm4v_moe", "kimi_k25"], indirect=True)
+def test_a_text_model_without_the_parts_around_it_is_verified_too(
+    checkpoint, tmp_path, monkeypatch
+):
+    """Their class has them, and what no file holds must be neither quantised nor asked for."""
+    whole, plan, _ = checkpoint
+    model = shutil.copytree(whole.about.folder, tmp_path / "model")
+    tensors = stored(model)
+    kept = tensors.keys() - others(tensors, whole.about.family.model_type).keys()
+    assert kept < tensors.keys()
+    save_file({n: tensors[n] for n in kept}, model / "model.safetensors", {"format": "pt"})
+    base = open_checkpoint(model, dtype=jnp.bfloat16)
+    same = PruningPlan(plan.keep, plan.layer_indices, {"model_hash": base.fingerprint})
+    (tmp_path / "plan").mkdir()
+    same.save(tmp_path / "plan")
+    arguments = {"export": ["padded-int4", "padded-bf16"], "group_size": 32}
+    checks = apply_plan(tmp_path / "plan", str(model), tmp_path / "out", **arguments)
+    assert all(check.ok and check.done for check in checks)
+    loads = [check.detail for check in checks if check.check == "transformers loads every tensor"]
+    assert len(loads) == 2 and all(
+        "of other parts, of which the model has none" in d for d in loads
+    )
+
+    answers, real = [], verify.client_answer
+
+    def lacking(*asked):  # a tensor of the text model as well
+        answer = real(*asked)
+        name = "model.language_model.layers.1.self_attn.o_proj.weight"
+        answer.loading["missing_keys"].append(name)
+        answers.append(name)
+        return answer
+
+    monkeypatch.setattr(verify, "client_answer", lacking)
+    with pytest.raises(VerificationError, match=r"missing_keys.*o_proj.weight'\]"):
+        apply_plan(tmp_path / "plan", str(model), tmp_path / "again", export=["padded-bf16"])
+    assert answers
+
+
+@pytest.mark.parametrize(
+    ("module", "other"),
+    [
+        ("model.visual.blocks.0.mlp.up_proj", True),
+        ("visual.layers.0.mlp.up_proj", True),
+        ("model.vision_tower.encoder.layers.0.mlp.fc0", True),
+        ("vision_tower.layers.0.wqkv", True),
+        ("mm_projector.proj.0", True),
+        ("model.language_model.layers.1.mlp.experts.0.up_proj", False),
+        ("language_model.model.layers.1.self_attn.o_proj", False),
+        ("language_model.layers.1.mlp.experts.0.up_proj", False),
+        ("model.layers.1.mlp.experts.0.up_proj", False),
+        ("layers.1.mlp.experts.0.up_proj", False),
+    ],
+)
+def test_modules_outside_of_the_text_model_are_told_by_their_names(module, other):
+    assert bool(re.match(OTHER_PARTS.removeprefix("re:"), module)) == other
 
 
 def test_a_text_model_under_its_published_name_is_read_too(tmp_path):

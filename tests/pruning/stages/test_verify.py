@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.cli.tables import checks_table
 from pruning.kit.errors import VerificationError
@@ -292,6 +293,8 @@ def crashed(): os.kill(os.getpid(), signal.SIGSEGV)
 def refused(): raise ValueError("this folder is no model")
 def filled(): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
 def lacking(): raise ImportError("accelerate is not installed")
+def gpu(): raise RuntimeError("No GPU or XPU found. A GPU or XPU is needed for FP8 quantization.")
+def wrong(): raise ValueError("a is wrong, no matter that No GPU or XPU found")
 def online(): socket.create_connection(("127.0.0.1", 9))
 def silent(): time.sleep(100)
 def parent(): os.kill(os.getppid(), signal.SIGKILL)
@@ -309,26 +312,43 @@ ENDS = {
     "refused": ("fault", "ended with code 1: seen .* ValueError: this folder is no model"),
     "filled": ("undone", "its memory ran out"),
     "lacking": ("undone", "accelerate is not installed"),
+    "gpu": ("fault", "RuntimeError: No GPU or XPU found"),  # of 16 bits, which need none
     "online": ("fault", "OSError: the check of an export uses no network"),
     "silent": ("undone", "the process gave no answer in 1 s"),
     "parent": ("undone", "its process ended with SIGKILL"),
 }
 
 
+def scripted_answer(folder, monkeypatch, name, export) -> Answer:
+    """What is made of a client that does what a function of `CLIENT` does."""
+    program = folder / "client.py"
+    program.write_text(CLIENT.format(program=str(client.PROGRAM)))
+    monkeypatch.setattr(client, "PROGRAM", program)
+    client._process.cache_clear()
+    try:
+        return client_answer(folder / name, export, np.zeros((1, 4), np.int32))
+    finally:
+        client._end()
+
+
+@pytest.mark.parametrize("name", ["gpu", "wrong"])
+def test_only_that_transformers_4_wants_a_gpu_for_8_bits_leaves_a_check_undone(
+    exported, tmp_path, monkeypatch, name
+):
+    export = export_of_(exported / "exports" / "padded-bf16")
+    export = dataclasses.replace(export, form=ExportFormat("padded-fp8"))
+    found = scripted_answer(tmp_path, monkeypatch, name, export)
+    assert found.undone.startswith("No GPU or XPU found") == (name == "gpu")
+    assert bool(found.fault) == (name == "wrong") and found.logits is None
+
+
 @pytest.mark.parametrize("name", ENDS)
 def test_a_process_that_dies_is_the_end_of_a_check_and_not_of_the_run(
     exported, tmp_path, monkeypatch, name
 ):
-    program = tmp_path / "client.py"
-    program.write_text(CLIENT.format(program=str(client.PROGRAM)))
-    monkeypatch.setattr(client, "PROGRAM", program)
     monkeypatch.setattr(client, "PATIENCE", 1 if name == "silent" else 100)
-    client._process.cache_clear()
     export = export_of_(exported / "exports" / "padded-bf16")
-    try:
-        found = client_answer(tmp_path / name, export, np.zeros((1, 4), np.int32))
-    finally:
-        client._end()
+    found = scripted_answer(tmp_path, monkeypatch, name, export)
     where, words = ENDS[name]
     assert re.search(words, getattr(found, where)) and found.logits is None
     assert not (found.undone if where == "fault" else found.fault)
