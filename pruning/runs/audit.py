@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from matplotlib.figure import Figure
 
 from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers, replace_text
-from moe_jax.json_files import parse_json
-from pruning.kit.fitting import misfits
 from pruning.kit.progress import Steps
+from pruning.measure.ablation_record import RECORD, Losses, append, begin_section, read_record
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
 from pruning.measure.tokens import view_tokens
@@ -35,22 +33,9 @@ from pruning.stages.writer import only_writer
 from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows
 
-RECORD = "ablations.jsonl"
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions
 EVALUATION_TEXTS = 3  # beside the calibration text
 TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A line of `RECORD`: an `Ablation`, and losses in nats, summed over the text."""
-
-    layer: int
-    expert: int
-    channel: int | None
-    reroute: bool
-    dense: float
-    loss: float
 
 
 def check_sample(*, experts: int, channels: int, tokens: int) -> None:
@@ -212,15 +197,12 @@ def some_windows(batch: TokenBatch | Windows, tokens: int) -> tuple[np.ndarray, 
     return batch.tokens[picked], batch.valid[picked]
 
 
-Losses = dict[Ablation, tuple[float, float]]  # dense loss and loss, nats summed over the text
-
-
 def _measure(job: Job, chosen: list[Ablation], text, valid, record: Path, steps: Steps) -> Losses:
     """Losses of all chosen ablations, those in `record` taken from there."""
     digest = sha256(text.tobytes() + valid.tobytes()).hexdigest()
     key = {"model_hash": job.base.fingerprint, "text": digest, "dtype": job.recipe.dtype}
     known = read_record(record, key)
-    _begin(record, key)
+    begin_section(record, key)
     left = [one for one in chosen if one not in known]
     _say_cost(left, chosen, len(job.base), text.size, steps)
     how = {"batch": min(job.recipe.batch, len(text)), "dtype": job.dtype}
@@ -233,7 +215,7 @@ def _measure(job: Job, chosen: list[Ablation], text, valid, record: Path, steps:
 
             dense, losses = ablate(job.base, text, valid, group, on_step=visited, **how)
             found = {one: (dense, float(loss)) for one, loss in zip(group, losses, strict=True)}
-            _append(record, found)
+            append(record, found)
             known |= found
     return {one: known[one] for one in chosen}
 
@@ -245,58 +227,3 @@ def _say_cost(left, chosen, layers: int, tokens: int, steps: Steps) -> None:
         f"audit: {len(left)} of {len(chosen)} ablations left to measure on {tokens:,} tokens, "
         f"{visits:,} layer visits, {visits / layers:,.0f} times a plain pass over them"
     )
-
-
-def _begin(record: Path, key: dict) -> None:
-    """Let what is appended to a record be of this model, text and dtype, after what others left."""
-    sections = [line for line in _lines(record) if "model_hash" in line]
-    if not sections or sections[-1] != key:
-        with open(record, "a", encoding="utf-8") as file:
-            file.write(json.dumps(key) + "\n")
-
-
-def _append(record: Path, found: Losses) -> None:
-    lines = [
-        {"layer": one.layer, "expert": one.expert, "channel": one.channel,
-         "reroute": one.reroute, "dense": dense, "loss": loss}
-        for one, (dense, loss) in found.items()
-    ]  # fmt: skip
-    with open(record, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_record(record: Path, key: dict) -> Losses:
-    """What earlier audits of the same model, text and dtype measured; others lie beside it.
-
-    Raises:
-      InputError: a line is damaged.
-    """
-    known: Losses = {}
-    section = None
-    for line in _lines(record):
-        if "model_hash" in line:
-            section = line
-        elif section == key:
-            dense, loss = line.pop("dense"), line.pop("loss")
-            known[Ablation(**line)] = dense, loss
-    return known
-
-
-def _lines(record: Path) -> list[dict[str, Any]]:
-    """Lines of a record: the key of a section, then its losses; a torn last one is removed."""
-    if not record.is_file():
-        return []
-    lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        replace_text(record, "".join(lines[:-1]))
-        lines.pop()
-    found = []
-    for number, text in enumerate(lines, 1):
-        try:
-            line = parse_json(text)
-        except InputError:
-            line = None
-        if not isinstance(line, dict) or not ("model_hash" in line or not misfits(_Line, line)):
-            raise InputError(f"{record}:{number} is damaged; remove the file, and measure again")
-        found.append(line)
-    return found

@@ -240,12 +240,12 @@ def _open_output(folder: Path) -> None:
     from pruning.budget.decide import plan_pruning
     from pruning.budget.plan import PruningPlan
     from pruning.budget.record import recorded_options
+    from pruning.measure.ablation_record import read_record
     from pruning.recipe.options import PlanOptions, part_of
     from pruning.recipe.recipe import load_recipe
     from pruning.report import comparison_page, compression_page
     from pruning.report.comparison import Comparison
     from pruning.report.compression import CompressionReport
-    from pruning.runs.audit import read_record
     from pruning.scores.statistics import load_statistics
     from pruning.shrink.gptq_model import codes_in
     from pruning.stages.made_by import stale_exports

@@ -10,6 +10,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pruning.measure.ablation_record import RECORD, read_record
 from pruning.measure.agreement import agreement, audit_report, sample_ablations, spearman
 from pruning.report.audit_figures import plot_misalign
 from pruning.report.drawing import BLUE, ORANGE
@@ -138,7 +139,7 @@ def test_an_audit_writes_numbers_rows_and_a_page(audited):
 
 
 def test_an_interrupted_audit_goes_on_where_it_stopped(audited, models, texts, monkeypatch):
-    record = audited / audit_stage.RECORD
+    record = audited / RECORD
     lines = record.read_text().splitlines(keepends=True)
     wanted = json.loads((audited / "audit.json").read_text())
     record.write_text("".join(lines[:8]) + lines[8][:20])  # killed in the middle of a line
@@ -159,10 +160,10 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(audited, models, texts, m
 
 
 def test_losses_of_another_text_are_not_taken_over(audited, models, texts, tmp_path):
-    record = audited / audit_stage.RECORD
-    (tmp_path / audit_stage.RECORD).write_text(record.read_text())
-    assert audit_stage.read_record(record, json.loads(record.read_text().splitlines()[0]))
-    assert not audit_stage.read_record(record, {"model_hash": "other"})
+    record = audited / RECORD
+    (tmp_path / RECORD).write_text(record.read_text())
+    assert read_record(record, json.loads(record.read_text().splitlines()[0]))
+    assert not read_record(record, {"model_hash": "other"})
 
 
 def test_a_scored_folder_is_audited_without_scoring_again(scored, tmp_path, capsys):
@@ -171,7 +172,7 @@ def test_a_scored_folder_is_audited_without_scoring_again(scored, tmp_path, caps
     assert command.run("audit", scored, "--experts", 2, "--channels", 0, "--output", out) == 0
     assert command.snapshot(scored) == before
     assert {path.name for path in out.iterdir()} == {
-        "audit.json", "audit.csv", "audit.html", audit_stage.RECORD,
+        "audit.json", "audit.csv", "audit.html", RECORD,
     }  # fmt: skip
     shown = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert "4 of 4 ablations left to measure" in shown
@@ -203,7 +204,7 @@ def test_a_record_keeps_what_was_measured_under_every_key(scored, tmp_path, caps
     count, second = left(256)  # another text
     assert count == "4" and second != first
     assert left(64) == ("0", first) and left(256) == ("0", second)
-    record = out / audit_stage.RECORD
+    record = out / RECORD
     record.write_text(record.read_text() + '{"layer"')  # killed in the middle of a line
     assert left(64) == ("0", first)
     for line in ("[]", "{", "{}", "1"):

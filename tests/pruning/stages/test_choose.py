@@ -222,15 +222,18 @@ def test_a_target_of_bytes_is_one_for_every_rule(finished, tmp_path, capsys):
     target = int(0.95 * whole["bytes"])
     assert run("plan", out, "--target-bytes", target) == 0
     shown = capsys.readouterr()
-    assert "Rules measured\n" in shown.out and "prune rate 0.25" not in shown.out + shown.err
+    assert "Rules measured" in [line.strip() for line in shown.out.splitlines()]
+    assert "prune rate 0.25" not in shown.out + shown.err
     plan = PruningPlan.load(out)
-    channel = 3 * 2 * open_job(load_recipe(out / "recipe.yaml")).base.config.d_model
     kept = {one["rule"]: one["kept"] for one in plan.provenance["choice"]["candidates"]}
-    before = PruningPlan.load(finished).counts.sum()
-    for name, count in kept.items():  # whole blocks, of every expert where all are as wide
-        size, step = whole["bytes"] - (before - count) * channel, 8 * channel
-        step *= plan.counts.size if name == "uniform-energy" else 1
-        assert target - step < size <= target, name
+    equal, ragged = kept.pop("uniform-energy"), sorted(kept.values())
+    # Blocks of 8 channels; where no expert is as wide as another, one may be emptied, which saves
+    # its place in the header too.
+    assert equal == int(plan.counts.sum()) < ragged[0] and ragged[-1] <= ragged[0] + 8
+    assert run("export", out, "--overwrite") == 0
+    written = (out / "exports" / "ragged-bf16" / "model.safetensors").stat().st_size
+    block = 8 * 3 * 2 * open_job(load_recipe(out / "recipe.yaml")).base.config.d_model
+    assert target - block * plan.counts.size < written <= target
     assert run("plan", out, "--target-bytes", 3000) == 2
     assert "bytes" in capsys.readouterr().err.splitlines()[-1]
 
