@@ -19,7 +19,7 @@ from tests.support.command import given, run
 # Runs the command and sends itself a signal at the moment a file would take its final name, or
 # while an export lies half written.
 STOPPED = """
-import gc, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
 moment, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
@@ -37,8 +37,7 @@ def stopping_fsync(descriptor):
 
 os.replace, os.fsync = stopping_replace, stopping_fsync
 import tests.conftest
-from pruning.cli import commands, main
-gc.freeze()  # as before each test
+from pruning.cli import main
 sys.exit(main(arguments))
 """
 EXPORT = "ragged-bf16"
