@@ -41,8 +41,6 @@ import pytest
 
 from moe_jax.programs import free_programs
 
-# Tracing makes and drops objects by the million, few of them in circles.
-gc.set_threshold(100_000, 20, 20)
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
