@@ -65,14 +65,17 @@ def is_linear(path: str) -> bool:
     return path.rpartition(".")[2].startswith("w_")
 
 
-def pack_nibbles(codes: Array) -> Array:  # [rows, cols] -> [rows, cols / 2]
-    """Pack integer codes in -8..7 two to a byte; the number of columns must be even."""
-    shifted = (codes.astype(jnp.int32) + 8).astype(jnp.uint8)
+def pack_nibbles(codes: AnyArray) -> AnyArray:  # [rows, cols] -> [rows, cols / 2]
+    """Pack integer codes in -8..7 two to a byte; the number of columns must be even.
+
+    Codes on the host are packed there, which compiles nothing.
+    """
+    shifted = (codes.astype(np.int32) + 8).astype(np.uint8)
     return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
 
 
 def unpack_nibbles(packed: AnyArray) -> AnyArray:  # [rows, cols / 2] -> [rows, cols]
-    """Inverse of `pack_nibbles`, as int8; of codes on the host, which compiles nothing, there."""
+    """Inverse of `pack_nibbles`, as int8, on the host as well."""
     xp: Any = np if isinstance(packed, np.ndarray) else jnp
     pairs = xp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
     return pairs.astype(xp.int8) - xp.int8(8)

@@ -246,7 +246,7 @@ class _OpenPool:
         """The experts with packed weights."""
         packed = {
             name: QTensor(
-                packed=pack_nibbles(jnp.asarray(self._codes[name])),
+                packed=jnp.asarray(pack_nibbles(self._codes[name])),
                 scale=jnp.asarray(self._scale[name]),
                 group_size=self._group,
                 axis=getattr(self._experts, name).axis,
