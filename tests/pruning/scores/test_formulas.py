@@ -330,8 +330,9 @@ def wanda(block: Block, e: int, rows: list[Row]) -> np.ndarray:
 
 def saliency(block: Block, e: int, row: Row) -> np.ndarray:
     back = d_h(block, e, row)
-    # h is linear in what enters of the up projection, p or, within its bounds, p + 1.
-    projections = (row.h * back, row.h * back, row.g * back * row.h_g)
+    # What enters of gpt-oss' up projection is p + 1 within bounds, in which h is linear.
+    up = row.h * back if block.bias else row.p * back * row.h_p
+    projections = (row.h * back, up, row.g * back * row.h_g)
     return sum(map(abs, projections)) / 3
 
 
