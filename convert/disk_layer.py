@@ -60,7 +60,8 @@ def layer_codes(
     for rule in rules:
         value = _lookup(layer, rule.ours)
         if isinstance(value, QTensor):
-            group, codes = value.group_size if value.axis == 0 else 1, unpack_nibbles(value.packed)
+            group = value.group_size if value.axis == 0 else 1
+            codes = unpack_nibbles(np.asarray(value.packed))
         elif isinstance(value, Float8Tensor):
             group, codes = BLOCK, value.codes
         else:

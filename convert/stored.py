@@ -1,7 +1,7 @@
 """How an export holds each tensor of the model: in 16 bits or fewer, filled up to its width."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,16 +71,18 @@ def stored_layer(
       InputError: the layer has other tensors, or weights in groups of another size.
     """
     codes: dict[str, Codes] = {}
+    packed = {name for name, stored in tensors.items() if stored.packed}
     if form.is_integer or form.is_float8:
-        packed = {name for name, stored in tensors.items() if stored.packed}
-        paths = {rule.ours for rule in map(family.rule, packed) if rule is not None}
+        paths = _paths(family, packed)
         if form.is_float8:
             layer = float8_layer(layer, paths)
         else:
             layer = quantize_layer(layer, form.group_size, paths)
-        found = layer_codes(family.rules, layer, index)
-        codes = {name: code for name, code in found if name in packed}
-    here = {n: v for n, v in layer_to_hf(family.rules, layer, index) if n not in codes}
+        codes = dict(layer_codes(family.rules, layer, index))
+    # Dequantised is only what does not go to disk as codes.
+    coded = _paths(family, codes) - _paths(family, tensors.keys() - packed)
+    rules = [rule for rule in family.rules if rule.ours not in coded]
+    here = {n: v for n, v in layer_to_hf(rules, layer, index) if n not in packed or n not in codes}
     _require_all(here.keys() | codes.keys(), tensors, form)
     for name, stored in tensors.items():
         if not stored.packed:
@@ -94,6 +96,11 @@ def stored_layer(
             yield from _in_blocks(name, codes.get(name), stored)
         else:
             yield from _as_coded(name, codes.get(name), stored.shape, form.group_size)
+
+
+def _paths(family: Family, names: Iterable[str]) -> set[str]:
+    """Where a layer has the weights of these names."""
+    return {rule.ours for rule in map(family.rule, names) if rule is not None}
 
 
 def _require_all(found: Set[str], tensors: Mapping[str, Stored], form: ExportFormat) -> None:

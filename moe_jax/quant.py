@@ -1,9 +1,11 @@
 """Symmetric groupwise 4-bit weights."""
 
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -16,6 +18,8 @@ CODE_MIN, CODE_MAX = -8, 7
 # others be finer.
 SHRINKS = tuple(1 - step / 40 for step in range(17))
 ROWS_AT_ONCE = 4096
+
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
 @struct.dataclass
@@ -61,17 +65,20 @@ def is_linear(path: str) -> bool:
     return path.rpartition(".")[2].startswith("w_")
 
 
-def pack_nibbles(codes: Array) -> Array:  # [rows, cols] -> [rows, cols / 2]
-    """Pack integer codes in -8..7 two to a byte; the number of columns must be even."""
-    shifted = (codes.astype(jnp.int32) + 8).astype(jnp.uint8)
+def pack_nibbles(codes: AnyArray) -> AnyArray:  # [rows, cols] -> [rows, cols / 2]
+    """Pack integer codes in -8..7 two to a byte; the number of columns must be even.
+
+    Codes on the host are packed there, which compiles nothing.
+    """
+    shifted = (codes.astype(np.int32) + 8).astype(np.uint8)
     return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
 
 
-def unpack_nibbles(packed: Array) -> Array:  # [rows, cols / 2] -> [rows, cols]
-    """Inverse of `pack_nibbles`, as int8."""
-    low, high = packed & 0xF, packed >> 4
-    pairs = jnp.stack([low, high], axis=-1).reshape(packed.shape[0], -1)
-    return pairs.astype(jnp.int8) - jnp.int8(8)
+def unpack_nibbles(packed: AnyArray) -> AnyArray:  # [rows, cols / 2] -> [rows, cols]
+    """Inverse of `pack_nibbles`, as int8, on the host as well."""
+    xp: Any = np if isinstance(packed, np.ndarray) else jnp
+    pairs = xp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
+    return pairs.astype(xp.int8) - xp.int8(8)
 
 
 def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -> QTensor:

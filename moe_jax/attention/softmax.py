@@ -1,6 +1,7 @@
 """Causal softmax attention in blocks of queries, so that no [T, S] array of all heads exists."""
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 import chex
@@ -35,8 +36,7 @@ def attend(
     """Let every query see the valid keys at or before its position.
 
     Scores and their softmax are float32. Small problems are one product; larger ones loop over
-    sequences and blocks of queries, and recompute a block's scores in the backward pass. One long
-    function: its inner ones share the sizes of the blocks.
+    sequences and blocks of queries, and recompute a block's scores in the backward pass.
 
     Args:
       q: queries; N is a multiple of K, consecutive heads share a key head.
@@ -66,32 +66,50 @@ def attend(
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(shared, 1, -1), (1, size, 1))
         sinks = sinks.reshape(shared, -1, 1)
 
-    def block(q, at, k, v, keys, valid):
-        distance = at[:, None] - keys[None]
-        seen = (distance >= 0) & valid[None]
-        if window is not None:
-            seen &= distance < window
-        seen = jnp.repeat(seen, heads // shared, axis=0)
-        return _weighted_values(q, k, v, seen, scale, sinks)
-
-    def sequence(row):
-        q, at, k, v, keys, valid = row
-        groups = min(CAUSAL_GROUPS, len(q)) if own_keys else 1
-        bounds = [len(q) * group // groups for group in range(groups + 1)]
-        parts = []
-        for first, last in itertools.pairwise(bounds):
-            end = last * size
-            near = k[:, :end], v[:, :end], keys[:end], valid[:end]
-            one = jax.checkpoint(lambda part, near=near: block(*part, *near))
-            parts.append(jax.lax.map(one, (q[first:last], at[first:last])))
-        return jnp.concatenate(parts)
-
+    block = partial(_block, repeats=heads // shared, window=window, scale=scale, sinks=sinks)
     rows = q, at.reshape(batch, -1, size), k, v, key_position, key_valid
     if q.shape[1] == 1 and batch * heads * length * k.shape[2] <= BLOCK_SCORES:
         out = jax.vmap(lambda q, at, *keys: block(q[0], at[0], *keys)[None])(*rows)
     else:
-        out = jax.lax.map(sequence, rows)
+        out = jax.lax.map(partial(_sequence, block=block, size=size, own_keys=own_keys), rows)
     return _sequences(out, size, heads)[:, :length]
+
+
+def _block(
+    q: Array,  # [K, R, H]
+    at: Array,  # [R / repeats]
+    k: Array,  # [K, S, H]
+    v: Array,  # [K, S, G]
+    keys: Array,  # [S]
+    valid: Array,  # [S]
+    *,
+    repeats: int,
+    window: int | None,
+    scale: float,
+    sinks: Array | None,  # [K, R, 1]
+) -> Array:  # [K, R, G]
+    """One block of queries of one sequence; `repeats` rows have the position of a query."""
+    distance = at[:, None] - keys[None]
+    seen = (distance >= 0) & valid[None]
+    if window is not None:
+        seen &= distance < window
+    return _weighted_values(q, k, v, jnp.repeat(seen, repeats, axis=0), scale, sinks)
+
+
+def _sequence(
+    row: tuple[Array, ...], *, block: Callable[..., Array], size: int, own_keys: bool
+) -> Array:  # [T / size, K, R, G]
+    """All blocks of one sequence, of `size` queries each."""
+    q, at, k, v, keys, valid = row
+    groups = min(CAUSAL_GROUPS, len(q)) if own_keys else 1
+    bounds = [len(q) * group // groups for group in range(groups + 1)]
+    parts = []
+    for first, last in itertools.pairwise(bounds):
+        end = last * size
+        near = k[:, :end], v[:, :end], keys[:end], valid[:end]
+        one = jax.checkpoint(lambda part, near=near: block(*part, *near))
+        parts.append(jax.lax.map(one, (q[first:last], at[first:last])))
+    return jnp.concatenate(parts)
 
 
 def _blocks(q: Array, size: int, shared: int) -> Array:

@@ -5,6 +5,7 @@ Commands with a recipe find it, checked, in `options.made`.
 
 import argparse
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
@@ -45,6 +46,8 @@ from pruning.stages.sizes import folder_bytes
 from pruning.stages.writer import only_writer
 
 Options = argparse.Namespace
+
+gc.freeze()  # every stage collects garbage, which what was imported never becomes
 
 
 def compress(options: Options) -> Outcome:

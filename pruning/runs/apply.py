@@ -212,7 +212,7 @@ def _prepare(
     """Check all that can be checked, make the output folder; returns the exports to write."""
     output = Path(recipe.output)
     resumed = output_folder.may_resume(
-        recipe, (base.about.folder, source), lambda: _holds_no_other(output, plan)
+        recipe, (base.about.folder, source), lambda: _is_unfinished(recipe, plan)
     )
     missing = [n for n in recipe.export if not (resumed and (output / "exports" / n).exists())]
     for name in missing:
@@ -235,7 +235,11 @@ def _prepare(
     return missing
 
 
-def _holds_no_other(output: Path, plan: PruningPlan) -> bool:
+def _is_unfinished(recipe: ResolvedRecipe, plan: PruningPlan) -> bool:
+    """Whether the output folder holds no other plan, and lacks an export if it may be replaced."""
+    output = Path(recipe.output)
+    if recipe.overwrite and all((output / "exports" / name).exists() for name in recipe.export):
+        return False
     try:
         return PruningPlan.load(output).is_same(plan)
     except FileNotFoundError:  # killed before the plan was whole

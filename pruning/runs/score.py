@@ -35,7 +35,7 @@ def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStati
 
 def _score(recipe: CompressionRecipe, steps: Steps) -> ChannelStatistics:
     job = open_for(recipe, steps)
-    preflight.prepare(job, steps, exports=False)
+    preflight.prepare(job, steps, exports=False, last="statistics.json")
     statistics, _ = scoring.score(job, steps)
     return statistics
 

@@ -219,7 +219,7 @@ class _OpenPool:
         self._codes, self._scale = {}, {}
         for name in ("w_gate", "w_up", "w_down"):
             tensor = getattr(rounded, name)
-            self._codes[name] = np.array(unpack_nibbles(tensor.packed))
+            self._codes[name] = unpack_nibbles(np.asarray(tensor.packed))
             self._scale[name] = np.array(tensor.scale)
 
     def put(self, expert: int, gate_up: Coded, down: Coded, tokens: int) -> int:
@@ -246,7 +246,7 @@ class _OpenPool:
         """The experts with packed weights."""
         packed = {
             name: QTensor(
-                packed=pack_nibbles(jnp.asarray(self._codes[name])),
+                packed=jnp.asarray(pack_nibbles(self._codes[name])),
                 scale=jnp.asarray(self._scale[name]),
                 group_size=self._group,
                 axis=getattr(self._experts, name).axis,

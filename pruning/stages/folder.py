@@ -38,15 +38,23 @@ OURS = (
 FOLDERS = ("exports", "repair", "gptq", "parts")  # that hold some of them
 
 
-def is_interrupted(job: Job) -> bool:
+def is_interrupted(job: Job, last: str) -> bool:
     """Whether the output folder holds an unfinished run of this recipe, to be gone on with.
+
+    Args:
+      job: the opened recipe.
+      last: the file that the command writes last; what has it is replaced with `overwrite`.
 
     Raises:
       InputError: it holds something else that may not be replaced.
     """
     texts = (*job.recipe.calibration, *job.recipe.evaluation)
     read = (job.base.about.folder, *(TextSource.parse(text).path for text in texts))
-    unfinished = lambda: not (job.output / "report.json").exists()  # noqa: E731
+    ends = ("report.json", last) if job.recipe.overwrite else ("report.json",)
+
+    def unfinished() -> bool:
+        return not any((job.output / name).exists() for name in ends)
+
     return may_resume(job.recipe, read, unfinished, lambda: has_moved(job))
 
 

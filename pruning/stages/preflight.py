@@ -46,7 +46,7 @@ WRITTEN = {"statistics": ("parts", "statistics.*"), SCRATCH: (), "repair": ("rep
            "gptq": ("gptq",)}  # fmt: skip
 
 
-def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
+def prepare(job: Job, steps: Steps, *, exports: bool = True, last: str = "report.json") -> None:
     """Refuse what cannot end well, then make the output folder.
 
     Nothing in an old output folder is touched before every check has passed.
@@ -55,12 +55,13 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True) -> None:
       job: the opened recipe.
       steps: where progress and warnings go.
       exports: whether the run goes on to plan and export.
+      last: the file that the command writes last.
 
     Raises:
       InputError: an impossible plan, a bad weight, or an output folder in the way.
       OSError: the disk is too small.
     """
-    resumed = output_folder.is_interrupted(job)
+    resumed = output_folder.is_interrupted(job, last)
     if resumed:
         output_folder.clear_leftovers(job.output)
     base = job.base.about

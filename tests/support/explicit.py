@@ -4,6 +4,7 @@ transformers gives what enters and leaves every block of experts and the gradien
 are loops in float64 over tokens, experts and channels. Nothing here is shared with the library.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,10 +21,21 @@ class Row:
     g: np.ndarray  # [F]
     p: np.ndarray  # [F]
     h: np.ndarray  # [F]
+    h_g: np.ndarray  # [F], dh/dg
+    h_p: np.ndarray  # [F], dh/dp
     z: np.ndarray  # [D]
     d_z: np.ndarray  # [D]
     y: np.ndarray  # [D], routed output of the block
     q: float  # 1 / (|H|^2 + 1e-6), H the block's output with the residual stream
+
+
+@dataclass(frozen=True)
+class Biases:
+    """What gpt-oss adds to an expert's projections."""
+
+    gate: np.ndarray  # [F]
+    up: np.ndarray  # [F]
+    down: np.ndarray  # [D]
 
 
 @dataclass
@@ -34,6 +46,9 @@ class Block:
     up: list[np.ndarray]
     down: list[np.ndarray]  # [F, D], the columns of W_down
     router: np.ndarray  # [E, D]
+    router_bias: np.ndarray  # [E]
+    bias: list[Biases]  # of each expert; [] but for gpt-oss
+    limit: float  # of g and of |p| in gpt-oss
     norm: np.ndarray  # [D], weight of the norm before the experts
     rows: list[list[Row]]
     probability: list[np.ndarray] = field(default_factory=list)  # [E] of each token
@@ -49,10 +64,20 @@ def silu(value: np.ndarray) -> np.ndarray:
 
 
 def expert(block: Block, e: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
-    """g, p, h [F] and z [D] of one expert on one token."""
+    """g, p, h, dh/dg, dh/dp [F] and z [D] of one expert on one token."""
     g, p = block.gate[e] @ x, block.up[e] @ x
-    h = silu(g) * p
-    return g, p, h, sum(h[c] * block.down[e][c] for c in range(len(h)))
+    if not block.bias:
+        s = 1.0 / (1.0 + np.exp(-g))
+        h, h_g, h_p = silu(g) * p, p * s * (1.0 + g * (1.0 - s)), silu(g)
+        return g, p, h, h_g, h_p, sum(h[c] * block.down[e][c] for c in range(len(h)))
+    bias = block.bias[e]
+    g, p = g + bias.gate, p + bias.up
+    low, held = np.minimum(g, block.limit), np.clip(p, -block.limit, block.limit) + 1.0
+    s = 1.0 / (1.0 + np.exp(-1.702 * low))
+    h = held * low * s
+    h_g = np.where(g <= block.limit, held * s * (1.0 + 1.702 * low * (1.0 - s)), 0.0)
+    h_p = np.where(np.abs(p) <= block.limit, low * s, 0.0)
+    return g, p, h, h_g, h_p, sum(h[c] * block.down[e][c] for c in range(len(h))) + bias.down
 
 
 def total_loss(model, tokens: np.ndarray, valid: np.ndarray, gates=None) -> torch.Tensor:
@@ -65,9 +90,10 @@ def total_loss(model, tokens: np.ndarray, valid: np.ndarray, gates=None) -> torc
       gates: tensors [E] by layer, or None.
     """
     changed = {
-        f"model.layers.{layer}.mlp.experts.down_proj": gate[:, None, None]
-        * model.model.layers[layer].mlp.experts.down_proj
+        f"model.layers.{layer}.mlp.experts.{name}": gate.view(-1, *[1] * (value.ndim - 1)) * value
         for layer, gate in enumerate(() if gates is None else gates)
+        for name, value in model.model.layers[layer].mlp.experts.named_parameters()
+        if name in ("down_proj", "down_proj_bias")
     }
     given = {
         "input_ids": torch.tensor(tokens, dtype=torch.long),
@@ -83,12 +109,13 @@ def total_loss(model, tokens: np.ndarray, valid: np.ndarray, gates=None) -> torc
 def write_out(
     model, tokens: np.ndarray, valid: np.ndarray, top_k: int
 ) -> tuple[list[Block], float]:
-    """Every block of a qwen2_moe model in float64, and the summed next-token loss."""
+    """Every block of a qwen2_moe or gpt_oss model in float64, and the summed next-token loss."""
     seen: dict[int, dict] = {layer: {} for layer in range(len(model.model.layers))}
     handles = []
     for index, layer in enumerate(model.model.layers):
 
         def entered(module, given, out, index=index):
+            out = out[0] if isinstance(out, tuple) else out
             out.retain_grad()
             seen[index] |= {"x": given[0], "out": out}
 
@@ -111,26 +138,42 @@ def write_out(
     return blocks, loss.item()
 
 
+def _experts(layer) -> Block:
+    """The weights of a layer, nothing routed yet."""
+    weights = {name: w.detach().numpy() for name, w in layer.mlp.experts.named_parameters()}
+    joined, down = weights["gate_up_proj"], weights["down_proj"]
+    norm = layer.post_attention_layernorm.weight.detach().numpy()
+    rows = [[] for _ in joined]
+    if "down_proj_bias" not in weights:  # [E, 2 F, D] and [E, D, F]
+        width = joined.shape[1] // 2
+        router = layer.mlp.gate.weight.detach().numpy()
+        return Block(
+            gate=[one[:width] for one in joined], up=[one[width:] for one in joined],
+            down=[one.T for one in down], router=router, router_bias=np.zeros(len(router)),
+            bias=[], limit=math.inf, norm=norm, rows=rows,
+        )  # fmt: skip
+    both = zip(weights["gate_up_proj_bias"], weights["down_proj_bias"], strict=True)
+    return Block(  # [E, D, 2 F], gate and up in turn, and [E, F, D]
+        gate=[one[:, ::2].T for one in joined], up=[one[:, 1::2].T for one in joined],
+        down=list(down), router=layer.mlp.router.weight.detach().numpy(),
+        router_bias=layer.mlp.router.bias.detach().numpy(),
+        bias=[Biases(gate=one[::2], up=one[1::2], down=two) for one, two in both],
+        limit=layer.mlp.experts.limit, norm=norm, rows=rows,
+    )  # fmt: skip
+
+
 def _block(layer, x, out, gradient, valid, top_k: int) -> Block:
-    joined = layer.mlp.experts.gate_up_proj.detach().numpy()
-    width = joined.shape[1] // 2
-    down = layer.mlp.experts.down_proj.detach().numpy()
-    block = Block(
-        gate=[one[:width] for one in joined],
-        up=[one[width:] for one in joined],
-        down=[one.T for one in down],
-        router=layer.mlp.gate.weight.detach().numpy(),
-        norm=layer.post_attention_layernorm.weight.detach().numpy(),
-        rows=[[] for _ in joined],
-    )
+    block = _experts(layer)
     for b, t in zip(*np.nonzero(valid), strict=True):
         token = x[b, t]
-        logits = block.router @ token
+        logits = block.router @ token + block.router_bias
         probability = np.exp(logits - logits.max())
         probability /= probability.sum()
-        chosen = sorted(range(len(joined)), key=lambda e: -probability[e])[:top_k]
+        chosen = sorted(range(len(logits)), key=lambda e: -probability[e])[:top_k]
+        # gpt-oss takes the softmax of the chosen alone.
+        share = probability[chosen].sum() if block.bias else 1.0
         parts = {e: expert(block, e, token) for e in chosen}
-        y = sum(probability[e] * parts[e][3] for e in chosen)
+        y = sum(probability[e] / share * parts[e][-1] for e in chosen)
         q = 1.0 / (out[b, t] @ out[b, t] + 1e-6)
         block.probability.append(probability)
         block.q.append(q)
@@ -138,6 +181,6 @@ def _block(layer, x, out, gradient, valid, top_k: int) -> Block:
         block.x.append(token)
         block.sequence.append(int(b))
         for e in chosen:
-            w = float(probability[e])
+            w = float(probability[e] / share)
             block.rows[e].append(Row(int(b), token, w, *parts[e], d_z=w * gradient[b, t], y=y, q=q))
     return block

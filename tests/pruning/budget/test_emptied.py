@@ -236,7 +236,7 @@ def test_a_model_that_is_not_what_the_folder_is_to_hold_is_refused(model, tmp_pa
 
 def test_sizes_are_told_before(compressed, models, texts, tmp_path):
     path = tmp_path / "e.json"
-    arguments = ("--width", "experts", "--prune-rate", 0.5, "--emptied", "mean")
+    arguments = ("--no-probe", "--width", "experts", "--prune-rate", 0.5, "--emptied", "mean")
     assert run("estimate", models / "single", *arguments, "--expert-details", "--export",
                "ragged-bf16", "--json", path) == 0  # fmt: skip
     (found,) = json.loads(path.read_text())

@@ -47,10 +47,29 @@ def splits(groups: int, width: int) -> np.ndarray:
     return np.array(list(itertools.product(range(width + 1), repeat=groups)))
 
 
-def coverages(row) -> list[float]:
-    """Share of the score in the best 0, 1, ... channels."""
+def coverages(row, rho: float = 1.0) -> list[float]:
+    """Share of the score in the best 0, 1, ... channels; of what satisfies, a share `rho`."""
     ranked = sorted(row, reverse=True)
-    return [sum(ranked[:n]) / sum(ranked) for n in range(len(ranked) + 1)]
+    shares = [sum(ranked[:n]) / sum(ranked) for n in range(len(ranked) + 1)]
+    return [min(share, rho) / rho for share in shares] if rho < 1.0 else shares
+
+
+def values_of(rows, weights, degree, rho) -> list[list[float]]:
+    """Weighted utility of every group by its channels.
+
+    A channel beyond satisfaction adds nothing: it comes after all that do, the ranks of all groups
+    in turn, which a vanishing price says.
+    """
+    found = []
+    for group, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+        covered = coverages(row, rho)
+        beyond = [1 + n + group / 100 if covered[n] == 1.0 else 0.0 for n in range(len(row))]
+        prices = itertools.accumulate(beyond, initial=0.0)
+        found.append(
+            [weight * utility(degree)(r) - 1e-8 * price
+             for r, price in zip(covered, prices, strict=True)]
+        )  # fmt: skip
+    return found
 
 
 def best_split(values, total, floor, most) -> np.ndarray:
@@ -110,34 +129,37 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-def separable(degree: float, weights: str):
+def separable(degree: float, weights: str, rho: float):
     """All experts at once, the sum of weighted utilities of their coverage."""
 
     def counts(scores, total, floor, most):
         weight = np.asarray(WEIGHTS[weights](scores)).ravel()
-        values = [
-            [w * utility(degree)(r) for r in coverages(row)]
-            for w, row in zip(weight, scores.channel.reshape(L * E, -1), strict=True)
-        ]
+        values = values_of(scores.channel.reshape(L * E, -1), weight, degree, rho)
         return best_split(values, total, floor.ravel(), most.ravel()).reshape(L, E)
 
     return counts
 
 
-def level_of(rows, weights):
-    """Covered before the channel over the weight; a first channel ranks by its weighted gain."""
-    covered = [coverages(row) for row in rows]
+def level_of(rows, weights, rho):
+    """Covered before the channel over the weight; a first channel ranks by its weighted gain, and
+    one beyond satisfaction after all others by its place."""
+    covered = [coverages(row, rho) for row in rows]
 
     def priority(g, n):
+        if covered[g][n] == 1.0:
+            return 1e9 + n
         return covered[g][n] / weights[g] if n else -covered[g][1] * weights[g]
 
     return priority
 
 
-def max_min(scores, total, floor, most):
-    weight = np.asarray(WEIGHTS["paper"](scores)).ravel()
-    level = level_of(scores.channel.reshape(L * E, -1), weight)
-    return by_level(level, total, floor.ravel(), most.ravel()).reshape(L, E)
+def max_min(rho: float):
+    def counts(scores, total, floor, most):
+        weight = np.asarray(WEIGHTS["paper"](scores)).ravel()
+        level = level_of(scores.channel.reshape(L * E, -1), weight, rho)
+        return by_level(level, total, floor.ravel(), most.ravel()).reshape(L, E)
+
+    return counts
 
 
 def two_levels(solve):
@@ -154,17 +176,16 @@ def two_levels(solve):
     return counts
 
 
-def by_max_min(rows, weights, total, floor, most):
-    return by_level(level_of(rows, weights), total, floor, most)
-
-
-def by_utility(degree: float):
+def by_max_min(rho: float):
     def solve(rows, weights, total, floor, most):
-        values = [
-            [w * utility(degree)(r) for r in coverages(row)]
-            for w, row in zip(weights, rows, strict=True)
-        ]
-        return best_split(values, total, floor, most)
+        return by_level(level_of(rows, weights, rho), total, floor, most)
+
+    return solve
+
+
+def by_utility(degree: float, rho: float):
+    def solve(rows, weights, total, floor, most):
+        return best_split(values_of(rows, weights, degree, rho), total, floor, most)
 
     return solve
 
@@ -185,13 +206,20 @@ def one_width(scores, total, floor, most):
     return by_level(lambda g, n: n, total, floor.ravel(), most.ravel()).reshape(L, E)
 
 
-def each_layer_alike(scores, total, floor, most):
-    found = []
-    for at in range(L):
-        part = total // L + (at < total % L)
-        ranked = [sorted(row, reverse=True) for row in scores.channel[at]]
-        found.append(by_level(lambda g, n, r=ranked: -r[g][n], part, floor[at], most[at]))
-    return np.stack(found)
+def each_layer_alike(rho: float):
+    def counts(scores, total, floor, most):
+        found = []
+        for at in range(L):
+            part = total // L + (at < total % L)
+            mass = [sum(row) * np.array(coverages(row, rho)) for row in scores.channel[at]]
+
+            def level(g, n, mass=mass):
+                return mass[g][n] - mass[g][n + 1] or 1e9 + n
+
+            found.append(by_level(level, part, floor[at], most[at]))
+        return np.stack(found)
+
+    return counts
 
 
 def by_chance(scores, total, floor, most):
@@ -212,23 +240,28 @@ def condensed(scores, total, floor, most):
     return counts
 
 
-COUNTS = {
-    "paper": two_levels(by_max_min),
-    "fair_two_level": two_levels(by_utility(1.0)),
-    "linear_two_level": two_levels(by_utility(0.0)),
-    "maxmin": max_min,
-    "fair": separable(1.0, "attribution"),
-    "fair0.5": separable(0.5, "attribution"),
-    "fair2": separable(2.0, "attribution"),
-    "linear": separable(0.0, "attribution"),
-    "uniform": one_width,
-    "random": by_chance,
-    "global_topk": separable(0.0, "mass"),
-    "normalized_topk": separable(0.0, "normalized_mass"),
-    "layer_topk": each_layer_alike,
-    "moe_i2": in_proportion,
-    "cd_moe": condensed,
-}
+def oracles(rho: float = 1.0) -> dict:
+    """(scores, channels kept, floor, most) -> counts of every planner under `rho_max`."""
+    return {
+        "paper": two_levels(by_max_min(rho)),
+        "fair_two_level": two_levels(by_utility(1.0, rho)),
+        "linear_two_level": two_levels(by_utility(0.0, rho)),
+        "maxmin": max_min(rho),
+        "fair": separable(1.0, "attribution", rho),
+        "fair0.5": separable(0.5, "attribution", rho),
+        "fair2": separable(2.0, "attribution", rho),
+        "linear": separable(0.0, "attribution", rho),
+        "uniform": one_width,
+        "random": by_chance,
+        "global_topk": separable(0.0, "mass", rho),
+        "normalized_topk": separable(0.0, "normalized_mass", rho),
+        "layer_topk": each_layer_alike(rho),
+        "moe_i2": in_proportion,
+        "cd_moe": condensed,
+    }
+
+
+COUNTS = oracles()
 # What the recorded coverage is weighted by.
 OBJECTIVES = {
     "paper": "paper", "fair_two_level": "paper", "linear_two_level": "paper", "maxmin": "paper",
@@ -272,6 +305,19 @@ def test_a_planner_keeps_what_its_oracle_keeps_at_every_budget(name, bounds):
             found = planned(name, scores, budget, floor, most, seed=9)
             expected = COUNTS[name](scores, budget, floor, most)
             np.testing.assert_array_equal(found, expected, err_msg=f"seed {seed}, {budget} kept")
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_a_planner_counts_nothing_beyond_the_coverage_that_satisfies(name):
+    rho, open_ = 0.6, BOUNDS["open"]
+    capped, moved = oracles(rho)[name], 0
+    for seed, budget in itertools.product(SEEDS[:2], range(2, L * E * F, 2)):
+        scores = scores_of(seed)
+        found = planned(name, scores, budget, *open_, seed=9, rho_max=rho)
+        expected = capped(scores, budget, *open_)
+        np.testing.assert_array_equal(found, expected, err_msg=f"seed {seed}, {budget} kept")
+        moved += not np.array_equal(expected, COUNTS[name](scores, budget, *open_))
+    assert (moved > 0) == (name not in ("uniform", "random", "moe_i2", "cd_moe"))
 
 
 @pytest.mark.parametrize("name", IMPORTANCE)
@@ -483,6 +529,28 @@ def test_an_alignment_keeps_what_its_oracle_keeps(align):
         else:
             np.testing.assert_array_equal(plan.counts, expected, err_msg=f"{seed}, {budget}")
     assert align != "hull" or exact >= 9
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.8])
+def test_the_exact_alignment_counts_nothing_beyond_the_coverage_that_satisfies(rho):
+    moved = 0
+    for seed, budget in itertools.product(SEEDS, (17, 26, 35)):
+        stats = statistics(L, E, WIDE, seed=seed)
+        scores = channel_scores(stats, criterion="act")
+        given = {"criterion": "act", "planner": "linear", "experts_per_token": 1}
+        given |= {"channels": budget, "align": "dp", "block": BLOCK, "minimum": BLOCK}
+        plan, uncapped = plan_of(stats, rho_max=rho, **given), plan_of(stats, **given)
+        covered = [coverages(row, rho)[::BLOCK] for row in scores.channel.reshape(L * E, -1)]
+        values = [[w * r for r in row] for w, row in zip(scores.expert.flat, covered, strict=True)]
+
+        def worth(counts, values=values):
+            return sum(row[n // BLOCK] for row, n in zip(values, counts.flat, strict=True))
+
+        held, most = floors(scores, BLOCK).ravel() // BLOCK, np.full(L * E, WIDE // BLOCK)
+        best = best_split(values, budget // BLOCK, held, most)
+        assert worth(plan.counts) == pytest.approx(worth(BLOCK * best), rel=1e-12)
+        moved += worth(uncapped.counts) < worth(plan.counts) * (1 - 1e-9)
+    assert moved
 
 
 # --- what a plan says ---

@@ -200,9 +200,11 @@ def test_an_output_folder_is_replaced_only_on_request(models, texts, travelled, 
     arguments = ("apply", travelled, models / "single", "--bits", 16, "--output", out)
     assert run(*arguments) == 0
     export = out / "exports" / "ragged-bf16"
-    first = export.stat().st_ino
+    first, made = export.stat().st_ino, (export / "model.safetensors").stat().st_mtime_ns
     assert run(*arguments) == 0  # nothing is missing: verified again, not written again
     assert export.stat().st_ino == first
+    assert run(*arguments, "--overwrite") == 0  # the same plan, finished: written again
+    assert (export / "model.safetensors").stat().st_mtime_ns != made
     shutil.rmtree(export)
     assert run(*arguments) == 0 and export.is_dir()
     other = PruningPlan.load(travelled)

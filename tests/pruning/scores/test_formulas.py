@@ -23,7 +23,7 @@ from pruning.scores.own import STATISTICS, Statistic
 from pruning.scores.statistics import DECLARED, ChannelStatistics
 from pruning.scores.weight_gradient import weight_gradient_scores
 from tests.support import explicit, tiny
-from tests.support.explicit import Block, Row, silu
+from tests.support.explicit import Block, Row
 
 L, E, F, D, TOP, BATCH, SAMPLE, STEPS = 2, 5, 12, 32, 2, 2, 7, 3
 
@@ -44,10 +44,16 @@ class Model:
         return len(self.blocks[0].x)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Model:
-    sizes = {"num_experts": E, "moe_intermediate_size": F, "num_experts_per_tok": TOP}
-    torch_model = tiny.tiny_model("qwen2_moe", norm_topk_prob=False, **sizes)
+FAMILIES = {
+    "qwen2_moe": {"num_experts": E, "moe_intermediate_size": F, "norm_topk_prob": False},
+    "gpt_oss": {"num_local_experts": E, "intermediate_size": F},  # experts with biases and bounds
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory) -> Model:
+    sizes = FAMILIES[request.param]
+    torch_model = tiny.tiny_model(request.param, num_experts_per_tok=TOP, **sizes)
     folder = tiny.save(torch_model, tmp_path_factory.mktemp("formulas") / "model")
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, 96, (3, 14)).astype(np.int32)
@@ -76,12 +82,6 @@ def model(tmp_path_factory) -> Model:
         noise=collect_weights(ours).noise,
     )
     return Model(blocks, loss, torch_model, (tokens, valid), found, first.merge(second))
-
-
-def slope(row: Row) -> np.ndarray:  # [F]
-    """dh/dg: the derivative of silu times p."""
-    part = 1.0 / (1.0 + np.exp(-row.g))
-    return row.p * part * (1.0 + row.g * (1.0 - part))
 
 
 def d_h(block: Block, e: int, row: Row) -> np.ndarray:  # [F]
@@ -150,8 +150,8 @@ def weight_gradients(block: Block, e: int, rows: list[Row]) -> np.ndarray:  # [F
     gate, up, down = (np.zeros((F, D)) for _ in range(3))
     for row in rows:
         back = d_h(block, e, row)
-        gate += np.outer(back * slope(row), row.x)
-        up += np.outer(back * silu(row.g), row.x)
+        gate += np.outer(back * row.h_g, row.x)
+        up += np.outer(back * row.h_p, row.x)
         down += np.outer(row.h, row.d_z)
     for c in range(F):
         for weight, gradient in ((block.gate, gate), (block.up, up), (block.down, down)):
@@ -194,7 +194,7 @@ def similarity(model: Model) -> np.ndarray:
         places = [int(i * (len(first) - 1) / (SAMPLE - 1)) for i in range(SAMPLE)]
         centred = []
         for e in range(E):
-            z = np.array([explicit.expert(block, e, first[place])[3] for place in places])
+            z = np.array([explicit.expert(block, e, first[place])[-1] for place in places])
             centred.append(z - z.mean(axis=0))
 
         def inner(a, b):
@@ -218,7 +218,7 @@ def noise(model: Model) -> np.ndarray:
         for e in range(E):
             liked = np.argsort(-(x @ block.router[e]))[:256]
             for place in liked:
-                *_, h, z = explicit.expert(block, e, x[place])
+                _, _, h, *_, z = explicit.expert(block, e, x[place])
                 found[slot, e] += h * (block.down[e] @ z) / 256
     return found
 
@@ -290,7 +290,7 @@ FIELDS = {
     "taylor": over_tokens(lambda b, e, r: r.h * d_h(b, e, r)),
     "abs_taylor": over_tokens(lambda b, e, r: abs(r.h * d_h(b, e, r))),
     "fisher": over_tokens(lambda b, e, r: (r.h * d_h(b, e, r)) ** 2),
-    "gate_saliency": over_tokens(lambda b, e, r: abs(r.g * d_h(b, e, r) * slope(r))),
+    "gate_saliency": over_tokens(lambda b, e, r: abs(r.g * d_h(b, e, r) * r.h_g)),
     "gradient_square": over_tokens(lambda b, e, r: d_h(b, e, r) ** 2),
     "loss_sum": lambda model: model.loss,
     "input_square": over_tokens(lambda b, e, r: r.x**2),
@@ -330,7 +330,9 @@ def wanda(block: Block, e: int, rows: list[Row]) -> np.ndarray:
 
 def saliency(block: Block, e: int, row: Row) -> np.ndarray:
     back = d_h(block, e, row)
-    projections = (row.h * back, row.p * back * silu(row.g), row.g * back * slope(row))
+    # What enters of gpt-oss' up projection is p + 1 within bounds, in which h is linear.
+    up = row.h * back if block.bias else row.p * back * row.h_p
+    projections = (row.h * back, up, row.g * back * row.h_g)
     return sum(map(abs, projections)) / 3
 
 

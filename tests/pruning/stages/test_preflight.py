@@ -193,19 +193,20 @@ def test_little_text_and_nothing_to_evaluate_are_said_before_the_work(
     def said(*flags) -> str:
         capsys.readouterr()
         command = ("compress", models / "single", "--output", tmp_path / str(len(shown)))
-        assert run(*command, "--bits", 16, "--planner", "fair", *flags) == 0
+        usual = ("--bits", 16, "--batch", 4, "--planner", "fair")  # as elsewhere: compiled once
+        assert run(*command, *usual, *flags) == 0
         shown.append(capsys.readouterr().err)
         return re.sub(r"\s+", " ", shown[-1].partition("check weights")[0])
 
     shown: list[str] = []
     good = texts / "good.txt"
-    few = said("--calibration", good, "--max-tokens", 100, "--window", 50)
+    few = said("--calibration", good, "--max-tokens", 128, "--window", 64)
     assert (
-        "100 calibration tokens are little: an expert sees about 25 of them and has 64 channels, "
+        "128 calibration tokens are little: an expert sees about 32 of them and has 64 channels, "
         "so scores are noisy; give 256 or more" in few
     )
     assert "nothing is evaluated: there is no --evaluation text" in few
-    many = said("--calibration", good, "--max-tokens", 256, "--window", 50, "--evaluation", good)
+    many = said("--calibration", good, "--max-tokens", 256, "--window", 64, "--evaluation", good)
     assert "are little" not in many and "nothing is evaluated" not in many
 
 

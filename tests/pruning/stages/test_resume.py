@@ -19,7 +19,7 @@ from tests.support.command import given, run
 # Runs the command and sends itself a signal at the moment a file would take its final name, or
 # while an export lies half written.
 STOPPED = """
-import gc, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
 moment, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
@@ -37,8 +37,7 @@ def stopping_fsync(descriptor):
 
 os.replace, os.fsync = stopping_replace, stopping_fsync
 import tests.conftest
-from pruning.cli import commands, main
-gc.freeze()  # as before each test
+from pruning.cli import main
 sys.exit(main(arguments))
 """
 EXPORT = "ragged-bf16"
@@ -109,11 +108,34 @@ def test_a_run_is_not_taken_up_with_other_options(models, texts, tmp_path, capsy
     assert run(*arguments) == 0
     written = (out / "statistics.safetensors").stat().st_mtime_ns
     assert run(*arguments) == 0
-    assert run(*arguments, "--overwrite") == 0  # the same run, unfinished: goes on as well
     assert (out / "statistics.safetensors").stat().st_mtime_ns == written
     capsys.readouterr()
     assert run(*arguments, "--seed", 1) == 2
     assert "is not an interrupted run of this recipe" in capsys.readouterr().err
+
+
+def test_overwriting_scores_again_what_is_finished_and_goes_on_with_what_is_not(
+    models, texts, tmp_path
+):
+    out = tmp_path / "out"
+    arguments = ("--quiet", "score", models / "single", *given(texts, out))
+
+    def written() -> dict[str, tuple[int, bytes]]:
+        files = [out / "statistics.safetensors", *sorted((out / "parts").glob("*.safetensors"))]
+        return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+    assert run(*arguments) == 0
+    first = written()
+    assert run(*arguments, "--overwrite") == 0
+    second = written()
+    assert first.keys() == second.keys() and len(first) > 2
+    for name, (time, content) in second.items():
+        assert time != first[name][0] and content == first[name][1], name
+    (out / "statistics.json").unlink()  # as if it had been killed just before
+    assert run(*arguments, "--overwrite") == 0
+    third = written()
+    assert third.pop("statistics.safetensors") != second.pop("statistics.safetensors")
+    assert third == second
 
 
 def test_statistics_of_a_changed_model_are_measured_again(models, texts, tmp_path):
