@@ -37,7 +37,6 @@ from pruning.recipe.plan_options import AUTO
 from pruning.recipe.values import NEEDS_TEXT, window_within
 
 TEXTS = ("calibration", "evaluation")  # options that name files
-WHOLE_LOSS = ("nll_ig", "nll_ablate", "nll_grad2")
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 
 
@@ -62,12 +61,6 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             raise InputError(
                 f"weights_only reads no calibration text, which repair={self.repair!r} needs; "
                 "leave out one or the other"
-            )
-        whole = [name for name in WHOLE_LOSS if getattr(self, name)]
-        if self.loss_on == "answers" and whole:
-            raise InputError(
-                f"loss_on='answers' leaves prompts out of gradients, which {', '.join(whole)} does "
-                "not: it takes the loss of the whole text; leave out one or the other"
             )
 
     def resolved(
