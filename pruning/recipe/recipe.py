@@ -91,11 +91,10 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         if storages & {"int4", "mxfp4"}:
             _check_group(group, widths)
         block = self._block(d_expert, group, storages)
-        grid = self.grid or copied
-        if grid is not None and block % grid:
+        if self.grid is not None and block % self.grid:
             raise InputError(
-                f"block={block} must be a multiple of grid={grid}, in which channels stay or go; "
-                f"choose --block {grid}, or --grid 1"
+                f"block={block} must be a multiple of grid={self.grid}, in which channels stay or "
+                f"go; choose --block {self.grid}, or --grid 1"
             )
         # Weights that the model stores in few bits would be rounded a second time.
         kept = bool(copied) or FLOAT4 in exports
@@ -105,7 +104,6 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "group_size": group,
             **self._rule(),
             "block": block,
-            "grid": grid,
             "minimum": self.minimum or block,
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
             "width": self.width or width_policy(exports),
@@ -149,9 +147,10 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
     def _block(self, d_expert: int, group: int, storages: Set[Storage]) -> int:
         # What widths are multiples of: whole groups of the weights that share a scale.
         if "fp8" in storages and d_expert % FLOAT8_BLOCK:
+            cures = ["--bits 16"] * (self.bits == 8) + ["--export padded-bf16"] * bool(self.export)
             raise InputError(
                 f"{FLOAT8} has blocks of {FLOAT8_BLOCK}, which do not divide the expert width "
-                f"{d_expert}; export padded-bf16"
+                f"{d_expert}; choose {' and '.join(cures)}"
             )
         step = FLOAT8_BLOCK if "fp8" in storages else group
         block = self.block or (step if d_expert % step == 0 else 1)
