@@ -87,7 +87,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 def test_every_field_has_a_flag_that_sets_it():
     values = {
         "model": "m", "output": "o", "calibration": ("a", "b"), "calibration_field": "body",
-        "first_tokens": True, "evaluation": ("e",), "evaluation_tokens": 11,
+        "first_tokens": True, "loss_on": "answers", "evaluation": ("e",), "evaluation_tokens": 11,
         "max_tokens": 5, "window": 6, "prune_rate": 0.5, "bits": 16,
         "group_size": 64, "quantizer": "gptq", "criterion": "x", "attribution": "y",
         "planner": "z", "weights": "mass", "rho_max": 0.5, "layer_loss": "attribution",
