@@ -5,6 +5,8 @@ the token to the other one: its logits, and through attention those of all later
 sequence, are then another model's without anything being wrong.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,31 +37,46 @@ def _layer(
 
 
 def settled_logits(
-    source: LayerSource, tokens: np.ndarray, rounding: float = ROUNDING
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of a few short sequences, and which of them rounding cannot have changed.
+    source: LayerSource,
+    windows: Sequence[np.ndarray],
+    last: int,
+    rounding: float = ROUNDING,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Logits at the ends of a few sequences, and which of them rounding cannot have changed.
 
     Args:
-      source: the model, streamed one sequence at a time in float32.
-      tokens: int32 [B, T].
+      source: the model, streamed once, one sequence at a time in float32.
+      windows: each int32 [B, T].
+      last: of how many last positions P of each sequence, or of all if it is shorter.
       rounding: how far the router logits of two programs may be apart, as a share of the largest
         logit of the token.
 
     Returns:
-      (float32 [B, T, V], bool [B, T]: no router is near a tie at this position or an earlier one).
+      For each of `windows` (float32 [B, P, V], bool [B, P]: no router is near a tie at this
+      position or an earlier one).
     """
-    text = in_batches(source, tokens, np.ones(tokens.shape, bool), 1)
-    settled = np.ones(tokens.shape, bool)
+    texts = [in_batches(source, some, np.ones(some.shape, bool), 1) for some in windows]
+    settled = [np.ones(some.shape, bool) for some in windows]
 
-    def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
-        def run(x: Array, place: Context, rows: slice) -> Array:
-            out, stays = _layer(layer, x, place, rounding)
-            settled[rows] &= np.asarray(stays)
-            return out
+    def step(
+        index: int, layer: DecoderLayer, states: list[list[np.ndarray]]
+    ) -> list[list[np.ndarray]]:
+        for text, stays, x in zip(texts, settled, states, strict=True):
 
-        return text.each(x, run)
+            def run(x: Array, place: Context, rows: slice, stays=stays) -> Array:
+                out, settled_here = _layer(layer, x, place, rounding)
+                stays[rows] &= np.asarray(settled_here)
+                return out
 
-    x = sweep(source, text.embedded(source, jnp.float32), step)
+            text.each(x, run)
+        return states
+
+    states = sweep(source, [text.embedded(source, jnp.float32) for text in texts], step)
     head = source.head
-    logits = np.stack([np.asarray(head(row[0])) for row in x])
-    return logits, np.logical_and.accumulate(settled, axis=1)
+    return [
+        (
+            np.stack([np.asarray(head(row[0, -last:])) for row in x]),
+            np.logical_and.accumulate(stays, axis=1)[:, -last:],
+        )
+        for x, stays in zip(states, settled, strict=True)
+    ]

@@ -149,9 +149,8 @@ class PlanOptions(Options):
     grid: Annotated[
         int | None,
         About(
-            "channels stay or go in whole groups of so many neighbours; default 1, or the group "
-            "size of a model that is stored in 4-bit groups whose codes an export takes over; 128 "
-            "keeps the codes of a model in 8-bit floats",
+            "channels stay or go in whole groups of so many neighbours (default 1); 128 keeps all "
+            "codes of a model in 8-bit floats, the group size those of one in 4-bit groups",
             least=1,
         ),
     ] = None

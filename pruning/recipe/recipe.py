@@ -37,7 +37,6 @@ from pruning.recipe.plan_options import AUTO
 from pruning.recipe.values import NEEDS_TEXT, window_within
 
 TEXTS = ("calibration", "evaluation")  # options that name files
-WHOLE_LOSS = ("nll_ig", "nll_ablate", "nll_grad2")
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 
 
@@ -62,12 +61,6 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             raise InputError(
                 f"weights_only reads no calibration text, which repair={self.repair!r} needs; "
                 "leave out one or the other"
-            )
-        whole = [name for name in WHOLE_LOSS if getattr(self, name)]
-        if self.loss_on == "answers" and whole:
-            raise InputError(
-                f"loss_on='answers' leaves prompts out of gradients, which {', '.join(whole)} does "
-                "not: it takes the loss of the whole text; leave out one or the other"
             )
 
     def resolved(
@@ -98,11 +91,10 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         if storages & {"int4", "mxfp4"}:
             _check_group(group, widths)
         block = self._block(d_expert, group, storages)
-        grid = self.grid or copied
-        if grid is not None and block % grid:
+        if self.grid is not None and block % self.grid:
             raise InputError(
-                f"block={block} must be a multiple of grid={grid}, in which channels stay or go; "
-                f"choose --block {grid}, or --grid 1"
+                f"block={block} must be a multiple of grid={self.grid}, in which channels stay or "
+                f"go; choose --block {self.grid}, or --grid 1"
             )
         # Weights that the model stores in few bits would be rounded a second time.
         kept = bool(copied) or FLOAT4 in exports
@@ -112,7 +104,6 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "group_size": group,
             **self._rule(),
             "block": block,
-            "grid": grid,
             "minimum": self.minimum or block,
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
             "width": self.width or width_policy(exports),
@@ -156,9 +147,10 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
     def _block(self, d_expert: int, group: int, storages: Set[Storage]) -> int:
         # What widths are multiples of: whole groups of the weights that share a scale.
         if "fp8" in storages and d_expert % FLOAT8_BLOCK:
+            cures = ["--bits 16"] * (self.bits == 8) + ["--export padded-bf16"] * bool(self.export)
             raise InputError(
                 f"{FLOAT8} has blocks of {FLOAT8_BLOCK}, which do not divide the expert width "
-                f"{d_expert}; export padded-bf16"
+                f"{d_expert}; choose {' and '.join(cures)}"
             )
         step = FLOAT8_BLOCK if "fp8" in storages else group
         block = self.block or (step if d_expert % step == 0 else 1)

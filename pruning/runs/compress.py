@@ -31,6 +31,7 @@ from pruning.stages.card import write_card
 from pruning.stages.export import export, pruned_source
 from pruning.stages.job import Job
 from pruning.stages.measure import measure
+from pruning.stages.probe_windows import text_probe
 from pruning.stages.remarks import say_left_out, say_nothing_saved
 from pruning.stages.repair import repaired_source
 from pruning.stages.sizes import (
@@ -41,14 +42,7 @@ from pruning.stages.sizes import (
     form_of,
     sample_memory,
 )
-from pruning.stages.verify import (
-    PROBE_TOKENS,
-    PROBE_WINDOWS,
-    Check,
-    random_probe,
-    require_verified,
-    verify_export,
-)
+from pruning.stages.verify import Check, require_verified, verify_export
 from pruning.stages.writer import only_writer
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
@@ -99,7 +93,7 @@ def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
         if not target.exists():
             export(job.base, plan, form, target, steps, codes=codes, repair=repair)
         with steps.bar(f"verify {name}"):
-            probe = probe_tokens(job)
+            probe = text_probe(job.base, job.calibration)
             checks += verify_export(job.base, plan, form, target, probe, codes, repair)
     references: dict[str, Reference] = {}
     quality = _measure(job, plan, repair, references, steps)
@@ -131,17 +125,6 @@ def _finished(job: Job, steps: Steps) -> CompressionReport:
     )
     require_verified([Check(**check) for check in report.verification])
     return report
-
-
-def probe_tokens(job: Job) -> np.ndarray:
-    """Short windows of calibration text, int32 [B, T], on which logits are compared; random
-    tokens where there is no text."""
-    if not job.calibration.total:
-        return random_probe(job.base)
-    length = min(PROBE_TOKENS, int(job.calibration.valid.sum(axis=1).max()))
-    whole = np.flatnonzero(job.calibration.valid[:, :length].all(axis=1))
-    rows = np.unique(whole[np.linspace(0, len(whole) - 1, PROBE_WINDOWS).astype(int)])
-    return job.calibration.tokens[rows, :length]
 
 
 def _measure(

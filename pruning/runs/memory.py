@@ -19,8 +19,8 @@ from pruning.shrink.gptq import MOMENT_BYTES
 from pruning.stages.choose import STATE_BYTES
 from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
+from pruning.stages.probe_windows import compared, probe_shapes
 from pruning.stages.sizes import export_of, form_of, sample_memory, statistics_bytes
-from pruning.stages.verify import probe_shape
 
 PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
 LATE_BYTES = 300 << 20  # programs of all stages before the last ones, which stay
@@ -33,7 +33,7 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
 
     Exporting holds two layers and a float32 copy of one, as does evaluating what is pruned on the
     fly. Verifying does that again, and then holds two layers of the export as float32, as
-    evaluating does where weights have 4 bits, beside the logits of the longest probe. A sample is
+    evaluating does where weights have 4 bits, beside what the probe gives. A sample is
     written by whole models, where they are small enough. "transformers" is what the process takes
     that is asked about an export, if so much is free; all others are the process of `compress`.
     """
@@ -52,16 +52,20 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     texts = (len(recipe.evaluation) or 1) * recipe.evaluation_tokens
     measured = 2 * outer + 3 * (POSITIONS * c.vocab_size + texts * c.d_model) * 4
     sample = max(sample_memory(base, one) for one in exports)
-    probe = math.prod(probe_shape(c))
-    logits = 4 * LOGITS_HELD * probe * c.vocab_size
+    shapes = probe_shapes(c)
+    # Of the probe: logits, the hidden states of all windows, and what the experts make of one.
+    probe = LOGITS_HELD * compared(shapes) * c.vocab_size
+    probe += sum(windows * length for windows, length in shapes) * c.d_model
+    row = c.moe.experts_per_token * 4 * (c.moe.d_expert + c.d_model)
+    probe += max(length for _, length in shapes) * row
     return {
         "scoring": _scoring(base, recipe, fixed, layer),
         "choice": _choice(base, recipe, fixed, layer),
         "repair": fixed + pruned + _repair(base, recipe, plan, layer) if repairs else 0,
         "gptq": fixed + pruned + moments if gptq else 0,
         "export": fixed + pruned,
-        "verify": late + max(pruned, 4 * outer + held[4]) + logits,
-        "transformers": max(client_bytes(one, probe) for one in exports),
+        "verify": late + max(pruned, 4 * outer + held[4]) + 4 * probe,
+        "transformers": max(client_bytes(one, shapes) for one in exports),
         "evaluation": late + measured + max(pruned, packed * held[4]),
         "sample": late + sample if sample else 0,
     }

@@ -24,6 +24,7 @@ from pruning.recovery.teacher import read_predictions, write_predictions
 from pruning.report.recovery import NAME, RecoveryReport
 from pruning.stages.card import write_card
 from pruning.stages.measure import measure
+from pruning.stages.probe_windows import random_probe
 from pruning.stages.recover_folder import RecoverFolder
 from pruning.stages.recover_job import RecoverJob, check_recovery, open_recovery
 from pruning.stages.recovered import (
@@ -34,7 +35,7 @@ from pruning.stages.recovered import (
 )
 from pruning.stages.repair import repair_facts
 from pruning.stages.sizes import folder_bytes
-from pruning.stages.verify import Check, random_probe, require_verified, verify_export
+from pruning.stages.verify import Check, require_verified, verify_export
 from pruning.stages.writer import only_writer
 
 

@@ -59,6 +59,7 @@ def ablate(
     valid: np.ndarray,
     ablations: Sequence[Ablation],
     *,
+    counted: np.ndarray | None = None,
     batch: int = 8,
     dtype=jnp.float32,
     memory: int = MEMORY_STATES,
@@ -74,6 +75,7 @@ def ablate(
       tokens: int32 [B, T].
       valid: bool [B, T].
       ablations: what to take out, one at a time.
+      counted: bool [B, T], tokens whose prediction counts in the loss; default all.
       batch: sequences per step.
       dtype: of the activations.
       memory: bytes of hidden states held on the host; what needs more takes several passes.
@@ -86,7 +88,7 @@ def ablate(
       InputError: an ablation names a layer, expert or channel that is not there.
     """
     _check(source, ablations)
-    text = in_batches(source, tokens, valid, batch)
+    text = in_batches(source, tokens, valid, batch, counted)
     size = text.tokens.size * source.config.d_model * jnp.dtype(dtype).itemsize
     groups = _groups(ablations, max(1, memory // max(size, 1) - 1))
     visit = counter(sum(layer_visits(ablations, len(source), g) for g in groups), on_step)
@@ -173,19 +175,20 @@ def _pass(
 
 
 def _total(head: Head, x: list[np.ndarray], text: Batches) -> float:
-    losses = (
-        batch_loss(head, *map(jnp.asarray, (part, text.tokens[rows], text.valid[rows])))
-        for part, rows in zip(x, text.rows, strict=True)
-    )
-    return float(sum(map(float, losses)))
+    def loss(part: np.ndarray, rows: slice) -> float:
+        words = (text.tokens, text.valid, text.counted)
+        words = [None if one is None else jnp.asarray(one[rows]) for one in words]
+        return float(batch_loss(head, jnp.asarray(part), *words))
+
+    return float(sum(map(loss, x, text.rows)))
 
 
 @jax.jit
 def batch_loss(
-    head: Head, x: Array, tokens: Array, valid: Array
-) -> Array:  # [B, T, D], [B, T], [B, T]
+    head: Head, x: Array, tokens: Array, valid: Array, counted: Array | None = None
+) -> Array:  # [B, T, D], [B, T], [B, T], [B, T]
     """Summed next-token loss (nats), one sequence at a time: logits are the largest array."""
-    return jax.lax.map(lambda row: next_token_loss(head, *row), (x, tokens, valid)).sum()
+    return jax.lax.map(lambda row: next_token_loss(head, *row), (x, tokens, valid, counted)).sum()
 
 
 def _ablated(

@@ -17,6 +17,7 @@ def nll_grad2(
     source: LayerSource,
     tokens: np.ndarray,
     valid: np.ndarray,
+    counted: np.ndarray | None = None,
     *,
     batch: int = 8,
     dtype=jnp.float32,
@@ -31,6 +32,7 @@ def nll_grad2(
       source: a `Transformer`.
       tokens: int32 [B, T].
       valid: bool [B, T].
+      counted: bool [B, T], tokens whose prediction counts in the loss; default all.
       batch: sequences per step.
       dtype: of the activations.
       on_step: receives (Hessian-vector products done, products in all).
@@ -47,13 +49,13 @@ def nll_grad2(
             f"{type(source).__name__}; load it with convert.checkpoint.load_model, or use nll_ig, "
             "which streams the layers"
         )
-    tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
-    parts = row_slices(len(tokens), batch)
+    words = [None if one is None else pad_rows(one, batch) for one in (tokens, valid, counted)]
+    parts = row_slices(-(-len(tokens) // batch) * batch, batch)
     shape = (len(source.config.moe_layers), source.config.moe.num_experts)
     sums, size = np.zeros(shape), shape[0] * shape[1]
     zero = jnp.zeros((), dtype)
     for i, rows in enumerate(parts):
-        text = jnp.asarray(tokens[rows]), jnp.asarray(valid[rows])
+        text = [None if one is None else jnp.asarray(one[rows]) for one in words]
         for number, (slot, expert) in enumerate(np.ndindex(shape)):
             direction = np.zeros(shape, np.float32)
             direction[slot, expert] = 1.0
@@ -67,8 +69,8 @@ def nll_grad2(
 
 
 def gated_loss(
-    model: Transformer, tokens: Array, valid: Array, gates: Array, dtype
-) -> Array:  # [B, T], [B, T], [L, E]
+    model: Transformer, tokens: Array, valid: Array, counted: Array | None, gates: Array, dtype
+) -> Array:  # [B, T], [B, T], [B, T], [L, E]
     """Summed next-token loss with the output of every expert multiplied by its gate."""
     c = model.config
     context = make_context(c.attention, c.max_position, valid)
@@ -81,13 +83,20 @@ def gated_loss(
     loss = jax.checkpoint(
         lambda row: next_token_loss(model.head, *row)
     )  # logits are the largest array
-    return jax.lax.map(loss, (x, tokens, valid)).sum()
+    return jax.lax.map(loss, (x, tokens, valid, counted)).sum()
 
 
 @jax.jit
 def _products(
-    model: Transformer, tokens: Array, valid: Array, direction: Array, dtype_of: Array
+    model: Transformer,
+    tokens: Array,
+    valid: Array,
+    counted: Array | None,
+    direction: Array,
+    dtype_of: Array,
 ) -> tuple[Array, Array]:
     """Gradient at gates of 1, and the Hessian times `direction`; both [L, E]."""
-    gradient = jax.grad(lambda gates: gated_loss(model, tokens, valid, gates, dtype_of.dtype))
+    gradient = jax.grad(
+        lambda gates: gated_loss(model, tokens, valid, counted, gates, dtype_of.dtype)
+    )
     return jax.jvp(gradient, (jnp.ones_like(direction),), (direction,))

@@ -54,6 +54,7 @@ def nll_ablate(
     source: LayerSource,
     tokens: np.ndarray,
     valid: np.ndarray,
+    counted: np.ndarray | None = None,
     *,
     reroute: bool = False,
     batch: int = 8,
@@ -66,6 +67,7 @@ def nll_ablate(
       source: the dense model.
       tokens: int32 [B, T].
       valid: bool [B, T].
+      counted: bool [B, T], tokens whose prediction counts in the loss; default all.
       reroute: the router chooses among the others, as after removal, instead of the paper's
         masked output.
       batch: sequences per step.
@@ -79,7 +81,14 @@ def nll_ablate(
     """
     ablations = every_expert(source, reroute=reroute)
     dense, losses = ablate(
-        source, tokens, valid, ablations, batch=batch, dtype=dtype, on_step=on_step
+        source,
+        tokens,
+        valid,
+        ablations,
+        counted=counted,
+        batch=batch,
+        dtype=dtype,
+        on_step=on_step,
     )
     return (losses - dense).reshape(len(source.config.moe_layers), -1)
 
@@ -98,6 +107,7 @@ def nll_ig(
     source: LayerSource,
     tokens: np.ndarray,
     valid: np.ndarray,
+    counted: np.ndarray | None = None,
     *,
     steps: int = 4,
     batch: int = 8,
@@ -116,6 +126,7 @@ def nll_ig(
       source: the dense model, in memory or on disk.
       tokens: int32 [B, T].
       valid: bool [B, T].
+      counted: bool [B, T], tokens whose prediction counts in the loss; default all.
       steps: K; 4 is what the design's experiment used.
       batch: sequences per step.
       chunk: sequences that go through the layers together; for each chunk and each layer with
@@ -142,7 +153,8 @@ def nll_ig(
     sums = np.zeros((len(source.config.moe_layers), source.config.moe.num_experts))
     for start in starts:
         part = slice(start, start + chunk)
-        text = in_batches(source, tokens[part], valid[part], batch)
+        some = None if counted is None else counted[part]
+        text = in_batches(source, tokens[part], valid[part], batch, some)
         with _fading(source, text, steps, dtype, scratch, count) as fading:
             _add_chunk(sums, source, text, fading, dtype, count)
     return sums
@@ -233,8 +245,9 @@ def _fading(
     source: LayerSource, text: Batches, steps: int, dtype, scratch: Path | None, count: Count
 ) -> Iterator[_Fading]:
     tokens, valid = (np.tile(rows, (steps, 1)) for rows in (text.tokens, text.valid))
+    counted = None if text.counted is None else np.tile(text.counted, (steps, 1))
     batch = text.rows[0].stop
-    copies = in_batches(source, tokens, valid, batch)
+    copies = in_batches(source, tokens, valid, batch, counted)
     with States(source, tokens.shape, dtype, scratch) as states:
         yield _Fading(source, copies, steps, states, count)
 

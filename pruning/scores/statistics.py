@@ -155,9 +155,10 @@ class ChannelStatistics:
             )
         value = getattr(self, name) if name in DECLARED else self.extra[name]
         if value is None:
+            flag = DECLARED[name]["group"] + " 4" * (name == "nll_ig")  # steps; enough for ranks
             raise InputError(
                 f"{name!r} was not collected in these statistics; score the model again with "
-                f"--{DECLARED[name]['group']} or choose a criterion that needs none, e.g. 'weight'"
+                f"--{flag} or choose a criterion that needs none, e.g. 'weight'"
             )
         return value
 

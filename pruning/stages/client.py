@@ -22,10 +22,13 @@ from convert.export_format import FLOAT8_BLOCK
 from convert.families import FAMILIES
 from pruning.kit.memory import free_memory
 from pruning.kit.words import amount, duration
+from pruning.stages.probe_windows import PROBE_TOKENS, Probe, compared
 
 PROGRAM = Path(__file__).with_name("client_process.py")
 # Of torch and transformers themselves, and of what they hold beside the weights for a moment.
 PROCESS_BYTES, SHARE = 1 << 30, 1.25
+TOGETHER = 512  # tokens that are run at a time; of longer windows one
+SCORES_HELD = 4  # of a layer's attention as float32: they, with a mask, their softmax, and its copy
 PATIENCE, PER_SECOND = 900, 5 << 20  # seconds for a folder of no size, bytes that take one more
 TAIL = 2000  # characters of what a process printed last
 
@@ -37,31 +40,38 @@ class Answer:
     """What a program makes of a folder, or why that is not known.
 
     Attributes:
-      logits: float32 [B, T, V]; None without.
+      logits: of each of the windows float32 [B, P, V]; None without.
       loading: what it says of missing, unexpected or misshaped tensors, by kind.
       fault: what went wrong with the folder, "" if nothing.
       undone: why nobody knows, "" if somebody does.
     """
 
-    logits: np.ndarray | None = None
+    logits: list[np.ndarray] | None = None
     loading: dict[str, list[str]] | None = None
     fault: str = ""
     undone: str = ""
 
 
-def client_bytes(export: Export, tokens: int) -> int:
+def client_bytes(export: Export, shapes: Sequence[tuple[int, int]]) -> int:
     """Bytes of memory that transformers takes for the logits of a folder, an upper estimate.
 
-    It holds every weight as float32, dequantised, and in passing some of them twice.
+    It holds every weight as float32, dequantised, and in passing some of them twice; of the windows
+    that it runs at a time the scores of a layer's attention, and what its experts make of them.
 
     Args:
       export: what the folder holds.
-      tokens: on which logits are compared.
+      shapes: B and T of windows on whose ends logits are compared.
     """
+    c = export.base.config
     weights = sum(math.prod(stored.shape) for stored in export.tensors.values())
     weights += sum(math.prod(shape) for _, shape in export.base.beside.values())
-    logits = 3 * tokens * export.base.config.vocab_size
-    return PROCESS_BYTES + int(4 * (SHARE * weights + logits))
+    logits = 3 * compared(shapes) * c.vocab_size
+    work = 0
+    for windows, length in shapes:
+        tokens = length * max(1, min(windows, TOGETHER // length))
+        row = c.moe.experts_per_token * 4 * (c.moe.d_expert + c.d_model)
+        work = max(work, tokens * (SCORES_HELD * c.attention.num_heads * length + row))
+    return PROCESS_BYTES + int(4 * (SHARE * weights + logits + work))
 
 
 def uneven_blocks(export: Export) -> str:
@@ -76,32 +86,35 @@ def uneven_blocks(export: Export) -> str:
     return ""
 
 
-def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
+def client_answer(folder: Path, export: Export, probe: Probe) -> Answer:
     """Logits of a folder in transformers, where it is installed and its memory is free.
 
     Args:
       folder: an export whose code and config.json are known to be ours.
       export: what it holds.
-      tokens: int32 [B, T].
+      probe: windows, each int32 [B, T]; logits are of their last `PROBE_TOKENS`.
     """
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         return Answer(undone="torch and transformers are not installed")
     if uneven := uneven_blocks(export):
         return Answer(undone=uneven)
-    needed, free = client_bytes(export, tokens.size), free_memory()
+    needed, free = client_bytes(export, [some.shape for some in probe]), free_memory()
     if needed > free:
         return Answer(
             undone=f"it needs about {amount(needed)} of memory and {amount(free)} are free; run "
             "`moe-compress verify` on a larger machine"
         )
     with tempfile.TemporaryDirectory(prefix="moe-client-") as exchange:
-        np.save(Path(exchange) / "tokens.npy", tokens, allow_pickle=False)
+        for number, tokens in enumerate(probe):
+            np.save(Path(exchange) / f"tokens-{number}.npy", tokens, allow_pickle=False)
         request = {
             "folder": str(folder.absolute()),
             "trust": bool(export.code_files),
             "auto_class": export.base.family.auto_class,
             "storage": export.form.storage,
             "known": (export.base.outer or export.config)["model_type"] in FAMILIES,
+            "last": PROBE_TOKENS,
+            "together": TOGETHER,
             "exchange": exchange,
         }
         patience = PATIENCE + export.nbytes / PER_SECOND
@@ -111,7 +124,7 @@ def client_answer(folder: Path, export: Export, tokens: np.ndarray) -> Answer:
             return Answer(undone=f"the process gave no answer in {duration(patience)}")
         except OSError as error:
             return Answer(undone=str(error))
-        return _read(Path(exchange), code)
+        return _read(Path(exchange), code, len(probe))
 
 
 def client_ids(
@@ -142,8 +155,8 @@ def client_ids(
         return [why] * len(folders)
 
 
-def _read(exchange: Path, code: int) -> Answer:
-    """What a process left that ended with this code."""
+def _read(exchange: Path, code: int, asked: int) -> Answer:
+    """What a process left that ended with this code and was asked about so many windows."""
     reason, loading = exchange / "undone.txt", exchange / "loading.json"
     if reason.exists():
         return Answer(undone=reason.read_text())
@@ -153,7 +166,7 @@ def _read(exchange: Path, code: int) -> Answer:
         log = exchange / "log.txt"
         ending = f"ended with code {code}" if code >= 0 else signal.Signals(-code).name
         return Answer(fault=f"{ending}: {_tail(log.read_bytes() if log.exists() else b'')}")
-    logits = np.load(exchange / "logits.npy", allow_pickle=False)
+    logits = [np.load(exchange / f"logits-{i}.npy", allow_pickle=False) for i in range(asked)]
     return Answer(logits=logits, loading=json.loads(loading.read_text()))
 
 

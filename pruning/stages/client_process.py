@@ -9,10 +9,12 @@ a request, a JSON object:
   auto_class: of transformers, which loads the model.
   storage: how weights are stored, as `convert.export_format` calls it.
   known: whether every transformers has its class; of others it may know nothing.
-  exchange: a folder with tokens.npy, int32 [B, T]. It gets logits.npy, float32 [B, T, V],
-    loading.json, what loading said of the tensors, and log.txt, what was printed. loading.json
-    comes last; in its place comes undone.txt with the reason if something but the folder is at
-    fault.
+  last: of how many last positions P of a sequence logits are wanted, or of all if it has fewer.
+  together: how many tokens are run at a time, if a sequence is not longer.
+  exchange: a folder with tokens-0.npy, int32 [B, T], and further ones. It gets logits-0.npy,
+    float32 [B, P, V], and so on, loading.json, what loading said of the tensors, and log.txt, what
+    was printed. loading.json comes last; in its place comes undone.txt with the reason if something
+    but the folder is at fault.
 
 or, for token ids:
 
@@ -131,10 +133,15 @@ def _answer(request: dict, exchange: Path) -> None:
     )
     model, info = loaded
     model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
-    tokens = torch.from_numpy(np.load(exchange / "tokens.npy", allow_pickle=False)).long()
-    with torch.no_grad():
-        logits = model(tokens).logits.float().numpy()
-    np.save(exchange / "logits.npy", logits, allow_pickle=False)
+    for place in sorted(exchange.glob("tokens-*.npy")):
+        tokens = torch.from_numpy(np.load(place, allow_pickle=False)).long()
+        with torch.no_grad():
+            logits = [
+                model(some, logits_to_keep=request["last"]).logits.float()
+                for some in tokens.split(max(1, request["together"] // tokens.shape[1]))
+            ]
+        found = place.with_name(place.name.replace("tokens", "logits"))
+        np.save(found, torch.cat(logits).numpy(), allow_pickle=False)
     said = {key: [str(one) for one in value] for key, value in info.items()}
     (exchange / "loading.json").write_text(json.dumps(said))
 

@@ -71,7 +71,7 @@ def announce(source: LayerSource, recipe: ResolvedRecipe, steps: Steps) -> None:
 def add(
     statistics: ChannelStatistics,
     source: LayerSource,
-    texts: tuple[np.ndarray, np.ndarray],
+    texts: tuple[np.ndarray, np.ndarray, np.ndarray | None],
     recipe: ResolvedRecipe,
     steps: Steps,
     load: Callable[[], Transformer],
@@ -84,7 +84,7 @@ def add(
     Args:
       statistics: of the sweep.
       source: the dense model.
-      texts: tokens int32 [B, T] and their mask bool [B, T].
+      texts: tokens int32 [B, T], which are valid and which count in losses, bool [B, T].
       recipe: what is asked for.
       steps: where progress goes.
       load: reads the whole model, for nll_grad2.

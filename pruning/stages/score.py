@@ -32,7 +32,8 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     extra_scores.announce(job.base, job.recipe, steps)
     job.output.mkdir(parents=True, exist_ok=True)
     statistics, used, stability = collect_parts(job, identity(job), steps)
-    texts = job.calibration.tokens[used], job.calibration.valid[used]
+    text = job.calibration
+    texts = text.tokens[used], text.valid[used], text.counted_in(used)
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     if job.recipe.expert_details:
         with steps.bar("norms of inputs") as on_step:
@@ -45,7 +46,6 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
             gradient = weight_gradient_scores(
                 job.base,
                 *texts,
-                job.calibration.counted_in(used),
                 scratch=job.recipe.scratch_folder,
                 on_step=on_step,
                 **how,

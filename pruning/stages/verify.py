@@ -1,7 +1,6 @@
 """Re-reading an exported folder and comparing it with what was meant to be written."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +16,6 @@ from convert.export_format import ExportFormat
 from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource
 from convert.reader import CheckpointError
-from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
@@ -36,22 +34,20 @@ from pruning.stages.content import (
 )
 from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.made_by import repair_hash
+from pruning.stages.probe_windows import PROBE_TOKENS, Probe
 from pruning.stages.sizes import export_of
 from pruning.stages.tokenizer_check import tokenizer_result
 
-logger = logging.getLogger(__name__)
-
 TOLERANCE = 2e-3  # of float32 logits of two programs, as a share of the largest (at least 1)
 LEAST, SHARE = 8, 0.01  # positions to judge by; without so many, how many of all may differ
-# Many and short: a near tie ends what can be compared of its window.
-PROBE_WINDOWS, PROBE_TOKENS = 8, 32
-# Of a window that must be long: tokens, and numbers of the logits of two (256 MiB each time).
-LONGEST_PROBE, MOST_LOGITS = 1024, 1 << 26
+MOST = 0.75  # of the positions at the ends of long windows, near ties or not
 TENSORS, MTP_TENSORS = "tensors", "layers that predict further tokens"
 CODES = "4-bit codes"
 IN_JAX, IN_TRANSFORMERS = "logits in JAX", "logits in transformers"
+FAR = "logits in transformers at the ends of long windows"
 
-Logits = tuple[np.ndarray, np.ndarray]  # float32 [B, T, V]; bool [B, T], as of `settled_logits`
+# Of each of the windows float32 [B, P, V] and bool [B, P], as of `settled_logits`.
+Logits = list[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -73,44 +69,6 @@ class Check:
     done: bool = True
 
 
-def probe_lengths(config: ModelConfig) -> tuple[int, int]:
-    """Tokens of a window to compare logits on, and how many would show all that a model does.
-
-    Those are more than a sliding window or the original context of a stretched rope, by
-    `PROBE_TOKENS`, but never more than the model's context: past them logits can differ that were
-    equal before.
-    """
-    rope = config.attention.rope
-    turning = rope.original_max_position if rope.kind not in ("default", "linear") else None
-    beyond = max(config.sliding_window or 0, turning or 0)
-    needed = min(beyond + PROBE_TOKENS, config.max_position)
-    most = max(PROBE_TOKENS, min(LONGEST_PROBE, MOST_LOGITS // (2 * config.vocab_size)))
-    return min(needed, most), needed
-
-
-def probe_shape(config: ModelConfig) -> tuple[int, int]:
-    """Windows and their tokens of a probe without a text, which is as long as any."""
-    length, _ = probe_lengths(config)
-    return max(2, PROBE_WINDOWS * PROBE_TOKENS // max(length, PROBE_TOKENS)), length
-
-
-def random_probe(base: Checkpoint) -> np.ndarray:
-    """Windows of random tokens, int32 [B, T], for comparing logits without a text."""
-    length, needed = probe_lengths(base.config)
-    if length < needed:
-        logger.warning(
-            "logits are compared on %d tokens, what the model does with more than %d is not",
-            length,
-            needed - PROBE_TOKENS,
-        )
-    tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, probe_shape(base.config))
-    # What stands for an image is no text, and programs compute another thing from it.
-    outer = base.about.outer or {}
-    others = {value for key, value in outer.items() if key.endswith("_token_id")}
-    tokens[np.isin(tokens, [one for one in others if isinstance(one, int)])] = 0
-    return tokens.astype(np.int32)
-
-
 def require_verified(checks: Sequence[Check]) -> None:
     """Raise VerificationError naming every check that failed."""
     failed = [f"{c.export}: {c.check}: {c.detail}" for c in checks if not c.ok]
@@ -126,7 +84,7 @@ def verify_export(
     plan: PruningPlan,
     form: ExportFormat,
     target: Path,
-    probe: np.ndarray,
+    probe: Probe,
     codes: Path | None = None,
     repair: Path | None = None,
     model: LayerSource | None = None,
@@ -141,7 +99,7 @@ def verify_export(
       plan: what is kept.
       form: the format.
       target: the folder.
-      probe: int32 [B, T] tokens to compare logits on.
+      probe: windows to compare logits on, each int32 [B, T].
       codes: folder of the 4-bit codes, None if weights are rounded to nearest.
       repair: folder of the repaired weights, None if none were.
       model: what was written, rounded as the format has it, if weights were changed; default what
@@ -175,7 +133,7 @@ def verify_export(
 
 
 def _logit_checks(
-    target: Path, export: Export, probe: np.ndarray, wanted: Logits, lost: str
+    target: Path, export: Export, probe: Probe, wanted: Logits, lost: str
 ) -> list[Check]:
     """Whether programs compute what is wanted from a folder whose files are right; `lost` says why
     that is not known of its 4-bit codes."""
@@ -190,7 +148,7 @@ def _logit_checks(
         checks = [_undone(form, name, why) for name in (CODES, IN_JAX)]
         wanted = found
     else:
-        checks = [logit_check(form.name, IN_JAX, found[0], *wanted)]
+        checks = [logit_check(form.name, IN_JAX, found[0][0], *wanted[0])]
     answer = client_answer(target, export, probe)
     if answer.logits is not None and _narrows_experts(form):
         wanted = _stored_logits(target, probe, bfloat16_experts)
@@ -202,7 +160,7 @@ def _compare(
     export: Export,
     mtp: MtpSource,
     expected: LayerSource,
-    probe: np.ndarray,
+    probe: Probe,
 ) -> Logits:
     """Compare all tensors; the logits of the model that they come from. Each layer is made once."""
 
@@ -212,7 +170,7 @@ def _compare(
 
     comparison.add(export.outer_arrays(expected))
     comparison.add(export.mtp_arrays(mtp))
-    return settled_logits(mapped(expected, compare), probe)
+    return settled_logits(mapped(expected, compare), probe, PROBE_TOKENS)
 
 
 def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
@@ -227,10 +185,10 @@ def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
 
 
 def _stored_logits(
-    folder: Path, probe: np.ndarray, change: Callable[[LayerSource], LayerSource] = lambda s: s
+    folder: Path, probe: Probe, change: Callable[[LayerSource], LayerSource] = lambda s: s
 ) -> Logits:
     """Logits of a folder as we read it."""
-    return settled_logits(change(open_checkpoint(folder, dtype=jnp.float32)), probe)
+    return settled_logits(change(open_checkpoint(folder, dtype=jnp.float32)), probe, PROBE_TOKENS)
 
 
 def _undone(form: ExportFormat, check: str, why: str) -> Check:
@@ -260,7 +218,10 @@ def _client_checks(export: Export, answer: Answer, wanted: Logits) -> list[Check
     detail = str(problems) if problems else "none missing, unexpected or mismatched"
     detail += f", but for {len(absent)} of other parts, of which the model has none" * bool(absent)
     checks = [Check(form.name, loads, not problems, detail)]
-    return [*checks, logit_check(form.name, IN_TRANSFORMERS, answer.logits, *wanted)]
+    checks.append(logit_check(form.name, IN_TRANSFORMERS, answer.logits[0], *wanted[0]))
+    for found, (logits, _) in zip(answer.logits[1:], wanted[1:], strict=True):
+        checks.append(far_check(form.name, found, logits))
+    return checks
 
 
 def _other_parts(names: list[str]) -> set[str]:
@@ -287,17 +248,16 @@ def written_form(
 def logit_check(
     export: str, name: str, found: np.ndarray, wanted: np.ndarray, settled: np.ndarray
 ) -> Check:
-    """Compare logits [B, T, V] of a program with those wanted, where they must be the same.
+    """Compare logits [B, P, V] of a program with those wanted, where they must be the same.
 
     Args:
       export, name: of the check.
-      found, wanted: float32 [B, T, V].
-      settled: bool [B, T], where rounding cannot have sent a token to another expert. If found and
+      found, wanted: float32 [B, P, V].
+      settled: bool [B, P], where rounding cannot have sent a token to another expert. If found and
         wanted differ anywhere, these positions are judged. Are they fewer than `LEAST` or first
         ones alone, which see no other position, a hundredth of all may differ.
     """
-    difference = np.abs(found - wanted).max(axis=-1)
-    limit = TOLERANCE * max(1.0, float(np.abs(wanted).max()))
+    difference, limit = _difference(found, wanted)
     within = difference <= limit  # False for NaN
     enough = settled.sum() >= LEAST and settled[:, 1:].any()
     judged = settled if enough and not within.all() else np.ones_like(settled)
@@ -308,3 +268,25 @@ def logit_check(
     elif not within.all():
         detail += f"; {within.size - within.sum()} of {within.size} positions differ by more"
     return Check(export, name, bool(np.isfinite(found).all() and ok), detail)
+
+
+def far_check(export: str, found: np.ndarray, wanted: np.ndarray) -> Check:
+    """Compare logits at the ends of long windows, where sliding windows and stretched ropes show.
+
+    Hardly one has no near tie before it. What that changes of one token is little among so many,
+    but a mask or an angle that is wrong is wrong at all positions: most must be the same.
+
+    Args:
+      export: its name.
+      found, wanted: float32 [B, P, V].
+    """
+    difference, limit = _difference(found, wanted)
+    within = difference <= limit
+    detail = f"{within.sum()} of {within.size} positions differ by no more than {limit:.2g}"
+    return Check(export, FAR, bool(within.mean() >= MOST), detail)
+
+
+def _difference(found: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, float]:
+    """Largest difference of each position, [B, P], and the largest that rounding explains."""
+    limit = TOLERANCE * max(1.0, float(np.abs(wanted).max()))
+    return np.abs(found - wanted).max(axis=-1), limit

@@ -80,7 +80,9 @@ def expert(block: Block, e: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
     return g, p, h, h_g, h_p, sum(h[c] * block.down[e][c] for c in range(len(h))) + bias.down
 
 
-def total_loss(model, tokens: np.ndarray, valid: np.ndarray, gates=None) -> torch.Tensor:
+def total_loss(
+    model, tokens: np.ndarray, valid: np.ndarray, gates=None, counted: np.ndarray | None = None
+) -> torch.Tensor:
     """Summed next-token loss of a transformers model, the output of each expert times its gate.
 
     Args:
@@ -88,6 +90,7 @@ def total_loss(model, tokens: np.ndarray, valid: np.ndarray, gates=None) -> torc
       tokens: [B, T].
       valid: [B, T].
       gates: tensors [E] by layer, or None.
+      counted: [B, T], tokens whose prediction counts; None for all.
     """
     changed = {
         f"model.layers.{layer}.mlp.experts.{name}": gate.view(-1, *[1] * (value.ndim - 1)) * value
@@ -101,9 +104,10 @@ def total_loss(model, tokens: np.ndarray, valid: np.ndarray, gates=None) -> torc
         "use_cache": False,
     }
     logits = torch.func.functional_call(model, changed, (), given).logits
-    said = torch.log_softmax(logits[:, :-1], dim=-1)
-    nll = -said.gather(-1, given["input_ids"][:, 1:, None])[..., 0]
-    return nll[torch.tensor(valid[:, :-1] & valid[:, 1:])].sum()
+    sure = torch.log_softmax(logits[:, :-1], dim=-1)
+    nll = -sure.gather(-1, given["input_ids"][:, 1:, None])[..., 0]
+    said = valid if counted is None else valid & counted
+    return nll[torch.tensor(valid[:, :-1] & said[:, 1:])].sum()
 
 
 def write_out(

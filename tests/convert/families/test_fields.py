@@ -72,6 +72,11 @@ NOT_IN_TRANSFORMERS = {
 }
 
 
+# What computes the text model of families that transformers has no class for by their name.
+TEXT_CLASS = {"kimi_k2": "deepseek_v3", "kimi_k25": "deepseek_v3", "deepseek": "deepseek_v2",
+              "glm4v_moe": "glm4v_moe_text", "qwen3_vl_moe": "qwen3_vl_moe_text"}  # fmt: skip
+
+
 def sizes(family: str) -> dict:
     """What the model needs beside its defaults."""
     own = {**tiny.SIZES, **tiny.OWN_SIZES[family], **FITTING.get(family, {})}
@@ -128,6 +133,28 @@ def test_a_default_is_that_of_transformers(family):
     for key, value in left.items():
         if key not in own:
             assert getattr(theirs, key) == value, key
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_whatever_is_left_out_is_read_as_transformers_reads_it(family):
+    """Every field that we read and can do without, whether it is declared as a default or not."""
+    known = TEXT_CLASS.get(family, family)
+    own = tiny.OWN_SIZES[known.removesuffix("_text").replace("glm4v", "glm4").replace("_vl", "")]
+    whole = transformers.AutoConfig.for_model(known, **{**tiny.SIZES, **own})
+    said, optional = whole.to_dict(), set()
+
+    def read(config):
+        found = find_family(family).config_from_hf(config)
+        return found if found.dense_layers else found.replace(d_dense=0)  # it says nothing then
+
+    outer = {"tie_word_embeddings"} if family in WRAPPERS else set()  # said of the whole
+    for key in FIELDS.keys() & said.keys() - outer:
+        without = {name: value for name, value in said.items() if name != key}
+        with contextlib.suppress(InputError):
+            found = read(dict(without))
+            optional.add(key)
+            assert found == read(type(whole).from_dict(without).to_dict()), key
+    assert optional >= {"max_position_embeddings", "rms_norm_eps", "hidden_act"}
 
 
 @pytest.mark.slow

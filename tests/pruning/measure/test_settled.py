@@ -95,11 +95,17 @@ def test_positions_behind_a_near_tie_in_their_window_are_not_settled(models):
             margin = np.minimum(margin, edge.reshape(tokens.shape))
     first = np.minimum.accumulate(margin, axis=1)
     rounding = float(np.median(first)) * 1.001
-    found, settled = settled_logits(source, tokens, rounding)
+    (found, settled), (ends, late) = settled_logits(source, (tokens, tokens[:2]), 12, rounding)
     np.testing.assert_array_equal(settled, first > rounding)
     assert settled.any() and not settled.all()
     np.testing.assert_allclose(found, logits(source, tokens), atol=1e-5, rtol=1e-5)
-    assert settled_logits(source, tokens)[1].sum() >= settled.sum()
+    np.testing.assert_array_equal(late, settled[:2])
+    np.testing.assert_array_equal(ends, found[:2])
+    ((ends, late),) = settled_logits(source, (tokens,), 5, rounding)
+    np.testing.assert_array_equal(late, settled[:, -5:])
+    np.testing.assert_allclose(ends, found[:, -5:], atol=1e-5, rtol=1e-5)
+    ((_, most),) = settled_logits(source, (tokens,), 12)
+    assert most.sum() >= settled.sum()
 
 
 def compared(difference, settled):

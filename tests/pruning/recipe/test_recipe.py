@@ -87,7 +87,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 def test_every_field_has_a_flag_that_sets_it():
     values = {
         "model": "m", "output": "o", "calibration": ("a", "b"), "calibration_field": "body",
-        "first_tokens": True, "evaluation": ("e",), "evaluation_tokens": 11,
+        "first_tokens": True, "loss_on": "answers", "evaluation": ("e",), "evaluation_tokens": 11,
         "max_tokens": 5, "window": 6, "prune_rate": 0.5, "bits": 16,
         "group_size": 64, "quantizer": "gptq", "criterion": "x", "attribution": "y",
         "planner": "z", "weights": "mass", "rho_max": 0.5, "layer_loss": "attribution",
@@ -104,8 +104,7 @@ def test_every_field_has_a_flag_that_sets_it():
         "overwrite": True, "scratch": "big-disk",
     }  # fmt: skip
     alone = [("expert_rate", 0.5, ["--width", "combined"]), ("target_bytes", 6 * 10**9, []),
-             ("target_parameters", 7, []), ("weights_only", True, []),
-             ("loss_on", "answers", [])]  # fmt: skip
+             ("target_parameters", 7, []), ("weights_only", True, [])]  # fmt: skip
     for name, value, needed in alone:
         flag = "--" + name.replace("_", "-")
         given = parsed(

@@ -23,8 +23,8 @@ from pruning.scores.statistics import load_statistics
 from pruning.stages import plan as planning
 from pruning.stages.export import export
 from pruning.stages.job import resolved
+from pruning.stages.probe_windows import random_probe
 from pruning.stages.sizes import active_parameters, byte_range, form_of
-from pruning.stages.verify import random_probe
 from tests.support import tiny
 from tests.support.command import refused, run
 from tests.support.synthetic import statistics
@@ -268,21 +268,40 @@ def test_the_impossible_is_refused(models, tmp_path, capsys, arguments, message)
     assert re.search(message, shown), shown
 
 
-def test_memory_counts_the_logits_of_the_longest_probe(tmp_path):
-    """A window of 300 tokens is seen by no probe of 32: its logits take what they take."""
-    memory, tokens = [], []
+def test_memory_counts_what_windows_longer_than_a_sliding_one_take(tmp_path):
+    """A window of 300 tokens is seen by none of 32, and one of 4 by none of 0: their ends, their
+    hidden states, what experts make of one and transformers' scores of attention."""
+    memory, probes = [], []
     for window in (4, 300):
         sizes = {"sliding_window": window, "max_position_embeddings": 512}
         folder = tiny.save(tiny.tiny_model("dots1", **sizes), tmp_path / str(window))
         (found,) = estimated(folder, tmp_path, "--export", "padded-bf16")
         memory.append(found["memory"])
-        tokens.append(random_probe(open_checkpoint(folder)).size)
-    more = tokens[1] - tokens[0]
-    assert tokens == [7 * 36, 2 * 332]
-    logits = more * tiny.SIZES["vocab_size"] * 4
-    assert memory[1]["transformers"] - memory[0]["transformers"] == 3 * logits
-    assert memory[1]["verify"] - memory[0]["verify"] == 5 * logits
+        probes.append([some.shape for some in random_probe(open_checkpoint(folder))])
+    assert probes == [[(8, 32), (2, 36)], [(8, 32), (2, 332)]]
+    moe, d = open_checkpoint(folder).config.moe, tiny.SIZES["hidden_size"]
+    row = moe.experts_per_token * 4 * (moe.d_expert + d)
+    more = 2 * (332 - 36) * d + (332 - 36) * row
+    assert memory[1]["verify"] - memory[0]["verify"] == 4 * more
+    heads = tiny.SIZES["num_attention_heads"]  # 8 windows of 32 tokens at a time, of 332 one
+    work = [256 * (4 * heads * 36 + row), 332 * (4 * heads * 332 + row)]
+    work[0] = max(256 * (4 * heads * 32 + row), 72 * (4 * heads * 36 + row))
+    assert memory[1]["transformers"] - memory[0]["transformers"] == 4 * (work[1] - work[0])
     assert memory[1]["export"] == memory[0]["export"]
+
+
+def test_memory_counts_the_logits_of_a_probe(tmp_path):
+    memory = []
+    for vocabulary in (512, 1024):
+        sizes = {"vocab_size": vocabulary, "sliding_window": 300, "max_position_embeddings": 512}
+        model = tiny.tiny_model("dots1", **sizes, tie_word_embeddings=True)
+        folder = tiny.save(model, tmp_path / str(vocabulary))
+        (found,) = estimated(folder, tmp_path, "--export", "padded-bf16")
+        memory.append(found["memory"])
+    logits, weights = 512 * (8 + 2) * 32, 512 * tiny.SIZES["hidden_size"]
+    assert memory[1]["verify"] - memory[0]["verify"] == 4 * 5 * logits + (2 + 4) * weights
+    more = memory[1]["transformers"] - memory[0]["transformers"]
+    assert more == 4 * (3 * logits + 1.25 * weights)
 
 
 def test_a_probe_without_weights_is_refused(models, tmp_path, capsys):

@@ -304,7 +304,7 @@ def test_a_family_without_8_bits_says_what_it_has(tmp_path):
 def test_experts_that_are_no_whole_blocks_are_refused(tmp_path):
     sizes = {"moe_intermediate_size": 192, "hidden_size": 64}
     about = open_checkpoint(tiny.tiny_qwen3_moe(tmp_path / "model", **sizes)).about
-    with pytest.raises(InputError, match=r"blocks of 128.* width 192; export padded-bf16"):
+    with pytest.raises(InputError, match=r"blocks of 128.* width 192; choose --bits 16"):
         resolved(CompressionRecipe(model="m", output="o", bits=8), about)
     export = Export(about, tuple((192,) * len(row) for row in about.widths), ExportFormat(NAME))
     with pytest.raises(InputError, match="blocks of 128, which do not divide the expert width 192"):

@@ -5,13 +5,15 @@ entry without its formula here fails.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from convert import load_model
+from moe_jax.transformer import Transformer
 from pruning.scores import details
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.collect import collect_statistics, collect_weights
@@ -36,8 +38,13 @@ class Model:
     loss: float
     torch_model: torch.nn.Module
     text: tuple[np.ndarray, np.ndarray]
+    ours: Transformer
     found: ChannelStatistics
     merged: ChannelStatistics  # of the first two sequences and the third
+    counted: np.ndarray | None = None  # tokens whose prediction counts in the loss
+
+    def gated_loss(self, gates: torch.Tensor) -> torch.Tensor:
+        return explicit.total_loss(self.torch_model, *self.text, gates, self.counted)
 
     @property
     def tokens(self) -> int:
@@ -81,7 +88,7 @@ def model(request, tmp_path_factory) -> Model:
         nll_grad2=nll_grad2(ours, tokens, valid, batch=BATCH),
         noise=collect_weights(ours).noise,
     )
-    return Model(blocks, loss, torch_model, (tokens, valid), found, first.merge(second))
+    return Model(blocks, loss, torch_model, (tokens, valid), ours, found, first.merge(second))
 
 
 def d_h(block: Block, e: int, row: Row) -> np.ndarray:  # [F]
@@ -224,13 +231,13 @@ def noise(model: Model) -> np.ndarray:
 
 
 def ablated(model: Model) -> np.ndarray:
-    found = np.zeros((L, E))
+    found, ones = np.zeros((L, E)), torch.ones(L, E, dtype=torch.float64)
     with torch.no_grad():
         for layer, e in np.ndindex(L, E):
-            gates = torch.ones(L, E, dtype=torch.float64)
+            gates = ones.clone()
             gates[layer, e] = 0.0
-            found[layer, e] = explicit.total_loss(model.torch_model, *model.text, gates)
-    return found - model.loss
+            found[layer, e] = model.gated_loss(gates)
+        return found - model.gated_loss(ones).item()
 
 
 def integrated(model: Model) -> np.ndarray:
@@ -240,14 +247,14 @@ def integrated(model: Model) -> np.ndarray:
             gates = torch.ones(L, E, dtype=torch.float64)
             gates[layer] = (k + 0.5) / STEPS
             gates.requires_grad_()
-            explicit.total_loss(model.torch_model, *model.text, gates).backward()
+            model.gated_loss(gates).backward()
             found[layer] -= gates.grad[layer].numpy() / STEPS
     return found
 
 
 def second_order(model: Model) -> np.ndarray:
     gates = torch.ones(L, E, dtype=torch.float64, requires_grad=True)
-    loss = explicit.total_loss(model.torch_model, *model.text, gates)
+    loss = model.gated_loss(gates)
     (first,) = torch.autograd.grad(loss, gates, create_graph=True)
     found = np.zeros((L, E))
     for at in np.ndindex(L, E):
@@ -454,6 +461,20 @@ def test_the_text_leaves_no_expert_unrouted_and_reaches_none_with_all(model):
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_statistic_is_its_sum_over_tokens(model, name):
     close(model.found[name], FIELDS[name](model))
+
+
+@pytest.mark.parametrize(
+    "collect", [partial(nll_ig, steps=STEPS), nll_ablate, nll_grad2],
+    ids=["nll_ig", "nll_ablate", "nll_grad2"],
+)  # fmt: skip
+def test_an_end_to_end_attribution_is_of_the_tokens_whose_prediction_counts(
+    model, collect, request
+):
+    name = request.node.callspec.id
+    counted = np.random.default_rng(7).random(model.text[0].shape) < 0.5
+    found = collect(model.ours, *model.text, counted, batch=BATCH)
+    close(found, FIELDS[name](replace(model, counted=counted)))
+    assert np.abs(found - model.found[name]).max() > 0.1 * np.abs(found).max()
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -1,15 +1,23 @@
 """Extra attributions from the command line to plans."""
 
 import dataclasses
+import json
 import re
+import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import load_model
 from pruning.budget.importance import PlannerOptions, layer_weights
+from pruning.recipe.recipe import CompressionRecipe
 from pruning.scores.criteria import channel_scores
+from pruning.scores.curvature import nll_grad2
+from pruning.scores.end_to_end import nll_ablate, nll_ig
 from pruning.scores.statistics import load_statistics
 from pruning.stages import extra_scores
+from pruning.stages.job import open_job
 from tests.support import command, synthetic
 from tests.support.plans import plan_of
 
@@ -34,6 +42,32 @@ def test_every_attribution_is_stored_and_serves_a_plan(folder, capsys):
     # The three estimate one thing: on a tiny random model they should at least agree in direction.
     flat = [getattr(statistics, n).ravel() for n in ("nll_ig", "nll_ablate", "nll_grad2")]
     assert np.corrcoef(flat).min() > 0.3
+
+
+def test_prompts_are_in_none_of_them_where_answers_alone_count(models, tmp_path):
+    model = shutil.copytree(models / "single", tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"{2 * n}, say."} for n in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = {
+        "model": str(model), "output": str(tmp_path / "out"), "loss_on": "answers",
+        "calibration": [str(tmp_path / "chat.jsonl")], "window": 64, "max_tokens": 512,
+        "nll_ig": 2, "nll_ablate": True, "nll_grad2": True, "planner": "fair",
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    assert command.run("score", "--recipe", path) == 0
+    statistics, _ = load_statistics(tmp_path / "out" / "statistics.safetensors")
+    job = open_job(CompressionRecipe(**recipe))
+    text = job.calibration
+    assert text.counted is not None and 0.1 < text.counted[text.valid].mean() < 0.9
+    asked = job.base, text.tokens, text.valid, text.counted
+    wanted = {"nll_ig": nll_ig(*asked, steps=2), "nll_ablate": nll_ablate(*asked)}
+    wanted["nll_grad2"] = nll_grad2(load_model(model, jnp.bfloat16), *asked[1:])
+    for name, found in wanted.items():
+        close = {"rtol": 2e-3, "atol": 2e-3 * np.abs(found).max()}
+        np.testing.assert_allclose(getattr(statistics, name), found, **close)
 
 
 def test_other_steps_are_measured_again_and_equal_ones_are_not(folder, models, texts, capsys):

@@ -20,6 +20,7 @@ from pruning.runs.verify import verify
 from pruning.stages import client
 from pruning.stages import verify as verifying
 from pruning.stages.client import Answer, client_answer
+from pruning.stages.probe_windows import random_probe
 from pruning.stages.sizes import export_of, form_of
 from pruning.stages.stored import stored_base, stored_recipe
 from pruning.stages.verify import Check
@@ -69,7 +70,7 @@ def checks_of(export: Path) -> list[Check]:
     recipe = stored_recipe(export.parent.parent)
     base, plan = stored_base(recipe, Steps()), PruningPlan.load(export.parent.parent)
     form = dataclasses.replace(form_of(recipe, export.name, plan), mtp="drop")
-    return verifying.verify_export(base, plan, form, export, verifying.random_probe(base))
+    return verifying.verify_export(base, plan, form, export, random_probe(base))
 
 
 def set_value(export: Path, name: str, place: tuple[int, ...], value) -> tuple:
@@ -268,8 +269,9 @@ def test_what_transformers_says_of_the_tensors_fails_a_check_of_its_own(one, mon
     export = one("ragged-bf16")
     said = {"missing_keys": ["lm_head.weight"], "unexpected_keys": [], "mismatched_keys": []}
 
-    def answer(folder, export, tokens):
-        logits = np.zeros((*tokens.shape, export.base.config.vocab_size), np.float32)
+    def answer(folder, export, probe):
+        size = export.base.config.vocab_size
+        logits = [np.zeros((*tokens.shape, size), np.float32) for tokens in probe]
         return Answer(logits=logits, loading=said)
 
     monkeypatch.setattr(verifying, "client_answer", answer)
@@ -326,7 +328,7 @@ def scripted_answer(folder, monkeypatch, name, export) -> Answer:
     monkeypatch.setattr(client, "PROGRAM", program)
     client._process.cache_clear()
     try:
-        return client_answer(folder / name, export, np.zeros((1, 4), np.int32))
+        return client_answer(folder / name, export, (np.zeros((1, 4), np.int32),))
     finally:
         client._end()
 
