@@ -286,8 +286,11 @@ def readers(folder: Path) -> list[Callable[[], object]]:
         plans_table([(folder, found)])
 
     def card() -> None:
-        form, repair = ExportFormat("ragged-int4"), folder / "repair"
-        card_files(base(), PruningPlan.load(folder), form, quantizer="gptq", repair=repair)
+        found, form = PruningPlan.load(folder), ExportFormat("ragged-int4")
+        repair = stored_repair(stored_recipe(folder), found)
+        text = card_files(base(), found, form, quantizer="gptq", repair=repair)["README.md"]
+        assert callable(text)
+        text()
 
     def codes() -> None:
         found = codes_in(folder / "gptq")
@@ -295,8 +298,7 @@ def readers(folder: Path) -> list[Callable[[], object]]:
         found.arrays(0)
 
     def repaired() -> None:
-        stored_repair(stored_recipe(folder), PruningPlan.load(folder))
-        repair_facts(folder / "repair")
+        repair_facts(stored_repair(stored_recipe(folder), PruningPlan.load(folder)))
         repaired_in(folder / "repair").arrays(0)
 
     def compared() -> None:
