@@ -111,7 +111,7 @@ TESTS = {
     "pruning/shrink/rounding.py": "shrink/test_rounding",
     "pruning/measure/agreement.py": "runs/test_audit",
     "pruning/measure/loss_curves.py": "measure/test_tokens",
-    "pruning/measure/choice.py": "stages/test_choose -k tie",
+    "pruning/measure/choice.py": "measure/test_choice",
     "pruning/measure/quality.py": "measure/test_quality -k 'states or broken or by_hand'",
     "pruning/measure/*.py": "measure/test_{stem}",
     "pruning/runs/compare.py": "runs/test_compare",
