@@ -5,6 +5,7 @@ checkpoint or the output folder of `score` and `plan`, opens it in this process 
 memory and of processor time, and prints what ended otherwise, a line of JSON each.
 """
 
+import gc
 import json
 import random
 import resource
@@ -332,11 +333,22 @@ def opened(folder: Path) -> None:
     open_codec(folder, open_checkpoint(folder).config.vocab_size)
 
 
-def outcome(folder: Path, seconds: float = SECONDS) -> str:
-    """ "" if the folder opens or is refused as it should be, by each that reads it; else what
-    happened."""
+# Readers of a single file, which others need not ask.
+ALONE = {"compared": "compare.json", "report": "report.json", "ablations": "ablations.jsonl"}
+
+
+def outcome(folder: Path, seconds: float = SECONDS, damaged: str | None = None) -> str:
+    """What happened in a folder that neither opened nor was refused as it should be, else "".
+
+    Args:
+      folder: a checkpoint or an output folder.
+      seconds: that each reader may take.
+      damaged: the file that is damaged, None for any.
+    """
     is_model = (folder / "config.json").is_file()
     found = [lambda: opened(folder)] if is_model else readers(folder)
+    if damaged is not None:
+        found = [one for one in found if ALONE.get(one.__name__, damaged) == damaged]
     return next(filter(None, (_outcome_of(one, seconds) for one in found)), "")
 
 
@@ -365,6 +377,7 @@ def main(folder: str, first: str, count: str) -> None:
     """Damage and open; see the module."""
     if first_found := outcome(Path(folder), 100):  # imports, and threads of their own, all of them
         print(json.dumps({"seed": None, "damage": "none", "found": first_found}), flush=True)
+    gc.freeze()  # readers collect garbage, of which imports are none
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -372,7 +385,7 @@ def main(folder: str, first: str, count: str) -> None:
         with tempfile.TemporaryDirectory() as place:
             copy = Path(shutil.copytree(folder, Path(place) / "model"))
             told = damage(copy, seed)
-            if found := outcome(copy):
+            if found := outcome(copy, damaged=told.partition(":")[0]):
                 print(json.dumps({"seed": seed, "damage": told, "found": found}), flush=True)
     print(json.dumps({"done": int(count)}))
 
