@@ -90,7 +90,7 @@ TESTS = {
     "pruning/budget/optimum.py": "budget/test_optimum budget/test_values",
     "pruning/budget/clusters.py": "budget/test_clusters budget/test_rules",
     "pruning/budget/whole_experts.py": "budget/test_whole_experts budget/test_values",
-    "pruning/budget/candidates.py": "stages/test_choose",
+    "pruning/budget/candidates.py": "budget/test_candidates",
     "pruning/budget/outliers.py": "budget/test_outliers",
     "pruning/budget/decide.py": "budget/test_decide budget/test_widths",
     "pruning/budget/record.py": "budget/test_plan budget/test_values budget/test_decide",
@@ -119,7 +119,8 @@ TESTS = {
     "pruning/stages/sizes.py": "stages/test_sizes",
     "pruning/stages/verify.py": "measure/test_settled stages/test_probe stages/test_verify"
     " -k 'not nearly and not four_bit'",
-    "pruning/stages/choose.py": "stages/test_choose",
+    "pruning/stages/choose.py": "stages/test_choose_values stages/test_choose"
+    " -k 'values or brute or twice or target'",
     "pruning/stages/content.py": "stages/test_content",
     "pruning/stages/gptq.py": "shrink/test_gptq -k 'command or damaged or wherever'",
     "pruning/stages/repair.py": "runs/test_repair",
