@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -377,6 +378,7 @@ def main(folder: str, first: str, count: str) -> None:
     """Damage and open; see the module."""
     if first_found := outcome(Path(folder), 100):  # imports, and threads of their own, all of them
         print(json.dumps({"seed": None, "damage": "none", "found": first_found}), flush=True)
+    warnings.simplefilter("error", RuntimeWarning)  # what is no number was not read right
     gc.freeze()  # readers collect garbage, of which imports are none
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY

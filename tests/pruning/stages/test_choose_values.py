@@ -120,7 +120,10 @@ def test_the_choice_says_what_was_measured(asked):
         lambda s: s["key"].update(sha256="other"),
         lambda s: s.pop("dense"),
         lambda s: s.update(tokens=TOKENS[:4]),
+        lambda s: s.update(tokens=[0] * 5),
+        lambda s: s.update(tokens=[-1, *TOKENS[1:]]),
         lambda s: s.update(files=["a"] * 5),
+        lambda s: s.update(files=[-1, *FILES[1:]]),
         lambda s: s["plans"].update({next(iter(s["plans"])): [1.0] * 4}),
         lambda s: s["plans"].popitem(),  # only that one is missing
     ],
