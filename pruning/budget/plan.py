@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from safetensors import SafetensorError
@@ -15,9 +15,41 @@ from safetensors.numpy import load_file, save, save_file
 from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
 from moe_jax.json_files import read_json
-from pruning.kit.fitting import fits
+from pruning.kit.fitting import fits, misfits
 
 FORMAT_VERSION = 1
+
+
+class PlannedText(TypedDict):
+    """A calibration text behind a plan."""
+
+    text: str
+    sha256: str
+    weight: float
+    documents: int
+    tokens: int
+    options: NotRequired[str]
+
+
+class Said(TypedDict, total=False):
+    """What a plan says of itself, as far as cards, `apply` and `plan` rely on it."""
+
+    criterion: str
+    attribution: str
+    planner: str | None
+    planner_options: dict[str, Any]
+    width: str
+    prune_rate: float
+    nested_in: float | None
+    block: int
+    minimum: int
+    layer_rates: dict[str, Any]
+    coverage_aligned: float
+    scoring: dict[str, Any]
+    sources: list[PlannedText]
+    evaluation: list[str]
+    repair: str
+    choice: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,6 +205,8 @@ class PruningPlan:
             counts, provenance = np.asarray(content["counts"]), content["provenance"]
             if not fits(indices, list[int]) or not fits(provenance, dict[str, Any]):
                 raise InputError("layer_indices or provenance hold something else")
+            if wrong := misfits(Said, provenance):
+                raise InputError(f"{', '.join(wrong)} in its provenance hold something else")
             named = load_file(tensors)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             told = str(error)[:1000]

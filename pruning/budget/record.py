@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_jax.errors import InputError
 from pruning.budget.importance import IMPORTANCE
 from pruning.budget.optimum import (
     best_known,
@@ -16,7 +15,6 @@ from pruning.budget.optimum import (
     weighted_coverage,
 )
 from pruning.budget.problem import Allocation, Problem
-from pruning.kit.fitting import fits
 from pruning.recipe.options import BUDGETS, PlanOptions, fields_of
 from pruning.scores.expert_criteria import expert_criterion
 
@@ -139,19 +137,11 @@ def tool_version() -> str:
 
 
 def recorded_options(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a recipe that a plan's provenance states, all but budget, block and minimum.
-
-    Raises:
-      InputError: the provenance is damaged.
-    """
+    """Options of a recipe that a plan's provenance states, all but budget, block and minimum."""
     names = fields_of(PlanOptions)
     beside = (*BUDGETS, "block", "minimum")
     told = {n: value for n, value in said.items() if n in names and n not in beside}
     options, rates = said.get("planner_options") or {}, said.get("layer_rates") or {}
-    if not fits(options, dict[str, Any]) or not fits(rates, dict[str, Any]):
-        raise InputError(
-            "planner_options or layer_rates of the plan hold something else; plan again"
-        )
     told |= {name: options[name] for name in names if name in options}
     told = {name: value for name, value in told.items() if value is not None}
     return told | {"layer_rate": [f"{layer}={rate}" for layer, rate in rates.items()]}

@@ -234,7 +234,7 @@ def _made(facts: CardFacts) -> list[list[str]]:
         rows.append(["planned for", f"another model of the same shape, `{said['planned_for']}`"])
     if said.get("criterion"):
         planner = said.get("planner") or f"none (width {said.get('width')})"
-        rule = f"criterion {said['criterion']}, attribution {said['attribution']}"
+        rule = f"criterion {said['criterion']}, attribution {said.get('attribution')}"
         rows.append(["rule", f"{rule}, planner {planner}"])
     if said.get("width"):
         rows.append(["width policy", str(said["width"])])

@@ -22,7 +22,7 @@ def choice_table(choice: Mapping[str, Any], columns: int = COLUMNS) -> TextTable
     """
     try:
         return _table(choice, columns)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         told = str(error)[:200]
         raise InputError(f"the plan's table of rules is damaged ({told}); plan again") from None
 

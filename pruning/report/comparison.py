@@ -131,6 +131,7 @@ class Comparison:
                 not found["dense"]
                 or any(by_text.keys() != found["dense"].keys() for by_text in measured)
                 or any(not MEASURED <= one.keys() or one["nll"] is None for one in texts)
+                or found.get("sizes", {}).keys() not in (set(), {"dense", "experts"})
             ):
                 raise InputError("a result lacks what was measured")
             parts: Any = {n: tuple(Result(**r) for r in found[n]) for n in ("results", "refused")}

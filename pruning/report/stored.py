@@ -59,6 +59,8 @@ def _agreements(values: Mapping[str, Any]) -> list[tuple[str, bool]]:
         ("random", not chance or (chance.keys() >= {"seed", "quality"}
          and chance["quality"].keys() >= v["quality"].keys())),
         ("repair", not v.get("repair") or v["repair"].keys() == Repair.__annotations__.keys()),
+        ("alone", all(size is None or size > 0 for one in v.get("alone", {}).values()
+                      for size in one.values())),
         ("loading", all(one.keys() <= Loading.__annotations__.keys()
                         and all(len(told) == 2 for told in one["clients"].values())
                         for one in v.get("loading", {}).values())),

@@ -73,7 +73,7 @@ def _export_folder(
         recipe = dataclasses.replace(recipe, export=left)
         preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
         begun.unlink(missing_ok=True)
-        if len(wanted) > 1 and not overwrite:
+        if not overwrite:
             exports.mkdir(exist_ok=True)
             replace_text(begun, json.dumps(asked) + "\n")
         given = {**_changed(base, plan, recipe, asked["repair"], steps), "overwrite": overwrite}

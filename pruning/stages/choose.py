@@ -216,8 +216,9 @@ def _remembered(path: Path, key: dict[str, Any]) -> Measured | None:
         if found.pop("key") != key or misfits(Measured, found):
             return None
         known = Measured(**found)
-        windows = {len(known.tokens), len(known.files), len(known.dense)}
-        return known if windows | set(map(len, known.plans.values())) == {key["windows"]} else None
+        each = (known.tokens, known.files, known.dense, *known.plans.values())
+        whole = {key["windows"]} == set(map(len, each)) != {0}
+        return known if whole and min(known.tokens + known.files) >= 0 < sum(known.tokens) else None
     except (InputError, OSError, AttributeError, KeyError, TypeError):
         return None
 

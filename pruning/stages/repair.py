@@ -1,12 +1,13 @@
 """The stage that repairs without training, between the plan and whatever rounds and writes it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from convert.description import Description
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
+from pruning.kit.fitting import misfits
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.report.phrases import repair_words
@@ -24,6 +25,13 @@ from pruning.stages.layers import already_made, provenance
 from pruning.stages.sizes import mean_width
 
 FOLDER = "repair"
+
+
+class Said(TypedDict):
+    """What a repair says of itself, as far as reports and cards rely on it."""
+
+    mode: str
+    tokens: int
 
 
 def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
@@ -89,10 +97,12 @@ def stored_repair(recipe: CompressionRecipe, plan: PruningPlan) -> Path | None:
     found = files.read_summary()
     if found is None or found["provenance"].get("plan") != plan.content_hash:
         return None
-    if fault := files.fault():
-        mode = found["provenance"].get("mode")
+    fault = files.fault()
+    if wrong := misfits(Said, found["provenance"]):
+        fault = f"{', '.join(wrong)} in {files.path / files.summary} hold something else"
+    if fault:
         raise InputError(
-            f"{fault}; `moe-compress export --overwrite --repair {mode}` repairs again, --repair "
+            f"{fault}; `moe-compress export --overwrite --repair layer` repairs again, --repair "
             "none leaves it out"
         )
     return files.path

@@ -4,13 +4,15 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, load_model
 from moe_jax.errors import InputError
+from pruning.kit.fitting import misfits
 from pruning.kit.progress import Steps
+from pruning.report.stored_fields import Stability
 from pruning.scores.collect import collect_weights, with_wanda
 from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
@@ -20,6 +22,23 @@ from pruning.stages.parts import collect_parts
 from pruning.text.kept_out import kept_out_note
 
 STATISTICS = "statistics.safetensors"
+
+
+class Text(TypedDict):
+    """A calibration text behind statistics."""
+
+    path: str
+    sha256: str
+    weight: float
+    documents: int
+    tokens: int
+
+
+class Noted(TypedDict, total=False):
+    """What is noted beside statistics, as far as plans and reports rely on it."""
+
+    sources: list[Text]
+    stability: Stability | None
 
 
 def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
@@ -76,7 +95,7 @@ def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
     path = job.output / STATISTICS
     if not path.is_file() or not path.with_suffix(".json").is_file():
         return None
-    statistics, found = load_statistics(path)
+    statistics, found = _read(path)
     known = {**found, "sources": without_paths(found.get("sources", ()))}
     same = all(known.get(key) == value for key, value in identity(job).items())
     return (statistics, found) if same and statistics.covers(job.recipe.groups) else None
@@ -113,10 +132,20 @@ def stored_statistics(folder: Path, base: Checkpoint) -> tuple[ChannelStatistics
     Raises:
       InputError: they are missing, damaged, or of another model.
     """
-    statistics, provenance = load_statistics(folder / STATISTICS)
+    statistics, provenance = _read(folder / STATISTICS)
     if provenance.get("model_hash") != base.fingerprint:
         raise InputError(
             f"{folder / STATISTICS} was measured on model {provenance.get('model_hash')}, but "
             f"{base.about.folder} is {base.fingerprint}; score this model"
+        )
+    return statistics, provenance
+
+
+def _read(path: Path) -> tuple[ChannelStatistics, dict]:
+    statistics, provenance = load_statistics(path)
+    if wrong := misfits(Noted, provenance):
+        raise InputError(
+            f"{', '.join(wrong)} in {path.with_suffix('.json')} hold something else; remove it and "
+            "score again"
         )
     return statistics, provenance

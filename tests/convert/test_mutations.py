@@ -22,14 +22,14 @@ def output_folder(place: Path) -> Path:
     place.mkdir()
     model, text, out = place / "model", place / "text.txt", place / "out"
     tiny.add_tokenizer(tiny.save(tiny.tiny_model("qwen2_moe", **command.SIZES), model))
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
-    given, read = ((model, *of(place, out, text.name)) for of in (command.given, command.read))
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    read = (model, *command.read(place, out, text.name), "--window", 64)
     rules = ("--rules", "random", "--prune-rate", 0.5, "--block", 8, "--evaluation", text)
     assert command.run("compare", *read, *rules) == 0
     compared = (out / "compare.json").read_bytes()
     coded = ("--quantizer", "gptq", "--export", "ragged-int4", "--prune-rate", 0.5, "--overwrite")
     with patch.object(client, "free_memory", lambda: 0):  # transformers is not asked
-        assert command.run("compress", *given, *coded) == 0
+        assert command.run("compress", *read, *coded, "--repair", "layer") == 0
     assert command.run("audit", out, "--experts", 2, "--channels", 2) == 0
     (out / "compare.json").write_bytes(compared)
     return out

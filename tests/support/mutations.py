@@ -5,6 +5,7 @@ checkpoint or the output folder of `score` and `plan`, opens it in this process 
 memory and of processor time, and prints what ended otherwise, a line of JSON each.
 """
 
+import gc
 import json
 import random
 import resource
@@ -12,6 +13,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -85,6 +88,10 @@ def _damage_output(folder: Path, rng: random.Random) -> str:
         "plan.safetensors": _header, "statistics.safetensors": _header, "compare.json": _nested,
         "report.json": _nested, "gptq/gptq.json": _nested, "model.json": _nested,
         "ablations.jsonl": _line, "exports/ragged-int4/provenance.yaml": _recipe,
+        "choice.json": _nested, "repair/repair.json": _nested,
+        "repair/layer-00000.safetensors": _header, "gptq/layer-00000.safetensors": _header,
+        "exports/ragged-int4/config.json": _config,
+        "exports/ragged-int4/model.safetensors": _header,
     }  # fmt: skip
     # A report has a hundred fields.
     name = rng.choices(list(changes), [5 if name == "report.json" else 1 for name in changes])[0]
@@ -235,48 +242,119 @@ def _text(path: Path, rng: random.Random) -> str:
     return kind
 
 
-def _open_output(folder: Path) -> None:
-    """Read what commands wrote, as far as every reader does."""
-    from pruning.budget.decide import plan_pruning
+def readers(folder: Path) -> list[Callable[[], object]]:
+    """All that reads what commands wrote: each on its own, as a command would."""
+    from convert.export_format import ExportFormat
+    from pruning.budget.candidates import CANDIDATES
     from pruning.budget.plan import PruningPlan
     from pruning.budget.record import recorded_options
+    from pruning.cli.tables import plans_table
+    from pruning.kit.progress import Steps
     from pruning.measure.ablation_record import read_record
-    from pruning.recipe.options import PlanOptions, part_of
-    from pruning.recipe.recipe import load_recipe
     from pruning.report import comparison_page, compression_page
     from pruning.report.comparison import Comparison
     from pruning.report.compression import CompressionReport
-    from pruning.scores.statistics import load_statistics
     from pruning.shrink.gptq_model import codes_in
+    from pruning.shrink.repair_model import repaired_in
+    from pruning.stages import plan as planning
+    from pruning.stages.card import card_files, rounded_again
+    from pruning.stages.choose import choose, measurable
+    from pruning.stages.job import resolved
     from pruning.stages.made_by import stale_exports
+    from pruning.stages.repair import repair_facts, stored_repair
+    from pruning.stages.score import stored_statistics
+    from pruning.stages.stored import stored_base, stored_recipe
 
-    recipe = load_recipe(folder / "recipe.yaml")
-    plan = PruningPlan.load(folder)
-    recorded_options(plan.provenance)
-    statistics, _ = load_statistics(folder / "statistics.safetensors")
-    options = PlanOptions(prune_rate=0.5, criterion="act", attribution="energy", seed=recipe.seed)
-    plan_pruning(statistics, part_of(options, PlanOptions), experts_per_token=1)
-    read_record(folder / "ablations.jsonl", {})
-    codes_in(folder / "gptq").fault(plan=plan.content_hash)
-    stale_exports(folder, plan)
-    compared = Comparison.load(folder / "compare.json")
-    report = CompressionReport.load(folder / "report.json")
-    compared.table()
-    report.terminal_table()
-    # Figures are made and not drawn, which would take a second.
-    with (
-        patch.object(comparison_page, "figure_html"),
-        patch.object(compression_page, "figure_html"),
-    ):
-        comparison_page.comparison_page(compared)
-        compression_page.page(report)
+    steps, export = Steps(quiet=True), folder / "exports" / "ragged-int4"
+
+    def base():
+        return stored_base(stored_recipe(folder), steps)
+
+    def planned_again() -> None:
+        recipe = resolved(stored_recipe(folder).fixed(), base().about)
+        planning.plan(recipe, *stored_statistics(folder, base()), base().about)
+
+    def chosen_again() -> None:
+        recipe = resolved(stored_recipe(folder), base().about)
+        statistics, provenance = stored_statistics(folder, base())
+        recipe = measurable(recipe, provenance, steps)
+        with patch.dict(CANDIDATES, dict([next(iter(CANDIDATES.items()))]), clear=True):
+            choose([recipe], statistics, provenance, base(), lambda: None, steps)
+
+    def plan() -> None:
+        found = PruningPlan.load(folder)
+        recorded_options(found.provenance)
+        stale_exports(folder, found)
+        plans_table([(folder, found)])
+
+    def card() -> None:
+        found, form = PruningPlan.load(folder), ExportFormat("ragged-int4")
+        repair = stored_repair(stored_recipe(folder), found)
+        text = card_files(base(), found, form, quantizer="gptq", repair=repair)["README.md"]
+        assert callable(text)
+        text()
+
+    def codes() -> None:
+        found = codes_in(folder / "gptq")
+        found.fault(plan=PruningPlan.load(folder).content_hash)
+        found.arrays(0)
+
+    def repaired() -> None:
+        repair_facts(stored_repair(stored_recipe(folder), PruningPlan.load(folder)))
+        repaired_in(folder / "repair").arrays(0)
+
+    def compared() -> None:
+        found = Comparison.load(folder / "compare.json")
+        found.table()
+        with patch.object(comparison_page, "figure_html"):  # made and not drawn
+            comparison_page.comparison_page(found)
+
+    def report() -> None:
+        found = CompressionReport.load(folder / "report.json")
+        found.terminal_table()
+        with patch.object(compression_page, "figure_html"):
+            compression_page.page(found)
+
+    def ablations() -> None:
+        read_record(folder / "ablations.jsonl", {})
+
+    def exported() -> None:
+        opened(export)
+        rounded_again(export)
+
+    return [plan, planned_again, chosen_again, card, codes, repaired, compared, report, ablations,
+            exported]  # fmt: skip
 
 
-def outcome(folder: Path, seconds: float = SECONDS) -> str:
-    """ "" if the folder opens or is refused as it should be, else what happened."""
+def opened(folder: Path) -> None:
+    """Read a checkpoint."""
     from convert import open_checkpoint
-    from moe_jax.errors import InputError
     from pruning.text.tokenizer import open_codec
+
+    open_codec(folder, open_checkpoint(folder).config.vocab_size)
+
+
+# Readers of a single file, which others need not ask.
+ALONE = {"compared": "compare.json", "report": "report.json", "ablations": "ablations.jsonl"}
+
+
+def outcome(folder: Path, seconds: float = SECONDS, damaged: str | None = None) -> str:
+    """What happened in a folder that neither opened nor was refused as it should be, else "".
+
+    Args:
+      folder: a checkpoint or an output folder.
+      seconds: that each reader may take.
+      damaged: the file that is damaged, None for any.
+    """
+    is_model = (folder / "config.json").is_file()
+    found = [lambda: opened(folder)] if is_model else readers(folder)
+    if damaged is not None:
+        found = [one for one in found if ALONE.get(one.__name__, damaged) == damaged]
+    return next(filter(None, (_outcome_of(one, seconds) for one in found)), "")
+
+
+def _outcome_of(reader: Callable[[], object], seconds: float) -> str:
+    from moe_jax.errors import InputError
 
     def late(*_):
         raise TimeoutError(f"more than {seconds} seconds")
@@ -284,16 +362,13 @@ def outcome(folder: Path, seconds: float = SECONDS) -> str:
     signal.signal(signal.SIGPROF, late)  # processor time: other processes do not count
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        if (folder / "config.json").is_file():
-            base = open_checkpoint(folder)
-            open_codec(folder, base.config.vocab_size)
-        else:
-            _open_output(folder)
+        reader()
     except InputError as error:
         told = str(error)
-        return "" if SHORTEST <= len(told) <= LONGEST else f"a message of {len(told)}: {told[:200]}"
+        fits = SHORTEST <= len(told) <= LONGEST
+        return "" if fits else f"{reader.__name__}, a message of {len(told)}: {told[:200]}"
     except BaseException as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return f"{reader.__name__}, {type(error).__name__}: {str(error)[:200]}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     return ""
@@ -303,6 +378,8 @@ def main(folder: str, first: str, count: str) -> None:
     """Damage and open; see the module."""
     if first_found := outcome(Path(folder), 100):  # imports, and threads of their own, all of them
         print(json.dumps({"seed": None, "damage": "none", "found": first_found}), flush=True)
+    warnings.simplefilter("error", RuntimeWarning)  # what is no number was not read right
+    gc.freeze()  # readers collect garbage, of which imports are none
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -310,7 +387,7 @@ def main(folder: str, first: str, count: str) -> None:
         with tempfile.TemporaryDirectory() as place:
             copy = Path(shutil.copytree(folder, Path(place) / "model"))
             told = damage(copy, seed)
-            if found := outcome(copy):
+            if found := outcome(copy, damaged=told.partition(":")[0]):
                 print(json.dumps({"seed": seed, "damage": told, "found": found}), flush=True)
     print(json.dumps({"done": int(count)}))
 

@@ -217,6 +217,8 @@ WITHOUT_WINDOW = {"sliding_window": None, "sliding_layers": ()}
         ("deepseek_v2", {"first_k_dense_replace": 9},
          of("deepseek_v2", dense_layers=(0, 1, 2, 3, 4))),
         ("deepseek_v2", {"q_lora_rank": None}, of("deepseek_v2", "attention", query_rank=None)),
+        ("deepseek_v3", {"n_group": None, "topk_group": None},
+         of("deepseek_v3", "moe", num_groups=1, groups_per_token=1)),
         ("deepseek_v3", {"n_group": 1, "topk_group": 1},
          of("deepseek_v3", "moe", num_groups=1, groups_per_token=1)),
         ("glm4_moe", {"head_dim": ...}, of("glm4_moe", "attention", head_dim=10)),

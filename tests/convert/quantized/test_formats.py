@@ -171,6 +171,7 @@ EXPERT = "model.layers.0.mlp.experts.1.up_proj."
 BROKEN = [
     ("gptq", "qzeros", None, "no qzeros"),
     ("gptq", "scales", torch.ones(3, 64), r"scales float32 \[3, 64\].* does not fit gptq of 4"),
+    ("gptq", "qweight", torch.ones(8).int(), r"weight \[0, 0\] has qweight int32 \[8\], qzeros"),
     ("awq", "qzeros", torch.ones(2, 9).int(), r"qzeros int32 \[2, 9\].* does not fit awq"),
     ("nf4", "weight.absmax", None, "no absmax"),
     ("nf4", "weight.quant_state.bitsandbytes__nf4", torch.tensor([1]).byte(), "not valid JSON"),
@@ -178,8 +179,9 @@ BROKEN = [
     ("int4", "weight_shape", torch.tensor([64, 10**6]), "does not fit 4 bits per group of 32"),
     ("int4", "weight_shape", torch.tensor([-1, 64]), "does not fit 4 bits per group of 32"),
     ("int4-zeros", "weight_zero_point", None, "does not fit .* with zero points"),
-    ("fp8-rows", "weight_scale", torch.ones(7), r"weight_scale float32 \[7\]"),
-]
+    ("fp8-rows", "weight_scale", torch.ones(7),
+     r"has weight float8_e4m3fn \[64, 64\], weight_scale float32 \[7\], no weight_zero_point"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "part", "tensor", "message"), BROKEN)
@@ -190,6 +192,21 @@ def test_a_weight_whose_parts_do_not_fit_is_named(plain, tmp_path, name, part, t
     with pytest.raises(CheckpointError, match=message) as error:
         open_checkpoint(tmp_path / "model")
     assert EXPERT in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8-rows"])
+def test_scales_of_rows_may_be_stored_without_their_axis_of_one(plain, tmp_path, name):
+    make, said = FORMATS[name]()
+    exact = quantized.rewrite(plain, tmp_path / "model", make, said)
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        stored = quantized.load_file(path)
+        assert any(n.endswith("weight_scale") and t.shape[1:] == (1,) for n, t in stored.items())
+        flat = {n: t[:, 0] if n.endswith("weight_scale") else t for n, t in stored.items()}
+        quantized.save_file({n: t.contiguous() for n, t in flat.items()}, path)
+    source = open_checkpoint(tmp_path / "model", dtype=jnp.bfloat16)
+    for tensor, value in layer_tensors(source, source.layer(0), 0):
+        wanted = exact[tensor].bfloat16().float().numpy()
+        np.testing.assert_array_equal(value.astype(np.float32), wanted, err_msg=tensor)
 
 
 def test_an_act_order_that_names_no_group_is_refused_by_name(plain, tmp_path):

@@ -123,6 +123,26 @@ def test_uniform_width_is_one_width_and_reports_what_it_leaves():
         assert set(np.flatnonzero(result.keep[place])) == set(order[place][:4])
 
 
+def test_a_rate_of_its_own_holds_for_the_only_layer_too():
+    only = statistics(1, E, F)
+    for rate in (0.25, 0.75):
+        found = plan(only, prune_rate=rate, layer_rates={0: rate})
+        assert found.counts.sum() == (1 - rate) * E * F
+
+
+def test_experts_that_go_leave_their_mean_output_if_asked():
+    stats, unseen = statistics(L, E, F), statistics(L, E, F, expert_details=False)
+    found = plan(stats, width="experts", experts_per_token=1, emptied="mean")
+    assert found.constants is not None and (found.counts == 0).any()
+    means = np.array(stats.output_sum) / np.array(stats.tokens)[..., None]
+    for layer, vectors in enumerate(found.constants):
+        gone = [expert for expert in range(E) if found.counts[layer, expert] == 0]
+        np.testing.assert_allclose(vectors, [means[layer, expert] for expert in gone], rtol=1e-6)
+    assert plan(stats, width="experts", experts_per_token=1).constants is None
+    with pytest.raises(ValueError, match="--expert-details"):
+        plan(unseen, width="experts", experts_per_token=1, emptied="mean")
+
+
 def test_a_dead_channel_is_the_first_to_go():
     stats = statistics(L, E, F)
     stats.down_norm[:, :, 5] = 0.0

@@ -100,6 +100,17 @@ def test_the_hull_is_legal_and_misses_the_optimum_by_less_than_one_first_item(ca
     assert -1e-9 <= loss <= (first if least > 1 else 0.0) + 1e-9 * abs(best)
 
 
+def test_a_small_problem_is_solved_exactly_where_the_least_is_more_than_a_block():
+    missed = 0
+    for seed in range(30):
+        values, blocks, bounds, value = problem((seed, 1.0, 1, 2, [False] * 4, [4] * 4, 0.45))
+        best = max(value(np.reshape(pick, (2, 2))) for pick in every_choice([(0, 2, 3, 4)] * 4, 7))
+        assert blocks == 7 and value(best_known(values, blocks, **bounds)) == pytest.approx(best)
+        by_hull = aligned_optimum(values, blocks, solver=SOLVERS["hull"], **bounds)
+        missed += value(by_hull) < best - 1e-6
+    assert missed  # by the way that larger problems are solved
+
+
 def test_values_are_concave_so_that_the_hull_may_take_items_in_order():
     scores = np.random.default_rng(0).lognormal(size=(2, 3, 24))
     for degree in UTILITIES:

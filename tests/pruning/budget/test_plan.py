@@ -211,6 +211,25 @@ def test_options_of_a_plan_are_those_of_its_record_without_what_the_model_decide
         "criterion": "act", "width": "free", "rho_max": 0.75, "layer_rate": ["3=0.25", "5=0"],
     }  # fmt: skip
     assert recorded_options({}) == {"layer_rate": []}
-    for name in ("planner_options", "layer_rates"):
-        with pytest.raises(InputError, match="hold something else; plan again"):
-            recorded_options({name: [1]})
+
+
+TEXT = {"text": "a.txt", "sha256": "ab", "weight": 1.0, "documents": 1, "tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("planner_options", [1]), ("layer_rates", [1]), ("scoring", 3), ("choice", "best"),
+        ("evaluation", {"a": 1}), ("block", "32"), ("prune_rate", None), ("criterion", ["act"]),
+        ("sources", TEXT), ("sources", [1]), ("sources", [TEXT | {"tokens": "9"}]),
+        *[("sources", [{n: v for n, v in TEXT.items() if n != gone}]) for gone in TEXT],
+    ],
+)  # fmt: skip
+def test_a_plan_that_says_something_else_of_itself_is_refused(tmp_path, name, value):
+    plan_of(sources=[TEXT, TEXT], unknown=[1], planner=None).save(tmp_path)
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert PruningPlan.load(tmp_path).provenance == told["provenance"]
+    told["provenance"][name] = value
+    (tmp_path / "plan.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=f"{name} in its provenance hold something.*plan again"):
+        PruningPlan.load(tmp_path)

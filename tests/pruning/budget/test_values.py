@@ -281,6 +281,7 @@ def test_every_entry_has_its_oracle():
     assert set(SMOOTHED) == set(SMOOTHINGS)
     assert set(POLICIES) == set(WIDTHS)
     assert set(ALIGNED) == set(ALIGNMENTS)
+    assert set(DEGREES) == {name for name, entry in PLANNERS.items() if entry.objective}
     assert set(LAYER_LOSSES) == {"energy", "attribution", "nll_ig"}
 
 
@@ -551,6 +552,41 @@ def test_the_exact_alignment_counts_nothing_beyond_the_coverage_that_satisfies(r
         assert worth(plan.counts) == pytest.approx(worth(BLOCK * best), rel=1e-12)
         moved += worth(uncapped.counts) < worth(plan.counts) * (1 - 1e-9)
     assert moved
+
+
+# What a planner maximises among aligned widths: the degree of fairness.
+DEGREES = {
+    "paper": 0, "fair_two_level": 1, "linear_two_level": 0, "maxmin": 0, "fair": 1, "fair0.5": 0.5,
+    "fair2": 2, "linear": 0, "global_topk": 0, "normalized_topk": 0,
+}  # fmt: skip
+UTILITIES = {
+    0: lambda r: r, 0.5: lambda r: 2 * math.sqrt(r), 1: lambda r: math.log(r + 1e-4),
+    2: lambda r: -1 / (r + 1e-4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEGREES)
+def test_aligned_widths_are_the_best_of_all_by_what_the_planner_maximises(name):
+    stats = statistics(L, E, WIDE, seed=1)
+    scores = channel_scores(stats, criterion="act")
+    weights = np.broadcast_to(WEIGHTS[OBJECTIVES[name]](scores), (L, E)).ravel()
+    utility = UTILITIES[DEGREES[name]]
+    worth = [
+        {n: w * utility(c[n]) for n in (0, *range(LEAST, WIDE + 1, BLOCK))}
+        for w, c in zip(weights, map(coverages, scores.channel.reshape(L * E, -1)), strict=True)
+    ]
+    held = floors(scores, LEAST).ravel()
+    legal = [[n for n in one if n >= low] for one, low in zip(worth, held, strict=True)]
+    for budget in (18, 26, 35):
+        plan = plan_of(stats, channels=budget, align="dp", block=BLOCK, minimum=LEAST,
+                       criterion="act", planner=name, experts_per_token=1)  # fmt: skip
+        found = sum(one[n] for one, n in zip(worth, plan.counts.ravel(), strict=True))
+        best = max(
+            sum(one[n] for one, n in zip(worth, split, strict=True))
+            for split in itertools.product(*legal)
+            if sum(split) <= budget
+        )
+        assert found == pytest.approx(best, rel=1e-9), budget
 
 
 # --- what a plan says ---

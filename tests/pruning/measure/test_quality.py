@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_jax.errors import InputError
 from moe_jax.transformer import Head, init
-from pruning.measure.quality import Reference, measure_quality, quality_of
+from pruning.measure.quality import Reference, measure_quality, quality_of, window_losses
 from pruning.text.windows import make_windows
 from tests.pruning.scores.test_layer import CONFIG
 
@@ -90,19 +90,21 @@ def test_states_are_scored_where_windows_say_whatever_number_of_positions(length
     windows = make_windows(
         rng.integers(0, 11, length), window=40, stride=33, counted=rng.random(length) < 0.9
     )
-    shape = (*windows.tokens.shape, 8)
+    shape, losses = (*windows.tokens.shape, 8), np.zeros(len(windows.tokens))
     dense, small = (Reference(h, rng.standard_normal(shape, np.float32)) for h in heads)
     loss = kl = agree = count = 0
     for row, scored in enumerate(windows.scored):
         for t in np.flatnonzero(scored):
             p, q = (by_hand(r.head, r.hidden[row, t].astype(np.float64)) for r in (dense, small))
             loss -= q[windows.tokens[row, t + 1]]
+            losses[row] -= q[windows.tokens[row, t + 1]]
             kl += (np.exp(p) * (p - q)).sum()
             agree, count = agree + (p.argmax() == q.argmax()), count + 1
     found = quality_of(small, windows, dense)
     assert found.tokens == count and found.top1 == agree / count
     np.testing.assert_allclose([found.nll, found.kl], [loss / count, kl / count], rtol=1e-5)
     assert found.perplexity == math.exp(found.nll)
+    np.testing.assert_allclose(window_losses(small, windows), losses, rtol=1e-5)
     alone = quality_of(small, windows)
     assert alone.nll == pytest.approx(found.nll, rel=1e-6) and alone.tokens == count
     assert alone.to_dict() | {"kl": None, "top1": None} == alone.to_dict()
@@ -121,6 +123,8 @@ def test_a_model_that_gives_no_number_is_broken_and_a_bad_one_has_a_large_perple
     for scale in (np.nan, np.inf):
         with pytest.raises(InputError, match="weights are broken"):
             quality_of(model(scale), windows)
+        with pytest.raises(InputError, match="weights are broken"):
+            window_losses(model(scale), windows)
 
 
 def test_bad_windows_are_refused():

@@ -187,6 +187,8 @@ def test_results_are_added_at_one_budget_and_chosen_by_rule_and_rate(comparison)
         (lambda s: s["results"][3]["quality"]["code"].pop("kl"), "lacks what was measured"),
         (lambda s: s["dense"]["code"].update(nll=None), "lacks what was measured"),
         (lambda s: s.update(sizes={"dense": "1"}), "sizes hold something else"),
+        (lambda s: s.update(sizes={"dense": 1}), "lacks what was measured"),
+        (lambda s: s.update(sizes={"dense": 2, "experts": 1, "more": 1}), "lacks what was"),
         (lambda s: s["results"][0].update(rate="0.5"), "a result holds something else"),
         (lambda s: s["refused"][0].update(reason=5), "a result holds something else"),
         (lambda s: s["results"][0].pop("rule"), "a result holds something else"),

@@ -111,6 +111,8 @@ def test_a_report_of_another_version_is_refused(tmp_path):
         ("random", lambda r: r.update(random={"seed": 0})),
         ("loading", lambda r: r.update(loading={"ragged-int4": {}})),
         ("alone", lambda r: r.update(alone={"ragged-int4": {"pruned_bytes": 1}})),
+        ("alone", lambda r: r.update(alone={"a": {"pruned_bytes": 0, "rounded_bytes": None}})),
+        ("alone", lambda r: r.update(alone={"a": {"pruned_bytes": 1, "rounded_bytes": -1}})),
         ("environment", lambda r: r["environment"].pop("date")),
         ("stages", lambda r: r["stages"][0].update(seconds=None)),
     ],

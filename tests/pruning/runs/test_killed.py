@@ -83,3 +83,31 @@ def test_a_disturbed_stage_ends_like_an_undisturbed_one(
     found, wanted = contents(out), contents(calm)
     assert found.keys() == wanted.keys()
     assert [name for name in found if found[name] != wanted[name]] == []
+
+
+def test_a_single_export_that_was_whole_when_the_command_died_is_not_in_its_own_way(
+    coded, tmp_path
+):
+    def go(out) -> int:
+        return run("--quiet", "export", out, "--export", "ragged-bf16")
+
+    calm = shutil.copytree(coded, tmp_path / "calm")
+    with counting(calm, 0, kill) as events:
+        assert go(calm) == 0
+    resumed = 0
+    for back in range(5):
+        out = shutil.copytree(coded, tmp_path / f"out-{back}")
+        with counting(out, len(events) - back, kill), pytest.raises(Killed):
+            go(out)
+        begun, whole = (
+            (out / "exports" / name).exists() for name in (".begun.json", "ragged-bf16")
+        )
+        resumed += begun and whole
+        assert go(out) == (2 if whole and not begun else 0), (
+            back
+        )  # in its last moments it has ended
+        found, wanted = contents(out), contents(calm)
+        assert found.keys() == wanted.keys()
+        assert [name for name in found if found[name] != wanted[name]] == []
+        assert go(out) == 2
+    assert resumed

@@ -22,7 +22,7 @@ from pruning.stages import verify as verifying
 from pruning.stages.client import Answer
 from pruning.stages.job import open_job
 from pruning.stages.made_by import MADE_BY
-from tests.support.command import given, run
+from tests.support.command import given, refused, run
 
 EXPORT = "ragged-bf16"
 WORDS = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs! "
@@ -129,6 +129,19 @@ def test_exports_and_their_verification_use_the_repair_that_is_there(out, tmp_pa
     shown = " ".join(capsys.readouterr().err.split())
     assert "ragged-int4: this export was made by an older plan" in shown
     assert f"{EXPORT}: this" not in shown
+
+
+@pytest.mark.parametrize("said", [{"tokens": "9"}, {"mode": None}, {"tokens": ...}])
+def test_a_repair_that_says_something_else_of_itself_is_refused(out, tmp_path, capsys, said):
+    again = shutil.copytree(out, tmp_path / "out")
+    summary = again / "repair" / "repair.json"
+    found = json.loads(summary.read_text())
+    found["provenance"] |= said
+    found["provenance"] = {n: v for n, v in found["provenance"].items() if v is not ...}
+    summary.write_text(json.dumps(found))
+    message = refused(capsys, again, "export", again, "--export", EXPORT, "--overwrite")
+    assert f"{next(iter(said))} in {summary} hold something else" in message
+    assert "--repair layer` repairs again" in message
 
 
 def test_a_plan_made_anew_is_not_exported_with_the_repair_of_another(out, tmp_path):

@@ -111,7 +111,7 @@ def test_without_ablations_the_dense_loss_comes_alone(model, text, expected):
 @pytest.mark.parametrize(
     "wrong",
     [Ablation(1, 0), Ablation(0, 6), Ablation(0, 0, channel=12), Ablation(4, 0), Ablation(0, -1),
-     Ablation(0, 0, channel=3, reroute=True)],
+     Ablation(0, 0, channel=-1), Ablation(0, 0, channel=3, reroute=True)],
 )  # fmt: skip
 def test_what_is_not_in_the_model_is_refused(model, text, wrong):
     with pytest.raises(ValueError, match=r"is not in the model, which has 6 experts of 12"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pruning.scores.own import STATISTICS, Statistic
 from pruning.scores.statistics import (
     ChannelStatistics,
     field_shapes,
@@ -107,3 +108,48 @@ def test_the_announced_shapes_are_fields_of_the_statistics():
     assert shapes.keys() - sums.keys() == left
     assert shapes["energy"] == (2, 3, 4) and shapes["output_sum"] == (2, 3, 5)
     assert shapes["output_gram"] == (2, 3, 3) and shapes["total_tokens"] == ()
+
+
+def two_texts(**changes):
+    """Statistics of two texts under one model, whose norms they share."""
+    one = statistics(2, 3, 4)
+    norms = {name: getattr(one, name) for name in NORMS}
+    return one, statistics(2, 3, 4, seed=1, **{**norms, **changes})
+
+
+# Of the weights, the same for every text; no sums; what the first text has stands for both.
+NORMS = {"down_norm", "up_norm", "gate_norm", "down_l1", "up_l1", "gate_l1"}
+FINISHED, FIRST = {"wanda_up", "wanda_gate", "weight_gradient"}, {"similarity", "noise"}
+
+
+def test_merged_statistics_are_the_sums_of_both_and_keep_what_is_of_the_weights():
+    one, two = two_texts()
+    both = one.merge(two)
+    for name in {field.name for field in dataclasses.fields(one)} - {"extra"}:
+        mine, other, found = (getattr(each, name) for each in (one, two, both))
+        if name in FINISHED or mine is None:
+            assert found is None, name
+        elif name in NORMS | FIRST:
+            np.testing.assert_array_equal(found, mine)
+        else:
+            np.testing.assert_array_equal(found, mine + other, err_msg=name)
+
+
+def test_statistics_of_two_models_or_modes_are_not_merged():
+    one, two = two_texts()
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\).*cannot be merged.*\(2, 3, 5\)"):
+        one.merge(statistics(2, 3, 5))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        one.merge(statistics(2, 3, 4, gradients=False))
+    for name in sorted(NORMS):
+        _, other = two_texts(**{name: getattr(two, name) + 1.0})
+        with pytest.raises(ValueError, match="other model weights"):
+            one.merge(other)
+
+
+def test_an_array_of_ones_own_is_announced_under_its_prefix(monkeypatch):
+    monkeypatch.setitem(STATISTICS, "peak", Statistic(lambda rows: rows.weight, "LE"))
+    shapes, known = field_shapes(2, 3, 4), {f.name for f in dataclasses.fields(ChannelStatistics)}
+    assert {name: shape for name, shape in shapes.items() if name not in known} == {
+        "extra.peak": (2, 3)
+    }

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from pruning.shrink.repair import NONE, STRENGTHS, HalvedRidge, Missing, Ridge
+from pruning.shrink.repair import NONE, HalvedRidge, Missing, Ridge
 
 TOKENS, KEPT, D = 60, 5, 3
+STRENGTHS = (0.0, 0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def rows(seed: int, tokens: int = TOKENS) -> tuple[np.ndarray, np.ndarray]:
@@ -95,3 +96,12 @@ def test_directions_that_no_token_has_do_not_move():
     change, _ = fitted(flat)
     assert change is not None
     np.testing.assert_allclose(change[0], change[-1], atol=1e-6)  # the smallest of many that fit
+
+
+def test_directions_below_the_resolution_of_float32_sums_do_not_move():
+    """Of the largest eigenvalue, 1, they have less than a millionth; more of it does move."""
+    values, cross = np.array([1.0, 0.1, 1e-5, 1e-8, 0.0]), np.ones((KEPT, D))
+    turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(KEPT, KEPT)))
+    change = Ridge((turned * values) @ turned.T, KEPT).change(turned @ cross, 0.0)
+    wanted = np.array([1.0, 10.0, 1e5, 0.0, 0.0])[:, None] * cross
+    np.testing.assert_allclose(turned.T @ change, wanted, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,151 @@
+"""What planner auto says of its choice, from losses made up beforehand: nothing is run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from convert.checkpoint import open_checkpoint
+from moe_jax.errors import InputError
+from pruning.budget.candidates import CANDIDATES, candidate
+from pruning.kit.progress import Steps
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.stages import plan as planning
+from pruning.stages.choose import CHOICE, choose, measurable
+from pruning.stages.job import resolved
+from tests.pruning.measure.test_choice import plain
+from tests.support.synthetic import statistics
+
+TOKENS, FILES = [5, 7, 4, 6, 0], [0, 1, 2, 0, 2]
+NAMES = {"words": 0, "digits": 1, "words.txt": 2}  # of the texts, told apart
+STEPS = Steps(quiet=True)
+
+
+def source(path: str) -> dict:
+    return {"path": path, "sha256": "ab", "weight": 1.0, "documents": 1, "tokens": 9}
+
+
+class Asked:
+    """A recipe of a tiny model, statistics made up, and the plans of all rules."""
+
+    def __init__(self, model, out):
+        out.mkdir()
+        self.base = open_checkpoint(model)
+        recipe = CompressionRecipe(model=str(model), output=str(out), calibration=("a.txt",),
+                                   bits=16, block=8, prune_rate=0.5)  # fmt: skip
+        self.recipe = resolved(recipe, self.base.about)
+        c = self.base.config
+        self.statistics = statistics(len(c.moe_layers), c.moe.num_experts, c.moe.d_expert,
+                                     gradients=False, expert_details=False)  # fmt: skip
+        self.kept_out = {"windows": 5, "tokens": 30, "sha256": "cd"}
+        texts = [source(path) for path in ("/a/words.txt", "/b/digits.txt", "/c/words.txt")]
+        self.provenance = {"model_hash": self.base.fingerprint, "kept_out": self.kept_out,
+                           "sources": texts}  # fmt: skip
+        self.file = out / CHOICE
+        self.plans = {}
+        groups = frozenset(self.statistics.groups)
+        for name, rule in CANDIDATES.items():
+            one = candidate(rule, self.recipe, groups)
+            made = (self.statistics, self.provenance, self.base.about)
+            self.plans[name] = planning.plan(one, *made)
+        self.first = {}  # hash -> the first rule that keeps this
+        for name, plan in self.plans.items():
+            self.first.setdefault(plan.content_hash, name)
+
+    def remember(self, seed: int) -> dict:
+        rng, some = np.random.default_rng(seed), np.array(TOKENS) > 0
+        dense = some * rng.uniform(1, 2, 5)
+        added = some * rng.uniform(0.5, 1, 5)
+        plans = {h: (dense + added + some * rng.normal(0, 0.02, 5)).tolist() for h in self.first}
+        key = {"model_hash": self.base.fingerprint, "dtype": self.recipe.dtype, **self.kept_out}
+        stored = {"key": key, "dense": dense.tolist(), "plans": plans, "tokens": TOKENS,
+                  "files": FILES}  # fmt: skip
+        self.file.write_text(json.dumps(stored))
+        return stored
+
+    def choose(self, kept_out=lambda: None):
+        return choose([self.recipe], self.statistics, self.provenance, self.base, kept_out, STEPS)
+
+
+@pytest.fixture
+def asked(models, tmp_path):
+    return Asked(models / "single", tmp_path / "out")
+
+
+def per_token(losses, dense, rows) -> float:
+    return sum(losses[i] - dense[i] for i in rows) / sum(TOKENS[i] for i in rows)
+
+
+def test_the_choice_says_what_was_measured(asked):
+    taken_of_tied = 0
+    for seed in range(6):
+        stored = asked.remember(seed)
+        ((recipe, plan),) = asked.choose()
+        losses = {name: stored["plans"][h] for h, name in asked.first.items()}
+        name, tied = plain(losses, stored["dense"], TOKENS, FILES)
+        taken_of_tied += len(tied) > 1
+        assert plan.content_hash == asked.plans[name].content_hash
+        rule = CANDIDATES[name].options
+        assert (recipe.criterion, recipe.planner) == (rule.used_criterion, rule.used_planner)
+        said = plan.provenance["choice"]
+        means = {n: per_token(losses[n], stored["dense"], range(5)) for n in losses}
+        assert [one["rule"] for one in said["candidates"]] == sorted(means, key=means.__getitem__)
+        for one in said["candidates"]:
+            assert one["mean"] == pytest.approx(means[one["rule"]])
+            assert one["added"] == {
+                text: pytest.approx(per_token(
+                    losses[one["rule"]], stored["dense"], [i for i in range(5) if FILES[i] == file]
+                )) for text, file in NAMES.items()
+            }  # fmt: skip
+            assert one["kept"] == asked.plans[one["rule"]].counts.sum()
+            assert (one["tied"], one["taken"]) == (one["rule"] in tied, one["rule"] == name)
+        again = set(CANDIDATES) - set(losses)
+        assert {one["rule"]: one["reason"] for one in said["refused"]} == {
+            n: f"it keeps the channels of {asked.first[asked.plans[n].content_hash]}" for n in again
+        }
+        assert said["asked"] == {"planner": "auto", "width": "free", "prune_rate": 0.5}
+        assert said["kept_out"] == {**asked.kept_out, "predictions": 22}
+        assert said["dense"] == {
+            text: pytest.approx(per_token(stored["dense"], [0] * 5,
+                                          [i for i in range(5) if FILES[i] == file]))
+            for text, file in NAMES.items()
+        }  # fmt: skip
+    assert taken_of_tied
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s["key"].update(model_hash="other"),
+        lambda s: s["key"].update(sha256="other"),
+        lambda s: s.pop("dense"),
+        lambda s: s.update(tokens=TOKENS[:4]),
+        lambda s: s.update(tokens=[0] * 5),
+        lambda s: s.update(tokens=[-1, *TOKENS[1:]]),
+        lambda s: s.update(files=["a"] * 5),
+        lambda s: s.update(files=[-1, *FILES[1:]]),
+        lambda s: s["plans"].update({next(iter(s["plans"])): [1.0] * 4}),
+        lambda s: s["plans"].popitem(),  # only that one is missing
+    ],
+)
+def test_losses_of_something_else_are_not_taken(asked, damage):
+    stored = asked.remember(0)
+    damage(stored)
+    asked.file.write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"is not the one that .* was scored on"):
+        asked.choose()
+
+
+def test_without_windows_kept_out_the_usual_rule_decides(asked, capsys):
+    assert measurable(asked.recipe, asked.provenance, STEPS) == asked.recipe
+    usual = measurable(asked.recipe, {"model_hash": "ab"}, Steps())
+    assert (usual.criterion, usual.planner) == ("shapley", "fair")
+    shown = " ".join(capsys.readouterr().err.split())
+    assert (
+        "--criterion shapley --attribution ala --planner fair; to measure rules, score 4" in shown
+    )
+    for damaged in (3, [], {"tokens": 5}):
+        with pytest.raises(InputError, match=r"kept_out=.*statistics\.json; score again"):
+            measurable(asked.recipe, {"kept_out": damaged}, STEPS)
+    named = asked.recipe.fixed()
+    assert measurable(named, {"model_hash": "ab"}, STEPS) == named
