@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 from rich import box
@@ -26,6 +26,7 @@ from pruning.text.held_out import not_held_out
 
 MEASURED = {"nll", "kl", "top1", "tokens"}
 SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
+Repaired = Literal["", "expert", "layer"]
 EXPENDABLE = ("top-1", "KL")  # columns that a narrow terminal leaves out, in turn
 
 
@@ -35,6 +36,7 @@ class Result:
 
     Attributes:
       rule, rate, seed: what was run; `rate` is the one really kept.
+      repair: how what is kept was repaired without training; empty if it was not.
       kept: channels, equal for all rules at a rate.
       emptied: experts without channels.
       quality: text -> nll, perplexity, tokens, kl, top1.
@@ -46,12 +48,18 @@ class Result:
     rule: str
     rate: float
     seed: int = 0
+    repair: Repaired = ""
     kept: int = 0
     emptied: int = 0
     quality: dict[str, dict[str, float]] = field(default_factory=dict)
     reason: str = ""
     family: str = ""
     about: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the rule, and the repair behind it."""
+        return f"{self.rule}+{self.repair}" if self.repair else self.rule
 
 
 class _Stored(TypedDict):
@@ -67,9 +75,10 @@ class _Stored(TypedDict):
 
 @dataclass(frozen=True)
 class Line:
-    """One rule at one rate, texts and seeds averaged with equal weight.
+    """One rule at one rate, repaired or not, texts and seeds averaged with equal weight.
 
     Attributes:
+      rule: `Result.name`.
       added: nats per token above the dense model.
       of_random: `added` divided by what random channels add at this rate; nan if not measured.
       spread: half the distance between the best and the worst seed.
@@ -160,12 +169,17 @@ class Comparison:
                 raise InputError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
         return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))
 
-    def only(self, rules: Sequence[str], rates: Sequence[float]) -> "Comparison":
-        """The part that was asked for."""
+    def only(
+        self, rules: Sequence[str], rates: Sequence[float], repair: Repaired = ""
+    ) -> "Comparison":
+        """The part that was asked for, without repair and with this one."""
         parts = {
-            name: tuple(r for r in getattr(self, name) if r.rule in rules and r.rate in rates)
+            name: tuple(
+                r for r in getattr(self, name)
+                if r.rule in rules and r.rate in rates and r.repair in ("", repair)
+            )
             for name in ("results", "refused")
-        }
+        }  # fmt: skip
         return dataclasses.replace(self, **parts)
 
     @property
@@ -177,7 +191,7 @@ class Comparison:
         """Every rule and rate with a result, the least loss at each rate first."""
         groups: dict[tuple[str, float], list[Result]] = {}
         for result in self.results:
-            groups.setdefault((result.rule, result.rate), []).append(result)
+            groups.setdefault((result.name, result.rate), []).append(result)
         found = [
             self._line(group, groups.get(("random", rate), ()))
             for (_, rate), group in groups.items()
@@ -198,7 +212,7 @@ class Comparison:
             for name in ("kl", "top1")
         }
         return Line(
-            group[0].rule,
+            group[0].name,
             group[0].rate,
             added=float(np.mean(added)),
             of_random=float(np.mean(added)) / chance if chance > 0 else math.nan,
@@ -256,12 +270,13 @@ class Comparison:
         buffer = io.StringIO()
         out = csv.writer(buffer, lineterminator="\n")
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
-                      "added", "kl", "top1"])  # fmt: skip
+                      "added", "kl", "top1", "repair"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
                 added = q["nll"] - self.dense[text]["nll"]
-                out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"]])
+                out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
+                              r.repair])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

@@ -161,5 +161,5 @@ def _colour(family: str) -> str:
 
 
 def _refused(found: Comparison) -> TextTable:
-    rows = [[r.rule, f"{r.rate:.4g}", r.reason] for r in found.refused]
+    rows = [[r.name, f"{r.rate:.4g}", r.reason] for r in found.refused]
     return TextTable("Rules that cannot keep the budget", ["rule", "rate", "why"], rows)
