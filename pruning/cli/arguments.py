@@ -248,7 +248,14 @@ def compare(command: Parser) -> None:
     add_group(command, RunOptions)
     add_group(command, TextOptions)
     add_group(
-        command, ScoreOptions, "gradients", "expert_details", "weight_gradients", "batch", "dtype"
+        command,
+        ScoreOptions,
+        "gradients",
+        "expert_details",
+        "weight_gradients",
+        "obs",
+        "batch",
+        "dtype",
     )
     add_group(command, PlanOptions, "block", "seed", title="Plans")
 

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
-from pruning.report.comparison import Comparison, Line
+from pruning.report.compared import Line
+from pruning.report.comparison import Comparison
 from pruning.report.drawing import (
     BLUE,
     GOLD,

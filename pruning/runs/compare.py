@@ -19,7 +19,8 @@ from pruning.recipe.options import COMPARED_TOKENS
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_rate
 from pruning.report import comparison_page
-from pruning.report.comparison import Comparison, Repaired, Result
+from pruning.report.compared import Repaired, Result
+from pruning.report.comparison import Comparison
 from pruning.runs.compared import (
     Task,
     joined,

@@ -13,7 +13,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
 from pruning.measure.quality import Reference, quality_of
-from pruning.report.comparison import Repaired, Result
+from pruning.report.compared import Repaired, Result
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
