@@ -225,7 +225,8 @@ def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
     again = comparing.compare(repairable, [0.5], rules, steps=steps)
     assert file_of(repairable).read_bytes() == before and again.results == plain.results
     # What it measures of a rule is what a run that repairs its plan makes.
-    job, one = open_job(dataclasses.replace(repairable, bits=16)), both.results[2]
+    same = dataclasses.replace(repairable, bits=16, planner="fair", evaluation_tokens=60 + 32)
+    job, one = open_job(same), both.results[2]
     statistics, provenance = load_statistics(tmp_path / "out" / "statistics.safetensors")
     task = comparing.Task("uniform-act", 0.5, 0)
     plan = comparing.task_plan(job, statistics, provenance, task, one.kept)
