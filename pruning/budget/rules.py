@@ -116,7 +116,7 @@ def _grape_prior(statistics: ChannelStatistics, kept: int, experts_per_token: in
 
 UNIFORM = (
     "act", "weight", "energy", "amp", "shapley", "wanda", "saliency", "abs_taylor", "fisher",
-    "heapr", "wg",
+    "heapr", "wg", "obs",
 )  # fmt: skip
 PAIRED = ("act", "energy", "shapley", "fisher", "abs_taylor")
 DEGREES = {"fair0.5": "k = 0.5", "fair": "k = 1", "fair2": "k = 2", "linear": "k = 0"}
@@ -170,6 +170,10 @@ RULES: dict[str, Rule] = {
         for score in UNIFORM
     },
     **_allocations(),
+    "fair-obs": _channels(
+        "coverage of obs, fairness k = 1, weighted by attribution, ours", "one level", "obs",
+        planner="fair",
+    ),
     "topk-heapr": _channels(
         "best channels of the model, repository LLIKKE/HEAPr", "top-k", "heapr",
         planner="global_topk",

@@ -240,10 +240,22 @@ def compare(command: Parser) -> None:
         "patterns such as 'fair*'; all also collects gradients, which takes several times as long",
     )  # fmt: skip
     _rates(place, "fractions of the expert channels to remove, in (0, 1) (default 0.25 0.5)")
+    place.add_argument(
+        "--repair", dest="repaired", nargs="?", const="layer", choices=("expert", "layer"),
+        help="measure every plan with repair without training as well, as compress repairs by "
+        "default (layer) or each expert for itself; takes a repair for every rule and rate",
+    )  # fmt: skip
     add_group(command, RunOptions)
     add_group(command, TextOptions)
     add_group(
-        command, ScoreOptions, "gradients", "expert_details", "weight_gradients", "batch", "dtype"
+        command,
+        ScoreOptions,
+        "gradients",
+        "expert_details",
+        "weight_gradients",
+        "obs",
+        "batch",
+        "dtype",
     )
     add_group(command, PlanOptions, "block", "seed", title="Plans")
 

@@ -237,7 +237,7 @@ def report(options: Options) -> Outcome:
 def compare(options: Options) -> Outcome:
     """Rules ranked at equal size."""
     recipe = options.made
-    given = {"rates": options.rates, "rules": options.rules}
+    given = {"rates": options.rates, "rules": options.rules, "repair": options.repaired}
     found = comparing.compare(
         recipe, **{name: value for name, value in given.items() if value}, steps=_steps(options)
     )

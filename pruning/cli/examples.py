@@ -78,7 +78,9 @@ EXAMPLES = {
     "by masking: no pruned model is written. Prints a ranked table and writes compare.html,\n"
     "compare.csv and compare.json to the output folder. The same command goes on after an\n"
     "interruption. A rule's name says allocation and channel score, e.g. fair-energy;\n"
-    "experts-NAME removes whole experts. Differences below the spread of random mean nothing.",
+    "experts-NAME removes whole experts. Differences below the spread of random mean nothing.\n"
+    "--repair adds a line for every rule, NAME+layer, repaired without training on the\n"
+    "calibration text.",
     "completion": "source <(moe-compress completion bash)  # this bash; also in ~/.bashrc\n"
     "  moe-compress completion zsh > ~/.zfunc/_moe-compress  # a folder of your $fpath\n"
     "  moe-compress completion fish > ~/.config/fish/completions/moe-compress.fish",

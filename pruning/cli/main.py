@@ -74,6 +74,9 @@ def _run(options: argparse.Namespace) -> None:
     if getattr(options, "download", False):
         named = options.made if "made" in options else options
         download(getattr(named, "model", None) or options.folder, quiet=options.quiet)
+    # Products of many threads are XLA's; on the small ones of repair, those of numpy's BLAS would
+    # wait for each other twenty times as long as they work. It reads this when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Only now: jax takes seconds to import, and a typing error should not.
     from pruning.cli import commands
     from pruning.cli.output import check_json, show

@@ -41,6 +41,8 @@ def fits(value: Any, kind: Any) -> bool:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in inner
     if typing.is_typeddict(kind):
         return isinstance(value, dict) and not misfits(kind, value)
     if origin in (types.UnionType, typing.Union):

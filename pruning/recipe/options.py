@@ -155,6 +155,13 @@ class ScoreOptions(Options):
     weight_gradients: Annotated[
         bool, About("also collect criterion wg, in a sweep of its own (about five times)")
     ] = False
+    obs: Annotated[
+        bool,
+        About(
+            "also collect criterion obs, what removing a channel costs once others have taken "
+            "over, in a sweep of its own (about twice the time)"
+        ),
+    ] = False
     nll_ig: Annotated[
         int | None,
         About(
@@ -201,6 +208,7 @@ class ScoreOptions(Options):
             "gradients": self.gradients,
             "expert-details": self.expert_details,
             "weight-gradients": self.weight_gradients,
+            "obs": self.obs,
             "nll-ig": self.nll_ig is not None,
             "nll-ablate": self.nll_ablate,
             "nll-grad2": self.nll_grad2,

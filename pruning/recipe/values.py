@@ -18,7 +18,7 @@ AMOUNTS = ("target_bytes", "target_parameters", "tokens")
 # What asks for calibration text, with the value that asks for none.
 NEEDS_TEXT: dict[str, Any] = {
     "calibration": (), "gradients": False, "expert_details": False, "weight_gradients": False,
-    "nll_ig": None, "nll_ablate": False, "nll_grad2": False, "until_stable": None,
+    "obs": False, "nll_ig": None, "nll_ablate": False, "nll_grad2": False, "until_stable": None,
     "quantizer": "rtn",
 }  # fmt: skip
 # Beyond every size there is, and small enough that products of two of them are exact.

@@ -20,6 +20,7 @@ from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from pruning.kit.fitting import misfits
 from pruning.kit.words import percent
+from pruning.report.compared import Line, Repaired, Result
 from pruning.report.html import section_html
 from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
@@ -27,31 +28,6 @@ from pruning.text.held_out import not_held_out
 MEASURED = {"nll", "kl", "top1", "tokens"}
 SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
 EXPENDABLE = ("top-1", "KL")  # columns that a narrow terminal leaves out, in turn
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one rule gave at one prune rate with one seed, or why it could not.
-
-    Attributes:
-      rule, rate, seed: what was run; `rate` is the one really kept.
-      kept: channels, equal for all rules at a rate.
-      emptied: experts without channels.
-      quality: text -> nll, perplexity, tokens, kl, top1.
-      reason: why there is no plan; empty if there is one.
-      family, about: of the rule, see `pruning.budget.rule.Rule`; empty in a file of an earlier
-        version.
-    """
-
-    rule: str
-    rate: float
-    seed: int = 0
-    kept: int = 0
-    emptied: int = 0
-    quality: dict[str, dict[str, float]] = field(default_factory=dict)
-    reason: str = ""
-    family: str = ""
-    about: str = ""
 
 
 class _Stored(TypedDict):
@@ -63,32 +39,6 @@ class _Stored(TypedDict):
     refused: list[dict[str, Any]]
     sizes: NotRequired[dict[str, int]]
     seen: NotRequired[dict[str, float | None]]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One rule at one rate, texts and seeds averaged with equal weight.
-
-    Attributes:
-      added: nats per token above the dense model.
-      of_random: `added` divided by what random channels add at this rate; nan if not measured.
-      spread: half the distance between the best and the worst seed.
-      kl: nats per token.
-      top1: share of positions whose most likely token is the dense model's.
-      emptied: experts without channels.
-      family, about: of the rule.
-    """
-
-    rule: str
-    rate: float
-    added: float
-    of_random: float
-    spread: float
-    kl: float
-    top1: float
-    emptied: float
-    family: str
-    about: str
 
 
 @dataclass(frozen=True)
@@ -161,12 +111,17 @@ class Comparison:
                 raise InputError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
         return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))
 
-    def only(self, rules: Sequence[str], rates: Sequence[float]) -> "Comparison":
-        """The part that was asked for."""
+    def only(
+        self, rules: Sequence[str], rates: Sequence[float], repair: Repaired = ""
+    ) -> "Comparison":
+        """The part that was asked for, without repair and with this one."""
         parts = {
-            name: tuple(r for r in getattr(self, name) if r.rule in rules and r.rate in rates)
+            name: tuple(
+                r for r in getattr(self, name)
+                if r.rule in rules and r.rate in rates and r.repair in ("", repair)
+            )
             for name in ("results", "refused")
-        }
+        }  # fmt: skip
         return dataclasses.replace(self, **parts)
 
     @property
@@ -178,7 +133,7 @@ class Comparison:
         """Every rule and rate with a result, the least loss at each rate first."""
         groups: dict[tuple[str, float], list[Result]] = {}
         for result in self.results:
-            groups.setdefault((result.rule, result.rate), []).append(result)
+            groups.setdefault((result.name, result.rate), []).append(result)
         found = [
             self._line(group, groups.get(("random", rate), ()))
             for (_, rate), group in groups.items()
@@ -199,7 +154,7 @@ class Comparison:
             for name in ("kl", "top1")
         }
         return Line(
-            group[0].rule,
+            group[0].name,
             group[0].rate,
             added=float(np.mean(added)),
             of_random=float(np.mean(added)) / chance if chance > 0 else math.nan,
@@ -257,12 +212,13 @@ class Comparison:
         buffer = io.StringIO()
         out = csv.writer(buffer, lineterminator="\n")
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
-                      "added", "kl", "top1"])  # fmt: skip
+                      "added", "kl", "top1", "repair"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
                 added = q["nll"] - self.dense[text]["nll"]
-                out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"]])
+                out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
+                              r.repair])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

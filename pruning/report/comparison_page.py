@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
-from pruning.report.comparison import Comparison, Line
+from pruning.report.compared import Line
+from pruning.report.comparison import Comparison
 from pruning.report.drawing import (
     BLUE,
     GOLD,
@@ -161,5 +162,5 @@ def _colour(family: str) -> str:
 
 
 def _refused(found: Comparison) -> TextTable:
-    rows = [[r.rule, f"{r.rate:.4g}", r.reason] for r in found.refused]
+    rows = [[r.name, f"{r.rate:.4g}", r.reason] for r in found.refused]
     return TextTable("Rules that cannot keep the budget", ["rule", "rate", "why"], rows)

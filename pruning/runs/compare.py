@@ -10,18 +10,28 @@ import numpy as np
 
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
-from pruning.budget.rule import common_budget, make_plan
+from pruning.budget.rule import common_budget
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
-from pruning.measure.quality import Quality, Reference, quality_of
+from pruning.measure.quality import Reference
 from pruning.recipe.options import COMPARED_TOKENS
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_rate
 from pruning.report import comparison_page
-from pruning.report.comparison import Comparison, Result
+from pruning.report.compared import Repaired, Result
+from pruning.report.comparison import Comparison
+from pruning.runs.compared import (
+    Task,
+    joined,
+    repaired_hidden,
+    require_windows,
+    task_plan,
+    task_result,
+)
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
+from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
 from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
@@ -36,20 +46,12 @@ STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
 GROUP = 16  # plans per group at most: results are saved after each
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One rule at one rate with one seed."""
-
-    rule: str
-    rate: float
-    seed: int
-
-
 def compare(
     recipe: CompressionRecipe,
     rates: Sequence[float] = (0.25, 0.5),
     rules: Sequence[str] = ("standard",),
     *,
+    repair: Mode | None = None,
     steps: Steps | None = None,
 ) -> Comparison:
     """Plan and measure every rule at every rate.
@@ -62,6 +64,8 @@ def compare(
         `evaluation_tokens` are scored, rounded up to whole windows.
       rates: prune rates, each rounded to a budget that all rules can keep exactly.
       rules: names of `RULES`, patterns, "standard" or "all".
+      repair: measure every plan repaired in this way as well; each takes a repair of the model on
+        all of the calibration text.
       steps: where progress goes; default stderr.
 
     Returns:
@@ -72,11 +76,15 @@ def compare(
       FullDiskError: the disk is full; what is finished stays.
     """
     with only_writer(recipe.output):
-        return _compare(recipe, rates, rules, steps or Steps())
+        return _compare(recipe, rates, rules, repair, steps or Steps())
 
 
 def _compare(
-    recipe: CompressionRecipe, rates: Sequence[float], rules: Sequence[str], steps: Steps
+    recipe: CompressionRecipe,
+    rates: Sequence[float],
+    rules: Sequence[str],
+    repair: Mode | None,
+    steps: Steps,
 ) -> Comparison:
     names = select_rules(rules, RULES)
     if "all" in rules:
@@ -86,23 +94,31 @@ def _compare(
     check_needs(names, recipe.groups)
     with steps.bar("open"):
         # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
-        job = _open(dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner))
+        job = _open(dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner,
+                                        repair="none"))  # fmt: skip
     identify(job.base, job.output, steps)
     texts = job.evaluation
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --evaluation")
+    if repair is not None:
+        require_windows(job)
     budgets = _budgets(job, rates)
     earlier = _earlier(job, texts)
     preflight.prepare(job, steps, exports=False)
     statistics, provenance = scoring.score(job, steps)
     found = earlier or Comparison(key=_key(job, texts), dense={}, results=(), refused=())
-    tasks = [Task(n, rate, seed) for rate in budgets for n in names for seed in RULES[n].seeds]
-    done = {(r.rule, r.rate, r.seed) for r in (*found.results, *found.refused)}
-    tasks = [task for task in tasks if (task.rule, task.rate, task.seed) not in done]
+    repairs: tuple[Repaired, ...] = ("",) if repair is None else ("", repair)
+    tasks = [
+        Task(name, rate, seed, how)
+        for how in repairs
+        for rate in budgets for name in names for seed in RULES[name].seeds
+    ]  # fmt: skip
+    done = {Task(r.rule, r.rate, r.seed, r.repair) for r in (*found.results, *found.refused)}
+    tasks = [task for task in tasks if task not in done]
     found = dataclasses.replace(found, sizes=_sizes(job), seen=seen_shares(job.calibration, texts))
     if tasks:
         found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
-    shown = found.only(names, list(budgets))
+    shown = found.only(names, list(budgets), repair or "")
     comparison_page.save(shown, job.output)
     return shown
 
@@ -181,18 +197,18 @@ def _measure(
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     dense = measure(job.base, texts, references, steps, "dense", **how)
     found = dataclasses.replace(found, dense={n: q.to_dict() for n, q in dense.items()})
-    size, layers = _group_size(job, texts), len(job.base)
+    done, total = 0, len(tasks) * len(job.base)
     with steps.bar(f"compare {len(tasks)} plans") as on_step:
-        for start in range(0, len(tasks), size):
-            group = tasks[start : start + size]
+        for group in _groups(tasks, _group_size(job, texts)):
             count = len(group)
             given = (job, statistics, provenance, group, budgets, texts, references)
             results, refused = _run_group(
                 *given,
-                lambda layer, before=start * layers, running=count: on_step(
-                    before + (layer + 1) * running, len(tasks) * layers
+                lambda layer, before=done, running=count: on_step(
+                    before + (layer + 1) * running, total
                 ),
             )
+            done += count * len(job.base)
             found = found.with_results(results, refused)
             found.save(job.output)
     _say_refused(found.refused, steps)
@@ -203,9 +219,16 @@ def _say_refused(refused: Sequence[Result], steps: Steps) -> None:
     # Many rules cannot keep a budget for one and the same reason.
     rules: dict[tuple[float, str], list[str]] = {}
     for result in refused:
-        rules.setdefault((result.rate, result.reason), []).append(result.rule)
+        rules.setdefault((result.rate, result.reason), []).append(result.name)
     for (rate, reason), names in rules.items():
         steps.say(f"at {rate:.4g}: {reason} (refused: {', '.join(names)})")
+
+
+def _groups(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """Tasks that run together: masked ones share readings of the model, a repair has its own."""
+    masked = [task for task in tasks if not task.repair]
+    groups = [masked[start : start + size] for start in range(0, len(masked), size)]
+    return groups + [[task] for task in tasks if task.repair]
 
 
 def _group_size(job: Job, texts: Mapping[str, Windows]) -> int:
@@ -227,68 +250,23 @@ def _run_group(
     refused = []
     for task in group:
         try:
-            planned.append((task, _plan(job, statistics, provenance, task, budgets[task.rate])))
+            plan = task_plan(job, statistics, provenance, task, budgets[task.rate])
+            planned.append((task, plan))
         except BudgetError as error:
             # It may be too small for whole experts: the other rules go on.
-            refused.append(Result(task.rule, task.rate, task.seed, reason=str(error)))
+            refused.append(Result(task.rule, task.rate, task.seed, task.repair, reason=str(error)))
     if not planned:
         return [], refused
-    tokens, valid = (np.concatenate([getattr(w, n) for w in texts.values()])
-                     for n in ("tokens", "valid"))  # fmt: skip
-    plans = [plan for _, plan in planned]
-    batch = min(job.recipe.batch, len(tokens))
-    hidden = masked_hidden(
-        job.base, tokens, valid, plans, batch=batch, dtype=job.dtype, on_layer=on_layer
-    )
+    plans, text = [plan for _, plan in planned], joined(texts)
+    if group[0].repair:
+        hidden = repaired_hidden(job, plans[0], group[0].repair, text, on_layer)[None]
+    else:
+        batch = min(job.recipe.batch, len(text[0]))
+        hidden = masked_hidden(
+            job.base, *text, plans, batch=batch, dtype=job.dtype, on_layer=on_layer
+        )
     results = [
-        _result(task, plan, _qualities(states, job, texts, references))
+        task_result(task, plan, job, states, texts, references)
         for (task, plan), states in zip(planned, hidden, strict=True)
     ]
     return results, refused
-
-
-def _plan(
-    job: Job,
-    statistics: ChannelStatistics,
-    provenance: Mapping[str, Any],
-    task: Task,
-    budget: int,
-) -> PruningPlan:
-    rule, c = RULES[task.rule], job.base.config
-    return make_plan(
-        rule,
-        statistics,
-        budget=budget,
-        block=job.recipe.block,
-        experts_per_token=c.moe.experts_per_token,
-        layer_indices=c.moe_layers,
-        seed=job.recipe.seed + task.seed,
-        notes={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
-    )
-
-
-def _qualities(
-    states: np.ndarray,  # [B, T, D]
-    job: Job,
-    texts: Mapping[str, Windows],
-    references: Mapping[str, Reference],
-) -> dict[str, Quality]:
-    found, start = {}, 0
-    for name, windows in texts.items():
-        rows = states[start : start + len(windows.tokens)]
-        start += len(windows.tokens)
-        found[name] = quality_of(Reference(job.base.head, rows), windows, references[name])
-    return found
-
-
-def _result(task: Task, plan: PruningPlan, found: Mapping[str, Quality]) -> Result:
-    return Result(
-        task.rule,
-        task.rate,
-        task.seed,
-        kept=int(plan.keep.sum()),
-        emptied=int((plan.counts == 0).sum()),
-        quality={name: quality.to_dict() for name, quality in found.items()},
-        family=RULES[task.rule].family,
-        about=RULES[task.rule].about,
-    )

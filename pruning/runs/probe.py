@@ -22,7 +22,7 @@ from pruning.text.kept_out import kept_out_windows
 
 PROBE_TOKENS = 512
 # Times the plain sweep: gradients by tests/bench/bench_statistics.py, others as options say.
-TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0}
+TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0, "obs": 2.0}
 
 
 def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:

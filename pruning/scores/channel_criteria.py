@@ -132,6 +132,14 @@ def weight_times_gradient(statistics: "ChannelStatistics") -> np.ndarray:  # [L,
     return statistics["weight_gradient"] / 3.0
 
 
+def surgeon(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
+    """What the expert's output loses with the channel when those kept make up for it, per token.
+
+    Sources: Hassibi and Stork 1993; for layers, arXiv 2208.11580.
+    """
+    return statistics["elimination"] / statistics.total_tokens
+
+
 def random_channels(statistics: "ChannelStatistics", *, seed: int = 0) -> np.ndarray:  # [L, E, F]
     """Independent uniform scores in (0, 1]: the baseline every criterion must beat."""
     return 1.0 - np.random.default_rng(seed).random(statistics.hidden_square.shape)
@@ -173,6 +181,12 @@ CHANNEL_CRITERIA: dict[str, Criterion] = {
         needs="weight-gradients",
         whole_text=True,
         about="weight times weight gradient",
+    ),
+    "obs": Criterion(
+        surgeon,
+        needs="obs",
+        whole_text=True,
+        about="energy lost beyond what others take over, after arXiv 2208.11580",
     ),
     "random": Criterion(
         random_channels, data_free=True, chance=True, about="chance, which every score must beat"

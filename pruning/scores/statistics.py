@@ -68,6 +68,9 @@ class ChannelStatistics:
     None unless weight gradients were asked for: `weight_gradient` [L, E, F], the sum over a
     channel's weights in the three matrices of |W dloss/dW| with the gradient of the whole text.
 
+    None unless obs was asked for: `elimination` [L, E, F], what a channel costs its expert's output
+    when others make up for it, weighed as `energy`, see pruning.scores.elimination.
+
     None unless asked for by name: `nll_ig`, `nll_ablate`, `nll_grad2` [L, E], estimates of the
     increase of the summed next-token loss (nats) without the expert, see pruning.scores.end_to_end.
 
@@ -119,6 +122,7 @@ class ChannelStatistics:
     wanda_up: np.ndarray | None = _finished("LEF", "expert-details")
     wanda_gate: np.ndarray | None = _finished("LEF", "expert-details")
     weight_gradient: np.ndarray | None = _finished("LEF", "weight-gradients")
+    elimination: np.ndarray | None = _finished("LEF", "obs")
     nll_ig: np.ndarray | None = _sum("LE", "nll-ig")
     nll_ablate: np.ndarray | None = _sum("LE", "nll-ablate")
     nll_grad2: np.ndarray | None = _sum("LE", "nll-grad2")

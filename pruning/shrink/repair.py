@@ -51,19 +51,22 @@ class Ridge:
         shrunk = self._shrunk(strength)[:, None]
         return self._vectors @ (shrunk * (self._vectors.T @ cross))
 
-    def errors(self, cross: np.ndarray, gram: np.ndarray, missing: Missing) -> np.ndarray:
+    def turned(self, gram: np.ndarray) -> np.ndarray:
+        """The Gram [K, K] of other tokens in the axes of this one, as `errors` takes it."""
+        return self._vectors.T @ gram @ self._vectors
+
+    def errors(self, cross: np.ndarray, turned: np.ndarray, missing: Missing) -> np.ndarray:
         """Squared errors on other tokens after a fit on `cross` with each of `STRENGTHS`.
 
         Args:
           cross: float64 [K, D] of the tokens that the Gram is of.
-          gram: float64 [K, K] of the other tokens.
+          turned: float64 [K, K], `turned` of the other tokens' Gram.
           missing: of the other tokens.
         """
         own, theirs = self._vectors.T @ cross, self._vectors.T @ missing.cross
         gained = np.einsum("kd,kd->k", own, theirs)
-        turned = (self._vectors.T @ gram @ self._vectors) * (own @ own.T)
         shrunk = np.stack([self._shrunk(strength) for strength in STRENGTHS])  # [S, K]
-        spent = np.einsum("sk,kj,sj->s", shrunk, turned, shrunk)
+        spent = ((shrunk @ (turned * (own @ own.T))) * shrunk).sum(axis=1)
         return missing.square - 2 * shrunk @ gained + spent
 
     def _shrunk(self, strength: float) -> np.ndarray:
@@ -81,8 +84,8 @@ class HalvedRidge:
     """
 
     def __init__(self, grams: tuple[np.ndarray, np.ndarray], channels: int):
-        self.grams = grams
-        self._halves = [Ridge(gram, channels) for gram in grams]
+        first, second = self._halves = [Ridge(gram, channels) for gram in grams]
+        self._turned = first.turned(grams[1]), second.turned(grams[0])
         self._whole = Ridge(grams[0] + grams[1], channels)
 
     def fit(self, missing: tuple[Missing, Missing]) -> tuple[np.ndarray | None, float]:
@@ -99,7 +102,7 @@ class HalvedRidge:
             return None, NONE
         found = np.zeros(len(STRENGTHS))
         for i, other in ((0, 1), (1, 0)):
-            errors = self._halves[i].errors(missing[i].cross, self.grams[other], missing[other])
+            errors = self._halves[i].errors(missing[i].cross, self._turned[i], missing[other])
             found += errors / missing[other].square
         best = int(np.argmin(found))
         if not found[best] < 2:

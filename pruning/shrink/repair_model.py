@@ -1,7 +1,7 @@
 """Repair of a whole pruned model, layer by layer, into a folder; and the model that it makes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,15 +17,15 @@ from moe_jax.stream import (
     in_batches,
     layer_attend,
     layer_feed_forward,
-    layer_forward,
     mapped,
     sweep,
 )
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
+from pruning.scores.routed import routed
 from pruning.shrink.progress import LayerFolder, States, held_out
 from pruning.shrink.prune import pruned_layer
-from pruning.shrink.repair_layer import LayerRepair, routed
+from pruning.shrink.repair_layer import LayerRepair
 
 SUMMARY = "repair.json"
 LEAST_WINDOWS = 3  # two halves and one held out
@@ -39,7 +39,7 @@ class RepairedLayer:
     Attributes:
       index: of the layer in the model.
       choice: "expert" if every expert makes up for its own channels, "layer" if for those of all,
-        "none" if the layer is as it was pruned.
+        "none" if the layer is as it was pruned; see `chosen`.
       experts: how many keep something that repair can change.
       changed: how many of them were changed.
       starved: how many of them fewer tokens reached than they keep channels.
@@ -81,8 +81,7 @@ def repair_model(
         is not whole. What lies there of another provenance goes first. If an earlier call was
         killed there, this one goes on after its last layer.
       mode: "expert" makes each expert give what it gave before; "layer" also lets the experts of a
-        layer make up for each other, and takes of both and of none what errs least on what is held
-        out.
+        layer make up for each other. `chosen` says which of them, if any, a layer gets.
       provenance: all that the weights depend on, JSON-compatible; kept in the folder.
       batch: windows per step.
       dtype: of the activations.
@@ -94,14 +93,9 @@ def repair_model(
     Raises:
       FullDiskError: the disk is full; what was finished stays.
     """
-    learn, check = held_out(len(tokens))
-    files = repaired_in(folder)
-    texts = tuple(in_batches(source, tokens[part], valid[part], batch) for part in (learn, check))
-    found = files.open(provenance)
-    if found is None:
-        first = tuple(text.embedded(source, dtype) for text in texts)
-        found = [], (*first, *(list(x) for x in first))
-    layers, x = found
+    files, parts = repaired_in(folder), held_out(len(tokens))
+    texts = tuple(in_batches(source, tokens[part], valid[part], batch) for part in parts)
+    layers, x = files.open(provenance) or ([], _begun(source, texts, dtype))
 
     def step(index: int, dense: DecoderLayer, x: States) -> States:
         repaired, arrays, about = _repair(index, dense, plan, texts, x, mode)
@@ -116,6 +110,12 @@ def repair_model(
     return [RepairedLayer(**one) for one in layers]
 
 
+def _begun(source: LayerSource, texts: tuple[Batches, ...], dtype) -> States:
+    """What enters the dense model, and the same once more for the pruned one."""
+    first = tuple(text.embedded(source, dtype) for text in texts)
+    return *first, *(list(x) for x in first)
+
+
 def _repair(
     index: int,
     dense: DecoderLayer,
@@ -127,7 +127,8 @@ def _repair(
     """One layer: x[:2] go through the dense one, x[2:] through its repaired attention."""
     pruned = pruned_layer(index, dense, plan)
     for text, wanted, states in zip(texts, x[:2], x[2:], strict=True):
-        text.each(wanted, lambda x, place, rows: layer_forward(dense, x, place))
+        text.each(wanted, lambda x, place, rows: layer_attend(dense, x, place))
+        text.each(wanted, lambda x, place, rows: layer_feed_forward(dense, x, place))
         text.each(states, lambda x, place, rows: layer_attend(pruned, x, place))
     before = [slot for slot, layer in enumerate(plan.layer_indices) if layer <= index]
     if index not in plan.layer_indices or plan.keep[before].all():
@@ -137,15 +138,32 @@ def _repair(
     first = np.arange(len(seen.tokens)) % 2 == 0
     work = LayerRepair(dense, pruned, keep, routed(dense, x[2], seen.places, first))
     changes = {"none": {}, "expert": work.alone()}
-    if mode == "layer":
-        changes["layer"] = work.together(_lacking(pruned, seen, x[0], x[2]), changes["expert"])
     layers = {name: work.repaired(change) for name, change in changes.items()}
-    errors = {name: _error(layer, held, x[1], x[3]) for name, layer in layers.items()}
-    choice = "expert" if mode == "expert" else min(errors, key=lambda name: errors[name])
+    if mode == "layer":
+        lacks = _lacking(layers["expert"], seen, x[0], x[2])
+        changes["layer"] = work.together(lacks, changes["expert"])
+        layers["layer"] = work.repaired(changes["layer"])
+    errors = {name: _errors(layer, held, x[1], x[3]) for name, layer in layers.items()}
+    choice, said = chosen(errors), {name: float(error.sum()) for name, error in errors.items()}
     about = RepairedLayer(
-        index, choice, int(work.mendable.sum()), len(changes[choice]), work.starved, errors
+        index, choice, int(work.mendable.sum()), len(changes[choice]), work.starved, said
     )
     return layers[choice], _stored(layers[choice], keep) if changes[choice] else {}, about
+
+
+def chosen(errors: Mapping[str, np.ndarray]) -> str:
+    """The repair that errs least on held-out tokens, if that is more than chance.
+
+    Args:
+      errors: name -> errors [N] on the same tokens; "none" are those without repair.
+
+    Returns:
+      The name of the least errors; "none" if they are not less than its own by more than the
+      standard error of the difference.
+    """
+    best = min(errors, key=lambda name: errors[name].sum())
+    less = errors["none"] - errors[best]
+    return best if less.sum() > less.std() * len(less) ** 0.5 else "none"
 
 
 def _lacking(
@@ -160,15 +178,16 @@ def _lacking(
     return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
-def _error(
+def _errors(
     layer: DecoderLayer, text: Batches, wanted: list[np.ndarray], middle: list[np.ndarray]
-) -> float:
-    """Squared error of the stream behind a layer."""
+) -> np.ndarray:  # float64 [N]
+    """Squared error of the stream behind a layer at every token."""
     parts = zip(wanted, _behind(layer, text, middle), text.rows, strict=True)
-    return sum(
-        float(np.square(a.astype(np.float64) - b.astype(np.float64))[text.valid[rows]].sum())
+    found = [
+        np.square(a.astype(np.float64) - b.astype(np.float64))[text.valid[rows]].sum(axis=1)
         for a, b, rows in parts
-    )
+    ]
+    return np.concatenate(found)
 
 
 def _behind(layer: DecoderLayer, text: Batches, middle: list[np.ndarray]) -> list[np.ndarray]:

@@ -26,6 +26,7 @@ BEGUN = "exports/.begun.json"  # while `export` writes: its plan and options
 OURS = (
     BEGUN, *(f"exports/{name}" for name in FORMATS),
     "repair/repair.json", "repair/states", "repair/layer-[0-9]*.safetensors",
+    *(f"compare-repair/{name}" for name in ("repair.json", "states", "layer-[0-9]*.safetensors")),
     "gptq/gptq.json", "gptq/states", "gptq/layer-[0-9]*.safetensors",
     "parts/[0-9]*.safetensors", "parts/[0-9]*.json",
     "plan.json", "plan.safetensors",
@@ -35,7 +36,7 @@ OURS = (
     "audit.json", "audit.csv", "audit.html", "ablations.jsonl",
     "sweep.csv", "sweep.html",
 )  # fmt: skip
-FOLDERS = ("exports", "repair", "gptq", "parts")  # that hold some of them
+FOLDERS = ("exports", "repair", "compare-repair", "gptq", "parts")  # that hold some of them
 
 
 def is_interrupted(job: Job, last: str) -> bool:

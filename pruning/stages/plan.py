@@ -17,7 +17,8 @@ from pruning.text.source import without_folders
 # Options of a recipe that decide what is scored, and how.
 SCORING = (
     "calibration_field", "max_tokens", "window", "dtype", "until_stable", "weights_only",
-    "gradients", "expert_details", "weight_gradients", "nll_ig", "nll_ablate", "nll_grad2",
+    "gradients", "expert_details", "weight_gradients", "obs",
+    "nll_ig", "nll_ablate", "nll_grad2",
 )  # fmt: skip
 TEXT_FACTS = ("sha256", "weight", "documents", "tokens")
 TEXT_CHOICES = ("options", "first", "loss_on")  # where a text is not read in the usual way

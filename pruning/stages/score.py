@@ -14,6 +14,7 @@ from pruning.kit.fitting import misfits
 from pruning.kit.progress import Steps
 from pruning.report.stored_fields import Stability
 from pruning.scores.collect import collect_weights, with_wanda
+from pruning.scores.elimination import elimination_costs
 from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
 from pruning.stages import extra_scores
@@ -70,6 +71,10 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
                 **how,
             )
         statistics = dataclasses.replace(statistics, weight_gradient=gradient)
+    if job.recipe.obs:
+        with steps.bar("elimination") as on_step:
+            costs = elimination_costs(job.base, *texts, on_step=on_step, **how)
+        statistics = dataclasses.replace(statistics, elimination=costs)
     load = lambda: load_model(job.base.about.folder, jnp.bfloat16)  # noqa: E731
     statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
     provenance = _provenance(job, stability)

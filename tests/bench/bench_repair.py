@@ -31,7 +31,7 @@ def measured(
     evaluated: int = 4096,
     **options,
 ) -> Iterator[Row]:
-    """Added loss of the default plan on the evaluation texts: as it is, and repaired.
+    """Added loss of the plan of `fair-shapley` on the evaluation texts: as it is, and repaired.
 
     Args:
       model: a folder, or "demo".
@@ -44,7 +44,7 @@ def measured(
     with tempfile.TemporaryDirectory() as folder:
         recipe = CompressionRecipe(
             model=model, output=f"{folder}/out", max_tokens=tokens, bits=16,
-            evaluation_tokens=evaluated, **options,
+            evaluation_tokens=evaluated, planner="fair", **options,
         )  # fmt: skip
         job, steps = open_job(recipe), Steps(quiet=True)
         preflight.prepare(job, steps)

@@ -13,7 +13,9 @@ def statistics(
 ):  # fmt: skip
     """Random sums over 100 tokens; `changes` replace single fields."""
     rng = np.random.default_rng(seed)
-    groups = ["gradients", "weight-gradients"] * gradients + ["expert-details"] * expert_details
+    groups = ["gradients", "weight-gradients", "obs"] * gradients + [
+        "expert-details"
+    ] * expert_details
     groups += ["nll-ig", "nll-ablate", "nll-grad2"] * end_to_end + ["weights-only"]
     fields = {}
     for name, shape in field_shapes(L, E, F, D, groups).items():

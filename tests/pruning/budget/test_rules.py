@@ -39,6 +39,7 @@ def test_a_rule_needs_no_statistics_but_those_it_names(name):
         "expert-details": ("output_sum", "output_coordinate_square", "output_gram", "clipped_phi",
                            "similarity", "wanda_up", "wanda_gate", "input_square"),
         "weight-gradients": ("weight_gradient",),
+        "obs": ("elimination",),
     }  # fmt: skip
     assert set(owners) >= RULES[name].needs
     for group in set(owners) - RULES[name].needs:
@@ -49,7 +50,7 @@ def test_a_rule_needs_no_statistics_but_those_it_names(name):
 
 
 def test_all_that_rules_need_is_switched_on_but_no_rule_turns_the_text_off(monkeypatch):
-    assert switches(RULES) == ["expert_details", "gradients", "weight_gradients"]
+    assert switches(RULES) == ["expert_details", "gradients", "obs", "weight_gradients"]
     assert switches(["random", "uniform-wg"]) == ["weight_gradients"]
     for name, options in (("bare", {"criterion": "noise"}), ("ig", {"attribution": "nll_ig"})):
         rule = Rule(about=name, family="own", options=PlanOptions(**options))

@@ -97,7 +97,7 @@ def test_every_field_has_a_flag_that_sets_it():
         "minimum": 8, "keep_experts": True, "emptied": "mean",
         "layer_rate": ("3=0.5", "4=0"), "skip_layers": (1, 2),
         "gradients": True,
-        "expert_details": True, "weight_gradients": True,
+        "expert_details": True, "weight_gradients": True, "obs": True,
         "export": ("padded-bf16", "ragged-bf16"), "until_stable": 0.5, "batch": 9,
         "mtp": "keep",
         "nll_ig": 4, "nll_ablate": True, "nll_grad2": True, "dtype": "bfloat16", "seed": 10,

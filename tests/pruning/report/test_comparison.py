@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from moe_jax.errors import InputError
-from pruning.report.comparison import Comparison, Result
+from pruning.report.compared import Result
+from pruning.report.comparison import Comparison
 
 TOKENS = {"wiki": 1200, "code": 300}
 DENSE = {"wiki": 2.0, "code": 1.0}

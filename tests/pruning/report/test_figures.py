@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from pruning.report import audit_figures as token_plots
 from pruning.report import figures as plots
-from pruning.report.comparison import Comparison, Result
+from pruning.report.compared import Result
+from pruning.report.comparison import Comparison
 from pruning.report.comparison_page import FAMILY_COLOURS, comparison_page, plot_pareto
 
 L, E = 3, 4

@@ -18,11 +18,16 @@ from pruning.budget.rules import RULES as KNOWN_RULES
 from pruning.budget.whole_experts import replacement_vectors
 from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
+from pruning.measure.quality import measure_quality
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.comparison import Comparison
 from pruning.runs import compare as comparing
+from pruning.scores.statistics import load_statistics
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
+from pruning.shrink.repair_model import repair_model, with_repair
+from pruning.stages.job import open_job
+from pruning.stages.measure import first_tokens
 from tests.support import command, tiny
 
 RULES = ["random", "uniform-act", "fair-energy", "experts-usage"]
@@ -193,6 +198,93 @@ def file_of(recipe):
     return Path(recipe.output) / "compare.json"
 
 
+@pytest.fixture
+def repairable(recipe, tmp_path) -> CompressionRecipe:
+    rng = np.random.default_rng(0)
+    (tmp_path / "words.txt").write_text("".join(rng.choice(list("abcdefgh "), 900)))
+    return dataclasses.replace(
+        recipe, output=str(tmp_path / "out"), calibration=(str(tmp_path / "words.txt"),),
+        window=32, evaluation_tokens=60,
+    )  # fmt: skip
+
+
+def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
+    rules, steps = ["uniform-act", "fair-energy"], Steps(quiet=True)
+    plain = comparing.compare(repairable, [0.5], rules, steps=steps)
+    both = comparing.compare(repairable, [0.5], rules, repair="layer", steps=steps)
+    assert both.results[:2] == plain.results
+    names = {"uniform-act", "fair-energy", "uniform-act+layer", "fair-energy+layer"}
+    assert {line.rule for line in both.lines()} == names == set(both.ranked())
+    assert {row[1] for row in both.table().rows} == names
+    page = (tmp_path / "out" / "compare.html").read_text()
+    rows = (tmp_path / "out" / "compare.csv").read_text().splitlines()
+    assert all(name in page for name in names)
+    assert [row.rsplit(",", 1)[1] for row in rows] == ["repair", "", "", "layer", "layer"]
+    assert not (tmp_path / "out" / "compare-repair").exists()
+    before = file_of(repairable).read_bytes()
+    again = comparing.compare(repairable, [0.5], rules, steps=steps)
+    assert file_of(repairable).read_bytes() == before and again.results == plain.results
+    # What it measures of a rule is what a run that repairs its plan makes.
+    same = dataclasses.replace(repairable, bits=16, planner="fair", evaluation_tokens=60 + 32)
+    job, one = open_job(same), both.results[2]
+    statistics, provenance = load_statistics(tmp_path / "out" / "statistics.safetensors")
+    task = comparing.Task("uniform-act", 0.5, 0)
+    plan = comparing.task_plan(job, statistics, provenance, task, one.kept)
+    repair_model(
+        job.base, plan, job.calibration.tokens, job.calibration.valid, tmp_path / "alone",
+        mode="layer", provenance={}, batch=4,
+    )  # fmt: skip
+    repaired, found = with_repair(PrunedSource(job.base, plan), tmp_path / "alone"), {}
+    for name, windows in job.evaluation.items():
+        quality, _ = measure_quality(repaired, first_tokens(windows, 60), batch=4)
+        found[name] = quality.nll
+    assert (one.rule, one.repair) == ("uniform-act", "layer")
+    assert {name: quality["nll"] for name, quality in one.quality.items()} == pytest.approx(
+        found, rel=1e-5
+    )
+    assert one.quality != both.results[0].quality
+
+
+def test_a_comparison_killed_in_a_repair_goes_on_after_its_last_layer(
+    repairable, tmp_path, monkeypatch
+):
+    original, layers = comparing.repaired_hidden, []
+
+    def killed(job, plan, mode, text, on_layer):
+        def visited(layer):
+            layers.append(layer)
+            on_layer(layer)
+            if len(layers) == 1:
+                raise KeyboardInterrupt
+
+        return original(job, plan, mode, text, visited)
+
+    monkeypatch.setattr(comparing, "repaired_hidden", killed)
+
+    def compared(folder):
+        recipe = dataclasses.replace(repairable, output=str(tmp_path / folder))
+        return comparing.compare(
+            recipe, [0.5], ["uniform-act"], repair="expert", steps=Steps(quiet=True)
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        compared("out")
+    assert (tmp_path / "out" / "compare-repair" / "states").exists()
+    assert len(Comparison.load(tmp_path / "out" / "compare.json").results) == 1
+    found = compared("out")
+    assert layers == list(range(len(layers))) and len(layers) > 1
+    assert found == compared("calm")
+
+
+def test_without_text_for_a_repair_nothing_is_begun(repairable, tmp_path):
+    with pytest.raises(InputError, match="takes 3 windows of calibration text, there are 2"):
+        comparing.compare(
+            dataclasses.replace(repairable, max_tokens=64), [0.5], ["uniform-act"],
+            repair="expert", steps=Steps(quiet=True),
+        )  # fmt: skip
+    assert not (tmp_path / "out" / "statistics.json").exists()
+
+
 def test_results_of_other_texts_are_refused_unless_overwritten(recipe):
     run(recipe, rules=["uniform-act"], rates=[0.25])
     path = file_of(recipe)
@@ -218,6 +310,9 @@ def test_the_command_prints_the_ranking_and_writes_table_and_page(models, texts,
     page = (out / "compare.html").read_text()
     assert "uniform-energy" in page and "data:image/png" in page
     assert "http" not in page and 'src="/' not in page
+    repaired = ("--calibration", texts / "good.txt", "--window", 32, "--repair")
+    assert command.run("--quiet", *arguments, *repaired, "--prune-rate", 0.5, "--overwrite") == 0
+    assert "uniform-energy+layer" in capsys.readouterr().out
 
 
 @pytest.fixture

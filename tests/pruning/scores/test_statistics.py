@@ -97,14 +97,14 @@ def test_missing_and_unexpected_arrays_are_named(path):
 
 
 def test_the_announced_shapes_are_fields_of_the_statistics():
-    groups = ("gradients", "expert-details", "weight-gradients")
+    groups = ("gradients", "expert-details", "weight-gradients", "obs")
     groups += ("nll-ig", "nll-ablate", "nll-grad2", "weights-only")
     shapes = field_shapes(2, 3, 4, 5, groups)
     fields = {field.name for field in dataclasses.fields(ChannelStatistics)}
     assert shapes.keys() == fields - {"extra"}
     sums = field_shapes(2, 3, 4, 5, groups, finished=False)
     # what is left over is no sum over tokens
-    left = {"similarity", "wanda_up", "wanda_gate", "weight_gradient", "noise"}
+    left = {"similarity", "wanda_up", "wanda_gate", "weight_gradient", "elimination", "noise"}
     assert shapes.keys() - sums.keys() == left
     assert shapes["energy"] == (2, 3, 4) and shapes["output_sum"] == (2, 3, 5)
     assert shapes["output_gram"] == (2, 3, 3) and shapes["total_tokens"] == ()

@@ -39,7 +39,8 @@ def test_the_closed_form_is_least_squares_on_stacked_rows(strength, channels):
 def test_errors_on_other_tokens_are_those_of_the_rows_themselves():
     (hidden, lacks), (others, wanted) = rows(0), rows(1)
     gram, missing = sums(hidden, lacks)
-    found = Ridge(gram, KEPT).errors(missing.cross, *sums(others, wanted))
+    ridge, (other, there) = Ridge(gram, KEPT), sums(others, wanted)
+    found = ridge.errors(missing.cross, ridge.turned(other), there)
     for strength, error in zip(STRENGTHS, found, strict=True):
         left = wanted - others @ by_numpy(hidden, lacks, strength, KEPT)
         np.testing.assert_allclose(error, (left**2).sum())

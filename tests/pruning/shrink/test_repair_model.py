@@ -14,10 +14,11 @@ from moe_jax.stream import forward_hidden, in_batches, layer_attend
 from moe_jax.transformer import init
 from pruning.budget.plan import PruningPlan
 from pruning.demo import DEMO
+from pruning.scores.routed import routed
 from pruning.shrink.prune import PrunedSource, pruned_layer
 from pruning.shrink.repair import STRENGTHS
-from pruning.shrink.repair_layer import LayerRepair, routed
-from pruning.shrink.repair_model import repair_model, repaired_in, with_repair
+from pruning.shrink.repair_layer import LayerRepair
+from pruning.shrink.repair_model import chosen, repair_model, repaired_in, with_repair
 from tests.bench.bench_repair import measured
 
 EXPERTS, CHANNELS, LAYERS = 4, 8, (0, 2)
@@ -281,6 +282,18 @@ def test_with_too_little_text_nothing_gets_worse_and_starved_experts_are_counted
     assert found[0].starved > 0
     other = rng.integers(0, 64, (8, 30)).astype(np.int32), np.ones((8, 30), bool)
     assert distance(model, source, other) <= 1.1 * distance(model, PrunedSource(model, plan), other)
+
+
+def test_a_repair_is_taken_only_if_it_errs_less_on_held_out_text_by_more_than_chance():
+    none = np.full(100, 3.0)
+    luck = np.where(np.arange(100) < 60, 1.0, -1.0)  # better at 60 of 100 tokens
+    errors = {"none": none, "expert": none - luck}
+    assert chosen(errors) == "expert"
+    assert chosen({name: error[10:] for name, error in errors.items()}) == "expert"  # 50 of 90
+    assert chosen({name: error[15:] for name, error in errors.items()}) == "none"  # 45 of 85
+    assert chosen({"none": none, "expert": none}) == "none"
+    assert chosen({**errors, "layer": none - 0.1}) == "expert"
+    assert chosen({**errors, "layer": none - 0.3}) == "layer"
 
 
 @pytest.mark.slow

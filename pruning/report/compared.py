@@ -1,0 +1,65 @@
+"""What a comparison holds of a rule: a result, and the line of a table made of several."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Repaired = Literal["", "expert", "layer"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one rule gave at one prune rate with one seed, or why it could not.
+
+    Attributes:
+      rule, rate, seed: what was run; `rate` is the one really kept.
+      repair: how what is kept was repaired without training; empty if it was not.
+      kept: channels, equal for all rules at a rate.
+      emptied: experts without channels.
+      quality: text -> nll, perplexity, tokens, kl, top1.
+      reason: why there is no plan; empty if there is one.
+      family, about: of the rule, see `pruning.budget.rule.Rule`; empty in a file of an earlier
+        version.
+    """
+
+    rule: str
+    rate: float
+    seed: int = 0
+    repair: Repaired = ""
+    kept: int = 0
+    emptied: int = 0
+    quality: dict[str, dict[str, float]] = field(default_factory=dict)
+    reason: str = ""
+    family: str = ""
+    about: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the rule, and the repair behind it."""
+        return f"{self.rule}+{self.repair}" if self.repair else self.rule
+
+
+@dataclass(frozen=True)
+class Line:
+    """One rule at one rate, repaired or not, texts and seeds averaged with equal weight.
+
+    Attributes:
+      rule: `Result.name`.
+      added: nats per token above the dense model.
+      of_random: `added` divided by what random channels add at this rate; nan if not measured.
+      spread: half the distance between the best and the worst seed.
+      kl: nats per token.
+      top1: share of positions whose most likely token is the dense model's.
+      emptied: experts without channels.
+      family, about: of the rule.
+    """
+
+    rule: str
+    rate: float
+    added: float
+    of_random: float
+    spread: float
+    kl: float
+    top1: float
+    emptied: float
+    family: str
+    about: str

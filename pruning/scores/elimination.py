@@ -1,0 +1,150 @@
+"""The optimal brain surgeon: what an expert loses with each channel when the others make up for it.
+
+Channels go one after the other, always the one that costs least once those that are left have
+taken over what they can of it. The order is one for every width.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.attention.context import Context
+from moe_jax.experts.moe import MoE
+from moe_jax.quant import dequantize
+from moe_jax.stream import LayerSource, in_batches, layer_attend, layer_feed_forward, sweep
+from moe_jax.transformer import DecoderLayer
+from pruning.scores.routed import Part, grams, routed
+
+PULL = 1e-2  # toward the weights as they are, of the mean diagonal of an expert's Gram
+BLOCKS = 16  # so many at least of an expert's channels go at a time: one matrix product each
+EPSILON = 1e-6  # of the squared norm of a block's output, as in all statistics
+
+
+def elimination_costs(
+    source: LayerSource,
+    tokens: np.ndarray,
+    valid: np.ndarray,
+    *,
+    batch: int = 8,
+    dtype=jnp.float32,
+    on_step: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """What each channel costs its expert's output when its turn comes, see `eliminate`.
+
+    One forward sweep; of the hidden rows of one expert at a time the Gram is made.
+
+    Args:
+      source: the dense model; one of its layers is held.
+      tokens: int32 [B, T].
+      valid: bool [B, T].
+      batch: sequences per step.
+      dtype: of the activations.
+      on_step: receives (layers done, layers in all).
+
+    Returns:
+      float64 [L, E, F], squared output relative to the squared norm of the block's output, summed
+      over the text; `energy` is the same without what others take over.
+    """
+    text, c = in_batches(source, tokens, valid, batch), source.config
+    found = np.zeros((len(c.moe_layers), c.moe.num_experts, c.moe.d_expert))
+
+    def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
+        text.each(x, lambda x, place, rows: layer_attend(layer, x, place))
+        middle = list(x)
+        text.each(x, lambda x, place, rows: layer_feed_forward(layer, x, place))
+        if index in c.moe_layers:
+            found[c.moe_layers.index(index)] = _layer_costs(layer, middle, text.places, x)
+        if on_step:
+            on_step(index + 1, len(source))
+        return x
+
+    sweep(source, text.embedded(source, dtype), step)
+    return found
+
+
+def _layer_costs(
+    layer: DecoderLayer,
+    middle: list[np.ndarray],
+    places: tuple[Context, ...],
+    out: list[np.ndarray],
+) -> np.ndarray:  # float64 [E, F]
+    """Of one layer, from what stands behind its attention and behind it."""
+    assert isinstance(layer.mlp, MoE)
+    pools = layer.mlp.experts.weights
+    experts, width = len(layer.mlp.experts.count), layer.mlp.config.d_expert
+    text = routed(layer, middle, places, np.ones(sum(map(len, middle)), bool))
+    weight = text.weight * _relative(jnp.concatenate([_flat(part) for part in out]))[text.token]
+    down = np.asarray(dequantize(pools.down), np.float64).reshape(experts, width, -1)
+    found = np.zeros((experts, width))
+    for expert in np.flatnonzero(text.edges[:, 2] > text.edges[:, 0]).tolist():
+        channels = np.arange(expert * width, (expert + 1) * width, dtype=np.int32)
+        part = Part(pools, text.x, text.token, weight, text.edges[expert], channels, np.float32(0))
+        gram = np.asarray(grams(part), np.float64).sum(axis=0)[:-1, :-1]
+        found[expert] = eliminate(gram, down[expert])
+    return found
+
+
+def _flat(part: np.ndarray) -> Array:  # float32 [N, D]
+    return jnp.asarray(part).astype(jnp.float32).reshape(-1, part.shape[-1])
+
+
+@jax.jit
+def _relative(out: Array) -> Array:  # [N]
+    """Factors that make rows relative to a block's output [N, D]."""
+    return jax.lax.rsqrt(jnp.sum(out**2, axis=1) + EPSILON)
+
+
+def eliminate(gram: np.ndarray, down: np.ndarray, most: int | None = None) -> np.ndarray:
+    """Remove all channels of an expert, always those that cost least.
+
+    With H the Gram and a pull, W what is left of the down-projection after those that are left have
+    taken over the rest: channel j costs |W_j|^2 / (H^-1)_jj.
+
+    Args:
+      gram: float64 [F, F], sum of h h^T.
+      down: float64 [F, D], a row per channel.
+      most: channels that are chosen at a time, whose order is by what they cost before any of them
+        is gone; default a sixteenth of F.
+
+    Returns:
+      float64 [F], what each channel adds to the squared error of the output, pull included. It
+      never falls along the order, so that the cheapest channels are those that go first: where a
+      later one costs less, it is raised to the one before. All 0 if no token came.
+    """
+    size = len(gram)
+    most, mean = most or max(1, size // BLOCKS), np.diagonal(gram).mean()
+    if not mean > 0:
+        return np.zeros(size)
+    inverse, square = np.linalg.inv(gram + PULL * mean * np.eye(size)), down @ down.T
+    left, cost, order = np.ones(size, bool), np.zeros(size), []
+    while left.any():
+        diagonal = np.where(left, np.diagonal(inverse), 1.0)
+        price = np.where(left, np.diagonal(square) / diagonal, np.inf)
+        gone = np.argsort(price, kind="stable")[: min(most, left.sum())]
+        cost[gone] = _in_turn(inverse[np.ix_(gone, gone)], square[np.ix_(gone, gone)])
+        order.extend(gone)
+        left[gone] = False
+        taken = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[gone]).T  # [F, b]
+        inverse -= taken @ inverse[gone]
+        moved = taken @ square[gone]
+        square += taken @ square[np.ix_(gone, gone)] @ taken.T - moved - moved.T
+    raised = np.maximum.accumulate(np.maximum(cost[order], 0.0))
+    # Later ones above those of the same cost: equal scores would be cut in another order.
+    cost[order] = raised * (1 + 1e-12 * np.arange(size))
+    return cost
+
+
+def _in_turn(inverse: np.ndarray, square: np.ndarray) -> np.ndarray:  # [b]
+    """What each of some channels costs when they go one after the other."""
+    inverse, square, cost = inverse.copy(), square.copy(), np.zeros(len(inverse))
+    for j in range(len(inverse)):
+        cost[j] = square[j, j] / inverse[j, j]
+        taken, row = inverse[:, j] / inverse[j, j], square[j].copy()
+        inverse -= np.outer(taken, inverse[j])
+        square += (
+            square[j, j] * np.outer(taken, taken) - np.outer(taken, row) - np.outer(row, taken)
+        )
+    return cost
