@@ -11,23 +11,23 @@ from pruning.text.calibration import TokenBatch
 FEWEST = 4  # windows of text from which on some of it is kept out
 SHARE, MOST_TOKENS = 1 / 24, 16384  # of the text: nine plans on it cost half of scoring it
 MOST_SHARE = 1 / 4  # where every file gives a part
-LEAST = 128  # tokens of a window that is kept out in part
+PART, LEAST = 256, 128  # tokens of a longer window that are kept out; fewest, for many files
 
 
 def kept_out_size(windows: int, length: int, files: int = 1) -> tuple[int, int]:
     """How many of so many windows of a length in tokens are kept out, and how many tokens of each.
 
-    Every file gives one at least. Whole windows are kept out unless that is more than `SHARE`,
-    as it is of long windows of a short text: then it is the end of each.
+    Of long windows it is the ends of several and not all of a few, since what a rule costs differs
+    more from text to text than within one; of every file it is one window at least.
     """
     if windows < FEWEST:
         return 0, 0
-    wanted = min(round(SHARE * windows), MOST_TOKENS // length)
+    tokens, size = min(SHARE * windows * length, MOST_TOKENS), min(length, PART)
+    wanted = min(round(tokens / size), windows)
     rows = max(1, wanted, files)
-    if rows == wanted:
-        return rows, length
-    share = min(SHARE * windows * length, MOST_TOKENS) / rows
-    return rows, min(length, max(LEAST, int(share)))
+    if rows == wanted and size == length:
+        return rows, size
+    return rows, min(length, max(LEAST, int(tokens / rows)))
 
 
 def keep_out(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch | None]:

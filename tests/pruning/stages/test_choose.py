@@ -476,6 +476,11 @@ def test_of_long_windows_of_a_short_text_only_the_ends_are_kept_out():
     counted[:, 200:] = False
     left, held = keep_out(dataclasses.replace(batch, counted=counted))
     assert held is not None and held.tokens.shape == (3, length) and len(left.tokens) == 9
+    # Of more text, more of its windows, as many tokens as one in 24.
+    _, held = keep_out(TokenBatch(np.zeros((64, 2048), np.int32), np.ones((64, 2048), bool)))
+    assert held is not None and held.tokens.shape == (21, 260)
+    _, held = keep_out(TokenBatch(np.zeros((8, 8192), np.int32), np.ones((8, 8192), bool)))
+    assert held is not None and held.tokens.shape == (8, 341)
 
 
 def test_an_estimate_of_long_windows_counts_what_a_run_keeps_out(models, domains, tmp_path):
