@@ -18,6 +18,7 @@ from pruning.scores.states import projection_bytes, projection_room
 from pruning.shrink.gptq import MOMENT_BYTES
 from pruning.stages.choose import STATE_BYTES
 from pruning.stages.client import client_bytes
+from pruning.stages.parts import rows_of_parts
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import compared, probe_shapes
 from pruning.stages.sizes import export_of, form_of, sample_memory, statistics_bytes
@@ -110,11 +111,14 @@ def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) 
     rows at work and the sums three times."""
     c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
     tokens = 0 if recipe.weights_only else recipe.max_tokens
-    windows = min(CHUNK, math.ceil(tokens / recipe.window))
+    windows = math.ceil(tokens / recipe.window)
+    parts = rows_of_parts(windows, recipe.until_stable is not None)
+    batch = min(recipe.batch, max(map(len, parts), default=recipe.batch))
+    windows = min(CHUNK, windows)
     states = windows * recipe.window * c.d_model * item
     states *= 1 + 2 * c.num_layers * recipe.gradients
-    step = recipe.batch * recipe.window
-    room = projection_room(c, math.ceil(windows / recipe.batch), step) if recipe.gradients else 0
+    step = batch * recipe.window
+    room = projection_room(c, math.ceil(windows / batch), step) if recipe.gradients else 0
     states += room * projection_bytes(c.moe, step)
     rows = step * c.moe.experts_per_token
     if recipe.weights_only:

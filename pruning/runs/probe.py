@@ -12,13 +12,14 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.stream import LayerSource, in_batches
 from pruning.budget.candidates import CANDIDATES
+from pruning.demo import demo_texts
 from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
 from pruning.shrink.masked import masked_forward
 from pruning.stages.extra_scores import costs
-from pruning.text.kept_out import kept_out_windows
+from pruning.text.kept_out import kept_out_size
 
 PROBE_TOKENS = 512
 # Times the plain sweep: gradients by tests/bench/bench_statistics.py, others as options say.
@@ -71,7 +72,8 @@ def kept_out_tokens(recipe: ResolvedRecipe) -> int:
     if recipe.planner != AUTO or recipe.weights_only:
         return 0
     windows = math.ceil(recipe.max_tokens / recipe.window)
-    return kept_out_windows(windows, recipe.window) * recipe.window
+    files = recipe.calibration or (demo_texts("calibration") if recipe.model == "demo" else ())
+    return math.prod(kept_out_size(windows, recipe.window, len(files)))
 
 
 def _step(source: LayerSource, recipe: ResolvedRecipe) -> tuple[Array, Context]:

@@ -53,8 +53,11 @@ def collect_parts(
     halves: list[ChannelStatistics | None] = [None, None]
     total, before, curve = None, None, {"tokens": [], "jaccard": []}
     done = 0
+    # A text of few windows is not padded to whole batches in every part.
+    batch = min(job.recipe.batch, max(map(len, parts)))
     for number, rows in enumerate(parts):
-        part = _part(job, {**identity, "part": number, "parts": len(parts)}, rows, steps)
+        about = {**identity, "part": number, "parts": len(parts)}
+        part = _part(job, about, rows, batch, steps)
         total = part if total is None else total.merge(part)
         half = halves[number % 2]
         halves[number % 2] = part if half is None else half.merge(part)
@@ -85,7 +88,9 @@ def jaccard(one: np.ndarray | None, two: np.ndarray | None) -> float | None:
     return float((one & two).sum() / max(1, (one | two).sum()))
 
 
-def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelStatistics:
+def _part(
+    job: Job, identity: dict, rows: np.ndarray, batch: int, steps: Steps
+) -> ChannelStatistics:
     path = Path(job.output) / "parts" / f"{identity['part']:03d}.safetensors"
     if path.is_file() and path.with_suffix(".json").is_file():
         found, notes = load_statistics(path)
@@ -101,7 +106,7 @@ def _part(job: Job, identity: dict, rows: np.ndarray, steps: Steps) -> ChannelSt
             gradients=job.recipe.gradients,
             expert_details=job.recipe.expert_details,
             finish=False,
-            batch=job.recipe.batch,
+            batch=batch,
             dtype=job.dtype,
             scratch=job.recipe.scratch_folder,
             on_step=on_step,

@@ -1,5 +1,6 @@
 """Calibration windows that no statistic sees, so that rules can be measured on them."""
 
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -7,33 +8,43 @@ import numpy as np
 
 from pruning.text.calibration import TokenBatch
 
-FEWEST = 4  # windows of text from which on one is kept out
+FEWEST = 4  # windows of text from which on some of it is kept out
 SHARE, MOST_TOKENS = 1 / 24, 16384  # of the text: nine plans on it cost half of scoring it
-MOST_SHARE = 1 / 4  # where every file gives a window
+MOST_SHARE = 1 / 4  # where every file gives a part
+PART, LEAST = 256, 128  # tokens of a longer window that are kept out; fewest, for many files
 
 
-def kept_out_windows(windows: int, length: int) -> int:
-    """How many of so many windows of a length in tokens are kept out, if no file asks for more."""
+def kept_out_size(windows: int, length: int, files: int = 1) -> tuple[int, int]:
+    """How many of so many windows of a length in tokens are kept out, and how many tokens of each.
+
+    Of long windows it is the ends of several and not all of a few, since what a rule costs differs
+    more from text to text than within one; of every file it is one window at least.
+    """
     if windows < FEWEST:
-        return 0
-    return min(max(1, round(SHARE * windows)), max(1, MOST_TOKENS // length))
+        return 0, 0
+    tokens, size = min(SHARE * windows * length, MOST_TOKENS), min(length, PART)
+    wanted = min(round(tokens / size), windows)
+    rows = max(1, wanted, files)
+    if rows == wanted and size == length:
+        return rows, size
+    return rows, min(length, max(LEAST, int(tokens / rows)))
 
 
 def keep_out(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch | None]:
-    """Keep some windows out of what is scored: evenly spread, and some of every file.
+    """Keep some windows, or their ends, out of what is scored: evenly spread, some of every file.
 
-    Of a file of several windows one is kept out at least, unless that came to more than a quarter
-    of the text. Full windows are taken, if there are any; what they say decides nothing.
+    Of a file of several windows one gives something at least, unless that came to more than a
+    quarter of the text. Full windows are taken, if there are any; what they say decides nothing.
 
     Args:
       batch: windows of calibration text.
 
     Returns:
-      (what is left, what is kept out): None for the latter if there are too few windows, or none
-      of those kept out has a token to predict.
+      (what is left, what is kept out, as windows of their own): None for the latter if there are
+      too few windows, or none of those kept out has a token to predict.
     """
-    count = len(batch.tokens)
-    wanted = kept_out_windows(count, batch.tokens.shape[1])
+    count, length = batch.tokens.shape
+    wanted, size = kept_out_size(count, length)
     usable = batch.scored.any(axis=1)
     full = usable & batch.valid.all(axis=1)
     usable = full if full.any() else usable
@@ -45,12 +56,35 @@ def keep_out(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch | None]:
         for file in np.unique(files[usable]) if (files == file).sum() > 1
     ]  # fmt: skip
     shares = [max(1, round(wanted * len(rows) / count)) for rows in parts]
-    if not parts or sum(shares) > max(wanted, MOST_SHARE * count):
+    _, each = kept_out_size(count, length, sum(shares))
+    if parts and (sum(shares) <= wanted or sum(shares) * each <= MOST_SHARE * count * length):
+        size = each
+    else:
         parts, shares = [np.flatnonzero(usable)], [min(wanted, int(usable.sum()))]
     out = np.zeros(count, bool)
     for rows, share in zip(parts, shares, strict=True):
         out[rows[np.linspace(0, len(rows) - 1, share + 2)[1:-1].astype(int)]] = True
-    return batch.of(~out), batch.of(out)
+    left, ends = _without_ends(batch, out, size)
+    return (left, ends) if ends.scored.any() else (batch.of(~out), batch.of(out))
+
+
+def _without_ends(batch: TokenBatch, rows: np.ndarray, size: int) -> tuple[TokenBatch, TokenBatch]:
+    """The windows without the last tokens of some, and these as windows that begin as others do."""
+    cut = batch.tokens.shape[1] - size
+    first = np.asarray(batch.sources[0].get("first", ()) if batch.sources else (), np.int32)
+    if cut <= len(first):
+        return batch.of(~rows), batch.of(rows)
+    valid = batch.valid.copy()
+    valid[rows, cut:] = False
+    ends = batch.of(rows)
+
+    def begun(values: np.ndarray, begin) -> np.ndarray:
+        head = np.broadcast_to(np.asarray(begin, values.dtype), (len(values), len(first)))
+        return np.hstack([head, values[:, cut:]])
+
+    counted = None if ends.counted is None else begun(ends.counted, False)
+    parts = {"tokens": begun(ends.tokens, first), "valid": begun(ends.valid, True)}
+    return replace(batch, valid=valid), replace(ends, counted=counted, **parts)
 
 
 def kept_out_note(batch: TokenBatch) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pruning.stages.job import open_job
 from pruning.stages.score import stored_statistics
 from pruning.text.calibration import TokenBatch
 from pruning.text.kept_out import keep_out
-from tests.support.command import given, read, run
+from tests.support.command import change_config, given, read, run
 
 OPTIONS = ("--bits", 16, "--block", 8, "--prune-rate", 0.5)
 LENGTH = 64  # tokens of a window, each a byte
@@ -455,3 +455,45 @@ def test_kept_out_windows_are_few_and_of_every_file():
     assert held is not None and held.total == 83 * 32
     _, held = keep_out(batch(2000, length=1024))
     assert held is not None and held.total == 16384
+
+
+def test_of_long_windows_of_a_short_text_only_the_ends_are_kept_out():
+    count, length, begin = 12, 512, 7
+    tokens = np.arange(1000, 1000 + count * length, dtype=np.int32).reshape(count, length)
+    tokens[:, 0] = begin  # what the tokenizer puts first
+    counted = np.ones((count, length), bool)
+    counted[:, 0] = counted[:, -2] = False
+    batch = TokenBatch(tokens, np.ones((count, length), bool), ({"first": [begin]},) * 3,
+                       counted, np.repeat(np.arange(3), 4))  # fmt: skip
+    left, held = keep_out(batch)
+    assert held is not None and held.files is not None and held.counted is not None
+    assert list(held.files) == [0, 1, 2]
+    # No more than a window of every file, and no token is lost or seen twice.
+    assert held.tokens.shape == held.valid.shape == held.counted.shape == (3, 1 + 128)
+    assert (held.tokens[:, 0] == begin).all() and not held.counted[:, 0].any()
+    assert not held.counted[:, -2].any() and held.scored[:, 0].all() and held.valid.all()
+    seen = [*left.tokens[left.valid], *held.tokens[:, 1:].ravel()]
+    assert sorted(seen) == sorted(tokens.ravel())
+    assert left.total == batch.total - 3 * 128 and left.tokens.shape == tokens.shape
+    # Ends of which no answer is asked cannot be measured on: whole windows then.
+    counted[:, 200:] = False
+    left, held = keep_out(dataclasses.replace(batch, counted=counted))
+    assert held is not None and held.tokens.shape == (3, length) and len(left.tokens) == 9
+    # Of more text, more of its windows, as many tokens as one in 24.
+    _, held = keep_out(TokenBatch(np.zeros((64, 2048), np.int32), np.ones((64, 2048), bool)))
+    assert held is not None and held.tokens.shape == (21, 260)
+    _, held = keep_out(TokenBatch(np.zeros((8, 8192), np.int32), np.ones((8, 8192), bool)))
+    assert held is not None and held.tokens.shape == (8, 341)
+
+
+def test_an_estimate_of_long_windows_counts_what_a_run_keeps_out(models, domains, tmp_path):
+    model = shutil.copytree(models / "single", tmp_path / "model")
+    change_config(model, max_position_embeddings=256)
+    files = tuple(str(domains / f"{name}.txt") for name in ("words", "digits"))
+    recipe = CompressionRecipe(
+        model=str(model), output=str(tmp_path / "out"), calibration=files, max_tokens=1536, bits=16
+    )
+    job = open_job(recipe, measures=False)
+    assert job.recipe.window == 256 and job.kept_out is not None
+    (found,) = estimate(recipe, probe=False)
+    assert found["kept_out_tokens"] == job.kept_out.total == 2 * 128

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.scores.collect import collect_statistics
+from pruning.scores.own import STATISTICS, Statistic
 from pruning.scores.statistics import load_statistics
 from pruning.stages.job import open_job
 from tests.pruning.stages.test_resume import stopped
@@ -55,6 +56,21 @@ def test_parts_add_up_to_one_sweep_and_say_how_stable_the_plan_is(models, texts,
     assert stability["jaccard"][0] is None and len(stability["jaccard"]) >= 4
     assert all(0 < value <= 1 for value in stability["jaccard"][1:])
     assert 0 < stability["halves"] < 1
+
+
+def test_a_part_of_few_windows_is_not_padded_to_a_whole_batch(models, texts, tmp_path, monkeypatch):
+    work = {}
+    for batch in (2, 8):
+
+        def seen(rows, batch=batch):
+            work[batch] = rows.weight.shape[0]
+            return rows.weight
+
+        monkeypatch.setitem(STATISTICS, "seen", Statistic(seen, axes="LE"))
+        out = tmp_path / str(batch)
+        flags = ("--max-tokens", 6 * 64, "--quiet", "--batch", batch)
+        assert run("score", models / "single", *given(texts, out), *flags) == 0
+    assert work[8] == work[2]  # four parts of one or two windows
 
 
 def test_scoring_stops_once_the_kept_set_is_stable(models, texts, tmp_path, capsys):
