@@ -14,7 +14,7 @@ from pruning.recipe.values import check_share
 DEFAULT_TOKENS = 1_000_000
 DEFAULT_WINDOW = 512
 # What a preset leaves to the kind of training, which needs other steps for other weights.
-RATES = {"router": 1e-3, "dora": 2e-3, "full": 1e-3}
+RATES = {"router": 1e-3, "lora": 2e-3, "dora": 2e-3, "full": 1e-3}
 PRESETS: dict[str, dict[str, Any]] = {
     "distil": {"epochs": 1, "next_token": 0.0},
     # arXiv:2606.18304: the adapters' rate, the router's, and instruction data twice.
@@ -60,9 +60,10 @@ class RecoverOptions(Options):
         About(f"tokens per window (default: the context, at most {DEFAULT_WINDOW})", least=2),
     ] = None
     train: Annotated[
-        Literal["router", "dora", "full"],
-        About("what changes: the routers alone; adapters of the routed experts, and the routers "
-              "by a rank of their own; or all weights of both"),
+        Literal["router", "lora", "dora", "full"],
+        About("what changes: the routers alone; adapters of the routed experts, with dora and a "
+              "trained length of each row, and the routers by a rank of their own; or all weights "
+              "of both"),
     ] = "dora"  # fmt: skip
     mode: Annotated[
         Literal["model", "layer"],
@@ -90,7 +91,7 @@ class RecoverOptions(Options):
     ] = None
     learning_rate: Annotated[
         float | None,
-        About("of the experts, or of the routers alone (default 2e-3 for dora, else 1e-3; with "
+        About("of the experts, or of the routers alone (default 2e-3 of adapters, else 1e-3; with "
               "preset paper 1e-4 and for routers 1e-6)"),
     ] = None  # fmt: skip
     router_learning_rate: Annotated[
@@ -133,6 +134,10 @@ class RecoverOptions(Options):
         tuple[FormatName, ...],
         About("formats to write (default those of the run)", shown="FORMAT"),
     ] = ()
+    adapter: Annotated[
+        bool, About("also write what was trained as an adapter of PEFT for the run's padded-bf16 "
+                    "export, in the folder adapter/; with lora, or routers by a rank")
+    ] = False
     dtype: Annotated[Literal["float32", "bfloat16"], About("type of the activations")] = "float32"
     scratch: Annotated[
         str | None,
@@ -190,7 +195,7 @@ class RecoverOptions(Options):
         if one.next_token_from is None:
             given["next_token_from"] = one.next_token
         if one.router_rank is None:
-            given["router_rank"] = 4 if one.train == "dora" else 0
+            given["router_rank"] = 4 if one.train in ("lora", "dora") else 0
         return dataclasses.replace(one, **given)
 
     @property

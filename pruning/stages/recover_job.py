@@ -20,6 +20,7 @@ from pruning.recovery.fit import FitOptions
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_bytes
 from pruning.report.card import Recovery
+from pruning.stages.adapter import check_adapter
 from pruning.stages.measure import open_texts
 from pruning.stages.preflight import require_space
 from pruning.stages.recovered import (
@@ -82,6 +83,7 @@ class RecoverJob:
         options, how = self.options, self.how
         what = {
             "router": "the routers",
+            "lora": f"LoRA adapters of rank {options.rank}, merged, and the routers",
             "dora": f"DoRA adapters of rank {options.rank}, merged, and the routers",
             "full": "all weights of the routed experts, and the routers",
         }
@@ -105,7 +107,8 @@ class RecoverJob:
             ["took", duration(training["seconds"])],
         ]  # fmt: skip
         if options.attention_rank:
-            rows.append(["attention", f"DoRA adapters of rank {options.attention_rank}, merged"])
+            kind = "LoRA" if options.train == "lora" else "DoRA"
+            rows.append(["attention", f"{kind} adapters of rank {options.attention_rank}, merged"])
         if options.quantize_aware:
             rows.append(["rounding", "to 4 bits in every step of the training"])
         if seen := self.seen_words:
@@ -162,6 +165,8 @@ def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> Recove
     if not predicted(text.valid, text.counted).any():
         raise InputError("the text has no token to learn: no answer is in the part that is read")
     forms = forms_of(student, options)
+    if options.adapter:
+        check_adapter(student, options)
     # The rest of a prediction is an outcome of its own, so that one token at least must be left.
     options = dataclasses.replace(options, top=min(options.top, config.vocab_size - 1))
     return RecoverJob(

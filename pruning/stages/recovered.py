@@ -45,6 +45,7 @@ class Student:
 
     Attributes:
       folder: what was named: the output of `compress`, or one of its exports.
+      run: the output of `compress`.
       recipe: of the run.
       base: the dense model.
       plan: what is kept of it.
@@ -53,6 +54,7 @@ class Student:
     """
 
     folder: Path
+    run: Path
     recipe: CompressionRecipe
     base: Checkpoint
     plan: PruningPlan
@@ -93,7 +95,7 @@ def open_student(folder: Path, steps: Steps) -> Student:
     repair = stored_repair(recipe, plan)
     if is_run:
         source = pruned_source(base, plan, None, repair=repair)
-        return Student(folder, recipe, base, plan, source, repair)
+        return Student(folder, run, recipe, base, plan, source, repair)
     if folder.absolute() in stale_exports(run, plan):
         raise InputError(f"{folder}: {OLDER}")
     source = open_checkpoint(folder, dtype=jnp.bfloat16)
@@ -102,7 +104,7 @@ def open_student(folder: Path, steps: Steps) -> Student:
             f"{folder} stores experts at other widths than its plan keeps; name {run}, or a ragged "
             "export of it"
         )
-    return Student(folder, recipe, base, plan, source, repair if is_repaired(folder) else None)
+    return Student(folder, run, recipe, base, plan, source, repair if is_repaired(folder) else None)
 
 
 def forms_of(student: Student, options: RecoverOptions) -> dict[str, ExportFormat]:
