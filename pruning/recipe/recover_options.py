@@ -135,8 +135,11 @@ class RecoverOptions(Options):
         About("formats to write (default those of the run)", shown="FORMAT"),
     ] = ()
     adapter: Annotated[
-        bool, About("also write what was trained as an adapter of PEFT for the run's padded-bf16 "
-                    "export, in the folder adapter/; with lora, or routers by a rank")
+        bool,
+        About(
+            "also write what was trained as an adapter of PEFT for the run's padded-bf16 "
+            "export, in the folder adapter/; with lora, or routers by a rank"
+        ),
     ] = False
     dtype: Annotated[Literal["float32", "bfloat16"], About("type of the activations")] = "float32"
     scratch: Annotated[

@@ -1,4 +1,4 @@
-"""What a recovery trained as an adapter in the format of PEFT, for the padded export of its student.
+"""What a recovery trained as an adapter of PEFT, for the padded export of its student.
 
 Modules have the names of the folder's own tensors, an expert's matrices each its own. PEFT itself
 packs them for versions of transformers that hold all experts of a layer in one parameter.

@@ -28,17 +28,15 @@ from pruning.stages.recovered import (
     delta_config,
     fit_options,
     forms_of,
-    needed_memory,
     open_student,
 )
+from pruning.stages.recovery_sizes import CHECKPOINT, needed_memory
 from pruning.stages.sizes import export_of
 from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
 from pruning.text.held_out import MUCH, RUN, seen_shares
 from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec, open_codec
 from pruning.text.windows import Windows
-
-CHECKPOINT = 2 * 16 + 4  # bytes for each number that is trained: two checkpoints, and the result
 
 
 @dataclass(frozen=True)
@@ -213,8 +211,10 @@ def check_recovery(run: RecoverJob, steps: Steps) -> None:
             f"what is trained on holds at least {run.seen_words}, so the loss there says little "
             "about other text"
         )
+    source = run.student.source
+    layers = (source.layer(index) for index in range(len(source)))
     needed, trained = needed_memory(
-        run.student, run.deltas, run.options, windows * run.window, run.window
+        layers, source.config, run.deltas, run.options, windows * run.window, run.window
     )
     parts["checkpoints"] = CHECKPOINT * trained
     free = free_memory()

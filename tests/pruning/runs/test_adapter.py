@@ -93,9 +93,7 @@ def test_what_peft_cannot_express_is_refused_before_any_work(
     assert re.search(message, found), found
 
 
-def test_the_folder_that_it_adapts_must_be_there_and_of_this_plan(
-    scored, texts, tmp_path, capsys
-):
+def test_the_folder_that_it_adapts_must_be_there_and_of_this_plan(scored, texts, tmp_path, capsys):
     run_folder = Path(shutil.copytree(scored, tmp_path / "run"))
     text = ("--text", texts / "good.txt", "--output", tmp_path / "out", "--train", "lora")
     found = refused(capsys, tmp_path, "recover", run_folder, *text, *HOW, "--adapter")
