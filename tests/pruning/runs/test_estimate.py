@@ -459,7 +459,7 @@ def test_training_afterwards_is_estimated_as_recover_finds_it(models, scored, te
                 layers, source.config, job.deltas, job.options, windows * job.window, job.window
             )
             assert one["parameters"] == pytest.approx(numbers, rel=0.02)
-            assert one["memory_bytes"][mode] - PROCESS_BYTES == pytest.approx(bytes_, rel=0.05)
+            assert one["memory_bytes"][mode] - PROCESS_BYTES == pytest.approx(bytes_, rel=0.1)
         assert one["checkpoint_bytes"] == pytest.approx(36 * numbers, rel=0.02)
     size = prediction_bytes(windows, job.window, RecoverOptions(text=("a",), output="o").top)
     assert told["predictions_bytes"] == size
