@@ -148,8 +148,9 @@ def _tensors(found: dict[str, Factors], rank: int) -> Iterator[tuple[str, np.nda
     for module, (down, up) in found.items():
         more = rank - len(down)
         place = f"base_model.model.{module}"
-        yield f"{place}.lora_A.weight", np.pad(down, ((0, more), (0, 0)))
-        yield f"{place}.lora_B.weight", np.pad(up, ((0, 0), (0, more)))
+        # safetensors writes memory as it lies, which of a transposed array is another array.
+        yield f"{place}.lora_A.weight", np.ascontiguousarray(np.pad(down, ((0, more), (0, 0))))
+        yield f"{place}.lora_B.weight", np.ascontiguousarray(np.pad(up, ((0, 0), (0, more))))
 
 
 def _config(base: Path, modules: list[str], rank: int) -> dict[str, Any]:

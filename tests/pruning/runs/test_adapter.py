@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 from tests.support.command import refused, run
 from tests.support.tiny import add_tokenizer, save, tiny_model
 
-HOW = ("--tokens", 448, "--batch", 2, "--learning-rate", 0.02, "--export", "padded-bf16")
+HOW = ("--tokens", 448, "--batch", 2, "--learning-rate", 0.01, "--export", "padded-bf16")
+LEARNS = ("--next-token", 1, "--epochs", 3)  # on text of which the dense model knows nothing
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
 LAST_PART = re.compile(r"(\.lora_[AB])?\.weight$")
 
 
@@ -54,24 +56,28 @@ def read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 def test_merged_by_hand_it_is_our_merged_export(student, texts, tmp_path, trained):
     out = tmp_path / "out"
     text = ("--text", texts / "good.txt", "--output", out)
-    assert run("recover", student, *text, *HOW, "--adapter", *trained) == 0
+    assert run("recover", student, *text, *HOW, *LEARNS, "--adapter", *trained) == 0
     config, changes = read(out / "adapter")
     assert config["peft_type"] == "LORA" and not config["use_dora"]
     base = Path(config["base_model_name_or_path"])
     assert base == student / "exports/padded-bf16"
     before, merged = tensors(base), tensors(out / "exports/padded-bf16")
     assert before.keys() == merged.keys()
+    learnt: set[str] = set()
     for name, one in merged.items():
-        change = changes.pop(name.removesuffix(".weight"), 0.0)
+        change, moved = changes.pop(name.removesuffix(".weight"), 0.0), one != before[name]
         wanted = before[name].astype(np.float64) + change
         gap = np.abs(one.astype(np.float64) - wanted)
         assert (gap <= np.abs(wanted) * float(ml_dtypes.finfo(one.dtype).eps) + 1e-7).all(), name
-        if np.any(change):
-            assert (one != before[name]).any(), name
+        assert moved.any() == np.any(change), name
+        learnt |= {
+            kind for kind in (*EXPERTS, "q_proj", "mlp.gate.") if kind in name and moved.any()
+        }
     assert not changes  # nothing is for a tensor that is not there
+    assert learnt == {"mlp.gate.", *((*EXPERTS, "q_proj") if "lora" in trained else ())}
     targets = config["target_modules"]
     kinds = {re.sub(r"\d+", "N", target) for target in targets}
-    experts = {f"mlp.experts.N.{name}_proj" for name in ("gate", "up", "down")}
+    experts = {f"mlp.experts.N.{name}" for name in EXPERTS}
     attention = {f"self_attn.{name}_proj" for name in "qkvo"}
     assert kinds == {"mlp.gate"} | (experts | attention if "lora" in trained else set())
 
