@@ -1,8 +1,8 @@
 """Rule, repair and training at several rates: loss, KL, bytes and minutes, a table in Markdown.
 
-A row is the loss that a model adds on the evaluation texts, mean over them. Every rate is one run of
-`compress` with planner auto and layer repair, from whose statistics the paper's rule is planned too,
-and one run of `recover` for each kind of training, which begins with the repaired weights. Kinds
+A row is the loss that a model adds on the evaluation texts, mean over them. Every rate is one run
+of `compress` with planner auto and layer repair, from whose statistics the paper's rule is planned
+too, and one of `recover` for each kind of training, which begins with the repaired weights. Kinds
 that end in "-int4" are trained through the rounding. What is finished in the folder is read again,
 so that the bench can be interrupted.
 """
@@ -15,25 +15,26 @@ from pathlib import Path
 import numpy as np
 
 from moe_jax.stream import LayerSource
+from pruning.budget.decide import plan_pruning
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rules import RULES
 from pruning.kit.progress import Steps
-from pruning.measure.quality import Quality, Reference
+from pruning.measure.quality import Reference
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.runs.compress import compress
 from pruning.runs.recover import recover
 from pruning.scores.statistics import load_statistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
-from pruning.stages import plan as planning
 from pruning.stages.job import Job, open_job
 from pruning.stages.measure import measure
+from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import export_of, form_of
 
 FORMATS = ("ragged-bf16", "ragged-int4")
 PAPER = "paper-act"  # the rule of arXiv 2606.18304
-HEADER = ("rate", "model", *(f"{f} {what}" for f in ("bf16", "int4")
-                             for what in ("+nats", "KL", "MB")), "minutes", "MB of memory")  # fmt: skip
+SHOWN = [f"{bits} {what}" for bits in ("bf16", "int4") for what in ("+nats", "KL", "MB")]
+HEADER = ("rate", "model", *SHOWN, "minutes", "MB of memory")
 
 Measured = dict[str, tuple[float, float]]  # format -> mean nats per token, mean KL
 Row = tuple[float, str, Measured, dict[str, int], float, int]  # rate, model, .., bytes, s, bytes
@@ -53,12 +54,12 @@ class Bench:
         self, recipe: CompressionRecipe, text: tuple[str, ...], trained: list[str], **options
     ) -> None:
         self.recipe, self.text, self.trained, self.options = recipe, text, trained, options
-        self.steps = Steps()
         self.references: dict[str, Reference] = {}
 
     def rows(self) -> Iterator[Row]:
-        """The rules without repair, the repair, and each training; minutes are those of a step."""
-        report = compress(self.recipe, self.steps)
+        """The rules without repair, the repair, and each training; seconds are those of the step
+        that a row adds."""
+        report = compress(self.recipe, Steps(quiet=True))
         job, rate = open_job(self.recipe), float(self.recipe.prune_rate or 0)
         took = {stage["name"]: stage["seconds"] for stage in report.stages}
         peak = max(stage["peak_memory_bytes"] for stage in report.stages)
@@ -72,8 +73,9 @@ class Bench:
         ):
             pruned = PrunedSource(job.base, plan)
             four = QuantizedSource(pruned, form_of(job.recipe, FORMATS[1]).group_size)
-            found = {form: self._means(job, one) for form, one in zip(FORMATS, (pruned, four),
-                                                                      strict=True)}  # fmt: skip
+            found = dict(
+                zip(FORMATS, (self._means(job, one) for one in (pruned, four)), strict=True)
+            )
             sizes = {
                 form: export_of(job.base.about, plan, form_of(job.recipe, form, plan)).nbytes
                 for form in FORMATS
@@ -84,7 +86,7 @@ class Bench:
             train, aware = kind.removesuffix("-int4"), kind.endswith("-int4")
             one = recover(
                 job.output, text=self.text, output=f"{job.output}-{kind}", export=FORMATS,
-                train=train, quantize_aware=aware, steps=self.steps, **self.options,
+                train=train, quantize_aware=aware, steps=Steps(quiet=True), **self.options,
             )  # fmt: skip
             took = one.training
             yield (
@@ -93,35 +95,30 @@ class Bench:
             )  # fmt: skip
 
     def _paper(self, job: Job) -> PruningPlan:
-        statistics = load_statistics(job.output)
-        options = {
-            field.name: getattr(RULES[PAPER].options, field.name)
-            for field in dataclasses.fields(RULES[PAPER].options)
-        }
+        """The plan of the paper's rule at this rate, from the same statistics."""
+        statistics, _ = load_statistics(job.output / STATISTICS)
         own = {name: getattr(job.recipe, name) for name in ("prune_rate", "block", "seed")}
-        recipe = dataclasses.replace(job.recipe, **(options | own))
-        return planning.plan(recipe, statistics, {}, job.base.about)
+        return plan_pruning(
+            statistics,
+            dataclasses.replace(RULES[PAPER].options, **own),
+            experts_per_token=job.base.config.moe.experts_per_token,
+            layer_indices=job.base.config.moe_layers,
+        )
 
     def _means(self, job: Job, source: LayerSource) -> tuple[float, float]:
         how = {"batch": job.recipe.batch, "dtype": job.dtype}
-        found = measure(source, job.evaluation, self.references, self.steps, "x", **how)
-        return _mean(list(found.values()))
+        steps = Steps(quiet=True)
+        found = measure(source, job.evaluation, self.references, steps, "a model", **how)
+        return _means([quality.to_dict() for quality in found.values()])
 
 
-def _mean(found: list[Quality]) -> tuple[float, float]:
-    return tuple(
-        float(np.mean([getattr(one, name) or 0.0 for one in found])) for name in ("nll", "kl")
-    )  # type: ignore[return-value]
+def _means(found: list[dict[str, float | None]]) -> tuple[float, float]:
+    nll, kl = (float(np.mean([one[name] or 0.0 for one in found])) for name in ("nll", "kl"))
+    return nll, kl
 
 
 def _reported(quality: dict[str, dict[str, dict]]) -> Measured:
-    return {
-        form: tuple(
-            float(np.mean([models[form][name] for models in quality.values()]))
-            for name in ("nll", "kl")
-        )
-        for form in FORMATS
-    }  # type: ignore[return-value]
+    return {form: _means([models[form] for models in quality.values()]) for form in FORMATS}
 
 
 def main() -> None:
