@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from convert.checkpoint import open_checkpoint
 from convert.rules import Family, TensorRule, layer_rules
 from moe_jax.errors import InputError
+from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.files import replace_file, replace_text
 from pruning.recipe.recover_options import RecoverOptions
@@ -35,11 +36,11 @@ Factors = tuple[np.ndarray, np.ndarray]  # float32 [r, in] and [out, r], a chang
 def check_adapter(student: Student, options: RecoverOptions) -> None:
     """Raise InputError if PEFT knows no adapter for what these filled options train."""
     family = student.base.about.family
-    if options.train in ("dora", "full"):
-        what = {
-            "dora": "PEFT has no DoRA for experts that transformers holds in one parameter",
-            "full": "it trains whole weights, which are no adapter",
-        }
+    what = {
+        "dora": "PEFT has no DoRA for experts that transformers holds in one parameter",
+        "full": "it trains whole weights, which are no adapter",
+    }
+    if options.train in what:
         raise InputError(
             f"adapter=True and train={options.train!r}: {what[options.train]}; choose --train lora"
         )
@@ -91,17 +92,17 @@ def write_adapter(student: Student, deltas: Deltas, config: DeltaConfig, folder:
     found: dict[str, Factors] = {}
     for index in range(len(student.source)):
         own = jax.device_get(layer_deltas(deltas, index))
-        experts = getattr(student.source.layer(index).mlp, "experts", None)
+        mlp = student.source.layer(index).mlp
         for rule, name in layer_rules(family.rules, student.base.config, index):
             module = _module(family, name)
             if rule.ours == ROUTER and "router" in own:
                 ratio = config.router_alpha / own["router"]["down"].shape[0]
                 found[module] = _matrix(own["router"], ratio)
-            elif rule.ours.startswith(EXPERTS) and "experts" in own:
+            elif rule.ours.startswith(EXPERTS) and "experts" in own and isinstance(mlp, MoE):
                 change = own["experts"].get(rule.ours.removeprefix(EXPERTS))
                 if change is not None:
                     width, ratio = base.config.moe.d_expert, config.alpha / config.rank
-                    found |= _experts(rule, module, change, experts, width, ratio)
+                    found |= _experts(rule, module, change, mlp.experts, width, ratio)
             elif rule.ours.startswith(ATTENTION) and "attention" in own:
                 change = own["attention"].get(rule.ours.removeprefix(ATTENTION))
                 if change is not None:

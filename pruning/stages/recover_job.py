@@ -79,6 +79,7 @@ class RecoverJob:
     def card_rows(self, training: dict[str, Any]) -> Recovery:
         """What a card says of the training, and of what it took."""
         options, how = self.options, self.how
+        assert options.train is not None
         what = {
             "router": "the routers",
             "lora": f"LoRA adapters of rank {options.rank}, merged, and the routers",
@@ -222,6 +223,7 @@ def check_recovery(run: RecoverJob, steps: Steps) -> None:
     if needed > free and run.options.mode == "model":
         raise InputError(
             f"training the whole model takes about {amount(needed)} of memory and {amount(free)} "
-            "are free; add --mode layer, or a smaller --batch or --window"
+            "are free; choose --train dora or router, which train less, add --mode layer, or a "
+            "smaller --batch or --window"
         )
     require_space(run.output, parts)

@@ -140,7 +140,7 @@ def delta_config(options: RecoverOptions, forms: dict[str, ExportFormat]) -> Del
                 "--export ragged-int4"
             )
         group = groups[0]
-    assert options.router_rank is not None
+    assert options.train is not None and options.router_rank is not None
     return DeltaConfig(
         train=options.train,
         rank=options.rank,

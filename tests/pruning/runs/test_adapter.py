@@ -83,8 +83,11 @@ def test_merged_by_hand_it_is_our_merged_export(student, texts, tmp_path, traine
 
 
 NOT_EXPRESSIBLE = {
-    "dora": ((), r"PEFT has no DoRA for experts .* choose --train lora"),
-    "full": (("--train", "full"), r"trains whole weights, which are no adapter; choose --train lo"),
+    "dora": (("--train", "dora"), r"PEFT has no DoRA for experts .* choose --train lora"),
+    "all weights": (
+        (),
+        r"train='full': it trains whole weights, which are no adapter; choose --train lo",
+    ),
     "whole routers": (("--train", "router"), r"router_rank=0, which trains .* --router-rank 4"),
 }
 
