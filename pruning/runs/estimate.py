@@ -80,7 +80,8 @@ def estimate(
       InputError: the recipe is impossible, in the words of `compress`.
     """
     check_whole("tensor_parallel", tensor_parallel, 1)
-    tokens = RecoverOptions(text=("-",), output="-", tokens=recovery_tokens).filled().tokens
+    asked: dict[str, Any] = {"text": ("-",), "output": "-", "tokens": recovery_tokens}
+    tokens = RecoverOptions(**asked).filled().tokens
     assert tokens is not None
     base = open_described(model_folder(recipe.model, weights=False))
     budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
