@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pruning.report import audit_figures as audit_plots
     from pruning.report import comparison_page as comparison_plots
     from pruning.report import figures as plots
+    from pruning.report import recovery as recovery_plots
     from pruning.report.comparison import Comparison
     from pruning.report.compression import CompressionReport
     from pruning.report.recovery import RecoveryReport
@@ -133,6 +134,7 @@ __all__ = [
     "plots",
     "prune_layer",
     "recover",
+    "recovery_plots",
     "sample_ablations",
     "save_statistics",
     "score",
@@ -200,6 +202,7 @@ _MODULES = {
     "objectives": "budget.objectives",
     "planners": "budget.planners",
     "plots": "report.figures",
+    "recovery_plots": "report.recovery",
 }
 __getattr__, _ = lazy_face(__name__, _HOMES, _MODULES)
 

@@ -21,6 +21,8 @@ FEW = {
     "ABLATED_EXPERTS": 12,
     "EVALUATION_TOKENS": 64,
     "TRAINING_STEPS": 2,
+    "TRAINING_TOKENS": 512,
+    "TRAINED": ["full"],
     "COMPARED": ["random", "fair-act"],
     "BLOCKS": [32],
     "LEAST_WIDTHS": [128],

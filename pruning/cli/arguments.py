@@ -18,7 +18,7 @@ from pruning.recipe.options import (
     TextOptions,
     fields_of,
 )
-from pruning.recipe.recover_options import RecoverOptions
+from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 
 MODEL = (
     "checkpoint folder (config.json, safetensors, tokenizer.json), OWNER/NAME[@REVISION] in the "
@@ -103,8 +103,12 @@ def estimate(command: Parser) -> None:
     place.add_argument(
         "--probe",
         action=argparse.BooleanOptionalAction,
-        help="time one layer to foretell the time of scoring (default: if weights are there)",
+        help="time one layer to foretell times (default: if weights are there)",
     )
+    place.add_argument(
+        "--recovery-tokens", default=DEFAULT_TOKENS, metavar="N",
+        help="text that recover would train on, such as 300K or 10M (default 1M)",
+    )  # fmt: skip
     add_group(command, RunOptions, "output", "scratch")
     add_group(command, RunOptions, "overwrite", hidden=True)
     add_group(command, TextOptions, "max_tokens", "window")

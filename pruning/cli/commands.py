@@ -116,6 +116,7 @@ def estimate(options: Options) -> Outcome:
         options.rates or (),
         tensor_parallel=options.tensor_parallel,
         probe=options.probe,
+        recovery_tokens=options.recovery_tokens,
     )
     return Outcome(found, [table for one in found for table in estimate_tables(one)])
 

@@ -43,10 +43,10 @@ EXAMPLES = {
     "back and verified; `verify out` and `eval out/exports/ragged-int4` take the result.",
     "verify": "moe-compress verify out",
     "recover": "moe-compress recover out --text train.jsonl --tokens 10M --output recovered\n"
-    "  moe-compress recover out --text train.jsonl --train full --quantize-aware \\\n"
+    "  moe-compress recover out --text train.jsonl --quantize-aware \\\n"
     "      --export ragged-int4 --output recovered\n\n"
-    "All weights (--train full) brought back most where it was measured, and are six numbers in\n"
-    "memory for each weight of an expert; adapters, the default, are a small part of that;\n"
+    "All weights of the experts, the default, brought back most where it was measured, and are\n"
+    "six numbers in memory for each weight; adapters (--train dora) are a small part of that;\n"
     "routers alone (--train router) are the least to train and bring back little. For an int4\n"
     "export add --quantize-aware. Train on text like that of the model's work;\n"
     "keep out of it the texts on which the result is to be measured.\n"

@@ -14,11 +14,12 @@ from pruning.recipe.values import check_share
 DEFAULT_TOKENS = 1_000_000
 DEFAULT_WINDOW = 512
 # What a preset leaves to the kind of training, which needs other steps for other weights.
-RATES = {"router": 1e-3, "dora": 2e-3, "full": 1e-3}
+RATES = {"router": 1e-3, "lora": 2e-3, "dora": 2e-3, "full": 1e-3}
 PRESETS: dict[str, dict[str, Any]] = {
-    "distil": {"epochs": 1, "next_token": 0.0},
+    "distil": {"train": "full", "epochs": 3, "next_token": 0.0},
     # arXiv:2606.18304: the adapters' rate, the router's, and instruction data twice.
     "paper": {
+        "train": "dora",
         "epochs": 2,
         "next_token": 1.0,
         "learning_rate": 1e-4,
@@ -60,10 +61,11 @@ class RecoverOptions(Options):
         About(f"tokens per window (default: the context, at most {DEFAULT_WINDOW})", least=2),
     ] = None
     train: Annotated[
-        Literal["router", "dora", "full"],
-        About("what changes: the routers alone; adapters of the routed experts, and the routers "
-              "by a rank of their own; or all weights of both"),
-    ] = "dora"  # fmt: skip
+        Literal["router", "lora", "dora", "full"] | None,
+        About("what changes: the routers alone; adapters of the routed experts, with dora and a "
+              "trained length of each row, and the routers by a rank of their own; or all weights "
+              "of both (default full, with preset paper dora)"),
+    ] = None  # fmt: skip
     mode: Annotated[
         Literal["model", "layer"],
         About("train the whole student in memory, or one layer after the other against the dense "
@@ -86,11 +88,11 @@ class RecoverOptions(Options):
         int, About("tokens of the dense model's prediction that are kept", least=1, most=4096)
     ] = 64
     epochs: Annotated[
-        int | None, About("times that the text is seen (default 1, with preset paper 2)", least=1)
+        int | None, About("times that the text is seen (default 3, with preset paper 2)", least=1)
     ] = None
     learning_rate: Annotated[
         float | None,
-        About("of the experts, or of the routers alone (default 2e-3 for dora, else 1e-3; with "
+        About("of the experts, or of the routers alone (default 2e-3 of adapters, else 1e-3; with "
               "preset paper 1e-4 and for routers 1e-6)"),
     ] = None  # fmt: skip
     router_learning_rate: Annotated[
@@ -133,6 +135,13 @@ class RecoverOptions(Options):
         tuple[FormatName, ...],
         About("formats to write (default those of the run)", shown="FORMAT"),
     ] = ()
+    adapter: Annotated[
+        bool,
+        About(
+            "also write what was trained as an adapter of PEFT for the run's padded-bf16 "
+            "export, in the folder adapter/; with lora, or routers by a rank"
+        ),
+    ] = False
     dtype: Annotated[Literal["float32", "bfloat16"], About("type of the activations")] = "float32"
     scratch: Annotated[
         str | None,
@@ -176,8 +185,10 @@ class RecoverOptions(Options):
 
     def filled(self) -> "RecoverOptions":
         """The options with what the preset and the kind of training decide."""
-        preset = {"learning_rate": RATES[self.train], **PRESETS[self.preset]}
-        if self.train == "router" and self.learning_rate is not None:
+        preset = dict(PRESETS[self.preset])
+        train = self.train or preset["train"]
+        preset = {"learning_rate": RATES[train], **preset}
+        if train == "router" and self.learning_rate is not None:
             preset.pop("router_learning_rate", None)  # one rate is asked for, and trains alone
         if self.mode == "layer":
             preset.pop("next_token")  # nothing is predicted there
@@ -190,7 +201,7 @@ class RecoverOptions(Options):
         if one.next_token_from is None:
             given["next_token_from"] = one.next_token
         if one.router_rank is None:
-            given["router_rank"] = 4 if one.train == "dora" else 0
+            given["router_rank"] = 4 if one.train in ("lora", "dora") else 0
         return dataclasses.replace(one, **given)
 
     @property

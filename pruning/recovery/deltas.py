@@ -22,7 +22,7 @@ from moe_jax.quantized import quantize_layer
 from moe_jax.structure import named_leaves
 from moe_jax.transformer import DecoderLayer
 
-Trained = Literal["router", "dora", "full"]
+Trained = Literal["router", "lora", "dora", "full"]
 Deltas = dict[str, dict[str, Any]]
 EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down")
 EXPERT_BIASES = ("b_gate", "b_up", "b_down")
@@ -34,11 +34,12 @@ class DeltaConfig:
     """Which weights may change, and how.
 
     Attributes:
-      train: "router" alone; "dora", adapters of the routed experts besides; "full", every weight of
-        the routed experts.
+      train: "router" alone; "lora", adapters of the routed experts besides; "dora", adapters whose
+        rows have a trained length of their own; "full", every weight of the routed experts.
       rank, alpha: of the experts' adapters, whose product counts alpha / rank.
       router_rank, router_alpha: of the router's; rank 0 trains its whole matrix.
-      attention_rank: of DoRA adapters of attention, with the experts' ratio; 0 for none.
+      attention_rank: of adapters of attention, with the experts' ratio; 0 for none. They have
+        lengths of their own too unless the experts' are "lora".
       fixed_norm: take the norm of a changed row for a constant in gradients, which is cheaper.
       group_size: weights per 4-bit scale where the forward pass rounds; None for no rounding.
     """
@@ -68,7 +69,7 @@ def init_deltas(layer: DecoderLayer, config: DeltaConfig, key: Array) -> dict[st
         each = zip(weights.items(), jax.random.split(keys[2], len(weights) or 1), strict=False)
         found["attention"] = {
             name: _factors(weight, config.attention_rank, own)
-            | {"magnitude": jnp.zeros(weight.shape[0])}
+            | ({} if config.train == "lora" else {"magnitude": jnp.zeros(weight.shape[0])})
             for (name, weight), own in each
         }
     return found
@@ -86,7 +87,7 @@ def merged(layer: DecoderLayer, deltas: dict[str, Any], config: DeltaConfig) -> 
     if "attention" in deltas:
         weights, ratio = _attention_weights(layer), config.alpha / config.rank
         changed = {
-            name: _dora(weights[name], _product(one, ratio), one["magnitude"], config)
+            name: _dora(weights[name], _product(one, ratio), one.get("magnitude"), config)
             for name, one in deltas["attention"].items()
         }
         attention = dataclasses.replace(layer.attention, **changed)
@@ -136,11 +137,11 @@ def _expert_deltas(experts: Experts, config: DeltaConfig, key: Array) -> dict[st
         if name == "w_down":  # channels are its inputs
             bound = 1 / jnp.sqrt(jnp.maximum(experts.count, 1)[_owner(experts)])[:, None]
             drawn = jax.random.uniform(key, per_channel, minval=-1.0) * bound
-            return {"channel": drawn, "expert": jnp.zeros(per_expert),
-                    "magnitude": jnp.zeros((count, d_model))}  # fmt: skip
-        drawn = jax.random.uniform(key, per_expert, minval=-1.0) / math.sqrt(d_model)
-        return {"channel": jnp.zeros(per_channel), "expert": drawn,
-                "magnitude": jnp.zeros(channels)}  # fmt: skip
+            factors, rows = {"channel": drawn, "expert": jnp.zeros(per_expert)}, (count, d_model)
+        else:
+            drawn = jax.random.uniform(key, per_expert, minval=-1.0) / math.sqrt(d_model)
+            factors, rows = {"channel": jnp.zeros(per_channel), "expert": drawn}, (channels,)
+        return factors if config.train == "lora" else factors | {"magnitude": jnp.zeros(rows)}
 
     return {name: adapter(name, own) for name, own in zip(EXPERT_WEIGHTS, keys, strict=True)}
 
@@ -156,7 +157,7 @@ def _merged_experts(
             continue
         change = _pool_product(experts, delta["channel"], delta["expert"])
         change = change * (config.alpha / config.rank)
-        changed[name] = _pool_dora(experts, name, weight, change, delta["magnitude"], config)
+        changed[name] = _pool_dora(experts, name, weight, change, delta.get("magnitude"), config)
     if config.group_size is None:
         return changed
     return {
@@ -191,10 +192,10 @@ def _pool_dora(
     name: str,
     weight: Array,
     change: Array,
-    magnitude: Array,
+    magnitude: Array | None,
     config: DeltaConfig,
 ) -> Array:
-    if name != "w_down":  # a row of the pool is a row of the matrix
+    if magnitude is None or name != "w_down":  # a row of the pool is a row of the matrix
         return _dora(weight, change, magnitude, config)
     owner, count = _owner(experts), experts.count.shape[0]
 
@@ -218,9 +219,13 @@ def _product(factors: dict[str, Array], ratio: float) -> Array:
     return ratio * (factors["up"] @ factors["down"])
 
 
-def _dora(weight: Array | QTensor, change: Array, magnitude: Array, config: DeltaConfig) -> Array:
-    """Magnitude times direction, row by row of a matrix [out, in]."""
+def _dora(
+    weight: Array | QTensor, change: Array, magnitude: Array | None, config: DeltaConfig
+) -> Array:
+    """Magnitude times direction, row by row of a matrix [out, in]; the sum without a magnitude."""
     before = dequantize(weight).astype(jnp.float32)
+    if magnitude is None:
+        return before + change
     direction, scale = _rescaled(
         before, change, magnitude[:, None], lambda squares: squares.sum(2, keepdims=True), config
     )

@@ -21,7 +21,8 @@ PLACES = ("total", "routed", "shared", "attention", "embeddings", "other", "mtp"
 
 def estimate_tables(found: dict[str, Any]) -> list[TextTable]:
     """The tables of one entry of `pruning.runs.estimate.estimate`."""
-    return [_parameters(found), _sizes(found), _clients(found), _rules(found), _costs(found)]
+    return [_parameters(found), _sizes(found), _clients(found), _rules(found), _recovery(found),
+            _costs(found)]  # fmt: skip
 
 
 def _parameters(found: dict[str, Any]) -> TextTable:
@@ -120,3 +121,25 @@ def _costs(found: dict[str, Any]) -> TextTable:
         "time."
     )
     return TextTable("Costs", ["what", "how much"], rows, note)
+
+
+def _recovery(found: dict[str, Any]) -> TextTable:
+    costs, seconds = found["recovery"], found["recovery_seconds"]
+    rows = [
+        [
+            kind, f"{one['parameters'] / 1e6:,.1f}",
+            *(megabytes(one["memory_bytes"][mode]) for mode in ("model", "layer")),
+            megabytes(one["checkpoint_bytes"]),
+        ]
+        for kind, one in costs["trained"].items()
+    ]  # fmt: skip
+    time = "not probed" if seconds is None else f"at most about {duration(seconds)} of training"
+    note = (
+        f"On {costs['tokens']:,} tokens of text, with the other defaults of `recover`: {time}; the "
+        f"dense model's predictions take {megabytes(costs['predictions_bytes'])} MB of disk until "
+        "the end (none with --mode layer), checkpoints and what was trained come on top. Reading "
+        "weights, compiling, the head and measuring quality come on top of the time."
+    )
+    header = ["recover --train", "millions trained", "MB of memory", "MB with --mode layer",
+              "MB of checkpoints"]  # fmt: skip
+    return TextTable("Training afterwards", header, rows, note)

@@ -16,9 +16,16 @@ from moe_jax.errors import InputError
 from pruning.demo import model_folder
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
+from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 from pruning.recipe.values import check_whole
 from pruning.runs.memory import memory
-from pruning.runs.probe import choosing_seconds, kept_out_tokens, scoring_seconds
+from pruning.runs.probe import (
+    choosing_seconds,
+    forward_seconds,
+    kept_out_tokens,
+    scoring_seconds,
+)
+from pruning.runs.recovery_costs import recovery_costs, recovery_seconds
 from pruning.stages.job import require_possible, resolved
 from pruning.stages.preflight import (
     SCRATCH,
@@ -32,6 +39,8 @@ from pruning.stages.sizes import (
     export_of,
     form_of,
 )
+
+TIMES = ("scoring_seconds", "choosing_seconds", "recovery_seconds")
 
 
 def open_described(folder: Path) -> Checkpoint | Description:
@@ -50,6 +59,7 @@ def estimate(
     *,
     tensor_parallel: int = 1,
     probe: bool | None = None,
+    recovery_tokens: int | str = DEFAULT_TOKENS,
 ) -> list[dict[str, Any]]:
     """Sizes, costs and clients of a recipe at each prune rate, or at its own budget.
 
@@ -59,8 +69,9 @@ def estimate(
       recipe: what would be done; config.json suffices as its model.
       rates: prune rates instead of the recipe's budget.
       tensor_parallel: GPUs that will share each layer, at least 1.
-      probe: time a layer to foretell the seconds of scoring and of measuring rules; default if
-        the weights are there.
+      probe: time a layer to foretell the seconds of scoring, of measuring rules and of a recovery;
+        default if the weights are there.
+      recovery_tokens: of text that `recover` would train on.
 
     Returns:
       One entry per rate, of JSON-compatible values; sizes are bytes.
@@ -69,23 +80,33 @@ def estimate(
       InputError: the recipe is impossible, in the words of `compress`.
     """
     check_whole("tensor_parallel", tensor_parallel, 1)
+    asked: dict[str, Any] = {"text": ("-",), "output": "-", "tokens": recovery_tokens}
+    tokens = RecoverOptions(**asked).filled().tokens
+    assert tokens is not None
     base = open_described(model_folder(recipe.model, weights=False))
     budgets = [{**dict.fromkeys(BUDGETS), "prune_rate": rate} for rate in rates]
     recipes = [dataclasses.replace(recipe, **budget) for budget in budgets]
     about = base.about if isinstance(base, Checkpoint) else base
-    found = [_estimate(about, one, tensor_parallel) for one in recipes or [recipe]]
-    scoring, choosing = None, None
+    found = [_estimate(about, one, tensor_parallel, tokens) for one in recipes or [recipe]]
+    seconds: dict[str, float | None] = dict.fromkeys(TIMES)
     if isinstance(base, Checkpoint) if probe is None else probe:
         if not isinstance(base, Checkpoint):
             raise InputError(f"{about.folder} has no weights to probe; leave out --probe")
         # The time is the same at every rate.
         whole = resolved(recipe, about)
-        scoring = round(scoring_seconds(base, whole), 1)
-        choosing = round(choosing_seconds(base, whole), 3)
-    return [{**one, "scoring_seconds": scoring, "choosing_seconds": choosing} for one in found]
+        training = recovery_seconds(forward_seconds(base, whole), tokens)
+        times = (
+            round(scoring_seconds(base, whole), 1),
+            round(choosing_seconds(base, whole), 3),
+            round(training, 1),
+        )
+        seconds = dict(zip(TIMES, times, strict=True))
+    return [{**one, **seconds} for one in found]
 
 
-def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int) -> dict[str, Any]:
+def _estimate(
+    base: Description, recipe: CompressionRecipe, tensor_parallel: int, recovery_tokens: int
+) -> dict[str, Any]:
     """One entry of `estimate`, all but the time.
 
     The formats are those the recipe names, of one plan, as `compress` would write them; else all
@@ -124,6 +145,7 @@ def _estimate(base: Description, recipe: CompressionRecipe, tensor_parallel: int
         },
         "tokens": 0 if whole.weights_only else whole.max_tokens,
         "kept_out_tokens": kept_out_tokens(whole),
+        "recovery": recovery_costs(base, whole, recovery_tokens),
         "tensor_parallel": tensor_parallel,
     }
 

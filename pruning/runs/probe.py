@@ -59,12 +59,21 @@ def choosing_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     tokens = kept_out_tokens(recipe)
     if not tokens:
         return 0.0
+    return forward_seconds(source, recipe) * (1 + len(CANDIDATES)) * tokens
+
+
+def forward_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
+    """Seconds that a token takes through all layers, by one of them.
+
+    Args:
+      source: the dense model.
+      recipe: a resolved one.
+    """
     c = source.config
     layer, keep = source.layer(c.moe_layers[0]), jnp.ones((c.moe.num_experts, c.moe.d_expert), bool)
     x, context = _step(source, recipe)
     seconds = _seconds(masked_forward, layer, x, context, keep)
-    plans = 1 + len(CANDIDATES)
-    return seconds / (x.shape[0] * x.shape[1]) * plans * tokens * len(source)
+    return seconds / (x.shape[0] * x.shape[1]) * len(source)
 
 
 def kept_out_tokens(recipe: ResolvedRecipe) -> int:

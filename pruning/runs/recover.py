@@ -22,6 +22,8 @@ from pruning.recovery.layerwise import fit_layers
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import read_predictions, write_predictions
 from pruning.report.recovery import NAME, RecoveryReport
+from pruning.stages.adapter import FOLDER as ADAPTER
+from pruning.stages.adapter import write_adapter
 from pruning.stages.card import write_card
 from pruning.stages.measure import measure
 from pruning.stages.probe_windows import random_probe
@@ -80,6 +82,8 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps) -> RecoveryRep
     place.prepare()
     deltas, training = _trained(run, place, steps)
     model = recovered_source(run.student.source, deltas, run.deltas)
+    if run.options.adapter:
+        write_adapter(run.student, deltas, run.deltas, run.output / ADAPTER)
     rows = run.card_rows(training)
     checks: list[Check] = []
     for name, form in run.forms.items():

@@ -22,6 +22,7 @@ from pruning.kit.progress import OnStep, peak_memory
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.report.recovery import NAME, PAGE
 from pruning.stages import writer
+from pruning.stages.adapter import FOLDER as ADAPTER
 from pruning.stages.made_by import repair_hash
 from pruning.stages.recover_job import RecoverJob
 
@@ -29,7 +30,7 @@ IDENTITY, HISTORY, DELTAS = "recover.yaml", "history.json", "deltas.safetensors"
 TRAINING, CHECKPOINTS, PREDICTIONS = "training.json", "checkpoints", "predictions.npy"
 EXPORTS = tuple(f"exports/{name}" for name in FORMATS)
 # What an older run left goes in this order: the report first, which says that all is there.
-OURS = (NAME, PAGE, *EXPORTS, DELTAS, TRAINING, HISTORY, CHECKPOINTS, PREDICTIONS)
+OURS = (NAME, PAGE, *EXPORTS, ADAPTER, DELTAS, TRAINING, HISTORY, CHECKPOINTS, PREDICTIONS)
 NOT_ITS_OWN = ("overwrite", "scratch", "output")  # decide nothing about the result
 
 

@@ -20,6 +20,7 @@ from pruning.recovery.fit import FitOptions
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_bytes
 from pruning.report.card import Recovery
+from pruning.stages.adapter import check_adapter
 from pruning.stages.measure import open_texts
 from pruning.stages.preflight import require_space
 from pruning.stages.recovered import (
@@ -27,17 +28,15 @@ from pruning.stages.recovered import (
     delta_config,
     fit_options,
     forms_of,
-    needed_memory,
     open_student,
 )
+from pruning.stages.recovery_sizes import CHECKPOINT, needed_memory
 from pruning.stages.sizes import export_of
 from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
 from pruning.text.held_out import MUCH, RUN, seen_shares
 from pruning.text.source import TextSource
 from pruning.text.tokenizer import TextCodec, open_codec
 from pruning.text.windows import Windows
-
-CHECKPOINT = 2 * 16 + 4  # bytes for each number that is trained: two checkpoints, and the result
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,10 @@ class RecoverJob:
     def card_rows(self, training: dict[str, Any]) -> Recovery:
         """What a card says of the training, and of what it took."""
         options, how = self.options, self.how
+        assert options.train is not None
         what = {
             "router": "the routers",
+            "lora": f"LoRA adapters of rank {options.rank}, merged, and the routers",
             "dora": f"DoRA adapters of rank {options.rank}, merged, and the routers",
             "full": "all weights of the routed experts, and the routers",
         }
@@ -105,7 +106,8 @@ class RecoverJob:
             ["took", duration(training["seconds"])],
         ]  # fmt: skip
         if options.attention_rank:
-            rows.append(["attention", f"DoRA adapters of rank {options.attention_rank}, merged"])
+            kind = "LoRA" if options.train == "lora" else "DoRA"
+            rows.append(["attention", f"{kind} adapters of rank {options.attention_rank}, merged"])
         if options.quantize_aware:
             rows.append(["rounding", "to 4 bits in every step of the training"])
         if seen := self.seen_words:
@@ -162,6 +164,8 @@ def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> Recove
     if not predicted(text.valid, text.counted).any():
         raise InputError("the text has no token to learn: no answer is in the part that is read")
     forms = forms_of(student, options)
+    if options.adapter:
+        check_adapter(student, options)
     # The rest of a prediction is an outcome of its own, so that one token at least must be left.
     options = dataclasses.replace(options, top=min(options.top, config.vocab_size - 1))
     return RecoverJob(
@@ -208,8 +212,10 @@ def check_recovery(run: RecoverJob, steps: Steps) -> None:
             f"what is trained on holds at least {run.seen_words}, so the loss there says little "
             "about other text"
         )
+    source = run.student.source
+    layers = (source.layer(index) for index in range(len(source)))
     needed, trained = needed_memory(
-        run.student, run.deltas, run.options, windows * run.window, run.window
+        layers, source.config, run.deltas, run.options, windows * run.window, run.window
     )
     parts["checkpoints"] = CHECKPOINT * trained
     free = free_memory()
@@ -217,6 +223,7 @@ def check_recovery(run: RecoverJob, steps: Steps) -> None:
     if needed > free and run.options.mode == "model":
         raise InputError(
             f"training the whole model takes about {amount(needed)} of memory and {amount(free)} "
-            "are free; add --mode layer, or a smaller --batch or --window"
+            "are free; choose --train dora or router, which train less, add --mode layer, or a "
+            "smaller --batch or --window"
         )
     require_space(run.output, parts)

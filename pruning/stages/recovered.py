@@ -21,7 +21,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
-from pruning.recovery.deltas import DeltaConfig, Deltas, init_deltas, merged
+from pruning.recovery.deltas import DeltaConfig, Deltas, merged
 from pruning.recovery.fit import FitOptions
 from pruning.recovery.forward import layer_deltas
 from pruning.report.card import Recovery
@@ -29,6 +29,7 @@ from pruning.shrink.rounding import rounded_layer
 from pruning.stages.card import card_files
 from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.made_by import OLDER, is_repaired, stale_exports
+from pruning.stages.recovery_sizes import trained_shapes
 from pruning.stages.repair import stored_repair
 from pruning.stages.sizes import export_of, form_of, kept_widths
 from pruning.stages.stored import stored_base, stored_recipe
@@ -45,6 +46,7 @@ class Student:
 
     Attributes:
       folder: what was named: the output of `compress`, or one of its exports.
+      run: the output of `compress`.
       recipe: of the run.
       base: the dense model.
       plan: what is kept of it.
@@ -53,6 +55,7 @@ class Student:
     """
 
     folder: Path
+    run: Path
     recipe: CompressionRecipe
     base: Checkpoint
     plan: PruningPlan
@@ -93,7 +96,7 @@ def open_student(folder: Path, steps: Steps) -> Student:
     repair = stored_repair(recipe, plan)
     if is_run:
         source = pruned_source(base, plan, None, repair=repair)
-        return Student(folder, recipe, base, plan, source, repair)
+        return Student(folder, run, recipe, base, plan, source, repair)
     if folder.absolute() in stale_exports(run, plan):
         raise InputError(f"{folder}: {OLDER}")
     source = open_checkpoint(folder, dtype=jnp.bfloat16)
@@ -102,7 +105,7 @@ def open_student(folder: Path, steps: Steps) -> Student:
             f"{folder} stores experts at other widths than its plan keeps; name {run}, or a ragged "
             "export of it"
         )
-    return Student(folder, recipe, base, plan, source, repair if is_repaired(folder) else None)
+    return Student(folder, run, recipe, base, plan, source, repair if is_repaired(folder) else None)
 
 
 def forms_of(student: Student, options: RecoverOptions) -> dict[str, ExportFormat]:
@@ -137,7 +140,7 @@ def delta_config(options: RecoverOptions, forms: dict[str, ExportFormat]) -> Del
                 "--export ragged-int4"
             )
         group = groups[0]
-    assert options.router_rank is not None
+    assert options.train is not None and options.router_rank is not None
     return DeltaConfig(
         train=options.train,
         rank=options.rank,
@@ -211,10 +214,6 @@ def _narrowed(changed: M, before: nnx.Module) -> M:
     return dataclasses.replace(changed, **narrow)  # type: ignore[type-var]
 
 
-def _shapes(layer: DecoderLayer, config: DeltaConfig) -> Deltas:
-    return jax.eval_shape(lambda one, key: init_deltas(one, config, key), layer, jax.random.key(0))
-
-
 def save_deltas(file: Path, deltas: Deltas) -> None:
     """Write trained changes, whole or not at all."""
     arrays = {name: jax.device_get(leaf) for name, leaf in named_leaves(deltas).items()}
@@ -225,7 +224,7 @@ def load_deltas(file: Path, source: LayerSource, config: DeltaConfig) -> Deltas:
     """What `save_deltas` wrote for a student."""
     shapes: Deltas = {}
     for index in range(len(source)):
-        for group, part in _shapes(source.layer(index), config).items():
+        for group, part in trained_shapes(source.layer(index), config).items():
             shapes.setdefault(group, {})[str(index)] = part
     stored = load_file(file)
     leaves = [jnp.asarray(stored[name]) for name in named_leaves(shapes)]
@@ -253,32 +252,3 @@ def write_recovered(
             ),
             on_layer=lambda index: on_step(index + 1, len(base)),
         )
-
-
-def needed_memory(
-    student: Student, config: DeltaConfig, options: RecoverOptions, tokens: int, window: int
-) -> tuple[int, int]:
-    """(bytes that training takes, numbers that it trains), from shapes; reads each layer once.
-
-    Adam keeps two numbers for each that is trained; with the numbers themselves, their gradient,
-    the best of them and those that are made of them that is six. A layer's changed weights, their
-    gradient and what is on its way are float32, three at once.
-    """
-    weights, trained, widest = [], [], 0
-    for index in range(len(student.source)):
-        layer = student.source.layer(index)
-        found = _shapes(layer, config)
-        weights.append(sum(leaf.nbytes for leaf in jax.tree.leaves(layer)))
-        trained.append(sum(leaf.size for leaf in jax.tree.leaves(found)))
-        widest = max(widest, sum(leaf.size for leaf in jax.tree.leaves(layer)))
-    c, batch = student.source.config, options.batch * window
-    outer = 2 * c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
-    layer_bytes = 3 * 4 * widest + 40 * batch * c.d_model * c.moe.experts_per_token
-    if options.mode == "layer":
-        streams = 3 * 4 * tokens * c.d_model  # before and behind the layer, dense and student's
-        each = 2 * max(weights) + 24 * max(trained) + layer_bytes
-        return outer + each + 4 * sum(trained) + streams, sum(trained)
-    kept = 4 * batch * c.d_model * len(weights) * (1 if options.remat else 20)
-    logits = 3 * 4 * window * c.vocab_size
-    needed = outer + sum(weights) + 24 * sum(trained) + layer_bytes + kept + logits
-    return needed, sum(trained)

@@ -15,6 +15,7 @@ from tests.pruning.recovery.students import COUNTS, dense_model, experts_of, pru
 TOKENS = np.random.default_rng(2).integers(0, 48, (2, 9)).astype(np.int32)
 KINDS = {
     "router": DeltaConfig(train="router", router_rank=0),
+    "lora": DeltaConfig(train="lora", rank=3, alpha=6.0, attention_rank=2),
     "dora": DeltaConfig(rank=3, alpha=6.0, attention_rank=2),
     "full": DeltaConfig(train="full", router_rank=0),
 }
@@ -75,11 +76,29 @@ def test_dora_is_the_formula_expert_by_expert(student):
             assert not len(wanted) or np.abs(wanted - np.asarray(getattr(before, name))[rows]).max()
 
 
+def test_lora_is_the_product_alone(student):
+    config, layer = KINDS["lora"], student.layers[0]
+    deltas = stirred(init_deltas(layer, config, jax.random.key(0)))
+    found = jax.jit(merged, static_argnames="config")(layer, deltas, config=config)
+    before, after, ratio = experts_of(layer), experts_of(found), config.alpha / config.rank
+    for name in ("w_gate", "w_up", "w_down"):
+        own = {key: np.asarray(value, np.float64) for key, value in deltas["experts"][name].items()}
+        assert set(own) == {"channel", "expert"}
+        for e, rows in spans(0):
+            wanted = ratio * own["channel"][rows] @ own["expert"][e]
+            change = np.asarray(getattr(after, name) - getattr(before, name), np.float64)[rows]
+            np.testing.assert_allclose(change, wanted, atol=2e-5)
+            assert not len(wanted) or np.abs(wanted).max() > 1e-3
+    own = deltas["attention"]["w_q"]
+    wanted = ratio * np.asarray(own["up"], np.float64) @ np.asarray(own["down"], np.float64)
+    np.testing.assert_allclose(found.attention.w_q - layer.attention.w_q, wanted, atol=2e-5)
+
+
 def test_a_pruned_student_gets_no_channel_back(student):
-    for config in (KINDS["dora"], KINDS["full"]):
+    for config in (KINDS["lora"], KINDS["dora"], KINDS["full"]):
         layer = student.layers[0]
         deltas = init_deltas(layer, config, jax.random.key(0))
-        if config.train == "dora":
+        if config.train != "full":
             deltas = stirred(deltas)
         found = experts_of(merged(layer, deltas, config))
         np.testing.assert_array_equal(found.count, COUNTS[0])

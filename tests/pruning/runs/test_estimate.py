@@ -18,12 +18,17 @@ from convert.export_format import FLOAT8, ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.recover_options import RecoverOptions
+from pruning.recovery.teacher import prediction_bytes
 from pruning.runs.estimate import parameters
+from pruning.runs.memory import PROCESS_BYTES
 from pruning.scores.statistics import load_statistics
 from pruning.stages import plan as planning
 from pruning.stages.export import export
 from pruning.stages.job import resolved
 from pruning.stages.probe_windows import random_probe
+from pruning.stages.recover_job import open_recovery
+from pruning.stages.recovery_sizes import needed_memory
 from pruning.stages.sizes import active_parameters, byte_range, form_of
 from tests.support import tiny
 from tests.support.command import refused, run
@@ -452,3 +457,44 @@ def test_names_that_compress_refuses_are_refused(models, tmp_path, capsys):
     for option, value in (("--planner", "fairr"), ("--criterion", "shaply"), ("--weights", "x")):
         arguments = ("estimate", models / "single", "--no-probe", option, value)
         assert "is unknown; " in refused(capsys, tmp_path, *arguments)
+
+
+def test_training_afterwards_is_estimated_as_recover_finds_it(models, scored, texts, tmp_path):
+    how = ("--prune-rate", 0.5, "--export", "ragged-bf16", "--recovery-tokens", "0.448K")
+    (found,) = estimated(models / "single", tmp_path, *how)
+    told, steps = found["recovery"], Steps(quiet=True)
+    assert told["tokens"] == 448 and found["recovery_seconds"] is None
+    assert set(told["trained"]) == {"router", "lora", "dora", "full"}
+    for train, one in told["trained"].items():
+        for mode in ("model", "layer"):
+            options = RecoverOptions(
+                text=(str(texts / "good.txt"),), output="o", tokens=448, train=train, mode=mode
+            )
+            job = open_recovery(scored, options.filled(), steps)
+            source = job.student.source
+            layers = [source.layer(index) for index in range(len(source))]
+            windows = len(job.text.tokens) + len(job.held.tokens)
+            bytes_, numbers = needed_memory(
+                layers, source.config, job.deltas, job.options, windows * job.window, job.window
+            )
+            assert one["parameters"] == pytest.approx(numbers, rel=0.02)
+            assert one["memory_bytes"][mode] - PROCESS_BYTES == pytest.approx(bytes_, rel=0.1)
+        assert one["checkpoint_bytes"] == pytest.approx(36 * numbers, rel=0.02)
+    size = prediction_bytes(windows, job.window, RecoverOptions(text=("a",), output="o").top)
+    assert told["predictions_bytes"] == size
+
+
+def test_the_time_of_training_afterwards_grows_with_its_text(models, tmp_path, capsys):
+    path, seconds = tmp_path / "e.json", []
+    for tokens in ("10M", "1000M"):
+        how = ("--export", "ragged-bf16", "--recovery-tokens", tokens, "--json", path)
+        assert run("estimate", models / "single", *how) == 0
+        seconds.append(json.loads(path.read_text())[0]["recovery_seconds"])
+    assert 0 < 10 * seconds[0] < seconds[1]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Training afterwards" in shown and "On 1,000,000,000 tokens of text" in shown
+
+
+def test_no_text_to_train_on_is_refused(models, tmp_path, capsys):
+    found = refused(capsys, tmp_path, "estimate", models / "single", "--recovery-tokens", "0")
+    assert "tokens=0 must be at least 1" in found

@@ -147,7 +147,7 @@ def test_a_killed_run_equals_an_undisturbed_one_bit_for_bit(scored, texts, tmp_p
         with pytest.raises(KeyboardInterrupt):
             recover(
                 scored, text=(texts / "good.txt",), output=tmp_path / name, tokens=448, batch=1,
-                epochs=2, rank=4, mode=mode, export=("ragged-bf16",), steps=steps,
+                train="dora", epochs=2, rank=4, mode=mode, export=("ragged-bf16",), steps=steps,
             )  # fmt: skip
         return tmp_path / name / "deltas.safetensors"
 
@@ -329,13 +329,15 @@ def test_presets_fill_in_what_is_not_given():
     paper = RecoverOptions(text=("a",), output="o", preset="paper").filled()
     assert (paper.learning_rate, paper.router_learning_rate) == (1e-4, 1e-6)
     assert (paper.rank, paper.alpha, paper.router_rank, paper.epochs) == (32, 128.0, 4, 2)
+    assert paper.train == "dora"
     assert not paper.needs_teacher and paper.next_token_from == 1
     alone: dict[str, Any] = {"preset": "paper", "train": "router"}
     named = RecoverOptions(text=("a",), output="o", learning_rate=1e-3, **alone).filled()
     assert named.router_learning_rate == 1e-3  # what is asked for, not the preset's
     assert RecoverOptions(text=("a",), output="o", **alone).filled().router_learning_rate == 1e-6
     mixed = RecoverOptions(text=("a",), output="o", next_token=0.5, next_token_from=0.0).filled()
-    assert mixed.needs_teacher and mixed.epochs == 1
+    assert mixed.needs_teacher and (mixed.train, mixed.epochs) == ("full", 3)
+    assert (mixed.learning_rate, mixed.router_rank) == (1e-3, 0)
     assert (mixed.next_token_from, mixed.next_token) == (0.0, 0.5)
     assert RecoverOptions(text=("a",), output="o", tokens="10M").tokens == 10_000_000
     assert RecoverOptions(text=("a",), output="o", train="full").filled().router_rank == 0
