@@ -68,8 +68,7 @@ class ChannelStatistics:
     None unless weight gradients were asked for: `weight_gradient` [L, E, F], the sum over a
     channel's weights in the three matrices of |W dloss/dW| with the gradient of the whole text.
 
-    None unless obs was asked for: `elimination` [L, E, F], what a channel costs its expert's output
-    when others make up for it, weighed as `energy`, see pruning.scores.elimination.
+    None unless obs was asked for: `elimination` [L, E, F], see pruning.scores.elimination.
 
     None unless asked for by name: `nll_ig`, `nll_ablate`, `nll_grad2` [L, E], estimates of the
     increase of the summed next-token loss (nats) without the expert, see pruning.scores.end_to_end.

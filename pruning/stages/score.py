@@ -73,7 +73,7 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
         statistics = dataclasses.replace(statistics, weight_gradient=gradient)
     if job.recipe.obs:
         with steps.bar("elimination") as on_step:
-            costs = elimination_costs(job.base, *texts, on_step=on_step, **how)
+            costs = elimination_costs(job.base, *texts[:2], on_step=on_step, **how)
         statistics = dataclasses.replace(statistics, elimination=costs)
     load = lambda: load_model(job.base.about.folder, jnp.bfloat16)  # noqa: E731
     statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)

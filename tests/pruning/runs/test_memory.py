@@ -28,8 +28,8 @@ CONFIG = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 512,
 }
-STAGES = {"score": "scoring", "measure": "choice", "repair": "repair", "export": "export", "verify": "verify",
-          "evaluate": "evaluation", "sample": "sample"}  # fmt: skip
+STAGES = {"score": "scoring", "measure": "choice", "repair": "repair", "export": "export",
+          "verify": "verify", "evaluate": "evaluation", "sample": "sample"}  # fmt: skip
 RUN = """
 import json, resource, sys
 from pruning.cli import main
