@@ -77,8 +77,12 @@ def _export_folder(
             exports.mkdir(exist_ok=True)
             replace_text(begun, json.dumps(asked) + "\n")
         given = {**_changed(base, plan, recipe, asked["repair"], steps), "overwrite": overwrite}
-        for name in left:
-            export(base, plan, form_of(recipe, name, plan), exports / name, steps, **given)
+        try:
+            for name in left:
+                export(base, plan, form_of(recipe, name, plan), exports / name, steps, **given)
+        finally:
+            if not any(path.exists() for path in wanted):  # there is nothing to go on from
+                begun.unlink(missing_ok=True)
     begun.unlink(missing_ok=True)
     return wanted
 

@@ -4,15 +4,18 @@ import dataclasses
 import math
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 
 from convert.description import Description
-from moe_jax.transformer import abstract
+from moe_jax.experts.moe import MoE
+from moe_jax.transformer import DecoderLayer, abstract
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions
 from pruning.recovery.deltas import Trained
 from pruning.recovery.teacher import prediction_bytes
 from pruning.runs.memory import PROCESS_BYTES
+from pruning.shrink.prune import BLOCK
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.recovered import delta_config
 from pruning.stages.recovery_sizes import CHECKPOINT, needed_memory
@@ -38,7 +41,7 @@ def recovery_costs(base: Description, recipe: ResolvedRecipe, tokens: int) -> di
     c = base.config
     width = max(1, math.ceil(rehearsed_plan(recipe, base).counts.mean()))
     student = c.replace(moe=dataclasses.replace(c.moe, d_expert=width))
-    layers = abstract(student, dtype=jnp.bfloat16).layers
+    layers = [_pruned(layer) for layer in abstract(student, dtype=jnp.bfloat16).layers]
     window = min(DEFAULT_WINDOW, c.max_position)
     windows = math.ceil(tokens / window)
     trained = {}
@@ -61,6 +64,21 @@ def recovery_costs(base: Description, recipe: ResolvedRecipe, tokens: int) -> di
         "predictions_bytes": prediction_bytes(windows, window, top),
         "trained": trained,
     }
+
+
+def _pruned(layer: DecoderLayer) -> DecoderLayer:
+    """The shapes of a layer behind whose experts the pool is as empty as `PrunedSource` has it."""
+    if not isinstance(layer.mlp, MoE):
+        return layer
+    experts = layer.mlp.experts
+    spare = min(BLOCK, experts.w_gate.shape[0] // experts.count.shape[0])
+    pools = {
+        name: jax.ShapeDtypeStruct((pool.shape[0] + spare, *pool.shape[1:]), pool.dtype)
+        for name in ("w_gate", "w_up", "w_down", "b_gate", "b_up")
+        if (pool := getattr(experts, name)) is not None
+    }
+    mlp = dataclasses.replace(layer.mlp, experts=dataclasses.replace(experts, **pools))
+    return dataclasses.replace(layer, mlp=mlp)
 
 
 def recovery_seconds(forward: float, tokens: int) -> float:

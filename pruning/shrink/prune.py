@@ -14,6 +14,8 @@ from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 
+BLOCK = 128  # channels per step of an expert's products, at most
+
 
 def prune_layer(
     layer: DecoderLayer,
@@ -104,7 +106,7 @@ def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
     return layer.mlp
 
 
-def PrunedSource(base: LayerSource, plan: PruningPlan, block: int = 128) -> LayerSource:
+def PrunedSource(base: LayerSource, plan: PruningPlan, block: int = BLOCK) -> LayerSource:
     """A model that is pruned layer by layer as it is read.
 
     Args:
@@ -119,7 +121,7 @@ def PrunedSource(base: LayerSource, plan: PruningPlan, block: int = 128) -> Laye
 
 
 def pruned_layer(
-    index: int, layer: DecoderLayer, plan: PruningPlan, block: int = 128
+    index: int, layer: DecoderLayer, plan: PruningPlan, block: int = BLOCK
 ) -> DecoderLayer:
     """Layer `index` of `PrunedSource`, from that of the dense model."""
     if index not in plan.layer_indices:

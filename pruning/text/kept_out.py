@@ -63,7 +63,8 @@ def keep_out(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch | None]:
         parts, shares = [np.flatnonzero(usable)], [min(wanted, int(usable.sum()))]
     out = np.zeros(count, bool)
     for rows, share in zip(parts, shares, strict=True):
-        out[rows[np.linspace(0, len(rows) - 1, share + 2)[1:-1].astype(int)]] = True
+        share = min(share, len(rows))
+        out[rows[((np.arange(share) + 0.5) * len(rows) / share).astype(int)]] = True
     left, ends = _without_ends(batch, out, size)
     return (left, ends) if ends.scored.any() else (batch.of(~out), batch.of(out))
 

@@ -158,7 +158,8 @@ def test_the_csv_has_a_row_per_result_and_text_and_the_json_all_of_it(comparison
         added = q["nll"] - DENSE[text]
         wanted = {"rule": one.rule, "family": one.family, "rate": one.rate, "seed": one.seed,
                   "kept": one.kept, "emptied": one.emptied, "text": text, "tokens": q["tokens"],
-                  "nll": q["nll"], "added": added, "kl": q["kl"], "top1": q["top1"]}  # fmt: skip
+                  "nll": q["nll"], "added": added, "kl": q["kl"], "top1": q["top1"],
+                  "repair": one.repair}  # fmt: skip
         assert row == {name: str(value) for name, value in wanted.items()}
     assert (tmp_path / "compare.csv").read_text().endswith("\n")
     assert (tmp_path / "compare.json").read_text().endswith("}\n")

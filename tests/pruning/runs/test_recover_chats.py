@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,7 +34,9 @@ def student(models, tmp_path_factory) -> Path:
 
 def by_hand(model, tokens: np.ndarray, valid: np.ndarray, counted: np.ndarray) -> float:
     """Nats per token of answers: each by what stands before it in its window."""
-    logits = np.asarray(jax.jit(lambda model: model(tokens, valid))(model), np.float64)
+    logits = np.asarray(
+        jax.jit(lambda model: model(tokens, valid, dtype=jnp.float32))(model), np.float64
+    )
     spent = []
     for row in range(len(tokens)):
         for place in range(1, tokens.shape[1]):

@@ -11,6 +11,7 @@ from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.collect import collect_statistics, collect_weights
 from pruning.scores.criteria import channel_scores
 from pruning.scores.details import clipped_sums
+from pruning.scores.elimination import elimination_costs
 from pruning.scores.expert_criteria import EXPERT_CRITERIA
 from pruning.scores.weight_gradient import weight_gradient_scores
 from tests.pruning.scores.test_layer import CONFIG, batch, layer_inputs, model  # noqa: F401
@@ -174,7 +175,10 @@ def test_prompts_are_read_and_leave_no_gradient(statistics, model, batch):  # no
 
 
 def test_every_criterion_can_be_taken_from_one_sweep(statistics, model, batch):  # noqa: F811
-    whole = statistics.replace(weight_gradient=weight_gradient_scores(model, *batch, batch=3))
+    whole = statistics.replace(
+        weight_gradient=weight_gradient_scores(model, *batch, batch=3),
+        elimination=elimination_costs(model, *batch, batch=3),
+    )
     for criterion in (name for name in CHANNEL_CRITERIA if name != "noise"):  # of no text
         # end-to-end attributions have passes of their own
         swept = [name for name in EXPERT_CRITERIA if not name.startswith("nll_")]

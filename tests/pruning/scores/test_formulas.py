@@ -19,6 +19,7 @@ from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.collect import collect_statistics, collect_weights
 from pruning.scores.criteria import channel_scores
 from pruning.scores.curvature import nll_grad2
+from pruning.scores.elimination import elimination_costs
 from pruning.scores.end_to_end import nll_ablate, nll_ig
 from pruning.scores.expert_criteria import EXPERT_CRITERIA, expert_criterion
 from pruning.scores.own import STATISTICS, Statistic
@@ -83,6 +84,7 @@ def model(request, tmp_path_factory) -> Model:
         )
     found = found.replace(
         weight_gradient=weight_gradient_scores(ours, tokens, valid, batch=BATCH),
+        elimination=elimination_costs(ours, tokens, valid, batch=BATCH),
         nll_ig=nll_ig(ours, tokens, valid, steps=STEPS, batch=BATCH),
         nll_ablate=nll_ablate(ours, tokens, valid, batch=BATCH),
         nll_grad2=nll_grad2(ours, tokens, valid, batch=BATCH),
@@ -163,6 +165,26 @@ def weight_gradients(block: Block, e: int, rows: list[Row]) -> np.ndarray:  # [F
     for c in range(F):
         for weight, gradient in ((block.gate, gate), (block.up, up), (block.down, down)):
             found[c] += sum(abs(weight[e][c, d] * gradient[c, d]) for d in range(D))
+    return found
+
+
+def eliminated(block: Block, e: int, rows: list[Row]) -> np.ndarray:  # [F]
+    """What removing the cheapest channel of those left adds to the best fit's error, one by one."""
+    hidden = np.array([math.sqrt(row.q) * row.w * row.h for row in rows])
+    pull = math.sqrt(1e-2 * (hidden**2).sum() / F) * np.eye(F)
+    hidden, down = np.concatenate([hidden, pull]), np.array(block.down[e])
+
+    def error(kept: list[int]) -> float:
+        fitted = np.linalg.lstsq(hidden[:, kept], hidden @ down, rcond=None)[0]
+        return ((hidden @ down - hidden[:, kept] @ fitted) ** 2).sum()
+
+    kept, before, highest, found = list(range(F)), 0.0, 0.0, np.zeros(F)
+    while kept:
+        errors = {c: error([other for other in kept if other != c]) for c in kept}
+        gone = min(errors, key=lambda c: errors[c])
+        highest = max(highest, errors[gone] - before)  # a later channel is never the cheaper one
+        found[gone], before = highest, errors[gone]
+        kept.remove(gone)
     return found
 
 
@@ -309,6 +331,7 @@ FIELDS = {
     "wanda_up": of_experts(lambda b, e, rows: weighted(b.up[e], input_norms(rows))),
     "wanda_gate": of_experts(lambda b, e, rows: weighted(b.gate[e], input_norms(rows))),
     "weight_gradient": of_experts(weight_gradients),
+    "elimination": of_experts(eliminated),
     "nll_ig": integrated,
     "nll_ablate": ablated,
     "nll_grad2": second_order,
@@ -368,6 +391,7 @@ CHANNELS = {
     "saliency": mean(over_tokens(saliency)),
     "wanda": of_experts(wanda),
     "wg": lambda model: of_experts(weight_gradients)(model) / 3,
+    "obs": mean(of_experts(eliminated)),
     "random": lambda model: 1 - np.random.default_rng(4).random((L, E, F)),
 }
 
@@ -464,13 +488,14 @@ def test_a_statistic_is_its_sum_over_tokens(model, name):
 
 
 @pytest.mark.parametrize(
-    "collect", [partial(nll_ig, steps=STEPS), nll_ablate, nll_grad2],
-    ids=["nll_ig", "nll_ablate", "nll_grad2"],
-)  # fmt: skip
-def test_an_end_to_end_attribution_is_of_the_tokens_whose_prediction_counts(
-    model, collect, request
-):
-    name = request.node.callspec.id
+    ("name", "collect"),
+    [
+        ("nll_ig", partial(nll_ig, steps=STEPS)),
+        ("nll_ablate", nll_ablate),
+        ("nll_grad2", nll_grad2),
+    ],
+)
+def test_an_end_to_end_attribution_is_of_the_tokens_whose_prediction_counts(model, name, collect):
     counted = np.random.default_rng(7).random(model.text[0].shape) < 0.5
     found = collect(model.ours, *model.text, counted, batch=BATCH)
     close(found, FIELDS[name](replace(model, counted=counted)))

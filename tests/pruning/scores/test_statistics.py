@@ -119,7 +119,8 @@ def two_texts(**changes):
 
 # Of the weights, the same for every text; no sums; what the first text has stands for both.
 NORMS = {"down_norm", "up_norm", "gate_norm", "down_l1", "up_l1", "gate_l1"}
-FINISHED, FIRST = {"wanda_up", "wanda_gate", "weight_gradient"}, {"similarity", "noise"}
+FINISHED = {"wanda_up", "wanda_gate", "weight_gradient", "elimination"}
+FIRST = {"similarity", "noise"}
 
 
 def test_merged_statistics_are_the_sums_of_both_and_keep_what_is_of_the_weights():
