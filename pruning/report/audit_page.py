@@ -18,6 +18,7 @@ from pruning.report.drawing import figure_html
 from pruning.report.html import document, section_html, text_html
 from pruning.report.table import TextTable
 
+PAGE = "audit.html"  # the last file that an audit writes
 # The paper's figure 2: what people rank experts by, and the attribution.
 SHOWN = {"router": "router weight", "usage": "token usage", "ala": "attribution (ala)"}
 NOTE = (

@@ -25,6 +25,7 @@ from pruning.report.drawing import (
 from pruning.report.html import document, long_section, section_html, text_html
 from pruning.report.table import TextTable
 
+PAGE = "compare.html"  # the last file that a comparison writes
 FAMILY_COLOURS = {
     "paper's rule": BLUE, "one level": RED, "top-k": PURPLE, "uniform": GOLD,
     "whole experts": GREEN, "random": GREY,
@@ -42,8 +43,8 @@ PARETO = (
 
 
 def save(found: Comparison, folder: Path) -> None:
-    """Write compare.html, whole or not at all."""
-    replace_text(folder / "compare.html", comparison_page(found))
+    """Write the page, whole or not at all."""
+    replace_text(folder / PAGE, comparison_page(found))
 
 
 def comparison_page(found: Comparison) -> str:

@@ -20,7 +20,7 @@ from pruning.measure.loss_curves import expert_loss_curves
 from pruning.measure.tokens import view_tokens
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_whole
-from pruning.report.audit_page import audit_page, token_figures
+from pruning.report.audit_page import PAGE, audit_page, token_figures
 from pruning.scores.ablation import Ablation, ablate, layer_visits
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
@@ -101,7 +101,7 @@ def _opened(
     if isinstance(source, CompressionRecipe):
         job = open_job(dataclasses.replace(source, planner=source.used_planner))
         identify(job.base, job.output, steps)
-        preflight.prepare(job, steps, exports=False)
+        preflight.prepare(job, steps, exports=False, last=PAGE)
         statistics, _ = scoring.score(job, steps)
     else:
         folder = Path(source)
@@ -150,7 +150,7 @@ def _audit(
     replace_text(target / "audit.csv", to_csv(found))
     with steps.bar("figures") as on_step:
         figures = _figures(job, statistics, on_step)
-    replace_text(target / "audit.html", audit_page(found, figures))
+    replace_text(target / PAGE, audit_page(found, figures))
     return found
 
 

@@ -57,7 +57,8 @@ def compare(
     """Plan and measure every rule at every rate.
 
     An interrupted comparison is repeated with the same recipe and goes on after its last group;
-    more rates, and rules that need no further statistics, add to what is in the folder.
+    more rates, and rules that need no further statistics, add to what is in the folder, which
+    `overwrite` begins anew.
 
     Args:
       recipe: model, texts, block and output; its planner options are not read. Of each text its
@@ -104,7 +105,7 @@ def _compare(
         require_windows(job)
     budgets = _budgets(job, rates)
     earlier = _earlier(job, texts)
-    preflight.prepare(job, steps, exports=False)
+    preflight.prepare(job, steps, exports=False, last=comparison_page.PAGE)
     statistics, provenance = scoring.score(job, steps)
     found = earlier or Comparison(key=_key(job, texts), dense={}, results=(), refused=())
     repairs: tuple[Repaired, ...] = ("",) if repair is None else ("", repair)
@@ -172,10 +173,10 @@ def _earlier(job: Job, texts: Mapping[str, Windows]) -> Comparison | None:
     if not path.is_file():
         return None
     found, key = Comparison.load(path), _key(job, texts)
+    if job.recipe.overwrite and (found.key != key or (job.output / comparison_page.PAGE).exists()):
+        return None
     if found.key == key:
         return found
-    if job.recipe.overwrite:
-        return None
     differ = [name for name in key | found.key if found.key.get(name) != key.get(name)]
     raise InputError(
         f"{path} holds results of another {', '.join(differ)}; name another folder or add "

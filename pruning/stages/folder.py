@@ -33,7 +33,7 @@ OURS = (
     "compare.json", "compare.csv", "compare.html",
     "choice.json", "statistics.json", "statistics.safetensors",
     "report.html", "report.json", "model.json",
-    "audit.json", "audit.csv", "audit.html", "ablations.jsonl",
+    "ablations.jsonl", "audit.json", "audit.csv", "audit.html",
     "sweep.csv", "sweep.html",
 )  # fmt: skip
 FOLDERS = ("exports", "repair", "compare-repair", "gptq", "parts")  # that hold some of them

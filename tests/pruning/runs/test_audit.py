@@ -157,6 +157,8 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(audited, models, texts, m
     measured.clear()
     assert command.run("audit", models / "single", *arguments(texts, audited)) == 0
     assert not measured
+    assert command.run("audit", models / "single", *arguments(texts, audited), "--overwrite") == 0
+    assert len(measured) == 17 and json.loads((audited / "audit.json").read_text()) == wanted
 
 
 def test_losses_of_another_text_are_not_taken_over(audited, models, texts, tmp_path):

@@ -297,6 +297,24 @@ def test_results_of_other_texts_are_refused_unless_overwritten(recipe):
     assert len(found.results) == 1
 
 
+def test_a_finished_comparison_is_measured_again_if_overwritten(recipe):
+    run(recipe, rules=["uniform-act"], rates=[0.25])
+    stored = json.loads(file_of(recipe).read_text())
+    wrong = json.loads(json.dumps(stored))
+    for one in wrong["results"][0]["quality"].values():
+        one["nll"] = 99.0
+    file_of(recipe).write_text(json.dumps(wrong))
+    kept = run(recipe, rules=["uniform-act"], rates=[0.5])
+    assert len(Comparison.load(file_of(recipe)).results) == 2 and len(kept.results) == 1
+    # Without its page it was killed on the way: what it has is gone on with.
+    page = file_of(recipe).with_name("compare.html")
+    page.unlink()
+    run(recipe, rules=["uniform-act"], rates=[0.25], overwrite=True)
+    assert json.loads(file_of(recipe).read_text())["results"][0] == wrong["results"][0]
+    run(recipe, rules=["uniform-act"], rates=[0.25], overwrite=True)
+    assert json.loads(file_of(recipe).read_text())["results"] == stored["results"]
+
+
 def test_the_command_prints_the_ranking_and_writes_table_and_page(models, texts, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ("compare", models / "single", *command.read(texts, out), "--rules", "uniform-*e*")
