@@ -62,7 +62,7 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     return {
         "scoring": _scoring(base, recipe, fixed, layer),
         "choice": _choice(base, recipe, fixed, layer),
-        "repair": fixed + pruned + _repair(base, recipe, plan, layer) if repairs else 0,
+        "repair": late + pruned + _repair(base, recipe, plan, layer) if repairs else 0,
         "gptq": fixed + pruned + moments if gptq else 0,
         "export": fixed + pruned,
         "verify": late + max(pruned, 4 * outer + held[4]) + 4 * probe,
@@ -73,10 +73,12 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
 
 
 def _repair(base: Description, recipe: ResolvedRecipe, plan: PruningPlan, layer: int) -> int:
-    """The states of two models and the results of a third, inputs and lacks of the experts, three
-    candidates of a layer, and the Grams of its experts with their eigenvectors."""
+    """The states of two models, inputs and lacks of the experts and one of them on its way to the
+    device, where each copy of a token goes, three candidates of a layer, and the Grams of its
+    experts with their eigenvectors."""
     item = 2 if recipe.dtype == "bfloat16" else 4
     states = recipe.max_tokens * base.config.d_model * (3 * item + 3 * 4)
+    states += recipe.max_tokens * base.config.moe.experts_per_token * (3 * 4 + 2 * 8)
     grams = 5 * 8 * int(np.square(plan.counts).sum(axis=1).max())
     return states + 3 * 2 * layer + grams
 

@@ -66,11 +66,13 @@ def routed(
       first: bool [B], windows of the first half.
     """
     assert isinstance(layer.mlp, MoE)
-    found = [
-        [np.asarray(part) for part in _choices(layer, jnp.asarray(x), place)]
-        for x, place in zip(middle, places, strict=True)
-    ]
-    x, expert, weight = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    tokens = sum(part.shape[0] * part.shape[1] for part in middle)
+    x = np.empty((tokens, middle[0].shape[-1]), np.float32)
+    expert = np.empty((tokens, layer.mlp.config.experts_per_token), np.int32)
+    weight, done = np.empty(expert.shape, np.float32), 0
+    for part, place in zip(middle, places, strict=True):
+        rows = slice(done, done := done + part.shape[0] * part.shape[1])
+        x[rows], expert[rows], weight[rows] = _choices(layer, jnp.asarray(part), place)
     second = ~np.repeat(first, middle[0].shape[1])
     part = (2 * expert + second[:, None]).reshape(-1)
     order = np.argsort(part, kind="stable")

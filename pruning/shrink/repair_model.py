@@ -1,7 +1,7 @@
 """Repair of a whole pruned model, layer by layer, into a folder; and the model that it makes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from moe_jax.stream import (
 )
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
+from pruning.kit.memory import release_memory
 from pruning.scores.routed import routed
 from pruning.shrink.progress import LayerFolder, States, held_out
 from pruning.shrink.prune import pruned_layer
@@ -103,6 +104,7 @@ def repair_model(
         for text, states in zip(texts, x[2:], strict=True):
             text.each(states, lambda x, place, rows: layer_feed_forward(repaired, x, place))
         files.add(index, arrays, provenance, layers, x)
+        release_memory()  # a layer's texts come in pieces, which glibc would keep for the next
         return x
 
     sweep(source, x, step, layers=range(len(layers), len(source)), on_layer=on_layer)
@@ -170,12 +172,13 @@ def _lacking(
     layer: DecoderLayer, text: Batches, wanted: list[np.ndarray], middle: list[np.ndarray]
 ) -> Array:  # float32 [N, D]
     """What the stream behind a layer lacks of what it should be."""
-    found = _behind(layer, text, middle)
-    parts = [
-        jnp.asarray(a).astype(jnp.float32) - jnp.asarray(b).astype(jnp.float32)
-        for a, b in zip(wanted, found, strict=True)
-    ]
-    return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+    size, done = wanted[0].shape[-1], 0
+    lacks = np.empty((sum(part.size for part in wanted) // size, size), np.float32)
+    for part, found in zip(wanted, _behind(layer, text, middle), strict=True):
+        rows = slice(done, done := done + part.size // size)
+        # bfloat16 is widened before the two are subtracted.
+        np.subtract(part, found, out=lacks[rows].reshape(part.shape), dtype=np.float32)
+    return jnp.asarray(lacks)
 
 
 def _errors(
@@ -190,8 +193,12 @@ def _errors(
     return np.concatenate(found)
 
 
-def _behind(layer: DecoderLayer, text: Batches, middle: list[np.ndarray]) -> list[np.ndarray]:
-    return text.each(list(middle), lambda x, place, rows: layer_feed_forward(layer, x, place))
+def _behind(
+    layer: DecoderLayer, text: Batches, middle: list[np.ndarray]
+) -> Iterator[np.ndarray]:  # [b, T, D]
+    """What stands behind a layer, a batch at a time, so that the text is not held once more."""
+    for x, place in zip(middle, text.places, strict=True):
+        yield np.asarray(layer_feed_forward(layer, jnp.asarray(x), place))
 
 
 def _stored(layer: DecoderLayer, keep: np.ndarray) -> dict[str, np.ndarray]:
