@@ -37,7 +37,8 @@ def plans_table(plans: Iterable[tuple[Path, PruningPlan]]) -> TextTable:
             str(folder), f"{1 - kept / plan.keep.size:.4g}", f"{kept:,}",
             f"{plan.counts.min():,} to {plan.counts.max():,}", str(int((plan.counts == 0).sum())),
             "" if coverage is None else f"{coverage:.4f}",
-            f"{said.get('planner', '')}-{said.get('criterion', '')}",
+            # Equal widths need no planner.
+            f"{said.get('planner') or said.get('width', '')}-{said.get('criterion', '')}",
         ])  # fmt: skip
     header = ["plan", "pruned", "channels kept", "an expert keeps", "emptied", "coverage", "rule"]
     note = "Coverage: share of the score that is kept, experts weighted as the planner does."

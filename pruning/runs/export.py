@@ -76,8 +76,8 @@ def _export_folder(
         if not overwrite:
             exports.mkdir(exist_ok=True)
             replace_text(begun, json.dumps(asked) + "\n")
-        given = {**_changed(base, plan, recipe, asked["repair"], steps), "overwrite": overwrite}
         try:
+            given = {**_changed(base, plan, recipe, asked["repair"], steps), "overwrite": overwrite}
             for name in left:
                 export(base, plan, form_of(recipe, name, plan), exports / name, steps, **given)
         finally:

@@ -113,7 +113,8 @@ def test_a_run_plans_by_it_in_one_order_for_all_rates(models, texts, tmp_path, c
         assert command.run("plan", out, "--criterion", "obs", "--prune-rate", rate) == 0
         plans.append(PruningPlan.load(out))
     assert (plans[1].keep <= plans[0].keep).all() and plans[0].keep.sum() > plans[1].keep.sum()
-    capsys.readouterr()
+    assert command.run("plan", out, "--criterion", "obs", "--width", "uniform") == 0
+    assert " uniform-obs " in capsys.readouterr().out
     plain = tmp_path / "plain"
     asked = ("score", models / "single", *command.given(texts, plain), "--planner", "fair")
     assert command.run(*asked, "--bits", 16) == 0

@@ -1,13 +1,18 @@
 """Output folders, disks and files of earlier stages: nothing old is lost, nothing half is left."""
 
 import collections
+import errno
+import math
+import os
 import re
 import resource
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
+from pruning.runs import export as exporting
 from tests.support.command import given, poison, refused, run
 
 
@@ -144,8 +149,12 @@ def test_a_full_disk_is_noticed_before_an_export(scored, tmp_path, capsys, monke
 def limit_files():
     """Sets the largest size of a file, which stands in for a disk that fills up while writing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    # Compiled programs would be cut too, and stay in the cache of all tests.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def test_a_disk_that_fills_up_during_an_export_leaves_nothing_half_written(
@@ -155,6 +164,21 @@ def test_a_disk_that_fills_up_during_an_export_leaves_nothing_half_written(
     limit_files(50_000)
     shown = refused(capsys, tmp_path, "export", out, "--export", "padded-bf16")
     assert re.search(r"File too large.*; free some space, then the same command goes on", shown)
+
+
+def test_a_disk_that_fills_up_before_an_export_leaves_nothing_to_go_on_from(
+    scored, tmp_path, capsys, monkeypatch
+):
+    out = shutil.copytree(scored, tmp_path / "out")
+
+    def full(*_):
+        assert (out / "exports" / ".begun.json").exists()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / "repair" / "states"))
+
+    monkeypatch.setattr(exporting.repair_stage, "repair", full)
+    assert run("export", out, "--export", "padded-bf16", "--repair", "layer") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not (out / "exports" / ".begun.json").exists()
 
 
 def test_a_disk_that_fills_up_after_scoring_leaves_no_half_statistics(
