@@ -130,6 +130,7 @@ def in_batches(
     valid: np.ndarray,
     batch: int,
     counted: np.ndarray | None = None,
+    stride: int = 1,
 ) -> Batches:
     """Cut a text into batches.
 
@@ -139,6 +140,7 @@ def in_batches(
       valid: bool [B, T]; other positions are padding.
       batch: rows per batch.
       counted: bool [B, T], tokens whose prediction counts in a loss; default all.
+      stride: positions from a token to the next in rotations, as of `make_context`.
 
     Returns:
       The batches; the last is filled with rows of padding.
@@ -148,7 +150,9 @@ def in_batches(
     tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
     rows = row_slices(len(tokens), batch)
     c = source.config
-    places = tuple(make_context(c.attention, c.max_position, valid[part]) for part in rows)
+    places = tuple(
+        make_context(c.attention, c.max_position, valid[part], stride=stride) for part in rows
+    )
     counted = None if counted is None else pad_rows(counted, batch)
     return Batches(tokens, valid, rows, places, counted)
 

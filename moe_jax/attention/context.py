@@ -47,13 +47,14 @@ class KVCache:
     length: Array
 
 
-@partial(jax.jit, static_argnames=("attention", "max_position", "length"))
+@partial(jax.jit, static_argnames=("attention", "max_position", "length", "stride"))
 def make_context(
     attention: AttentionConfig | LatentAttentionConfig,
     max_position: int,
     valid: Array,
     start: Array | int = 0,
     length: int | None = None,
+    stride: int = 1,
 ) -> Context:
     """Positions and rotations of a batch.
 
@@ -62,18 +63,20 @@ def make_context(
       max_position: context length of the config.
       valid: bool [B, T]; positions count valid tokens, so left padding shifts nothing.
       start: first position, int or int32 [B].
-      length: longest position that will be used (default T), for length-dependent ropes.
+      length: positions that will be used (default those of T tokens), for length-dependent ropes.
+      stride: positions from a token to the next as rotations have it: a few tokens then turn as
+        those of a long text do. Masks see tokens beside each other all the same.
 
     Returns:
       The context.
     """
-    inverse, scale = rope_frequencies(
-        attention.rope, attention.rope_dim, max_position, length or valid.shape[1]
-    )
+    reach = length or stride * (valid.shape[1] - 1) + 1
+    inverse, scale = rope_frequencies(attention.rope, attention.rope_dim, max_position, reach)
     count = jnp.cumsum(valid.astype(jnp.int32), axis=1)
     start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (valid.shape[0],))
     position = start[:, None] + jnp.maximum(count - 1, 0)  # [B, T]
-    angle = position.astype(jnp.float32)[..., None] * jnp.asarray(inverse, jnp.float32)[None, None]
+    turned = (stride * position).astype(jnp.float32)
+    angle = turned[..., None] * jnp.asarray(inverse, jnp.float32)[None, None]
     return Context(
         position=position, valid=valid, cos=jnp.cos(angle) * scale, sin=jnp.sin(angle) * scale
     )

@@ -8,7 +8,7 @@ from typing import Any
 from pruning.budget.plan import PruningPlan
 from pruning.report.compression_tables import verification_table
 from pruning.report.table import TextTable
-from pruning.stages.verify import Check
+from pruning.stages.checks import Check
 
 NUMBERS = {"nll": ".4f", "perplexity": ",.3f", "kl": ".4f", "top1": ".1%"}
 

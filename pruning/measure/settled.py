@@ -41,6 +41,7 @@ def settled_logits(
     windows: Sequence[np.ndarray],
     last: int,
     rounding: float = ROUNDING,
+    strides: Sequence[int] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Logits at the ends of a few sequences, and which of them rounding cannot have changed.
 
@@ -50,12 +51,16 @@ def settled_logits(
       last: of how many last positions P of each sequence, or of all if it is shorter.
       rounding: how far the router logits of two programs may be apart, as a share of the largest
         logit of the token.
+      strides: of each of `windows`, positions from a token to the next in rotations; default 1.
 
     Returns:
       For each of `windows` (float32 [B, P, V], bool [B, P]: no router is near a tie at this
       position or an earlier one).
     """
-    texts = [in_batches(source, some, np.ones(some.shape, bool), 1) for some in windows]
+    texts = [
+        in_batches(source, some, np.ones(some.shape, bool), 1, stride=stride)
+        for some, stride in zip(windows, strides or [1] * len(windows), strict=True)
+    ]
     settled = [np.ones(some.shape, bool) for some in windows]
 
     def step(

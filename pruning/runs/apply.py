@@ -22,6 +22,7 @@ from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.stages import folder as output_folder
 from pruning.stages import preflight
 from pruning.stages import repair as repair_stage
+from pruning.stages.checks import Check, require_verified
 from pruning.stages.export import export
 from pruning.stages.job import open_job, resolved
 from pruning.stages.model_record import remember
@@ -29,7 +30,7 @@ from pruning.stages.probe_windows import random_probe
 from pruning.stages.remarks import say_left_out, say_nothing_saved
 from pruning.stages.repair import repair_bytes
 from pruning.stages.sizes import export_of, export_sizes, form_of
-from pruning.stages.verify import Check, require_verified, verify_export
+from pruning.stages.verify import verify_export
 from pruning.stages.writer import only_writer
 
 # How a plan's text was read, of what it says of its scoring.

@@ -22,10 +22,10 @@ from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.gptq_model import layer_errors
 from pruning.stages.card import loading, rounded_again
+from pruning.stages.checks import Check
 from pruning.stages.job import Job
 from pruning.stages.repair import repair_facts
 from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of
-from pruning.stages.verify import Check
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import text_hashes
 

@@ -28,6 +28,7 @@ from pruning.stages import preflight
 from pruning.stages import repair as repair_stage
 from pruning.stages import score as scoring
 from pruning.stages.card import write_card
+from pruning.stages.checks import Check, require_verified
 from pruning.stages.export import export, pruned_source
 from pruning.stages.job import Job
 from pruning.stages.measure import measure
@@ -42,7 +43,7 @@ from pruning.stages.sizes import (
     form_of,
     sample_memory,
 )
-from pruning.stages.verify import Check, require_verified, verify_export
+from pruning.stages.verify import verify_export
 from pruning.stages.writer import only_writer
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40

@@ -56,9 +56,9 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     shapes = probe_shapes(c)
     # Of the probe: logits, the hidden states of all windows, and what the experts make of one.
     probe = LOGITS_HELD * compared(shapes) * c.vocab_size
-    probe += sum(windows * length for windows, length in shapes) * c.d_model
+    probe += sum(shape.windows * shape.length for shape in shapes) * c.d_model
     row = c.moe.experts_per_token * 4 * (c.moe.d_expert + c.d_model)
-    probe += max(length for _, length in shapes) * row
+    probe += max(shape.length for shape in shapes) * row
     return {
         "scoring": _scoring(base, recipe, fixed, layer),
         "choice": _choice(base, recipe, fixed, layer),

@@ -25,6 +25,7 @@ from pruning.report.recovery import NAME, RecoveryReport
 from pruning.stages.adapter import FOLDER as ADAPTER
 from pruning.stages.adapter import write_adapter
 from pruning.stages.card import write_card
+from pruning.stages.checks import Check, require_verified
 from pruning.stages.measure import measure
 from pruning.stages.probe_windows import random_probe
 from pruning.stages.recover_folder import RecoverFolder
@@ -37,7 +38,7 @@ from pruning.stages.recovered import (
 )
 from pruning.stages.repair import repair_facts
 from pruning.stages.sizes import folder_bytes
-from pruning.stages.verify import Check, require_verified, verify_export
+from pruning.stages.verify import verify_export
 from pruning.stages.writer import only_writer
 
 

@@ -7,13 +7,14 @@ from convert.export_format import FORMATS
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
+from pruning.stages.checks import Check, require_verified
 from pruning.stages.export import codes_folder
 from pruning.stages.made_by import is_repaired, require_current
 from pruning.stages.probe_windows import random_probe
 from pruning.stages.repair import stored_repair
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
-from pruning.stages.verify import Check, require_verified, verify_export, written_form
+from pruning.stages.verify import verify_export, written_form
 
 
 def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]:

@@ -20,9 +20,10 @@ import numpy as np
 from convert.export import Export
 from convert.export_format import FLOAT8_BLOCK
 from convert.families import FAMILIES
+from moe_jax.config import AttentionConfig
 from pruning.kit.memory import free_memory
 from pruning.kit.words import amount, duration
-from pruning.stages.probe_windows import PROBE_TOKENS, Probe, compared
+from pruning.stages.probe_windows import PROBE_TOKENS, Probe, WindowShape, compared
 
 PROGRAM = Path(__file__).with_name("client_process.py")
 # Of torch and transformers themselves, and of what they hold beside the weights for a moment.
@@ -40,10 +41,10 @@ class Answer:
     """What a program makes of a folder, or why that is not known.
 
     Attributes:
-      logits: of each of the windows float32 [B, P, V]; None without.
+      logits: of each of the windows float32 [B, P, V], or of the first ones; None without.
       loading: what it says of missing, unexpected or misshaped tensors, by kind.
       fault: what went wrong with the folder, "" if nothing.
-      undone: why nobody knows, "" if somebody does.
+      undone: why nobody knows, be it only of the last windows; "" if somebody does.
     """
 
     logits: list[np.ndarray] | None = None
@@ -52,7 +53,7 @@ class Answer:
     undone: str = ""
 
 
-def client_bytes(export: Export, shapes: Sequence[tuple[int, int]]) -> int:
+def client_bytes(export: Export, shapes: Sequence[WindowShape]) -> int:
     """Bytes of memory that transformers takes for the logits of a folder, an upper estimate.
 
     It holds every weight as float32, dequantised, and in passing some of them twice; of the windows
@@ -60,17 +61,20 @@ def client_bytes(export: Export, shapes: Sequence[tuple[int, int]]) -> int:
 
     Args:
       export: what the folder holds.
-      shapes: B and T of windows on whose ends logits are compared.
+      shapes: of windows on whose ends logits are compared.
     """
     c = export.base.config
     weights = sum(math.prod(stored.shape) for stored in export.tensors.values())
     weights += sum(math.prod(shape) for _, shape in export.base.beside.values())
     logits = 3 * compared(shapes) * c.vocab_size
+    # torch never holds the scores of all heads unless heads differ in width or have sinks.
+    grouped = isinstance(c.attention, AttentionConfig) and not c.attention.sinks
+    heads = 1 if grouped else c.attention.num_heads
     work = 0
-    for windows, length in shapes:
+    for windows, length, _ in shapes:
         tokens = length * max(1, min(windows, TOGETHER // length))
         row = c.moe.experts_per_token * 4 * (c.moe.d_expert + c.d_model)
-        work = max(work, tokens * (SCORES_HELD * c.attention.num_heads * length + row))
+        work = max(work, tokens * (SCORES_HELD * heads * length + row))
     return PROCESS_BYTES + int(4 * (SHARE * weights + logits + work))
 
 
@@ -92,21 +96,27 @@ def client_answer(folder: Path, export: Export, probe: Probe) -> Answer:
     Args:
       folder: an export whose code and config.json are known to be ours.
       export: what it holds.
-      probe: windows, each int32 [B, T]; logits are of their last `PROBE_TOKENS`.
+      probe: windows; logits are of their last `PROBE_TOKENS`. Are the last too long for the memory,
+        it is asked about the others.
     """
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         return Answer(undone="torch and transformers are not installed")
     if uneven := uneven_blocks(export):
         return Answer(undone=uneven)
-    needed, free = client_bytes(export, [some.shape for some in probe]), free_memory()
-    if needed > free:
-        return Answer(
-            undone=f"it needs about {amount(needed)} of memory and {amount(free)} are free; run "
+    shapes, free = [some.shape for some in probe], free_memory()
+    undone = ""
+    while shapes and (needed := client_bytes(export, shapes)) > free:
+        undone = (
+            f"it needs about {amount(needed)} of memory and {amount(free)} are free; run "
             "`moe-compress verify` on a larger machine"
         )
+        shapes.pop()
+    if not shapes:
+        return Answer(undone=undone)
+    asked = probe[: len(shapes)]
     with tempfile.TemporaryDirectory(prefix="moe-client-") as exchange:
-        for number, tokens in enumerate(probe):
-            np.save(Path(exchange) / f"tokens-{number}.npy", tokens, allow_pickle=False)
+        for number, some in enumerate(asked):
+            np.save(Path(exchange) / f"tokens-{number}.npy", some.tokens, allow_pickle=False)
         request = {
             "folder": str(folder.absolute()),
             "trust": bool(export.code_files),
@@ -115,6 +125,7 @@ def client_answer(folder: Path, export: Export, probe: Probe) -> Answer:
             "known": (export.base.outer or export.config)["model_type"] in FAMILIES,
             "last": PROBE_TOKENS,
             "together": TOGETHER,
+            "strides": [some.stride for some in asked],
             "exchange": exchange,
         }
         patience = PATIENCE + export.nbytes / PER_SECOND
@@ -124,7 +135,7 @@ def client_answer(folder: Path, export: Export, probe: Probe) -> Answer:
             return Answer(undone=f"the process gave no answer in {duration(patience)}")
         except OSError as error:
             return Answer(undone=str(error))
-        return _read(Path(exchange), code, len(probe))
+        return _read(Path(exchange), code, len(asked), undone)
 
 
 def client_ids(
@@ -155,8 +166,9 @@ def client_ids(
         return [why] * len(folders)
 
 
-def _read(exchange: Path, code: int, asked: int) -> Answer:
-    """What a process left that ended with this code and was asked about so many windows."""
+def _read(exchange: Path, code: int, asked: int, undone: str) -> Answer:
+    """What a process left that ended with this code and was asked about so many windows, not about
+    others for the reason `undone`."""
     reason, loading = exchange / "undone.txt", exchange / "loading.json"
     if reason.exists():
         return Answer(undone=reason.read_text())
@@ -167,7 +179,7 @@ def _read(exchange: Path, code: int, asked: int) -> Answer:
         ending = f"ended with code {code}" if code >= 0 else signal.Signals(-code).name
         return Answer(fault=f"{ending}: {_tail(log.read_bytes() if log.exists() else b'')}")
     logits = [np.load(exchange / f"logits-{i}.npy", allow_pickle=False) for i in range(asked)]
-    return Answer(logits=logits, loading=json.loads(loading.read_text()))
+    return Answer(logits=logits, loading=json.loads(loading.read_text()), undone=undone)
 
 
 def _tail(printed: bytes) -> str:

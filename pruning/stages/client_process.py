@@ -11,6 +11,7 @@ a request, a JSON object:
   known: whether every transformers has its class; of others it may know nothing.
   last: of how many last positions P of a sequence logits are wanted, or of all if it has fewer.
   together: how many tokens are run at a time, if a sequence is not longer.
+  strides: of each of the files of tokens, positions from a token to the next.
   exchange: a folder with tokens-0.npy, int32 [B, T], and further ones. It gets logits-0.npy,
     float32 [B, P, V], and so on, loading.json, what loading said of the tensors, and log.txt, what
     was printed. loading.json comes last; in its place comes undone.txt with the reason if something
@@ -133,17 +134,29 @@ def _answer(request: dict, exchange: Path) -> None:
     )
     model, info = loaded
     model = torch.nn.Module.float(model).eval()  # quantised models refuse their own .float
-    for place in sorted(exchange.glob("tokens-*.npy")):
+    for number, stride in enumerate(request["strides"]):
+        place = exchange / f"tokens-{number}.npy"
         tokens = torch.from_numpy(np.load(place, allow_pickle=False)).long()
+        options = {"logits_to_keep": request["last"]}
         with torch.no_grad():
             logits = [
-                model(some, logits_to_keep=request["last"]).logits.float()
+                model(some, **_positions(some, stride), **options).logits.float()
                 for some in tokens.split(max(1, request["together"] // tokens.shape[1]))
             ]
         found = place.with_name(place.name.replace("tokens", "logits"))
         np.save(found, torch.cat(logits).numpy(), allow_pickle=False)
     said = {key: [str(one) for one in value] for key, value in info.items()}
     (exchange / "loading.json").write_text(json.dumps(said))
+
+
+def _positions(tokens: Any, stride: int) -> dict[str, Any]:
+    """What tells a model that its tokens [B, T] stand apart, in one text all the same."""
+    import torch
+
+    if stride == 1:
+        return {}
+    places = (stride * torch.arange(tokens.shape[1])).expand(tokens.shape)
+    return {"position_ids": places, "attention_mask": torch.ones_like(tokens)}
 
 
 def _tokenize(request: dict, exchange: Path) -> None:

@@ -1,7 +1,8 @@
 """The windows of tokens on which the logits of an export are compared, and where in them."""
 
-import logging
+import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,74 +10,119 @@ from convert.checkpoint import Checkpoint
 from moe_jax.config import ModelConfig
 from pruning.text.calibration import TokenBatch
 
-logger = logging.getLogger(__name__)
-
 # Many and short: a near tie ends what can be compared of its window.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 32
-# Long ones show what short ones cannot; gpt-oss and DeepSeek were first trained on 4,096 tokens.
-FAR_WINDOWS, LONGEST_PROBE = 2, 4096 + PROBE_TOKENS
-
-Probe = tuple[np.ndarray, ...]  # of short windows, and of long ones for models that need them
+LONG_WINDOWS = 2
 
 
-def far_lengths(config: ModelConfig) -> tuple[int, int]:
-    """Tokens of a window to compare logits on, and how many would show all that a model does.
+class WindowShape(NamedTuple):
+    """How many windows of how many tokens, and the positions from a token to the next."""
 
-    Those are more than a sliding window or the original context of a stretched rope, by
-    `PROBE_TOKENS`, but never more than the model's context: past them logits can differ that were
-    equal before.
+    windows: int
+    length: int
+    stride: int = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProbeWindows:
+    """Windows of one length.
+
+    Attributes:
+      tokens: int32 [B, T]; logits are compared at the last `PROBE_TOKENS`.
+      stride: positions from a token to the next, as rotary embeddings have it.
+    """
+
+    tokens: np.ndarray
+    stride: int = 1
+
+    @property
+    def is_long(self) -> bool:
+        """Whether they have tokens beyond those that logits are compared at."""
+        return self.tokens.shape[1] > PROBE_TOKENS
+
+    @property
+    def shape(self) -> WindowShape:
+        """Their shape."""
+        return WindowShape(len(self.tokens), self.tokens.shape[1], self.stride)
+
+
+Probe = tuple[ProbeWindows, ...]  # short ones, and what else shows all that a model does
+
+
+def rope_stride(config: ModelConfig) -> int:
+    """Positions between the tokens of a short window that reaches past the context that a rope was
+    stretched from, and never past the model's own; 1 if it was not stretched.
+
+    What rotations do there needs no text so long: they turn by positions, whatever is between.
     """
     rope = config.attention.rope
-    turning = rope.original_max_position if rope.kind not in ("default", "linear") else None
-    beyond = max(config.sliding_window or 0, turning or 0)
-    needed = min(beyond + PROBE_TOKENS, config.max_position)
-    return min(needed, LONGEST_PROBE), needed
+    reach = rope.original_max_position if rope.kind not in ("default", "linear") else None
+    steps = min(PROBE_TOKENS, config.max_position) - 1
+    if not reach or not steps:
+        return 1
+    return max(1, min(-(-reach // steps), (config.max_position - 1) // steps))
 
 
-def probe_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """Windows and their tokens, of a probe; of its short ones there may be fewer."""
-    short = PROBE_WINDOWS, min(PROBE_TOKENS, config.max_position)
-    length, _ = far_lengths(config)
-    return (short, (FAR_WINDOWS, length)) if length > PROBE_TOKENS else (short,)
+def long_length(config: ModelConfig) -> int:
+    """Tokens of a window of which sliding windows of attention leave the first out; 0 for a model
+    without them, and for one whose context ends before."""
+    slides = config.sliding_window and config.sliding_window < config.max_position
+    return min((config.sliding_window or 0) + PROBE_TOKENS, config.max_position) if slides else 0
 
 
-def compared(shapes: Sequence[tuple[int, int]]) -> int:
+def probe_shapes(config: ModelConfig) -> tuple[WindowShape, ...]:
+    """Of the windows of a probe; of those from a text there may be fewer."""
+    short = WindowShape(PROBE_WINDOWS, min(PROBE_TOKENS, config.max_position))
+    shapes = [short]
+    if (stride := rope_stride(config)) > 1:
+        shapes.append(short._replace(stride=stride))
+    if (length := long_length(config)) > PROBE_TOKENS:
+        shapes.append(WindowShape(LONG_WINDOWS, length))
+    return tuple(shapes)
+
+
+def compared(shapes: Sequence[WindowShape]) -> int:
     """At how many positions of windows of these shapes logits are compared."""
-    return sum(windows * min(length, PROBE_TOKENS) for windows, length in shapes)
+    return sum(shape.windows * min(shape.length, PROBE_TOKENS) for shape in shapes)
 
 
 def text_probe(base: Checkpoint, text: TokenBatch) -> Probe:
-    """Windows of calibration text, each int32 [B, T], for comparing logits.
+    """Windows of calibration text for comparing logits.
 
     Long ones take what is valid of the text as one document. Windows that it is too short for are
     of random tokens.
     """
-    short, *far = random_probe(base)
-    if text.total:
-        length = min(PROBE_TOKENS, int(text.valid.sum(axis=1).max()))
-        whole = np.flatnonzero(text.valid[:, :length].all(axis=1))
-        rows = np.unique(whole[np.linspace(0, len(whole) - 1, PROBE_WINDOWS).astype(int)])
-        short = text.tokens[rows, :length]
-    if far and text.total >= far[0].shape[1]:
-        tokens, (windows, length) = text.tokens[text.valid], far[0].shape
-        starts = np.linspace(0, len(tokens) - length, windows).astype(int)
-        far = [tokens[starts[:, None] + np.arange(length)]]
-    return short, *far
+    probe = random_probe(base)
+    if not text.total:
+        return probe
+    length = min(PROBE_TOKENS, int(text.valid.sum(axis=1).max()))
+    whole = np.flatnonzero(text.valid[:, :length].all(axis=1))
+    rows = np.unique(whole[np.linspace(0, len(whole) - 1, PROBE_WINDOWS).astype(int)])
+    short = text.tokens[rows, :length]
+    return tuple(
+        dataclasses.replace(one, tokens=_stretches(text, one.tokens) if one.is_long else short)
+        for one in probe
+    )
+
+
+def _stretches(text: TokenBatch, instead: np.ndarray) -> np.ndarray:  # int32 [B, T] -> [B, T]
+    windows, length = instead.shape
+    if text.total < length:
+        return instead
+    tokens = text.tokens[text.valid]
+    starts = np.linspace(0, len(tokens) - length, windows).astype(int)
+    return tokens[starts[:, None] + np.arange(length)]
 
 
 def random_probe(base: Checkpoint) -> Probe:
-    """Windows of random tokens, each int32 [B, T], for comparing logits without a text."""
-    length, needed = far_lengths(base.config)
-    if length < needed:
-        logger.warning(
-            "logits are compared on %d tokens, what the model does with more than %d is not",
-            length,
-            needed - PROBE_TOKENS,
-        )
+    """Windows of random tokens for comparing logits without a text."""
     # What stands for an image is no text, and programs compute another thing from it.
     outer = base.about.outer or {}
     others = [value for key, value in outer.items() if key.endswith("_token_id")]
     others = [one for one in others if isinstance(one, int)]
-    rng, size = np.random.default_rng(0), base.config.vocab_size
-    drawn = [rng.integers(0, size, shape) for shape in probe_shapes(base.config)]
-    return tuple(np.where(np.isin(some, others), 0, some).astype(np.int32) for some in drawn)
+    rng, size, found = np.random.default_rng(0), base.config.vocab_size, []
+    for windows, length, stride in probe_shapes(base.config):
+        drawn = rng.integers(0, size, (windows, length))
+        tokens = np.where(np.isin(drawn, others), 0, drawn).astype(np.int32)
+        found.append(ProbeWindows(tokens, stride))
+    return tuple(found)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
-from pruning.kit.errors import VerificationError
 from pruning.measure.settled import settled_logits
 from pruning.shrink.gptq_model import codes_in
 from pruning.shrink.rounding import bfloat16_experts
+from pruning.stages.checks import Check, logit_check, long_check
 from pruning.stages.client import Answer, client_answer
 from pruning.stages.content import (
     TensorComparison,
@@ -34,49 +33,17 @@ from pruning.stages.content import (
 )
 from pruning.stages.export import mtp_source, pruned_source
 from pruning.stages.made_by import repair_hash
-from pruning.stages.probe_windows import PROBE_TOKENS, Probe
+from pruning.stages.probe_windows import PROBE_TOKENS, Probe, ProbeWindows
 from pruning.stages.sizes import export_of
 from pruning.stages.tokenizer_check import tokenizer_result
 
-TOLERANCE = 2e-3  # of float32 logits of two programs, as a share of the largest (at least 1)
-LEAST, SHARE = 8, 0.01  # positions to judge by; without so many, how many of all may differ
-MOST = 0.75  # of the positions at the ends of long windows, near ties or not
 TENSORS, MTP_TENSORS = "tensors", "layers that predict further tokens"
 CODES = "4-bit codes"
 IN_JAX, IN_TRANSFORMERS = "logits in JAX", "logits in transformers"
-FAR = "logits in transformers at the ends of long windows"
+APART, LONG = " at positions far apart", " at the ends of long windows"
 
 # Of each of the windows float32 [B, P, V] and bool [B, P], as of `settled_logits`.
 Logits = list[tuple[np.ndarray, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One verified fact about an export, or one that could not be verified.
-
-    Attributes:
-      export: format of the folder.
-      check: what was compared.
-      ok: False if something is wrong.
-      detail: what was compared and how it came out, or why nothing was.
-      done: False if nothing was compared; then `ok` says no more than that nothing is known.
-    """
-
-    export: str
-    check: str
-    ok: bool
-    detail: str
-    done: bool = True
-
-
-def require_verified(checks: Sequence[Check]) -> None:
-    """Raise VerificationError naming every check that failed."""
-    failed = [f"{c.export}: {c.check}: {c.detail}" for c in checks if not c.ok]
-    if failed:
-        raise VerificationError(
-            f"{'; '.join(failed)}. Do not use the folder: export it again with --overwrite, and if "
-            "that changes nothing, tell us the lines above"
-        )
 
 
 def verify_export(
@@ -99,7 +66,7 @@ def verify_export(
       plan: what is kept.
       form: the format.
       target: the folder.
-      probe: windows to compare logits on, each int32 [B, T].
+      probe: windows to compare logits on.
       codes: folder of the 4-bit codes, None if weights are rounded to nearest.
       repair: folder of the repaired weights, None if none were.
       model: what was written, rounded as the format has it, if weights were changed; default what
@@ -138,8 +105,10 @@ def _logit_checks(
     """Whether programs compute what is wanted from a folder whose files are right; `lost` says why
     that is not known of its 4-bit codes."""
     form = export.form
+    # What sliding windows of attention do is asked of another program alone.
+    near = [number for number, some in enumerate(probe) if lost or not some.is_long]
     try:
-        found = _stored_logits(target, probe)
+        found = _stored_logits(target, [probe[number] for number in near])
     except InputError as error:
         why = "JAX does not read the folder"
         return [Check(form.name, IN_JAX, False, str(error)), _undone(form, IN_TRANSFORMERS, why)]
@@ -148,11 +117,14 @@ def _logit_checks(
         checks = [_undone(form, name, why) for name in (CODES, IN_JAX)]
         wanted = found
     else:
-        checks = [logit_check(form.name, IN_JAX, found[0][0], *wanted[0])]
+        checks = [
+            logit_check(form.name, IN_JAX + _where(probe[number]), logits, *wanted[number])
+            for number, (logits, _) in zip(near, found, strict=True)
+        ]
     answer = client_answer(target, export, probe)
     if answer.logits is not None and _narrows_experts(form):
         wanted = _stored_logits(target, probe, bfloat16_experts)
-    return checks + _client_checks(export, answer, wanted)
+    return checks + _client_checks(export, answer, probe, wanted)
 
 
 def _compare(
@@ -170,7 +142,7 @@ def _compare(
 
     comparison.add(export.outer_arrays(expected))
     comparison.add(export.mtp_arrays(mtp))
-    return settled_logits(mapped(expected, compare), probe, PROBE_TOKENS)
+    return _logits(mapped(expected, compare), probe)
 
 
 def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
@@ -185,10 +157,22 @@ def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
 
 
 def _stored_logits(
-    folder: Path, probe: Probe, change: Callable[[LayerSource], LayerSource] = lambda s: s
+    folder: Path,
+    probe: Sequence[ProbeWindows],
+    change: Callable[[LayerSource], LayerSource] = lambda s: s,
 ) -> Logits:
     """Logits of a folder as we read it."""
-    return settled_logits(change(open_checkpoint(folder, dtype=jnp.float32)), probe, PROBE_TOKENS)
+    return _logits(change(open_checkpoint(folder, dtype=jnp.float32)), probe)
+
+
+def _logits(source: LayerSource, probe: Sequence[ProbeWindows]) -> Logits:
+    tokens, strides = [some.tokens for some in probe], [some.stride for some in probe]
+    return settled_logits(source, tokens, PROBE_TOKENS, strides=strides)
+
+
+def _where(windows: ProbeWindows) -> str:
+    """What the name of a check adds for these windows."""
+    return LONG if windows.is_long else APART if windows.stride > 1 else ""
 
 
 def _undone(form: ExportFormat, check: str, why: str) -> Check:
@@ -201,9 +185,9 @@ def _narrows_experts(form: ExportFormat) -> bool:
     return fuses and form.is_integer and form.is_padded
 
 
-def _client_checks(export: Export, answer: Answer, wanted: Logits) -> list[Check]:
+def _client_checks(export: Export, answer: Answer, probe: Probe, wanted: Logits) -> list[Check]:
     form, loads = export.form, "transformers loads every tensor"
-    if answer.undone:
+    if answer.undone and answer.logits is None:
         return [_undone(form, IN_TRANSFORMERS, answer.undone)]
     if answer.logits is None or answer.loading is None:
         return [Check(form.name, loads, False, answer.fault)]
@@ -218,9 +202,14 @@ def _client_checks(export: Export, answer: Answer, wanted: Logits) -> list[Check
     detail = str(problems) if problems else "none missing, unexpected or mismatched"
     detail += f", but for {len(absent)} of other parts, of which the model has none" * bool(absent)
     checks = [Check(form.name, loads, not problems, detail)]
-    checks.append(logit_check(form.name, IN_TRANSFORMERS, answer.logits[0], *wanted[0]))
-    for found, (logits, _) in zip(answer.logits[1:], wanted[1:], strict=True):
-        checks.append(far_check(form.name, found, logits))
+    for number, some in enumerate(probe):
+        name = IN_TRANSFORMERS + _where(some)
+        if number >= len(answer.logits):
+            checks.append(_undone(form, name, answer.undone))
+        elif some.is_long:
+            checks.append(long_check(form.name, name, answer.logits[number], wanted[number][0]))
+        else:
+            checks.append(logit_check(form.name, name, answer.logits[number], *wanted[number]))
     return checks
 
 
@@ -243,50 +232,3 @@ def written_form(
         if not config_problems(folder, export_of(base, plan, one)):
             return one
     return form
-
-
-def logit_check(
-    export: str, name: str, found: np.ndarray, wanted: np.ndarray, settled: np.ndarray
-) -> Check:
-    """Compare logits [B, P, V] of a program with those wanted, where they must be the same.
-
-    Args:
-      export, name: of the check.
-      found, wanted: float32 [B, P, V].
-      settled: bool [B, P], where rounding cannot have sent a token to another expert. If found and
-        wanted differ anywhere, these positions are judged. Are they fewer than `LEAST` or first
-        ones alone, which see no other position, a hundredth of all may differ.
-    """
-    difference, limit = _difference(found, wanted)
-    within = difference <= limit  # False for NaN
-    enough = settled.sum() >= LEAST and settled[:, 1:].any()
-    judged = settled if enough and not within.all() else np.ones_like(settled)
-    ok = within[judged].all() if enough else within.mean() >= 1 - SHARE
-    detail = f"max difference {difference[judged].max():.2g} (limit {limit:.2g})"
-    if not judged.all():
-        detail += f" at {judged.sum()} of {judged.size} positions; others follow a near tie"
-    elif not within.all():
-        detail += f"; {within.size - within.sum()} of {within.size} positions differ by more"
-    return Check(export, name, bool(np.isfinite(found).all() and ok), detail)
-
-
-def far_check(export: str, found: np.ndarray, wanted: np.ndarray) -> Check:
-    """Compare logits at the ends of long windows, where sliding windows and stretched ropes show.
-
-    Hardly one has no near tie before it. What that changes of one token is little among so many,
-    but a mask or an angle that is wrong is wrong at all positions: most must be the same.
-
-    Args:
-      export: its name.
-      found, wanted: float32 [B, P, V].
-    """
-    difference, limit = _difference(found, wanted)
-    within = difference <= limit
-    detail = f"{within.sum()} of {within.size} positions differ by no more than {limit:.2g}"
-    return Check(export, FAR, bool(within.mean() >= MOST), detail)
-
-
-def _difference(found: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, float]:
-    """Largest difference of each position, [B, P], and the largest that rounding explains."""
-    limit = TOLERANCE * max(1.0, float(np.abs(wanted).max()))
-    return np.abs(found - wanted).max(axis=-1), limit

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from convert import find_family, load_model
+from convert import find_family, load_model, open_checkpoint
 from convert.families.hf_config import rope_config
 from moe_jax.attention.context import make_context
 from moe_jax.generation import generate
 from moe_jax.stream import layer_forward
+from pruning.measure.settled import settled_logits
 from tests.support import tiny
+from tests.support.variants import VARIANTS
 
 LENGTH = 40
 STRETCH = {
@@ -74,6 +76,50 @@ def test_logits_equal_transformers(family, kind, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=5e-5, rtol=1e-5)
     plain = their_logits(one_layer(family, rope_parameters={"rope_type": "default"}), tokens)
     assert np.abs(theirs - plain).max() > 1e-2  # else the test would not see the rope
+
+
+STRETCHED = [
+    (family, variant)
+    for family, variants in VARIANTS.items()
+    for variant, config in variants.items()
+    if "yarn" in variant and "short" not in variant
+]
+
+
+def strided_logits(folder, tokens, stride: int) -> np.ndarray:
+    ((logits, _),) = settled_logits(
+        open_checkpoint(folder), [tokens], tokens.shape[1], strides=[stride]
+    )
+    return logits
+
+
+def their_strided_logits(model, tokens, stride: int) -> np.ndarray:
+    ids = torch.tensor(tokens, dtype=torch.long)
+    places = (stride * torch.arange(ids.shape[1])).expand(ids.shape)
+    with torch.no_grad():
+        out = model(input_ids=ids, position_ids=places, attention_mask=torch.ones_like(ids))
+    return out.logits.float().numpy()
+
+
+@pytest.mark.parametrize(("family", "variant"), STRETCHED)
+def test_tokens_far_apart_turn_as_those_of_a_long_text_and_see_each_other(
+    family, variant, tmp_path
+):
+    model, tokens = tiny.tiny_model(family, **VARIANTS[family][variant]), some_tokens(12)
+    folder, near = tiny.save(model, tmp_path / "model"), their_logits(model, tokens)
+    theirs = their_strided_logits(model, tokens, 5)
+    found = strided_logits(folder, tokens, 5)
+    np.testing.assert_allclose(found, theirs, atol=5e-5, rtol=1e-5)
+    assert np.abs(theirs - near)[:, 1:].max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "short" not in kind])
+def test_every_kind_of_rope_turns_tokens_far_apart_as_transformers_does(kind, tmp_path):
+    model = one_layer("qwen3_moe", rope_parameters={"rope_theta": 1e3} | KINDS[kind])
+    tokens, folder = some_tokens(8), tiny.save(model, tmp_path / "model")
+    theirs = their_strided_logits(model, tokens, 7)  # the last at 49 of positions
+    np.testing.assert_allclose(strided_logits(folder, tokens, 7), theirs, atol=5e-5, rtol=1e-5)
+    assert np.abs(theirs - their_logits(model, tokens))[:, 1:].max() > 1e-3
 
 
 def test_partial_rotation_of_the_default_kind_is_ignored_as_transformers_ignores_it(tmp_path):

@@ -17,7 +17,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.experts.router import SCORE_ROUNDING, is_settled, route
 from moe_jax.stream import in_batches
 from pruning.measure.settled import settled_logits
-from pruning.stages.verify import logit_check
+from pruning.stages.checks import logit_check
 from tests.support import command, tiny
 from tests.support.logits import logits
 

@@ -19,11 +19,11 @@ from pruning.kit.progress import Steps
 from pruning.runs.verify import verify
 from pruning.stages import client
 from pruning.stages import verify as verifying
+from pruning.stages.checks import Check
 from pruning.stages.client import Answer, client_answer
-from pruning.stages.probe_windows import random_probe
+from pruning.stages.probe_windows import ProbeWindows, random_probe
 from pruning.stages.sizes import export_of, form_of
 from pruning.stages.stored import stored_base, stored_recipe
-from pruning.stages.verify import Check
 from tests.support.command import change_config, change_tensor, given, run
 
 FORMS = ("ragged-bf16", "ragged-int4", "padded-bf16")
@@ -271,7 +271,7 @@ def test_what_transformers_says_of_the_tensors_fails_a_check_of_its_own(one, mon
 
     def answer(folder, export, probe):
         size = export.base.config.vocab_size
-        logits = [np.zeros((*tokens.shape, size), np.float32) for tokens in probe]
+        logits = [np.zeros((*some.tokens.shape, size), np.float32) for some in probe]
         return Answer(logits=logits, loading=said)
 
     monkeypatch.setattr(verifying, "client_answer", answer)
@@ -328,7 +328,8 @@ def scripted_answer(folder, monkeypatch, name, export) -> Answer:
     monkeypatch.setattr(client, "PROGRAM", program)
     client._process.cache_clear()
     try:
-        return client_answer(folder / name, export, (np.zeros((1, 4), np.int32),))
+        windows = ProbeWindows(np.zeros((1, 4), np.int32))
+        return client_answer(folder / name, export, (windows,))
     finally:
         client._end()
 
