@@ -27,6 +27,7 @@ Storage = Literal["bf16", "int4", "mxfp4", "fp8"]
 GROUP_SIZES = (128, 64, 32)  # weights per 4-bit scale to choose from
 FLOAT4_GROUP = 32  # of MXFP4, which knows no other
 FLOAT8_BLOCK = 128  # rows, and columns, of a weight per scale of 8-bit floats
+GROUPED_STEP = 8  # 16-bit channels in the 16 bytes of which torch._grouped_mm wants all strides
 MTP = ("drop", "keep", "prune")  # what becomes of layers that predict further tokens
 
 Widths = tuple[tuple[int, ...], ...]  # channels [layer][expert], () for a dense layer
@@ -119,10 +120,13 @@ class ExportFormat:
 
     @property
     def step(self) -> int:
-        """Channels of which the widths of experts are multiples: those that share a scale."""
+        """Channels of which the widths of experts are multiples: those that share a scale, or that
+        the grouped products take at a time by which stock classes run their experts."""
         if self.is_float8:
             return FLOAT8_BLOCK
-        return self.group_size if self.is_packed else 1
+        if self.is_packed:
+            return self.group_size
+        return GROUPED_STEP if self.is_padded else 1
 
     def holds_constants(self, expert_bias: bool) -> bool:
         """Whether there is a place for what emptied experts add, in a family with biases or not."""

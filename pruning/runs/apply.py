@@ -203,7 +203,8 @@ def _recipe(
     recipe = resolved(asked, base.about)
     assert all(getattr(recipe, name) is None for name in BUDGETS if name != "prune_rate")
     block = said.get("block")
-    if block and not any(block % form_of(recipe, name).step for name in recipe.export):
+    forms = [form_of(recipe, name) for name in recipe.export]
+    if block and not any(form.is_packed and block % form.step for form in forms):
         recipe = dataclasses.replace(recipe, block=block, minimum=said.get("minimum") or block)
     return recipe
 

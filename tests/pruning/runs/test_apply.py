@@ -6,8 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import pruning
 from convert.checkpoint import open_checkpoint
@@ -61,6 +63,26 @@ def test_the_kept_channels_of_a_packed_export_are_those_of_the_plan(models, trav
     keep = load_file(travelled / "plan.safetensors")
     stored = open_checkpoint(tmp_path / "out" / "exports" / "ragged-int4").about.widths
     assert stored == tuple(tuple(keep[f"keep.{i}"].sum(axis=1).tolist()) for i in range(2))
+
+
+def test_a_padded_folder_of_an_odd_plan_is_as_wide_as_grouped_products_run(models, tmp_path):
+    """`--block 1`, or a plan of another program: torch wants rows of whole 16 bytes."""
+    base = open_checkpoint(models / "single")
+    moe, layers = base.config.moe, base.config.moe_layers
+    keep = np.arange(moe.d_expert) < np.arange(moe.num_experts)[:, None] % 14  # 13 at most
+    keep = np.broadcast_to(keep, (len(layers), *keep.shape))
+    (tmp_path / "plan").mkdir()
+    PruningPlan(keep, layers, {"model_hash": base.fingerprint}).save(tmp_path / "plan")
+    assert keep.sum(axis=-1).max() % 8 and moe.num_experts > 5
+    checks = pruning.apply_plan(tmp_path / "plan", str(models / "single"), tmp_path / "out",
+                        export=["padded-bf16"])  # fmt: skip
+    assert all(check.ok and check.done for check in checks)
+    folder = tmp_path / "out" / "exports" / "padded-bf16"
+    assert json.loads((folder / "config.json").read_text())["moe_intermediate_size"] % 8 == 0
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert loaded.config._experts_implementation == "grouped_mm"
+    with torch.no_grad():
+        assert loaded(torch.arange(8)[None]).logits.isfinite().all()
 
 
 def test_later_commands_take_the_folder(models, texts, travelled, tmp_path, capsys):
