@@ -15,6 +15,7 @@ from moe_jax.transformer import init
 from pruning.budget.plan import PruningPlan
 from pruning.demo import DEMO
 from pruning.scores.routed import ROWS, routed
+from pruning.shrink import repair_model as repair_module
 from pruning.shrink.prune import PrunedSource, pruned_layer
 from pruning.shrink.repair import STRENGTHS
 from pruning.shrink.repair_layer import LayerRepair
@@ -326,6 +327,27 @@ def test_with_too_little_text_nothing_gets_worse_and_starved_experts_are_counted
     assert found[0].starved > 0
     other = rng.integers(0, 64, (8, 30)).astype(np.int32), np.ones((8, 30), bool)
     assert distance(model, source, other) <= 1.1 * distance(model, PrunedSource(model, plan), other)
+
+
+def test_a_repair_is_judged_by_its_error_at_every_held_out_token(text, plan, tmp_path, monkeypatch):
+    judged = []
+
+    def watched(errors):
+        judged.append(errors)
+        return chosen(errors)
+
+    monkeypatch.setattr(repair_module, "chosen", watched)
+    model = model_of(PLAIN)
+    repaired(model, plan, text, tmp_path)
+    _, held = repair_module.held_out(len(text[0]))
+    tokens, valid = text[0][held], text[1][held]
+    (place,) = in_batches(model, tokens, valid, len(tokens)).places
+    x = model.embedding(tokens, jnp.float32)
+    dense, pruned = (np.asarray(one.layer(0)(x, place), np.float64)
+                     for one in (model, PrunedSource(model, plan)))  # fmt: skip
+    wanted = [((dense[b, t] - pruned[b, t]) ** 2).sum() for b, t in np.argwhere(valid)]
+    np.testing.assert_allclose(judged[0]["none"], wanted, rtol=1e-4, atol=1e-6 * max(wanted))
+    assert {len(error) for error in judged[0].values()} == {len(wanted)}
 
 
 def test_a_repair_is_taken_only_if_it_errs_less_on_held_out_text_by_more_than_chance():
