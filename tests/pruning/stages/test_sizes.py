@@ -24,6 +24,7 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.stages import sizes
 from pruning.stages.export import export
 from pruning.stages.job import resolved
+from pruning.stages.repair import repair_bytes
 from tests.support.synthetic import statistics
 
 D, F, BLOCK = 64, 96, 32
@@ -217,6 +218,22 @@ def test_scratch_holds_the_states_of_the_text_that_takes_most(base, monkeypatch)
         assert found(windows, nll_ig=3, gradients=True) == max(
             states(min(windows, 21), 3), states(min(windows, 64))
         )
+
+
+def test_a_repair_keeps_two_matrices_a_layer_and_the_states_of_two_models(base):
+    whole = {"window": 24, "batch": 5, "dtype": "bfloat16", "prune_rate": 2 / 3}
+
+    def found(windows, **changes):
+        return repair_bytes(base, recipe(base, "ragged-bf16", **whole | changes), windows)
+
+    # Of four experts a third of the channels, in 16 bits; before and after of each text, with
+    # whole batches of what is learnt from and of what is held out.
+    states = 2 * 2 * (11 + 2 * 4) * 24 * D * 2
+    assert found(11, repair="expert") == found(11, repair="layer") == 2 * 4 * 32 * D + states
+    assert found(11, repair="none") == 0
+    least = found(3, repair="layer")
+    assert least == 2 * 4 * 32 * D + 2 * 2 * (3 + 2 * 4) * 24 * D * 2
+    assert found(2, repair="layer") == 0  # too few for two halves and one held out
 
 
 def test_gptq_keeps_the_codes_of_the_smallest_packed_export_and_two_states(base):
