@@ -101,7 +101,7 @@ TESTS = {
     "pruning/budget/plan.py": "budget/test_plan",
     "pruning/shrink/gptq_core.py": "shrink/test_gptq_core",
     "pruning/shrink/gptq_model.py": "stages/test_sizes shrink/test_gptq"
-    " -k 'gptq_keeps or shipped or plain_loop or memory or starved or bit_for or summary or little'",
+    " -k 'keeps or shipped or plain_loop or memory or starved or bit_for or summary or little'",
     "pruning/shrink/gptq*.py": "shrink/test_gptq_core shrink/test_gptq"
     " -k 'core or shipped or plain_loop or memory or starved or bit_for or summary or little'",
     "pruning/shrink/moments.py": "shrink/test_gptq -k 'plain_loop or memory or starved'",
