@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Set
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -49,6 +50,20 @@ def float8_layer(layer: DecoderLayer, only: Set[str] | None = None) -> DecoderLa
       The layer with `Float8Tensor` weights.
     """
     return _coded(layer, lambda weight, axis: float8(weight), Float8Tensor, "", only)
+
+
+@jax.jit
+def widened_layer(layer: DecoderLayer) -> DecoderLayer:
+    """The layer with every weight as a plain float32 array, as which it computes in float32.
+
+    One program then serves a layer in whatever form it came.
+    """
+
+    def widened(leaf: Weight) -> Weight:
+        plain = dequantize(leaf)
+        return plain.astype(jnp.float32) if jnp.issubdtype(plain.dtype, jnp.floating) else plain
+
+    return jax.tree.map(widened, layer, is_leaf=lambda x: isinstance(x, QTensor | Float8Tensor))
 
 
 def _coded(module: M, code: Code, kind: type, prefix: str, only: Set[str] | None) -> M:

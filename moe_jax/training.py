@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
 from jax import Array
 
 from moe_jax.experts.moe import MoETrace
@@ -194,14 +193,17 @@ def train(
     Returns:
       The trained parameters, with `held_out` the best of those that were measured.
     """
+    # Only now: orbax is a second of the start of whatever imports this module.
+    from moe_jax import training_checkpoints as kept
+
     optimizer, loss = config.optimizer(), _with_arrays(loss)
     update = _updating(optimizer, config.accumulate)
     progress = {"parameters": parameters, "state": optimizer.init(parameters)}
     if held_out is not None:
         progress |= {"best": parameters, "least": jnp.asarray(jnp.inf), "stale": jnp.asarray(0)}
     # Closed also when it is interrupted: a checkpoint that is being written is then whole.
-    with _manager(checkpoints) or nullcontext() as manager:
-        start, progress = _resumed(manager, progress)
+    with kept.manager(checkpoints) or nullcontext() as manager:
+        start, progress = kept.resumed(manager, progress)
         if start:
             logger.info("resumed at step %d of %d", start, config.steps)
         elif held_out is not None:
@@ -218,7 +220,7 @@ def train(
             if held_out is not None and (done % held_out.every == 0 or is_last):
                 held_out.judge(done, progress)
             if manager is not None and (done % config.checkpoint_every == 0 or is_last):
-                manager.save(done, args=ocp.args.StandardSave(progress))
+                kept.save(manager, done, progress)
     return progress["best" if held_out is not None else "parameters"]
 
 
@@ -278,20 +280,3 @@ def _gradient(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     sums, _ = jax.lax.scan(add, zeros, batch)
     return jax.tree.map(lambda leaf: leaf / accumulate, sums)
-
-
-def _resumed(
-    manager: ocp.CheckpointManager | None, progress: dict[str, Any]
-) -> tuple[int, dict[str, Any]]:
-    """Steps done, and the progress of the last checkpoint; 0 and the given one without."""
-    latest = None if manager is None else manager.latest_step()
-    if manager is None or latest is None:
-        return 0, progress
-    return latest, dict(manager.restore(latest, args=ocp.args.StandardRestore(progress)))
-
-
-def _manager(folder: Path | None) -> ocp.CheckpointManager | None:
-    if folder is None:
-        return None
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    return ocp.CheckpointManager(Path(folder).absolute(), options=options)

@@ -12,6 +12,7 @@ from jax import Array
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, forward_hidden, pad_rows
 from moe_jax.transformer import Head
+from pruning.kit.memory import trim_heap
 from pruning.text.windows import Windows
 
 # Logits in memory at once; a whole window of them is gigabytes for large vocabularies.
@@ -95,6 +96,7 @@ def measure_quality(
         source, windows.tokens, windows.valid, batch=batch, dtype=dtype, on_layer=on_layer
     )
     own = Reference(source.head, hidden)
+    trim_heap()  # the layers go before the logits of a large vocabulary come
     return quality_of(own, windows, reference), own
 
 

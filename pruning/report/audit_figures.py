@@ -2,13 +2,9 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 
 from moe_jax.errors import InputError
 from pruning.report.drawing import (
@@ -16,10 +12,16 @@ from pruning.report.drawing import (
     COLOURS,
     GREY,
     ORANGE,
-    WIDTH,
     layer_colours,
+    new_figure,
+    patch,
+    percent_format,
     plain,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Side = Literal["both", "low", "high"]  # half of a violin
 DEPTHS = 12  # layers in a figure of distributions, as in the paper
@@ -27,7 +29,7 @@ DEPTHS = 12  # layers in a figure of distributions, as in the paper
 
 def plot_misalign(
     panels: Sequence[tuple[str, np.ndarray, float | None]], increase: np.ndarray, top: int = 50
-) -> Figure:
+) -> "Figure":
     """What the experts that a proxy ranks highest are really worth (figure 2).
 
     Args:
@@ -40,7 +42,7 @@ def plot_misalign(
       with the line mean a good proxy, orange ones are experts without which the loss is lower.
     """
     shown = min(top, len(increase))
-    figure = Figure(figsize=(WIDTH, 0.6 + 2.1 * len(panels)), layout="constrained")
+    figure = new_figure(0.6 + 2.1 * len(panels))
     axes = np.atleast_1d(np.asarray(figure.subplots(len(panels), 1, sharex=True, sharey=True)))
     for axis, (name, score, correlation) in zip(axes, panels, strict=True):
         order = np.argsort(-np.asarray(score), kind="stable")[:shown]
@@ -58,7 +60,7 @@ def plot_misalign(
         line.plot(places, scaled, color="#444444", linewidth=1.2, marker=".", markersize=3)
         line.spines[["top", "left"]].set_visible(False)
         line.set(ylim=(min(0.0, 1.05 * scaled.min()), 1.05), ylabel="score\n(line)")
-        line.yaxis.set_major_formatter(PercentFormatter(1))
+        line.yaxis.set_major_formatter(percent_format())
     axes[-1].set_xlabel(f"expert, best first (the top {shown} of {len(increase)})")
     figure.supylabel("loss increase without the expert, nats per token", fontsize=10)
     return figure
@@ -66,12 +68,12 @@ def plot_misalign(
 
 def plot_loss_curves(
     rates: np.ndarray, losses: np.ndarray, layer_indices: Sequence[int]
-) -> Figure:  # [K], [L, E, K]
+) -> "Figure":  # [K], [L, E, K]
     """Loss of a layer's output against the share of one expert's channels removed (figure 4b).
 
     Losses span decades, hence the logarithm; an expert that no token reached has no line.
     """
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    figure = new_figure(4.2)
     axes = figure.subplots()
     colours, labelled = layer_colours(len(losses))
     for colour, layer in zip(colours, losses, strict=True):
@@ -94,7 +96,7 @@ def plot_loss_curves(
 
 def plot_router_entropy(
     entropies: Mapping[str, np.ndarray], layer_indices: Sequence[int], experts: int
-) -> Figure:  # text -> [L, N]
+) -> "Figure":  # text -> [L, N]
     """Entropy of the router's probabilities over tokens, by depth (figure 13).
 
     Args:
@@ -109,13 +111,13 @@ def plot_router_entropy(
         raise InputError(f"{len(entropies)} texts do not fit into a violin; give one or two")
     shown = np.unique(np.linspace(0, len(layer_indices) - 1, DEPTHS).round().astype(int))
     places = np.arange(len(shown))
-    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    figure = new_figure(4)
     axes = figure.subplots()
     sides: tuple[Side, ...] = ("both",) if len(entropies) == 1 else ("low", "high")
     handles = []
     for colour, side, (text, values) in zip(COLOURS, sides, entropies.items(), strict=False):
         _violins(axes, [np.asarray(values)[slot] for slot in shown], places, colour, 0.85, side)
-        handles.append(Patch(color=colour, label=text))
+        handles.append(patch(colour, text))
     ceiling = axes.axhline(np.log(experts), color=GREY, linestyle="--", linewidth=1.2)
     ceiling.set_label(f"no preference: ln {experts} = {np.log(experts):.2f}")
     axes.set_xticks(places, [str(layer_indices[slot]) for slot in shown])
@@ -130,7 +132,7 @@ def plot_expert_norms(
     norms: Mapping[str, Sequence[Sequence[np.ndarray]]],
     layer_indices: Sequence[int],
     chosen: Mapping[int, Sequence[int]],
-) -> Figure:
+) -> "Figure":
     """Distributions of the norms of experts' outputs on several texts (figure 14).
 
     Args:
@@ -141,7 +143,7 @@ def plot_expert_norms(
     Returns:
       One panel per chosen layer, one group of violins per expert; a white dot is the median.
     """
-    figure = Figure(figsize=(WIDTH, 0.7 + 2.1 * len(chosen)), layout="constrained")
+    figure = new_figure(0.7 + 2.1 * len(chosen))
     panels = np.atleast_1d(np.asarray(figure.subplots(len(chosen), 1)))
     step = 0.84 / len(norms)
     for axes, (slot, experts) in zip(panels, chosen.items(), strict=True):
@@ -155,9 +157,7 @@ def plot_expert_norms(
         axes.set(ylabel="L2 norm of\nthe output", ylim=(0, None), xlim=(-0.6, len(experts) - 0.4))
         axes.set_title(f"Layer {layer_indices[slot]}", loc="left", fontsize=11)
         plain(axes)
-    handles = [
-        Patch(color=c, label=text) for c, text in zip(itertools.cycle(COLOURS), norms, strict=False)
-    ]
+    handles = [patch(c, text) for c, text in zip(itertools.cycle(COLOURS), norms, strict=False)]
     panels[-1].set_xlabel("most, middling and least used expert of the layer")
     figure.suptitle("Sizes of the experts' outputs", x=0.01, ha="left")
     columns = len(norms) if sum(map(len, norms)) < 70 else 2
@@ -175,7 +175,12 @@ def typical_experts(tokens: np.ndarray, layers: int = 3) -> dict[int, list[int]]
 
 
 def _violins(
-    axes: Axes, values: Sequence[np.ndarray], places, colour: str, width: float, side: Side = "both"
+    axes: "Axes",
+    values: Sequence[np.ndarray],
+    places,
+    colour: str,
+    width: float,
+    side: Side = "both",
 ) -> None:
     # A density needs two different values; fewer are drawn as what they are.
     for place, one in zip(places, values, strict=True):

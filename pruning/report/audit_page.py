@@ -1,10 +1,10 @@
 """An audit as a page and as tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from pruning.measure.tokens import TokenView
 from pruning.report.audit_figures import (
@@ -18,6 +18,9 @@ from pruning.report.drawing import figure_html
 from pruning.report.html import document, section_html, text_html
 from pruning.report.table import TextTable
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGE = "audit.html"  # the last file that an audit writes
 # The paper's figure 2: what people rank experts by, and the attribution.
 SHOWN = {"router": "router weight", "usage": "token usage", "ala": "attribution (ala)"}
@@ -28,7 +31,7 @@ NOTE = (
 )
 
 
-def audit_page(report: dict, figures: Iterable[tuple[Figure, str]] = ()) -> str:
+def audit_page(report: dict, figures: Iterable[tuple["Figure", str]] = ()) -> str:
     """The whole page, which loads nothing from anywhere.
 
     Args:
@@ -71,7 +74,7 @@ def token_figures(
     usage: np.ndarray,
     layer_indices: Sequence[int],
     criterion: str,
-) -> list[tuple[Figure, str]]:
+) -> list[tuple["Figure", str]]:
     """Figures with captions of what single tokens show.
 
     Args:

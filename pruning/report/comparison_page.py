@@ -3,8 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
@@ -17,13 +16,16 @@ from pruning.report.drawing import (
     GREY,
     PURPLE,
     RED,
-    WIDTH,
     figure_html,
     limit_height,
+    new_figure,
     plain,
 )
 from pruning.report.html import document, long_section, section_html, text_html
 from pruning.report.table import TextTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE = "compare.html"  # the last file that a comparison writes
 FAMILY_COLOURS = {
@@ -71,9 +73,9 @@ def comparison_page(found: Comparison) -> str:
     return document("Comparison of pruning rules", parts)
 
 
-def plot_rates(found: Comparison) -> Figure:
+def plot_rates(found: Comparison) -> "Figure":
     """Added nats against prune rate; the lower envelope is the Pareto front."""
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure = new_figure(4.6)
     axes = figure.subplots()
     best = {rate: min((x for x in found.lines() if x.rate == rate), key=lambda x: x.added).rule
             for rate in {line.rate for line in found.lines()}}  # fmt: skip
@@ -100,7 +102,7 @@ def plot_rates(found: Comparison) -> Figure:
     return figure
 
 
-def plot_pareto(found: Comparison) -> Figure:
+def plot_pareto(found: Comparison) -> "Figure":
     """Size of the 16-bit model against added nats for the best rule of each family (figure 9).
 
     Raises:
@@ -109,7 +111,7 @@ def plot_pareto(found: Comparison) -> Figure:
     if not found.sizes:
         raise InputError("the comparison is of an earlier version without sizes; compare again")
     lines = found.lines()
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure = new_figure(4.6)
     axes = figure.subplots()
     dense = found.sizes["dense"] / 1e6
     shown = []
@@ -138,10 +140,10 @@ def _best_of_families(lines: Sequence[Line]) -> list[Line]:
     return list(best.values())
 
 
-def plot_ranking(found: Comparison, rate: float) -> Figure:
+def plot_ranking(found: Comparison, rate: float) -> "Figure":
     """One dot per rule at one rate, best on top, with the spread over seeds."""
     lines = [line for line in found.lines() if line.rate == rate]
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.19 * len(lines)), layout="constrained")
+    figure = new_figure(1.2 + 0.19 * len(lines))
     axes = figure.subplots()
     colours = [_colour(line.family) for line in lines]
     added = [line.added for line in lines]

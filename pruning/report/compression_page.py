@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from moe_jax.files import replace_text
 from pruning.kit.words import percent
@@ -30,7 +30,10 @@ from pruning.report.loading import Loading
 from pruning.report.phrases import repair_words
 from pruning.report.table import TextTable
 
-Drawn = tuple[Figure, str]  # with its caption
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Drawn = tuple["Figure", str]  # with its caption
 LAYER_LOSS = {
     "energy": "how much of the layer's output the experts make, per token",
     "attribution": "the sum of the experts' attribution",

@@ -2,14 +2,27 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from pruning.budget.importance import smooth_layer_loss
-from pruning.report.drawing import BLUE, COLOURS, GOLD, GREY, RED, WIDTH, layer_colours, plain
+from pruning.report.drawing import (
+    BLUE,
+    COLOURS,
+    GOLD,
+    GREY,
+    RED,
+    colours_of,
+    layer_colours,
+    new_figure,
+    percent_format,
+    plain,
+    whole_ticks,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # (block, least width of a kept expert) -> a measured value.
 Grid = Mapping[tuple[int, int], float]
@@ -43,20 +56,20 @@ def concentration(channel: np.ndarray, points: int = 33) -> tuple[np.ndarray, np
 
 def plot_widths(
     counts: np.ndarray, layer_indices: Sequence[int], d_expert: int
-) -> Figure:  # counts [L, E]
+) -> "Figure":  # counts [L, E]
     """Channels kept by every expert, experts sorted by width within a layer."""
     counts = -np.sort(-np.asarray(counts), axis=1)
-    figure = Figure(figsize=(WIDTH, 1.4 + min(3.6, 0.3 * len(counts))), layout="constrained")
+    figure = new_figure(1.4 + min(3.6, 0.3 * len(counts)))
     axes = figure.subplots()
     image = axes.imshow(
         counts / d_expert, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
     )
     step = max(1, len(counts) // 16)
     axes.set_yticks(range(0, len(counts), step), [str(i) for i in list(layer_indices)[::step]])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_ticks(axes)
     axes.set(xlabel="expert, widest first", ylabel="layer")
     axes.set_title("Width of every expert", loc="left")
-    figure.colorbar(image, label="channels kept", format=PercentFormatter(1), pad=0.02)
+    figure.colorbar(image, label="channels kept", format=percent_format(), pad=0.02)
     return figure
 
 
@@ -66,9 +79,9 @@ def plot_layers(
     coverage: Sequence[float],
     kept: Sequence[float],
     layer_indices: Sequence[int],
-) -> Figure:
+) -> "Figure":
     """Per layer: loss before and after smoothing, coverage, share of channels kept (figure 11)."""
-    figure = Figure(figsize=(WIDTH, 6), layout="constrained")
+    figure = new_figure(6)
     loss, cover, keep = figure.subplots(3, 1, sharex=True)
     mean = np.asarray(raw) / max(np.mean(raw), 1e-300)
     loss.plot(layer_indices, mean, "o-", color=GREY, label="measured")
@@ -80,7 +93,7 @@ def plot_layers(
     cover.set(ylabel="score\ncovered", ylim=(0, 1.05))
     keep.bar(layer_indices, kept, color=BLUE)
     keep.set(ylabel="channels\nkept", xlabel="layer", ylim=(0, 1.05))
-    keep.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_ticks(keep)
     for axes, percent in ((loss, ""), (cover, "y"), (keep, "y")):
         plain(axes, percent)
     return figure
@@ -88,7 +101,7 @@ def plot_layers(
 
 def plot_smoothing(
     raw: np.ndarray, layer_indices: Sequence[int], used: str | None = None
-) -> Figure:  # [L]
+) -> "Figure":  # [L]
     """Layer losses and what each smoothing makes of them (figure 12).
 
     Args:
@@ -96,7 +109,7 @@ def plot_smoothing(
       layer_indices: the model's layer number of each.
       used: a name of `SMOOTHINGS` to draw thicker.
     """
-    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    figure = new_figure(4)
     axes = figure.subplots()
     measured = smooth_layer_loss(raw, "identity", passes=0)
     axes.plot(layer_indices, measured, "o--", color=GREY, markersize=4, label="measured")
@@ -107,7 +120,7 @@ def plot_smoothing(
         )  # fmt: skip
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.set(xlabel="layer", ylabel="layer loss (mean = 1)", ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_ticks(axes)
     axes.set_title("Smoothings of the layer loss", loc="left")
     figure.legend(frameon=False, loc="outside lower center", ncols=6)
     plain(axes)
@@ -116,7 +129,7 @@ def plot_smoothing(
 
 def plot_routers(
     entropy: np.ndarray, usage: np.ndarray, layer_indices: Sequence[int]
-) -> Figure:  # [L], [L, E]
+) -> "Figure":  # [L], [L, E]
     """Per layer: mean entropy of the router, and how evenly it uses its experts.
 
     Args:
@@ -125,7 +138,7 @@ def plot_routers(
       layer_indices: the model's layer number of each row.
     """
     experts = np.shape(usage)[1]
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure = new_figure(4.6)
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.plot(layer_indices, entropy, "o-", color=BLUE)
     top.axhline(np.log(experts), color=GREY, linestyle="--", linewidth=1.2,
@@ -137,26 +150,26 @@ def plot_routers(
         bottom.plot([layer] * experts, row, "_", **marks)
     bottom.axhline(1 / experts, color=GREY, linestyle="--", linewidth=1.2)
     bottom.set(xlabel="layer", ylabel="share of the\nrouted tokens", ylim=(0, None))
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_ticks(bottom)
     top.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     plain(top)
     plain(bottom, "y")
     return figure
 
 
-def plot_rounding(nearest: Sequence[float], gptq: Sequence[float]) -> Figure:
+def plot_rounding(nearest: Sequence[float], gptq: Sequence[float]) -> "Figure":
     """Output error of every layer in 4 bits, by rounding to nearest and by GPTQ.
 
     Args:
       nearest, gptq: squared error relative to what the layer adds to its input.
     """
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    figure = new_figure(3.2)
     axes = figure.subplots()
     layer = np.arange(len(nearest))
     axes.plot(layer, nearest, "o-", color=GREY, markersize=4, label="rounded to nearest")
     axes.plot(layer, gptq, "o-", color=BLUE, markersize=4, label="GPTQ")
     axes.set(xlabel="layer", ylabel="squared output error,\nrelative", ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_ticks(axes)
     axes.set_title("Rounding to 4 bits", loc="left")
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     plain(axes, "y")
@@ -165,9 +178,9 @@ def plot_rounding(nearest: Sequence[float], gptq: Sequence[float]) -> Figure:
 
 def plot_concentration(
     fractions: np.ndarray, curves: np.ndarray, layer_indices: Sequence[int]
-) -> Figure:  # [K], [L, E, K]
+) -> "Figure":  # [K], [L, E, K]
     """Cumulative score against the share of channels, one line per expert (figure 4a)."""
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    figure = new_figure(4.2)
     axes = figure.subplots()
     colours, labelled = layer_colours(len(curves))
     for colour, layer in zip(colours, curves, strict=True):
@@ -194,7 +207,7 @@ def plot_stability(
     *,
     share: float,
     wanted: float | None = None,
-) -> Figure:
+) -> "Figure":
     """Overlap of the kept set with the one before each part of the text, and of two halves.
 
     Args:
@@ -204,7 +217,7 @@ def plot_stability(
       share: of the channels that is kept, for the overlap that chance gives.
       wanted: overlap at which scoring was to stop.
     """
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = new_figure(3.6)
     axes = figure.subplots()
     axes.plot(tokens, jaccard, "o-", color=BLUE, label="before and after each part")
     # Random sets of a share p have p * p in both, 2 p - p * p in either.
@@ -215,7 +228,7 @@ def plot_stability(
             axes.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=label)
     axes.set_ylim(top=1.02)
     axes.set_xlim(0, 1.05 * max(tokens))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="calibration tokens scored", ylabel="overlap of the kept sets\n(Jaccard index)")
     axes.set_title("Stability of the kept channels", loc="left")
     figure.legend(frameon=False, loc="outside lower center", ncols=4)
@@ -225,15 +238,15 @@ def plot_stability(
 
 def plot_expert_bars(
     curves: np.ndarray, counts: np.ndarray, attribution: np.ndarray, layer: int, d_expert: int
-) -> Figure:  # [E, K], [E], [E]
+) -> "Figure":  # [E, K], [E], [E]
     """Experts of one layer: score by tenths of channels, channels kept, attribution (figure 15)."""
-    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    figure = new_figure(4)
     axes = figure.subplots()
     experts = np.arange(len(curves))
     order = np.argsort(-np.asarray(attribution), kind="stable")
     tenths = np.rint(np.linspace(0, np.shape(curves)[1] - 1, 11)).astype(int)
     steps = np.diff(np.asarray(curves)[order][:, tenths], axis=1)
-    colours = matplotlib.colormaps["Blues"](np.linspace(0.85, 0.15, 10))
+    colours = colours_of("Blues", np.linspace(0.85, 0.15, 10))
     bottom = np.zeros(len(curves))
     for number, (step, colour) in enumerate(zip(steps.T, colours, strict=True)):
         label = "score of each tenth of the channels" if number == 0 else None
@@ -257,7 +270,7 @@ def plot_expert_bars(
     return figure
 
 
-def plot_alignment(panels: Mapping[str, Grid]) -> Figure:
+def plot_alignment(panels: Mapping[str, Grid]) -> "Figure":
     """Values against the least width, one line per block (figure 10).
 
     Args:
@@ -268,7 +281,7 @@ def plot_alignment(panels: Mapping[str, Grid]) -> Figure:
       Two panels a row.
     """
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(WIDTH, 0.6 + 2.5 * rows), layout="constrained")
+    figure = new_figure(0.6 + 2.5 * rows)
     grid = np.asarray(figure.subplots(rows, 2, squeeze=False)).ravel()
     for axes, (name, values) in zip(grid, panels.items(), strict=False):
         minima = sorted({minimum for _, minimum in values})

@@ -1,14 +1,16 @@
 """A sweep as one self-contained page: size against loss, and the loss of every text."""
 
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from moe_jax.files import replace_text
-from pruning.report.drawing import COLOURS, GREY, WIDTH, figure_html, plain
+from pruning.report.drawing import COLOURS, GREY, figure_html, new_figure, plain
 from pruning.report.html import document, section_html, text_html
 from pruning.report.rates import Sweep, SweepPoint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LINES = (*COLOURS, GREY)
 
@@ -40,9 +42,9 @@ def sweep_page(found: Sweep) -> str:
     return document(title, [*parts, section_html(found.table())])
 
 
-def plot_sizes(found: Sweep) -> Figure:
+def plot_sizes(found: Sweep) -> "Figure":
     """Megabytes of each format against what is lost; the lower left is the Pareto front."""
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure = new_figure(4.6)
     axes = figure.subplots()
     smallest = min(found.dense.sizes, key=lambda name: found.points[-1].sizes[name])
     for name, colour in zip(found.dense.sizes, LINES, strict=False):
@@ -64,9 +66,9 @@ def plot_sizes(found: Sweep) -> Figure:
     return figure
 
 
-def plot_texts(found: Sweep) -> Figure:
+def plot_texts(found: Sweep) -> "Figure":
     """Nats per token added to every text against the prune rate."""
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    figure = new_figure(4.2)
     axes = figure.subplots()
     rates = [0.0, *(point.rate for point in found.points)]
     for number, text in enumerate(found.texts):
@@ -93,6 +95,6 @@ def _lost_label(found: Sweep) -> str:
     return "nats per token added" + (", mean over texts" if len(found.texts) > 1 else "")
 
 
-def _from_zero(axes: Axes) -> None:
+def _from_zero(axes: "Axes") -> None:
     axes.margins(x=0.08, y=0.12)
     axes.axhline(0.0, color=GREY, linewidth=0.8)

@@ -4,9 +4,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from rich.console import Group
 
 from moe_jax.errors import InputError
@@ -15,9 +14,12 @@ from moe_jax.json_files import read_json
 from pruning.kit.fitting import misfits
 from pruning.kit.words import duration, megabytes, millions, percent
 from pruning.report.compression_tables import stages_table, verification_table
-from pruning.report.drawing import BLUE, GREY, RED, WIDTH, figure_html, plain
+from pruning.report.drawing import BLUE, GREY, RED, figure_html, new_figure, plain
 from pruning.report.html import document, section_html, text_html
 from pruning.report.table import TextTable, as_rich
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAME, PAGE = "recover.json", "recover.html"
 
@@ -141,9 +143,9 @@ def recovery_page(report: RecoveryReport) -> str:
     return document(title, [*parts, *map(section_html, report.tables())])
 
 
-def plot_history(history: list[dict[str, Any]]) -> Figure:
+def plot_history(history: list[dict[str, Any]]) -> "Figure":
     """Training and held-out loss by step, and the learning rate."""
-    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    figure = new_figure(5.0)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     logged = [row for row in history if "loss" in row]
     held = [row for row in history if "held_out" in row]

@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers, replace_text
@@ -32,6 +31,9 @@ from pruning.stages.stored import stored_recipe
 from pruning.stages.writer import only_writer
 from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions
 EVALUATION_TEXTS = 3  # beside the calibration text
@@ -156,7 +158,7 @@ def _audit(
 
 def _figures(
     job: Job, statistics: ChannelStatistics, on_step: Callable[[int, int], None]
-) -> list[tuple[Figure, str]]:
+) -> list[tuple["Figure", str]]:
     """What single tokens show on some of the calibration text and of the evaluation texts."""
     recipe = job.recipe
     scores = channel_scores(

@@ -1,6 +1,8 @@
 """The whole story: score, plan, repair, export, verify, evaluate, report."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from moe_jax.errors import InputError
 from moe_jax.generation import generate
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
-from pruning.kit.memory import free_memory
+from pruning.kit.memory import free_memory, release_memory
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
 from pruning.measure.quality import Reference
@@ -136,12 +138,13 @@ def _measure(
     steps: Steps,
 ) -> Qualities:
     """Quality per text and variant: the dense model, the pruned one, and every export on disk."""
-    variants: dict[str, LayerSource] = {"dense": job.base}
-    variants["pruned"] = repaired_source(job.base, plan, repair)
+    sources: dict[str, Callable[[], LayerSource]] = {"dense": lambda: job.base}
+    sources["pruned"] = partial(repaired_source, job.base, plan, repair)
     for name in job.recipe.export:
-        variants[name] = open_checkpoint(job.output / "exports" / name, dtype=None)
+        sources[name] = partial(open_checkpoint, job.output / "exports" / name, dtype=None)
+    # Opened one by one: each keeps its embedding and head.
     by_model = {
-        name: _qualities(job, source, references, steps, name) for name, source in variants.items()
+        name: _qualities(job, opened(), references, steps, name) for name, opened in sources.items()
     }
     return {
         text: {name: found[text] for name, found in by_model.items()} for text in job.evaluation
@@ -250,6 +253,7 @@ def _samples(job: Job, plan: PruningPlan, steps: Steps) -> tuple[list[dict[str, 
                 (new,) = generate(model, [prompt], max_new_tokens=room, stop=stop)
                 written.setdefault(text, {})[name] = job.codec.decode(new)
             del model  # before the next one is read
+            release_memory()
     samples = [
         {"text": text, "prompt": job.codec.decode(prompt), **written[text], "export": folder.name}
         for text, prompt in starts.items()

@@ -6,6 +6,7 @@ import numpy as np
 
 from convert.description import Description
 from convert.rules import ruled_tensors
+from moe_jax.config import ModelConfig
 from moe_jax.experts.dispatch import padded_rows
 from pruning.budget.candidates import CANDIDATES
 from pruning.budget.plan import PruningPlan
@@ -21,11 +22,18 @@ from pruning.stages.client import client_bytes
 from pruning.stages.parts import rows_of_parts
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import compared, probe_shapes
-from pruning.stages.sizes import export_of, form_of, sample_memory, statistics_bytes
+from pruning.stages.sizes import (
+    equal_export,
+    export_of,
+    form_of,
+    sample_memory,
+    statistics_bytes,
+)
 
 PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
 LATE_BYTES = 300 << 20  # programs of all stages before the last ones, which stay
 LOGITS_HELD = 5  # of a probe: two programs', their difference, its size, and who is asked
+LOSS_LOGITS, COMPARED_LOGITS = 3, 4  # copies that XLA holds of a loss, and of two models'
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
 
 
@@ -50,9 +58,11 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
     gptq = packed and recipe.quantizer == "gptq"
     repairs = recipe.repair != "none"
     moments = 2 * MOMENT_BYTES + recipe.max_tokens * c.d_model * item
-    texts = (len(recipe.evaluation) or 1) * recipe.evaluation_tokens
-    measured = 2 * outer + 3 * (POSITIONS * c.vocab_size + texts * c.d_model) * 4
-    sample = max(sample_memory(base, one) for one in exports)
+    layers = max(pruned, packed * held[4])
+    # A plan of unequal layers may leave one whole, whose rows all others then have.
+    whole = [equal_export(base, form, c.moe.d_expert) for form in forms]
+    written = exports if recipe.width == "uniform" else whole
+    sample = max(sample_memory(base, one) for one in written)
     shapes = probe_shapes(c)
     # Of the probe: logits, the hidden states of all windows, and what the experts make of one.
     probe = LOGITS_HELD * compared(shapes) * c.vocab_size
@@ -67,9 +77,23 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
         "export": fixed + pruned,
         "verify": late + max(pruned, 4 * outer + held[4]) + 4 * probe,
         "transformers": max(client_bytes(one, shapes) for one in exports),
-        "evaluation": late + measured + max(pruned, packed * held[4]),
+        "evaluation": late + 2 * outer + _evaluation(c, recipe, layers),
         "sample": late + sample if sample else 0,
     }
+
+
+def _logits(config: ModelConfig, copies: int) -> int:
+    """The head widened to float32, and copies of the logits of as many tokens as are at work."""
+    return 4 * config.vocab_size * (config.d_model + copies * POSITIONS)
+
+
+def _evaluation(config: ModelConfig, recipe: ResolvedRecipe, layers: int) -> int:
+    """The states of all texts thrice, and the layers with a batch at work or, once these are gone,
+    the logits of two models."""
+    texts = (len(recipe.evaluation) or 1) * recipe.evaluation_tokens
+    work = _rows_at_work(config, recipe, texts) * 3 * config.moe.d_expert * 4
+    states = 3 * texts * config.d_model * 4
+    return states + max(layers + work, _logits(config, COMPARED_LOGITS))
 
 
 def _repair(base: Description, recipe: ResolvedRecipe, plan: PruningPlan, layer: int) -> int:
@@ -93,18 +117,24 @@ def _largest_layer(base: Description) -> int:
 
 
 def _choice(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
-    """Two layers, the hidden states of plans that share a reading twice, a batch at work and the
-    down-projections of a layer without what is masked; 0 if no rule is measured."""
+    """Two layers, the hidden states of plans that share a reading twice, a batch at work, the
+    down-projections of a layer without what is masked, and the logits, whose turn comes when the
+    heap still holds that; 0 if no rule is measured."""
     c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
     tokens = kept_out_tokens(recipe)
     if not tokens:
         return 0
     states = tokens * c.d_model * item
     together = max(1, min(1 + len(CANDIDATES), STATE_BYTES // states))
-    rows = min(recipe.batch * recipe.window, tokens) * c.moe.experts_per_token
-    work = rows * (3 * c.moe.d_expert + 3 * c.d_model) * 4
+    work = _rows_at_work(c, recipe, tokens) * (3 * c.moe.d_expert + 3 * c.d_model) * 4
     work += c.moe.num_experts * c.moe.d_expert * c.d_model * item
+    work += _logits(c, LOSS_LOGITS)
     return int(fixed + LAYERS_HELD * 2 * layer + 2 * together * states + work)
+
+
+def _rows_at_work(config: ModelConfig, recipe: ResolvedRecipe, tokens: int) -> int:
+    """Copies of a batch's tokens, one for each of their experts."""
+    return min(recipe.batch * recipe.window, tokens) * config.moe.experts_per_token
 
 
 def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:

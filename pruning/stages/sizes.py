@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.assemble import pool_shape
 from convert.description import Description
 from convert.export import Export
 from convert.export_format import ExportFormat, Widths
@@ -67,21 +68,29 @@ def folder_bytes(folder: Path) -> int:
 
 
 def sample_memory(base: Description, export: Export) -> int:
-    """Bytes that the larger of the whole dense model and a whole export takes while it is read.
+    """Bytes that the larger of the whole dense model and a whole export takes, and writing with it.
 
-    Weights in 4 bits come as float32, and a layer is held twice on its way. 0 for a dense model
-    above `SAMPLE_BYTES`, which writes no sample.
+    Weights in few bits come as float32, all layers have as many rows of experts as the one that
+    keeps most, a layer is held twice on its way, and the head is widened to float32 for every
+    token. 0 for a dense model above `SAMPLE_BYTES`, which writes no sample.
     """
-    said, weights = base.hf_config, base.weights()
+    c, said, weights = base.config, base.hf_config, base.weights()
     if 2 * weights > SAMPLE_BYTES:
         return 0
     wide = said.get("quantization_config") or "float32" in (
         said.get("dtype"),
         said.get("torch_dtype"),
     )
-    stored = sum(math.prod(one.shape) for one in export.tensors.values())
-    larger = max((4 if wide else 2) * weights, (4 if export.form.is_packed else 2) * stored)
-    return larger + larger // len(base)
+    held = sum(
+        math.prod(one.shape) * (4 if one.packed else one.dtype.itemsize)
+        for one in export.tensors.values()
+    )
+    widths = export.form.stored_widths(export.widths)
+    most = pool_shape(c, widths).rows
+    spare = sum(most - sum(widths[index]) for index in c.moe_layers)
+    held += (4 if export.form.is_packed else 2) * 3 * spare * c.d_model
+    larger = max((4 if wide else 2) * weights, held)
+    return larger + larger // len(base) + 4 * c.vocab_size * c.d_model
 
 
 def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:

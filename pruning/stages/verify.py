@@ -16,6 +16,7 @@ from convert.mtp import mtp_prefixes
 from convert.mtp_export import MtpSource
 from convert.reader import CheckpointError
 from moe_jax.errors import InputError
+from moe_jax.quantized import widened_layer
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
@@ -138,7 +139,7 @@ def _compare(
 
     def compare(index: int, layer: DecoderLayer) -> DecoderLayer:
         comparison.add(export.layer_arrays(layer, index))
-        return layer
+        return widened_layer(layer)  # as the folder is read: compiled once for both
 
     comparison.add(export.outer_arrays(expected))
     comparison.add(export.mtp_arrays(mtp))

@@ -100,6 +100,8 @@ TESTS = {
     "pruning/budget/several_budgets.py": "budget/test_several_budgets",
     "pruning/budget/plan.py": "budget/test_plan",
     "pruning/shrink/gptq_core.py": "shrink/test_gptq_core",
+    "pruning/shrink/gptq_model.py": "stages/test_sizes shrink/test_gptq"
+    " -k 'keeps or shipped or plain_loop or memory or starved or bit_for or summary or little'",
     "pruning/shrink/gptq*.py": "shrink/test_gptq_core shrink/test_gptq"
     " -k 'core or shipped or plain_loop or memory or starved or bit_for or summary or little'",
     "pruning/shrink/moments.py": "shrink/test_gptq -k 'plain_loop or memory or starved'",
@@ -124,7 +126,7 @@ TESTS = {
     " -k 'values or brute or twice'",
     "pruning/stages/content.py": "stages/test_content",
     "pruning/stages/gptq.py": "shrink/test_gptq -k 'command or damaged or wherever'",
-    "pruning/stages/repair.py": "runs/test_repair",
+    "pruning/stages/repair.py": "stages/test_sizes runs/test_repair -k repair",
     "pruning/stages/plan.py": "runs/test_older_plan cli/test_plan_options",
     "pruning/text/calibration.py": "text/test_encoding text/test_edges text/test_calibration",
     "pruning/text/chat.py": "text/test_chat",

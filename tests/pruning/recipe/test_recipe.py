@@ -266,7 +266,7 @@ def test_formats_of_several_shapes_are_planned_for_the_least_free_one():
         assert recipe.resolved(96, 64, 1000).width == width
 
 
-def test_help_and_wrong_options_import_no_jax(tmp_path):
+def test_help_and_wrong_options_import_no_jax_and_commands_nothing_that_few_need(tmp_path):
     """Every command's help, and a bad rate, in one process that must end without jax."""
     script = """
 import contextlib, io, sys
@@ -288,6 +288,9 @@ with contextlib.redirect_stdout(io.StringIO()) as shown:
 assert "--prune-rate" in shown.getvalue() and "jax" not in sys.modules
 from pruning import PruningPlan, compress, collect_statistics, prune_layer
 assert "jax" in sys.modules and callable(compress)
+import pruning.cli.commands  # what draws, trains or converts waits for that, others start without
+heavy = {"matplotlib", "orbax", "torch", "transformers"} & set(sys.modules)
+assert not heavy, heavy
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True

@@ -13,6 +13,7 @@ from pruning.report import figures as plots
 from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
 from pruning.report.comparison_page import FAMILY_COLOURS, comparison_page, plot_pareto
+from pruning.report.drawing import WIDTH
 
 L, E = 3, 4
 LAYERS = [1, 2, 4]
@@ -215,5 +216,5 @@ def test_every_figure_fits_a_page():
     for figure in figures:
         figure.draw_without_rendering()
         box = figure.get_tightbbox()
-        assert box.x0 >= 0 and box.x1 <= figure.get_figwidth() == plots.WIDTH
+        assert box.x0 >= 0 and box.x1 <= figure.get_figwidth() == WIDTH
         assert box.y0 >= 0 and box.y1 <= figure.get_figheight()

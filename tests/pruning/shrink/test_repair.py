@@ -46,10 +46,10 @@ def test_errors_on_other_tokens_are_those_of_the_rows_themselves():
         np.testing.assert_allclose(error, (left**2).sum())
 
 
-def halves(noise: float, tokens: int = TOKENS) -> tuple[list, np.ndarray]:
+def halves(noise: float, tokens: int = TOKENS, first: int = 0) -> tuple[list, np.ndarray]:
     """Hidden rows of two halves, whose lack is linear in them but for noise."""
     true, found = np.random.default_rng(9).normal(size=(KEPT, D)), []
-    for seed in (0, 1):
+    for seed in (first, first + 1):
         hidden, other = rows(seed, tokens)
         found.append((hidden, hidden @ true + noise * other))
     return found, true
@@ -71,18 +71,39 @@ def test_what_the_kept_channels_span_is_restored_exactly():
 
 
 def test_the_strength_is_that_of_least_error_on_the_other_half():
+    seen = set()
+    for first in range(0, 40, 2):
+        found, _ = halves(noise=4.0, tokens=8, first=first)
+        change, strength = fitted(found)
+        (a, y), (b, z) = found
+        errors = [
+            ((z - b @ by_numpy(a, y, s, KEPT)) ** 2).sum() / (z**2).sum()
+            + ((y - a @ by_numpy(b, z, s, KEPT)) ** 2).sum() / (y**2).sum()
+            for s in STRENGTHS
+        ]
+        wanted = STRENGTHS[int(np.argmin(errors))] if min(errors) < 2 else NONE
+        assert strength == wanted, first
+        seen.add(strength)
+        if change is not None:
+            both = np.concatenate([a, b]), np.concatenate([y, z])
+            np.testing.assert_allclose(change, by_numpy(*both, strength, KEPT))
+    assert len(seen) > 3
+
+
+def test_the_unit_of_what_is_lacking_changes_no_strength():
     found, _ = halves(noise=4.0, tokens=8)
     change, strength = fitted(found)
-    assert change is not None
-    (a, y), (b, z) = found
-    errors = [
-        ((z - b @ by_numpy(a, y, s, KEPT)) ** 2).sum() / (z**2).sum()
-        + ((y - a @ by_numpy(b, z, s, KEPT)) ** 2).sum() / (y**2).sum()
-        for s in STRENGTHS
-    ]
-    assert strength == STRENGTHS[int(np.argmin(errors))] > 0
-    both = np.concatenate([a, b]), np.concatenate([y, z])
-    np.testing.assert_allclose(change, by_numpy(*both, strength, KEPT))
+    small, same = fitted([(hidden, 1e-6 * lacks) for hidden, lacks in found])
+    assert change is not None and small is not None
+    assert same == strength > 0
+    np.testing.assert_allclose(small, 1e-6 * change, rtol=1e-9)
+
+
+def test_what_two_parts_of_a_text_say_adds_up():
+    a, b = (sums(*half)[1] for half in halves(noise=1.0)[0])
+    both = a + b
+    np.testing.assert_array_equal(both.cross, a.cross + b.cross)
+    assert both.square == a.square + b.square
 
 
 def test_nothing_moves_where_the_halves_contradict_each_other_or_lack_nothing():
@@ -101,7 +122,7 @@ def test_directions_that_no_token_has_do_not_move():
 
 def test_directions_below_the_resolution_of_float32_sums_do_not_move():
     """Of the largest eigenvalue, 1, they have less than a millionth; more of it does move."""
-    values, cross = np.array([1.0, 0.1, 1e-5, 1e-8, 0.0]), np.ones((KEPT, D))
+    values, cross = np.array([1.0, 0.1, 1e-5, 5e-7, 0.0]), np.ones((KEPT, D))
     turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(KEPT, KEPT)))
     change = Ridge((turned * values) @ turned.T, KEPT).change(turned @ cross, 0.0)
     wanted = np.array([1.0, 10.0, 1e5, 0.0, 0.0])[:, None] * cross

@@ -14,7 +14,8 @@ from moe_jax.stream import forward_hidden, in_batches, layer_attend
 from moe_jax.transformer import init
 from pruning.budget.plan import PruningPlan
 from pruning.demo import DEMO
-from pruning.scores.routed import routed
+from pruning.scores.routed import ROWS, routed
+from pruning.shrink import repair_model as repair_module
 from pruning.shrink.prune import PrunedSource, pruned_layer
 from pruning.shrink.repair import STRENGTHS
 from pruning.shrink.repair_layer import LayerRepair
@@ -177,9 +178,10 @@ def test_channels_that_are_multiples_of_kept_ones_are_restored_exactly(mode, tex
         assert min(one.errors.values()) < 1e-9 * one.errors["none"]
 
 
-def test_each_expert_is_fitted_to_what_a_loop_over_its_tokens_says_it_lacks(text, plan):
-    """One expert of the first layer, in plain numpy and float64."""
-    model, keep = model_of(BIASED), plan.keep[0]
+def first_layer(model, plan, text) -> tuple[LayerRepair, list[tuple[np.ndarray, ...]], int]:
+    """The first layer's repair; in plain numpy and float64 of each expert its tokens, their hidden
+    rows of all channels and of the bias times routing weights, and which are of the first half; and
+    how many tokens there are."""
     batches = in_batches(model, text[0], text[1], 4)
     dense, pruned = model.layer(0), pruned_layer(0, model.layer(0), plan)
     middle = batches.each(
@@ -187,29 +189,32 @@ def test_each_expert_is_fitted_to_what_a_loop_over_its_tokens_says_it_lacks(text
     )
     first = np.arange(len(batches.tokens)) % 2 == 0
     seen = routed(dense, middle, batches.places, first)
-    changes = LayerRepair(dense, pruned, keep, seen).alone()
-    assert 1 not in changes  # it is whole
     experts = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), dense.mlp.experts)
     x = np.concatenate([np.asarray(part, np.float64).reshape(-1, 16) for part in middle])
     normed = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6) * np.asarray(dense.mlp_norm)
     scores = normed @ np.asarray(dense.mlp.router, np.float64).T
     chosen = np.argsort(-scores, axis=1)[:, :2]
     share = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-    valid = batches.valid.reshape(-1)
-    expert = next(e for e in range(EXPERTS) if e in changes)
-    rows, lacks, half = [], [], []
-    own = slice(expert * CHANNELS, (expert + 1) * CHANNELS)
-    for t in range(len(x)):
-        if not valid[t] or expert not in chosen[t]:
-            continue
-        weight = share[t, expert] / share[t, chosen[t]].sum()
-        gate = np.minimum(experts.w_gate[own] @ normed[t] + experts.b_gate[own], 7.0)
-        up = np.clip(experts.w_up[own] @ normed[t] + experts.b_up[own], -7.0, 7.0)
-        hidden = weight * gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
-        rows.append(np.append(hidden[keep[expert]], weight))
-        lacks.append(hidden[~keep[expert]] @ experts.w_down[own][~keep[expert]])
-        half.append(first[t // text[0].shape[1]])
-    h, y, half = np.array(rows), np.array(lacks), np.array(half)
+    valid, found = batches.valid.reshape(-1), []
+    for expert in range(EXPERTS):
+        tokens, rows = [], []
+        own = slice(expert * CHANNELS, (expert + 1) * CHANNELS)
+        for t in range(len(x)):
+            if not valid[t] or expert not in chosen[t]:
+                continue
+            weight = share[t, expert] / share[t, chosen[t]].sum()
+            gate = np.minimum(experts.w_gate[own] @ normed[t] + experts.b_gate[own], 7.0)
+            up = np.clip(experts.w_up[own] @ normed[t] + experts.b_up[own], -7.0, 7.0)
+            hidden = weight * gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
+            rows.append(np.append(hidden, weight))
+            tokens.append(t)
+        tokens = np.array(tokens)
+        found.append((tokens, np.array(rows), first[tokens // text[0].shape[1]]))
+    return LayerRepair(dense, pruned, plan.keep[0], seen), found, len(x)
+
+
+def halved_ridge(h: np.ndarray, y: np.ndarray, half: np.ndarray) -> np.ndarray | None:
+    """What an expert with hidden rows `h` moves by, the bias last, to make up for `y`."""
 
     def fit(mask, strength):
         mean = (h[mask, :-1] ** 2).sum(axis=0).mean()
@@ -222,13 +227,53 @@ def test_each_expert_is_fitted_to_what_a_loop_over_its_tokens_says_it_lacks(text
         return sum(parts)
 
     best = min(STRENGTHS, key=error)
-    assert error(best) < 2
-    np.testing.assert_allclose(
-        changes[expert],
-        fit(half | True, best),
-        rtol=2e-3,
-        atol=1e-3 * np.abs(changes[expert]).max(),
-    )
+    return fit(half | True, best) if error(best) < 2 else None
+
+
+def test_each_expert_is_fitted_to_what_a_loop_over_its_tokens_says_it_lacks(text, plan):
+    model, keep = model_of(BIASED), plan.keep[0]
+    layer, rows, _ = first_layer(model, plan, text)
+    changes = layer.alone()
+    assert 1 not in changes  # it is whole
+    down = np.asarray(experts_of(model.layer(0)).w_down, np.float64).reshape(EXPERTS, CHANNELS, -1)
+    expert = next(e for e in range(EXPERTS) if e in changes)
+    _, hidden, half = rows[expert]
+    lacks = hidden[:, :-1][:, ~keep[expert]] @ down[expert][~keep[expert]]
+    wanted = halved_ridge(hidden[:, [*np.flatnonzero(keep[expert]), -1]], lacks, half)
+    assert wanted is not None
+    size = np.abs(changes[expert]).max()
+    np.testing.assert_allclose(changes[expert], wanted, rtol=2e-3, atol=1e-3 * size)
+
+
+def test_a_layer_is_fitted_one_expert_after_the_other_to_what_the_others_leave(plan):
+    """Of so long a text that a half of an expert's tokens is more than what goes at a time."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 64, (100, 30)).astype(np.int32)
+    model, keep = model_of(BIASED), plan.keep[0]
+    layer, rows, count = first_layer(model, plan, (tokens, np.ones(tokens.shape, bool)))
+    assert max(min(half.sum(), (~half).sum()) for _, _, half in rows) > ROWS
+    down = np.asarray(experts_of(model.layer(0)).w_down, np.float64).reshape(EXPERTS, CHANNELS, -1)
+    kept = [np.append(np.flatnonzero(one), CHANNELS) for one in keep]
+    wanted = {expert: change.copy() for expert, change in layer.alone().items()}
+    lacks = np.zeros((count, 16))
+    for expert, (own, hidden, _) in enumerate(rows):
+        lacks[own] += hidden[:, :-1][:, ~keep[expert]] @ down[expert][~keep[expert]]
+        lacks[own] -= hidden[:, kept[expert]] @ wanted.get(
+            expert, np.zeros((len(kept[expert]), 16))
+        )
+    found = layer.together(jnp.asarray(lacks, jnp.float32), dict(wanted))
+    for _ in range(3):
+        for expert, (own, hidden, half) in enumerate(rows):
+            h = hidden[:, kept[expert]]
+            lacks[own] += h @ wanted.pop(expert, np.zeros((h.shape[1], 16)))
+            change = halved_ridge(h, lacks[own], half)
+            if change is not None:
+                wanted[expert] = change
+                lacks[own] -= h @ change
+    assert found.keys() == wanted.keys() and len(wanted) > 2
+    for expert, change in wanted.items():
+        size = np.abs(change).max()
+        np.testing.assert_allclose(found[expert], change, rtol=2e-3, atol=2e-3 * size)
 
 
 def test_a_killed_repair_goes_on_and_ends_like_one_that_was_not(text, plan, tmp_path):
@@ -282,6 +327,27 @@ def test_with_too_little_text_nothing_gets_worse_and_starved_experts_are_counted
     assert found[0].starved > 0
     other = rng.integers(0, 64, (8, 30)).astype(np.int32), np.ones((8, 30), bool)
     assert distance(model, source, other) <= 1.1 * distance(model, PrunedSource(model, plan), other)
+
+
+def test_a_repair_is_judged_by_its_error_at_every_held_out_token(text, plan, tmp_path, monkeypatch):
+    judged = []
+
+    def watched(errors):
+        judged.append(errors)
+        return chosen(errors)
+
+    monkeypatch.setattr(repair_module, "chosen", watched)
+    model = model_of(PLAIN)
+    repaired(model, plan, text, tmp_path)
+    _, held = repair_module.held_out(len(text[0]))
+    tokens, valid = text[0][held], text[1][held]
+    (place,) = in_batches(model, tokens, valid, len(tokens)).places
+    x = model.embedding(tokens, jnp.float32)
+    dense, pruned = (np.asarray(one.layer(0)(x, place), np.float64)
+                     for one in (model, PrunedSource(model, plan)))  # fmt: skip
+    wanted = [((dense[b, t] - pruned[b, t]) ** 2).sum() for b, t in np.argwhere(valid)]
+    np.testing.assert_allclose(judged[0]["none"], wanted, rtol=1e-4, atol=1e-6 * max(wanted))
+    assert {len(error) for error in judged[0].values()} == {len(wanted)}
 
 
 def test_a_repair_is_taken_only_if_it_errs_less_on_held_out_text_by_more_than_chance():

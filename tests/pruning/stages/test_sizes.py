@@ -9,16 +9,22 @@ import json
 import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.checkpoint import load_model, open_checkpoint
 from convert.description import describe
 from convert.export import Export
 from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
+from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.stages import sizes
+from pruning.stages.export import export
 from pruning.stages.job import resolved
+from pruning.stages.repair import repair_bytes
 from tests.support.synthetic import statistics
 
 D, F, BLOCK = 64, 96, 32
@@ -146,22 +152,31 @@ def test_a_sample_is_read_from_the_larger_of_the_whole_model_and_the_export(desc
     def read(base, name, widths=whole):
         return sizes.sample_memory(base, Export(base, widths, ExportFormat(name, 32)))
 
-    def with_a_layer(size):
-        return size + size // 3
+    def with_a_layer(size, vocabulary=100):
+        return size + size // 3 + 4 * vocabulary * D  # and the head as float32
 
     few = ((8, 0), (), (8, 0))
     kept = WEIGHTS - 3 * D * (4 * F - 16)
     assert read(base, "ragged-bf16", few) == with_a_layer(2 * WEIGHTS)
-    assert read(base, "ragged-int4") == with_a_layer(4 * WEIGHTS)
+    # What has 4 bits comes as float32; router, norms, embedding and head have 16.
+    narrow = OUTER + 3 * (2 * 16 + 2 * D) + 2 * LAYERS["router"]
+    packed = 4 * (WEIGHTS - narrow) + 2 * narrow
+    assert read(base, "ragged-int4") == with_a_layer(packed)
     assert 4 * kept < 2 * WEIGHTS
     assert read(base, "ragged-int4", few) == with_a_layer(2 * WEIGHTS)
+    # A layer that keeps all has 2 F rows, and a block more for the products; so then have others.
+    uneven, rows = ((F, F), (), (8, 0)), 2 * (2 * F + F)
+    assert read(base, "ragged-int4", uneven) == with_a_layer(packed + 4 * 3 * D * (rows - 4 * F))
+    assert read(base, "ragged-bf16", uneven) == with_a_layer(2 * (WEIGHTS + 3 * D * (rows - 4 * F)))
     for wide in ({"dtype": "float32"}, {"torch_dtype": "float32"}):
         assert read(described(**wide), "ragged-bf16", few) == with_a_layer(4 * WEIGHTS)
     # 4 GiB of 16-bit weights are still read, and more are not.
     room = (1 << 31) - WEIGHTS
     at_most = described(vocab_size=100 + room // (2 * D))
     assert 0 < 2 * at_most.weights() <= 4 << 30 < 2 * (at_most.weights() + 2 * D)
-    assert read(at_most, "ragged-bf16") == with_a_layer(2 * at_most.weights())
+    assert read(at_most, "ragged-bf16") == with_a_layer(
+        2 * at_most.weights(), at_most.config.vocab_size
+    )
     assert read(described(vocab_size=101 + room // (2 * D)), "ragged-bf16") == 0
     monkeypatch.setattr(sizes, "SAMPLE_BYTES", 2 * WEIGHTS)
     assert read(base, "ragged-bf16") == with_a_layer(2 * WEIGHTS)
@@ -203,6 +218,22 @@ def test_scratch_holds_the_states_of_the_text_that_takes_most(base, monkeypatch)
         assert found(windows, nll_ig=3, gradients=True) == max(
             states(min(windows, 21), 3), states(min(windows, 64))
         )
+
+
+def test_a_repair_keeps_two_matrices_a_layer_and_the_states_of_two_models(base):
+    whole = {"window": 24, "batch": 5, "dtype": "bfloat16", "prune_rate": 2 / 3}
+
+    def found(windows, **changes):
+        return repair_bytes(base, recipe(base, "ragged-bf16", **whole | changes), windows)
+
+    # Of four experts a third of the channels, in 16 bits; before and after of each text, with
+    # whole batches of what is learnt from and of what is held out.
+    states = 2 * 2 * (11 + 2 * 4) * 24 * D * 2
+    assert found(11, repair="expert") == found(11, repair="layer") == 2 * 4 * 32 * D + states
+    assert found(11, repair="none") == 0
+    least = found(3, repair="layer")
+    assert least == 2 * 4 * 32 * D + 2 * 2 * (3 + 2 * 4) * 24 * D * 2
+    assert found(2, repair="layer") == 0  # too few for two halves and one held out
 
 
 def test_gptq_keeps_the_codes_of_the_smallest_packed_export_and_two_states(base):
@@ -274,3 +305,20 @@ def test_shared_experts_fill_a_padded_folder_up_at_some_widths(tmp_path):
         )  # fmt: skip
     most = sizes.most_bytes(base, recipe(base, "padded-bf16", width="free", block=8), "padded-bf16")
     assert 0 <= most - max(by_width.values()) <= 16
+
+
+@pytest.mark.parametrize("name", ["ragged-bf16", "ragged-int4"])
+def test_an_export_in_memory_takes_what_a_sample_was_said_to_take(name, models, tmp_path):
+    """A plan of unequal layers, of which the first stays whole, read like any other model."""
+    base, form = open_checkpoint(models / "single", dtype=jnp.bfloat16), ExportFormat(name, 32)
+    c = base.config
+    keep = np.zeros((len(c.moe_layers), c.moe.num_experts, c.moe.d_expert), bool)
+    keep[0], keep[1:, :, :32] = True, True
+    plan = PruningPlan(keep, c.moe_layers, {"model_hash": base.fingerprint})
+    folder = export(base, plan, form, tmp_path / name, Steps(quiet=True))
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(load_model(folder))}.values()
+    held = sum(leaf.nbytes for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+    said = sizes.sample_memory(base.about, sizes.export_of(base.about, plan, form))
+    larger = max(held, 4 * base.about.weights())  # the dense model is stored as float32
+    assert said == larger + larger // len(base) + 4 * c.vocab_size * c.d_model
+    assert name != "ragged-int4" or held > 4 * base.about.weights()
