@@ -85,8 +85,6 @@ def in_parts(
         np.concatenate([part.valid for part in cut]),
         row_slices(batch * len(owner), batch),
         tuple(place for part in cut for place in part.places),
-        None
-        if counted is None
-        else np.concatenate([part.counted for part in cut if part.counted is not None]),
+        np.concatenate(marks) if marks else None,
     )
     return Parts(batches, owner, tuple(int(part.valid.sum()) for part in cut))
