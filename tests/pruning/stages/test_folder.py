@@ -90,8 +90,8 @@ def test_overwriting_replaces_a_runs_files_and_keeps_those_of_the_user(models, t
 
 MINE = (
     "plan.docx", "compare.xlsx", "audit.md", "sweep.py", "statistics.txt", "scoring/notes.txt",
-    "scoring/1.txt", "exports/thesis/a.txt", "exports/notes.txt", "plans/ideas.txt", "plans/0.5/a.md",
-    "plans/old/plan.json", "gptq/layer-cake.safetensors", "gptq/paper.pdf",
+    "scoring/1.txt", "exports/thesis/a.txt", "exports/notes.txt", "plans/ideas.txt",
+    "plans/0.5/a.md", "plans/old/plan.json", "gptq/layer-cake.safetensors", "gptq/paper.pdf",
 )  # fmt: skip
 
 
