@@ -113,6 +113,20 @@ def test_progress_of_another_model_or_text_is_not_gone_on_with(models, texts, tm
     ).read_bytes()
 
 
+def test_damaged_progress_is_named(models, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ("--quiet", "score", models / "single", *given(texts, out))
+    killed = stopped("statistics.json", signal.SIGKILL, *arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    file = out / "scoring" / "step-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run(*arguments) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"{file} cannot be read" in shown and f"remove {file.parent} and score again" in shown
+    shutil.rmtree(file.parent)
+    assert run(*arguments) == 0
+
+
 def test_overwriting_an_interrupted_sweep_with_other_options_leaves_nothing_of_it(
     models, texts, tmp_path, calm
 ):
