@@ -53,9 +53,9 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     """
     found = find_statistics(job)
     if found is None:
-        score_ = _score_weights if job.recipe.weights_only else _score_text
+        collect = _score_weights if job.recipe.weights_only else _score_text
         try:
-            found = score_(job, steps)
+            found = collect(job, steps)
         except CheckpointError:
             _withdraw(job)
             raise
