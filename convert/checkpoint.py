@@ -1,8 +1,10 @@
 """Hugging Face checkpoints as sources of layers."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from convert.layout import BFLOAT16
 from convert.matching import match_tensors
 from convert.reader import CheckpointError, SafetensorsFolder
 from convert.rules import EMBEDDING, FINAL_NORM, LM_HEAD, Family
+from convert.sound import Sound
 from convert.view import FLOATS, View
 from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
@@ -51,7 +54,7 @@ class Checkpoint:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._last: int | None = None
-        self._checked: frozenset[str] = frozenset()  # names of what holds no NaN
+        self._sound = Sound(about.folder)
         self.weights_hash: str | None = None
 
     @property
@@ -85,6 +88,12 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hash of every weight and of what config.json says; see `convert.fingerprint`."""
         return fingerprint(self.about.outer or self.about.hf_config, self.hash_weights())
+
+    @property
+    def file_hash(self) -> str:
+        """The same of how the weight files look from outside, which no reading has to tell."""
+        files = json.dumps(self.tensors.stamps, sort_keys=True)
+        return fingerprint(self.about.outer or self.about.hf_config, files)
 
     def hash_weights(self, on_bytes: Callable[[int, int], None] | None = None) -> str:
         """SHA-256 of all tensors; reads them unless `check_finite` did or `weights_hash` is set.
@@ -140,7 +149,7 @@ class Checkpoint:
         Raises:
           CheckpointError: it holds NaN or infinity.
         """
-        return self._finite(name, self._mtp[name]).astype(self.about.mtp[name][0], copy=False)
+        return self._sound.read(name, self._mtp[name]).astype(self.about.mtp[name][0], copy=False)
 
     def check_finite(
         self, on_tensor: Callable[[int, int], None] | None = None, *, mtp: bool = False
@@ -154,31 +163,24 @@ class Checkpoint:
         Raises:
           CheckpointError: naming every tensor that holds NaN or infinity.
         """
-        problems: list[str] = []
-        views, weights = self._views | (self._mtp if mtp else {}), WeightsHash(self.tensors)
-        with weights.watching():
-            for done, (name, view) in enumerate(views.items(), 1):
-                try:
-                    self._finite(name, view)
-                except CheckpointError as error:
-                    problems.extend(error.problems)
-                if on_tensor:
-                    on_tensor(done, len(views))
-        if problems:
-            raise CheckpointError(self.about.folder, problems)
-        self._checked |= views.keys()
-        self.weights_hash = weights.finish()
+        with self.checking(on_tensor, mtp=mtp):
+            pass
 
-    def _finite(self, name: str, view: View) -> np.ndarray:
-        array = view.read()
-        if name not in self._checked and not _finite(array):
-            raise CheckpointError(
-                self.about.folder, [f"{name} holds NaN or infinity; download the checkpoint again"]
-            )
-        return array
+    @contextmanager
+    def checking(
+        self, on_tensor: Callable[[int, int], None] | None = None, *, mtp: bool = False
+    ) -> Iterator[None]:
+        """The same for what is read meanwhile; the rest is read at the end, also after an error."""
+        weights = None if self.weights_hash else WeightsHash(self.tensors)
+        views = self._views | (self._mtp if mtp else {})
+        with weights.watching() if weights else nullcontext():
+            with self._sound.checking(views, on_tensor):
+                yield
+        if weights:
+            self.weights_hash = weights.finish()
 
     def _read(self, name: str) -> np.ndarray:
-        array = self._finite(name, self._views[name])
+        array = self._sound.read(name, self._views[name])
         dtype = np.dtype(np.float32) if self.about.family.is_precise(name) else self._dtype
         return array if self._dtype is None else array.astype(dtype, copy=False)
 
@@ -197,12 +199,6 @@ class Checkpoint:
         if problems:
             raise CheckpointError(self.about.folder, problems)
         return arrays
-
-
-def _finite(array: np.ndarray) -> bool:
-    if array.dtype.name == "bfloat16":  # ml_dtypes' isfinite is many times slower
-        return not np.any(array.view(np.uint16) & 0x7F80 == 0x7F80)
-    return bool(np.isfinite(array).all())
 
 
 def _stored_dtype(tensors: SafetensorsFolder, name: str) -> np.dtype:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,13 @@ class WeightsHash:
         """Hash what is read of the folder meanwhile, in a thread that is one piece behind."""
         with ThreadPoolExecutor(1, thread_name_prefix="hash-weights") as thread:
             behind: list[Future[None]] = []
+            lock = Lock()  # a layer is read ahead while others read
 
             def on_read(name: str, start: int, array: np.ndarray) -> None:
-                while behind:
-                    behind.pop().result()
-                behind.append(thread.submit(self._take, name, start, array))
+                with lock:
+                    while behind:
+                        behind.pop().result()
+                    behind.append(thread.submit(self._take, name, start, array))
 
             self._tensors.watchers.append(on_read)
             try:

@@ -94,14 +94,14 @@ def write_synced(file: Path, content: bytes) -> None:
         os.fsync(opened.fileno())
 
 
-def scratch_file(folder: Path, size: int) -> BinaryIO:
+def scratch_file(folder: Path, size: int, name: str | None = None) -> BinaryIO:
     """A file for a process's own use, its space taken before it is used.
-
-    It has no name any more, so the system frees its space however the process ends.
 
     Args:
       folder: where it lies, made if missing.
       size: bytes, at least 1.
+      name: of a file that outlives the process. Default none: the system frees its space however
+        the process ends.
 
     Returns:
       The open file, whose content is zero.
@@ -109,15 +109,17 @@ def scratch_file(folder: Path, size: int) -> BinaryIO:
     Raises:
       FullDiskError: there is no room for it.
     """
-    path = _beside(folder / "scratch", "tmp")
+    path = folder / name if name else _beside(folder / "scratch", "tmp")
     with naming_full_disk(folder / f"a scratch file of {size:,} bytes"):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "x+b")
         try:
-            path.unlink()
+            if not name:
+                path.unlink()
             _allocate(file, size)
         except BaseException:
             file.close()
+            path.unlink(missing_ok=True)
             raise
     return file
 

@@ -58,7 +58,7 @@ class RunOptions(Options):
     scratch: Annotated[
         str | None,
         About(
-            "folder for temporary files that do not fit in memory; default the output folder",
+            "folder for hidden states and other temporary files; default the output folder",
             shown="FOLDER",
         ),
     ] = None
@@ -188,8 +188,8 @@ class ScoreOptions(Options):
     until_stable: Annotated[
         float | None,
         About(
-            "stop scoring once the kept sets before and after a part of the calibration text "
-            "overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default scores it all",
+            "use no more parts of the calibration text than until the kept sets before and after "
+            "one overlap by this much (Jaccard index, in (0, 1]), such as 0.98; default uses all",
             shown="OVERLAP",
         ),
     ] = None

@@ -13,13 +13,18 @@ from pruning.budget.plan import PruningPlan
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.probe import kept_out_tokens
-from pruning.scores.collect import CHUNK
+from pruning.scores.end_to_end import ig_chunk
 from pruning.scores.noise import ROWS_PER_EXPERT
-from pruning.scores.states import projection_bytes, projection_room
+from pruning.scores.parts import rows_of_parts, windows_at_work
+from pruning.scores.states import (
+    MEMORY_STATES,
+    layer_slots,
+    projection_bytes,
+    projection_room,
+)
 from pruning.shrink.gptq import MOMENT_BYTES
 from pruning.stages.choose import STATE_BYTES
 from pruning.stages.client import client_bytes
-from pruning.stages.parts import rows_of_parts
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import compared, probe_shapes
 from pruning.stages.sizes import (
@@ -138,23 +143,44 @@ def _rows_at_work(config: ModelConfig, recipe: ResolvedRecipe, tokens: int) -> i
 
 
 def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
-    """Two layers, half of one in float32, for XLA widens a matrix of all experts at a time,
-    the hidden states of a chunk of windows and the projections that its backward sweep keeps, the
-    rows at work and the sums three times."""
-    c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
-    tokens = 0 if recipe.weights_only else recipe.max_tokens
-    windows = math.ceil(tokens / recipe.window)
+    """Two layers, half of one in float32, for XLA widens a matrix of all experts at a time, the
+    hidden states that a sweep holds, the rows at work and a layer's sums of all parts; or, once the
+    text is through, the sums of all layers: of the text, of a part, of two halves and of what
+    becomes of them, and a plan's scores."""
+    c, sums = base.config, statistics_bytes(base, recipe)
+    windows = 0 if recipe.weights_only else math.ceil(recipe.max_tokens / recipe.window)
     parts = rows_of_parts(windows, recipe.until_stable is not None)
-    batch = min(recipe.batch, max(map(len, parts), default=recipe.batch))
-    windows = min(CHUNK, windows)
-    states = windows * recipe.window * c.d_model * item
-    states *= 1 + 2 * c.num_layers * recipe.gradients
+    batch, padded = windows_at_work(parts, recipe.batch)
     step = batch * recipe.window
-    room = projection_room(c, math.ceil(windows / batch), step) if recipe.gradients else 0
-    states += room * projection_bytes(c.moe, step)
     rows = step * c.moe.experts_per_token
     if recipe.weights_only:
         rows = padded_rows(c.moe.num_experts * ROWS_PER_EXPERT, c.moe.num_experts)
     work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
-    sums = 3 * statistics_bytes(base, recipe)
-    return int(fixed + (LAYERS_HELD + 1) * 2 * layer + states + work + sums)
+    work += max(1, len(parts)) * sums // len(c.moe_layers)
+    held = _held_states(base, recipe, windows, padded // batch, step)
+    return int(fixed + max((LAYERS_HELD + 1) * 2 * layer + held + work, 6 * sums))
+
+
+def _held_states(
+    base: Description, recipe: ResolvedRecipe, windows: int, batches: int, step: int
+) -> int:
+    """Most bytes that a sweep over the text keeps in memory between its layers.
+
+    That of the statistics has its states in a file and keeps projections alone. Others hold the
+    text once or twice, and the states of a way down if they are not too large.
+    """
+    c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
+    text = windows * recipe.window * c.d_model * item
+    found = [2 * text * (recipe.obs or recipe.nll_ablate)]
+    if recipe.gradients:
+        found.append(projection_room(c, batches, step) * projection_bytes(c.moe, step))
+    if recipe.weight_gradients:
+        found.append(text + _in_memory(layer_slots(c) * text))
+    if recipe.nll_ig:
+        shown = text * recipe.nll_ig * min(1, ig_chunk(recipe.nll_ig) / max(1, windows))
+        found.append(int(2 * shown) + _in_memory(int(layer_slots(c) * shown)))
+    return max(found)
+
+
+def _in_memory(states: int) -> int:
+    return states if states <= MEMORY_STATES else 0

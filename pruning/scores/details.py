@@ -6,7 +6,6 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
-from moe_jax.config import ModelConfig
 from moe_jax.experts.dispatch import gather_rows, make_dispatch, sum_by_expert, tile_height
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
@@ -22,34 +21,33 @@ SAMPLE = 512  # tokens on which the outputs of all experts are compared
 CLIP = 0.01  # share of an expert's tokens whose contribution the paper's release clips
 
 
-class DetailSums:
-    """Adds up what `ChannelStatistics` has under "expert-details".
+def add_details(
+    sums: dict[str, np.ndarray],
+    part: int,
+    layer: DecoderLayer,
+    middle: Array,
+    out: Array,
+    context: Context,
+) -> None:
+    """Add to what `ChannelStatistics` has under "expert-details", of one layer.
 
-    Attributes:
-      similarity: [L, E, E] linear CKA of the experts' outputs on the first tokens seen.
+    Args:
+      sums: [parts, ...] each; gets `similarity` [1, E, E] with the first batch that there is.
+      part: whose batch it is.
+      layer: the layer.
+      middle, out: [B, T, D], the states before and after the experts.
+      context: positions of the tokens.
     """
-
-    def __init__(self, config: ModelConfig, sums: dict[str, np.ndarray]):
-        layers, experts = len(config.moe_layers), config.moe.num_experts
-        self.similarity = np.zeros((layers, experts, experts))
-        self._sums = sums
-        self._compared: set[int] = set()
-
-    def add(
-        self, slot: int, layer: DecoderLayer, middle: Array, out: Array, context: Context
-    ) -> None:
-        """One batch: `middle` and `out` [B, T, D] are the states before and after the experts."""
-        sums, owner, contribution = _batch_details(layer, middle, out, context)
-        for name, value in sums.items():
-            self._sums[name][slot] += np.asarray(value, np.float64)
-        clipped = clipped_sums(np.asarray(contribution), np.asarray(owner), len(self.similarity[0]))
-        self._sums["clipped_phi"][slot] += clipped
-        if slot not in self._compared:
-            self._compared.add(slot)
-            tokens = np.flatnonzero(np.asarray(context.valid))
-            tokens = tokens[np.linspace(0, len(tokens) - 1, min(SAMPLE, len(tokens))).astype(int)]
-            outputs = all_outputs(layer, middle.reshape(-1, middle.shape[-1])[tokens])
-            self.similarity[slot] = linear_cka(np.asarray(outputs))
+    found, owner, contribution = _batch_details(layer, middle, out, context)
+    for name, value in found.items():
+        sums[name][part] += np.asarray(value, np.float64)
+    experts = sums["clipped_phi"].shape[1]
+    sums["clipped_phi"][part] += clipped_sums(np.asarray(contribution), np.asarray(owner), experts)
+    if "similarity" not in sums:
+        tokens = np.flatnonzero(np.asarray(context.valid))
+        tokens = tokens[np.linspace(0, len(tokens) - 1, min(SAMPLE, len(tokens))).astype(int)]
+        outputs = all_outputs(layer, middle.reshape(-1, middle.shape[-1])[tokens])
+        sums["similarity"] = np.asarray(linear_cka(np.asarray(outputs)), np.float64)[None]
 
 
 @jax.jit

@@ -33,7 +33,7 @@ from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter
 from pruning.scores.ablation import Ablation, ablate
 from pruning.scores.layer import layer_backward, loss_gradient
-from pruning.scores.states import States
+from pruning.scores.states import States, layer_slots, temporary_states
 
 Count = Callable[[int], None]
 
@@ -209,7 +209,8 @@ class _Fading:
         def up(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
             def run(x: Array, place: Context, rows: slice) -> Array:
                 middle = layer_attend(layer, x, place)
-                states.put(index, rows, x, middle)
+                states.put(2 * index, rows, x)
+                states.put(2 * index + 1, rows, middle)
                 if index == faded:
                     return _faded(layer, middle, place, self._gate(rows))
                 return layer_feed_forward(layer, middle, place)
@@ -218,7 +219,8 @@ class _Fading:
 
         def down(index: int, layer: DecoderLayer, gradient: list[np.ndarray]) -> list[np.ndarray]:
             def run(d_out: Array, place: Context, rows: slice) -> Array:
-                before, middle = states.get(index, rows)
+                halves = (states.get(2 * index + half, rows) for half in (0, 1))
+                before, middle = map(jnp.asarray, halves)
                 if index > faded:
                     return layer_backward(layer, before, middle, place, d_out)
                 d_gate = _gate_gradient(layer, middle, place, self._gate(rows), d_out)
@@ -248,7 +250,8 @@ def _fading(
     counted = None if text.counted is None else np.tile(text.counted, (steps, 1))
     batch = text.rows[0].stop
     copies = in_batches(source, tokens, valid, batch, counted)
-    with States(source, tokens.shape, dtype, scratch) as states:
+    shape = (*tokens.shape, source.config.d_model)
+    with temporary_states(layer_slots(source.config), shape, dtype, scratch) as states:
         yield _Fading(source, copies, steps, states, count)
 
 

@@ -4,7 +4,6 @@ Forward: the closed-form attributions need no gradient at all. Backward: the cot
 that the experts carry is the sum of the channel scores, so no per-token score array ever exists.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -196,30 +195,23 @@ def loss_and_gradient(
     return losses.sum(), gradient
 
 
-def loss_gradient(
-    head: Head,
-    text: Batches,
-    last: list[np.ndarray],
-    on_loss: Callable[[float], None] | None = None,
-) -> list[np.ndarray]:
+def batch_loss(head: Head, text: Batches, x: Array, rows: slice) -> tuple[float, Array]:
+    """Summed loss of one batch of a text, nats, and its gradient at its last states [b, T, D]."""
+    parts = (text.tokens, text.valid, text.counted)
+    words = [None if part is None else jnp.asarray(part[rows]) for part in parts]
+    loss, gradient = loss_and_gradient(head, x, *words)
+    return float(loss), gradient
+
+
+def loss_gradient(head: Head, text: Batches, last: list[np.ndarray]) -> list[np.ndarray]:
     """Where a way down begins: the loss gradient at a text's last hidden states.
 
     Args:
       head: of the model.
       text: the batches.
       last: last hidden states [b, T, D] of each batch; replaced by their gradients.
-      on_loss: receives each batch's summed loss, nats.
 
     Returns:
       `last`.
     """
-
-    def run(x: Array, place: Context, rows: slice) -> Array:
-        parts = (text.tokens, text.valid, text.counted)
-        words = [None if part is None else jnp.asarray(part[rows]) for part in parts]
-        loss, d_x = loss_and_gradient(head, x, *words)
-        if on_loss:
-            on_loss(float(loss))
-        return d_x
-
-    return text.each(last, run)
+    return text.each(last, lambda x, place, rows: batch_loss(head, text, x, rows)[1])

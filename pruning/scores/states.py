@@ -1,20 +1,20 @@
-"""What a backward sweep needs of the forward one, kept on the host."""
+"""What a backward sweep needs of the forward one, kept on the host or in a file."""
 
 import math
+import os
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.experts.dispatch import padded_rows
 from moe_jax.files import scratch_file
-from moe_jax.stream import LayerSource
 
 MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a scratch file
 MEMORY_PROJECTIONS = 2 << 30  # bytes of gate and up rows kept; others are computed again
@@ -34,7 +34,7 @@ def projection_room(config: ModelConfig, batches: int, tokens: int) -> int:
 
     Args:
       config: of the model.
-      batches: in a chunk.
+      batches: in the text.
       tokens: in a batch.
     """
     visits = len(config.moe_layers) * batches
@@ -42,78 +42,116 @@ def projection_room(config: ModelConfig, batches: int, tokens: int) -> int:
     return fit if 4 * fit >= visits and jax.default_backend() == "cpu" else 0
 
 
-def scratch_bytes(config: ModelConfig, shape: tuple[int, ...], dtype) -> int:
-    """Bytes of the scratch file that the states of a text take; 0 if they fit in memory.
+def layer_slots(config: ModelConfig) -> int:
+    """Slots that keep the input and the middle of every layer."""
+    return 2 * config.num_layers
+
+
+def state_bytes(slots: int, shape: tuple[int, ...], dtype) -> int:
+    """Bytes of `States`.
 
     Args:
-      config: of the model.
-      shape: (B, T) of the text, windows of padding to whole batches included.
+      slots: how many states of the text.
+      shape: (B, T, D) of the text, windows of padding to whole batches included.
       dtype: of the activations.
     """
-    size = 2 * config.num_layers * math.prod(shape) * config.d_model * jnp.dtype(dtype).itemsize
-    return size if size > MEMORY_STATES else 0
+    return slots * math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
 class States:
-    """Hidden states before and in the middle of every layer: [L, 2, B, T, D] on the host.
-
-    With them, for the first `room` pairs of a layer and a batch, whatever arrays spare the backward
-    pass work. In a `with` statement, at whose end they and their scratch file are gone.
+    """Hidden states of a text, in so many slots as are needed at once: [slots, B, T, D].
 
     Args:
-      source: the model.
-      shape: (B, T) of the text.
+      slots: how many.
+      shape: (B, T, D).
       dtype: of the activations.
-      scratch: folder of the file of states that do not fit in memory; default the system's.
-      room: see above.
-
-    Raises:
-      FullDiskError: there is no room for that file.
+      file: of `state_bytes`, where they lie; default in memory.
     """
 
-    def __init__(
-        self,
-        source: LayerSource,
-        shape: tuple[int, ...],
-        dtype,
-        scratch: Path | None = None,
-        room: int = 0,
-    ):
-        self.room = room
-        self._kept: dict[tuple[int, int], Any] = {}
-        self._file = ExitStack()
-        size = scratch_bytes(source.config, shape, dtype)
-        shape = (len(source), 2, *shape, source.config.d_model)
-        if not size:
-            self.values = np.empty(shape, dtype)
+    def __init__(self, slots: int, shape: tuple[int, ...], dtype, file: BinaryIO | None = None):
+        self._file, self._dtype, self._shape = file, jnp.dtype(dtype), shape
+        self._values = None if file else np.empty((slots, *shape), self._dtype)
+
+    def put(self, slot: int, rows: slice, x) -> None:
+        """Keep the states [b, T, D] of some consecutive windows."""
+        x = np.asarray(x)
+        assert x.dtype == self._dtype
+        if self._values is not None:
+            self._values[slot, rows] = x
             return
-        file = scratch_file(scratch or Path(tempfile.gettempdir()), size)
-        self._file.enter_context(file)
-        self.values = np.memmap(file, dtype, "r+", shape=shape)
+        assert self._file is not None
+        self._file.seek(self._place(slot, rows))
+        self._file.write(np.ascontiguousarray(x).view(np.uint8).data)
 
-    def __enter__(self) -> "States":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del self.values
-        self._kept.clear()
-        self._file.close()
-
-    def put(self, layer: int, rows: slice, x: Array, middle: Array) -> None:
-        """Keep a layer's input and its state after attention, each [B, T, D]."""
-        for half, state in enumerate((x, middle)):
-            self.values[layer, half, rows] = np.asarray(state)
-
-    def get(self, layer: int, rows: slice) -> tuple[Array, Array]:
+    def get(self, slot: int, rows: slice) -> np.ndarray:
         """What `put` kept."""
-        before, middle = self.values[layer, :, rows]
-        return jnp.asarray(before), jnp.asarray(middle)
+        if self._values is not None:
+            return self._values[slot, rows]
+        assert self._file is not None
+        x = np.empty((rows.stop - rows.start, *self._shape[1:]), self._dtype)
+        self._file.seek(self._place(slot, rows))
+        # Not a map of the file, whose pages would count as this process's memory.
+        got = self._file.readinto(x.view(np.uint8).data)  # type: ignore[attr-defined]
+        assert got == x.nbytes
+        return x
 
-    def keep(self, layer: int, rows: slice, arrays) -> None:
-        """Keep a tree of arrays of a batch; takes one of `room`."""
-        self.room -= 1
+    def sync(self) -> None:
+        """Wait until all is on the disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        self._values = None
+
+    def _place(self, slot: int, rows: slice) -> int:
+        windows = slot * self._shape[0] + rows.start
+        return windows * math.prod(self._shape[1:]) * self._dtype.itemsize
+
+
+@contextmanager
+def temporary_states(
+    slots: int, shape: tuple[int, ...], dtype, scratch: Path | None = None
+) -> Iterator[States]:
+    """States in memory or, above `MEMORY_STATES`, in a scratch file, gone at the end.
+
+    Args:
+      slots, shape, dtype: see `States`.
+      scratch: folder of that file; default the system's.
+
+    Raises:
+      FullDiskError: there is no room for it.
+    """
+    size = state_bytes(slots, shape, dtype)
+    if size <= MEMORY_STATES:
+        states = States(slots, shape, dtype)
+        yield states
+        states.drop()
+        return
+    with scratch_file(scratch or Path(tempfile.gettempdir()), size) as file:
+        yield States(slots, shape, dtype, file)
+
+
+class Projections:
+    """Arrays that spare the backward pass work, for the first visits of a forward sweep.
+
+    Args:
+      room: for how many pairs of a layer and a batch.
+    """
+
+    def __init__(self, room: int):
+        self._room = room
+        self._kept: dict[tuple[int, int], Any] = {}
+
+    def has_room(self, visit: int) -> bool:
+        """Whether a visit, counted upwards from 0, is one of those."""
+        return visit < self._room
+
+    def keep(self, layer: int, rows: slice, arrays: Any) -> None:
+        """Keep a tree of arrays of a batch."""
         self._kept[layer, rows.start] = jax.tree.map(np.asarray, arrays)
 
     def take(self, layer: int, rows: slice) -> Any:
-        """What `keep` kept, once; None if it was not asked to."""
+        """What `keep` kept, once; None if it did not, or in a process before this one."""
         return self._kept.pop((layer, rows.start), None)

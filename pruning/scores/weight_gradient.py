@@ -25,7 +25,7 @@ from moe_jax.stream import (
 from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter
 from pruning.scores.layer import layer_backward, loss_gradient
-from pruning.scores.states import States
+from pruning.scores.states import States, layer_slots, temporary_states
 
 
 def weight_gradient_scores(
@@ -63,7 +63,8 @@ def weight_gradient_scores(
     text = in_batches(source, tokens, valid, batch, counted)
     lowest = source.config.moe_layers[0]  # below it nothing is scored
     count = counter(2 * len(source) - lowest, on_step)
-    with States(source, text.tokens.shape, dtype, scratch) as states:
+    shape = (*text.tokens.shape, source.config.d_model)
+    with temporary_states(layer_slots(source.config), shape, dtype, scratch) as states:
         last = _push_up(source, text, states, dtype, count)
         gradient = loss_gradient(source.head, text, last)
         return _pull_back(source, text, gradient, states, count)
@@ -76,7 +77,8 @@ def _push_up(
 
     def up(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
         def run(x: Array, place: Context, rows: slice) -> Array:
-            states.put(index, rows, x, layer_attend(layer, x, place))
+            states.put(2 * index, rows, x)
+            states.put(2 * index + 1, rows, layer_attend(layer, x, place))
             return layer_forward(layer, x, place)
 
         return text.each(x, run)
@@ -101,7 +103,7 @@ def _pull_back(
 
         def run(d_out: Array, place: Context, rows: slice) -> Array:
             nonlocal whole
-            before, middle = states.get(index, rows)
+            before, middle = (jnp.asarray(states.get(2 * index + half, rows)) for half in (0, 1))
             if index in config.moe_layers:
                 part = _weight_gradient(layer, middle, place, d_out)
                 whole = part if whole is None else _add(whole, part)

@@ -12,9 +12,11 @@ from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.report.compression import CompressionReport
+from pruning.scores.sweep_log import SweepFolder
 from pruning.stages import writer
 from pruning.stages.job import Job
 from pruning.stages.made_by import stale_exports
+from pruning.stages.parts import FOLDER as SCORING
 from pruning.stages.score import find_statistics
 from pruning.text.source import TextSource
 from pruning.text.windows import text_hashes
@@ -28,7 +30,7 @@ OURS = (
     "repair/repair.json", "repair/states", "repair/layer-[0-9]*.safetensors",
     *(f"compare-repair/{name}" for name in ("repair.json", "states", "layer-[0-9]*.safetensors")),
     "gptq/gptq.json", "gptq/states", "gptq/layer-[0-9]*.safetensors",
-    "parts/[0-9]*.safetensors", "parts/[0-9]*.json",
+    "scoring/step-[0-9]*.safetensors", "scoring/progress.json", "scoring-[0-9a-f]*.states",
     "plan.json", "plan.safetensors",
     "compare.json", "compare.csv", "compare.html",
     "choice.json", "statistics.json", "statistics.safetensors",
@@ -36,7 +38,7 @@ OURS = (
     "ablations.jsonl", "audit.json", "audit.csv", "audit.html",
     "sweep.csv", "sweep.html",
 )  # fmt: skip
-FOLDERS = ("exports", "repair", "compare-repair", "gptq", "parts")  # that hold some of them
+FOLDERS = ("exports", "repair", "compare-repair", "gptq", "scoring")  # that hold some of them
 
 
 def is_interrupted(job: Job, last: str) -> bool:
@@ -154,6 +156,7 @@ def _remove_ours(output: Path) -> None:
     for plan in _plans(output):
         _remove_ours(plan)
         (plan / RECIPE).unlink(missing_ok=True)
+    SweepFolder(output / SCORING).clear()  # knows a file that may lie elsewhere
     for path in _ours(output):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in FOLDERS:

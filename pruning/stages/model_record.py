@@ -19,7 +19,7 @@ def identify(base: Checkpoint, output: Path, steps: Steps) -> None:
     """Learn the hash of a model's weights if an output folder holds something to compare with.
 
     It is taken from model.json if all weight files are as they were then; else they are read,
-    under a bar. Without anything to compare with, `check_finite` will find it in its own reading.
+    under a bar. Without anything to compare with, scoring finds it in its first reading.
 
     Args:
       base: gets `weights_hash`.

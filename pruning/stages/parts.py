@@ -1,63 +1,51 @@
-"""Calibration in parts: an interrupted sweep resumes, and the kept set shows when it is stable."""
+"""Calibration in parts: one sweep over all of them, and when the kept set was stable."""
 
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import nullcontext
 
 import numpy as np
 
 from pruning.kit.progress import Steps
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
-from pruning.scores.collect import collect_statistics
 from pruning.scores.expert_criteria import expert_criterion
-from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
+from pruning.scores.own import STATISTICS
+from pruning.scores.parts import in_parts, rows_of_parts, windows_at_work
+from pruning.scores.states import States, state_bytes
+from pruning.scores.statistics import ChannelStatistics
+from pruning.scores.sweep_log import SweepFolder
+from pruning.scores.text_sweep import Asked, TextSweep
 from pruning.stages import plan as planning
 from pruning.stages.job import Job
+from pruning.stages.model_record import remember
 
-PARTS, PARTS_UNTIL_STABLE = 4, 16
-PART_WINDOWS = 64  # at most, so that a part is one reading of the model
-
-
-def rows_of_parts(windows: int, until_stable: bool) -> list[np.ndarray]:
-    """Rows of each part, dealt like cards: every part has windows of every file.
-
-    Args:
-      windows: B.
-      until_stable: whether the run may stop early, which takes more and smaller parts.
-
-    Returns:
-      At least four lists of rows, or one per window if there are fewer.
-    """
-    wanted = PARTS_UNTIL_STABLE if until_stable else PARTS
-    count = min(windows, max(wanted, -(-windows // PART_WINDOWS)))
-    return [np.arange(start, windows, count) for start in range(count)]
+FOLDER = "scoring"  # of the output folder, while the text is swept
 
 
 def collect_parts(
     job: Job, identity: dict, steps: Steps
 ) -> tuple[ChannelStatistics, np.ndarray, dict]:
-    """Score every part of the calibration text, or those left by an interrupted run.
+    """Sweep over the calibration text, or over the layers that an interrupted run left.
 
     Args:
       job: the opened recipe.
-      identity: facts that stored parts must agree with to be used again.
+      identity: facts about the text that stored progress must agree with to be gone on with.
       steps: where progress goes.
 
     Returns:
-      (sums of all parts, rows of the windows scored, stability): stability has `tokens` and
-      `jaccard` per part, the overlap of the kept set with that of one part fewer (null for the
-      first and where the criterion needs the whole text), and `halves`, that of the even and the
-      odd parts.
+      (sums of the parts that count, rows of their windows, stability): all parts count, or with
+      `until_stable` the fewest whose kept set is stable. stability has `tokens` and `jaccard` per
+      part, the overlap of the kept set with that of one part fewer (null for the first and where
+      the criterion needs the whole text), and `halves`, that of the even and the odd parts.
     """
+    until_stable = job.recipe.until_stable
+    parts = rows_of_parts(len(job.calibration.tokens), until_stable is not None)
+    found = _swept(job, identity, parts, steps)
     kept = _kept_set(job)
-    parts = rows_of_parts(len(job.calibration.tokens), job.recipe.until_stable is not None)
     halves: list[ChannelStatistics | None] = [None, None]
     total, before, curve = None, None, {"tokens": [], "jaccard": []}
     done = 0
-    # A text of few windows is not padded to whole batches in every part.
-    batch = min(job.recipe.batch, max(map(len, parts)))
-    for number, rows in enumerate(parts):
-        about = {**identity, "part": number, "parts": len(parts)}
-        part = _part(job, about, rows, batch, steps)
+    for number in range(len(parts)):
+        part = found.part(number)
         total = part if total is None else total.merge(part)
         half = halves[number % 2]
         halves[number % 2] = part if half is None else half.merge(part)
@@ -72,13 +60,13 @@ def collect_parts(
                 f"kept set changed by {1 - overlap:.1%} since the last "
                 f"{int(part.total_tokens):,} tokens"
             )
-            if job.recipe.until_stable is not None and overlap >= job.recipe.until_stable:
+            if until_stable is not None and overlap >= until_stable:
                 break
     assert total is not None
     even, odd = halves
     apart = None if even is None or odd is None else jaccard(kept(even), kept(odd))
     rows = np.sort(np.concatenate(parts[:done]))
-    return total, rows, {**curve, "halves": apart}
+    return found.finished(total, done), rows, {**curve, "halves": apart}
 
 
 def jaccard(one: np.ndarray | None, two: np.ndarray | None) -> float | None:
@@ -88,32 +76,37 @@ def jaccard(one: np.ndarray | None, two: np.ndarray | None) -> float | None:
     return float((one & two).sum() / max(1, (one | two).sum()))
 
 
-def _part(
-    job: Job, identity: dict, rows: np.ndarray, batch: int, steps: Steps
-) -> ChannelStatistics:
-    path = Path(job.output) / "parts" / f"{identity['part']:03d}.safetensors"
-    if path.is_file() and path.with_suffix(".json").is_file():
-        found, notes = load_statistics(path)
-        same = all(notes.get(key) == value for key, value in identity.items())
-        if same and found.covers(job.recipe.groups & {"gradients", "expert-details"}):
-            return found
-    with steps.bar(f"score {identity['part'] + 1}/{identity['parts']}") as on_step:
-        found = collect_statistics(
-            job.base,
-            job.calibration.tokens[rows],
-            job.calibration.valid[rows],
-            counted=job.calibration.counted_in(rows),
-            gradients=job.recipe.gradients,
-            expert_details=job.recipe.expert_details,
-            finish=False,
-            batch=batch,
-            dtype=job.dtype,
-            scratch=job.recipe.scratch_folder,
-            on_step=on_step,
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In float64: rounding the parts would change the sums.
-    save_statistics(path, found, identity)
+def sweep_folder(job: Job) -> SweepFolder:
+    """Where a job's sweep leaves its progress."""
+    return SweepFolder(job.output / FOLDER)
+
+
+def _swept(job: Job, identity: dict, parts: list[np.ndarray], steps: Steps) -> TextSweep:
+    recipe, base, log = job.recipe, job.base, sweep_folder(job)
+    asked = Asked(recipe.gradients, recipe.expert_details, recipe.until_stable is not None)
+    batch, _ = windows_at_work(parts, recipe.batch)
+    tokens, valid = job.calibration.tokens, job.calibration.valid
+    text = in_parts(base, tokens, valid, job.calibration.counted, parts, batch)
+    shape = (*text.batches.tokens.shape, base.config.d_model)
+    slots, number = asked.slots(base.config), asked.steps(base.config)
+    told = {
+        **identity, "files": base.file_hash, "asked": asked.groups, "own": sorted(STATISTICS),
+        "batch": batch, "parts": len(parts),
+    }  # fmt: skip
+    size = state_bytes(slots, shape, job.dtype)
+    with (
+        log.states(told, number, recipe.scratch_folder, size) as file,
+        steps.bar("score text") as on_step,
+    ):
+        states = None if file is None else States(slots, shape, job.dtype, file)
+        found = TextSweep(base, text, asked, job.dtype, states, log, on_step)
+        # The first reading is also that which finds bad weights and identifies the model.
+        is_read = base.weights_hash is not None and log.done >= len(base)
+        with nullcontext() if is_read else base.checking(mtp=recipe.mtp != "drop"):
+            found.forward()
+        remember(base, job.output)
+        found.backward()
+    log.drop_states()
     return found
 
 

@@ -16,13 +16,13 @@ from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
+from pruning.scores.parts import rows_of_parts
 from pruning.scores.statistics import ALWAYS, SUMS, ChannelStatistics, field_shapes
 from pruning.stages import folder as output_folder
 from pruning.stages import plan as planning
-from pruning.stages import score as scoring
 from pruning.stages.job import Job
 from pruning.stages.model_record import remember
-from pruning.stages.parts import rows_of_parts
+from pruning.stages.parts import sweep_folder
 from pruning.stages.remarks import say_left_out, say_nothing_saved, say_texts
 from pruning.stages.repair import repair_bytes
 from pruning.stages.score import STATISTICS
@@ -42,7 +42,7 @@ from pruning.text.held_out import not_held_out, seen_shares
 
 SCRATCH = "scratch files"
 SCORED = ("statistics", SCRATCH)  # what scoring takes, and nothing later
-WRITTEN = {"statistics": ("parts", "statistics.*"), SCRATCH: (), "repair": ("repair",),
+WRITTEN = {"statistics": ("scoring", "statistics.*"), SCRATCH: (), "repair": ("repair",),
            "gptq": ("gptq",)}  # fmt: skip
 
 
@@ -78,11 +78,13 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True, last: str = "report
     say_texts(job, steps, evaluates=exports)
     if warning := not_held_out(seen_shares(job.calibration, job.evaluation)):
         steps.say(warning)
-    if not resumed or scoring.find_statistics(job) is None:
+    if not resumed and output_folder.replaced_bytes(job.output):
+        # Old results stay until the new weights are sound; others are checked as scoring reads.
         with steps.bar("check weights") as on_step:
             job.base.check_finite(on_step, mtp=job.recipe.mtp != "drop")
     output_folder.make_output(job.recipe, resumed=resumed)
-    remember(job.base, job.output)
+    if job.base.weights_hash is not None:
+        remember(job.base, job.output)
 
 
 def _require_known_width(recipe: ResolvedRecipe, form: ExportFormat) -> None:
@@ -121,6 +123,7 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
     for name in parts if resumed else ():
         is_scored = name in SCORED and (output / STATISTICS).exists()
         there = output_folder.written_there(output, WRITTEN.get(name, (f"exports/{name}",)))
+        there += sweep_folder(job).state_bytes if name == SCRATCH else 0
         parts[name] = 0 if is_scored else max(0, parts[name] - there)
     if is_elsewhere(recipe):
         require_space(recipe.scratch_folder, {SCRATCH: parts.pop(SCRATCH, 0)})

@@ -9,17 +9,19 @@ from typing import Any, TypedDict
 import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, load_model
+from convert.reader import CheckpointError
 from moe_jax.errors import InputError
 from pruning.kit.fitting import misfits
 from pruning.kit.progress import Steps
 from pruning.report.stored_fields import Stability
-from pruning.scores.collect import collect_weights, with_wanda
+from pruning.scores.collect import collect_weights
 from pruning.scores.elimination import elimination_costs
 from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
-from pruning.stages import extra_scores
+from pruning.stages import extra_scores, writer
 from pruning.stages.job import Job
-from pruning.stages.parts import collect_parts
+from pruning.stages.model_record import remember
+from pruning.stages.parts import collect_parts, sweep_folder
 from pruning.text.kept_out import kept_out_note
 
 STATISTICS = "statistics.safetensors"
@@ -43,24 +45,38 @@ class Noted(TypedDict, total=False):
 
 
 def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
-    """Collect statistics, or read those an earlier run of the same recipe wrote."""
+    """Collect statistics, or read those an earlier run of the same recipe wrote.
+
+    Raises:
+      CheckpointError: the weights hold NaN or infinity; then a run that wrote nothing else before
+        leaves nothing.
+    """
     found = find_statistics(job)
-    if found is not None:
-        return found
-    if job.recipe.weights_only:
-        return _score_weights(job, steps)
+    if found is None:
+        collect = _score_weights if job.recipe.weights_only else _score_text
+        try:
+            found = collect(job, steps)
+        except CheckpointError:
+            _withdraw(job)
+            raise
+    sweep_folder(job).clear()  # a killed run may have left it beside finished statistics
+    return found
+
+
+def _withdraw(job: Job) -> None:
+    sweep_folder(job).clear()
+    recipe = job.output / "recipe.yaml"
+    if {path.name for path in job.output.iterdir()} <= {recipe.name, *writer.FILES}:
+        recipe.unlink(missing_ok=True)
+
+
+def _score_text(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     extra_scores.announce(job.base, job.recipe, steps)
     job.output.mkdir(parents=True, exist_ok=True)
-    statistics, used, stability = collect_parts(job, identity(job), steps)
+    statistics, used, stability = collect_parts(job, _text_identity(job), steps)
     text = job.calibration
     texts = text.tokens[used], text.valid[used], text.counted_in(used)
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
-    if job.recipe.expert_details:
-        with steps.bar("norms of inputs") as on_step:
-            visits = iter(range(1, len(job.base) + 1))
-            statistics = with_wanda(
-                job.base, statistics, lambda: on_step(next(visits), len(job.base))
-            )
     if job.recipe.weight_gradients:
         with steps.bar("weight gradients") as on_step:
             gradient = weight_gradient_scores(
@@ -89,7 +105,9 @@ def _score_weights(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     )
     with steps.bar("score weights") as on_step:
         visits, total = itertools.count(1), len(job.base.config.moe_layers)
-        statistics = collect_weights(job.base, lambda: on_step(next(visits), total))
+        with job.base.checking(mtp=job.recipe.mtp != "drop"):
+            statistics = collect_weights(job.base, lambda: on_step(next(visits), total))
+    remember(job.base, job.output)
     provenance = _provenance(job, None)
     save_statistics(job.output / STATISTICS, statistics, provenance)
     return statistics, provenance
@@ -108,8 +126,11 @@ def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
 
 def identity(job: Job) -> dict:
     """What statistics must agree in to be those of a job: contents, wherever they lie."""
+    return {"model_hash": job.base.fingerprint, **_text_identity(job)}
+
+
+def _text_identity(job: Job) -> dict:
     return {
-        "model_hash": job.base.fingerprint,
         "window": job.recipe.window,
         "dtype": job.recipe.dtype,
         "tokens": job.calibration.total,

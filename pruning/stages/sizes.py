@@ -15,9 +15,10 @@ from convert.families import find_family
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores import states
-from pruning.scores.collect import CHUNK
 from pruning.scores.end_to_end import ig_chunk
+from pruning.scores.parts import rows_of_parts, windows_at_work
 from pruning.scores.statistics import ChannelStatistics, field_shapes
+from pruning.scores.text_sweep import Asked
 from pruning.shrink.gptq_model import progress_bytes
 
 SAMPLE_BYTES = 4 << 30  # larger models are not read once per generated token
@@ -125,20 +126,32 @@ def statistics_bytes(base: Description, recipe: ResolvedRecipe) -> int:
 
 
 def scratch_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> int:
-    """Bytes of the largest scratch file that scoring so many windows takes; 0 if none is."""
+    """Bytes of the largest scratch file that scoring so many windows takes; 0 if none is.
+
+    The sweep always has one, from which a killed run goes on; the others follow one another, and
+    have one if their states do not fit in memory.
+    """
+    c, sizes = base.config, []
+    if windows:
+        parts = rows_of_parts(windows, recipe.until_stable is not None)
+        _, padded = windows_at_work(parts, recipe.batch)
+        slots = Asked(recipe.gradients).slots(c)
+        sizes.append(_state_bytes(base, recipe, slots, padded))
     texts = []  # (windows, copies) whose states are held at once
-    if recipe.gradients:
-        texts.append((min(windows, CHUNK), 1))
     if recipe.weight_gradients:
         texts.append((windows, 1))
     if steps := recipe.nll_ig:
         texts.append((min(windows, ig_chunk(steps)), steps))
-    shapes = [
-        (copies * math.ceil(count / recipe.batch) * recipe.batch, recipe.window)
-        for count, copies in texts
-    ]
-    sizes = [states.scratch_bytes(base.config, shape, recipe.dtype) for shape in shapes]
+    for count, copies in texts:
+        padded = copies * math.ceil(count / recipe.batch) * recipe.batch
+        size = _state_bytes(base, recipe, states.layer_slots(c), padded)
+        sizes.append(size if size > states.MEMORY_STATES else 0)
     return max(sizes, default=0)
+
+
+def _state_bytes(base: Description, recipe: ResolvedRecipe, slots: int, windows: int) -> int:
+    shape = (windows, recipe.window, base.config.d_model)
+    return states.state_bytes(slots, shape, recipe.dtype)
 
 
 def gptq_bytes(

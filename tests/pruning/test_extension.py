@@ -80,9 +80,6 @@ def test_a_statistic_of_ones_own_is_summed_over_the_tokens_of_each_expert(compre
     high = low * np.sqrt(statistics.tokens)[:, :, None]
     assert (found >= low * (1 - 1e-4)).all() and (found <= high * (1 + 1e-4)).all()
     assert (found > low * 1.5).any()
-    parts = sorted((compressed / "parts").glob("*.safetensors"))
-    sums = [load_statistics(part)[0]["hidden_abs"] for part in parts]
-    np.testing.assert_allclose(np.sum(sums, axis=0), found, rtol=1e-12)
 
 
 def test_the_plan_follows_the_registered_names(compressed):

@@ -60,7 +60,7 @@ def output(tmp_path_factory, text) -> Path:
 def test_the_output_folder_keeps_its_contract(output):
     names = {path.name for path in output.iterdir()}
     assert {"recipe.yaml", "model.json", "statistics.safetensors", "statistics.json", "plan.json",
-            "plan.safetensors", "parts", "exports", "report.json",
+            "plan.safetensors", "exports", "report.json",
             "report.html"} == names  # fmt: skip
     recipe = yaml.safe_load((output / "recipe.yaml").read_text())
     assert recipe["prune_rate"] == 0.25 and recipe["group_size"] == 32

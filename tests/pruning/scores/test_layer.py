@@ -233,12 +233,12 @@ def test_abs_and_squared_scores_sum_over_single_tokens(model, batch, statistics)
     assert (statistics.abs_taylor >= np.abs(statistics.taylor) - 1e-6).all()
 
 
-def test_order_batch_size_chunks_and_padding_change_nothing(model, batch, statistics):
+def test_order_batch_size_and_padding_change_nothing(model, batch, statistics):
     tokens, valid = batch
     order = np.array([4, 1, 5, 0, 3, 2])
     wider = np.pad(tokens[order], ((0, 0), (0, 3)), constant_values=7)
     mask = np.pad(valid[order], ((0, 0), (0, 3)))
-    other = collect_statistics(model, wider, mask, gradients=True, batch=2, chunk=4)
+    other = collect_statistics(model, wider, mask, gradients=True, batch=2)
     for name in ("hidden_square", "energy", "shapley", "phi", "tokens", "taylor", "fisher"):
         expected = getattr(statistics, name)
         scale = np.abs(expected).max()
@@ -250,13 +250,13 @@ def test_order_batch_size_chunks_and_padding_change_nothing(model, batch, statis
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_projections_kept_within_their_budget_change_no_score(model, batch, monkeypatch, dtype):
     one = states.projection_bytes(CONFIG.moe, 2 * 10)
-    kept, keep = [], states.States.keep
+    kept, keep = [], states.Projections.keep
 
     def spy(self, layer, rows, arrays):
         kept.append((layer, rows.start, sum(part.nbytes for part in arrays.projections)))
         keep(self, layer, rows, arrays)
 
-    monkeypatch.setattr(states.States, "keep", spy)
+    monkeypatch.setattr(states.Projections, "keep", spy)
     found = {}
     for room in (0, 1, 4, 6):  # of three batches in each of the layers 0 and 2
         kept.clear()
@@ -285,12 +285,12 @@ def test_statistics_of_two_texts_merge_to_those_of_both(model, batch, statistics
     np.testing.assert_allclose(merged.down_norm, statistics.down_norm)
 
 
-def test_every_layer_is_visited_once_per_sweep_and_chunk(model, batch):
+def test_every_layer_is_visited_once_per_sweep(model, batch):
     visits = []
     collect_statistics(
-        model, *batch, batch=2, chunk=4, on_step=lambda done, total: visits.append((done, total))
+        model, *batch, batch=2, on_step=lambda done, total: visits.append((done, total))
     )
-    assert visits == [(i, 6) for i in range(1, 7)]
+    assert visits == [(i, 3) for i in range(1, 4)]
 
 
 def test_tile_sums_ignore_padding_rows():

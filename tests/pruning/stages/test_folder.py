@@ -83,23 +83,26 @@ def test_overwriting_replaces_a_runs_files_and_keeps_those_of_the_user(models, t
     old = (finished / "statistics.safetensors").stat().st_mtime_ns
     assert run("score", models / "other", *given(texts, finished), "--overwrite") == 0
     names = {path.name for path in finished.iterdir()}
-    ours = {"recipe.yaml", "model.json", "parts", "statistics.safetensors", "statistics.json"}
+    ours = {"recipe.yaml", "model.json", "statistics.safetensors", "statistics.json"}
     assert names == ours | {"notes.txt"}
     assert (finished / "statistics.safetensors").stat().st_mtime_ns != old
 
 
 MINE = (
-    "plan.docx", "compare.xlsx", "audit.md", "sweep.py", "statistics.txt", "parts/notes.txt",
-    "parts/1.txt", "exports/thesis/a.txt", "exports/notes.txt", "plans/ideas.txt", "plans/0.5/a.md",
-    "plans/old/plan.json", "gptq/layer-cake.safetensors", "gptq/paper.pdf",
+    "plan.docx", "compare.xlsx", "audit.md", "sweep.py", "statistics.txt", "scoring/notes.txt",
+    "scoring/1.txt", "exports/thesis/a.txt", "exports/notes.txt", "plans/ideas.txt",
+    "plans/0.5/a.md", "plans/old/plan.json", "gptq/layer-cake.safetensors", "gptq/paper.pdf",
 )  # fmt: skip
 
 
 def test_overwriting_deletes_what_a_run_writes_and_nothing_else(models, texts, scored, tmp_path):
     out = shutil.copytree(scored, tmp_path / "out")
     assert run("plan", out, "--prune-rate", 0.25, 0.5) == 0
-    ours = {path for path in out.rglob("*") if path.is_file() and path.parent != out / "parts"}
-    for name in ("compare.json", "audit.html", "ablations.jsonl", "gptq/layer-00000.safetensors"):
+    ours = {path for path in out.rglob("*") if path.is_file()}
+    for name in (
+        "compare.json", "audit.html", "ablations.jsonl", "gptq/layer-00000.safetensors",
+        "scoring/step-00000.safetensors", "scoring/progress.json",
+    ):  # fmt: skip
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("old")
         ours.add(out / name)
@@ -114,7 +117,8 @@ def test_overwriting_deletes_what_a_run_writes_and_nothing_else(models, texts, s
     for name in MINE:
         (out / name).unlink()
     again = run("score", models / "single", *given(texts, out), "--overwrite")
-    assert again == 0 and {p.name for p in out.iterdir()} >= {"parts", "statistics.json"}
+    assert again == 0 and {p.name for p in out.iterdir()} >= {"statistics.json"}
+    assert not (out / "scoring").exists()
 
 
 def set_free(monkeypatch, size: float) -> None:
@@ -185,11 +189,13 @@ def test_a_disk_that_fills_up_after_scoring_leaves_no_half_statistics(
     models, texts, tmp_path, capsys, limit_files
 ):
     out = tmp_path / "out"
-    limit_files(10_000)
-    assert run("score", models / "single", *given(texts, out)) == 2
-    assert "parts/000.safetensors cannot be written" in capsys.readouterr().err
+    limit_files(20_000)  # room for the hidden states of few and short windows
+    options = ("--window", 16, "--max-tokens", 64)
+    assert run("score", models / "single", *given(texts, out), *options) == 2
+    assert "scoring/step-00000.safetensors cannot be written" in capsys.readouterr().err
     names = {path.name for path in out.rglob("*") if path.is_file()}
-    assert names == {"recipe.yaml", "model.json"}
+    (states,) = (path.name for path in out.glob("scoring-*.states"))
+    assert names == {"recipe.yaml", "progress.json", states}
 
 
 def test_statistics_of_another_model_are_refused(scored, models, texts, tmp_path, capsys):

@@ -1,37 +1,196 @@
-"""Calibration in parts: resumed, equal to one sweep, and stopped when the plan is stable."""
+"""One sweep over a text in parts: resumed layer by layer, and judged by prefixes of the text."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
-from safetensors.numpy import load_file
+import pytest
 
+from convert.checkpoint import Checkpoint
+from convert.reader import SafetensorsFolder
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.scores.collect import collect_statistics
 from pruning.scores.own import STATISTICS, Statistic
+from pruning.scores.parts import rows_of_parts
 from pruning.scores.statistics import load_statistics
 from pruning.stages.job import open_job
 from tests.pruning.stages.test_resume import stopped
 from tests.support.command import given, run
 
 
-def test_a_killed_sweep_resumes_at_the_next_part_and_ends_the_same(models, texts, tmp_path):
-    def arguments(out):
-        return ("--quiet", "score", models / "single", *given(texts, out))
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """Layers in the order of their readings."""
+    found, true = [], Checkpoint.layer
 
-    calm, out = tmp_path / "calm", tmp_path / "out"
-    assert run(*arguments(calm)) == 0
-    killed = stopped("parts/001.safetensors", signal.SIGKILL, *arguments(out))
+    def layer(self, index):
+        found.append(index)
+        return true(self, index)
+
+    monkeypatch.setattr(Checkpoint, "layer", layer)
+    return found
+
+
+def same(out, calm) -> None:
+    ours, theirs = ((folder / "statistics.safetensors").read_bytes() for folder in (out, calm))
+    assert ours == theirs
+    ours, theirs = (json.loads((f / "statistics.json").read_text()) for f in (out, calm))
+    assert ours == theirs
+    names = {"recipe.yaml", "model.json", "statistics.json", "statistics.safetensors"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+@pytest.fixture(scope="module")
+def calm(models, texts, tmp_path_factory):
+    """Folders of runs that nothing disturbed, by flags."""
+    found = {}
+
+    def of(*flags):
+        if flags not in found:
+            out = tmp_path_factory.mktemp("calm") / "out"
+            assert run("--quiet", "score", models / "single", *given(texts, out), *flags) == 0
+            found[flags] = out
+        return found[flags]
+
+    return of
+
+
+DETAILS, GRADIENTS = ("--expert-details",), ("--gradients",)
+
+
+# Of two layers: up, up, and with gradients the loss, down, down.
+@pytest.mark.parametrize(
+    ("step", "flags", "left"),
+    [
+        (1, DETAILS, [1]),
+        (1, GRADIENTS, [1, 1, 0]),
+        (2, GRADIENTS, [1, 0]),
+        (3, GRADIENTS, [1, 0]),
+        (4, GRADIENTS, [0]),
+    ],
+)
+def test_a_killed_sweep_goes_on_at_its_layer_and_ends_the_same(
+    models, texts, tmp_path, calm, read, step, flags, left
+):
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    arguments = ("score", models / "single", *given(texts, out), *flags, "--scratch", scratch)
+    killed = stopped(f"scoring/step-{step:05d}.safetensors", signal.SIGKILL, "--quiet", *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [p.name for p in (out / "parts").glob("*.json")] == ["000.json"]
-    first = (out / "parts" / "000.safetensors").stat().st_mtime_ns
-    assert run(*arguments(out)) == 0
-    assert (out / "parts" / "000.safetensors").stat().st_mtime_ns == first
-    ours, theirs = (load_file(f / "statistics.safetensors") for f in (out, calm))
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        np.testing.assert_array_equal(ours[name], value, err_msg=name)
-    assert len(list((out / "parts").glob("*.safetensors"))) >= 4
+    steps = [path.name for path in sorted((out / "scoring").glob("step-?????.safetensors"))]
+    assert steps == [f"step-{number:05d}.safetensors" for number in range(step)]
+    (states,) = scratch.iterdir()
+    wanted = calm(*flags)
+    read.clear()
+    assert run("--quiet", *arguments) == 0
+    assert read == left
+    same(out, wanted)
+    assert not states.exists()
+
+
+def test_progress_of_another_model_or_text_is_not_gone_on_with(models, texts, tmp_path, calm, read):
+    model, text, out = tmp_path / "model", tmp_path / "text", tmp_path / "out"
+    shutil.copytree(models / "other", model)
+    text.mkdir()
+    good = (texts / "good.txt").read_text()
+    (text / "good.txt").write_text(good.replace("quick", "quiet"))  # as many tokens
+    arguments = ("--quiet", "score", model, *given(text, out))
+
+    def kill() -> None:
+        killed = stopped("scoring/step-00001.safetensors", signal.SIGKILL, *arguments)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert (out / "scoring" / "step-00000.safetensors").exists()
+
+    kill()
+    (text / "good.txt").write_text(good)
+    kill()
+    shutil.copy(models / "single" / "model.safetensors", model)
+    read.clear()
+    assert run(*arguments) == 0
+    assert read == [0, 1] and not [*out.glob("scoring*")]
+    assert (out / "statistics.safetensors").read_bytes() == (
+        calm() / "statistics.safetensors"
+    ).read_bytes()
+
+
+def test_damaged_progress_is_named(models, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ("--quiet", "score", models / "single", *given(texts, out))
+    killed = stopped("statistics.json", signal.SIGKILL, *arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    file = out / "scoring" / "step-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run(*arguments) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"{file} cannot be read" in shown and f"remove {file.parent} and score again" in shown
+    shutil.rmtree(file.parent)
+    assert run(*arguments) == 0
+
+
+def test_overwriting_an_interrupted_sweep_with_other_options_leaves_nothing_of_it(
+    models, texts, tmp_path, calm
+):
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    arguments = ("--quiet", "score", models / "single", *given(texts, out))
+    killed = stopped("scoring/step-00003.safetensors", signal.SIGKILL, *arguments, *GRADIENTS,
+                     "--scratch", scratch)  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL and len([*scratch.iterdir()]) == 1
+    assert run(*arguments) == 2  # other options
+    assert run(*arguments, "--overwrite") == 0
+    same(out, calm())
+    assert not [*scratch.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "layers"),
+    [(DETAILS, [0, 1]), (GRADIENTS, [0, 1, 1, 0])],
+    ids=["details", "gradients"],
+)
+@pytest.mark.parametrize("parts", [4, 16])
+def test_weights_are_read_once_for_each_way_whatever_the_parts(
+    models, texts, tmp_path, monkeypatch, read, flags, layers, parts
+):
+    counted, true = [], SafetensorsFolder.read_part
+
+    def part(self, name, first, shape):
+        found = true(self, name, first, shape)
+        counted.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(SafetensorsFolder, "read_part", part)
+    options = (*flags, "--window", 16, *(("--until-stable", 1) if parts == 16 else ()))
+    out = tmp_path / "out"
+    assert run("--quiet", "score", models / "single", *given(texts, out), *options) == 0
+    assert read == layers
+    whole = sum(file.stat().st_size for file in (models / "single").glob("*.safetensors"))
+    assert sum(counted) <= 1.3 * whole * len(layers) / 2
+    curve = json.loads((out / "statistics.json").read_text())["stability"]["tokens"]
+    assert len(curve) == parts or (parts == 16 and len(curve) > 4)
+
+
+def test_statistics_of_a_stable_prefix_are_those_of_its_windows(models, texts, tmp_path):
+    out = tmp_path / "out"
+    flags = (*DETAILS, *GRADIENTS, "--window", 16, "--until-stable", 0.05)
+    assert run("--quiet", "score", models / "single", *given(texts, out), *flags) == 0
+    found, notes = load_statistics(out / "statistics.safetensors")
+    assert len(notes["stability"]["tokens"]) == 2
+    job = open_job(
+        CompressionRecipe(model=str(models / "single"), output=str(tmp_path / "other"), window=16,
+                          calibration=(str(texts / "good.txt"),), batch=4, planner="fair")
+    )  # fmt: skip
+    text = job.calibration
+    parts = rows_of_parts(len(text.tokens), True)[:2]
+    rows = np.concatenate(parts)
+    assert len(rows) < len(text.tokens) / 4
+    how = {"gradients": True, "expert_details": True, "batch": max(map(len, parts))}
+    whole = collect_statistics(job.base, text.tokens[rows], text.valid[rows], **how)
+    # Batches of a part are batches of the whole, but of a model in 16 bits or in its own.
+    assert found.total_tokens == whole.total_tokens == notes["stability"]["tokens"][-1]
+    for name, wanted in whole.arrays().items():
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(
+            found.arrays()[name], wanted, rtol=1e-9, atol=1e-9 * scale, err_msg=name
+        )
 
 
 def test_parts_add_up_to_one_sweep_and_say_how_stable_the_plan_is(models, texts, tmp_path):
@@ -73,7 +232,9 @@ def test_a_part_of_few_windows_is_not_padded_to_a_whole_batch(models, texts, tmp
     assert work[8] == work[2]  # four parts of one or two windows
 
 
-def test_scoring_stops_once_the_kept_set_is_stable(models, texts, tmp_path, capsys):
+def test_statistics_are_of_no_more_text_than_makes_the_kept_set_stable(
+    models, texts, tmp_path, capsys
+):
     out = tmp_path / "out"
     arguments = ("score", models / "single", *given(texts, out), "--until-stable", 0.05)
     assert run(*arguments) == 0
@@ -90,7 +251,6 @@ def test_gradient_sums_of_parts_add_up_to_those_of_one_sweep(models, texts, tmp_
     out = tmp_path / "out"
     assert run("--quiet", "score", models / "single", *given(texts, out), "--gradients") == 0
     found, _ = load_statistics(out / "statistics.safetensors")
-    assert len(list((out / "parts").glob("*.safetensors"))) >= 4
     job = open_job(
         CompressionRecipe(model=str(models / "single"), output=str(tmp_path / "other"),
                           calibration=(str(texts / "good.txt"),), batch=4, planner="fair")
@@ -103,26 +263,3 @@ def test_gradient_sums_of_parts_add_up_to_those_of_one_sweep(models, texts, tmp_
         np.testing.assert_allclose(
             found.arrays()[name], wanted, rtol=1e-4, atol=1e-5 * scale, err_msg=name
         )
-
-
-def test_parts_of_a_text_that_has_changed_since_are_scored_again(models, texts, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text((texts / "good.txt").read_text())
-
-    def score(out):
-        arguments = ("--output", out, "--calibration", text, "--batch", 4)
-        assert run("--quiet", "score", models / "single", *arguments) == 0
-        return load_file(out / "statistics.safetensors")
-
-    old = score(tmp_path / "out")
-    for name in ("statistics.json", "statistics.safetensors"):  # killed after the last part
-        (tmp_path / "out" / name).unlink()
-    text.write_text(text.read_text().replace("quick", "quiet"))  # as many tokens
-    found, wanted = score(tmp_path / "out"), score(tmp_path / "fresh")
-    assert np.abs(old["hidden_square"] - wanted["hidden_square"]).max() > 1e-3
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
-    text.write_text(text.read_text().replace("quiet", "quick"))  # with statistics there
-    again = score(tmp_path / "out")
-    for name, value in old.items():
-        np.testing.assert_array_equal(again[name], value, err_msg=name)

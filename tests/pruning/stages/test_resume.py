@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoint import open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.files import remove_leftovers
 from pruning.budget.plan import PruningPlan
 from pruning.stages import folder as output_folder
@@ -115,27 +115,36 @@ def test_a_run_is_not_taken_up_with_other_options(models, texts, tmp_path, capsy
 
 
 def test_overwriting_scores_again_what_is_finished_and_goes_on_with_what_is_not(
-    models, texts, tmp_path
+    models, texts, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
+    statistics = out / "statistics.safetensors"
     arguments = ("--quiet", "score", models / "single", *given(texts, out))
-
-    def written() -> dict[str, tuple[int, bytes]]:
-        files = [out / "statistics.safetensors", *sorted((out / "parts").glob("*.safetensors"))]
-        return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
-
     assert run(*arguments) == 0
-    first = written()
-    assert run(*arguments, "--overwrite") == 0
-    second = written()
-    assert first.keys() == second.keys() and len(first) > 2
-    for name, (time, content) in second.items():
-        assert time != first[name][0] and content == first[name][1], name
-    (out / "statistics.json").unlink()  # as if it had been killed just before
-    assert run(*arguments, "--overwrite") == 0
-    third = written()
-    assert third.pop("statistics.safetensors") != second.pop("statistics.safetensors")
-    assert third == second
+    first, content = statistics.stat().st_mtime_ns, statistics.read_bytes()
+    killed = stopped("statistics.json", signal.SIGKILL, *arguments, "--overwrite")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert statistics.stat().st_mtime_ns != first and not (out / "statistics.json").exists()
+    with monkeypatch.context() as patch:
+        patch.delattr(Checkpoint, "layer")  # all are through
+        assert run(*arguments, "--overwrite") == 0
+    assert statistics.read_bytes() == content and (out / "statistics.json").exists()
+    assert not [*out.glob("scoring*")]
+
+
+def test_what_a_sweep_left_beside_finished_statistics_goes(models, texts, tmp_path):
+    out, calm = tmp_path / "out", tmp_path / "calm"
+    arguments = ("--quiet", "score", models / "single", *given(texts, out))
+    assert run(*arguments) == 0
+    out.rename(calm)
+    killed = stopped("statistics.json", signal.SIGKILL, *arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    shutil.copy(calm / "statistics.json", out)  # as if killed just after
+    assert [*(out / "scoring").iterdir()]
+    written = (out / "statistics.safetensors").stat().st_mtime_ns
+    assert run(*arguments) == 0
+    assert {path.name for path in out.iterdir()} == {path.name for path in calm.iterdir()}
+    assert (out / "statistics.safetensors").stat().st_mtime_ns == written
 
 
 def test_statistics_of_a_changed_model_are_measured_again(models, texts, tmp_path):

@@ -1,0 +1,188 @@
+"""What a sweep over a model has added up so far, step by step: in memory, or in a folder that a
+killed run is gone on from."""
+
+import json
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moe_jax.errors import InputError
+from moe_jax.files import remove_leftovers, replace_file, replace_text, scratch_file
+from moe_jax.json_files import read_json
+
+RECORD = "progress.json"
+STATES = re.compile(r"scoring-[0-9a-f]{16}\.states")
+
+Sums = dict[str, np.ndarray]  # [parts, ...], or [1, ...] for what holds for all parts
+
+
+class SweepLog(Protocol):
+    """Where a sweep leaves what each step added up."""
+
+    @property
+    def done(self) -> int:
+        """Steps that are finished."""
+        ...
+
+    def add(self, sums: Sums) -> None:
+        """Finish the next step."""
+        ...
+
+    def rows(self, step: int, part: int) -> dict[str, np.ndarray]:
+        """The sums of a finished step, those of one part."""
+        ...
+
+
+class Memory:
+    """A log for a sweep that is not gone on with."""
+
+    def __init__(self):
+        self._steps: list[Sums] = []
+
+    @property
+    def done(self) -> int:
+        """Steps that are finished."""
+        return len(self._steps)
+
+    def add(self, sums: Sums) -> None:
+        """Finish the next step."""
+        self._steps.append(sums)
+
+    def rows(self, step: int, part: int) -> dict[str, np.ndarray]:
+        """The sums of a finished step, those of one part."""
+        return {name: value[_row(part, len(value))] for name, value in self._steps[step].items()}
+
+
+class SweepFolder:
+    """A log with a file per step, and a file of hidden states that outlives the process.
+
+    A step counts as finished once its file has its name. The file of states is wherever scratch
+    files go, under a name that the record holds.
+
+    Args:
+      path: the folder.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.done = 0
+
+    @contextmanager
+    def states(
+        self, identity: dict, steps: int, scratch: Path, size: int
+    ) -> Iterator[BinaryIO | None]:
+        """Open the folder, to go on in it if it holds progress of the same sweep.
+
+        Args:
+          identity: all that progress depends on, JSON-compatible.
+          steps: of the whole sweep.
+          scratch: where a new file of states goes.
+          size: of that file, bytes.
+
+        Yields:
+          The file of states, which stays; None if all steps are finished.
+
+        Raises:
+          FullDiskError: there is no room for it; nothing is left then.
+        """
+        identity = json.loads(json.dumps(identity))
+        self._open(identity, steps, size)
+        if self.done == steps:
+            yield None
+            return
+        states = self._states()
+        if self.done and states is not None:
+            file = open(states, "r+b")
+        else:
+            name = f"scoring-{secrets.token_hex(8)}.states"
+            told = {"identity": identity, "states": str(scratch.absolute() / name)}
+            replace_text(self.path / RECORD, json.dumps(told, indent=1) + "\n")
+            try:
+                file = scratch_file(scratch, size, name)
+            except BaseException:
+                self.clear()
+                raise
+        with file:
+            yield file
+
+    def add(self, sums: Sums) -> None:
+        """Finish the next step."""
+        arrays = {name: np.ascontiguousarray(value) for name, value in sums.items()}
+        replace_file(self._file(self.done), lambda partial: save_file(arrays, partial))
+        self.done += 1
+
+    def rows(self, step: int, part: int) -> dict[str, np.ndarray]:
+        """The sums of a finished step, those of one part.
+
+        Raises:
+          InputError: its file is missing or damaged.
+        """
+        try:
+            with safe_open(self._file(step), "numpy") as file:
+                found = {name: file.get_slice(name) for name in file.keys()}
+                rows = {name: _row(part, one.get_shape()[0]) for name, one in found.items()}
+                return {name: one[rows[name] : rows[name] + 1][0] for name, one in found.items()}
+        except (FileNotFoundError, SafetensorError) as error:
+            raise InputError(
+                f"{self._file(step)} cannot be read ({error}); remove {self.path} and score again"
+            ) from None
+
+    @property
+    def state_bytes(self) -> int:
+        """What the file of states takes."""
+        states = self._states()
+        return states.stat().st_size if states is not None and states.is_file() else 0
+
+    def drop_states(self) -> None:
+        """Remove the file of states, which a finished sweep needs no more."""
+        states = self._states()
+        if states is not None:
+            states.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all of it."""
+        self.drop_states()
+        # The record last: it knows where the states are.
+        for file in (*sorted(self.path.glob("step-[0-9]*.safetensors")), self.path / RECORD):
+            file.unlink(missing_ok=True)
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+        self.done = 0
+
+    def _open(self, identity: dict, steps: int, size: int) -> None:
+        """Count the finished steps; 0 after removing what cannot be gone on with."""
+        remove_leftovers(self.path)
+        self.done = 0
+        if self._record().get("identity") == identity:
+            while self.done < steps and self._file(self.done).is_file():
+                self.done += 1
+        if not self.done or (self.done < steps and self.state_bytes != size):
+            self.clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _record(self) -> dict:
+        try:
+            found = read_json(self.path / RECORD)
+        except (InputError, OSError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _states(self) -> Path | None:
+        """The file of states; None if the record names none, or what is none of ours."""
+        place = self._record().get("states")
+        path = Path(place) if isinstance(place, str) else None
+        return path if path is not None and STATES.fullmatch(path.name) else None
+
+    def _file(self, step: int) -> Path:
+        return self.path / f"step-{step:05d}.safetensors"
+
+
+def _row(part: int, rows: int) -> int:
+    return min(part, rows - 1)

@@ -1,0 +1,278 @@
+"""The sweep that collects every statistic: each layer once upwards, for gradients once downwards.
+
+All windows go through a layer while it is held, and their sums stay apart by part of the text.
+Between two steps the hidden states lie in slots, of which a step overwrites none that it reads, so
+that one which was killed can be done again.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.attention.context import Context
+from moe_jax.config import ModelConfig
+from moe_jax.experts.moe import MoE
+from moe_jax.stream import LayerSource, sweep
+from moe_jax.transformer import DecoderLayer
+from pruning.kit.progress import OnStep, counter
+from pruning.scores.details import add_details, wanda_sums
+from pruning.scores.layer import (
+    GRADIENT_SCORES,
+    Kept,
+    attention_backward,
+    batch_loss,
+    feed_forward_backward,
+    layer_statistics,
+)
+from pruning.scores.own import STATISTICS
+from pruning.scores.parts import Parts
+from pruning.scores.states import Projections, States, layer_slots, projection_room
+from pruning.scores.statistics import DECLARED, NORMS, ChannelStatistics, field_shapes
+from pruning.scores.sweep_log import Sums, SweepLog
+from pruning.scores.weight_facts import slots_of, weight_facts
+
+EDGES = 2  # slots that hold what one step leaves to the next, in turns
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a sweep collects beyond the forward sums.
+
+    Attributes:
+      gradients: sums of the end-to-end next-token loss, by a way down.
+      expert_details: vectors per expert and pairs of experts.
+      each_prefix: what needs the whole text, for every number of parts instead.
+    """
+
+    gradients: bool = False
+    expert_details: bool = False
+    each_prefix: bool = False
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Their names in `ChannelStatistics`."""
+        asked = (("gradients", self.gradients), ("expert-details", self.expert_details))
+        return tuple(name for name, on in asked if on)
+
+    def slots(self, config: ModelConfig) -> int:
+        """States of the text that are alive at once."""
+        return EDGES + (layer_slots(config) if self.gradients else 0)
+
+    def steps(self, config: ModelConfig) -> int:
+        """Steps of the sweep: layers upwards, the loss, layers downwards."""
+        layers, lowest = config.num_layers, config.moe_layers[0]
+        return layers + (1 + layers - lowest if self.gradients else 0)
+
+
+class TextSweep:
+    """A sweep over a text in parts.
+
+    Args:
+      source: the dense model; at most two of its layers are held.
+      text: the windows.
+      asked: what is collected.
+      dtype: of the activations; sums are float32 inside a batch, float64 across batches.
+      states: `asked.slots` of the text; None if the log holds all steps.
+      log: where the sums go; what it has already is not done again.
+      on_step: receives (layer visits done, layer visits in all).
+    """
+
+    def __init__(
+        self,
+        source: LayerSource,
+        text: Parts,
+        asked: Asked,
+        dtype,
+        states: States | None,
+        log: SweepLog,
+        on_step: OnStep | None = None,
+    ):
+        self.source, self.text, self.asked, self.log = source, text, asked, log
+        self._dtype, self._states = dtype, states
+        self._slots, self._own = slots_of(source), tuple(STATISTICS.items())
+        batches, c = text.batches, source.config
+        self._edge = layer_slots(c) if asked.gradients else 0  # the first of `EDGES`
+        step = batches.tokens[batches.rows[0]].size
+        room = projection_room(c, len(batches.rows), step) if asked.gradients else 0
+        self._projections = Projections(room)
+        self._count = counter(asked.steps(c) - asked.gradients, on_step)  # the loss reads no layer
+        if log.done:
+            self._count(log.done - (log.done > len(source)))
+
+    def forward(self) -> None:
+        """Go up through the layers that are left."""
+        layers = range(min(self.log.done, len(self.source)), len(self.source))
+        sweep(self.source, None, self._up, layers=layers, on_layer=lambda _: self._count(1))
+
+    def backward(self) -> None:
+        """Go down through the layers that are left, if gradients are asked for."""
+        if not self.asked.gradients:
+            return
+        top = len(self.source)
+        if self.log.done == top:
+            self._loss()
+        # Below the lowest layer with experts nothing is scored.
+        layers = reversed(range(self.source.config.moe_layers[0], 2 * top + 1 - self.log.done))
+        sweep(self.source, None, self._down, layers=layers, on_layer=lambda _: self._count(1))
+
+    def part(self, number: int) -> ChannelStatistics:
+        """Statistics of one part, without what needs the whole text."""
+        arrays = {name: a for name, a in self._arrays(number).items() if not _is_finished(name)}
+        arrays["total_tokens"] = np.array(float(self.text.tokens[number]))
+        if self.asked.gradients:
+            arrays |= self.log.rows(len(self.source), number)
+        return ChannelStatistics.from_arrays(arrays)
+
+    def finished(self, total: ChannelStatistics, parts: int) -> ChannelStatistics:
+        """Statistics of the first so many parts, with what needs the whole of them."""
+        arrays = self._arrays(parts - 1).items()
+        finished = {name: a for name, a in arrays if _is_finished(name)}
+        return total.replace(**finished)  # type: ignore[attr-defined]
+
+    def _arrays(self, number: int) -> Sums:
+        """What all layers have of a part, [L, ...]."""
+        found: Sums = {}
+        top = len(self.source)
+        for index, slot in self._slots.items():
+            for step in (index, 2 * top - index) if self.asked.gradients else (index,):
+                for name, value in self.log.rows(step, number).items():
+                    found.setdefault(name, np.zeros((len(self._slots), *value.shape)))[slot] = value
+        return found
+
+    # --- upwards ---
+
+    def _up(self, index: int, layer: DecoderLayer, _: None) -> None:
+        slot = self._slots.get(index)
+        sums = {} if slot is None else self._layer_sums(layer)
+        batches = self.text.batches
+        for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
+            before = self._entering(index, rows)
+            visit = None if slot is None else slot * len(batches.rows) + number
+            keep = visit is not None and self._projections.has_room(visit)
+            middle, out, found, kept = layer_statistics(layer, before, place, keep, self._own)
+            if keep:
+                self._projections.keep(index, rows, kept)
+            if slot is not None:
+                part = self.text.owner[number]
+                _add_batch(sums, part, found)
+                if self.asked.expert_details:
+                    add_details(sums, part, layer, middle, out, place)
+            self._leave(index, rows, middle, out)
+        if self.asked.expert_details and slot is not None:
+            self._add_wanda(sums, layer)
+        self._end_step(sums)
+
+    def _layer_sums(self, layer: DecoderLayer) -> Sums:
+        """Facts about a layer's weights, and zeros for all that is added up."""
+        assert isinstance(layer.mlp, MoE)
+        moe, parts = layer.mlp.config, len(self.text.tokens)
+        sizes = (1, moe.num_experts, moe.d_expert, self.source.config.d_model)
+        shapes = field_shapes(*sizes, self.asked.groups, finished=False)
+        downwards = (*GRADIENT_SCORES, "loss_sum", "total_tokens")
+        sums = {
+            name: np.zeros((parts, *shape[1:]))
+            for name, shape in shapes.items()
+            if name not in NORMS and name not in downwards
+        }
+        return sums | weight_facts(layer, moe.d_expert)
+
+    def _add_wanda(self, sums: Sums, layer: DecoderLayer) -> None:
+        """Add what needs the norms of the experts' inputs over the whole text."""
+        prefixes = np.cumsum(sums["input_square"], axis=0)
+        wanted = prefixes if self.asked.each_prefix else prefixes[-1:]
+        pairs = [wanda_sums(layer, one) for one in wanted]
+        for name, values in zip(("wanda_up", "wanda_gate"), zip(*pairs, strict=True), strict=True):
+            sums[name] = np.stack(values).astype(np.float64)
+
+    def _entering(self, index: int, rows: slice) -> Array:
+        """What enters a layer on the way up."""
+        states, edge = self._open_states, self._edge
+        if index == 0:
+            first = self.source.embedding(self.text.batches.tokens[rows], self._dtype)
+            if self.asked.gradients:
+                states.put(0, rows, first)
+            return first
+        slot = 2 * index if self.asked.gradients else edge + (index - 1) % EDGES
+        return jnp.asarray(states.get(slot, rows))
+
+    def _leave(self, index: int, rows: slice, middle: Array, out: Array) -> None:
+        """Keep what the layers above need, and the way down."""
+        states, is_last = self._open_states, index == len(self.source) - 1
+        if self.asked.gradients:
+            states.put(2 * index + 1, rows, middle)
+            states.put(self._edge if is_last else 2 * (index + 1), rows, out)
+        elif not is_last:
+            states.put(self._edge + index % EDGES, rows, out)
+
+    # --- downwards ---
+
+    def _loss(self) -> None:
+        """Begin the way down: gradients of the loss at the last hidden states."""
+        batches, losses = self.text.batches, np.zeros(len(self.text.tokens))
+        for rows, part in zip(batches.rows, self.text.owner, strict=True):
+            x = jnp.asarray(self._open_states.get(self._edge, rows))
+            loss, gradient = batch_loss(self.source.head, batches, x, rows)
+            losses[part] += loss
+            self._open_states.put(self._edge + 1, rows, gradient)
+        self._end_step({"loss_sum": losses})
+
+    def _down(self, index: int, layer: DecoderLayer, _: None) -> None:
+        states, slot = self._open_states, self._slots.get(index)
+        lowest, edge = self.source.config.moe_layers[0], self._edge
+        given = edge + (len(self.source) - index) % EDGES  # by the step before
+        sums = {} if slot is None else self._gradient_sums(layer)
+        batches = self.text.batches
+        for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
+            x, middle = (jnp.asarray(states.get(2 * index + half, rows)) for half in (0, 1))
+            kept = self._kept(index, layer, x, place, number)
+            d_out = jnp.asarray(states.get(given, rows))
+            d_middle, scores = feed_forward_backward(layer, middle, place, d_out, kept)
+            if scores is not None:
+                part = self.text.owner[number]
+                values = np.asarray(scores, np.float64)
+                for name, value in zip(GRADIENT_SCORES, values, strict=True):
+                    sums[name][part] += value
+            if index > lowest:
+                left = 2 * edge + 1 - given  # the other one
+                states.put(left, rows, attention_backward(layer, x, place, d_middle))
+        self._end_step(sums)
+
+    def _kept(
+        self, index: int, layer: DecoderLayer, x: Array, place: Context, number: int
+    ) -> Kept | None:
+        """What the way up kept of a batch; made again if that was in a process that is gone."""
+        batches, slot = self.text.batches, self._slots.get(index)
+        if slot is None or not self._projections.has_room(slot * len(batches.rows) + number):
+            return None
+        kept = self._projections.take(index, batches.rows[number])
+        return kept or layer_statistics(layer, x, place, True, self._own)[3]
+
+    def _gradient_sums(self, layer: DecoderLayer) -> Sums:
+        assert isinstance(layer.mlp, MoE)
+        moe, parts = layer.mlp.config, len(self.text.tokens)
+        shape = (parts, moe.num_experts, moe.d_expert)
+        return {name: np.zeros(shape) for name in GRADIENT_SCORES}
+
+    # --- both ---
+
+    @property
+    def _open_states(self) -> States:
+        assert self._states is not None
+        return self._states
+
+    def _end_step(self, sums: Sums) -> None:
+        self._open_states.sync()
+        self.log.add(sums)
+
+
+def _is_finished(name: str) -> bool:
+    return name in DECLARED and DECLARED[name]["kind"] == "finished"
+
+
+def _add_batch(sums: Sums, part: int, batch_sums: dict[str, Array]) -> None:
+    values = {name: np.asarray(value, np.float64) for name, value in batch_sums.items()}
+    values["energy"] = values.pop("unit_energy") * np.square(sums["down_norm"][0])
+    for name, value in values.items():
+        sums[name][part] += value
