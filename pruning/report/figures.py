@@ -246,8 +246,7 @@ def plot_expert_bars(
     order = np.argsort(-np.asarray(attribution), kind="stable")
     tenths = np.rint(np.linspace(0, np.shape(curves)[1] - 1, 11)).astype(int)
     steps = np.diff(np.asarray(curves)[order][:, tenths], axis=1)
-    colours = colours_of("Blues", np.linspace(0.85, 0.15, 10))
-    bottom = np.zeros(len(curves))
+    colours, bottom = colours_of("Blues", np.linspace(0.85, 0.15, 10)), np.zeros(len(curves))
     for number, (step, colour) in enumerate(zip(steps.T, colours, strict=True)):
         label = "score of each tenth of the channels" if number == 0 else None
         axes.bar(experts, step, bottom=bottom, color=colour, width=0.9, label=label)

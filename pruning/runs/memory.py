@@ -37,6 +37,7 @@ from pruning.stages.sizes import (
 
 PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
 LATE_BYTES = 300 << 20  # programs of all stages before the last ones, which stay
+SAMPLE_PROGRAMS = 200 << 20  # that write on: of two models, for a prompt and for one more token
 LOGITS_HELD = 5  # of a probe: two programs', their difference, its size, and who is asked
 LOSS_LOGITS, COMPARED_LOGITS = 3, 4  # copies that XLA holds of a loss, and of two models'
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
@@ -83,7 +84,7 @@ def memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
         "verify": late + max(pruned, 4 * outer + held[4]) + 4 * probe,
         "transformers": max(client_bytes(one, shapes) for one in exports),
         "evaluation": late + 2 * outer + _evaluation(c, recipe, layers),
-        "sample": late + sample if sample else 0,
+        "sample": late + SAMPLE_PROGRAMS + sample if sample else 0,
     }
 
 
