@@ -1,6 +1,5 @@
 """Strict numerics for every test: no silent promotion, no reduced-precision matmuls."""
 
-import atexit
 import gc
 import os
 import shutil
@@ -41,7 +40,6 @@ import pytest
 
 from moe_jax.programs import free_programs
 
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -54,6 +52,11 @@ def _programs_of_other_files():
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    """At exit would be too late: workers of xdist end without."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_runtest_setup():

@@ -27,7 +27,7 @@ from pruning.stages.probe_windows import PROBE_TOKENS, Probe, WindowShape, compa
 
 PROGRAM = Path(__file__).with_name("client_process.py")
 # Of torch and transformers themselves, and of what they hold beside the weights for a moment.
-PROCESS_BYTES, SHARE = 1 << 30, 1.25
+PROCESS_BYTES, SHARE = 896 << 20, 1.25
 TOGETHER = 512  # tokens that are run at a time; of longer windows one
 SCORES_HELD = 4  # of a layer's attention as float32: they, with a mask, their softmax, and its copy
 PATIENCE, PER_SECOND = 900, 5 << 20  # seconds for a folder of no size, bytes that take one more
