@@ -12,15 +12,17 @@ from pruning.budget.plan import PruningPlan
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.probe import kept_out_tokens
+from pruning.scores import elimination
 from pruning.scores.collect import CHUNK
+from pruning.scores.grams import sample_size
 from pruning.scores.noise import ROWS_PER_EXPERT
 from pruning.scores.states import projection_bytes, projection_room
 from pruning.shrink.gptq import MOMENT_BYTES
-from pruning.stages.choose import STATE_BYTES
 from pruning.stages.client import client_bytes
 from pruning.stages.parts import rows_of_parts
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import compared, probe_shapes
+from pruning.stages.rule_losses import SHARE, STATE_BYTES, is_repaired
 from pruning.stages.sizes import export_of, form_of, sample_memory, statistics_bytes
 
 PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
@@ -94,7 +96,8 @@ def _largest_layer(base: Description) -> int:
 
 def _choice(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
     """Two layers, the hidden states of plans that share a reading twice, a batch at work and the
-    down-projections of a layer without what is masked; 0 if no rule is measured."""
+    down-projections of a layer without what is masked, and what a sample of the text takes where
+    kept channels take over; 0 if no rule is measured."""
     c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
     tokens = kept_out_tokens(recipe)
     if not tokens:
@@ -104,7 +107,22 @@ def _choice(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -
     rows = min(recipe.batch * recipe.window, tokens) * c.moe.experts_per_token
     work = rows * (3 * c.moe.d_expert + 3 * c.d_model) * 4
     work += c.moe.num_experts * c.moe.d_expert * c.d_model * item
+    if is_repaired(recipe):
+        pool = c.moe.num_experts * c.moe.d_expert * c.d_model
+        work += _sample(base, recipe, SHARE) + pool * (2 * 4 + item)
     return int(fixed + LAYERS_HELD * 2 * layer + 2 * together * states + work)
+
+
+def _sample(base: Description, recipe: ResolvedRecipe, share: float) -> int:
+    """The hidden states of a sample of the text, its rows at work, and the Grams of a layer's
+    experts on the device, on the host and of one of them in float64."""
+    c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
+    windows = math.ceil(recipe.max_tokens / recipe.window)
+    count, size = sample_size(windows, recipe.window, share)
+    rows = min(count, recipe.batch) * size * c.moe.experts_per_token
+    work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
+    grams = (2 * 4 * c.moe.num_experts + 4 * 8) * c.moe.d_expert**2
+    return count * size * c.d_model * item + work + grams
 
 
 def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
@@ -126,5 +144,6 @@ def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) 
     if recipe.weights_only:
         rows = padded_rows(c.moe.num_experts * ROWS_PER_EXPERT, c.moe.num_experts)
     work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
+    work = max(work + states, _sample(base, recipe, elimination.SHARE) if recipe.obs else 0)
     sums = 3 * statistics_bytes(base, recipe)
-    return int(fixed + (LAYERS_HELD + 1) * 2 * layer + states + work + sums)
+    return int(fixed + (LAYERS_HELD + 1) * 2 * layer + work + sums)
