@@ -159,7 +159,7 @@ class ScoreOptions(Options):
         bool,
         About(
             "also collect criterion obs, what removing a channel costs once others have taken "
-            "over, in a sweep over a twelfth of the text; as a rule planner auto does where plans "
+            "over, in a sweep over an eighth of the text; as a rule planner auto does where plans "
             "are repaired"
         ),
     ] = False

@@ -42,7 +42,7 @@ def sampled(
     tokens: np.ndarray, valid: np.ndarray, share: float
 ) -> tuple[np.ndarray, np.ndarray]:  # [N, S] each
     """The beginnings of some windows [B, T], evenly spread over a text: a share of its tokens."""
-    count, size = sample_size(*tokens.shape, share)
+    count, size = sample_size(len(tokens), tokens.shape[1], share)
     rows = np.arange(count) * len(tokens) // count
     return tokens[rows, :size], valid[rows, :size]
 

@@ -123,7 +123,8 @@ def taken_over(layer: DecoderLayer, seen: Seen, keep: Array | np.ndarray) -> Dec
     experts, keep = layer.mlp.experts, np.asarray(keep)
     stored = dequantize(experts.w_down)
     down = np.array(stored, np.float32).reshape(*keep.shape, -1)
-    for expert in np.flatnonzero((seen.tokens > 0) & keep.any(axis=1) & ~keep.all(axis=1)):
+    found = (seen.tokens > 0) & keep.any(axis=1) & ~keep.all(axis=1)
+    for expert in np.flatnonzero(found).tolist():
         own = keep[expert]
         down[expert, own] += moved(seen.gram(expert), down[expert], own, seen.tokens[expert])
     other = jnp.asarray(down.reshape(stored.shape)).astype(stored.dtype)

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import yaml
@@ -266,7 +267,7 @@ def readers(folder: Path) -> list[Callable[[], object]]:
     from pruning.stages.score import stored_statistics
     from pruning.stages.stored import stored_base, stored_recipe
 
-    nothing = SimpleNamespace(kept_out=None)
+    nothing: Any = SimpleNamespace(kept_out=None)
     steps, export = Steps(quiet=True), folder / "exports" / "ragged-int4"
 
     def base():

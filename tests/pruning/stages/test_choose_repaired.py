@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,7 @@ def test_the_choice_is_that_of_brute_force(finished):
     """Every rule planned by its own name, refitted row by row, and run by transformers."""
     out, said = finished / "out", choice_of(finished / "out")
     job, _ = opened(out)
+    assert job.kept_out is not None
     windows = job.kept_out.tokens
     dense, losses = torch_losses(finished, {}, windows), {}
     for one in said["candidates"]:
@@ -202,10 +204,11 @@ def test_a_run_that_goes_on_measures_nothing_again(finished, tmp_path, monkeypat
 
 
 def test_an_estimate_counts_the_sample_and_what_is_refitted(models):
-    known = {"model": str(models / "single"), "output": "out", "bits": 16, "max_tokens": 49152}
+    known: dict[str, Any] = {"model": str(models / "single"), "output": "out", "bits": 16}
+    known |= {"max_tokens": 49152}
+    others: tuple[dict[str, Any], ...] = ({}, {"repair": "none"}, {"planner": "fair"})
     repaired, masked, named = (
-        estimate(CompressionRecipe(**known, **more), probe=True)[0]
-        for more in ({}, {"repair": "none"}, {"planner": "fair"})
+        estimate(CompressionRecipe(**known, **more), probe=True)[0] for more in others
     )
     assert repaired["choosing_seconds"] > masked["choosing_seconds"] > 0
     assert repaired["memory"]["choice"] > masked["memory"]["choice"] > 0

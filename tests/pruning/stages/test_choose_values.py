@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,8 @@ class Asked:
 
     def choose(self):
         made = ([self.recipe], self.statistics, self.provenance, self.base)
-        return choose(*made, lambda: SimpleNamespace(kept_out=None), STEPS)
+        nothing: Any = SimpleNamespace(kept_out=None)
+        return choose(*made, lambda: nothing, STEPS)
 
 
 @pytest.fixture
