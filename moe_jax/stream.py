@@ -163,6 +163,11 @@ def pad_rows(values: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
 
 
+def even_batch(count: int, most: int) -> int:
+    """Rows of each of the fewest batches for so many rows, so that few are padding."""
+    return -(-count // -(-count // most))
+
+
 def row_slices(count: int, batch: int) -> tuple[slice, ...]:
     """Consecutive batches of `count` rows."""
     return tuple(slice(start, start + batch) for start in range(0, count, batch))

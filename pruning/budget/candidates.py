@@ -20,8 +20,8 @@ CANDIDATES: dict[str, Rule] = {
     "paper-shapley": RULES["paper-shapley"],
     "paper-act": RULES["paper-act"],
     "maxmin-act": RULES["maxmin-act"],
-    "fair2-act": RULES["fair2-act"],
     "hull-fair-energy": RULES["hull-fair-energy"],
+    "hull-fair-obs": RULES["hull-fair-obs"],  # repair's own selection
     "uniform-energy": RULES["uniform-energy"],
 }
 # Widths of a recipe that hold a rule of one width for all as a special case.

@@ -189,6 +189,10 @@ RULES: dict[str, Rule] = {
         "aligned optimum of fair coverage, ours", "one level", "energy", planner="fair",
         align="hull",
     ),
+    "hull-fair-obs": _channels(
+        "aligned optimum of fair coverage of obs, ours", "one level", "obs", planner="fair",
+        align="hull",
+    ),
     **{f"experts-{name}": _drop(f"whole experts by {EXPERT_CRITERIA[name].about}", name)
        for name in DROPS},
     **{f"experts-{name}-layer": _drop(

@@ -18,7 +18,7 @@ EXAMPLES = {
     "  moe-compress compress ./Qwen3-30B-A3B --weights-only --output preview\n\n"
     "An interrupted run goes on when it is repeated. The result is in out/report.html.\n"
     "The rule that prunes is measured on windows of the calibration text that are not scored,\n"
-    "in less than half of the time of scoring; --planner fair, or any part of a rule, spares that.",
+    "in about half of the time of scoring; --planner fair, or any part of a rule, spares that.",
     "inspect": "moe-compress inspect ./Qwen3-30B-A3B",
     "estimate": "moe-compress estimate demo --prune-rate 0.25 0.5\n"
     "  moe-compress estimate ./Qwen3-30B-A3B --export padded-int4 --tensor-parallel 2\n\n"

@@ -98,16 +98,20 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             )
         # Weights that the model stores in few bits would be rounded a second time.
         kept = bool(copied) or FLOAT4 in exports
+        repair = self.repair or ("none" if kept or self.weights_only else "layer")
         given = {name: getattr(self, name) for name in fields_of(CompressionRecipe)}
+        rule = self._rule()
         filled = {
             "export": tuple(exports),
             "group_size": group,
-            **self._rule(),
+            **rule,
+            # Of a rule that is open, repair's own score is measured too.
+            "obs": self.obs or (rule["criterion"] is None and repair != "none"),
             "block": block,
             "minimum": self.minimum or block,
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
             "width": self.width or width_policy(exports),
-            "repair": self.repair or ("none" if kept or self.weights_only else "layer"),
+            "repair": repair,
             "window": window_within(self.window, max_position),
             "evaluation_tokens": self.evaluation_tokens or EVALUATION_TOKENS,
         }

@@ -43,8 +43,14 @@ def _table(choice: Mapping[str, Any], columns: int) -> TextTable:
     blank = [""] * (1 + len(each) + len(worst))
     rows += [[one["rule"], *blank, f"not measured: {one['reason']}"] for one in choice["refused"]]
     kept = choice["kept_out"]
+    how = "channels removed and weights as they are"
+    if choice.get("repaired"):
+        how = (
+            "once each expert's kept channels have taken over what they can, by a sample of the "
+            "text: what a repair begins with"
+        )
     note = (
-        "+nats: loss per token that a rule's plan adds to the dense model, by "
+        f"+nats: loss per token that a rule's plan adds to the dense model, {how}, by "
         f"{kept['predictions']:,} predictions in {kept['windows']:,} windows of calibration text "
         "that no statistic saw. The least is taken"
     )
@@ -55,4 +61,5 @@ def _table(choice: Mapping[str, Any], columns: int) -> TextTable:
         )
     rate = choice["asked"].get("prune_rate")
     title = "Rules measured" + ("" if rate is None else f" at prune rate {rate}")
-    return TextTable(title, ["rule", "+nats", *each, *worst, ""], rows, f"{note}.")
+    shown = f"+nats, {'repaired' if choice.get('repaired') else 'masked'}"
+    return TextTable(title, ["rule", shown, *each, *worst, ""], rows, f"{note}.")

@@ -13,7 +13,9 @@ from pruning.budget.plan import PruningPlan
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.runs.probe import kept_out_tokens
+from pruning.scores import elimination
 from pruning.scores.end_to_end import ig_chunk
+from pruning.scores.grams import sample_size
 from pruning.scores.noise import ROWS_PER_EXPERT
 from pruning.scores.parts import rows_of_parts, windows_at_work
 from pruning.scores.states import (
@@ -23,10 +25,10 @@ from pruning.scores.states import (
     projection_room,
 )
 from pruning.shrink.gptq import MOMENT_BYTES
-from pruning.stages.choose import STATE_BYTES
 from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import compared, probe_shapes
+from pruning.stages.rule_losses import SHARE, STATE_BYTES, is_repaired
 from pruning.stages.sizes import (
     equal_export,
     export_of,
@@ -124,8 +126,9 @@ def _largest_layer(base: Description) -> int:
 
 def _choice(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
     """Two layers, the hidden states of plans that share a reading twice, a batch at work, the
-    down-projections of a layer without what is masked, and the logits, whose turn comes when the
-    heap still holds that; 0 if no rule is measured."""
+    down-projections of a layer without what is masked, what a sample of the text takes where kept
+    channels take over, and the logits, whose turn comes when the heap still holds that; 0 if no
+    rule is measured."""
     c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
     tokens = kept_out_tokens(recipe)
     if not tokens:
@@ -135,12 +138,27 @@ def _choice(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -
     work = _rows_at_work(c, recipe, tokens) * (3 * c.moe.d_expert + 3 * c.d_model) * 4
     work += c.moe.num_experts * c.moe.d_expert * c.d_model * item
     work += _logits(c, LOSS_LOGITS)
+    if is_repaired(recipe):
+        pool = c.moe.num_experts * c.moe.d_expert * c.d_model
+        work += _sample(base, recipe, SHARE) + pool * (2 * 4 + item)
     return int(fixed + LAYERS_HELD * 2 * layer + 2 * together * states + work)
 
 
 def _rows_at_work(config: ModelConfig, recipe: ResolvedRecipe, tokens: int) -> int:
     """Copies of a batch's tokens, one for each of their experts."""
     return min(recipe.batch * recipe.window, tokens) * config.moe.experts_per_token
+
+
+def _sample(base: Description, recipe: ResolvedRecipe, share: float) -> int:
+    """The hidden states of a sample of the text, its rows at work, and the Grams of a layer's
+    experts on the device, on the host and of one of them in float64."""
+    c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
+    windows = math.ceil(recipe.max_tokens / recipe.window)
+    count, size = sample_size(windows, recipe.window, share)
+    rows = min(count, recipe.batch) * size * c.moe.experts_per_token
+    work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
+    grams = (2 * 4 * c.moe.num_experts + 4 * 8) * c.moe.d_expert**2
+    return count * size * c.d_model * item + work + grams
 
 
 def _scoring(base: Description, recipe: ResolvedRecipe, fixed: int, layer: int) -> int:
@@ -167,12 +185,15 @@ def _held_states(
 ) -> int:
     """Most bytes that a sweep over the text keeps in memory between its layers.
 
-    That of the statistics has its states in a file and keeps projections alone. Others hold the
-    text once or twice, and the states of a way down if they are not too large.
+    That of the statistics has its states in a file and keeps projections alone, that of obs has a
+    sample. Others hold the text once or twice, and the states of a way down if they are not too
+    large.
     """
     c, item = base.config, 2 if recipe.dtype == "bfloat16" else 4
     text = windows * recipe.window * c.d_model * item
-    found = [2 * text * (recipe.obs or recipe.nll_ablate)]
+    found = [2 * text * recipe.nll_ablate]
+    if recipe.obs:
+        found.append(_sample(base, recipe, elimination.SHARE))
     if recipe.gradients:
         found.append(projection_room(c, batches, step) * projection_bytes(c.moe, step))
     if recipe.weight_gradients:

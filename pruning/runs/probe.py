@@ -15,15 +15,17 @@ from pruning.budget.candidates import CANDIDATES
 from pruning.demo import demo_texts
 from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.scores.grams import sample_size
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
-from pruning.shrink.masked import masked_forward
+from pruning.shrink.masked import masked_forward, moved
 from pruning.stages.extra_scores import costs
+from pruning.stages.rule_losses import SHARE, is_repaired
 from pruning.text.kept_out import kept_out_size
 
 PROBE_TOKENS = 512
 # Times the plain sweep: gradients by tests/bench/bench_statistics.py, others as options say.
-TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0, "obs": 2.0}
+TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0, "obs": 1.2}
 
 
 def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
@@ -36,14 +38,12 @@ def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     Returns:
       An estimate: reading weights, compilation and other programs come on top.
     """
-    layer = source.layer(source.config.moe_layers[0])
     if recipe.weights_only:
+        layer = source.layer(source.config.moe_layers[0])
         noise = noise_rows(source.config.d_model)
         seconds = _seconds(noise_worth, layer, noise[:PROBE_TOKENS])
         return seconds * len(noise) / PROBE_TOKENS * len(source.config.moe_layers)
-    x, context = _step(source, recipe)
-    seconds = _seconds(layer_statistics, layer, x, context)
-    sweep = seconds / (x.shape[0] * x.shape[1]) * recipe.max_tokens * len(source)
+    sweep = _sweep(source, recipe) * recipe.max_tokens
     asked = [1.0, *(times - 1 for name, times in TIMES.items() if getattr(recipe, name))]
     extra = sum(costs(source, recipe).values()) / len(source)
     return sweep * (sum(asked) + extra)
@@ -59,7 +59,30 @@ def choosing_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     tokens = kept_out_tokens(recipe)
     if not tokens:
         return 0.0
-    return forward_seconds(source, recipe) * (1 + len(CANDIDATES)) * tokens
+    seconds = forward_seconds(source, recipe) * (1 + len(CANDIDATES)) * tokens
+    if not is_repaired(recipe):
+        return seconds
+    windows = math.ceil(recipe.max_tokens / recipe.window)
+    sample = math.prod(sample_size(windows, recipe.window, SHARE))
+    return seconds + _sweep(source, recipe) * sample + len(CANDIDATES) * _taking_over(source)
+
+
+def _taking_over(source: LayerSource) -> float:
+    """Seconds in which the kept channels of all experts take over the others, by one expert that
+    keeps every second channel."""
+    c = source.config
+    width = c.moe.d_expert
+    down, keep = np.ones((width, c.d_model), np.float32), np.arange(width) % 2 == 0
+    seconds = _seconds(moved, np.eye(width), down, keep, width)
+    return seconds * c.moe.num_experts * len(c.moe_layers)
+
+
+def _sweep(source: LayerSource, recipe: ResolvedRecipe) -> float:
+    """Seconds in which a token goes through all layers for the statistics, by one of them."""
+    x, context = _step(source, recipe)
+    layer = source.layer(source.config.moe_layers[0])
+    seconds = _seconds(layer_statistics, layer, x, context)
+    return seconds / (x.shape[0] * x.shape[1]) * len(source)
 
 
 def forward_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:

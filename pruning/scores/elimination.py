@@ -6,27 +6,26 @@ taken over what they can of it. The order is one for every width.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from moe_jax.attention.context import Context
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import dequantize
-from moe_jax.stream import LayerSource, in_batches, layer_attend, layer_feed_forward, sweep
+from moe_jax.stream import LayerSource, sweep
 from moe_jax.transformer import DecoderLayer
-from pruning.scores.routed import Part, grams, routed
+from pruning.scores.grams import Sample
+from pruning.scores.statistics import ChannelStatistics
 
 PULL = 1e-2  # toward the weights as they are, of the mean diagonal of an expert's Gram
+SHARE = 1 / 8  # of the tokens of a text, by which it is seen how far channels are alike
 BLOCKS = 16  # so many at least of an expert's channels go at a time: one matrix product each
-EPSILON = 1e-6  # of the squared norm of a block's output, as in all statistics
 
 
 def elimination_costs(
     source: LayerSource,
     tokens: np.ndarray,
     valid: np.ndarray,
+    statistics: ChannelStatistics,
     *,
     batch: int = 8,
     dtype=jnp.float32,
@@ -34,13 +33,14 @@ def elimination_costs(
 ) -> np.ndarray:
     """What each channel costs its expert's output when its turn comes, see `eliminate`.
 
-    One forward sweep; of the hidden rows of one expert at a time the Gram is made.
+    One forward sweep.
 
     Args:
       source: the dense model; one of its layers is held.
-      tokens: int32 [B, T].
+      tokens: int32 [B, T], the text or a sample of it, see `pruning.scores.grams`.
       valid: bool [B, T].
-      batch: sequences per step.
+      statistics: of the whole text.
+      batch: windows per step.
       dtype: of the activations.
       on_step: receives (layers done, layers in all).
 
@@ -48,53 +48,23 @@ def elimination_costs(
       float64 [L, E, F], squared output relative to the squared norm of the block's output, summed
       over the text; `energy` is the same without what others take over.
     """
-    text, c = in_batches(source, tokens, valid, batch), source.config
-    found = np.zeros((len(c.moe_layers), c.moe.num_experts, c.moe.d_expert))
+    sample = Sample(source, tokens, valid, statistics, batch=batch, dtype=dtype)
+    found: list[np.ndarray] = []
 
-    def step(index: int, layer: DecoderLayer, x: list[np.ndarray]) -> list[np.ndarray]:
-        text.each(x, lambda x, place, rows: layer_attend(layer, x, place))
-        middle = list(x)
-        text.each(x, lambda x, place, rows: layer_feed_forward(layer, x, place))
-        if index in c.moe_layers:
-            found[c.moe_layers.index(index)] = _layer_costs(layer, middle, text.places, x)
+    def step(index: int, layer: DecoderLayer, sample: Sample) -> Sample:
+        seen = sample.through(index, layer)
+        if seen is not None:
+            assert isinstance(layer.mlp, MoE)
+            down = np.asarray(dequantize(layer.mlp.experts.w_down), np.float32)
+            down = down.reshape(*seen.squares.shape, -1)
+            costs = [eliminate(seen.gram(e), each.astype(float)) for e, each in enumerate(down)]
+            found.append(np.stack(costs))
         if on_step:
             on_step(index + 1, len(source))
-        return x
+        return sample
 
-    sweep(source, text.embedded(source, dtype), step)
-    return found
-
-
-def _layer_costs(
-    layer: DecoderLayer,
-    middle: list[np.ndarray],
-    places: tuple[Context, ...],
-    out: list[np.ndarray],
-) -> np.ndarray:  # float64 [E, F]
-    """Of one layer, from what stands behind its attention and behind it."""
-    assert isinstance(layer.mlp, MoE)
-    pools = layer.mlp.experts.weights
-    experts, width = len(layer.mlp.experts.count), layer.mlp.config.d_expert
-    text = routed(layer, middle, places, np.ones(sum(map(len, middle)), bool))
-    weight = text.weight * _relative(jnp.concatenate([_flat(part) for part in out]))[text.token]
-    down = np.asarray(dequantize(pools.down), np.float64).reshape(experts, width, -1)
-    found = np.zeros((experts, width))
-    for expert in np.flatnonzero(text.edges[:, 2] > text.edges[:, 0]).tolist():
-        channels = np.arange(expert * width, (expert + 1) * width, dtype=np.int32)
-        part = Part(pools, text.x, text.token, weight, text.edges[expert], channels, np.float32(0))
-        gram = np.asarray(grams(part), np.float64).sum(axis=0)[:-1, :-1]
-        found[expert] = eliminate(gram, down[expert])
-    return found
-
-
-def _flat(part: np.ndarray) -> Array:  # float32 [N, D]
-    return jnp.asarray(part).astype(jnp.float32).reshape(-1, part.shape[-1])
-
-
-@jax.jit
-def _relative(out: Array) -> Array:  # [N]
-    """Factors that make rows relative to a block's output [N, D]."""
-    return jax.lax.rsqrt(jnp.sum(out**2, axis=1) + EPSILON)
+    sweep(source, sample, step)
+    return np.stack(found)
 
 
 def eliminate(gram: np.ndarray, down: np.ndarray, most: int | None = None) -> np.ndarray:

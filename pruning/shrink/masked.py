@@ -1,7 +1,8 @@
 """Many pruning plans of one model, run masked: no pruned weights are made, each layer is read once.
 
 A removed channel is a zero row of `w_down`: the same function as cutting it out (`prune_layer`).
-The mask is an argument, so all plans share one compilation.
+The mask is an argument, so all plans share one compilation. With a sample of the calibration text,
+the down-projections of what is kept take over what they can: what a repair will begin with.
 """
 
 import dataclasses
@@ -22,9 +23,13 @@ from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
+from pruning.scores.grams import Sample, Seen
 from pruning.shrink.prune import output_bias
 
 Variants = list[list[np.ndarray]]  # of each plan, an array per batch
+# Pull toward the weights as they are, of the mean diagonal of a Gram: least, and for each kept
+# channel per token. Over 225 to 16,000 tokens it is near the best there is, by held-out text.
+PULL, PULL_OF_TOKENS = 1e-2, 4
 
 
 @jax.jit
@@ -53,6 +58,7 @@ def masked_hidden(
     valid: np.ndarray,
     plans: Sequence[PruningPlan],
     *,
+    sample: Sample | None = None,
     batch: int = 8,
     dtype=jnp.float32,
     on_layer: Callable[[int], None] | None = None,
@@ -64,6 +70,8 @@ def masked_hidden(
       tokens: int32 [B, T].
       valid: bool [B, T].
       plans: V plans of this model.
+      sample: of other text, below the first layer of this model; it is taken through all. With it
+        the kept channels of each expert take over what is gone, see `taken_over`.
       batch: rows per step.
       dtype: of the activations.
       on_layer: called with the index of each finished layer.
@@ -77,10 +85,12 @@ def masked_hidden(
     text = in_batches(source, tokens, valid, batch)
 
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
+        seen = None if sample is None else sample.through(index, layer)
         for x, plan in zip(variants, plans, strict=True):
             masks = _masks(layer, index, plan)
+            kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
 
-            def run(x: Array, place: Context, rows: slice, masks=masks) -> Array:
+            def run(x: Array, place: Context, rows: slice, masks=masks, layer=kept) -> Array:
                 if masks is None:
                     return layer_forward(layer, x, place)
                 return masked_forward(layer, x, place, *masks)
@@ -94,6 +104,51 @@ def masked_hidden(
     for x, out in zip(last, hidden, strict=True):
         text.joined(x, out)
     return hidden
+
+
+def taken_over(layer: DecoderLayer, seen: Seen, keep: Array | np.ndarray) -> DecoderLayer:
+    """A layer whose kept channels give what each expert gave with all, as near as they can.
+
+    By least squares with a pull toward the weights as they are, each expert for itself.
+
+    Args:
+      layer: the dense layer.
+      seen: of a sample behind the dense layers before it.
+      keep: bool [E, F].
+
+    Returns:
+      The layer with other rows of `w_down` where channels are kept and not all of them.
+    """
+    assert isinstance(layer.mlp, MoE)
+    experts, keep = layer.mlp.experts, np.asarray(keep)
+    stored = dequantize(experts.w_down)
+    down = np.array(stored, np.float32).reshape(*keep.shape, -1)
+    found = (seen.tokens > 0) & keep.any(axis=1) & ~keep.all(axis=1)
+    for expert in np.flatnonzero(found).tolist():
+        own = keep[expert]
+        down[expert, own] += moved(seen.gram(expert), down[expert], own, seen.tokens[expert])
+    other = jnp.asarray(down.reshape(stored.shape)).astype(stored.dtype)
+    mlp = dataclasses.replace(layer.mlp, experts=dataclasses.replace(experts, w_down=other))
+    return dataclasses.replace(layer, mlp=mlp)
+
+
+def moved(gram: np.ndarray, down: np.ndarray, keep: np.ndarray, tokens: int) -> np.ndarray:
+    """By how much the rows of an expert's kept channels move to take over those of the others.
+
+    Args:
+      gram: float64 [F, F], sum of h h^T.
+      down: [F, D], a row per channel.
+      keep: bool [F], K of them.
+      tokens: that the Gram is of; of fewer it is trusted less.
+
+    Returns:
+      float64 [K, D].
+    """
+    among, size = gram[np.ix_(keep, keep)], int(keep.sum())
+    pull = max(PULL, PULL_OF_TOKENS * size / tokens) * np.diagonal(among).mean()
+    if not pull > 0:
+        return np.zeros((size, down.shape[1]))
+    return np.linalg.solve(among + pull * np.eye(size), gram[np.ix_(keep, ~keep)] @ down[~keep])
 
 
 def _masks(layer: DecoderLayer, index: int, plan: PruningPlan) -> tuple[Array, Array | None] | None:

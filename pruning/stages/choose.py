@@ -1,8 +1,6 @@
 """The plan of a recipe; planner auto takes the rule that loses least on text kept out."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,45 +9,22 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from moe_jax.errors import InputError
-from moe_jax.files import replace_text
-from moe_jax.json_files import read_json
 from pruning.budget.candidates import CANDIDATES, candidate, candidate_name
 from pruning.budget.plan import PruningPlan
-from pruning.kit.fitting import fits, misfits
+from pruning.kit.fitting import fits
 from pruning.kit.progress import Steps
 from pruning.measure.choice import take
-from pruning.measure.quality import Reference, window_losses
 from pruning.recipe.plan_options import AUTO, RULE
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics
-from pruning.shrink.masked import masked_hidden
 from pruning.stages import plan as planning
-from pruning.stages.job import DTYPES, Job
-from pruning.text.calibration import TokenBatch
-from pruning.text.kept_out import FEWEST, kept_out_note
+from pruning.stages.job import Job
+from pruning.stages.rule_losses import Measured, is_repaired, measured_losses
+from pruning.text.kept_out import FEWEST
 
-CHOICE = "choice.json"
 ASKED = ("planner", "width", "prune_rate")  # what a choice says of its recipe beside the rule
-STATE_BYTES = 2 << 30  # hidden states of the plans that share a reading of the model
 
 Planned = tuple[ResolvedRecipe, PruningPlan]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Losses on the windows kept out: of the dense model, and of plans by their content.
-
-    Attributes:
-      dense: [B] nats summed over each window.
-      plans: content hash of a plan -> the same.
-      tokens: [B] predictions in each window.
-      files: [B] the place of each window's file among the sources.
-    """
-
-    dense: list[float]
-    plans: dict[str, list[float]]
-    tokens: list[int]
-    files: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +44,7 @@ def job_plan(
         with steps.bar("plan"):
             plan = planning.plan(recipe, statistics, provenance, job.base.about)
     else:
-        ((recipe, plan),) = choose(
-            [recipe], statistics, provenance, job.base, lambda: job.kept_out, steps
-        )
+        ((recipe, plan),) = choose([recipe], statistics, provenance, job.base, lambda: job, steps)
     return dataclasses.replace(job, recipe=recipe), plan
 
 
@@ -96,10 +69,10 @@ def choose(
     statistics: ChannelStatistics,
     provenance: dict,
     base: Checkpoint,
-    kept_out: Callable[[], TokenBatch | None],
+    opened: Callable[[], Job],
     steps: Steps,
 ) -> list[Planned]:
-    """Plan by every rule of `CANDIDATES`, measure all plans by masking, and take the best.
+    """Plan by every rule of `CANDIDATES`, measure all plans, and take the best.
 
     What was measured is remembered in choice.json of the output folder by what the plans keep, so
     that nothing is measured twice.
@@ -108,7 +81,7 @@ def choose(
       recipes: resolved ones with planner auto, of one folder, each with a budget of its own.
       statistics, provenance: of scoring, which kept windows out: see `measurable`.
       base: the dense model.
-      kept_out: opens those windows, where something is left to measure.
+      opened: opens the texts, where something is left to measure.
       steps: where progress goes.
 
     Returns:
@@ -123,9 +96,8 @@ def choose(
         for number, recipe in enumerate(recipes, 1):
             tables.append(_candidates(recipe, statistics, provenance, base))
             on_step(number, len(recipes))
-    folder = Path(recipes[0].output)
     plans = [plan for table in tables for _, plan in table.plans.values()]
-    measured = _measured(folder, recipes[0], provenance, base, plans, kept_out, steps)
+    measured = measured_losses(plans, recipes[0], statistics, provenance, base, opened, steps)
     pairs = zip(tables, recipes, strict=True)
     found = [_taken(table, measured, provenance, recipe) for table, recipe in pairs]
     for asked, (recipe, plan) in zip(recipes, found, strict=True):
@@ -133,7 +105,7 @@ def choose(
         of = f"prune rate {asked.prune_rate}: " if len(recipes) > 1 else ""
         steps.say(
             f"{of}rule {taken['rule']} is taken, {taken['mean']:+.4f} nats per token on text kept "
-            f"out: {_words(recipe, asked)}"
+            f"out{' once repaired' if is_repaired(asked) else ''}: {_words(recipe, asked)}"
         )
     return found
 
@@ -170,88 +142,6 @@ def _candidates(
     return Candidates(found, refused)
 
 
-def _measured(
-    folder: Path,
-    recipe: ResolvedRecipe,
-    provenance: dict,
-    base: Checkpoint,
-    plans: Sequence[PruningPlan],
-    kept_out: Callable[[], TokenBatch | None],
-    steps: Steps,
-) -> Measured:
-    """Losses of plans, those found in choice.json not measured again."""
-    key = {"model_hash": base.fingerprint, "dtype": recipe.dtype, **provenance["kept_out"]}
-    known = _remembered(folder / CHOICE, key)
-    missing = {plan.content_hash: plan for plan in plans}
-    if known is not None:
-        missing = {name: plan for name, plan in missing.items() if name not in known.plans}
-    if known is not None and not missing:
-        return known
-    text = kept_out()
-    if text is None or kept_out_note(text) != provenance["kept_out"]:
-        raise InputError(
-            f"the calibration text is not the one that {folder} was scored on, so rules cannot be "
-            "measured on the windows kept out of it; name a --planner, or score again"
-        )
-    if known is None:
-        whole = PruningPlan(np.ones_like(plans[0].keep), plans[0].layer_indices)
-        missing = {"dense": whole, **missing}
-    found = _losses(text, missing, recipe, base, steps)
-    dense = known.dense if known else found.pop("dense")
-    files = np.zeros(len(text.tokens), int) if text.files is None else text.files
-    measured = Measured(
-        dense, {**(known.plans if known else {}), **found},
-        text.scored.sum(axis=1).tolist(), files.tolist(),
-    )  # fmt: skip
-    content = {"key": key, **dataclasses.asdict(measured)}
-    if os.access(folder, os.W_OK):  # `eval` may read a folder where it may not write
-        replace_text(folder / CHOICE, json.dumps(content, indent=1) + "\n")
-    return measured
-
-
-def _remembered(path: Path, key: dict[str, Any]) -> Measured | None:
-    """What choice.json holds of the same model and windows; None if nothing, or nothing whole."""
-    try:
-        found = read_json(path)
-        if found.pop("key") != key or misfits(Measured, found):
-            return None
-        known = Measured(**found)
-        each = (known.tokens, known.files, known.dense, *known.plans.values())
-        whole = {key["windows"]} == set(map(len, each)) != {0}
-        return known if whole and min(known.tokens + known.files) >= 0 < sum(known.tokens) else None
-    except (InputError, OSError, AttributeError, KeyError, TypeError):
-        return None
-
-
-def _losses(
-    text: TokenBatch,
-    plans: dict[str, PruningPlan],
-    recipe: ResolvedRecipe,
-    base: Checkpoint,
-    steps: Steps,
-) -> dict[str, list[float]]:
-    """Nats of every window under every plan; plans share a reading of the weights."""
-    windows, found, names = text.windows(), {}, list(plans)
-    state = text.tokens.size * base.config.d_model * np.dtype(DTYPES[recipe.dtype]).itemsize
-    size, layers = max(1, STATE_BYTES // state), len(base)
-    steps.detail(f"  {len(names)} plans on {int(windows.scored.sum()):,} predictions")
-    with steps.bar("measure rules") as on_step:
-        for start in range(0, len(names), size):
-            group = names[start : start + size]
-
-            def visited(layer: int, start=start, count=len(group)) -> None:  # noqa: B008
-                on_step(start * layers + (layer + 1) * count, len(names) * layers)
-
-            hidden = masked_hidden(
-                base, text.tokens, text.valid, [plans[name] for name in group],
-                batch=min(recipe.batch, len(text.tokens)), dtype=DTYPES[recipe.dtype],
-                on_layer=visited,
-            )  # fmt: skip
-            for name, states in zip(group, hidden, strict=True):
-                found[name] = window_losses(Reference(base.head, states), windows).tolist()
-    return found
-
-
 def _taken(
     table: Candidates, measured: Measured, provenance: dict, asked: ResolvedRecipe
 ) -> Planned:
@@ -278,6 +168,7 @@ def _taken(
     choice = {
         "candidates": sorted(candidates, key=lambda one: one["mean"]),
         "refused": [{"rule": one, "reason": reason} for one, reason in table.refused.items()],
+        "repaired": is_repaired(asked),
         "asked": {one: getattr(asked, one) for one in (*ASKED, *asked.named)},
         "kept_out": {**provenance["kept_out"], "predictions": int(tokens.sum())},
         "dense": {text: float(dense[r].sum() / tokens[r].sum()) for text, r in rows.items()},

@@ -15,7 +15,8 @@ from pruning.kit.fitting import misfits
 from pruning.kit.progress import Steps
 from pruning.report.stored_fields import Stability
 from pruning.scores.collect import collect_weights
-from pruning.scores.elimination import elimination_costs
+from pruning.scores.elimination import SHARE, elimination_costs
+from pruning.scores.grams import sampled
 from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
 from pruning.stages import extra_scores, writer
@@ -88,8 +89,9 @@ def _score_text(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
             )
         statistics = dataclasses.replace(statistics, weight_gradient=gradient)
     if job.recipe.obs:
+        part = sampled(*texts[:2], SHARE)
         with steps.bar("elimination") as on_step:
-            costs = elimination_costs(job.base, *texts[:2], on_step=on_step, **how)
+            costs = elimination_costs(job.base, *part, statistics, on_step=on_step, **how)
         statistics = dataclasses.replace(statistics, elimination=costs)
     load = lambda: load_model(job.base.about.folder, jnp.bfloat16)  # noqa: E731
     statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)

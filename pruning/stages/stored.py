@@ -21,9 +21,8 @@ from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import plan as planning
 from pruning.stages import score as scoring
 from pruning.stages.choose import choose, measurable
-from pruning.stages.job import open_job, resolved
+from pruning.stages.job import Job, open_job, resolved
 from pruning.stages.model_record import identify
-from pruning.text.calibration import TokenBatch
 
 
 def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
@@ -72,7 +71,7 @@ def stored_plans(
     one = measurable(one, provenance, steps)
     if one.planner == AUTO:
         open_recipes = [dataclasses.replace(one, prune_rate=rate) for rate in rates] or [one]
-        texts = functools.partial(_kept_out, recipe)
+        texts = functools.partial(_calibration, recipe)
         return choose(open_recipes, statistics, provenance, base, texts, steps), statistics
     if not rates:
         return [(one, planning.plan(one, statistics, provenance, base.about))], statistics
@@ -81,8 +80,8 @@ def stored_plans(
     return list(zip(recipes, plans, strict=True)), statistics
 
 
-def _kept_out(recipe: CompressionRecipe) -> TokenBatch | None:
-    """The windows that scoring kept out, from the calibration text alone."""
+def _calibration(recipe: CompressionRecipe) -> Job:
+    """The calibration text as scoring had it, with the windows that it kept out."""
     # Evaluation texts decide only that no further windows were set aside for measuring.
     calibration = dataclasses.replace(recipe, evaluation=())
-    return open_job(calibration, measures=not recipe.evaluation).kept_out
+    return open_job(calibration, measures=not recipe.evaluation)

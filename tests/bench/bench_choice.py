@@ -120,7 +120,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--output", required=True, help="folder of statistics and losses")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.25, 0.5, 0.75])
-    parser.add_argument("--repair", type=float, nargs="*", default=[0.25, 0.5], help="rates")
+    parser.add_argument(
+        "--repair",
+        type=float,
+        nargs="*",
+        default=[0.25, 0.5],
+        help="rates at which every plan is repaired",
+    )
     parser.add_argument("--calibration", nargs="+", default=[])
     parser.add_argument("--max-tokens", type=int, default=24576)
     parser.add_argument("--held-out", nargs="+", required=True)
@@ -144,7 +150,7 @@ def main() -> None:
     chosen: dict[float, PruningPlan] = {}
     for rate in given.rates:
         asked, start = dataclasses.replace(job.recipe, prune_rate=rate), time.perf_counter()
-        ((_, chosen[rate]),) = choose([asked], *scored, job.base, lambda: job.kept_out, steps)
+        ((_, chosen[rate]),) = choose([asked], *scored, job.base, lambda: job, steps)
         seconds.append(time.perf_counter() - start)
     print("seconds to score, and to choose at every rate (less where known before):",
           *(f"{one:.0f}" for one in seconds))  # fmt: skip
@@ -153,18 +159,27 @@ def main() -> None:
     text = HeldOut(job, given.held_out, given.evaluated, place)
     plans = {one.content_hash: one for one in [*fixed.values(), *chosen.values()]}
     text.of_plans({"dense": whole, **plans})
+    print(f"\n{text.tokens.size:,} tokens of {', '.join(text.names)}; masked:")
     print_choice(text, fixed, chosen)
     print_repair(text, fixed, chosen, given.repair)
 
 
 def print_choice(
-    text: HeldOut, fixed: dict[tuple[str, float], PruningPlan], chosen: dict[float, PruningPlan]
+    text: HeldOut,
+    fixed: dict[tuple[str, float], PruningPlan],
+    chosen: dict[float, PruningPlan],
+    prefix: str = "",
 ) -> None:
-    """Added loss of every rule, mean over the texts; the last rows are of the one taken."""
-    print(f"\n{text.tokens.size:,} tokens of {', '.join(text.names)}")
+    """Added loss of every rule, mean over the texts; the last rows are of the one taken.
+
+    Of models whose names are that of their plan behind `prefix`.
+    """
     print("| rule |", " | ".join(f"{rate:.0%}" for rate in chosen), "|")
     print("|---" * (1 + len(chosen)), end="|\n")
-    added = {key: text.added(plan.content_hash) for key, plan in fixed.items()}
+    added = {
+        key: text.added(prefix + plan.content_hash)
+        for key, plan in fixed.items() if key[1] in chosen
+    }  # fmt: skip
     for name in CANDIDATES:
         row = [f"{added[name, rate].mean():.4f}" if (name, rate) in added else "-"
                for rate in chosen]  # fmt: skip
@@ -174,7 +189,7 @@ def print_choice(
         rows = plan.provenance["choice"]["candidates"]
         name = next(one["rule"] for one in rows if one["taken"])
         best = min((one for key, one in added.items() if key[1] == rate), key=np.mean)
-        auto = text.added(plan.content_hash)
+        auto = text.added(prefix + plan.content_hash)
         taken.append(f"{auto.mean():.4f} {name}")
         over.append(ratio(auto, best))
     print("| taken |", " | ".join(taken), "|")
@@ -187,18 +202,25 @@ def print_repair(
     chosen: dict[float, PruningPlan],
     rates: list[float],
 ) -> None:
-    """Added loss of the plan taken, repaired, against it and against the paper's, unrepaired."""
-    print("\n| rate | paper-act | taken | taken, repaired | over taken | over paper-act | s |")
-    print("|---" * 7, end="|\n")
+    """The same once all plans are repaired; then the one taken against it and the paper's, each
+    unrepaired."""
+    asked = [plan for (_, rate), plan in fixed.items() if rate in rates]
+    for plan in dict.fromkeys([*map(chosen.get, rates), *asked]):
+        name = f"repaired-{plan.content_hash}"
+        if name not in text.known:
+            source, seconds = repaired(text.job, plan, text.place.parent / "bench-repair")
+            text.of_source(name, source)
+            print(f"repaired in {seconds:.0f} s: {text.added(name).mean():.4f}", flush=True)
+    print("\nrepaired:")
+    print_choice(text, fixed, {rate: chosen[rate] for rate in rates}, "repaired-")
+    print("\n| rate | paper-act | taken | taken, repaired | over taken | over paper-act |")
+    print("|---" * 6, end="|\n")
     for rate in rates:
         plan, paper = chosen[rate], text.added(fixed["paper-act", rate].content_hash)
-        folder = text.place.parent / f"repair-{rate}"
-        source, seconds = repaired(text.job, plan, folder)
-        text.of_source(f"repaired-{plan.content_hash}", source)
         auto, mended = text.added(plan.content_hash), text.added(f"repaired-{plan.content_hash}")
         losses = " | ".join(f"{one.mean():.4f}" for one in (paper, auto, mended))
-        print(f"| {rate:.0%} | {losses} | {ratio(mended, auto)} | {ratio(mended, paper)} | "
-              f"{seconds:.0f} |", flush=True)  # fmt: skip
+        print(f"| {rate:.0%} | {losses} | {ratio(mended, auto)} | {ratio(mended, paper)} |",
+              flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

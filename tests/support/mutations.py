@@ -16,6 +16,8 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import yaml
@@ -265,6 +267,7 @@ def readers(folder: Path) -> list[Callable[[], object]]:
     from pruning.stages.score import stored_statistics
     from pruning.stages.stored import stored_base, stored_recipe
 
+    nothing: Any = SimpleNamespace(kept_out=None)
     steps, export = Steps(quiet=True), folder / "exports" / "ragged-int4"
 
     def base():
@@ -279,7 +282,7 @@ def readers(folder: Path) -> list[Callable[[], object]]:
         statistics, provenance = stored_statistics(folder, base())
         recipe = measurable(recipe, provenance, steps)
         with patch.dict(CANDIDATES, dict([next(iter(CANDIDATES.items()))]), clear=True):
-            choose([recipe], statistics, provenance, base(), lambda: None, steps)
+            choose([recipe], statistics, provenance, base(), lambda: nothing, steps)
 
     def plan() -> None:
         found = PruningPlan.load(folder)

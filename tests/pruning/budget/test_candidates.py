@@ -18,8 +18,8 @@ SAID = {
     "paper-shapley": ("shapley", "ala", "paper", "paper", None),
     "paper-act": ("act", "ala", "paper", "paper", None),
     "maxmin-act": ("act", "ala", "maxmin", "paper", None),
-    "fair2-act": ("act", "ala", "fair2", "paper", None),
     "hull-fair-energy": ("energy", "ala", "fair", "hull", None),
+    "hull-fair-obs": ("obs", "ala", "fair", "hull", None),
     "uniform-energy": ("energy", "ala", "paper", "paper", "uniform"),
 }
 
@@ -27,7 +27,7 @@ SAID = {
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_a_candidate_is_the_recipe_under_the_rule(name):
     criterion, attribution, planner, align, width = SAID[name]
-    found = candidate(CANDIDATES[name], RECIPE, frozenset())
+    found = candidate(CANDIDATES[name], RECIPE, frozenset({"obs"} if criterion == "obs" else ()))
     assert found == dataclasses.replace(
         RECIPE, criterion=criterion, attribution=attribution, planner=planner, align=align,
         width=width or "free",
@@ -37,12 +37,14 @@ def test_a_candidate_is_the_recipe_under_the_rule(name):
 
 def test_what_the_recipe_names_of_a_rule_holds_and_stands_in_the_name():
     given = dataclasses.replace(RECIPE, criterion="energy", rho_max=0.9)
-    rule = CANDIDATES["fair2-act"]
+    rule = CANDIDATES["fair2-shapley"]
     found = candidate(rule, given, frozenset())
     assert (found.criterion, found.rho_max, found.planner) == ("energy", 0.9, "fair2")
-    assert candidate_name("fair2-act", rule, given) == "fair2-act criterion=energy rho_max=0.9"
-    same = dataclasses.replace(RECIPE, criterion="act")
-    assert candidate_name("fair2-act", rule, same) == "fair2-act"
+    assert (
+        candidate_name("fair2-shapley", rule, given) == "fair2-shapley criterion=energy rho_max=0.9"
+    )
+    same = dataclasses.replace(RECIPE, criterion="shapley")
+    assert candidate_name("fair2-shapley", rule, same) == "fair2-shapley"
 
 
 @pytest.mark.parametrize("width", ["uniform", "layer", "free", "capped", "experts", "combined"])

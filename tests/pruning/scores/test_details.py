@@ -177,7 +177,7 @@ def test_prompts_are_read_and_leave_no_gradient(statistics, model, batch):  # no
 def test_every_criterion_can_be_taken_from_one_sweep(statistics, model, batch):  # noqa: F811
     whole = statistics.replace(
         weight_gradient=weight_gradient_scores(model, *batch, batch=3),
-        elimination=elimination_costs(model, *batch, batch=3),
+        elimination=elimination_costs(model, *batch, statistics, batch=3),
     )
     for criterion in (name for name in CHANNEL_CRITERIA if name != "noise"):  # of no text
         # end-to-end attributions have passes of their own

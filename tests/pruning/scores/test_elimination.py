@@ -10,6 +10,7 @@ import pytest
 from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, in_batches, layer_attend
 from pruning.budget.plan import PruningPlan
+from pruning.scores.collect import collect_statistics
 from pruning.scores.elimination import PULL, eliminate, elimination_costs
 from pruning.scores.statistics import load_statistics
 from tests.pruning.shrink.test_repair_model import CHANNELS, EXPERTS, LAYERS, PLAIN, model_of
@@ -79,7 +80,8 @@ def test_the_sums_are_those_of_a_loop_over_the_tokens_of_each_expert():
     model, rng = model_of(PLAIN), np.random.default_rng(0)
     tokens = rng.integers(0, 64, (5, 20)).astype(np.int32)
     valid = np.arange(20)[None] < np.array([20, 20, 12, 20, 20])[:, None]
-    found = elimination_costs(model, tokens, valid, batch=2)
+    statistics = collect_statistics(model, tokens, valid, batch=2)
+    found = elimination_costs(model, tokens, valid, statistics, batch=2)
     assert found.shape == (2, EXPERTS, CHANNELS)
     last = model.layers[LAYERS[1]]
     text = in_batches(model, tokens, valid, 5)

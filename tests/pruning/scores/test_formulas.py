@@ -84,7 +84,7 @@ def model(request, tmp_path_factory) -> Model:
         )
     found = found.replace(
         weight_gradient=weight_gradient_scores(ours, tokens, valid, batch=BATCH),
-        elimination=elimination_costs(ours, tokens, valid, batch=BATCH),
+        elimination=elimination_costs(ours, tokens, valid, found, batch=BATCH),
         nll_ig=nll_ig(ours, tokens, valid, steps=STEPS, batch=BATCH),
         nll_ablate=nll_ablate(ours, tokens, valid, batch=BATCH),
         nll_grad2=nll_grad2(ours, tokens, valid, batch=BATCH),

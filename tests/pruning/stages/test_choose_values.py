@@ -1,6 +1,8 @@
 """What planner auto says of its choice, from losses made up beforehand: nothing is run."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from pruning.budget.candidates import CANDIDATES, candidate
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.stages import plan as planning
-from pruning.stages.choose import CHOICE, choose, measurable
+from pruning.stages.choose import choose, measurable
 from pruning.stages.job import resolved
+from pruning.stages.rule_losses import CHOICE
 from tests.pruning.measure.test_choice import plain
 from tests.support.synthetic import statistics
 
@@ -36,7 +39,7 @@ class Asked:
         self.recipe = resolved(recipe, self.base.about)
         c = self.base.config
         self.statistics = statistics(len(c.moe_layers), c.moe.num_experts, c.moe.d_expert,
-                                     gradients=False, expert_details=False)  # fmt: skip
+                                     expert_details=False)  # fmt: skip
         self.kept_out = {"windows": 5, "tokens": 30, "sha256": "cd"}
         texts = [source(path) for path in ("/a/words.txt", "/b/digits.txt", "/c/words.txt")]
         self.provenance = {"model_hash": self.base.fingerprint, "kept_out": self.kept_out,
@@ -57,14 +60,17 @@ class Asked:
         dense = some * rng.uniform(1, 2, 5)
         added = some * rng.uniform(0.5, 1, 5)
         plans = {h: (dense + added + some * rng.normal(0, 0.02, 5)).tolist() for h in self.first}
-        key = {"model_hash": self.base.fingerprint, "dtype": self.recipe.dtype, **self.kept_out}
+        key = {"model_hash": self.base.fingerprint, "dtype": self.recipe.dtype, "repaired": True}
+        key |= self.kept_out
         stored = {"key": key, "dense": dense.tolist(), "plans": plans, "tokens": TOKENS,
                   "files": FILES}  # fmt: skip
         self.file.write_text(json.dumps(stored))
         return stored
 
-    def choose(self, kept_out=lambda: None):
-        return choose([self.recipe], self.statistics, self.provenance, self.base, kept_out, STEPS)
+    def choose(self):
+        made = ([self.recipe], self.statistics, self.provenance, self.base)
+        nothing: Any = SimpleNamespace(kept_out=None)
+        return choose(*made, lambda: nothing, STEPS)
 
 
 @pytest.fixture
@@ -103,6 +109,7 @@ def test_the_choice_says_what_was_measured(asked):
         assert {one["rule"]: one["reason"] for one in said["refused"]} == {
             n: f"it keeps the channels of {asked.first[asked.plans[n].content_hash]}" for n in again
         }
+        assert said["repaired"]
         assert said["asked"] == {"planner": "auto", "width": "free", "prune_rate": 0.5}
         assert said["kept_out"] == {**asked.kept_out, "predictions": 22}
         assert said["dense"] == {
@@ -118,6 +125,7 @@ def test_the_choice_says_what_was_measured(asked):
     [
         lambda s: s["key"].update(model_hash="other"),
         lambda s: s["key"].update(sha256="other"),
+        lambda s: s["key"].update(repaired=False),
         lambda s: s.pop("dense"),
         lambda s: s.update(tokens=TOKENS[:4]),
         lambda s: s.update(tokens=[0] * 5),
