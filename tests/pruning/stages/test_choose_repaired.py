@@ -166,7 +166,7 @@ def test_repairs_own_selection_is_taken_where_it_loses_least_and_nowhere_else(fi
     added = {one["rule"]: one["mean"] for one in said["candidates"]}
     assert taken(said) == "hull-fair-obs" and plan.provenance["criterion"] == "obs"
     if finished.name.startswith("doubled"):
-        assert added.pop("hull-fair-obs") < 0.6 * min(added.values())
+        assert added.pop("hull-fair-obs") < 0.7 * min(added.values())
     for where in ("out/report.html", "out/exports/ragged-bf16/README.md"):
         assert "+nats, repaired" in (finished / where).read_text()
     out = shutil.copytree(finished / "out", tmp_path / "out")
