@@ -29,13 +29,8 @@ from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import compared, probe_shapes
 from pruning.stages.rule_losses import SHARE, STATE_BYTES, is_repaired
-from pruning.stages.sizes import (
-    equal_export,
-    export_of,
-    form_of,
-    sample_memory,
-    statistics_bytes,
-)
+from pruning.stages.scoring_sizes import statistics_bytes
+from pruning.stages.sizes import equal_export, export_of, form_of, sample_memory
 
 PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
 LATE_BYTES = 300 << 20  # programs of all stages before the last ones, which stay

@@ -26,6 +26,7 @@ from pruning.stages.parts import sweep_folder
 from pruning.stages.remarks import say_left_out, say_nothing_saved, say_texts
 from pruning.stages.repair import repair_bytes
 from pruning.stages.score import STATISTICS
+from pruning.stages.scoring_sizes import scratch_bytes, statistics_bytes
 from pruning.stages.sizes import (
     equal_export,
     export_of,
@@ -35,8 +36,6 @@ from pruning.stages.sizes import (
     mean_width,
     most_bytes,
     pads,
-    scratch_bytes,
-    statistics_bytes,
 )
 from pruning.text.held_out import not_held_out, seen_shares
 
