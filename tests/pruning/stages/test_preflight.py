@@ -77,11 +77,16 @@ def test_the_bound_is_reached_by_some_plan(models, name):
 
 
 def test_statistics_are_as_large_as_foretold(models, scored):
-    size = (scored / "statistics.safetensors").stat().st_size
-    header = size - statistics_bytes(
-        open_checkpoint(models / "single").about, recipe(models / "single")
+    size, base = (
+        (scored / "statistics.safetensors").stat().st_size,
+        open_checkpoint(models / "single"),
     )
-    assert 0 < header < 8192
+    foretold = statistics_bytes(base.about, recipe(models / "single", planner="fair"))
+    assert 0 < size - foretold < 8192
+    # A rule that is open has repair's own score measured too.
+    auto = statistics_bytes(base.about, recipe(models / "single"))
+    moe = base.config.moe
+    assert auto - foretold == 8 * len(base.config.moe_layers) * moe.num_experts * moe.d_expert
 
 
 @pytest.mark.parametrize("planner", PLANNERS)

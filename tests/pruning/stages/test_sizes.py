@@ -21,7 +21,7 @@ from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.stages import sizes
+from pruning.stages import scoring_sizes, sizes
 from pruning.stages.export import export
 from pruning.stages.job import resolved
 from pruning.stages.repair import repair_bytes
@@ -198,12 +198,12 @@ def test_active_parameters_are_what_a_token_meets_on_average(described, tied):
 
 
 def test_scratch_holds_the_states_of_the_text_that_takes_most(base, monkeypatch):
-    monkeypatch.setattr(sizes.states, "MEMORY_STATES", 0)
+    monkeypatch.setattr(scoring_sizes.states, "MEMORY_STATES", 0)
     window, batch = 24, 5
 
     def found(windows, **groups):
         whole: dict = {"batch": batch, "window": window, "dtype": "bfloat16", **groups}
-        return sizes.scratch_bytes(base, recipe(base, "ragged-bf16", **whole), windows)
+        return scoring_sizes.scratch_bytes(base, recipe(base, "ragged-bf16", **whole), windows)
 
     def states(windows, copies=1):
         # before and in the middle of three layers, in batches of five
