@@ -61,6 +61,9 @@ SHORT = (PROBE_WINDOWS, PROBE_TOKENS, 1)
         (128, {**YARN, "original_max_position": 4096}, 131072,
          [(8, 32, 133), (LONG_WINDOWS, 160, 1)]),  # gpt-oss'
         (None, {**YARN, "original_max_position": 32768}, 131072, [(8, 32, 1058)]),
+        (None, {**YARN, "original_max_position": 262144}, 1048576, [(8, 32, 1058)]),  # float32 ends
+        (None, YARN, 512, [(8, 32, 16)]),  # stretched from the whole context
+        (None, YARN, 131072, [(8, 32, 1058)]),
         (None, {"kind": "linear", "factor": 4.0, "original_max_position": 96}, 512, []),
         (None, {**YARN, "kind": "llama3", "original_max_position": 96}, 512, [(8, 32, 4)]),
     ],
@@ -77,7 +80,8 @@ def test_windows_reach_as_far_as_what_they_must_show(folder, window, rope, conte
         reached = (length - 1) * stride
         assert reached < context
         if stride > 1:
-            assert reached >= min(rope["original_max_position"], context - PROBE_TOKENS)
+            original = rope.get("original_max_position") or context
+            assert reached >= min(original, context - PROBE_TOKENS, 32768)
 
 
 def test_a_context_of_few_tokens_is_never_left(folder):
