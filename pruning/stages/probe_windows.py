@@ -13,7 +13,7 @@ from pruning.text.calibration import TokenBatch
 # Many and short: a near tie ends what can be compared of its window.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 32
 LONG_WINDOWS = 2
-# Further out the same angle in float32 is another one in two programs: their logits were 0.001
+# Further out the same angle in float32 is another one in two programs: their logits were 0.002
 # apart at 32,768 positions and 0.1 at 262,144, where rounding otherwise explains 0.01.
 FARTHEST = 1 << 15
 
