@@ -9,11 +9,8 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-import transformers
 import yaml
-from ml_dtypes import bfloat16
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from moe_jax.errors import InputError
 from pruning.budget.candidates import CANDIDATES
@@ -31,6 +28,7 @@ from pruning.stages.score import stored_statistics
 from pruning.text.calibration import TokenBatch
 from pruning.text.kept_out import keep_out
 from tests.support.command import change_config, given, read, run
+from tests.support.logits import torch_losses
 
 OPTIONS = ("--bits", 16, "--block", 8, "--prune-rate", 0.5)
 LENGTH = 64  # tokens of a window, each a byte
@@ -64,21 +62,14 @@ def choice(finished):
     return json.loads((finished / "plan.json").read_text())["provenance"]["choice"]
 
 
-def torch_losses(folder, plan, windows, place) -> np.ndarray:  # [B]
-    """Nats of each window by transformers on float32 copies of the 16-bit weights, masked."""
-    stored = load_file(folder / "model.safetensors")
-    stored = {name: value.astype(bfloat16).astype(np.float32) for name, value in stored.items()}
+def masked(folder, plan) -> dict[str, np.ndarray]:
+    """Down-projections without the channels that a plan removes."""
+    stored, found = load_file(folder / "model.safetensors"), {}
     for layer, keep in zip(plan.layer_indices, plan.keep, strict=True):
         for expert, mask in enumerate(keep):
-            stored[f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"][:, ~mask] = 0.0
-    shutil.copytree(folder, place)
-    save_file(stored, place / "model.safetensors", metadata={"format": "pt"})
-    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor(windows).long()).logits.double()
-    found = torch.log_softmax(logits[:, :-1], -1)
-    wanted = torch.tensor(windows[:, 1:]).long()
-    return -found.gather(-1, wanted[..., None])[..., 0].sum(1).numpy()
+            name = f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
+            found[name] = np.where(mask, stored[name], np.zeros((), stored[name].dtype))
+    return found
 
 
 def test_the_choice_is_that_of_brute_force(models, finished, choice, tmp_path):
@@ -87,9 +78,8 @@ def test_the_choice_is_that_of_brute_force(models, finished, choice, tmp_path):
     assert job.kept_out is not None and job.kept_out.valid.all()
     windows, files = job.kept_out.tokens, job.kept_out.files
     assert sorted(set(files)) == [0, 1]
-    whole = PruningPlan.load(finished)
-    whole = PruningPlan(np.ones_like(whole.keep), whole.layer_indices)
-    losses = {"dense": torch_losses(models / "single", whole, windows, tmp_path / "dense")}
+    model = models / "single"
+    losses = {"dense": torch_losses(model, {}, windows, tmp_path / "dense")}
     refused = {one["rule"]: one["reason"] for one in choice["refused"]}
     assert "--obs, which were not collected" in refused["hull-fair-obs"]
     for name in CANDIDATES.keys() - refused:
@@ -101,7 +91,7 @@ def test_the_choice_is_that_of_brute_force(models, finished, choice, tmp_path):
             options["width"] = asked.width
         ((_, plan),) = plan_folder(out, **options)
         assert "choice" not in plan.provenance
-        losses[name] = torch_losses(models / "single", plan, windows, tmp_path / f"{name}-model")
+        losses[name] = torch_losses(model, masked(model, plan), windows, tmp_path / f"{name}-model")
     dense = losses.pop("dense")
     tokens = len(windows) * (LENGTH - 1)
     assert choice["dense"] == pytest.approx(

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 from pruning.budget.candidates import CANDIDATES
@@ -26,6 +25,7 @@ from pruning.text.tokenizer import open_codec
 from tests.pruning.stages.test_choose import LENGTH, no_measuring
 from tests.support import explicit, tiny
 from tests.support.command import SIZES, run
+from tests.support.logits import torch_losses
 
 EXPERTS, CHANNELS, TOP = 8, 16, 2
 LETTERS = "abcdefghij "
@@ -125,27 +125,17 @@ def refitted(place, plan: PruningPlan) -> dict[str, np.ndarray]:
     return found
 
 
-def torch_losses(place, changed, windows) -> np.ndarray:  # [B]
-    """Nats of each window by transformers on float32 copies of 16-bit weights."""
-    stored = load_file(place / "model" / "model.safetensors") | changed
-    stored = {name: value.astype(bfloat16).astype(np.float32) for name, value in stored.items()}
-    folder = shutil.copytree(place / "model", place / "changed", dirs_exist_ok=True)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor(windows).long()).logits.double()
-    found = torch.log_softmax(logits[:, :-1], -1)
-    wanted = torch.tensor(windows[:, 1:]).long()
-    return -found.gather(-1, wanted[..., None])[..., 0].sum(1).numpy()
-
-
 def test_the_choice_is_that_of_brute_force(finished):
     """Every rule planned by its own name, refitted row by row, and run by transformers."""
     out, said = finished / "out", choice_of(finished / "out")
     job, _ = opened(out)
     assert job.kept_out is not None
     windows = job.kept_out.tokens
-    dense, losses = torch_losses(finished, {}, windows), {}
+
+    def run_by_transformers(changed) -> np.ndarray:
+        return torch_losses(finished / "model", changed, windows, finished / "changed")
+
+    dense, losses = run_by_transformers({}), {}
     for one in said["candidates"]:
         rule = CANDIDATES[one["rule"]].options
         names = ["criterion", "attribution", "planner", "align", *["width"] * bool(rule.width)]
@@ -153,7 +143,7 @@ def test_the_choice_is_that_of_brute_force(finished):
         own = shutil.copytree(out, finished / one["rule"], dirs_exist_ok=True)
         assert run("--quiet", "plan", own, *words) == 0
         plan = PruningPlan.load(own)
-        losses[one["rule"]] = torch_losses(finished, refitted(finished, plan), windows)
+        losses[one["rule"]] = run_by_transformers(refitted(finished, plan))
         added = (losses[one["rule"]] - dense).sum() / len(windows) / (LENGTH - 1)
         assert one["mean"] == pytest.approx(added, abs=2e-4)
     best, _ = take(losses, dense, np.full(len(dense), LENGTH - 1), np.zeros(len(dense), int))
