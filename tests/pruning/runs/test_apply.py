@@ -74,8 +74,9 @@ def test_a_padded_folder_of_an_odd_plan_is_as_wide_as_grouped_products_run(model
     (tmp_path / "plan").mkdir()
     PruningPlan(keep, layers, {"model_hash": base.fingerprint}).save(tmp_path / "plan")
     assert keep.sum(axis=-1).max() % 8 and moe.num_experts > 5
-    checks = pruning.apply_plan(tmp_path / "plan", str(models / "single"), tmp_path / "out",
-                        export=["padded-bf16"])  # fmt: skip
+    checks = pruning.apply_plan(
+        tmp_path / "plan", str(models / "single"), tmp_path / "out", export=["padded-bf16"]
+    )
     assert all(check.ok and check.done for check in checks)
     folder = tmp_path / "out" / "exports" / "padded-bf16"
     assert json.loads((folder / "config.json").read_text())["moe_intermediate_size"] % 8 == 0

@@ -289,11 +289,11 @@ def test_memory_counts_what_windows_longer_than_a_sliding_one_take(tmp_path):
     row = moe.experts_per_token * 4 * (moe.d_expert + d)
     more = 2 * (332 - 36) * d + (332 - 36) * row
     assert memory[1]["verify"] - memory[0]["verify"] == 4 * more
-    heads = (
-        1  # torch holds the scores of one at a time; 8 windows of 32 tokens at a time, of 332 one
-    )
-    work = [256 * (4 * heads * 36 + row), 332 * (4 * heads * 332 + row)]
-    work[0] = max(256 * (4 * heads * 32 + row), 72 * (4 * heads * 36 + row))
+    # Scores of one head; of windows of 32 tokens 8 go at a time, of 36 two, of 332 one.
+    work = [
+        max(256 * (4 * 32 + row), 72 * (4 * 36 + row)),
+        332 * (4 * 332 + row),
+    ]
     assert memory[1]["transformers"] - memory[0]["transformers"] == 4 * (work[1] - work[0])
     assert memory[1]["export"] == memory[0]["export"]
 
