@@ -9,6 +9,7 @@ from pathlib import Path
 from pruning.cli.flags import add_group, value_of
 from pruning.cli.parser import Parser
 from pruning.recipe.options import (
+    BUDGETS,
     TEXT_FILES,
     WHOLE_TEXT,
     ExportOptions,
@@ -27,8 +28,7 @@ MODEL = (
 SHELLS = ("bash", "zsh", "fish")
 # Of the planning options those that people give when they score: the others keep their defaults
 # until `plan`, which decides all of them anew.
-DECIDING = ("prune_rate", "target_parameters", "target_bytes", "criterion", "attribution",
-            "planner", "seed")  # fmt: skip
+DECIDING = (*BUDGETS, "criterion", "attribution", "planner", "seed")
 NOT_ESTIMATED = ("calibration", "calibration_field", "evaluation", "evaluation_tokens",
                  "first_tokens", "loss_on")  # fmt: skip
 

@@ -9,8 +9,9 @@ from pruning.recipe.group import About, Options
 from pruning.recipe.names import ATTRIBUTIONS, CRITERIA, PLANNERS, SMOOTHINGS, WEIGHTS
 from pruning.recipe.values import check_rate, check_share, layer_rates
 
-BUDGETS = ("prune_rate", "target_parameters", "target_bytes")  # one of them at most
+BUDGETS = ("prune_rate", "target_parameters", "target_bytes", "target_factor")  # at most one
 LayerLoss = Literal["energy", "attribution", "nll_ig"]
+MOST_SMALLER = 1000  # times: beyond what channels and bits of experts can give
 AUTO = "auto"  # the planner that measures rules and takes the best
 # What makes a rule, beside its planner; all other options say what any rule must keep to.
 RULE = ("criterion", "attribution", "weights", "rho_max", "layer_loss", "smoothing", "passes",
@@ -47,6 +48,14 @@ class PlanOptions(Options):
             "most bytes of the first export's weights instead of a rate, such as 6GB",
             least=1,
             shown="AMOUNT",
+        ),
+    ] = None
+    target_factor: Annotated[
+        float | None,
+        About(
+            "how many times smaller the first export's weights are to be than the dense model's, "
+            "in bytes written, instead of a rate, such as 5.27",
+            shown="FACTOR",
         ),
     ] = None
     criterion: Annotated[
@@ -167,6 +176,10 @@ class PlanOptions(Options):
         """Raise InputError if a share is out of range or options contradict each other."""
         if self.prune_rate is not None:
             check_rate("prune_rate", self.prune_rate)
+        if self.target_factor is not None and not 1 <= self.target_factor <= MOST_SMALLER:
+            raise InputError(
+                f"target_factor={self.target_factor} must lie in [1, {MOST_SMALLER}]; choose e.g. 4"
+            )
         given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
         if len(given) > 1:
             listed = ", ".join(f"{name}={value}" for name, value in given.items())

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pruning.kit.words import megabytes, millions, percent
-from pruning.report.phrases import check_result, second_rounding
+from pruning.report.phrases import NOMINALLY, check_result, nominally, second_rounding
 from pruning.report.severity import SCALE, severity
 from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
@@ -27,19 +27,21 @@ def sizes_table(sizes: Part, model: Part) -> TextTable:
     """Bytes of the source and of every export."""
     source = sizes["source_bytes"]
     bits = source * 8 / model["parameters"]
-    rows = [["source", f"{sizes['channels']:,}", megabytes(source), "", "1.00", f"{bits:.2f}"]]
+    rows = [["source", f"{sizes['channels']:,}", megabytes(source), "", "1.00", "", f"{bits:.2f}"]]
     for name, size in sizes["exports"].items():
         padded = size["padded_bytes"]
         rows.append(
             [name, f"{sizes['channels_kept']:,}", megabytes(size["bytes"]),
              megabytes(padded) if padded else "", f"{source / size['bytes']:.2f}",
+             nominally(name, model["parameters"], size["parameters"]),
              f"{size['bits_per_parameter']:.2f}"]
         )  # fmt: skip
     header = ["folder", "channels kept", "MB written", "MB if padded", "times smaller",
-              "bits per parameter"]  # fmt: skip
+              "nominally", "bits per parameter"]  # fmt: skip
     note = (
         "MB if padded: the same plan stored at the width of its widest expert, for programs that "
-        "know one width only. Bits count all bytes written over the parameters that are left."
+        "know one width only. Bits count all bytes written over the parameters that are left. "
+        f"{NOMINALLY}"
     )
     again = [
         f" {name}: {second_rounding(size['rounded_again'])}."

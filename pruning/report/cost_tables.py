@@ -3,6 +3,7 @@
 from typing import Any
 
 from pruning.kit.words import duration, megabytes
+from pruning.report.phrases import NOMINALLY, nominally
 from pruning.report.table import TextTable
 
 STAGES = {  # of `pruning.runs.memory.memory`
@@ -26,7 +27,10 @@ def estimate_tables(found: dict[str, Any]) -> list[TextTable]:
 
 
 def _parameters(found: dict[str, Any]) -> TextTable:
-    budget = "the target" if found["prune_rate"] is None else f"prune rate {found['prune_rate']}"
+    rate = found["prune_rate"]
+    budget = f"prune rate {rate}"
+    if rate is None:
+        budget = f"the target, prune rate {found['removed']:.3f}"
     models = {"dense": found["parameters"]}
     models |= {name: one["parameters"] for name, one in found["exports"].items()}
     rows = [[name, *(f"{p[key] / 1e6:,.1f}" for key in PLACES)] for name, p in models.items()]
@@ -44,13 +48,16 @@ def _sizes(found: dict[str, Any]) -> TextTable:
         group, width = one["group_size"], one["width"]
         own = "its layer's" if name.startswith("layered") else "its own"
         stored = own if width is None else f"{width:,}"
-        rows.append([name, *sizes, stored, "" if group is None else str(group)])
-    header = ["format", "MB", "fewest", "most", "width of an expert", "weights per scale"]
+        written = f"{found['dense_bytes'] / one['bytes']:.2f}"
+        counted = nominally(name, found["parameters"]["total"], one["parameters"]["total"])
+        rows.append([name, *sizes, written, counted, stored, "" if group is None else str(group)])
+    header = ["format", "MB", "fewest", "most", "times smaller", "nominally", "width of an expert",
+              "weights per scale"]  # fmt: skip
     note = (
         "Weight files and index, headers included. Fewest and most: over all plans, since only "
         "scoring says how many experts are emptied, which have no tensors in a ragged folder, and "
         "how wide the widest is, to which a padded folder pads the others, a layered one those of "
-        "its layer."
+        f"its layer. The dense model has {megabytes(found['dense_bytes'])} MB. {NOMINALLY}"
     )
     return TextTable("On disk", header, rows, note)
 

@@ -16,6 +16,8 @@ GLOSSARY = {
     "top-1": "How often this model and the dense one find the same token most likely.",
     "bits per parameter": "All bytes of the weight files, scales and headers included, over the "
     "parameters that are left.",
+    "nominally": "Times smaller if every parameter took as many bits as the format's name "
+    "says; the column before it counts the bytes that are written.",
     "dense": "The model as it was, before anything was removed.",
     "score covered": "Share of the channel score that the kept channels hold.",
     "attribution": "The score of an expert: how much it matters to its layer.",

@@ -3,6 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from convert.export_format import ExportFormat
+
+NOMINALLY = (
+    "Nominally: as papers count, 16 bits for every parameter of the dense model over the format's "
+    "bits for every one that is left, embeddings and routers too, without scales; no file is so "
+    "small."
+)
+
 
 def check_result(check: Mapping[str, Any]) -> str:
     """How a check of an export came out, in a word or two."""
@@ -37,3 +45,9 @@ def second_rounding(error: float) -> str:
         "weights that the model stores in few bits were rounded a second time, with a relative "
         f"squared error of {error:.2g}"
     )
+
+
+def nominally(export: str, dense: int, left: int) -> str:
+    """How many times smaller an export is by `NOMINALLY`'s count, from parameters before and after;
+    a number in words, as tables show it."""
+    return f"{16 * dense / (ExportFormat(export).bits * left):.2f}"

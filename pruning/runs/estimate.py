@@ -36,6 +36,7 @@ from pruning.stages.preflight import (
 )
 from pruning.stages.sizes import (
     byte_range,
+    dense_bytes,
     export_of,
     form_of,
 )
@@ -115,7 +116,7 @@ def _estimate(
     """
     whole = resolved(recipe, base)
     require_possible(whole, base)
-    if recipe.export or recipe.target_bytes is not None:
+    if recipe.export or whole.target_bytes is not None:
         jobs = dict.fromkeys(whole.export, whole)
     else:
         native = base.native is not None and base.native.floating
@@ -132,9 +133,12 @@ def _estimate(
     if SCRATCH in parts and is_elsewhere(whole):
         free = free_space(whole.scratch_folder)
         apart = {"needed_bytes": parts.pop(SCRATCH) + SPARE_BYTES, "free_bytes": free}
+    dense = parameters(base, base.widths, base.mtp_weights)
     return {
         "prune_rate": whole.prune_rate,
-        "parameters": parameters(base, base.widths, base.mtp_weights),
+        "removed": 1.0 - float(rehearsed_plan(whole, base).keep.mean()),
+        "dense_bytes": dense_bytes(base),
+        "parameters": dense,
         "exports": {name: _export(base, one, name, tensor_parallel) for name, one in jobs.items()},
         "memory": memory(base, whole),
         "disk": {

@@ -24,6 +24,7 @@ from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.criteria import require_data_free
 from pruning.scores.expert_criteria import expert_criterion
 from pruning.stages.measure import open_texts
+from pruning.stages.sizes import dense_bytes
 from pruning.text.calibration import TokenBatch, calibration_batch, hold_out
 from pruning.text.kept_out import keep_out
 from pruning.text.source import TextSource
@@ -136,8 +137,12 @@ def _calibration(recipe: ResolvedRecipe, codec: TextCodec, window: int) -> Token
 
 
 def resolved(recipe: CompressionRecipe, base: Description) -> ResolvedRecipe:
-    """The recipe with every default that depends on the model filled in; InputError as there."""
+    """The recipe with every default that depends on the model filled in, a factor as the bytes that
+    it leaves; InputError as there."""
     c = base.config
+    if recipe.target_factor is not None:
+        left = int(dense_bytes(base) / recipe.target_factor)
+        recipe = dataclasses.replace(recipe, target_factor=None, target_bytes=left)
     formats = base.family.formats
     inputs = packed_inputs(base, recipe.requantize)
     native = None if base.native is None else base.native.group_size

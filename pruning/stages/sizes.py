@@ -38,6 +38,10 @@ def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = Non
     return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize)
 
 
+def _is_float32(base: Description) -> bool:
+    return "float32" in (base.hf_config.get("dtype"), base.hf_config.get("torch_dtype"))
+
+
 def export_of(base: Description, plan: PruningPlan, form: ExportFormat) -> Export:
     """What the folder of a plan holds in this format."""
     return Export(base, kept_widths(plan, base), form)
@@ -64,6 +68,15 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors*"))
 
 
+def dense_bytes(base: Description) -> int:
+    """Bytes of a dense model's weights as they lie there; of a config.json alone, in 16 bits, or in
+    32 if it says so."""
+    if any(base.folder.glob("*.safetensors")):
+        return folder_bytes(base.folder)
+    whole = Export(base, base.widths, ExportFormat("padded-bf16", mtp="keep"))
+    return whole.nbytes + _is_float32(base) * whole.tensor_bytes
+
+
 def sample_memory(base: Description, export: Export) -> int:
     """Bytes that the larger of the whole dense model and a whole export takes, and writing with it.
 
@@ -71,13 +84,10 @@ def sample_memory(base: Description, export: Export) -> int:
     keeps most, a layer is held twice on its way, and the head is widened to float32 for every
     token. 0 for a dense model above `SAMPLE_BYTES`, which writes no sample.
     """
-    c, said, weights = base.config, base.hf_config, base.weights()
+    c, weights = base.config, base.weights()
     if 2 * weights > SAMPLE_BYTES:
         return 0
-    wide = said.get("quantization_config") or "float32" in (
-        said.get("dtype"),
-        said.get("torch_dtype"),
-    )
+    wide = base.hf_config.get("quantization_config") or _is_float32(base)
     held = sum(
         math.prod(one.shape) * (4 if one.packed else one.dtype.itemsize)
         for one in export.tensors.values()

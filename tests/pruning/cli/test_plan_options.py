@@ -90,6 +90,16 @@ def test_a_size_is_met_by_the_written_export(out, width):
     assert 0 <= target - file.stat().st_size < step * 3 * 32 * 2 + 1024
 
 
+def test_a_factor_is_met_by_the_bytes_that_are_written(out, models):
+    dense = sum(file.stat().st_size for file in (models / "single").glob("*.safetensors"))
+    plan = planned(out, "--target-factor", 2.4, "--block", 16)
+    assert run("--quiet", "export", out, "--overwrite") == 0
+    (file,) = (out / "exports" / "ragged-bf16").glob("*.safetensors")
+    assert 0 <= dense / 2.4 - file.stat().st_size < 16 * 3 * 32 * 2 + 1024
+    assert plan.provenance["target"] == int(dense / 2.4)
+    assert "target_factor: null" in (out / "recipe.yaml").read_text()  # bytes, whatever moves
+
+
 def test_parameters_are_met_to_one_block(out, models):
     base = open_checkpoint(models / "single")
     plan = planned(out, "--target-parameters", "50000", "--block", 16)

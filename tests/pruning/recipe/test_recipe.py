@@ -104,7 +104,8 @@ def test_every_field_has_a_flag_that_sets_it():
         "overwrite": True, "scratch": "big-disk",
     }  # fmt: skip
     alone = [("expert_rate", 0.5, ["--width", "combined"]), ("target_bytes", 6 * 10**9, []),
-             ("target_parameters", 7, []), ("weights_only", True, [])]  # fmt: skip
+             ("target_parameters", 7, []), ("target_factor", 5.27, []),
+             ("weights_only", True, [])]  # fmt: skip
     for name, value, needed in alone:
         flag = "--" + name.replace("_", "-")
         given = parsed(
