@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Workers and what they start share the cores: a second thread of a small product only waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Where transformers copies a checkpoint's code to import it: one folder a worker for all tests,

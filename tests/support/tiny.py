@@ -1,9 +1,6 @@
 """Tiny random Hugging Face models in folders, and their logits: the oracle of the converters."""
 
-import os
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
