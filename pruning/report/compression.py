@@ -68,7 +68,8 @@ class CompressionReport:
       expert_coverage: [L][E] share of the expert's channel score that is kept, in [0, 1].
       layer_coverage: [L] the same for a layer's experts together.
       layer_loss: raw [L] and smoothed [L]; all 1 if no text was read.
-      concentration: fractions [K] of an expert's channels, curves [L][E][K] of their score share.
+      concentration: fractions [K] of an expert's channels, curves [L][E][K] of their score share;
+        gini [L] and fraction_holding [L] nine tenths of a layer's score, and both of the model.
       repair: mode, tokens, experts that keep something and how many of them changed, and starved of
         text; layers, and of how many of them the repair of their experts alone (`expert`) or of all
         together (`layer`) was taken; {} without a repair.
@@ -237,7 +238,7 @@ class CompressionReport:
             sizes_table(self.sizes, self.model),
             quality_table(self.quality, self.evaluation),
             *([choice_table(choice)] if choice else []),
-            allocation_table(self.plan, self.sizes, self.model),
+            allocation_table(self.plan, self.sizes, self.model, self.concentration),
             verification_table(self.verification),
             stages_table(self.stages),
         ]

@@ -88,10 +88,10 @@ def page(report: CompressionReport, notice: str = "") -> str:
         other_figures=[figure_html(*drawn) for drawn in other_figures(report)],
         layers=layer_table(
             report.counts, report.layer_coverage, report.layer_indices, report.d_expert,
-            report.recipe.get("criterion", "channel"),
+            report.recipe.get("criterion", "channel"), report.concentration,
         ),
         choice=choice_table(choice, MANY) if (choice := report.plan.get("choice")) else None,
-        allocation=allocation_table(report.plan, report.sizes, report.model),
+        allocation=allocation_table(report.plan, report.sizes, report.model, report.concentration),
         stages=stages_table(report.stages),
     )  # fmt: skip
 

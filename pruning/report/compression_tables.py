@@ -164,9 +164,16 @@ def layer_table(
     coverage: Sequence[float],
     layer_indices: Sequence[int],
     d_expert: int,
-    criterion: str = "channel",
+    criterion: str,
+    concentration: Part,
 ) -> TextTable:
-    """What every layer keeps; as long as the model is deep, so for the page only."""
+    """What every layer keeps; as long as the model is deep, so for the page only.
+
+    Args:
+      counts, coverage, layer_indices, d_expert: of the report.
+      criterion: the name of the channel score.
+      concentration: of the report.
+    """
     rows = []
     for layer, row, covered in zip(layer_indices, counts, coverage, strict=True):
         kept = np.asarray(row)
@@ -177,11 +184,21 @@ def layer_table(
     header = ["layer", "channels kept", "share kept", "narrowest expert", "widest expert",
               "empty experts", "score covered"]  # fmt: skip
     note = f"Score covered: share of the layer's {criterion} score that the kept channels hold."
+    if "model" in concentration:  # unknown to earlier versions
+        header += ["Gini", "hold 90%"]
+        numbers = zip(concentration["gini"], concentration["fraction_holding"], strict=True)
+        for row, (uneven, fraction) in zip(rows, numbers, strict=True):
+            row += [f"{uneven:.3f}", percent(fraction)]
+        note += (
+            " Gini: how unevenly the layer's channels share it, 0 if all have as much, 1 if one "
+            "has all. Hold 90%: the least share of them that holds nine tenths of it."
+        )
     return TextTable("Layer by layer", header, rows, note)
 
 
-def allocation_table(plan: Part, sizes: Part, model: Part) -> TextTable:
-    """Parameters; coverage of the planner, its aligned widths and the optimum; unusual experts."""
+def allocation_table(plan: Part, sizes: Part, model: Part, concentration: Part) -> TextTable:
+    """Parameters; coverage of the planner, its aligned widths and the optimum; how concentrated the
+    score is; unusual experts."""
     policy = str(plan.get("width", "free"))
     rows = [*_parameters(sizes, model), ["width policy", policy, POLICIES.get(policy, "")]]
     if "coverage_optimum" in plan:
@@ -194,6 +211,9 @@ def allocation_table(plan: Part, sizes: Part, model: Part) -> TextTable:
             ["coverage of the optimum", f"{optimum:.4f}", "best free widths in whole blocks"],
             ["gap to the optimum", f"{optimum - aligned:.4f}", "of the weighted score"],
         ]
+    if of_model := concentration.get("model"):  # unknown to earlier versions
+        held = f"{percent(of_model['fraction_holding'])} of the channels hold 90% of the score"
+        rows.append(["Gini of the score", f"{of_model['gini']:.3f}", held])
     starved = plan.get("starved_experts", [])
     share = plan.get("starved_share", 0.0)
     named = ", ".join(f"{layer}.{expert}" for layer, expert in starved[:NAMED])

@@ -6,6 +6,7 @@ from typing import Any
 from pruning.kit.fitting import misfits
 from pruning.report.stored_fields import Check, Loading, Repair, Stored
 
+UNEVEN = ("gini", "fraction_holding")  # of a layer's score
 DRAWN = 1e100  # beyond it matplotlib cannot tell its ticks apart
 
 
@@ -37,7 +38,10 @@ def _agreements(values: Mapping[str, Any]) -> list[tuple[str, bool]]:
         ("layer_coverage", _is_grid(v["layer_coverage"], (layers,))),
         ("layer_loss", all(_is_grid(one, (layers,)) for one in v["layer_loss"].values())),
         ("concentration", points > 1 and _is_grid(v["concentration"]["fractions"], (points,))
-         and _is_grid(v["concentration"]["curves"], (*each, points))),
+         and _is_grid(v["concentration"]["curves"], (*each, points))
+         and len({name in v["concentration"] for name in (*UNEVEN, "model")}) == 1
+         and all(_is_grid(v["concentration"].get(name, [0] * layers), (layers,))
+                 for name in UNEVEN)),
         ("calibration", ("usage" in found) == ("router_entropy" in found)
          and _is_grid(found.get("router_entropy", [0] * layers), (layers,))
          and _is_grid(found.get("usage", [[0] * experts] * layers), each)

@@ -69,11 +69,21 @@ class LayerLoss(TypedDict):
     smoothed: list[float]
 
 
+class Uneven(TypedDict):
+    """How unevenly channels share the score."""
+
+    gini: float
+    fraction_holding: float
+
+
 class Concentration(TypedDict):
-    """Curves [L][E][K] over fractions [K]."""
+    """Curves [L][E][K] over fractions [K]; numbers of every layer and of the model."""
 
     fractions: list[float]
     curves: list[list[list[float]]]
+    gini: NotRequired[list[float]]
+    fraction_holding: NotRequired[list[float]]
+    model: NotRequired[Uneven]
 
 
 class LayerRounding(TypedDict):

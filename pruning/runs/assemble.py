@@ -15,6 +15,7 @@ import numpy as np
 from convert.export_format import ExportFormat
 from pruning.budget.importance import LAYER_LOSSES, PlannerOptions, layer_weights
 from pruning.budget.plan import PruningPlan
+from pruning.measure.concentration import fraction_holding, gini
 from pruning.report.command import command_line
 from pruning.report.compression import CompressionReport
 from pruning.report.figures import concentration
@@ -161,6 +162,7 @@ def _scores(found: Outcome) -> dict[str, Any]:
         seed=recipe.seed,
     )  # fmt: skip
     fractions, curves = concentration(scores.channel)
+    layers = scores.channel.reshape(len(scores.channel), -1)  # [L, E F]
     options = PlannerOptions.of(recipe)
     return {
         "attribution": scores.expert.tolist(),
@@ -170,7 +172,16 @@ def _scores(found: Outcome) -> dict[str, Any]:
             "raw": LAYER_LOSSES[recipe.layer_loss](scores).tolist(),
             "smoothed": layer_weights(scores, options).tolist(),
         },
-        "concentration": {"fractions": fractions.tolist(), "curves": curves.tolist()},
+        "concentration": {
+            "fractions": fractions.tolist(),
+            "curves": curves.tolist(),
+            "gini": gini(layers).tolist(),
+            "fraction_holding": fraction_holding(layers).tolist(),
+            "model": {
+                "gini": float(gini(layers.reshape(-1))),
+                "fraction_holding": float(fraction_holding(layers.reshape(-1))),
+            },
+        },
     }
 
 

@@ -23,6 +23,7 @@ from pruning.report.compression_tables import (
     POLICIES,
     allocation_table,
     causes_table,
+    layer_table,
     losses_table,
     verification_table,
 )
@@ -33,6 +34,10 @@ from pruning.report.table import TextTable
 from tests.support.command import run
 
 L, E, F = 3, 4, 8
+UNEVEN = {
+    "gini": [0.1234, 0.5, 0.25], "fraction_holding": [0.75, 0.5, 0.625],
+    "model": {"gini": 0.4321, "fraction_holding": 0.3125},
+}  # fmt: skip
 
 
 def report(**changes) -> CompressionReport:
@@ -101,6 +106,9 @@ def test_a_report_of_another_version_is_refused(tmp_path):
         ("layer_coverage", lambda r: r["layer_coverage"].__setitem__(0, 1e200)),
         ("layer_loss", lambda r: r["layer_loss"].update(raw={})),
         ("concentration", lambda r: r["concentration"]["curves"][0][0].pop()),
+        ("concentration", lambda r: r["concentration"].update(gini=[0.5] * L)),
+        ("concentration", lambda r: r["concentration"].update(UNEVEN, gini=[0.5])),
+        ("concentration", lambda r: r["concentration"].update(UNEVEN, model={"gini": 0.5})),
         ("calibration", lambda r: r["calibration"].update(sources=[{"path": "x"}])),
         ("calibration", lambda r: r["calibration"].update(stability={"tokens": [1]})),
         ("quantization", lambda r: r["quantization"].append({"nearest": 1.0})),
@@ -260,9 +268,21 @@ def test_parameters_and_those_that_a_token_meets_stand_beside_what_they_were():
     sizes = report().sizes | {"active_parameters": {"source": 2_500_000, "exports": 1_234_567}}
     sizes["exports"] = {"ragged-int4": sizes["exports"]["ragged-int4"] | {"parameters": 4_000_000}}
     model = report().model | {"parameters": 9_990_000}
-    rows = allocation_table({}, sizes, model).rows
+    rows = allocation_table({}, sizes, model, {}).rows
     assert rows[0] == ["parameters", "4.00 M", "of 9.99 M"]
     assert rows[1][:2] == ["active parameters", "1.23 M"] and "2.50 M" in rows[1][2]
+
+
+def test_how_unevenly_channels_share_the_score_stands_by_layer_and_for_the_model():
+    about = ([[8] * E] * L, [1.0] * L, [1, 2, 4], F, "act")
+    table = layer_table(*about, report().concentration | UNEVEN)
+    assert table.header[-2:] == ["Gini", "hold 90%"]
+    assert [row[-2:] for row in table.rows] == [
+        ["0.123", "75.0%"], ["0.500", "50.0%"], ["0.250", "62.5%"],
+    ]  # fmt: skip
+    assert layer_table(*about, report().concentration).header == table.header[:-2]
+    rows = allocation_table({}, report().sizes, report().model, UNEVEN).rows
+    assert ["Gini of the score", "0.432", "31.2% of the channels hold 90% of the score"] in rows
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
