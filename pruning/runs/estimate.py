@@ -18,7 +18,7 @@ from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 from pruning.recipe.values import check_whole
-from pruning.runs.memory import memory
+from pruning.runs.cap import capped_memory
 from pruning.runs.probe import (
     choosing_seconds,
     forward_seconds,
@@ -77,7 +77,8 @@ def estimate(
       One entry per rate, of JSON-compatible values; sizes are bytes.
 
     Raises:
-      InputError: the recipe is impossible, in the words of `compress`.
+      InputError: the recipe is impossible, or its memory limit too little, in the words of
+        `compress`.
     """
     check_whole("tensor_parallel", tensor_parallel, 1)
     asked: dict[str, Any] = {"text": ("-",), "output": "-", "tokens": recovery_tokens}
@@ -136,7 +137,8 @@ def _estimate(
         "prune_rate": whole.prune_rate,
         "parameters": parameters(base, base.widths, base.mtp_weights),
         "exports": {name: _export(base, one, name, tensor_parallel) for name, one in jobs.items()},
-        "memory": memory(base, whole),
+        "memory_limit": whole.memory_limit,
+        "memory": capped_memory(base, whole),
         "disk": {
             "needed_bytes": sum(parts.values()) + SPARE_BYTES,
             "free_bytes": free_space(Path(whole.output)),
