@@ -96,9 +96,10 @@ class Foretold:
 
     def scoring(self) -> int:
         """Two layers, half of one in float32, for XLA widens a matrix of all experts at a time, the
-        hidden states that a sweep holds, the rows at work and a layer's sums of all parts; or the
-        logits of a window's loss; or, once the text is through, the sums of all layers: of the
-        text, of a part, of two halves and of what becomes of them, and a plan's scores."""
+        rows at work and a layer's sums of all parts or, between layers, the logits of a window's
+        loss; beside them the hidden states that a sweep holds. Or, once the text is through, the
+        sums of all layers: of the text, of a part, of two halves and of what becomes of them, and a
+        plan's scores."""
         recipe, c = self.recipe, self.base.config
         sums = statistics_bytes(self.base, recipe)
         windows = 0 if recipe.weights_only else math.ceil(recipe.max_tokens / recipe.window)
@@ -112,9 +113,9 @@ class Foretold:
         work += max(1, len(parts)) * sums // len(c.moe_layers)
         if recipe.weight_gradients:  # weights as float32, their gradients, and those of a batch
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
-        work = max(work, self._window_loss())
-        work += self._held_states(windows, padded // batch, step)
-        return int(self._fixed + max(self._layers(2) + 2 * self._layer + work, 6 * sums))
+        work += self._layers(2) + 2 * self._layer
+        held = self._held_states(windows, padded // batch, step)
+        return int(self._fixed + max(max(work, self._window_loss()) + held, 6 * sums))
 
     def planning(self) -> int:
         """The sums of all layers, and what becomes of them."""
