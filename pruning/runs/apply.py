@@ -71,30 +71,27 @@ def apply_plan(
         where it is 8.
       bits: 4, 8 or 16; weights in few bits are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
-      requantize: round what the model stores in few bits a second time, as in a recipe.
-      mtp: what becomes of layers that predict further tokens, as in a recipe.
+      requantize, mtp: as in a recipe.
       calibration: text files to repair on, as in a recipe; without any, nothing is repaired.
       repair: how, as in a recipe; default as the plan says.
       allow_other_model: apply it to another model of the same shape, such as the base of the one
         that it was made for; the exports' cards say so.
-      overwrite: replace an output folder of ours.
-      memory_limit: as in a recipe.
+      overwrite, memory_limit: as in a recipe.
       steps: where progress goes; default stderr.
 
     Returns:
       The checks of all exports, all passed.
 
     Raises:
-      InputError: the plan is another model's, its widths do not fit the format, the memory limit is
-        too little, the output folder is in the way, or another process writes there; nothing has
-        been written then.
+      InputError: the plan is another model's, its widths do not fit the format or the memory limit,
+        the output folder is in the way, or another process writes there; nothing was written.
       OSError: the plan is missing, or the disk is too small.
       VerificationError: an export differs from the model in memory; it is kept.
     """
     given = {"model": pinned(model), "output": os.fspath(output), "export": tuple(export)}
     given |= {"bits": bits, "mtp": mtp, "overwrite": overwrite, "requantize": requantize}
-    given |= {"memory_limit": memory_limit}
     optional = {"group_size": group_size, "calibration": tuple(calibration), "repair": repair}
+    optional |= {"memory_limit": memory_limit}
     given |= {name: value for name, value in optional.items() if value}
     with only_writer(output):
         return _apply(Path(plan), model, given, allow_other_model, steps or Steps())

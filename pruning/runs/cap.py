@@ -18,7 +18,7 @@ from pruning.kit.progress import Steps
 from pruning.kit.words import amount
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.report.cost_tables import STAGES
-from pruning.runs.memory import ADAPT, Foretold, memory
+from pruning.runs.memory import ADAPT, Foretold
 
 Peaks = Mapping[str, int]  # of stages, bytes
 ROOMS = (None, *(1 << power for power in range(31, 25, -1)), 0)  # of what is kept, 2 GiB downwards
@@ -147,17 +147,17 @@ def refuse_limit(recipe: CompressionRecipe, command: str) -> None:
         )
 
 
-def capped_memory(base: Description, recipe: ResolvedRecipe) -> dict[str, int]:
-    """Peak bytes of each stage of `compress`, as of `memory`, under the recipe's limit.
+def recipe_allowance(base: Description, recipe: ResolvedRecipe) -> Allowance:
+    """What `compress` may spend by the recipe's own limit, whatever is free here.
 
     Raises:
       InputError: as of `capped`.
     """
     if recipe.memory_limit is None:
-        return memory(base, recipe)
+        return AMPLE
     foretold, cures = _of_recipe(base, recipe)
     require_within(recipe.memory_limit, foretold, cures)
-    return memory(base, recipe, allowance_within(recipe.memory_limit, foretold))
+    return allowance_within(recipe.memory_limit, foretold)
 
 
 def _of_recipe(

@@ -16,7 +16,7 @@ from pruning.demo import model_folder
 from pruning.kit.memory import Allowance
 from pruning.kit.progress import Steps
 from pruning.recipe.options import MOST_BATCH, WHOLE_TEXT, RunOptions
-from pruning.recipe.recipe import ResolvedRecipe
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import MOST, check_whole, window_within
 from pruning.runs.cap import capped
 from pruning.runs.held import (
@@ -27,10 +27,11 @@ from pruning.runs.held import (
     outer_weights,
     pruned_bytes,
 )
+from pruning.runs.memory import Foretold
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
 from pruning.stages.folder import clear_leftovers
-from pruning.stages.job import DTYPES
+from pruning.stages.job import DTYPES, resolved
 from pruning.stages.made_by import say_stale
 from pruning.stages.measure import evaluation_source, measure, read_tokens, text_windows
 from pruning.stages.remarks import say_context, say_source
@@ -150,7 +151,7 @@ def _evaluate(
     scratch, plans, statistics = Path(tempfile.gettempdir()), [], None
     if recipe:
         scratch, limit = recipe.scratch_folder, limit or recipe.memory_limit
-    with capped(base, limit, _takes(base, opened, how, pruned=bool(rates)), steps, _cures):
+    with capped(base, limit, _takes(base, opened, how, recipe, rates), steps, _cures):
         if recipe:  # after the texts: planner auto runs the model
             plans, statistics = stored_plans(folder, recipe, base, rates, steps)
         references, found = {}, {}
@@ -167,20 +168,28 @@ def _evaluate(
 
 
 def _takes(
-    base: Checkpoint, texts: Mapping[str, Windows], how: dict[str, Any], *, pruned: bool
+    base: Checkpoint,
+    texts: Mapping[str, Windows],
+    how: dict[str, Any],
+    recipe: CompressionRecipe | None,
+    rates: Sequence[float],
 ) -> Callable[[Allowance], dict[str, int]]:
-    """What measuring takes, by the allowance: see `evaluation_bytes`."""
+    """What measuring takes, by the allowance, and planning beforehand if there is a recipe."""
     about, c = base.about, base.config
     layer, tokens = largest_layer(about), sum(windows.tokens.size for windows in texts.values())
     step = how["batch"] * max(windows.tokens.shape[1] for windows in texts.values())
     said = (about.hf_config.get(name) for name in ("dtype", "torch_dtype"))
     item = 4 if about.quantization or "float32" in said else 2
+    whole = None
+    if recipe is not None:
+        whole = Foretold(about, resolved(recipe, about), alone=True, rates=len(rates))
 
     def takes(found: Allowance) -> dict[str, int]:
-        layers = pruned_bytes(layer, found) if pruned else layers_held(layer, item, found)
+        layers = pruned_bytes(layer, found) if whole else layers_held(layer, item, found)
         outer = (item - 2) * outer_weights(c)
         size = evaluation_bytes(c, tokens, step, layers, found)
-        return {"evaluation": fixed_bytes(about) + outer + size}
+        planned = whole.peaks(("planning", "choice"), found) if whole else {}
+        return {**planned, "evaluation": fixed_bytes(about) + outer + size}
 
     return takes
 
