@@ -34,6 +34,7 @@ class Checkpoint:
     Attributes:
       about: what it is, without its weights.
       tensors: its files.
+      read_ahead: whether it does; without, one layer is held at a time.
       weights_hash: that of `hash_weights`; None if nobody asked yet.
     """
 
@@ -47,6 +48,7 @@ class Checkpoint:
     ):
         self.about = about
         self.tensors = tensors
+        self.read_ahead = True
         self._views = views
         self._mtp = mtp
         self._pool = pool_shape(about.config, about.widths)
@@ -132,7 +134,7 @@ class Checkpoint:
         down = self._last is not None and index == self._last - 1
         following = index - 1 if down else index + 1
         in_order = down or index == 0 or (self._last is not None and index == self._last + 1)
-        if in_order and 0 <= following < len(self):
+        if self.read_ahead and in_order and 0 <= following < len(self):
             self._ahead = following, self._thread.submit(self._read_layer, following)
         self._last = index
         return layer

@@ -66,6 +66,10 @@ def _rates(place: argparse._ActionsContainer, words: str) -> None:
     )  # fmt: skip
 
 
+def _memory(command: Parser) -> None:
+    add_group(command, RunOptions, "memory_limit", title="Memory")
+
+
 def _others(group: type, *names: str) -> tuple[str, ...]:
     return tuple(name for name in fields_of(group) if name not in names)
 
@@ -109,7 +113,7 @@ def estimate(command: Parser) -> None:
         "--recovery-tokens", default=DEFAULT_TOKENS, metavar="N",
         help="text that recover would train on, such as 300K or 10M (default 1M)",
     )  # fmt: skip
-    add_group(command, RunOptions, "output", "scratch")
+    add_group(command, RunOptions, "output", "scratch", "memory_limit")
     add_group(command, RunOptions, "overwrite", hidden=True)
     add_group(command, TextOptions, "max_tokens", "window")
     add_group(command, TextOptions, *NOT_ESTIMATED, hidden=True)
@@ -124,6 +128,7 @@ def plan(command: Parser) -> None:
     place = command.add_argument_group("Prune rates")
     _rates(place, "one or several fractions of the expert channels to remove, in [0, 1)")
     add_group(command, PlanOptions, *_others(PlanOptions, "prune_rate"))
+    _memory(command)
 
 
 def export(command: Parser) -> None:
@@ -131,6 +136,7 @@ def export(command: Parser) -> None:
     _folder(command, "folder with plan.json")
     add_group(command, ExportOptions, "export", "mtp", "repair")
     add_group(command, RunOptions, "overwrite", title="Output")
+    _memory(command)
 
 
 def apply(command: Parser) -> None:
@@ -144,6 +150,7 @@ def apply(command: Parser) -> None:
         help="apply the plan to another model of the same shape; the cards say so",
     )  # fmt: skip
     add_group(command, RunOptions, "output", "overwrite", title="Output")
+    _memory(command)
     names = ("export", "bits", "group_size", "requantize", "mtp", "repair")
     add_group(command, ExportOptions, *names)
     add_group(command, TextOptions, "calibration", title="Text: what the plan was repaired on")
@@ -195,6 +202,7 @@ def evaluate(command: Parser) -> None:
         help="type of the activations (default float32)",
     )  # fmt: skip
     add_group(command, TextOptions, "first_tokens", "loss_on", title="Tokens")
+    _memory(command)
     sweep = command.add_argument_group("Plans of an output folder")
     _rates(sweep, "measure plans of the stored statistics instead, at these rates in [0, 1)")
 
@@ -217,7 +225,7 @@ def audit(command: Parser) -> None:
         "--tokens", dest="sample_tokens", type=value_of(int), default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )  # fmt: skip
-    add_group(command, RunOptions)
+    add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     texts = _others(TextOptions, "evaluation", "evaluation_tokens")
     add_group(command, TextOptions, *texts, title="Text")
     add_group(command, ScoreOptions, *_others(ScoreOptions, "weights_only", "until_stable"))
@@ -232,6 +240,7 @@ def report(command: Parser) -> None:
 def verify(command: Parser) -> None:
     """Arguments of `verify`."""
     _folder(command, "folder with plan.json and exports/")
+    _memory(command)
 
 
 def compare(command: Parser) -> None:
@@ -249,7 +258,7 @@ def compare(command: Parser) -> None:
         help="measure every plan with repair without training as well, as compress repairs by "
         "default (layer) or each expert for itself; takes a repair for every rule and rate",
     )  # fmt: skip
-    add_group(command, RunOptions)
+    add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     add_group(command, TextOptions)
     add_group(
         command,

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 from convert.checkpoint import open_checkpoint
 from convert.mtp import mtp_layers
@@ -123,7 +124,7 @@ def estimate(options: Options) -> Outcome:
 
 def plan(options: Options) -> Outcome:
     """One plan in the folder, or one per rate below plans/."""
-    given = given_options(options, PlanOptions)
+    given = given_options(options, PlanOptions) | _limit(options)
     plans = planning.plan_folder(
         options.folder, options.rates or (), steps=_steps(options), **given
     )
@@ -135,7 +136,7 @@ def plan(options: Options) -> Outcome:
 
 def export(options: Options) -> Outcome:
     """The exports of the plan in a folder."""
-    given = given_options(options, ExportOptions)
+    given = given_options(options, ExportOptions) | _limit(options)
     folders = exporting.export_folder(
         options.folder,
         overwrite=getattr(options, "overwrite", False),
@@ -162,6 +163,7 @@ def apply(options: Options) -> Outcome:
         repair=recipe.repair,
         allow_other_model=options.allow_other_model,
         overwrite=recipe.overwrite,
+        memory_limit=recipe.memory_limit,
         steps=_steps(options),
     )
     names = dict.fromkeys(check.export for check in checks)
@@ -176,7 +178,7 @@ def apply(options: Options) -> Outcome:
 
 def verify(options: Options) -> Outcome:
     """Check every export of a folder."""
-    checks = verifying.verify(options.folder, _steps(options))
+    checks = verifying.verify(options.folder, _steps(options), **_limit(options))
     return Outcome([dataclasses.asdict(check) for check in checks], [checks_table(checks)])
 
 
@@ -202,6 +204,7 @@ def evaluate(options: Options) -> Outcome:
         batch=options.batch,
         dtype=options.dtype,
         **given_options(options, TextOptions),
+        **_limit(options),
         steps=_steps(options),
     )
     pages = [Path(options.folder, "sweep.html")] if len(options.rates or ()) > 1 else []
@@ -244,6 +247,12 @@ def compare(options: Options) -> Outcome:
     )
     table = found.terminal_table(stdout().width)
     return Outcome(dataclasses.asdict(found), [table, ""], [Path(recipe.output) / "compare.html"])
+
+
+def _limit(options: Options) -> dict[str, Any]:
+    """The memory limit, where one is given."""
+    limit = getattr(options, "memory_limit", None)
+    return {} if limit is None else {"memory_limit": limit}
 
 
 def _steps(options: Options) -> Steps:

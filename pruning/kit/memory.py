@@ -1,7 +1,11 @@
-"""How much memory there is to take, and giving back what is no longer used."""
+"""How much memory there is to take, what may be spent, and giving back what is no longer used."""
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,8 +20,52 @@ LIMITS = (  # of a control group, version 2 and 1: its limit, its use, what of t
 )
 
 
+@dataclass(frozen=True)
+class Allowance:
+    """How much memory may be spent, most of it on speed: nothing of this changes a result.
+
+    Attributes:
+      limit: most bytes that this process and those it starts take; None for all that is free.
+      room: most bytes of hidden states, or of experts' rows, that a stage keeps in memory; None
+        for as many as it usually does. Others go to a scratch file or are computed again.
+      read_ahead: whether a layer is read while the one before it is at work.
+    """
+
+    limit: int | None = None
+    room: int | None = None
+    read_ahead: bool = True
+
+    def of(self, usual: int) -> int:
+        """Bytes that something may keep which usually keeps so many."""
+        return usual if self.room is None else min(usual, self.room)
+
+
+AMPLE = Allowance()
+_ALLOWANCE: ContextVar[Allowance] = ContextVar("allowance", default=AMPLE)
+
+
+def allowance() -> Allowance:
+    """That of the run at work."""
+    return _ALLOWANCE.get()
+
+
+@contextmanager
+def allowing(found: Allowance) -> Iterator[None]:
+    """Give what runs inside another allowance."""
+    before = _ALLOWANCE.set(found)
+    try:
+        yield
+    finally:
+        _ALLOWANCE.reset(before)
+
+
+def own_memory() -> int:
+    """Bytes that this process takes."""
+    return psutil.Process().memory_info().rss
+
+
 def free_memory(system: Path = Path("/")) -> int:
-    """Bytes that processes can take before the system kills one.
+    """Bytes that processes can take before the system kills one, or beyond an allowance's limit.
 
     What the machine has available, caches of files included, and no more than any control group
     of this process has left, which is what a container or a batch system allows.
@@ -26,6 +74,8 @@ def free_memory(system: Path = Path("/")) -> int:
       system: where proc and sys/fs lie.
     """
     room = [_room(group) for group in _groups(system)]
+    if (limit := allowance().limit) is not None:
+        room.append(limit - own_memory())
     return max(0, min([psutil.virtual_memory().available, *(n for n in room if n is not None)]))
 
 

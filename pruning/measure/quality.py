@@ -1,8 +1,10 @@
 """Quality on held-out text: likelihood, and agreement with the dense model."""
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,11 @@ import numpy as np
 from jax import Array
 
 from moe_jax.errors import InputError
-from moe_jax.stream import LayerSource, forward_hidden, pad_rows
-from moe_jax.transformer import Head
+from moe_jax.files import scratch_file
+from moe_jax.stream import LayerSource, in_batches, layer_forward, pad_rows, sweep
+from moe_jax.transformer import DecoderLayer, Head
 from pruning.kit.memory import trim_heap
+from pruning.scores.states import States, state_bytes
 from pruning.text.windows import Windows
 
 # Logits in memory at once; a whole window of them is gigabytes for large vocabularies.
@@ -63,7 +67,7 @@ class Reference:
     """The dense model's last hidden states on some windows, kept to compare variants with."""
 
     head: Head
-    hidden: np.ndarray  # [B, T, D]
+    hidden: np.ndarray | States  # [B, T, D], or [1, B, T, D] in a file
 
 
 def measure_quality(
@@ -74,6 +78,7 @@ def measure_quality(
     batch: int = 8,
     dtype=jnp.float32,
     on_layer: Callable[[int], None] | None = None,
+    scratch: Path | None = None,
 ) -> tuple[Quality, Reference]:
     """Score a model on windows, streaming its layers.
 
@@ -84,20 +89,45 @@ def measure_quality(
       batch: windows per step.
       dtype: of the activations.
       on_layer: called with the index of each finished layer.
+      scratch: folder of a file with the hidden states, gone with the reference; default in memory.
 
     Returns:
       (quality, this model's own reference for later comparisons).
 
     Raises:
       InputError: if the model's output is not finite.
+      FullDiskError: there is no room in the scratch folder.
     """
     batch = min(batch, len(windows.tokens))  # a short text is not padded to a whole batch
-    hidden = forward_hidden(
-        source, windows.tokens, windows.valid, batch=batch, dtype=dtype, on_layer=on_layer
-    )
-    own = Reference(source.head, hidden)
+    own = Reference(source.head, _hidden(source, windows, batch, dtype, on_layer, scratch))
     trim_heap()  # the layers go before the logits of a large vocabulary come
     return quality_of(own, windows, reference), own
+
+
+def _hidden(
+    source: LayerSource,
+    windows: Windows,
+    batch: int,
+    dtype,
+    on_layer: Callable[[int], None] | None,
+    scratch: Path | None,
+) -> States:
+    """Hidden states before the head, those of padding to whole batches included."""
+    text = in_batches(source, windows.tokens, windows.valid, batch)
+    shape = (*text.tokens.shape, source.config.d_model)
+    file = None if scratch is None else scratch_file(scratch, state_bytes(1, shape, dtype))
+    states = States(1, shape, dtype, file)
+    if file is not None:
+        weakref.finalize(states, file.close)
+    for rows in text.rows:
+        states.put(0, rows, source.embedding(text.tokens[rows], dtype))
+
+    def step(index: int, layer: DecoderLayer, _: None) -> None:
+        for rows, place in zip(text.rows, text.places, strict=True):
+            states.put(0, rows, layer_forward(layer, jnp.asarray(states.get(0, rows)), place))
+
+    sweep(source, None, step, on_layer=on_layer)
+    return states
 
 
 def quality_of(model: Reference, windows: Windows, reference: Reference | None = None) -> Quality:
@@ -111,18 +141,16 @@ def quality_of(model: Reference, windows: Windows, reference: Reference | None =
     Raises:
       InputError: if the model's output is not finite.
     """
-    head, hidden, scored = model.head, model.hidden, windows.scored
-    states, targets = hidden[:, :-1][scored], windows.tokens[:, 1:][scored]  # [P, D], [P]
-    expected = None if reference is None else reference.hidden[:, :-1][scored]
+    head, rows, places = model.head, *np.nonzero(windows.scored)  # [P] each
     nll = kl = agree = 0.0
-    for start in range(0, len(states), POSITIONS):
-        part = slice(start, start + POSITIONS)
-        count = len(targets[part])
-        x, y = (jnp.asarray(pad_rows(v[part], POSITIONS)) for v in (states, targets))
-        if reference is None or expected is None:
+    for start in range(0, len(rows), POSITIONS):
+        at = rows[start : start + POSITIONS], places[start : start + POSITIONS]
+        count = len(at[0])
+        x, y = _states_at(model, *at), _targets_at(windows, *at)
+        if reference is None:
             nll += _total(_loss(head, x, y), count)
             continue
-        r = jnp.asarray(pad_rows(expected[part], POSITIONS))
+        r = _states_at(reference, *at)
         found = _compare(head, x, y, reference.head, r)
         nll, kl, agree = (
             total + _total(v, count) for total, v in zip((nll, kl, agree), found, strict=True)
@@ -151,16 +179,30 @@ def window_losses(model: Reference, windows: Windows) -> np.ndarray:
     Raises:
       InputError: if the model's output is not finite.
     """
-    scored = windows.scored
-    states, targets = model.hidden[:, :-1][scored], windows.tokens[:, 1:][scored]
-    found = np.zeros(len(targets))
-    for start in range(0, len(targets), POSITIONS):
+    rows, places = np.nonzero(windows.scored)
+    found = np.zeros(len(rows))
+    for start in range(0, len(rows), POSITIONS):
         part = slice(start, start + POSITIONS)
-        x, y = (jnp.asarray(pad_rows(v[part], POSITIONS)) for v in (states, targets))
-        found[part] = np.asarray(_loss(model.head, x, y), np.float64)[: len(targets[part])]
+        at = rows[part], places[part]
+        losses = _loss(model.head, _states_at(model, *at), _targets_at(windows, *at))
+        found[part] = np.asarray(losses, np.float64)[: len(at[0])]
     if not np.isfinite(found).all():
         raise InputError("the loss on the text is not finite; the model's weights are broken")
-    return np.bincount(np.nonzero(scored)[0], weights=found, minlength=len(windows.tokens))
+    return np.bincount(rows, weights=found, minlength=len(windows.tokens))
+
+
+def _states_at(model: Reference, rows: np.ndarray, places: np.ndarray) -> Array:
+    """States [POSITIONS, D] of some places in windows, zero beyond these; a window is read at a
+    time, for where they lie in a file all of them may be more than memory holds."""
+    found = [
+        model.hidden[row : row + 1][0, places[rows == row]] for row in dict.fromkeys(rows.tolist())
+    ]
+    return jnp.asarray(pad_rows(np.concatenate(found), POSITIONS))
+
+
+def _targets_at(windows: Windows, rows: np.ndarray, places: np.ndarray) -> Array:
+    """The tokens [POSITIONS] that follow these places."""
+    return jnp.asarray(pad_rows(windows.tokens[rows, places + 1], POSITIONS))
 
 
 def _total(values: Array, count: int) -> float:

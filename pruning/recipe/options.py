@@ -62,6 +62,16 @@ class RunOptions(Options):
             shown="FOLDER",
         ),
     ] = None
+    memory_limit: Annotated[
+        int | None,
+        About(
+            "most memory that any stage takes, such as 1.5GB, without a change of its results: "
+            "layers are not read ahead and states lie on disk where they must; default what is "
+            "free",
+            least=1,
+            shown="SIZE",
+        ),
+    ] = None
 
     @property
     def scratch_folder(self) -> Path:

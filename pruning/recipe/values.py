@@ -14,7 +14,8 @@ from moe_jax.errors import InputError, choose
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
 TEXTS = ("calibration", "evaluation", "text")
 LONGEST = 500  # characters of a value that an error shows
-AMOUNTS = ("target_bytes", "target_parameters", "tokens")
+SIZES = ("target_bytes", "memory_limit")  # in bytes
+AMOUNTS = (*SIZES, "target_parameters", "tokens")
 # What asks for calibration text, with the value that asks for none.
 NEEDS_TEXT: dict[str, Any] = {
     "calibration": (), "gradients": False, "expert_details": False, "weight_gradients": False,
@@ -66,7 +67,7 @@ def parse_amount(name: str, text: str) -> int:
     Raises:
       InputError: it is none.
     """
-    unit = name == "target_bytes"
+    unit = name in SIZES
     pattern = r"([\d_.]+)\s*([KMGT]?)B?" if unit else r"([\d_.]+)\s*([KMGTB]?)"
     found = re.fullmatch(pattern, text.strip().upper())
     try:

@@ -8,6 +8,7 @@ from pruning.report.table import TextTable
 
 STAGES = {  # of `pruning.runs.memory.memory`
     "scoring": "to score",
+    "planning": "to plan",
     "choice": "to measure rules",
     "repair": "to repair",
     "gptq": "for GPTQ",

@@ -16,9 +16,12 @@ from pruning.budget.plan import PruningPlan
 from pruning.budget.record import recorded_options
 from pruning.demo import model_folder
 from pruning.kit.hub import pinned
+from pruning.kit.memory import Allowance
 from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
+from pruning.runs.cap import capped
+from pruning.runs.memory import Foretold
 from pruning.stages import folder as output_folder
 from pruning.stages import preflight
 from pruning.stages import repair as repair_stage
@@ -51,6 +54,7 @@ def apply_plan(
     repair: Literal["none", "expert", "layer"] | None = None,
     allow_other_model: bool = False,
     overwrite: bool = False,
+    memory_limit: int | str | None = None,
     steps: Steps | None = None,
 ) -> list[Check]:
     """Export a model under a stored plan and verify every export.
@@ -67,27 +71,27 @@ def apply_plan(
         where it is 8.
       bits: 4, 8 or 16; weights in few bits are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
-      requantize: round what the model stores in few bits a second time, as in a recipe.
-      mtp: what becomes of layers that predict further tokens, as in a recipe.
+      requantize, mtp: as in a recipe.
       calibration: text files to repair on, as in a recipe; without any, nothing is repaired.
       repair: how, as in a recipe; default as the plan says.
       allow_other_model: apply it to another model of the same shape, such as the base of the one
         that it was made for; the exports' cards say so.
-      overwrite: replace an output folder of ours.
+      overwrite, memory_limit: as in a recipe.
       steps: where progress goes; default stderr.
 
     Returns:
       The checks of all exports, all passed.
 
     Raises:
-      InputError: the plan is another model's, its widths do not fit the format, the output folder
-        is in the way, or another process writes there; nothing has been written then.
+      InputError: the plan is another model's, its widths do not fit the format or the memory limit,
+        the output folder is in the way, or another process writes there; nothing was written.
       OSError: the plan is missing, or the disk is too small.
       VerificationError: an export differs from the model in memory; it is kept.
     """
     given = {"model": pinned(model), "output": os.fspath(output), "export": tuple(export)}
     given |= {"bits": bits, "mtp": mtp, "overwrite": overwrite, "requantize": requantize}
     optional = {"group_size": group_size, "calibration": tuple(calibration), "repair": repair}
+    optional |= {"memory_limit": memory_limit}
     given |= {name: value for name, value in optional.items() if value}
     with only_writer(output):
         return _apply(Path(plan), model, given, allow_other_model, steps or Steps())
@@ -106,11 +110,17 @@ def _apply(
             base.hash_weights(on_step)
         found = found.moved_to(base.fingerprint)
     recipe = _recipe(source, found, base, given)
-    missing = _prepare(recipe, found, source, base, steps)
-    preflight.say_mtp(base.about, recipe, steps)
-    found.save(recipe.output)
-    repair = _repair(base, found, recipe, steps)
-    checks = _write(base, found, recipe, missing, repair, steps)
+    foretold = Foretold(base.about, recipe, plan=found)
+
+    def takes(some: Allowance) -> dict[str, int]:
+        return foretold.peaks(("repair", "export", "verify"), some)
+
+    with capped(base, recipe.memory_limit, takes, steps):
+        missing = _prepare(recipe, found, source, base, steps)
+        preflight.say_mtp(base.about, recipe, steps)
+        found.save(recipe.output)
+        repair = _repair(base, found, recipe, steps)
+        checks = _write(base, found, recipe, missing, repair, steps)
     require_verified(checks)
     return checks
 

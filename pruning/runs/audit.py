@@ -20,6 +20,7 @@ from pruning.measure.tokens import view_tokens
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_whole
 from pruning.report.audit_page import PAGE, audit_page, token_figures
+from pruning.runs.cap import refuse_limit
 from pruning.scores.ablation import Ablation, ablate, layer_visits
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
@@ -101,6 +102,7 @@ def _opened(
 ) -> dict[str, Any]:
     """Open what is audited, scored if it is a recipe, and audit it."""
     if isinstance(source, CompressionRecipe):
+        refuse_limit(source, "audit")
         job = open_job(dataclasses.replace(source, planner=source.used_planner))
         identify(job.base, job.output, steps)
         preflight.prepare(job, steps, exports=False, last=PAGE)

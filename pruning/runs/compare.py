@@ -21,6 +21,7 @@ from pruning.recipe.values import check_rate
 from pruning.report import comparison_page
 from pruning.report.compared import Repaired, Result
 from pruning.report.comparison import Comparison
+from pruning.runs.cap import refuse_limit
 from pruning.runs.compared import (
     Task,
     joined,
@@ -87,6 +88,7 @@ def _compare(
     repair: Mode | None,
     steps: Steps,
 ) -> Comparison:
+    refuse_limit(recipe, "compare")
     names = select_rules(rules, RULES)
     if "all" in rules:
         recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))

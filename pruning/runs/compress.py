@@ -12,7 +12,7 @@ from moe_jax.errors import InputError
 from moe_jax.generation import generate
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
-from pruning.kit.memory import free_memory, release_memory
+from pruning.kit.memory import allowance, free_memory, release_memory
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
 from pruning.measure.quality import Reference
@@ -20,6 +20,7 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
 from pruning.runs.assemble import Outcome, Qualities, assemble
+from pruning.runs.cap import capped_recipe
 from pruning.runs.score import open_for
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import choose as choosing
@@ -79,6 +80,12 @@ def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
     job = open_for(recipe, steps)
     if output_folder.is_finished(job):
         return _finished(job, steps)
+    with capped_recipe(job.base, job.recipe, steps):
+        return _run(recipe, job, steps)
+
+
+def _run(recipe: CompressionRecipe, job: Job, steps: Steps) -> CompressionReport:
+    """All of `compress` once its job is open."""
     preflight.prepare(job, steps)
     statistics, provenance = scoring.score(job, steps)
     job, plan = choosing.job_plan(job, statistics, provenance, steps)
@@ -141,7 +148,7 @@ def _measure(
     sources: dict[str, Callable[[], LayerSource]] = {"dense": lambda: job.base}
     sources["pruned"] = partial(repaired_source, job.base, plan, repair)
     for name in job.recipe.export:
-        sources[name] = partial(open_checkpoint, job.output / "exports" / name, dtype=None)
+        sources[name] = partial(_opened, job.output / "exports" / name)
     # Opened one by one: each keeps its embedding and head.
     by_model = {
         name: _qualities(job, opened(), references, steps, name) for name, opened in sources.items()
@@ -149,6 +156,12 @@ def _measure(
     return {
         text: {name: found[text] for name, found in by_model.items()} for text in job.evaluation
     }
+
+
+def _opened(folder: Path) -> LayerSource:
+    export = open_checkpoint(folder)
+    export.read_ahead = allowance().read_ahead
+    return export
 
 
 def _measure_random(
@@ -174,7 +187,7 @@ def _qualities(
     job: Job, source: LayerSource, references: dict[str, Reference], steps: Steps, name: str
 ) -> dict[str, dict]:
     """Quality of one model per text; the first model becomes the reference of the others."""
-    how = {"batch": job.recipe.batch, "dtype": job.dtype}
+    how = {"batch": job.recipe.batch, "dtype": job.dtype, "scratch": job.recipe.scratch_folder}
     found = measure(source, job.evaluation, references, steps, name, **how)
     return {text: value.to_dict() for text, value in found.items()}
 

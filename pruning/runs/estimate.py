@@ -14,10 +14,12 @@ from convert.rules import EMBEDDING, LM_HEAD, ruled_tensors
 from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
 from pruning.demo import model_folder
+from pruning.kit.memory import allowing
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 from pruning.recipe.values import check_whole
+from pruning.runs.cap import recipe_allowance
 from pruning.runs.memory import memory
 from pruning.runs.probe import (
     choosing_seconds,
@@ -78,7 +80,8 @@ def estimate(
       One entry per rate, of JSON-compatible values; sizes are bytes.
 
     Raises:
-      InputError: the recipe is impossible, in the words of `compress`.
+      InputError: the recipe is impossible, or its memory limit too little, in the words of
+        `compress`.
     """
     check_whole("tensor_parallel", tensor_parallel, 1)
     asked: dict[str, Any] = {"text": ("-",), "output": "-", "tokens": recovery_tokens}
@@ -128,7 +131,9 @@ def _estimate(
         }
         jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)
-    parts = written_bytes(base, whole, windows)
+    within = recipe_allowance(base, whole)
+    with allowing(within):
+        parts = written_bytes(base, whole, windows)
     apart = {}  # on another disk
     if SCRATCH in parts and is_elsewhere(whole):
         free = free_space(whole.scratch_folder)
@@ -140,7 +145,8 @@ def _estimate(
         "dense_bytes": dense_bytes(base),
         "parameters": dense,
         "exports": {name: _export(base, one, name, tensor_parallel) for name, one in jobs.items()},
-        "memory": memory(base, whole),
+        "memory_limit": whole.memory_limit,
+        "memory": memory(base, whole, within),
         "disk": {
             "needed_bytes": sum(parts.values()) + SPARE_BYTES,
             "free_bytes": free_space(Path(whole.output)),

@@ -1,7 +1,8 @@
 """Likelihood of texts under a checkpoint, or under the plans of several prune rates."""
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,25 @@ from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
 from pruning.demo import model_folder
+from pruning.kit.memory import Allowance
 from pruning.kit.progress import Steps
-from pruning.recipe.options import MOST_BATCH, WHOLE_TEXT
-from pruning.recipe.recipe import ResolvedRecipe
+from pruning.recipe.options import MOST_BATCH, WHOLE_TEXT, RunOptions
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import MOST, check_whole, window_within
+from pruning.runs.cap import capped
+from pruning.runs.held import (
+    evaluation_bytes,
+    fixed_bytes,
+    largest_layer,
+    layers_held,
+    outer_weights,
+    pruned_bytes,
+)
+from pruning.runs.memory import Foretold
 from pruning.runs.plan import save_sweep
 from pruning.stages.export import pruned_source
 from pruning.stages.folder import clear_leftovers
-from pruning.stages.job import DTYPES
+from pruning.stages.job import DTYPES, resolved
 from pruning.stages.made_by import say_stale
 from pruning.stages.measure import evaluation_source, measure, read_tokens, text_windows
 from pruning.stages.remarks import say_context, say_source
@@ -76,6 +88,7 @@ def evaluate(
     loss_on: Literal["all", "answers"] = "all",
     batch: int = 8,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    memory_limit: int | str | None = None,
     steps: Steps | None = None,
 ) -> dict[str, Any]:
     """Measure the likelihood of texts.
@@ -92,6 +105,7 @@ def evaluate(
       first_tokens: begin texts with the tokens that the tokenizer puts first, if it does.
       loss_on: "answers" measures of conversations what the assistant said, not the prompts.
       batch, dtype: windows per step, and the type of their activations.
+      memory_limit: as of a recipe; default, with `rates`, that of the stored one.
       steps: where progress goes; default stderr.
 
     Returns:
@@ -99,16 +113,22 @@ def evaluate(
       text, with `rates` by model and text, where models are "dense" and "prune-rate 0.25".
 
     Raises:
-      InputError: a number is out of range, a text or the folder cannot be read, or another process
-        writes where the results of several rates go.
+      InputError: a number is out of range, a text or the folder cannot be read, the memory limit is
+        too little, or another process writes where the results of several rates go.
     """
     _check(Path(folder), texts, rates, window, stride, evaluation_tokens, batch)
     steps = steps or Steps()
     say_stale(Path(folder), steps)
     reading = _Reading(text_field, window, stride, evaluation_tokens, first_tokens, loss_on)
     how: dict[str, Any] = {"batch": batch, "dtype": DTYPES[dtype]}
+    options = RunOptions(model="-", output="-", memory_limit=memory_limit)  # type: ignore[arg-type]
+    limit = options.memory_limit
     with only_writer(folder) if len(rates) > 1 else nullcontext():
-        return _evaluate(folder, texts, rates, reading, how, steps)
+        return _evaluate(folder, texts, rates, reading, how, limit, steps)
+
+
+def _cures(stage: str) -> list[str]:
+    return ["fewer windows at a time with --batch"]
 
 
 def _evaluate(
@@ -117,22 +137,27 @@ def _evaluate(
     rates: Sequence[float],
     reading: _Reading,
     how: dict[str, Any],
+    limit: int | None,
     steps: Steps,
 ) -> dict[str, Any]:
     """Measure, with `how` as `measure` has it, and write the sweep of several rates."""
     # A path forgets whether it began with "./".
-    folder, plans, statistics = Path(model), [], None
+    folder = Path(model)
     recipe = stored_recipe(folder) if rates else None
     base = stored_base(recipe, steps) if recipe else open_checkpoint(model_folder(model))
     window = window_within(reading.window, base.config.max_position)
     say_context(base.config, window, steps)
     opened = reading.windows(texts, base, window, steps)
-    if recipe:  # after the texts: planner auto runs the model
-        plans, statistics = stored_plans(folder, recipe, base, rates, steps)
-    references, found = {}, {}
-    for name, source in _sources(base, plans).items():
-        measured = measure(source, opened, references, steps, name, **how)
-        found[name] = {text: quality.to_dict() for text, quality in measured.items()}
+    scratch, plans, statistics = Path(tempfile.gettempdir()), [], None
+    if recipe:
+        scratch, limit = recipe.scratch_folder, limit or recipe.memory_limit
+    with capped(base, limit, _takes(base, opened, how, recipe, rates), steps, _cures):
+        if recipe:  # after the texts: planner auto runs the model
+            plans, statistics = stored_plans(folder, recipe, base, rates, steps)
+        references, found = {}, {}
+        for name, source in _sources(base, plans).items():
+            measured = measure(source, opened, references, steps, name, scratch=scratch, **how)
+            found[name] = {text: quality.to_dict() for text, quality in measured.items()}
     if statistics is not None and len(plans) > 1:
         clear_leftovers(folder)
         quality = {one.prune_rate: found[f"prune-rate {one.prune_rate}"] for one, _ in plans}
@@ -140,6 +165,33 @@ def _evaluate(
         save_sweep(folder, base, plans, statistics, quality)
     stride, found = next(iter(opened.values())).stride, found.get("model", found)
     return {"folder": str(folder), "window": window, "stride": stride, "texts": found}
+
+
+def _takes(
+    base: Checkpoint,
+    texts: Mapping[str, Windows],
+    how: dict[str, Any],
+    recipe: CompressionRecipe | None,
+    rates: Sequence[float],
+) -> Callable[[Allowance], dict[str, int]]:
+    """What measuring takes, by the allowance, and planning beforehand if there is a recipe."""
+    about, c = base.about, base.config
+    layer, tokens = largest_layer(about), sum(windows.tokens.size for windows in texts.values())
+    step = how["batch"] * max(windows.tokens.shape[1] for windows in texts.values())
+    said = (about.hf_config.get(name) for name in ("dtype", "torch_dtype"))
+    item = 4 if about.quantization or "float32" in said else 2
+    whole = None
+    if recipe is not None:
+        whole = Foretold(about, resolved(recipe, about), alone=True, rates=len(rates))
+
+    def takes(found: Allowance) -> dict[str, int]:
+        layers = pruned_bytes(layer, found) if whole else layers_held(layer, item, found)
+        outer = (item - 2) * outer_weights(c)
+        size = evaluation_bytes(c, tokens, step, layers, found)
+        planned = whole.peaks(("planning", "choice"), found) if whole else {}
+        return {**planned, "evaluation": fixed_bytes(about) + outer + size}
+
+    return takes
 
 
 def _check(

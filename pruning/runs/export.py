@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
+from pruning.kit.memory import Allowance
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.runs.cap import capped
+from pruning.runs.held import export_bytes
+from pruning.runs.memory import Foretold
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import preflight
 from pruning.stages import repair as repair_stage
 from pruning.stages.export import codes_folder, export
 from pruning.stages.folder import BEGUN
-from pruning.stages.job import open_job
+from pruning.stages.job import open_job, resolved
 from pruning.stages.repair import stored_repair
 from pruning.stages.sizes import form_of
 from pruning.stages.stored import stored_base, stored_recipe
@@ -41,15 +46,15 @@ def export_folder(
       folder: holds plan.json and recipe.yaml; gets exports/NAME.
       overwrite: replace exports that are there.
       steps: where progress goes; default stderr.
-      options: `export`, `mtp` and `repair` of `ExportOptions`, on top of the stored recipe; without
-        `repair`, weights are repaired if they were for this plan.
+      options: `export`, `mtp` and `repair` of `ExportOptions`, and `memory_limit`, on top of the
+        stored recipe; without `repair`, weights are repaired if they were for this plan.
 
     Returns:
       The folders, in the order of the recipe.
 
     Raises:
-      InputError: there is no plan, its widths do not fit a format, an export is in the way, or
-        another process writes there.
+      InputError: there is no plan, its widths do not fit a format, an export is in the way, the
+        memory limit is too little, or another process writes there.
       OSError: the disk is too small.
     """
     with only_writer(folder):
@@ -71,20 +76,51 @@ def _export_folder(
     left = tuple(path.name for path in wanted if not (resumed and path.exists()))
     if left:
         recipe = dataclasses.replace(recipe, export=left)
-        preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
-        begun.unlink(missing_ok=True)
-        if not overwrite:
-            exports.mkdir(exist_ok=True)
-            replace_text(begun, json.dumps(asked) + "\n")
-        try:
-            given = {**_changed(base, plan, recipe, asked["repair"], steps), "overwrite": overwrite}
-            for name in left:
-                export(base, plan, form_of(recipe, name, plan), exports / name, steps, **given)
-        finally:
-            if not any(path.exists() for path in wanted):  # there is nothing to go on from
-                begun.unlink(missing_ok=True)
+        takes = _takes(base, plan, recipe, asked["repair"])
+        with capped(base, recipe.memory_limit, takes, steps):
+            _write(base, plan, recipe, wanted, begun, asked, steps, overwrite=overwrite)
     begun.unlink(missing_ok=True)
     return wanted
+
+
+def _takes(
+    base: Checkpoint, plan: PruningPlan, recipe: CompressionRecipe, mode: str | None
+) -> Callable[[Allowance], dict[str, int]]:
+    """What the stages take, by the allowance; arguments as of `_changed`."""
+    if codes_folder(recipe) is None and mode in (None, "none"):
+        return lambda found: {"export": export_bytes(base.about, found)}
+    whole = resolved(recipe, base.about)
+    stages = ["export", "gptq", *["repair"] * (mode is not None)]
+    foretold = Foretold(base.about, whole, plan=plan, alone=True)
+    return lambda found: foretold.peaks(stages, found)
+
+
+def _write(
+    base: Checkpoint,
+    plan: PruningPlan,
+    recipe: CompressionRecipe,
+    wanted: list[Path],
+    begun: Path,
+    asked: dict[str, Any],
+    steps: Steps,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the exports that a recipe names of all that are `wanted`; what was `asked` for lies in
+    the file `begun` meanwhile."""
+    exports = Path(recipe.output) / "exports"
+    preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
+    begun.unlink(missing_ok=True)
+    if not overwrite:
+        exports.mkdir(exist_ok=True)
+        replace_text(begun, json.dumps(asked) + "\n")
+    try:
+        given = {**_changed(base, plan, recipe, asked["repair"], steps), "overwrite": overwrite}
+        for name in recipe.export:
+            export(base, plan, form_of(recipe, name, plan), exports / name, steps, **given)
+    finally:
+        if not any(path.exists() for path in wanted):  # there is nothing to go on from
+            begun.unlink(missing_ok=True)
 
 
 def _changed(

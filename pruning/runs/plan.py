@@ -14,10 +14,12 @@ from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.report import rates_page
+from pruning.runs.cap import capped_recipe
 from pruning.runs.rates import sweep_of
 from pruning.runs.report import report
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages.folder import clear_leftovers
+from pruning.stages.job import resolved
 from pruning.stages.model_record import remember
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
 from pruning.stages.writer import only_writer
@@ -38,16 +40,16 @@ def plan_folder(
         options. Exports and a report that are there stay, marked if of an older plan.
       rates: prune rates; default the budget of the stored recipe or of `options`.
       steps: where progress goes; default stderr.
-      options: of `PlanOptions`, on top of the stored recipe. With planner auto the rules are
-        measured at every rate by itself, for which the model is read; else one rule plans all
-        rates within each other.
+      options: of `PlanOptions`, and `memory_limit`, on top of the stored recipe. With planner auto
+        the rules are measured at every rate by itself, for which the model is read; else one rule
+        plans all rates within each other.
 
     Returns:
       (folder of the plan, plan) per rate, in the order of `rates`.
 
     Raises:
-      InputError: nothing was scored there, no plan satisfies the options, or another process
-        writes there.
+      InputError: nothing was scored there, no plan satisfies the options, the memory limit is too
+        little, or another process writes there.
     """
     with only_writer(folder):
         return _plan_folder(Path(folder), rates, steps or Steps(), options)
@@ -61,7 +63,9 @@ def _plan_folder(
     recipe = stored_recipe(folder, **options)
     clear_leftovers(folder)
     base = stored_base(recipe, steps)
-    plans, statistics = stored_plans(folder, recipe, base, rates, steps)
+    whole = resolved(recipe, base.about)
+    with capped_recipe(base, whole, steps, ["planning", "choice"], max(1, len(rates))):
+        plans, statistics = stored_plans(folder, recipe, base, rates, steps)
     single, made = len(plans) == 1, []
     for one, plan in plans:
         target = folder if single else folder / f"plans/{one.prune_rate}"

@@ -14,7 +14,7 @@ from pruning.recipe.recipe import ResolvedRecipe
 from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions
 from pruning.recovery.deltas import Trained
 from pruning.recovery.teacher import prediction_bytes
-from pruning.runs.memory import PROCESS_BYTES
+from pruning.runs.held import PROCESS_BYTES
 from pruning.shrink.prune import BLOCK
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.recovered import delta_config

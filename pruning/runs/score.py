@@ -2,6 +2,7 @@
 
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.runs.cap import capped_recipe
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
@@ -35,8 +36,9 @@ def score(recipe: CompressionRecipe, steps: Steps | None = None) -> ChannelStati
 
 def _score(recipe: CompressionRecipe, steps: Steps) -> ChannelStatistics:
     job = open_for(recipe, steps)
-    preflight.prepare(job, steps, exports=False, last="statistics.json")
-    statistics, _ = scoring.score(job, steps)
+    with capped_recipe(job.base, job.recipe, steps, ["scoring"]):
+        preflight.prepare(job, steps, exports=False, last="statistics.json")
+        statistics, _ = scoring.score(job, steps)
     return statistics
 
 

@@ -3,10 +3,15 @@
 import os
 from pathlib import Path
 
+from convert.checkpoint import Checkpoint
 from convert.export_format import FORMATS
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
+from pruning.kit.memory import Allowance
 from pruning.kit.progress import Steps
+from pruning.recipe.recipe import CompressionRecipe
+from pruning.runs.cap import capped
+from pruning.runs.held import verify_bytes
 from pruning.stages.checks import Check, require_verified
 from pruning.stages.export import codes_folder
 from pruning.stages.made_by import is_repaired, require_current
@@ -17,27 +22,52 @@ from pruning.stages.stored import stored_base, stored_recipe
 from pruning.stages.verify import verify_export, written_form
 
 
-def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]:
+def verify(
+    folder: str | os.PathLike,
+    steps: Steps | None = None,
+    *,
+    memory_limit: int | str | None = None,
+) -> list[Check]:
     """Check every export of a folder against its plan and the dense model.
 
     Args:
       folder: holds plan.json, recipe.yaml and exports/.
       steps: where progress goes; default stderr.
+      memory_limit: as of a recipe; default that of the stored one.
 
     Returns:
       The checks, all passed.
 
     Raises:
-      InputError: there is no plan or no export, or one was made by an older plan.
+      InputError: there is no plan or no export, one was made by an older plan, or the memory limit
+        is too little.
       VerificationError: an export does not hold what was meant.
     """
     folder, steps = Path(folder), steps or Steps()
-    recipe = stored_recipe(folder)
+    given = {} if memory_limit is None else {"memory_limit": memory_limit}
+    recipe = stored_recipe(folder, **given)
     base, plan = stored_base(recipe, steps), PruningPlan.load(folder)
     folders = [path for name in FORMATS if (path := folder / "exports" / name).is_dir()]
     if not folders:
         raise InputError(f"{folder}/exports holds nothing; run `moe-compress export` first")
     require_current(folder, plan)
+
+    def takes(found: Allowance) -> dict[str, int]:
+        return {"verify": verify_bytes(base.about, found)}
+
+    with capped(base, recipe.memory_limit, takes, steps):
+        checks = _checks(base, plan, recipe, folders, steps)
+    require_verified(checks)
+    return checks
+
+
+def _checks(
+    base: Checkpoint,
+    plan: PruningPlan,
+    recipe: CompressionRecipe,
+    folders: list[Path],
+    steps: Steps,
+) -> list[Check]:
     checks = []
     for target in folders:
         form = written_form(target, base.about, plan, form_of(recipe, target.name, plan))
@@ -45,5 +75,4 @@ def verify(folder: str | os.PathLike, steps: Steps | None = None) -> list[Check]
         given = (target, random_probe(base), codes_folder(recipe), repair)
         with steps.bar(f"verify {target.name}"):
             checks += verify_export(base, plan, form, *given)
-    require_verified(checks)
     return checks

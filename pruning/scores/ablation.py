@@ -25,6 +25,7 @@ from moe_jax.stream import (
     sweep,
 )
 from moe_jax.transformer import DecoderLayer, Head, next_token_loss
+from pruning.kit.memory import allowance
 from pruning.kit.progress import OnStep, counter
 from pruning.scores.states import MEMORY_STATES
 
@@ -62,7 +63,7 @@ def ablate(
     counted: np.ndarray | None = None,
     batch: int = 8,
     dtype=jnp.float32,
-    memory: int = MEMORY_STATES,
+    memory: int | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[float, np.ndarray]:
     """Summed next-token loss of the model and of the model without each of some parts.
@@ -78,7 +79,8 @@ def ablate(
       counted: bool [B, T], tokens whose prediction counts in the loss; default all.
       batch: sequences per step.
       dtype: of the activations.
-      memory: bytes of hidden states held on the host; what needs more takes several passes.
+      memory: bytes of hidden states held on the host, default `MEMORY_STATES` or less that the
+        run's allowance has; what needs more takes several passes.
       on_step: receives (layer visits done, layer visits in all).
 
     Returns:
@@ -90,6 +92,7 @@ def ablate(
     _check(source, ablations)
     text = in_batches(source, tokens, valid, batch, counted)
     size = text.tokens.size * source.config.d_model * jnp.dtype(dtype).itemsize
+    memory = allowance().of(MEMORY_STATES) if memory is None else memory
     groups = _groups(ablations, max(1, memory // max(size, 1) - 1))
     visit = counter(sum(layer_visits(ablations, len(source), g) for g in groups), on_step)
     losses, dense = np.zeros(len(ablations)), 0.0

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import numpy as np
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.experts.dispatch import padded_rows
 from moe_jax.files import scratch_file
+from pruning.kit.memory import allowance
 
 MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a scratch file
 MEMORY_PROJECTIONS = 2 << 30  # bytes of gate and up rows kept; others are computed again
@@ -95,6 +97,10 @@ class States:
         assert got == x.nbytes
         return x
 
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """What lies in the first slot."""
+        return self.get(0, rows)
+
     def sync(self) -> None:
         """Wait until all is on the disk."""
         if self._file is not None:
@@ -114,7 +120,8 @@ class States:
 def temporary_states(
     slots: int, shape: tuple[int, ...], dtype, scratch: Path | None = None
 ) -> Iterator[States]:
-    """States in memory or, above `MEMORY_STATES`, in a scratch file, gone at the end.
+    """States in memory or, above `MEMORY_STATES` or less that the run's allowance has, in a scratch
+    file, gone at the end.
 
     Args:
       slots, shape, dtype: see `States`.
@@ -124,7 +131,7 @@ def temporary_states(
       FullDiskError: there is no room for it.
     """
     size = state_bytes(slots, shape, dtype)
-    if size <= MEMORY_STATES:
+    if size <= allowance().of(MEMORY_STATES):
         states = States(slots, shape, dtype)
         yield states
         states.drop()
@@ -142,15 +149,19 @@ class Projections:
 
     def __init__(self, room: int):
         self._room = room
+        self._left = allowance().of(sys.maxsize)  # bytes, beside that `room`
         self._kept: dict[tuple[int, int], Any] = {}
 
     def has_room(self, visit: int) -> bool:
-        """Whether a visit, counted upwards from 0, is one of those."""
+        """Whether a visit, counted upwards from 0, is one of those, kept or made again."""
         return visit < self._room
 
     def keep(self, layer: int, rows: slice, arrays: Any) -> None:
-        """Keep a tree of arrays of a batch."""
-        self._kept[layer, rows.start] = jax.tree.map(np.asarray, arrays)
+        """Keep a tree of arrays of a batch, where the run's allowance has room for them."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        if size <= self._left:
+            self._left -= size
+            self._kept[layer, rows.start] = jax.tree.map(np.asarray, arrays)
 
     def take(self, layer: int, rows: slice) -> Any:
         """What `keep` kept, once; None if it did not, or in a process before this one."""

@@ -242,7 +242,8 @@ class TextSweep:
     def _kept(
         self, index: int, layer: DecoderLayer, x: Array, place: Context, number: int
     ) -> Kept | None:
-        """What the way up kept of a batch; made again if that was in a process that is gone."""
+        """What the way up kept of a batch; made again, by the same program, if it had no room or
+        was in a process that is gone."""
         batches, slot = self.text.batches, self._slots.get(index)
         if slot is None or not self._projections.has_room(slot * len(batches.rows) + number):
             return None

@@ -21,7 +21,7 @@ from convert.export import Export
 from convert.export_format import FLOAT8_BLOCK
 from convert.families import FAMILIES
 from moe_jax.config import AttentionConfig
-from pruning.kit.memory import free_memory
+from pruning.kit.memory import allowance, free_memory
 from pruning.kit.words import amount, duration
 from pruning.stages.probe_windows import PROBE_TOKENS, Probe, WindowShape, compared
 
@@ -243,9 +243,10 @@ def _ask(request: str, patience: float) -> int:
         except BaseException:  # also of a key pressed: its answer would come to another
             _end()
             raise
+        if code is None or allowance().limit is not None:  # what waits for more takes memory, too
+            _end()
         if code is not None:
             return code
-        _end()
     raise ChildProcessError("its process ended without an answer")
 
 

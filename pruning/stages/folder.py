@@ -130,11 +130,10 @@ def may_resume(
 def _same_recipe(path: Path, recipe: CompressionRecipe, moved: Callable[[], bool]) -> bool:
     try:
         stored = load_recipe(path, overwrite=recipe.overwrite, output=recipe.output)
-        # How much of the evaluation texts is read decides no earlier stage, and where temporary
-        # files lie none at all.
-        same = dataclasses.replace(
-            stored, evaluation_tokens=recipe.evaluation_tokens, scratch=recipe.scratch
-        )
+        # How much of the evaluation texts is read decides no earlier stage, where temporary files
+        # lie and how much memory there is none at all.
+        free = ("evaluation_tokens", "scratch", "memory_limit")
+        same = dataclasses.replace(stored, **{name: getattr(recipe, name) for name in free})
         stored, asked = (dataclasses.asdict(one.placed()) for one in (same, recipe))
         differ = [name for name in stored if stored[name] != asked[name]]
         return not differ or (differ == ["model"] and moved())

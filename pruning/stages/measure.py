@@ -1,12 +1,15 @@
 """Evaluation texts as windows, and the quality of models on them."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource
+from pruning.kit.memory import allowance
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Quality, Reference, measure_quality
 from pruning.text.calibration import TokenStream, source_note, token_stream
@@ -89,6 +92,12 @@ def text_windows(
     )
 
 
+def held_states(config: ModelConfig, tokens: int) -> int:
+    """Bytes of the hidden states that `measure` holds of so many tokens of windows: the first
+    model's and another's."""
+    return 2 * tokens * config.d_model * 4
+
+
 def measure(
     source: LayerSource,
     texts: dict[str, Windows],
@@ -98,9 +107,13 @@ def measure(
     *,
     batch: int,
     dtype,
+    scratch: Path | None = None,
 ) -> dict[str, Quality]:
-    """Quality on every text; the first model measured becomes the reference of the others."""
+    """Quality on every text; the first model measured becomes the reference of the others. Their
+    states go to files in `scratch`, if that is given, where the run's allowance has no room."""
     found, total = {}, len(texts) * len(source)
+    size = held_states(source.config, sum(windows.tokens.size for windows in texts.values()))
+    folder = scratch if size > allowance().of(size) else None
     with steps.bar(f"evaluate {name}") as on_step:
         for number, (text, windows) in enumerate(texts.items()):
             quality, own = measure_quality(
@@ -110,6 +123,7 @@ def measure(
                 batch=batch,
                 dtype=dtype,
                 on_layer=lambda index, n=number: on_step(n * len(source) + index + 1, total),
+                scratch=folder,
             )
             references.setdefault(text, own)
             found[text] = quality

@@ -16,6 +16,7 @@ from moe_jax.json_files import read_json
 from moe_jax.stream import even_batch
 from pruning.budget.plan import PruningPlan
 from pruning.kit.fitting import misfits
+from pruning.kit.memory import allowance
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference, window_losses
 from pruning.recipe.recipe import ResolvedRecipe
@@ -135,7 +136,7 @@ def _losses(
     which a sample is `seen`, kept channels take over what they can."""
     windows, found, names = text.windows(), {}, list(plans)
     state = text.tokens.size * base.config.d_model * np.dtype(DTYPES[recipe.dtype]).itemsize
-    size, layers = max(1, STATE_BYTES // state), len(base)
+    size, layers = max(1, allowance().of(STATE_BYTES) // state), len(base)
     steps.detail(f"  {len(names)} plans on {int(windows.scored.sum()):,} predictions")
     dtype = DTYPES[recipe.dtype]
     with steps.bar("measure rules") as on_step:

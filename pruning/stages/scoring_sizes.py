@@ -3,6 +3,7 @@
 import math
 
 from convert.description import Description
+from pruning.kit.memory import allowance
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores import states
 from pruning.scores.end_to_end import ig_chunk
@@ -38,7 +39,7 @@ def scratch_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> in
     for count, copies in texts:
         padded = copies * math.ceil(count / recipe.batch) * recipe.batch
         size = _state_bytes(base, recipe, states.layer_slots(c), padded)
-        sizes.append(size if size > states.MEMORY_STATES else 0)
+        sizes.append(size if size > allowance().of(states.MEMORY_STATES) else 0)
     return max(sizes, default=0)
 
 

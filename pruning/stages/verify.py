@@ -20,6 +20,7 @@ from moe_jax.quantized import widened_layer
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
+from pruning.kit.memory import allowance
 from pruning.measure.settled import settled_logits
 from pruning.shrink.gptq_model import codes_in
 from pruning.shrink.rounding import bfloat16_experts
@@ -163,7 +164,9 @@ def _stored_logits(
     change: Callable[[LayerSource], LayerSource] = lambda s: s,
 ) -> Logits:
     """Logits of a folder as we read it."""
-    return _logits(change(open_checkpoint(folder, dtype=jnp.float32)), probe)
+    export = open_checkpoint(folder, dtype=jnp.float32)
+    export.read_ahead = allowance().read_ahead
+    return _logits(change(export), probe)
 
 
 def _logits(source: LayerSource, probe: Sequence[ProbeWindows]) -> Logits:

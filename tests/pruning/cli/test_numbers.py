@@ -18,7 +18,7 @@ from tests.support.command import run, snapshot
 WRONG = ("nan", "inf", "-inf", "1e999", str(2**63), str(2**70), "9" * 5000, "-1", "1e30")
 OWN = {"model": "m", "output": "o"}
 # What has a suffix or a form of its own.
-MORE = ("target_bytes", "target_parameters", "layer_rate")
+MORE = ("target_bytes", "target_parameters", "memory_limit", "layer_rate")
 
 
 def is_number(action: argparse.Action) -> bool:
@@ -64,7 +64,8 @@ def test_a_flag_refuses_them_before_any_work(
     model = (models / "single", "--output", tmp_path / "out")
     text = ("--calibration", texts / "good.txt")
     given = {
-        "plan": folder, "eval": (*folder, "--text", texts / "good.txt"),
+        "plan": folder, "export": folder, "verify": folder,
+        "eval": (*folder, "--text", texts / "good.txt"),
         "apply": (scored, *model), "estimate": (models / "single",),
         "recover": (scored, *model[1:], "--text", texts / "good.txt"),
     }.get(command, (*model, *text))  # fmt: skip

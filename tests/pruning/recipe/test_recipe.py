@@ -101,7 +101,7 @@ def test_every_field_has_a_flag_that_sets_it():
         "export": ("padded-bf16", "ragged-bf16"), "until_stable": 0.5, "batch": 9,
         "mtp": "keep",
         "nll_ig": 4, "nll_ablate": True, "nll_grad2": True, "dtype": "bfloat16", "seed": 10,
-        "overwrite": True, "scratch": "big-disk",
+        "overwrite": True, "scratch": "big-disk", "memory_limit": 1_500_000_000,
     }  # fmt: skip
     alone = [("expert_rate", 0.5, ["--width", "combined"]), ("target_bytes", 6 * 10**9, []),
              ("target_parameters", 7, []), ("target_factor", 5.27, []),

@@ -21,7 +21,7 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.recovery.teacher import prediction_bytes
 from pruning.runs.estimate import parameters
-from pruning.runs.memory import PROCESS_BYTES
+from pruning.runs.held import PROCESS_BYTES
 from pruning.scores.statistics import load_statistics
 from pruning.stages import plan as planning
 from pruning.stages.export import export

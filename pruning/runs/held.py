@@ -1,0 +1,100 @@
+"""What layers, logits and the states of texts take in memory, whatever a stage does with them."""
+
+import math
+
+from convert.description import Description
+from convert.rules import ruled_tensors
+from moe_jax.config import ModelConfig
+from pruning.kit.memory import Allowance
+from pruning.measure.quality import POSITIONS
+from pruning.recipe.recipe import ResolvedRecipe
+from pruning.stages.measure import held_states
+from pruning.stages.probe_windows import compared, probe_shapes
+
+PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
+LOGITS_HELD = 5  # of a probe: two programs', their difference, its size, and who is asked
+LOSS_LOGITS, COMPARED_LOGITS = 3, 4  # copies that XLA holds of a loss, and of two models'
+LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
+LAYER_HELD = 1.1  # where none is read ahead
+
+
+def fixed_bytes(base: Description) -> int:
+    """Bytes of a process that has read what is in no layer."""
+    return PROCESS_BYTES + 2 * outer_weights(base.config)
+
+
+def pruned_bytes(layer: int, allowance: Allowance) -> int:
+    """Bytes of the layers that a sweep holds and of a float32 copy of one, as whatever is pruned on
+    the fly takes; of so many weights."""
+    return layers_held(layer, 2, allowance) + 4 * layer
+
+
+def export_bytes(base: Description, allowance: Allowance) -> int:
+    """Peak bytes of a process that exports, see `pruned_bytes`."""
+    return fixed_bytes(base) + pruned_bytes(largest_layer(base), allowance)
+
+
+def verify_bytes(base: Description, allowance: Allowance) -> int:
+    """Peak bytes of a process that verifies: those of exporting, and then layers of the export as
+    float32, beside what the probe gives, which is logits, the hidden states of all windows, and
+    what the experts make of one."""
+    c, shapes, layer = base.config, probe_shapes(base.config), largest_layer(base)
+    probe = LOGITS_HELD * compared(shapes) * c.vocab_size
+    probe += sum(shape.windows * shape.length for shape in shapes) * c.d_model
+    row = c.moe.experts_per_token * 4 * (c.moe.d_expert + c.d_model)
+    probe += max(shape.length for shape in shapes) * row
+    wide = 4 * outer_weights(c) + layers_held(layer, 4, allowance)
+    return fixed_bytes(base) + max(pruned_bytes(layer, allowance), wide) + 4 * probe
+
+
+def evaluation_bytes(
+    config: ModelConfig, tokens: int, step: int, layers: int, allowance: Allowance
+) -> int:
+    """Bytes that measuring quality on texts takes beside the process.
+
+    Args:
+      config: of the models.
+      tokens: of all windows of all texts.
+      step: tokens of a batch.
+      layers: bytes of the layers that are held.
+      allowance: what may be spent.
+
+    Returns:
+      The states of all texts, or of a batch if they lie in a file, and the layers with a batch at
+      work or, once these are gone, the logits of two models.
+    """
+    rows = min(step, tokens) * config.moe.experts_per_token
+    work = rows * 3 * config.moe.d_expert * 4
+    states = held_states(config, tokens)
+    if states > allowance.of(states):
+        states = held_states(config, min(step, tokens))
+    return states + max(layers + work, logits_held(config, COMPARED_LOGITS))
+
+
+def outer_weights(config: ModelConfig) -> int:
+    """Weights of the embedding and the head."""
+    return (1 if config.tie_embeddings else 2) * config.vocab_size * config.d_model
+
+
+def largest_layer(base: Description) -> int:
+    """Weights of the layer that has most."""
+    layers = [0] * base.config.num_layers
+    for name, shape, rule in ruled_tensors(base.family, base.config, base.widths):
+        if rule is not None:
+            layers[int(name.split(".")[2])] += math.prod(shape)
+    return max(layers)
+
+
+def layers_held(layer: int, item: int, allowance: Allowance) -> int:
+    """Bytes of the layers that a sweep holds, of so many weights of so many bytes."""
+    return int((LAYERS_HELD if allowance.read_ahead else LAYER_HELD) * item * layer)
+
+
+def logits_held(config: ModelConfig, copies: int) -> int:
+    """The head widened to float32, and copies of the logits of as many tokens as are at work."""
+    return 4 * config.vocab_size * (config.d_model + copies * POSITIONS)
+
+
+def rows_at_work(config: ModelConfig, recipe: ResolvedRecipe, tokens: int) -> int:
+    """Copies of a batch's tokens, one for each of their experts."""
+    return min(recipe.batch * recipe.window, tokens) * config.moe.experts_per_token
