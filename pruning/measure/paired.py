@@ -1,0 +1,120 @@
+"""Two models on the same documents: the difference, its error, and what changed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+NOISE = 2.0  # standard errors of a difference that mean nothing
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A measure of a task under two models.
+
+    Attributes:
+      task: name.
+      metric: as the harness has it, such as "acc,none" with the name of a filter.
+      documents: how many both answered; 0 where the measure is of all of them together.
+      first, second: its value under each model.
+      first_error, second_error: their standard errors, None where the harness knows none.
+      difference: second less first.
+      error: standard error of the mean of the differences of single documents, None under two.
+      gained, lost: documents that only the second model, or only the first, has right; None where
+        answers are not right or wrong.
+      p: of McNemar's exact test, that so unequal a `gained` and `lost` are chance.
+    """
+
+    task: str
+    metric: str
+    documents: int
+    first: float
+    second: float
+    first_error: float | None
+    second_error: float | None
+    difference: float
+    error: float | None = None
+    gained: int | None = None
+    lost: int | None = None
+    p: float | None = None
+
+    @property
+    def is_noise(self) -> bool | None:
+        """Whether the difference is within noise; None where its error is not known."""
+        if self.error is None:
+            return None
+        return self.difference == 0 or abs(self.difference) < NOISE * self.error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "within_noise": self.is_noise}
+
+
+def compare_results(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Paired]:
+    """Set two results of the harness against each other.
+
+    Args:
+      first: with "results" and "samples", of the model that is the reference.
+      second: the same of the other, on the same tasks.
+
+    Returns:
+      A row for every task and metric, groups of tasks included.
+    """
+    rows = []
+    for task, values in second["results"].items():
+        for name, value in values.items():
+            metric, _, kind = name.partition(",")
+            other = first["results"].get(task, {}).get(name)
+            if not kind or metric.endswith("_stderr") or not _is_number(value, other):
+                continue
+            samples = [found.get("samples", {}).get(task, ()) for found in (first, second)]
+            errors = [
+                found["results"][task].get(f"{metric}_stderr,{kind}") for found in (first, second)
+            ]
+            rows.append(_paired(task, name, (other, value), errors, samples))
+    return rows
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Probability, of both sides, that so many of `gained + lost` fair coins fall alike."""
+    count, least = gained + lost, min(gained, lost)
+    tail = sum(math.comb(count, k) for k in range(least + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def _paired(
+    task: str,
+    name: str,
+    values: tuple[float, float],
+    errors: Sequence[Any],
+    samples: Sequence[Sequence[Mapping[str, Any]]],
+) -> Paired:
+    known = [error if _is_number(error) else None for error in errors]
+    first, second = values
+    plain = Paired(task, name, 0, first, second, known[0], known[1], second - first)
+    ours = [_by_document(some, name) for some in samples]
+    both = sorted(ours[0].keys() & ours[1].keys())
+    if not both:
+        return plain
+    one, two = (np.array([found[document] for document in both], float) for found in ours)
+    change = two - one
+    more: dict[str, Any] = {}
+    if len(both) > 1:
+        more["error"] = float(change.std(ddof=1) / math.sqrt(len(both)))
+    if np.isin([one, two], (0, 1)).all():
+        gained, lost = int((change > 0).sum()), int((change < 0).sum())
+        more |= {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+    return replace(plain, documents=len(both), **more)
+
+
+def _by_document(samples: Sequence[Mapping[str, Any]], name: str) -> dict[Any, float]:
+    """What a metric says of every document; nothing of one that is made of all together."""
+    metric, _, kind = name.partition(",")
+    found = {s["doc_id"]: s[metric] for s in samples if s["filter"] == kind and metric in s}
+    return found if all(map(_is_number, found.values())) else {}
+
+
+def _is_number(*values: Any) -> bool:
+    return all(isinstance(value, int | float | np.number) for value in values)

@@ -1,0 +1,247 @@
+"""Tasks of lm-evaluation-harness under a checkpoint, or under a pruned model and its dense one."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.export_format import FORMATS
+from moe_jax.errors import InputError
+from moe_jax.stream import LayerSource
+from pruning.demo import DEMO, model_folder
+from pruning.kit.progress import Steps
+from pruning.measure.answer_record import AnswerRecord
+from pruning.measure.paired import compare_results
+from pruning.recipe.options import MOST_BATCH
+from pruning.recipe.task_options import TaskOptions
+from pruning.recipe.values import check_whole, window_within
+from pruning.stages.export import pruned_source
+from pruning.stages.folder import RECIPE
+from pruning.stages.job import DTYPES
+from pruning.stages.made_by import say_stale
+from pruning.stages.remarks import say_context
+from pruning.stages.stored import stored_base, stored_plans, stored_recipe
+from pruning.stages.writer import only_writer
+from pruning.text.tokenizer import open_codec
+
+DENSE = "dense"
+RESULTS = "tasks"  # in the output folder of a run
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One of the models that are asked.
+
+    Attributes:
+      name: in tables.
+      source: its layers.
+      checkpoint: whose tokenizer it has.
+      place: what results call it: its folder, and of a plan the rate.
+      plan: hash of the plan that it is of, where it is masked.
+    """
+
+    name: str
+    source: LayerSource
+    checkpoint: Checkpoint
+    place: str
+    plan: str = ""
+
+    def identity(self, steps: Steps) -> str:
+        """A hash of the model."""
+        if self.checkpoint.weights_hash is None:
+            with steps.bar(f"identify {self.name}") as on_step:
+                self.checkpoint.hash_weights(on_step)
+        return self.checkpoint.fingerprint + self.plan
+
+
+def evaluate_tasks(
+    folder: str | os.PathLike,
+    tasks: Sequence[str],
+    rates: Sequence[float] = (),
+    *,
+    task_path: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    window: int | None = None,
+    first_tokens: bool = True,
+    batch: int = 8,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    steps: Steps | None = None,
+) -> dict[str, Any]:
+    """Measure a model on tasks of lm-evaluation-harness, as the harness does.
+
+    A pruned model is measured beside its dense one where the run it comes from is known.
+
+    Args:
+      folder: a checkpoint, or "demo"; an export in the output folder of a run; that folder itself
+        for all exports in it, or with `rates` for plans.
+      tasks: names of tasks, groups or tags of the harness, wildcards too, also joined by commas.
+      rates: prune rates, each planned from the stored statistics and measured by masking.
+      task_path: folder of YAML files of tasks, with the data files that they name; "demo" for
+        those in the package.
+      output: where results go, and what an interrupted run goes on from; default `tasks` in the
+        output folder of the run.
+      fewshot: examples before every question; default as many as each task has by itself.
+      limit: most documents of each task.
+      window: most tokens that the model reads at once; default its context.
+      first_tokens: begin texts with the tokens that the tokenizer puts first, if it does.
+      batch: rows of 2,048 tokens a step, or as many tokens in shorter rows.
+      dtype: of the activations.
+      steps: where progress goes; default stderr.
+
+    Returns:
+      `folder`; `results` by model, as the harness has them, and its `tables`; `files` with them;
+      `compared`, a list of `Paired` for each model but the dense one.
+
+    Raises:
+      InputError: lm_eval is missing, a name or number is wrong, a task or the folder cannot be
+        read, or another process writes into the output folder.
+    """
+    options = TaskOptions(
+        tasks=tuple(tasks), task_path=_text(task_path), output=_text(output), fewshot=fewshot,
+        limit=limit,
+    )  # fmt: skip
+    check_whole("batch", batch, 1, MOST_BATCH, "; change --batch")
+    _require_harness()
+    steps = steps or Steps()
+    models, run = _models(folder, rates, steps)
+    if options.output is None and run is None:
+        raise InputError(
+            f"output is missing, where results of tasks go: {folder} is in no output folder of a "
+            "run; name a folder with --output"
+        )
+    place = Path(options.output) if options.output else Path(run or "") / RESULTS
+    from pruning.measure.tasks import load_tasks  # lm_eval, which takes seconds
+
+    loaded = load_tasks(options.names, _task_folder(options.task_path), steps)
+    asked = {"fewshot": fewshot, "limit": limit}
+    how = {"window": window, "first_tokens": first_tokens, "batch": batch, "dtype": dtype}
+    with only_writer(place):
+        found = {one.name: _ask(one, loaded, place, asked, how, steps) for one in models}
+    results = {name: one["results"] for name, one in found.items()}
+    compared = {
+        name: [row.to_dict() for row in compare_results(results[DENSE], one)]
+        for name, one in results.items()
+        if DENSE in results and name != DENSE
+    }
+    return {
+        "folder": str(folder),
+        "results": {name: one["results"] for name, one in results.items()},
+        "compared": compared,
+        "files": {name: str(one["file"]) for name, one in found.items()},
+        "tables": {name: one["table"] for name, one in found.items()},
+    }
+
+
+def _task_folder(path: str | None) -> Path | None:
+    return None if path is None else DEMO / "tasks" if path == "demo" else Path(path)
+
+
+def _text(path: str | os.PathLike | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _require_harness() -> None:
+    try:
+        import_module("lm_eval")
+    except ImportError:
+        raise InputError(
+            "tasks need lm-evaluation-harness; pip install 'moe-jax[tasks]', or pip install "
+            "'lm_eval>=0.4.13'"
+        ) from None
+
+
+def _models(
+    folder: str | os.PathLike, rates: Sequence[float], steps: Steps
+) -> tuple[list[_Model], Path | None]:
+    """The models that a folder stands for, the dense one first, and the folder of their run."""
+    path = Path(folder)
+    say_stale(path, steps)
+    if rates:
+        return _planned(path, rates, steps), path
+    if (path / RECIPE).is_file() and not (path / "config.json").is_file():
+        exports = [path / "exports" / name for name in FORMATS]
+        exports = [export for export in exports if (export / "config.json").is_file()]
+        if not exports:
+            raise InputError(
+                f"{path} holds no export; write one with `moe-compress export {path}`, or measure "
+                "plans with --prune-rate"
+            )
+        return [*_dense(path, steps), *map(_stored, exports)], path
+    run = path.absolute().parent.parent
+    if path.absolute().parent.name == "exports" and (run / RECIPE).is_file():
+        return [*_dense(run, steps), _stored(path)], run
+    base = open_checkpoint(model_folder(folder))
+    return [_Model("model", base, base, str(folder))], None
+
+
+def _stored(export: Path) -> _Model:
+    base = open_checkpoint(export)
+    return _Model(export.name, base, base, str(export))
+
+
+def _dense(run: Path, steps: Steps) -> list[_Model]:
+    """The dense model of a run; none where it is not there any more, which is said."""
+    try:
+        base = stored_base(stored_recipe(run), steps)
+    except InputError as error:
+        steps.say(f"there is no dense model to compare with: {error}")
+        return []
+    return [_Model(DENSE, base, base, str(base.about.folder))]
+
+
+def _planned(run: Path, rates: Sequence[float], steps: Steps) -> list[_Model]:
+    """The dense model of a run, and a masked one for each rate."""
+    recipe = stored_recipe(run)
+    base = stored_base(recipe, steps)
+    models = [_Model(DENSE, base, base, str(base.about.folder))]
+    for one, plan in stored_plans(run, recipe, base, rates, steps)[0]:
+        name = f"prune-rate {one.prune_rate}"
+        place = f"{run}/{name.replace(' ', '-')}"
+        masked = pruned_source(base, plan, None)
+        models.append(_Model(name, masked, base, place, plan.content_hash))
+    return models
+
+
+def _ask(
+    model: _Model,
+    loaded: dict[str, Any],
+    place: Path,
+    asked: dict[str, Any],
+    how: dict[str, Any],
+    steps: Steps,
+) -> dict[str, Any]:
+    """Results of one model, the harness's table of them, and the file that has them."""
+    from pruning.measure.harness import Asked, HarnessModel
+    from pruning.measure.tasks import run_tasks, save_results, tables
+
+    started = time.monotonic()
+    config, window = model.checkpoint.config, how["window"]
+    most = config.max_position if window is None else window_within(window, config.max_position)
+    if window is not None:
+        say_context(config, window, steps)
+    codec = open_codec(
+        model.checkpoint.about.folder, config.vocab_size, first_tokens=how["first_tokens"]
+    )
+    identity = model.identity(steps)
+    known = sha256(f"{identity} {how['dtype']}".encode()).hexdigest()[:16]
+    harness = HarnessModel(
+        model.source,
+        codec,
+        Asked(name=model.name, max_length=most, batch=how["batch"], dtype=DTYPES[how["dtype"]]),
+        AnswerRecord(place / "answers" / f"{known}.jsonl"),
+        steps,
+    )
+    results = run_tasks(harness, loaded, **asked, steps=steps)
+    told = {"pretrained": model.place, "model_sha": identity, "max_length": most, **asked,
+            "dtype": how["dtype"], "batch_size": how["batch"],
+            "add_bos_token": how["first_tokens"]}  # fmt: skip
+    table = tables(results)
+    file = save_results({**results}, place, told, time.monotonic() - started)
+    return {"results": results, "table": table, "file": file}
