@@ -30,6 +30,7 @@ from pruning.kit.progress import Steps
 from pruning.measure.harness import HarnessModel
 
 DRAWS = 1000  # of a bootstrapped standard error, which runs in this process alone
+ONE_PROCESS = "DISABLE_MULTIPROC"  # what the harness calls it
 SHOWN = 300  # characters of an error of the harness
 
 
@@ -186,16 +187,14 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet(steps: Steps) -> Iterator[None]:
     """The harness prints on both streams, and would fork a process with many threads."""
-    logger, before = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
-    level = logger.level
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    if not steps.verbose:
-        logger.setLevel(logging.ERROR)
-    aside = sys.stderr if steps.verbose else io.StringIO()
+    logger, told = logging.getLogger("lm_eval"), os.environ.get(ONE_PROCESS)
+    level, aside = logger.level, sys.stderr if steps.verbose else io.StringIO()
+    logger.setLevel(level if steps.verbose else logging.ERROR)
+    os.environ[ONE_PROCESS] = "1"
     try:
         with contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
             yield
     finally:
         logger.setLevel(level)
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
+        del os.environ[ONE_PROCESS]
+        os.environ |= {} if told is None else {ONE_PROCESS: told}
