@@ -227,7 +227,8 @@ def _tasks(options: Options) -> Outcome:
         dtype=options.dtype,
         steps=_steps(options),
     )
-    shown = [part for name, table in found["tables"].items() for part in (f"{name}:", table)]
+    tables = found.pop("tables")
+    shown = [part for name, table in tables.items() for part in (f"{name}:", table)]
     compared = [compared_table(name, rows) for name, rows in found["compared"].items()]
     return Outcome(found, [*shown, *compared], [Path(file) for file in found["files"].values()])
 

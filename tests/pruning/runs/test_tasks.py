@@ -165,8 +165,9 @@ def asked(monkeypatch) -> list[int]:
 def test_a_pruned_model_stands_beside_its_dense_one(scored, letters, tmp_path, capsys, asked):
     out = shutil.copytree(scored, tmp_path / "out")
     capsys.readouterr()
-    command = ("--quiet", "eval", out, "--tasks", "letters", "--task-path", letters)
-    assert run(*command) == 0
+    said = tmp_path / "said.json"
+    assert run("--quiet", "eval", out, "--tasks", "letters", "--task-path", letters,
+               "--json", said) == 0  # fmt: skip
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
     right = {}
     for name in ("dense", "ragged-bf16"):
@@ -181,6 +182,7 @@ def test_a_pruned_model_stands_beside_its_dense_one(scored, letters, tmp_path, c
     assert asked[2:] == [0, 0]
     assert found["results"]["dense"]["letters"]["acc,none"] == right["dense"].mean()
     (row,) = found["compared"]["ragged-bf16"]
+    assert found["compared"] == json.loads(said.read_text())["compared"]
     change = right["ragged-bf16"] - right["dense"]
     gained, lost = (change > 0).sum(), (change < 0).sum()
     assert gained and lost, "else the test sees no flip"
@@ -190,7 +192,7 @@ def test_a_pruned_model_stands_beside_its_dense_one(scored, letters, tmp_path, c
     assert row["p"] == pytest.approx(scipy.stats.binomtest(int(gained), gained + lost).pvalue)
     assert row["within_noise"] == (abs(row["difference"]) < 2 * row["error"])
     assert row["first_error"] == pytest.approx(scipy.stats.sem(right["dense"]))
-    assert "| letters|" in shown.replace("|letters|", "| letters|")
+    assert "|letters|" in shown and ("within noise" in shown) == row["within_noise"]
     assert f"{gained + lost} (+{gained} -{lost})" in shown
 
 
