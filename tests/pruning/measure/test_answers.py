@@ -11,7 +11,16 @@ from pruning.measure import answers
 from pruning.measure.answers import Question, answer
 from tests.pruning.scores.test_layer import CONFIG
 
-forward = jax.jit(lambda model, tokens: model(tokens))
+forward = jax.jit(lambda model, tokens, valid: model(tokens, valid))
+
+
+def logits(model, tokens) -> np.ndarray:
+    """float64 [T, V]; padded to one length, which is one compilation."""
+    padded = np.zeros((1, CONFIG.max_position), np.int32)
+    padded[0, : len(tokens)] = tokens
+    valid = (np.arange(CONFIG.max_position) < len(tokens))[None]
+    found = forward(model, jnp.asarray(padded), jnp.asarray(valid))
+    return np.asarray(found, np.float64)[0, : len(tokens)]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +42,11 @@ def questions() -> list[Question]:
 
 
 def by_hand(model, question: Question) -> tuple[float, bool]:
-    logits = np.asarray(forward(model, jnp.asarray([question.tokens[:-1]])), np.float64)[0]
-    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    scores = logits(model, question.tokens[:-1])
+    logp = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     places = range(len(question.tokens) - 1 - question.scored, len(question.tokens) - 1)
     total = sum(logp[place, question.tokens[place + 1]] for place in places)
-    return total, all(logits[place].argmax() == question.tokens[place + 1] for place in places)
+    return total, all(scores[place].argmax() == question.tokens[place + 1] for place in places)
 
 
 class Counting:
@@ -78,7 +87,7 @@ def test_answers_are_those_of_the_whole_model_in_any_number_of_passes(
 def test_whether_an_end_is_the_likeliest_is_said_of_all_of_its_tokens(model):
     text = [7, 40]
     for _ in range(4):
-        text.append(int(jnp.argmax(forward(model, jnp.asarray([text]))[0, -1])))
+        text.append(int(logits(model, text)[-1].argmax()))
     other = [*text[:3], (text[3] + 1) % CONFIG.vocab_size, *text[4:]]
     (found,) = answer(model, [Question(tuple(text), 4), Question(tuple(other), 4)])
     assert found[0][1] and not found[1][1]
