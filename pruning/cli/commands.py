@@ -16,7 +16,6 @@ from pruning.cli.flags import given_options, recipe_from
 from pruning.cli.output import Outcome, stdout
 from pruning.cli.tables import (
     checks_table,
-    compared_table,
     exports_table,
     model_table,
     plans_table,
@@ -31,6 +30,7 @@ from pruning.recipe.task_options import TaskOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
 from pruning.report.cost_tables import estimate_tables
+from pruning.report.task_table import compared_table
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
 from pruning.runs import compare as comparing

@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
     ) -> list[Answer]:
         most, questions, cut = self.max_length, [], 0
         for _, context, end in requests:
-            if len(end) > most:
+            if not 0 < len(end) <= most:
                 raise InputError(
                     f"a continuation has {len(end)} tokens and the window {most}; leave its task "
                     "out, or choose a longer --window"

@@ -117,4 +117,4 @@ def _by_document(samples: Sequence[Mapping[str, Any]], name: str) -> dict[Any, f
 
 
 def _is_number(*values: Any) -> bool:
-    return all(isinstance(value, int | float | np.number) for value in values)
+    return all(isinstance(v, int | float | np.number) and math.isfinite(v) for v in values)

@@ -23,6 +23,7 @@ from pruning.recipe.values import check_whole, window_within
 from pruning.stages.export import pruned_source
 from pruning.stages.folder import RECIPE
 from pruning.stages.job import DTYPES
+from pruning.stages.judged import RESULTS, keep_compared
 from pruning.stages.made_by import say_stale
 from pruning.stages.remarks import say_context
 from pruning.stages.stored import stored_base, stored_plans, stored_recipe
@@ -30,7 +31,6 @@ from pruning.stages.writer import only_writer
 from pruning.text.tokenizer import open_codec
 
 DENSE = "dense"
-RESULTS = "tasks"  # in the output folder of a run
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,18 @@ def evaluate_tasks(
     how = {"window": window, "first_tokens": first_tokens, "batch": batch, "dtype": dtype}
     with only_writer(place):
         found = {one.name: _ask(one, loaded, place, asked, how, steps) for one in models}
-    results = {name: one["results"] for name, one in found.items()}
-    compared = {
-        name: [row.to_dict() for row in compare_results(results[DENSE], one)]
-        for name, one in results.items()
-        if DENSE in results and name != DENSE
-    }
+        rows = {
+            name: compare_results(found[DENSE]["results"], one["results"])
+            for name, one in found.items()
+            if DENSE in found and name != DENSE
+        }
+        for one in models:
+            if one.name in rows and run is not None and not one.plan:
+                keep_compared(place, Path(one.place), rows[one.name])
     return {
         "folder": str(folder),
-        "results": {name: one["results"] for name, one in results.items()},
-        "compared": compared,
+        "results": {name: one["results"]["results"] for name, one in found.items()},
+        "compared": {name: [row.to_dict() for row in some] for name, some in rows.items()},
         "files": {name: str(one["file"]) for name, one in found.items()},
         "tables": {name: one["table"] for name, one in found.items()},
     }

@@ -22,6 +22,7 @@ from pruning.demo import DEMO
 from pruning.demo.questions import write_questions
 from pruning.kit.progress import Steps
 from pruning.measure import answers, harness
+from pruning.stages.judged import compared
 from tests.support import tiny
 from tests.support.command import refused, run
 
@@ -182,7 +183,7 @@ def test_a_pruned_model_stands_beside_its_dense_one(scored, letters, tmp_path, c
     assert asked[2:] == [0, 0]
     assert found["results"]["dense"]["letters"]["acc,none"] == right["dense"].mean()
     (row,) = found["compared"]["ragged-bf16"]
-    assert found["compared"] == json.loads(said.read_text())["compared"]
+    assert found["compared"] == json.loads(said.read_text())["compared"] == compared(out)
     change = right["ragged-bf16"] - right["dense"]
     gained, lost = (change > 0).sum(), (change < 0).sum()
     assert gained and lost, "else the test sees no flip"
