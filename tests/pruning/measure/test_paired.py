@@ -1,0 +1,69 @@
+"""Differences of two models on the same documents, and what chance would do."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from pruning.measure.paired import compare_results, mcnemar
+
+
+@pytest.mark.parametrize("gained", [0, 1, 3, 8, 40])
+@pytest.mark.parametrize("lost", [0, 1, 2, 8, 55])
+def test_the_probability_is_that_of_an_exact_test_of_both_sides(gained, lost):
+    expected = 1.0
+    if gained + lost:
+        expected = scipy.stats.binomtest(gained, gained + lost, 0.5).pvalue
+    assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-12)
+
+
+def results(values, metric="acc", kind="none", **more) -> dict:
+    """As the harness has them, of one task with these values by document."""
+    samples = [
+        {"doc_id": document, "filter": kind, metric: value} for document, value in values.items()
+    ]
+    numbers = [value for value in values.values() if not isinstance(value, tuple)]
+    mean = float(np.mean(numbers)) if numbers else 2.5
+    found = {"alias": "t", "sample_len": len(values), f"{metric},{kind}": mean,
+             f"{metric}_stderr,{kind}": "N/A", **more}  # fmt: skip
+    return {"results": {"t": found}, "samples": {"t": samples}}
+
+
+def test_documents_are_paired_by_their_number_in_any_order():
+    first = {number: number % 2 for number in range(20)}
+    second = {number: int(number % 2 or number < 5) for number in reversed(range(20))}
+    (row,) = compare_results(results(first), results(second))
+    change = np.array([second[n] - first[n] for n in range(20)])
+    assert (row.documents, row.gained, row.lost) == (20, 3, 0)
+    assert row.difference == pytest.approx(0.15) and row.first == 0.5
+    assert row.error == pytest.approx(scipy.stats.sem(change)) and row.first_error is None
+    assert row.p == 0.25 and row.is_noise is True and row.to_dict()["within_noise"] is True
+
+
+def test_a_difference_of_more_than_two_errors_is_no_noise_and_none_at_all_is():
+    right = dict.fromkeys(range(30), 1)
+    wrong = {number: int(number > 6) for number in right}
+    (row,) = compare_results(results(right), results(wrong))
+    assert row.lost == 7 and row.is_noise is False
+    (same,) = compare_results(results(right), results(right))
+    assert same.error == 0 and same.is_noise is True and same.p == 1
+
+
+def test_measures_that_are_not_right_or_wrong_have_an_error_and_no_flips():
+    first, second = {0: 0.25, 1: 0.5, 2: 1.0}, {0: 0.5, 1: 0.5, 2: 0.0}
+    (row,) = compare_results(results(first, "f1", "strict"), results(second, "f1", "strict"))
+    assert row.metric == "f1,strict" and row.documents == 3
+    assert row.error == pytest.approx(scipy.stats.sem([0.25, 0, -1]))
+    assert row.gained is row.lost is row.p is None
+
+
+def test_measures_of_all_documents_together_stand_without_an_error():
+    one = results({0: (-3.0, 5), 1: (-4.0, 6)}, "byte_perplexity")
+    (row,) = compare_results(one, one)
+    assert (row.documents, row.error, row.is_noise, row.difference) == (0, None, None, 0)
+
+
+def test_one_document_has_no_error_and_what_is_no_number_no_row():
+    (row,) = compare_results(results({4: 1}), results({4: 0}))
+    assert (row.documents, row.error, row.lost) == (1, None, 1)
+    odd = results({0: 1, 1: 0}, **{"mcc,none": float("nan"), "note,none": "text"})
+    assert [row.metric for row in compare_results(odd, odd)] == ["acc,none"]
