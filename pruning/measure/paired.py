@@ -17,6 +17,7 @@ class Paired:
     Attributes:
       task: name.
       metric: as the harness has it, such as "acc,none" with the name of a filter.
+      shots: examples before every question; None for a group of tasks that differ.
       documents: how many both answered; 0 where the measure is of all of them together.
       first, second: its value under each model.
       first_error, second_error: their standard errors, None where the harness knows none.
@@ -29,6 +30,7 @@ class Paired:
 
     task: str
     metric: str
+    shots: int | None
     documents: int
     first: float
     second: float
@@ -62,19 +64,13 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any]) -> list
     Returns:
       A row for every task and metric, groups of tasks included.
     """
-    rows = []
-    for task, values in second["results"].items():
-        for name, value in values.items():
-            metric, _, kind = name.partition(",")
-            other = first["results"].get(task, {}).get(name)
-            if not kind or metric.endswith("_stderr") or not _is_number(value, other):
-                continue
-            samples = [found.get("samples", {}).get(task, ()) for found in (first, second)]
-            errors = [
-                found["results"][task].get(f"{metric}_stderr,{kind}") for found in (first, second)
-            ]
-            rows.append(_paired(task, name, (other, value), errors, samples))
-    return rows
+    return [
+        _paired(task, name, first, second)
+        for task, values in second["results"].items()
+        for name, value in values.items()
+        if "," in name and "_stderr," not in name
+        and _is_number(value, first["results"].get(task, {}).get(name))
+    ]  # fmt: skip
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -84,17 +80,23 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**count)
 
 
-def _paired(
-    task: str,
-    name: str,
-    values: tuple[float, float],
-    errors: Sequence[Any],
-    samples: Sequence[Sequence[Mapping[str, Any]]],
-) -> Paired:
+def _paired(task: str, name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Paired:
+    said = [found["results"][task] for found in (first, second)]
+    errors = [some.get(name.replace(",", "_stderr,", 1)) for some in said]
     known = [error if _is_number(error) else None for error in errors]
-    first, second = values
-    plain = Paired(task, name, 0, first, second, known[0], known[1], second - first)
-    ours = [_by_document(some, name) for some in samples]
+    shots = second.get("n-shot", {}).get(task)
+    plain = Paired(
+        task=task,
+        metric=name,
+        shots=shots if type(shots) is int else None,
+        documents=0,
+        first=said[0][name],
+        second=said[1][name],
+        first_error=known[0],
+        second_error=known[1],
+        difference=said[1][name] - said[0][name],
+    )
+    ours = [_by_document(found.get("samples", {}).get(task, ()), name) for found in (first, second)]
     both = sorted(ours[0].keys() & ours[1].keys())
     if not both:
         return plain

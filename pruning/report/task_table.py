@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pruning.report.html import render
 from pruning.report.table import TextTable
 
 
@@ -14,6 +15,7 @@ def compared_table(model: str, rows: Sequence[Mapping[str, Any]]) -> TextTable:
         said = {None: "", True: "within noise", False: "yes"}[row["within_noise"]]
         shown.append([
             "" if row["task"] == before else row["task"], row["metric"].removesuffix(",none"),
+            "" if row["shots"] is None else str(row["shots"]),
             f"{row['documents']:,}" if row["documents"] else "",
             _with_error(row["first"], row["first_error"]),
             _with_error(row["second"], row["second_error"]),
@@ -23,14 +25,20 @@ def compared_table(model: str, rows: Sequence[Mapping[str, Any]]) -> TextTable:
             "" if row["p"] is None else f"{row['p']:.2g}", said,
         ])  # fmt: skip
         before = row["task"]
-    header = ["task", "metric", "documents", "dense", model, "difference", "flipped",
+    header = ["task", "metric", "shots", "documents", "dense", model, "difference", "flipped",
               "McNemar p", "real?"]  # fmt: skip
     note = (
+        "Asked by lm-evaluation-harness; shots: examples before each question. "
         "± one standard error; that of a difference is of the same documents under both models. "
         "Within noise: less than two. Flipped: answers that only this model (+) or only the dense "
         "one (-) has right; p: that so unequal a number of both is chance."
     )
     return TextTable(f"{model} beside the dense model", header, shown, note)
+
+
+def card_section(model: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same as a section of a model card, in Markdown."""
+    return render("tasks.md", shown=compared_table(model, rows))
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:

@@ -1,24 +1,28 @@
 """What tasks showed of the exports of a run, kept beside their results for its report."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.model_card import CARD
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from pruning.kit.fitting import misfits
 from pruning.measure.paired import Paired
+from pruning.report.task_table import card_section
 from pruning.stages.made_by import MADE_BY
 
 RESULTS = "tasks"  # in the output folder of a run
 COMPARED = "compared.json"
+ON_CARD = re.compile(r"(?s)(^## Tasks\n((?!^## ).)*)?(?=^## What was compared\n)", re.MULTILINE)
 
 
 def keep_compared(results: Path, export: Path, rows: Sequence[Paired]) -> None:
-    """Add rows of an export to the file; they replace those of the same tasks, and all of an
-    export that was made otherwise.
+    """Add rows of an export to the file, and show all that are there on its model card; they
+    replace those of the same tasks, and all of an export that was made otherwise.
 
     Args:
       results: folder of the file.
@@ -33,6 +37,11 @@ def keep_compared(results: Path, export: Path, rows: Sequence[Paired]) -> None:
     kept = [row for row in older if row["task"] not in tasks]
     told[export.name] = {"made": made, "rows": [*kept, *(row.to_dict() for row in rows)]}
     replace_text(path, json.dumps(told, indent=1) + "\n")
+    card = export / CARD
+    if card.is_file():
+        section = card_section(export.name, told[export.name]["rows"])
+        before = card.read_text(encoding="utf-8")
+        replace_text(card, ON_CARD.sub(lambda _: section, before, count=1))
 
 
 def compared(run: Path) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from tests.support.command import run
 
 
 def row(task: str, difference: float = -0.25) -> Paired:
-    return Paired(task, "acc,none", 40, 0.75, 0.75 + difference, 0.07, 0.08, difference, 0.09,
+    return Paired(task, "acc,none", 5, 40, 0.75, 0.75 + difference, 0.07, 0.08, difference, 0.09,
                   gained=2, lost=12, p=0.01)  # fmt: skip
 
 
@@ -69,3 +69,17 @@ def test_the_report_shows_the_tasks_that_were_measured_since(export, tmp_path):
     for cell in ("arc_easy", "0.7500 ± 0.0700", "-0.2500 ± 0.0900", "14 (+2 -12)", "0.01", ">yes<",
                  "within noise"):  # fmt: skip
         assert cell in page, cell
+
+
+def test_the_card_of_the_export_shows_them_once_and_stays_as_it_is_otherwise(export, tmp_path):
+    card = export / "README.md"
+    before, after = "# Name\n\n## Quality\n\nnone\n\n", "## What was compared\n\nbits\n"
+    card.write_text(before + after)
+    keep_compared(tmp_path / RESULTS, export, [row("a")])
+    keep_compared(tmp_path / RESULTS, export, [row("b", 0.0)])
+    found = card.read_text()
+    assert found.startswith(before) and found.endswith(after)
+    section = found.removeprefix(before).removesuffix(after)
+    assert section.count("## ") == 1 and section.startswith("## Tasks\n\n| task | metric |")
+    assert "| a | acc | 5 | 40 | 0.7500 ± 0.0700 | 0.5000 ± 0.0800 | -0.2500 ± 0.0900 |" in section
+    assert "| b | acc | 5 | 40 |" in section and section.endswith("chance.\n\n")
