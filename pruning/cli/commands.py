@@ -214,9 +214,10 @@ def evaluate(options: Options) -> Outcome:
 
 
 def _tasks(options: Options) -> Outcome:
+    given = {"tasks": ()} | given_options(options, TaskOptions)
+    TaskOptions(**given)  # what is out of range is said first
     if options.text or options.stride is not None:
         raise InputError("tasks and text are two measurements; leave --text and --stride out")
-    given = {"tasks": ()} | given_options(options, TaskOptions)
     text = given_options(options, TextOptions)
     found = asking.evaluate_tasks(
         options.folder,
