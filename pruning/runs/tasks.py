@@ -167,7 +167,8 @@ def _models(
     say_stale(path, steps)
     if rates:
         return _planned(path, rates, steps), path
-    if (path / RECIPE).is_file() and not (path / "config.json").is_file():
+    is_output = (path / RECIPE).is_file() and not (path / "config.json").is_file()
+    if is_output and folder != "demo":  # which is the embedded model, whatever lies here
         exports = [path / "exports" / name for name in FORMATS]
         exports = [export for export in exports if (export / "config.json").is_file()]
         if not exports:

@@ -251,6 +251,13 @@ def test_what_cannot_be_asked_is_said_before_any_work(
     assert "tasks and text are two measurements" in said
     said = refused(capsys, tmp_path, *command, "--tasks", "letters")
     assert "name a folder with --output" in said
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "recipe.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, tmp_path, "eval", "demo", "--tasks", "letters", "--task-path", letters)
+    assert "demo is in no output folder of a run; name a folder with --output" in said
+    said = refused(capsys, tmp_path, "eval", "./demo", "--tasks", "letters")
+    assert "holds no export" in said
     command = (*command, "--output", tmp_path / "out", "--tasks")
     said = refused(capsys, tmp_path, *command, "letters", "--limit", 0)
     assert "limit=0 must be at least 1" in said
