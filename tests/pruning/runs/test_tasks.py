@@ -197,14 +197,20 @@ def test_a_pruned_model_stands_beside_its_dense_one(scored, letters, tmp_path, c
     assert f"{gained + lost} (+{gained} -{lost})" in shown
 
 
-def test_plans_are_measured_by_masking(scored, letters, tmp_path):
+def test_plans_are_measured_by_masking_and_all_models_asked_alike(scored, letters, tmp_path):
     out = shutil.copytree(scored, tmp_path / "out")
     found = pruning.evaluate_tasks(
-        out, ["letters"], [0, 0.5], task_path=letters, limit=10, steps=QUIET
+        out, ["letters"], [0, 0.5], task_path=letters, limit=10, fewshot=2, steps=QUIET
     )
+    asked = [
+        [json.loads(line)["arguments"] for line in path.read_text().splitlines()]
+        for path in out.glob("tasks/*/samples_letters_*.jsonl")
+    ]
+    assert len(asked) == 3 and asked[0] == asked[1] == asked[2]
+    assert all(one["gen_args_0"]["arg_0"].count("\n\n") == 2 for one in asked[0])
     same, other = found["compared"]["prune-rate 0.0"][0], found["compared"]["prune-rate 0.5"][0]
     assert same["gained"] == same["lost"] == 0 and same["within_noise"] and same["p"] == 1
-    assert other["documents"] == 10
+    assert other["documents"] == 10 and other["shots"] == 2
 
 
 def test_an_interrupted_run_goes_on_with_what_was_not_answered(
