@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 
 NOISE = 2.0  # standard errors of a difference that mean nothing
+# Measures of all documents together: log-likelihoods over words, bytes or documents, and how
+# much a measure grows with that quotient.
+SLOPES = {
+    "bits_per_byte": lambda value: -1 / math.log(2),
+    "byte_perplexity": lambda value: -value,
+    "word_perplexity": lambda value: -value,
+    "perplexity": lambda value: -value,
+}
 
 
 @dataclass(frozen=True)
@@ -18,11 +26,12 @@ class Paired:
       task: name.
       metric: as the harness has it, such as "acc,none" with the name of a filter.
       shots: examples before every question; None for a group of tasks that differ.
-      documents: how many both answered; 0 where the measure is of all of them together.
+      documents: how many both answered; 0 where it is not known how they make the measure.
       first, second: its value under each model.
       first_error, second_error: their standard errors, None where the harness knows none.
       difference: second less first.
-      error: standard error of the mean of the differences of single documents, None under two.
+      error: standard error of the difference, from the differences of single documents; None
+        under two.
       gained, lost: documents that only the second model, or only the first, has right; None where
         answers are not right or wrong.
       p: of McNemar's exact test, that so unequal a `gained` and `lost` are chance.
@@ -83,39 +92,55 @@ def mcnemar(gained: int, lost: int) -> float:
 def _paired(task: str, name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Paired:
     said = [found["results"][task] for found in (first, second)]
     errors = [some.get(name.replace(",", "_stderr,", 1)) for some in said]
-    known = [error if _is_number(error) else None for error in errors]
+    known = [float(error) if _is_number(error) else None for error in errors]
+    one, two = (float(some[name]) for some in said)  # some measures are numbers of numpy
     shots = second.get("n-shot", {}).get(task)
     plain = Paired(
         task=task,
         metric=name,
         shots=shots if type(shots) is int else None,
         documents=0,
-        first=said[0][name],
-        second=said[1][name],
+        first=one,
+        second=two,
         first_error=known[0],
         second_error=known[1],
-        difference=said[1][name] - said[0][name],
+        difference=two - one,
     )
     ours = [_by_document(found.get("samples", {}).get(task, ()), name) for found in (first, second)]
     both = sorted(ours[0].keys() & ours[1].keys())
-    if not both:
+    values = [np.array([found[document] for document in both], float) for found in ours]
+    metric = name.partition(",")[0]
+    before, after = _shares(metric, one, values[0]), _shares(metric, two, values[1])
+    if before is None or after is None:
         return plain
-    one, two = (np.array([found[document] for document in both], float) for found in ours)
-    change = two - one
     more: dict[str, Any] = {}
     if len(both) > 1:
-        more["error"] = float(change.std(ddof=1) / math.sqrt(len(both)))
-    if np.isin([one, two], (0, 1)).all():
-        gained, lost = int((change > 0).sum()), int((change < 0).sum())
+        more["error"] = float((after - before).std(ddof=1) / math.sqrt(len(both)))
+    if np.isin(values, (0, 1)).all():
+        gained, lost = int((after > before).sum()), int((after < before).sum())
         more |= {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
     return replace(plain, documents=len(both), **more)
 
 
-def _by_document(samples: Sequence[Mapping[str, Any]], name: str) -> dict[Any, float]:
-    """What a metric says of every document; nothing of one that is made of all together."""
+def _shares(metric: str, value: float, found: np.ndarray) -> np.ndarray | None:
+    """Numbers of documents [n] whose mean is a measure and whose spread is, to first order, its
+    own; None where it is not known how the measure is made of [n] or [n, 2]."""
+    if not len(found):
+        return None
+    if metric in SLOPES and found.ndim <= 2:
+        total, weight = found.T if found.ndim == 2 else (found, np.ones(len(found)))
+        rest = total - weight * (total.sum() / weight.sum())
+        return value + SLOPES[metric](value) * rest / weight.mean()
+    return found if found.ndim == 1 and math.isclose(found.mean(), value) else None
+
+
+def _by_document(samples: Sequence[Mapping[str, Any]], name: str) -> dict[Any, Any]:
+    """What a metric says of every document: a number, or a sum and its weight."""
     metric, _, kind = name.partition(",")
     found = {s["doc_id"]: s[metric] for s in samples if s["filter"] == kind and metric in s}
-    return found if all(map(_is_number, found.values())) else {}
+    pairs = all(isinstance(one, tuple | list) and len(one) == 2 for one in found.values())
+    numbers = [part for one in found.values() for part in (one if pairs else (one,))]
+    return found if _is_number(*numbers) else {}
 
 
 def _is_number(*values: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export_format import FORMATS
 from moe_jax.errors import InputError
+from moe_jax.json_files import read_json
 from moe_jax.stream import LayerSource
 from pruning.demo import DEMO, model_folder
 from pruning.kit.progress import Steps
@@ -134,7 +135,7 @@ def evaluate_tasks(
                 keep_compared(place, Path(one.place), rows[one.name])
     return {
         "folder": str(folder),
-        "results": {name: one["results"]["results"] for name, one in found.items()},
+        "results": {name: one["written"] for name, one in found.items()},
         "compared": {name: [row.to_dict() for row in some] for name, some in rows.items()},
         "files": {name: str(one["file"]) for name, one in found.items()},
         "tables": {name: one["table"] for name, one in found.items()},
@@ -220,7 +221,7 @@ def _ask(
     how: dict[str, Any],
     steps: Steps,
 ) -> dict[str, Any]:
-    """Results of one model, the harness's table of them, and the file that has them."""
+    """Results of one model, the harness's table of them, their file, and what it says of tasks."""
     from pruning.measure.harness import Asked, HarnessModel
     from pruning.measure.tasks import run_tasks, save_results, tables
 
@@ -247,4 +248,5 @@ def _ask(
             "add_bos_token": how["first_tokens"]}  # fmt: skip
     table = tables(results)
     file = save_results({**results}, place, told, time.monotonic() - started)
-    return {"results": results, "table": table, "file": file}
+    written = read_json(file)["results"]
+    return {"results": results, "table": table, "file": file, "written": written}

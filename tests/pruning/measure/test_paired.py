@@ -1,5 +1,7 @@
 """Differences of two models on the same documents, and what chance would do."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -56,10 +58,54 @@ def test_measures_that_are_not_right_or_wrong_have_an_error_and_no_flips():
     assert row.gained is row.lost is row.p is None
 
 
-def test_measures_of_all_documents_together_stand_without_an_error():
-    one = results({0: (-3.0, 5), 1: (-4.0, 6)}, "byte_perplexity")
+MADE = {
+    "bits_per_byte": lambda total: -total / np.log(2),
+    "byte_perplexity": lambda total: np.exp(-total),
+    "word_perplexity": lambda total: np.exp(-total),
+    "perplexity": lambda total: np.exp(-total),
+}
+
+
+@pytest.mark.parametrize("metric", MADE)
+def test_the_error_of_a_perplexity_is_that_of_leaving_documents_out(metric):
+    draw = np.random.default_rng(1)
+    count, made = 400, MADE[metric]
+    weight = np.ones(count) if metric == "perplexity" else draw.integers(20, 60, count)
+    one = -weight * draw.uniform(0.8, 1.4, count)
+    two = one - weight * draw.uniform(0.0, 0.1, count)
+
+    def found(total) -> dict:
+        rows = total if metric == "perplexity" else map(tuple, np.stack([total, weight], 1))
+        known = results(dict(enumerate(rows)), metric)
+        known["results"]["t"][f"{metric},none"] = float(made(total.sum() / weight.sum()))
+        return known
+
+    (row,) = compare_results(found(one), found(two))
+    out = [
+        made(np.delete(two, i).sum() / np.delete(weight, i).sum())
+        - made(np.delete(one, i).sum() / np.delete(weight, i).sum())
+        for i in range(count)
+    ]
+    expected = np.sqrt((count - 1) / count * np.sum(np.square(out - np.mean(out))))
+    assert row.error == pytest.approx(expected, rel=0.01)
+    assert row.documents == count and row.is_noise is False and row.gained is None
+
+
+def test_a_measure_that_is_made_otherwise_stands_without_an_error():
+    one = results({0: (-3.0, 5), 1: (-4.0, 6)}, "mcc")
     (row,) = compare_results(one, one)
     assert (row.documents, row.error, row.is_noise, row.difference) == (0, None, None, 0)
+    median = results({0: 1.0, 1: 2.0, 2: 9.0}, **{"acc,none": 2.0})
+    assert compare_results(median, median)[0].error is None
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    one, two = (results({number: right for number in range(9)}) for right in (0, 1))
+    for found in (one, two):
+        values = found["results"]["t"]
+        values |= {"acc,none": np.float64(values["acc,none"]), "acc_stderr,none": np.float64(0.1)}
+    (row,) = compare_results(one, two)
+    assert json.loads(json.dumps(row.to_dict()))["within_noise"] is False
 
 
 def test_one_document_has_no_error_and_what_is_no_number_no_row():
