@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 from convert.checkpoint import open_checkpoint
 from convert.mtp import mtp_layers
@@ -214,7 +215,7 @@ def evaluate(options: Options) -> Outcome:
 
 
 def _tasks(options: Options) -> Outcome:
-    given = {"tasks": ()} | given_options(options, TaskOptions)
+    given: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions)
     TaskOptions(**given)  # what is out of range is said first
     if options.text or options.stride is not None:
         raise InputError("tasks and text are two measurements; leave --text and --stride out")

@@ -65,15 +65,12 @@ def evaluate_tasks(
     tasks: Sequence[str],
     rates: Sequence[float] = (),
     *,
-    task_path: str | os.PathLike | None = None,
-    output: str | os.PathLike | None = None,
-    fewshot: int | None = None,
-    limit: int | None = None,
     window: int | None = None,
     first_tokens: bool = True,
     batch: int = 8,
     dtype: Literal["float32", "bfloat16"] = "float32",
     steps: Steps | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Measure a model on tasks of lm-evaluation-harness, as the harness does.
 
@@ -84,17 +81,12 @@ def evaluate_tasks(
         for all exports in it, or with `rates` for plans.
       tasks: names of tasks, groups or tags of the harness, wildcards too, also joined by commas.
       rates: prune rates, each planned from the stored statistics and measured by masking.
-      task_path: folder of YAML files of tasks, with the data files that they name; "demo" for
-        those in the package.
-      output: where results go, and what an interrupted run goes on from; default `tasks` in the
-        output folder of the run.
-      fewshot: examples before every question; default as many as each task has by itself.
-      limit: most documents of each task.
       window: most tokens that the model reads at once; default its context.
       first_tokens: begin texts with the tokens that the tokenizer puts first, if it does.
       batch: rows of 2,048 tokens a step, or as many tokens in shorter rows.
       dtype: of the activations.
       steps: where progress goes; default stderr.
+      options: other fields of `TaskOptions`: task_path, fewshot, limit, output.
 
     Returns:
       `folder`; `results` by model, as the harness has them, and its `tables`; `files` with them;
@@ -104,25 +96,43 @@ def evaluate_tasks(
       InputError: lm_eval is missing, a name or number is wrong, a task or the folder cannot be
         read, or another process writes into the output folder.
     """
-    options = TaskOptions(
-        tasks=tuple(tasks), task_path=_text(task_path), output=_text(output), fewshot=fewshot,
-        limit=limit,
-    )  # fmt: skip
+    asked = TaskOptions(tasks=tuple(tasks), **options)
     check_whole("batch", batch, 1, MOST_BATCH, "; change --batch")
+    if window is not None:
+        check_whole("window", window, 2, cure="; change --window")
     _require_harness()
     steps = steps or Steps()
     models, run = _models(folder, rates, steps)
-    if options.output is None and run is None:
+    place = _place(asked, folder, run)
+    how = {"window": window, "first_tokens": first_tokens, "batch": batch, "dtype": dtype}
+    found = _evaluate(models, run, asked, place, how, steps)
+    return {"folder": str(folder), **found}
+
+
+def _place(asked: TaskOptions, folder: str | os.PathLike, run: Path | None) -> Path:
+    """Where results go."""
+    if asked.output is not None:
+        return Path(asked.output)
+    if run is None:
         raise InputError(
             f"output is missing, where results of tasks go: {folder} is in no output folder of a "
             "run; name a folder with --output"
         )
-    place = Path(options.output) if options.output else Path(run or "") / RESULTS
+    return run / RESULTS
+
+
+def _evaluate(
+    models: Sequence[_Model],
+    run: Path | None,
+    asked: TaskOptions,
+    place: Path,
+    how: dict[str, Any],
+    steps: Steps,
+) -> dict[str, Any]:
+    """Ask every model, the dense one first, and set the others against it."""
     from pruning.measure.tasks import load_tasks  # lm_eval, which takes seconds
 
-    loaded = load_tasks(options.names, _task_folder(options.task_path), steps)
-    asked = {"fewshot": fewshot, "limit": limit}
-    how = {"window": window, "first_tokens": first_tokens, "batch": batch, "dtype": dtype}
+    loaded = load_tasks(asked.names, _task_folder(asked.task_path), steps)
     with only_writer(place):
         found = {one.name: _ask(one, loaded, place, asked, how, steps) for one in models}
         rows = {
@@ -134,7 +144,6 @@ def evaluate_tasks(
             if one.name in rows and run is not None and not one.plan:
                 keep_compared(place, Path(one.place), rows[one.name])
     return {
-        "folder": str(folder),
         "results": {name: one["written"] for name, one in found.items()},
         "compared": {name: [row.to_dict() for row in some] for name, some in rows.items()},
         "files": {name: str(one["file"]) for name, one in found.items()},
@@ -144,10 +153,6 @@ def evaluate_tasks(
 
 def _task_folder(path: str | None) -> Path | None:
     return None if path is None else DEMO / "tasks" if path == "demo" else Path(path)
-
-
-def _text(path: str | os.PathLike | None) -> str | None:
-    return None if path is None else os.fspath(path)
 
 
 def _require_harness() -> None:
@@ -217,7 +222,7 @@ def _ask(
     model: _Model,
     loaded: dict[str, Any],
     place: Path,
-    asked: dict[str, Any],
+    asked: TaskOptions,
     how: dict[str, Any],
     steps: Steps,
 ) -> dict[str, Any]:
@@ -242,8 +247,9 @@ def _ask(
         AnswerRecord(place / "answers" / f"{known}.jsonl"),
         steps,
     )
-    results = run_tasks(harness, loaded, **asked, steps=steps)
-    told = {"pretrained": model.place, "model_sha": identity, "max_length": most, **asked,
+    how_many = {"fewshot": asked.fewshot, "limit": asked.limit}
+    results = run_tasks(harness, loaded, **how_many, steps=steps)
+    told = {"pretrained": model.place, "model_sha": identity, "max_length": most, **how_many,
             "dtype": how["dtype"], "batch_size": how["batch"],
             "add_bos_token": how["first_tokens"]}  # fmt: skip
     table = tables(results)

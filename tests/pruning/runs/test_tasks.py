@@ -267,6 +267,8 @@ def test_what_cannot_be_asked_is_said_before_any_work(
     command = (*command, "--output", tmp_path / "out", "--tasks")
     said = refused(capsys, tmp_path, *command, "letters", "--limit", 0)
     assert "limit=0 must be at least 1" in said
+    said = refused(capsys, tmp_path, *command, "letters", "--window", 1)
+    assert "window=1 must be at least 2" in said
     said = refused(capsys, tmp_path, *command, ",")
     assert "there is no task to measure; name one with --tasks" in said
     monkeypatch.setitem(sys.modules, "lm_eval", None)
