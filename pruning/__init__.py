@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pruning.runs.plan import plan_folder
     from pruning.runs.recover import recover
     from pruning.runs.score import score
+    from pruning.runs.tasks import evaluate_tasks
     from pruning.runs.verify import verify
     from pruning.scores.ablation import Ablation, ablate
     from pruning.scores.channel_criteria import CHANNEL_CRITERIA, Criterion
@@ -115,6 +116,7 @@ __all__ = [
     "compress",
     "estimate",
     "evaluate",
+    "evaluate_tasks",
     "expert_loss_curves",
     "export",
     "export_folder",
@@ -178,6 +180,7 @@ _HOMES = {
     "runs.plan": ("plan_folder",),
     "runs.recover": ("recover",),
     "runs.score": ("score",),
+    "runs.tasks": ("evaluate_tasks",),
     "runs.verify": ("verify",),
     "scores.ablation": ("Ablation", "ablate"),
     "scores.channel_criteria": ("CHANNEL_CRITERIA", "Criterion"),

@@ -20,6 +20,7 @@ from pruning.recipe.options import (
     fields_of,
 )
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
+from pruning.recipe.task_options import TaskOptions
 
 MODEL = (
     "checkpoint folder (config.json, safetensors, tokenizer.json), OWNER/NAME[@REVISION] in the "
@@ -205,6 +206,7 @@ def evaluate(command: Parser) -> None:
     _memory(command)
     sweep = command.add_argument_group("Plans of an output folder")
     _rates(sweep, "measure plans of the stored statistics instead, at these rates in [0, 1)")
+    add_group(command, TaskOptions)
 
 
 def audit(command: Parser) -> None:

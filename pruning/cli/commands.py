@@ -27,9 +27,11 @@ from pruning.kit.progress import Steps
 from pruning.recipe.options import ExportOptions, PlanOptions, TextOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
+from pruning.recipe.task_options import TaskOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
 from pruning.report.cost_tables import estimate_tables
+from pruning.report.task_table import compared_table
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
 from pruning.runs import compare as comparing
@@ -41,6 +43,7 @@ from pruning.runs import plan as planning
 from pruning.runs import recover as recovering
 from pruning.runs import report as reporting
 from pruning.runs import score as scoring
+from pruning.runs import tasks as asking
 from pruning.runs import verify as verifying
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import folder_bytes
@@ -194,7 +197,9 @@ def recover(options: Options) -> Outcome:
 
 
 def evaluate(options: Options) -> Outcome:
-    """Likelihood of texts under a folder, or under the plans of a sweep."""
+    """Likelihood of texts, or tasks, under a folder or under the plans of a sweep."""
+    if given_options(options, TaskOptions):
+        return _tasks(options)
     found = evaluating.evaluate(
         options.folder,
         options.text or (),
@@ -209,6 +214,27 @@ def evaluate(options: Options) -> Outcome:
     )
     pages = [Path(options.folder, "sweep.html")] if len(options.rates or ()) > 1 else []
     return Outcome(found, [quality_table(found)], pages)
+
+
+def _tasks(options: Options) -> Outcome:
+    given: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions)
+    TaskOptions(**given)  # what is out of range is said first
+    if options.text or options.stride is not None:
+        raise InputError("tasks and text are two measurements; leave --text and --stride out")
+    text = given_options(options, TextOptions)
+    found = asking.evaluate_tasks(
+        options.folder,
+        rates=options.rates or (),
+        **given,
+        **{name: text[name] for name in ("window", "first_tokens") if name in text},
+        batch=options.batch,
+        dtype=options.dtype,
+        steps=_steps(options),
+    )
+    tables = found.pop("tables")
+    shown = [part for name, table in tables.items() for part in (f"{name}:", table)]
+    compared = [compared_table(name, rows) for name, rows in found["compared"].items()]
+    return Outcome(found, [*shown, *compared], [Path(file) for file in found["files"].values()])
 
 
 def audit(options: Options) -> Outcome:

@@ -56,7 +56,16 @@ EXAMPLES = {
     "recovered/recover.html first: how much of the loss that pruning added is left.",
     "eval": "moe-compress eval out/exports/ragged-int4 --text test.txt --json quality.json\n"
     "  moe-compress eval out --prune-rate 0.25 0.5 --text test.txt --json sweep.json\n\n"
-    "Several rates also write out/sweep.csv and out/sweep.html: size against added loss.",
+    "Several rates also write out/sweep.csv and out/sweep.html: size against added loss.\n\n"
+    "  moe-compress eval out --tasks arc_easy,hellaswag --limit 500\n"
+    "  moe-compress eval demo --tasks 'demo_*' --task-path demo --output judged\n\n"
+    "--tasks asks lm-evaluation-harness, with the questions, tokens and measures of its `hf`\n"
+    "model, and writes what it writes: out/tasks/MODEL/results_*.json, samples_*.jsonl. Beside\n"
+    "the harness's table comes one against the dense model: the difference of accuracies, its\n"
+    "error on the same documents, how many answers flipped, and whether that is within noise.\n"
+    "Documents come from the network or the cache of `datasets` (HF_HUB_OFFLINE=1: the cache\n"
+    "alone), or from your own files with --task-path. The same command goes on after an\n"
+    "interruption: what was answered stays in out/tasks/answers.",
     "report": "moe-compress report out",
     "audit": "moe-compress audit demo --experts 64 --channels 64 --output audit-out\n"
     "  moe-compress audit ./Qwen3-30B-A3B --calibration c4.txt --gradients --nll-ig 4 "

@@ -49,8 +49,8 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
         arguments.recover,
     ),
     "eval": (
-        "FOLDER --text FILE ... [options]",
-        "Measure likelihood on text; with --prune-rate, a sweep over plans.",
+        "FOLDER --text FILE ... | --tasks TASK ... [options]",
+        "Measure likelihood on text, or tasks; with --prune-rate, over plans.",
         arguments.evaluate,
     ),
     "audit": (

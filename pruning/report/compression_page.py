@@ -1,6 +1,6 @@
 """A report as one self-contained page, in the order of a user's questions (compression.html)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,17 +48,20 @@ MANY = 12  # texts that have a column of their own in a table of the page
 EARLIER = "not measured: the report is of an earlier version"
 
 
-def save(report: CompressionReport, folder: Path, notice: str = "") -> None:
+def save(
+    report: CompressionReport, folder: Path, notice: str = "", tasks: Sequence[TextTable] = ()
+) -> None:
     """Write report.html, whole or not at all; arguments as of `page`."""
-    replace_text(Path(folder) / "report.html", page(report, notice))
+    replace_text(Path(folder) / "report.html", page(report, notice, tasks))
 
 
-def page(report: CompressionReport, notice: str = "") -> str:
+def page(report: CompressionReport, notice: str = "", tasks: Sequence[TextTable] = ()) -> str:
     """The whole page, which loads nothing from anywhere.
 
     Args:
       report: what it shows.
       notice: a clause on what has changed since, shown first.
+      tasks: of exports beside the dense model, where they were measured.
     """
     loadings = {name: Loading(**found) for name, found in report.loading.items()}
     return render(
@@ -66,6 +69,7 @@ def page(report: CompressionReport, notice: str = "") -> str:
         title="Compression report",
         report=report,
         notice=notice,
+        tasks=tasks,
         terms=GLOSSARY,
         causes=causes_table(report.sizes, report.alone),
         sizes=sizes_table(report.sizes, report.model),

@@ -8,6 +8,8 @@ from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
+from pruning.report.task_table import compared_table
+from pruning.stages.judged import compared
 from pruning.stages.made_by import say_stale
 
 OLDER = (
@@ -17,7 +19,8 @@ OLDER = (
 
 
 def report(folder: str | os.PathLike, steps: Steps | None = None) -> CompressionReport:
-    """Read a finished run's report and write report.html again, marked if the plan has changed.
+    """Read a finished run's report and write report.html again, with the tasks that were measured
+    since, and marked if the plan has changed.
 
     Args:
       folder: holds report.json.
@@ -35,7 +38,8 @@ def report(folder: str | os.PathLike, steps: Steps | None = None) -> Compression
     if older:
         steps.say(f"{folder / 'report.json'}: {OLDER}")
     say_stale(folder, steps)
-    compression_page.save(found, folder, OLDER if older else "")
+    tasks = [compared_table(name, rows) for name, rows in compared(folder).items()]
+    compression_page.save(found, folder, OLDER if older else "", tasks)
     return found
 
 

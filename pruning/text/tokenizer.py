@@ -14,7 +14,7 @@ from pruning.text.chat import ChatTemplate, find_template
 from pruning.text.conversation import Conversation
 from pruning.text.conversion import converted
 
-SETTINGS = "tokenizer_config.json"
+SETTINGS, CONFIG = "tokenizer_config.json", "config.json"
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,20 @@ class TextCodec:
     first: tuple[int, ...]
     folder: Path
 
-    def encode(self, document: str | Conversation) -> list[int]:
+    def encode(self, document: str | Conversation, *, special: bool = False) -> list[int]:
         """Token ids: of a text without special tokens, of a conversation with those that its chat
         template writes.
+
+        Args:
+          document: what is read.
+          special: add what the tokenizer puts around every text, `first` above all.
 
         Raises:
           InputError: there is no chat template, or it refuses the conversation, or there is a token
             for which the model has no embedding.
         """
         text = document if isinstance(document, str) else self.template.render(document)
-        found = self.tokenizer.encode(text, add_special_tokens=False)
+        found = self.tokenizer.encode(text, add_special_tokens=special)
         if max(found.ids, default=0) >= self.vocab_size:
             place = next(i for i, token in enumerate(found.ids) if token >= self.vocab_size)
             start, stop = found.offsets[place]
@@ -74,6 +78,22 @@ class TextCodec:
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @cached_property
+    def begin(self) -> int | None:
+        """Id of the token that the settings name as the beginning of a text; mostly none.
+
+        A tokenizer may name one and not put it first, or put it first and not name it.
+        """
+        token = _token(self.folder, _settings(self.folder), "bos_token")
+        return None if token is None else self.tokenizer.token_to_id(token)
+
+    @cached_property
+    def stops(self) -> frozenset[int]:
+        """Ids at which a generated text ends: `end`, and those that the checkpoint says."""
+        given = [_stored_ends(self.folder / name) for name in ("generation_config.json", CONFIG)]
+        own = () if self.end is None else (self.end,)
+        return frozenset(own) | {one for one in given[0] or given[1] if type(one) is int}
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -154,17 +174,28 @@ def _first(tokenizer: Tokenizer) -> tuple[int, ...]:
 def _end(
     folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int
 ) -> int | None:
-    ids = read_json(folder / "config.json").get("eos_token_id")
-    given = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    given = _stored_ends(folder / CONFIG)
     if not all(type(one) is int and 0 <= one < vocab_size for one in given):
         raise InputError(
-            f"{folder}/config.json: eos_token_id={str(ids)[:80]} must be ids below the "
+            f"{folder}/config.json: eos_token_id={str(given)[:80]} must be ids below the "
             f"vocab_size {vocab_size}; get it again"
         )
-    token = settings.get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and not isinstance(token, str):
-        raise InputError(f"{folder / SETTINGS}: eos_token={token!r} must be text; get it again")
+    token = _token(folder, settings, "eos_token")
     if token is not None:
         return tokenizer.token_to_id(token)
     return next(iter(given), None)
+
+
+def _token(folder: Path, settings: Mapping[str, Any], name: str) -> str | None:
+    """The text of a token that the settings name."""
+    token = settings.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise InputError(f"{folder / SETTINGS}: {name}={token!r} must be text; get it again")
+    return token
+
+
+def _stored_ends(path: Path) -> list[Any]:
+    """What a config says of ids at which texts end."""
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]

@@ -71,3 +71,16 @@ def test_generation_ends_at_a_stop_token(model):
     free = generate(model, [[1, 2]], max_new_tokens=6)[0]
     stopped = generate(model, [[1, 2]], max_new_tokens=6, stop=[free[2]])[0]
     assert stopped == free[: free.index(free[2]) + 1]
+
+
+def test_generation_ends_where_it_is_told_to_and_no_other_sequence_does(model):
+    free = generate(model, [[1, 2], [9]], max_new_tokens=6)
+    assert free[0][:2] != free[1][:2]
+    found = generate(model, [[1, 2], [9]], max_new_tokens=6, ended=lambda new: new == free[0][:2])
+    assert found == [free[0][:2], free[1]]
+
+
+def test_longer_padding_changes_nothing_and_takes_no_room_of_the_context(model):
+    prompts = [[3, 9, 27, 17], [5] * 26]
+    expected = generate(model, prompts, max_new_tokens=6)
+    assert generate(model, prompts, max_new_tokens=6, length=40) == expected

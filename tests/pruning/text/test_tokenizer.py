@@ -26,6 +26,9 @@ SCRIPTS = [
     "",
 ]
 
+ADDED = {"__type": "AddedToken", "content": "<sop>", "lstrip": False, "rstrip": False,
+         "single_word": False, "normalized": False, "special": True}  # fmt: skip
+
 
 def byte_tokenizer(folder, post=None, **settings):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -66,6 +69,23 @@ def test_a_text_begins_with_what_transformers_puts_first(tmp_path, post, setting
         found, wanted = [*codec.first, *codec.encode(text)], tokenizer(text)["input_ids"]
         assert wanted in (found, [*found, codec.tokenizer.token_to_id("</s>")])
     assert open_codec(tmp_path, 300, first_tokens=False).first == ()
+
+
+@pytest.mark.parametrize("token", [None, "<s>", ADDED])
+def test_the_token_that_is_named_as_the_beginning_is_that_of_transformers(tmp_path, token):
+    byte_tokenizer(tmp_path, "[gMASK] $A", bos_token=token)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert open_codec(tmp_path, 300).begin == theirs.bos_token_id
+    assert (theirs.bos_token_id is None) == (token is None)
+
+
+def test_generated_text_ends_where_tokenizer_and_generation_config_say(tmp_path):
+    byte_tokenizer(tmp_path, eos_token="</s>")
+    end = 257
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert open_codec(tmp_path, 300).stops == {end, 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7, "x"]}))
+    assert open_codec(tmp_path, 300).stops == {end, 6, 7}
 
 
 def test_the_demo_puts_nothing_first():
