@@ -221,6 +221,8 @@ def _tasks(options: Options) -> Outcome:
     TaskOptions(**given)  # what is out of range is said first
     if options.text or options.stride is not None:
         raise InputError("tasks and text are two measurements; leave --text and --stride out")
+    if _limit(options):
+        raise InputError("tasks are asked in as much memory as they take; leave --memory-limit out")
     text = given_options(options, TextOptions)
     found = asking.evaluate_tasks(
         options.folder,

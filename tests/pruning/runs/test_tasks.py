@@ -255,6 +255,8 @@ def test_what_cannot_be_asked_is_said_before_any_work(
     command = ("eval", models / "single", "--task-path", letters)
     said = refused(capsys, tmp_path, *command, "--tasks", "letters", "--text", texts / "good.txt")
     assert "tasks and text are two measurements" in said
+    said = refused(capsys, tmp_path, *command, "--tasks", "letters", "--memory-limit", "2GB")
+    assert "leave --memory-limit out" in said
     said = refused(capsys, tmp_path, *command, "--tasks", "letters")
     assert "name a folder with --output" in said
     (tmp_path / "demo").mkdir()
