@@ -79,7 +79,15 @@ TESTS = {
     "pruning/scores/end_to_end.py": "scores/test_end_to_end scores/test_formulas",
     "pruning/scores/expert_sums.py": "scores/test_formulas scores/test_layer",
     "pruning/scores/layer.py": "scores/test_formulas scores/test_layer",
-    "pruning/scores/states.py": "scores/test_states",
+    "pruning/scores/states.py": "scores/test_state_slots",
+    "pruning/scores/elimination.py": "scores/test_elimination -k 'not plans'",
+    "pruning/scores/grams.py": "scores/test_elimination -k sums",
+    "pruning/scores/parts.py": "scores/test_parts stages/test_parts -k 'not tokens and not killed'",
+    "pruning/scores/routed.py": "shrink/test_repair_model -k 'fitted or error_at'",
+    "pruning/scores/sweep_log.py": "scores/test_sweep_log stages/test_parts"
+    " -k 'log or states or killed or another or damaged or interrupted'",
+    "pruning/scores/text_sweep.py": "scores/test_formulas scores/test_layer stages/test_parts",
+    "pruning/scores/weight_facts.py": "scores/test_formulas",
     "pruning/scores/weight_gradient.py": "scores/test_formulas scores/test_details",
     "pruning/budget/planners.py": "budget/test_values budget/test_planners",
     "pruning/budget/objectives.py": "budget/test_values budget/test_planners",
@@ -93,10 +101,10 @@ TESTS = {
     "pruning/budget/candidates.py": "budget/test_candidates",
     "pruning/budget/outliers.py": "budget/test_outliers",
     "pruning/budget/decide.py": "budget/test_decide budget/test_widths",
-    "pruning/budget/record.py": "budget/test_plan budget/test_values budget/test_decide",
+    "pruning/budget/record.py": "budget/test_record budget/test_plan budget/test_values",
     "pruning/budget/rule.py": "budget/test_rules",
     "pruning/budget/rules.py": "budget/test_rules",
-    "pruning/budget/problem.py": "budget/test_values budget/test_decide budget/test_widths",
+    "pruning/budget/problem.py": "budget/test_record budget/test_values budget/test_decide",
     "pruning/budget/several_budgets.py": "budget/test_several_budgets",
     "pruning/budget/plan.py": "budget/test_plan",
     "pruning/shrink/gptq_core.py": "shrink/test_gptq_core",
@@ -120,10 +128,20 @@ TESTS = {
     "pruning/runs/compare.py": "runs/test_compare",
     "pruning/report/comparison.py": "report/test_comparison",
     "pruning/stages/sizes.py": "stages/test_sizes",
-    "pruning/stages/verify.py": "measure/test_settled stages/test_probe stages/test_verify"
+    "pruning/stages/verify.py": "stages/test_checks measure/test_settled stages/test_verify"
     " -k 'not nearly and not four_bit'",
     "pruning/stages/choose.py": "stages/test_choose_values stages/test_choose"
     " -k 'values or brute or twice'",
+    "pruning/stages/checks.py": "stages/test_checks measure/test_settled -k 'not undecided'",
+    "pruning/stages/client.py": "stages/test_client stages/test_verify -k 'client or process'",
+    "pruning/stages/made_by.py": "stages/test_made_by runs/test_older_plan",
+    "pruning/stages/parts.py": "stages/test_parts_values stages/test_parts"
+    " -k 'values or stable or gradient'",
+    "pruning/stages/probe_windows.py": "stages/test_probe_windows"
+    " -k 'reach or few_tokens or quarters or document or text'",
+    "pruning/stages/rule_losses.py": "stages/test_choose_values stages/test_choose"
+    " -k 'values or twice'",
+    "pruning/stages/tokenizer_check.py": "stages/test_tokenizer_check",
     "pruning/stages/content.py": "stages/test_content",
     "pruning/stages/gptq.py": "shrink/test_gptq -k 'command or damaged or wherever'",
     "pruning/stages/repair.py": "stages/test_sizes runs/test_repair -k repair",
@@ -135,6 +153,7 @@ TESTS = {
     "pruning/text/conversion.py": "text/test_tokenizer",
     "pruning/text/documents.py": "text/test_layouts text/test_documents -k 'not bomb'",
     "pruning/text/encoding.py": "text/test_encoding",
+    "pruning/text/kept_out.py": "stages/test_choose -k 'few_and or only_the_ends or tie'",
     "pruning/text/held_out.py": "text/test_held_out -k share",
     "pruning/text/source.py": "text/test_sources",
     "pruning/text/tokenizer.py": "text/test_tokenizer text/test_chat",
@@ -145,6 +164,8 @@ TESTS = {
     "convert/formats/modeling_ragged_moe.py": "../convert/families/test_families"
     " -k 'export and (mixtral or qwen2_moe) and ragged-bf16'",
     "convert/formats/wrapped.py": "../convert/families/test_wrappers",
+    "convert/formats/float8.py": "../convert/test_format_configs runs/test_float8"
+    " -k 'float8 or whole or nearest'",
     "convert/formats/*.py": "../convert/test_format_configs ../convert/test_formats",
     "convert/quantized/awq.py": "../convert/quantized/test_formats -k awq",
     "convert/quantized/gptq.py": "../convert/quantized/test_formats -k gptq",
