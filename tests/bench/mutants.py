@@ -77,7 +77,8 @@ TESTS = {
     "pruning/scores/collect.py": "scores/test_formulas scores/test_noise scores/test_layer",
     "pruning/scores/curvature.py": "scores/test_end_to_end scores/test_formulas",
     "pruning/scores/end_to_end.py": "scores/test_end_to_end scores/test_formulas",
-    "pruning/scores/expert_sums.py": "scores/test_formulas scores/test_layer",
+    "pruning/scores/expert_sums.py": "../moe_jax/experts/test_swiglu scores/test_formulas"
+    " -k 'taken or statistic'",
     "pruning/scores/layer.py": "scores/test_formulas scores/test_layer",
     "pruning/scores/states.py": "scores/test_state_slots",
     "pruning/scores/elimination.py": "scores/test_elimination -k 'not plans'",
@@ -108,13 +109,13 @@ TESTS = {
     "pruning/budget/several_budgets.py": "budget/test_several_budgets",
     "pruning/budget/plan.py": "budget/test_plan",
     "pruning/shrink/gptq_core.py": "shrink/test_gptq_core",
-    "pruning/shrink/gptq_model.py": "stages/test_sizes shrink/test_gptq"
-    " -k 'keeps or shipped or plain_loop or memory or starved or bit_for or summary or little'",
+    "pruning/shrink/gptq_model.py": "shrink/test_layer_folder shrink/test_gptq"
+    " -k 'test_layer_folder or bit_for or summary'",
     "pruning/shrink/gptq*.py": "shrink/test_gptq_core shrink/test_gptq"
     " -k 'core or shipped or plain_loop or memory or starved or bit_for or summary or little'",
-    "pruning/shrink/moments.py": "shrink/test_gptq -k 'plain_loop or memory or starved'",
-    "pruning/shrink/progress.py": "shrink/test_repair_model shrink/test_gptq"
-    " -k 'killed or else or dies or damaged'",
+    "pruning/shrink/moments.py": "shrink/test_moments",
+    "pruning/shrink/progress.py": "shrink/test_layer_folder",
+    "pruning/kit/progress.py": "kit/test_progress",
     "pruning/shrink/prune.py": "shrink/test_prune",
     "pruning/shrink/repair.py": "shrink/test_repair",
     "pruning/shrink/repair*.py": "shrink/test_repair shrink/test_repair_model",
@@ -143,8 +144,9 @@ TESTS = {
     " -k 'values or twice'",
     "pruning/stages/tokenizer_check.py": "stages/test_tokenizer_check",
     "pruning/stages/content.py": "stages/test_content",
-    "pruning/stages/gptq.py": "shrink/test_gptq -k 'command or damaged or wherever'",
-    "pruning/stages/repair.py": "stages/test_sizes runs/test_repair -k repair",
+    "pruning/stages/gptq.py": "stages/test_layer_stages",
+    "pruning/stages/layers.py": "stages/test_layer_stages",
+    "pruning/stages/repair.py": "stages/test_layer_stages stages/test_sizes -k 'layer_stages or repair'",
     "pruning/stages/plan.py": "runs/test_older_plan cli/test_plan_options",
     "pruning/text/calibration.py": "text/test_encoding text/test_edges text/test_calibration",
     "pruning/text/chat.py": "text/test_chat",
@@ -169,7 +171,9 @@ TESTS = {
     "convert/formats/*.py": "../convert/test_format_configs ../convert/test_formats",
     "convert/quantized/awq.py": "../convert/quantized/test_formats -k awq",
     "convert/quantized/gptq.py": "../convert/quantized/test_formats -k gptq",
-    "convert/quantized/normal_float.py": "../convert/quantized/test_formats -k nf4",
+    "convert/quantized/normal_float.py": "../convert/quantized/test_normal_float",
+    "convert/quantized/found.py": "../convert/quantized/test_normal_float"
+    " ../convert/quantized/test_formats -k 'normal_float or awq or axis'",
     "convert/quantized/compressed.py": "../convert/quantized/test_formats"
     " -k 'int or fp8 or scheme'",
     "convert/quantized/float8.py": "../convert/quantized/test_formats"
@@ -177,11 +181,6 @@ TESTS = {
     "convert/quantized/config.py": "../convert/quantized/test_config",
     "convert/quantized/*.py": "../convert/quantized/test_formats -k 'awq or gptq-8 or int4-zeros'",
     "convert/families/__init__.py": "../convert/test_errors",
-    "convert/families/deepseek.py": "../convert/families/test_config_values"
-    " ../convert/families/test_deepseek_v1",
-    "convert/families/kimi_k*.py": "../convert/families/test_kimi_k2",
-    "convert/families/glm4v_moe.py": "../convert/families/test_wrappers",
-    "convert/families/qwen3_vl_moe.py": "../convert/families/test_wrappers",
     "convert/families/hf_config.py": FAMILY.format(stem="(qwen2_moe or deepseek_v3)"),
     "convert/families/tables.py": "../convert/test_side_files ../convert/families/test_fields",
     "convert/families/*.py": FAMILY,
