@@ -47,8 +47,8 @@ def test_memory_is_that_of_weights_logits_and_the_windows_run_at_a_time(attentio
 
     def expected(compared, tokens, length):
         # Of a token 4 scores for each that it sees, and 2 experts of 12 channels, 16 wide.
-        work = max((t * (4 * heads * n + 2 * 4 * (12 + 16)) for t, n in zip(tokens, length)),
-                   default=0)  # fmt: skip
+        work = max((t * (4 * heads * n + 2 * 4 * (12 + 16)) 
+                    for t, n in zip(tokens, length, strict=True)), default=0)  # fmt: skip
         return 896 * MIB + int(4 * (1.25 * (700 + 30) + 3 * compared * 64 + work))
 
     assert needed() == expected(0, [], [])

@@ -106,8 +106,8 @@ def test_all_parts_count_and_their_overlaps_are_told(swept):
     # 10, 30, 60 and 100 channels; of the even parts 40, of the odd ones 60.
     assert stability == {"tokens": [10, 30, 60, 100], "jaccard": [None, 10 / 30, 30 / 60, 60 / 100],
                          "halves": 40 / 60}  # fmt: skip
-    assert said == [f"kept set changed by {change} since the last {tokens} tokens"
-                    for change, tokens in (("66.7%", 20), ("50.0%", 30), ("40.0%", 40))]  # fmt: skip
+    changes = (("66.7%", 20), ("50.0%", 30), ("40.0%", 40))
+    assert said == [f"kept set changed by {c} since the last {n} tokens" for c, n in changes]
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0.5, 3), (0.51, 4), (0.3, 2), (0.999, 16)])
@@ -120,7 +120,7 @@ def test_until_stable_no_more_parts_count_than_it_takes(swept, limit, count):
 
 
 def test_a_text_of_one_window_has_no_halves(swept):
-    total, rows, stability, asked, said = swept(1)
+    total, rows, stability, _, said = swept(1)
     assert stability == {"tokens": [10], "jaccard": [None], "halves": None} and not said
     assert list(rows) == [0] and float(total.extra["parts"]) == 1
 
