@@ -87,7 +87,7 @@ TESTS = {
     "pruning/scores/routed.py": "shrink/test_repair_model -k 'fitted or error_at'",
     "pruning/scores/sweep_log.py": "scores/test_sweep_log stages/test_parts"
     " -k 'log or states or killed or another or damaged or interrupted'",
-    "pruning/scores/text_sweep.py": "scores/test_formulas scores/test_layer stages/test_parts",
+    "pruning/scores/text_sweep.py": "scores/test_text_sweep",
     "pruning/scores/weight_facts.py": "scores/test_formulas",
     "pruning/scores/weight_gradient.py": "scores/test_formulas scores/test_details",
     "pruning/budget/planners.py": "budget/test_values budget/test_planners",
@@ -126,11 +126,10 @@ TESTS = {
     "pruning/measure/choice.py": "measure/test_choice",
     "pruning/measure/quality.py": "measure/test_quality -k 'states or broken or by_hand'",
     "pruning/measure/*.py": "measure/test_{stem}",
-    "pruning/runs/compare.py": "runs/test_compare",
+    "pruning/runs/compare*.py": "runs/test_compare_values",
     "pruning/report/comparison.py": "report/test_comparison",
     "pruning/stages/sizes.py": "stages/test_sizes",
-    "pruning/stages/verify.py": "stages/test_checks measure/test_settled stages/test_verify"
-    " -k 'not nearly and not four_bit'",
+    "pruning/stages/verify.py": "stages/test_verify_values",
     "pruning/stages/choose.py": "stages/test_choose_values stages/test_choose"
     " -k 'values or brute or twice'",
     "pruning/stages/checks.py": "stages/test_checks measure/test_settled -k 'not undecided'",

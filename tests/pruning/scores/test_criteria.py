@@ -257,3 +257,16 @@ def test_without_text_only_what_weights_alone_give_is_let_through():
         message = rf"{name} needs calibration text, .* choose among .*\b{'weight'}\b"
         with pytest.raises(ValueError, match=message):
             require_data_free(criterion, attribution)
+
+
+def test_aimer_has_no_unit_and_is_zero_without_weights():
+    stats = statistics(2, 3, 4)
+    aimer = EXPERT_CRITERIA["aimer"]
+    wanted = aimer(stats)
+    names = [f"{part}_{fact}" for part in ("down", "up", "gate") for fact in ("norm", "l1")]
+    for scale in (1e-3, 1e3):
+        scaled = stats.replace(**{name: scale * getattr(stats, name) for name in names})
+        np.testing.assert_allclose(aimer(scaled), wanted, rtol=1e-12)
+    for name in names:
+        getattr(stats, name)[1, 2] = 0.0
+    assert aimer(stats)[1, 2] == 0.0
