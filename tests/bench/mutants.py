@@ -84,7 +84,8 @@ TESTS = {
     " -k 'loop_over or finite or closed_form or abs_and or tile_sums or expert_gradient'",
     "pruning/scores/states.py": "scores/test_state_slots",
     "pruning/scores/elimination.py": "scores/test_elimination -k 'not plans'",
-    "pruning/scores/grams.py": "scores/test_elimination -k sums",
+    "pruning/scores/grams.py": "scores/test_gram_values scores/test_elimination"
+    " -k 'gram_values or sums'",
     "pruning/scores/parts.py": "scores/test_parts stages/test_parts -k 'not tokens and not killed'",
     "pruning/scores/routed.py": "shrink/test_repair_model -k 'fitted or error_at'",
     "pruning/scores/sweep_log.py": "scores/test_sweep_log stages/test_parts"
@@ -122,7 +123,7 @@ TESTS = {
     "pruning/shrink/prune.py": "shrink/test_prune",
     "pruning/shrink/repair.py": "shrink/test_repair",
     "pruning/shrink/repair*.py": "shrink/test_repair shrink/test_repair_model",
-    "pruning/shrink/masked.py": "runs/test_compare -k 'masked or constant'",
+    "pruning/shrink/masked.py": "shrink/test_masked",
     "pruning/shrink/rounding.py": "shrink/test_rounding",
     "pruning/measure/agreement.py": "runs/test_audit",
     "pruning/measure/loss_curves.py": "measure/test_tokens",
