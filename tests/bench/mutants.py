@@ -166,6 +166,13 @@ TESTS = {
     "pruning/text/windows.py": "text/test_encoding text/test_edges",
     "pruning/text/json_values.py": "text/test_json_values",
     "pruning/text/*.py": "text/test_layouts text/test_sources text/test_chat_rows",
+    "convert/axes.py": "../convert/test_axes",
+    "convert/rules.py": "../convert/families/test_config_values ../convert/families/test_wrappers"
+    " ../convert/test_layouts -k 'values or spelled or fused'",
+    "convert/fields.py": "../convert/families/test_fields"
+    " -k 'another_kind or test_a_default or gone_or_null or may_hold or left_out'",
+    "convert/interleaved.py": "../convert/test_published ../convert/families/test_gpt_oss"
+    " -k 'names_that or read_exactly or comes_out or damaged or incomplete'",
     "convert/sound.py": "../convert/test_sound",
     "convert/export_format.py": "../convert/test_formats ../convert/test_layered",
     "convert/formats/modeling_ragged_moe.py": "../convert/families/test_families"
