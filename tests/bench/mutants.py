@@ -113,8 +113,7 @@ TESTS = {
     "pruning/budget/several_budgets.py": "budget/test_several_budgets",
     "pruning/budget/plan.py": "budget/test_plan",
     "pruning/shrink/gptq_core.py": "shrink/test_gptq_core",
-    "pruning/shrink/gptq_model.py": "shrink/test_layer_folder shrink/test_gptq"
-    " -k 'test_layer_folder or bit_for or summary'",
+    "pruning/shrink/gptq_model.py": "shrink/test_layer_folder",
     "pruning/shrink/gptq*.py": "shrink/test_gptq_core shrink/test_gptq"
     " -k 'core or shipped or plain_loop or memory or starved or bit_for or summary or little'",
     "pruning/shrink/moments.py": "shrink/test_moments",
@@ -151,7 +150,7 @@ TESTS = {
     "pruning/stages/layers.py": "stages/test_layer_stages",
     "pruning/stages/repair.py": "stages/test_layer_stages stages/test_sizes"
     " -k 'layer_stages or repair'",
-    "pruning/stages/plan.py": "runs/test_older_plan cli/test_plan_options",
+    "pruning/stages/plan.py": "stages/test_plan_values",
     "pruning/text/calibration.py": "text/test_encoding text/test_edges text/test_calibration",
     "pruning/text/chat.py": "text/test_chat",
     "pruning/text/chat_rows.py": "text/test_chat_rows",

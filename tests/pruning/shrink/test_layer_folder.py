@@ -3,11 +3,17 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
+from moe_jax.quantized import quantize_layer
+from moe_jax.stream import forward_hidden, in_batches, layer_forward, mapped
+from moe_jax.transformer import abstract
+from pruning.shrink import gptq_model
+from pruning.shrink.gptq import Solved
 from pruning.shrink.gptq_model import (
     SUMMARY,
     LayerErrors,
@@ -15,6 +21,7 @@ from pruning.shrink.gptq_model import (
     layer_errors,
     progress_bytes,
     quantize_model,
+    with_codes,
 )
 from pruning.shrink.progress import STATES, LayerFolder, held_out
 from tests.pruning.scores.test_layer import CONFIG
@@ -164,3 +171,69 @@ def test_gptq_of_one_window_is_refused(tmp_path):
     tokens = np.zeros((1, 4), np.int32)
     with pytest.raises(InputError, match=r"at least 2 calibration windows.*but has 1; give more"):
         quantize_model(None, tokens, tokens == 0, tmp_path, group_size=4, provenance={})
+
+
+def test_each_text_goes_through_the_layers_as_they_are_rounded(tmp_path, monkeypatch):
+    """With rounding to nearest in the place of GPTQ, the model that comes out is known."""
+    rng = np.random.default_rng(0)
+
+    def drawn(leaf):
+        if leaf.dtype == jnp.int32:  # widths of experts
+            return jnp.full(leaf.shape, CONFIG.moe.d_expert, jnp.int32)
+        return jnp.asarray(rng.normal(0.1, 0.3, leaf.shape), leaf.dtype)
+
+    model = jax.tree.map(drawn, abstract(CONFIG))
+    asked = []
+
+    def rounded(layer, inputs, group_size):
+        asked.append([np.asarray(x) for x, _ in inputs])
+        return quantize_layer(layer, group_size), Solved(5, 1)
+
+    monkeypatch.setattr(gptq_model, "gptq_layer", rounded)
+    tokens = rng.integers(0, 64, (2, 6)).astype(np.int32)
+    valid = np.arange(6)[None] < np.array([[6], [4]])
+
+    def stop(index: int) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+
+    options = {"group_size": 4, "provenance": SAID, "batch": 1}
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, tokens, valid, tmp_path, on_layer=stop, **options)
+    layers, x = codes_in(tmp_path).open(SAID)
+    quantised = mapped(model, lambda index, layer: quantize_layer(layer, 4))
+    wanted = forward_hidden(quantised, tokens, valid, batch=1)
+    assert [len(part) for part in x] == [1, 1] and len(asked) == 3
+    for number in range(2):  # the first is learnt from, the other held out
+        some = valid[number]
+        np.testing.assert_allclose(
+            x[number][0][0][some], wanted[number][some], rtol=1e-4, atol=1e-4
+        )
+    # Errors are of the held-out window's real tokens, behind the rounded layers before.
+    below = forward_hidden(FirstLayers(quantised, 2), tokens[1:], valid[1:], batch=1)
+    place = in_batches(model, tokens[1:], valid[1:], 1).places[0]
+    exact, near = (np.asarray(layer_forward(source.layer(2), jnp.asarray(below), place), float)
+                   for source in (model, quantised))  # fmt: skip
+    some = valid[1:]
+    error = np.square(near - exact)[some].sum() / np.square(exact - below)[some].sum()
+    assert layers[2]["gptq"] == layers[2]["nearest"] == pytest.approx(error, rel=1e-3)
+    assert (layers[2]["matrices"], layers[2]["fallbacks"]) == (5, 1)
+    # What lies in the folder is that model.
+    again = with_codes(model, tmp_path, 4)
+    for index in range(3):
+        ours, theirs = (jax.tree.leaves(one.layer(index)) for one in (again, quantised))
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+class FirstLayers:
+    """The beginning of a model."""
+
+    def __init__(self, source, layers: int):
+        self._source, self._layers = source, layers
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def __len__(self):
+        return self._layers
