@@ -428,7 +428,7 @@ def _run_all(mutants: list[dict], done: dict[str, dict], arguments) -> None:
 def show(mutants: list[dict], done: dict[str, dict]) -> None:
     """Print survivors as differences, then one row per module."""
     rows = [line for line in EQUIVALENT.read_text().splitlines() if line and line[0] != "#"]
-    known = [[part.strip() for part in line.split(" | ")] for line in rows]
+    known = [[part.strip().replace(r"\|", "|") for part in line.split(" | ")] for line in rows]
     table: dict[str, dict[str, int]] = {}
     for mutant in mutants:
         if mutant["key"] not in done:

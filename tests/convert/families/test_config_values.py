@@ -241,6 +241,9 @@ WITHOUT_WINDOW = {"sliding_window": None, "sliding_layers": ()}
         ("qwen3_next", {"mlp_only_layers": [1, 3]}, of("qwen3_next", dense_layers=(0, 1, 2, 3, 4))),
         ("deepseek", {"first_k_dense_replace": 0, "moe_layer_freq": 1},
          of("deepseek", dense_layers=())),
+        ("deepseek", {"moe_layer_freq": None}, of("deepseek", dense_layers=(0, 1))),
+        ("deepseek", {"first_k_dense_replace": 0, "moe_layer_freq": ...},
+         of("deepseek", dense_layers=())),
     ],
 )  # fmt: skip
 def test_what_one_value_changes(family, said, wanted):
@@ -345,6 +348,8 @@ def test_every_value_of_the_text_model_of_a_wrapper_is_read(family):
         found = own.config_from_hf({"text_config": dict(text), **outer})
         assert found == wanted.replace(tie_embeddings=tied)
     assert own.config_from_hf(text) == wanted  # a text model by itself
+    del text["tie_word_embeddings"]
+    assert own.config_from_hf(text) == wanted.replace(tie_embeddings=False)
     with pytest.raises(InputError, match="lacks text_config"):
         own.config_from_hf({})
 
