@@ -54,6 +54,7 @@ def test_states_come_back_from_where_they_were_put(tmp_path, is_file, dtype):
 
 
 def test_states_and_projections_take_so_many_bytes():
+    assert states.MEMORY_STATES == states.MEMORY_PROJECTIONS == 2 * 1024**3
     assert state_bytes(5, (4, 3, 2), jnp.float32) == 5 * 4 * 3 * 2 * 4
     assert state_bytes(5, (4, 3, 2), jnp.bfloat16) == 5 * 4 * 3 * 2 * 2
     assert layer_slots(CONFIG) == 6
@@ -99,7 +100,7 @@ def test_states_lie_in_a_file_from_where_they_are_more_than_memory_takes(tmp_pat
 
     monkeypatch.setattr(states, "scratch_file", scratch_file)
     size = state_bytes(3, SHAPE, jnp.float32)
-    for most, files in ((size, []), (size - 1, [(tmp_path, size)])):
+    for most, files in ((size + 1, []), (size, []), (size - 1, [(tmp_path, size)])):
         monkeypatch.setattr(states, "MEMORY_STATES", most)
         with temporary_states(3, SHAPE, jnp.float32, tmp_path) as kept:
             kept.put(0, slice(0, 6), values(jnp.float32)[0])
