@@ -137,7 +137,7 @@ TESTS = {
     "pruning/stages/choose.py": "stages/test_choose_values stages/test_choose"
     " -k 'values or brute or twice'",
     "pruning/stages/checks.py": "stages/test_checks measure/test_settled"
-    " -k 'test_checks or _positions or the_limit'",
+    " -k 'test_checks or _positions or the_limit or eight'",
     "pruning/stages/client.py": "stages/test_client",
     "pruning/stages/made_by.py": "stages/test_made_by",
     "pruning/stages/parts.py": "stages/test_parts_values",

@@ -36,3 +36,12 @@ def test_the_largest_difference_of_a_position_counts_whatever_its_sign(check):
         assert not wrong.ok and (wrong.export, wrong.check, wrong.done) == ("e", "n", True)
         assert not check("e", "n", wanted, found * 1e-2, *settled).ok
     assert check("e", "n", wanted, wanted, *settled).ok
+
+
+@pytest.mark.parametrize(("column", "decides"), [(0, False), (1, True), (3, True)])
+def test_positions_that_see_another_decide(column, decides):
+    wanted = np.zeros((20, 4, 3), np.float32)
+    settled = np.zeros((20, 4), bool)
+    settled[:, column] = True
+    found = np.where(settled[..., None], wanted, 0.5).astype(np.float32)
+    assert logit_check("e", "n", found, wanted, settled).ok == decides
