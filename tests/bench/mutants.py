@@ -175,8 +175,7 @@ TESTS = {
     " -k 'names_that or read_exactly or comes_out or damaged or incomplete'",
     "convert/sound.py": "../convert/test_sound",
     "convert/export_format.py": "../convert/test_formats ../convert/test_layered",
-    "convert/formats/modeling_ragged_moe.py": "../convert/families/test_families"
-    " -k 'export and (mixtral or qwen2_moe) and ragged-bf16'",
+    "convert/formats/modeling_ragged_moe.py": "../convert/test_ragged_code",
     "convert/formats/wrapped.py": "../convert/families/test_wrappers",
     "convert/formats/float8.py": "../convert/test_format_configs runs/test_float8"
     " -k 'float8 or whole or nearest'",
