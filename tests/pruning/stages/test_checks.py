@@ -45,3 +45,13 @@ def test_positions_that_see_another_decide(column, decides):
     settled[:, column] = True
     found = np.where(settled[..., None], wanted, 0.5).astype(np.float32)
     assert logit_check("e", "n", found, wanted, settled).ok == decides
+
+
+@pytest.mark.parametrize("check", [logit_check, long_check])
+def test_a_difference_as_large_as_the_limit_is_none(check):
+    wanted = np.zeros((1, 16, 3), np.float32)
+    settled = [np.ones((1, 16), bool)] if check is logit_check else []
+    limit = np.float32(2e-3)
+    assert check("e", "n", np.full_like(wanted, limit), wanted, *settled).ok
+    above = np.full_like(wanted, np.nextafter(limit, np.float32(1)))
+    assert not check("e", "n", above, wanted, *settled).ok

@@ -51,6 +51,8 @@ SHORT = (PROBE_WINDOWS, PROBE_TOKENS, 1)
         (None, {}, 512, []),
         (128, {}, 512, [(LONG_WINDOWS, 160, 1)]),
         (128, {}, 140, [(LONG_WINDOWS, 140, 1)]),  # the model's own limit
+        (8, {}, 32, []),  # the short ones show it
+        (8, {}, 33, [(LONG_WINDOWS, 33, 1)]),
         (512, {}, 512, []),  # a window as long as the context hides nothing
         (4096, {}, 131072, [(LONG_WINDOWS, 4128, 1)]),  # Mixtral's
         (32768, {}, 131072, [(LONG_WINDOWS, 32800, 1)]),
