@@ -10,7 +10,7 @@ served to the import system and the files untouched.
 
 A sample takes a place in the source at random and one mutant there. Outcomes are kept in --results
 by the mutated source, so that a run goes on where another ended; --retry tries those again that
-survived. The table counts what is known of each module as it is now, all samples together. Mutants
+survived, of whatever sample. The table counts what is known of each module as it is now, all samples together. Mutants
 that no test could kill stand with their reason in mutants_equivalent.txt.
 """
 
@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="places per module; default all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--retry", action="store_true", help="run survivors of before again")
+    parser.add_argument("--retry", action="store_true", help="run only survivors of before, again")
     parser.add_argument("--table", action="store_true", help="only show what is known")
     arguments = parser.parse_args()
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
@@ -395,8 +395,10 @@ def main() -> None:
         now = {module: digest((ROOT / module).read_text()) for module in modules}
         mutants = [one for one in done.values() if now.get(one["module"]) == one["source"]]
     else:
-        mutants = [one for module in modules
-                   for one in sample(module, arguments.sample, arguments.seed)]  # fmt: skip
+        alive = {key for key, one in done.items() if one["outcome"] == "survived"}
+        count = None if arguments.retry else arguments.sample
+        mutants = [one for module in modules for one in sample(module, count, arguments.seed)
+                   if not arguments.retry or one["key"] in alive]  # fmt: skip
         _run_all(mutants, done, arguments)
     show(mutants, done)
 
