@@ -10,8 +10,9 @@ served to the import system and the files untouched.
 
 A sample takes a place in the source at random and one mutant there. Outcomes are kept in --results
 by the mutated source, so that a run goes on where another ended; --retry tries those again that
-survived, of whatever sample. The table counts what is known of each module as it is now, all samples together. Mutants
-that no test could kill stand with their reason in mutants_equivalent.txt.
+survived, of whatever sample. The table counts what is known of each module as it is now, all
+samples together. Mutants that no test could kill stand with their reason in
+mutants_equivalent.txt.
 """
 
 import argparse
