@@ -186,3 +186,23 @@ def test_a_sentencepiece_model_gives_the_ids_of_the_original(tmp_path, kind):
 def test_a_folder_without_any_tokenizer_says_what_to_copy(tmp_path):
     with pytest.raises(ValueError, match=r"not exist; copy .*, or its tiktoken\.model"):
         open_codec(tmp_path, 100)
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "end"),
+    [
+        (None, {}, None), (0, {}, 0), (259, {}, 259), ([7, 3], {}, 7), ([], {}, None),
+        (7, {"eos_token": "</s>"}, 257), ([7], {"eos_token": {"content": "<sop>"}}, 259),
+        (7, {"eos_token": "no such"}, None), (-1, {}, ...), (260, {}, ...), ([0, 260], {}, ...),
+        (True, {}, ...), (1.0, {}, ...), ("1", {}, ...), ([list(range(100))], {}, ...),
+    ],
+)  # fmt: skip
+def test_a_text_ends_with_a_token_that_the_model_has(tmp_path, said, settings, end):
+    byte_tokenizer(tmp_path, **settings)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": said}))
+    if end is not ...:
+        assert open_codec(tmp_path, 260).end == end
+        return
+    with pytest.raises(ValueError, match="must be ids below the vocab_size 260; get it again") as e:
+        open_codec(tmp_path, 260)
+    assert f"config.json: eos_token_id={str(said)[:80]} must be" in str(e.value)
