@@ -338,3 +338,36 @@ def test_every_text_is_measured_on_its_own_rows(monkeypatch):
     assert (found.kept, found.emptied) == (11, 6)
     assert (found.rule, found.rate, found.seed, found.repair) == ("random", 0.25, 2, "layer")
     assert (found.family, found.about) == (RULES["random"].family, RULES["random"].about)
+
+
+def test_a_repaired_plan_is_run_from_a_folder_that_goes_afterwards(monkeypatch, tmp_path):
+    tokens = np.arange(40).reshape(5, 8)
+    text = SimpleNamespace(tokens=tokens, valid=tokens > 0, total=39, sources=SOURCES)
+    recipe = SimpleNamespace(batch=3, window=8, dtype="float32")
+    job: Any = SimpleNamespace(base=Base(), recipe=recipe, output=tmp_path, dtype=np.float32,
+                               calibration=text)  # fmt: skip
+    plan = PruningPlan(np.ones(SHAPE, bool), (0, 2), {"model_hash": "abc"})
+    asked: dict[str, Any] = {}
+
+    def repair_model(base, plan_, tokens_, valid, folder, **options):
+        assert base is job.base and plan_ is plan and tokens_ is tokens and valid is text.valid
+        asked.update(options)
+        folder.mkdir()
+
+    def forward_hidden(source, *given, **options):
+        assert (tmp_path / compared.FOLDER).is_dir()
+        return source, given, options
+
+    monkeypatch.setattr(compared, "repair_model", repair_model)
+    monkeypatch.setattr(compared, "forward_hidden", forward_hidden)
+    monkeypatch.setattr(compared, "PrunedSource", lambda base, plan: "pruned")
+    monkeypatch.setattr(compared, "with_repair", lambda source, folder: (source, folder))
+    layers: list[int] = []
+    found: Any = compared.repaired_hidden(job, plan, "layer", ("tokens", "valid"), layers.append)
+    folder = tmp_path / compared.FOLDER
+    how = {"batch": 3, "dtype": np.float32}
+    assert found == (("pruned", folder), ("tokens", "valid"), how) and not folder.exists()
+    asked["on_layer"](1)
+    assert layers == [1] and asked["mode"] == "layer"
+    assert {name: asked[name] for name in how} == how
+    assert asked["provenance"] == {**compared.of_plan(job, plan), "mode": "layer"}

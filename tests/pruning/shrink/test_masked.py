@@ -71,6 +71,39 @@ def test_a_plan_of_other_layers_or_widths_is_refused(model):
         masked_hidden(model, TEXT, VALID, [PruningPlan(np.ones(SHAPE, bool), (0, 1))])
 
 
+def test_with_a_sample_kept_channels_take_over_what_is_gone(model):
+    """Behind the layers of the dense model, whatever the plans do."""
+    rng = np.random.default_rng(5)
+    hidden = rng.normal(size=(6, 40, 12))
+    grams = np.einsum("erf,erg->efg", hidden, hidden).astype(np.float32)
+    seen = Seen(grams, np.einsum("erf,erf->ef", hidden, hidden), np.full(6, 40))
+    taken: list[int] = []
+
+    class Sample:
+        def through(self, index, layer):
+            assert layer is model.layers[index]
+            taken.append(index)
+            return seen if index != 1 else None
+
+    plan: PruningPlan = plan_of(2)
+    part = PruningPlan(plan.keep[:1], (2,))  # of one of the layers with experts
+    found = masked_hidden(model, TEXT, VALID, [plan, part], sample=Sample(), batch=5)
+    assert taken == [0, 1, 2]
+
+    def refitted(one):
+        def change(index, layer):
+            if index not in one.layer_indices:
+                return layer
+            keep = one.keep[one.layer_indices.index(index)]
+            return mask_layer(taken_over(layer, seen, keep), keep)
+
+        return mapped(model, change)
+
+    for one, states in zip((plan, part), found, strict=True):
+        wanted = forward_hidden(refitted(one), TEXT, VALID, batch=5)
+        np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("tokens", "pull"), [(4000, 1e-2), (1600, 1e-2), (800, 2e-2), (40, 0.4)])
 def test_kept_rows_move_to_where_least_squares_with_a_pull_has_them(tokens, pull):
     assert (masked.PULL, masked.PULL_OF_TOKENS) == (1e-2, 4)
