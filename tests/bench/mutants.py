@@ -144,8 +144,7 @@ TESTS = {
     "pruning/stages/parts.py": "stages/test_parts_values",
     "pruning/stages/probe_windows.py": "stages/test_probe_windows"
     " -k 'reach or few_tokens or quarters or document or text'",
-    "pruning/stages/rule_losses.py": "stages/test_choose_values stages/test_choose"
-    " -k 'values or twice'",
+    "pruning/stages/rule_losses.py": "stages/test_rule_losses stages/test_choose_values",
     "pruning/stages/tokenizer_check.py": "stages/test_tokenizer_values",
     "pruning/stages/content.py": "stages/test_content",
     "pruning/stages/gptq.py": "stages/test_layer_stages",
