@@ -170,6 +170,9 @@ def test_a_layered_model_has_one_width_a_layer_and_stock_shared_experts():
     for layer in model.layers[1:]:
         assert layer.mlp.shared_experts.gate_proj.weight.shape[0] == 2 * 7
         assert isinstance(layer.mlp.experts, code.LayeredExperts)
+    config.moe_intermediate_size = [0, 0, 5]
+    emptied = made(config).layers[1].mlp.experts
+    assert not list(emptied.parameters()) and len(emptied) == 4
     stock = SimpleNamespace(moe_intermediate_size=5)
     with code._stock_width(stock):
         assert stock.moe_intermediate_size == 5
