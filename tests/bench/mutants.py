@@ -174,9 +174,9 @@ TESTS = {
     "convert/interleaved.py": "../convert/test_published ../convert/families/test_gpt_oss"
     " -k 'names_that or read_exactly or comes_out or damaged or incomplete'",
     "convert/sound.py": "../convert/test_sound",
-    "convert/export_format.py": "../convert/test_formats ../convert/test_layered",
+    "convert/export_format.py": "../convert/test_export_format ../convert/test_formats",
     "convert/formats/modeling_ragged_moe.py": "../convert/test_ragged_code",
-    "convert/formats/wrapped.py": "../convert/families/test_wrappers",
+    "convert/formats/wrapped.py": "../convert/test_export_format",
     "convert/formats/float8.py": "../convert/test_format_configs runs/test_float8"
     " -k 'float8 or whole or nearest'",
     "convert/formats/*.py": "../convert/test_format_configs ../convert/test_formats",

@@ -34,6 +34,16 @@ def test_a_plan_says_its_options_its_budget_and_what_it_left():
     assert said(prune_rate=0.5, layer_rates={1: 0.25})["layer_rates"] == {"1": 0.25}
 
 
+def test_a_budget_is_some_channels_or_all():
+    assert said(channels=96)["kept"] == 96 and said(channels=96)["prune_rate"] == 0.0
+    for wrong in (0, -1, 97):
+        with pytest.raises(InputError, match=rf"channels={wrong} must lie in \[1, 96\]"):
+            said(channels=wrong)
+    for wrong in ({}, {"channels": 9, "prune_rate": 0.5}):
+        with pytest.raises(InputError, match="give either prune_rate="):
+            said(**wrong)
+
+
 @pytest.mark.parametrize(
     ("width", "planner", "expert_rate"),
     [("free", "fair", None), ("uniform", None, None), ("experts", None, None),
