@@ -125,7 +125,7 @@ TESTS = {
     "pruning/shrink/masked.py": "shrink/test_masked",
     "pruning/shrink/rounding.py": "shrink/test_rounding",
     "pruning/measure/agreement.py": "runs/test_audit"
-    " -k 'correlation or agreement or spread or report_ranks or rows_of'",
+    " -k 'correlation or agreement or spread or report_ranks or rows_of or sample_of'",
     "pruning/measure/loss_curves.py": "measure/test_tokens",
     "pruning/measure/choice.py": "measure/test_choice",
     "pruning/measure/quality.py": "measure/test_quality -k 'states or broken or by_hand'",

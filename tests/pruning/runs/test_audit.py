@@ -61,6 +61,16 @@ def test_a_sample_is_spread_over_the_layers_and_names_nothing_twice(experts, cha
         assert max(counts) - min(counts) <= (2 if group is whole else 1)
 
 
+def test_a_sample_of_all_has_every_expert_and_channel_once():
+    found = sample_ablations((0, 2), (2, 5), 9, 20)
+    whole = [(layer, e, None) for layer in (0, 2) for e in range(2) for _ in range(2)]
+    parts = [(layer, e, c) for layer in (0, 2) for e in range(2) for c in range(5)]
+    key = lambda one: (one[0], one[1], -1 if one[2] is None else one[2])  # noqa: E731
+    assert sorted(((o.layer, o.expert, o.channel) for o in found), key=key) == sorted(
+        whole + parts, key=key
+    )
+
+
 def test_a_report_ranks_the_attribution_it_was_made_from_perfectly():
     statistics = synthetic.statistics(2, 6, 4, gradients=False, expert_details=False)
     rng = np.random.default_rng(0)
