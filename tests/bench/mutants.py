@@ -129,7 +129,7 @@ TESTS = {
     "pruning/measure/loss_curves.py": "measure/test_tokens",
     "pruning/measure/choice.py": "measure/test_choice",
     "pruning/measure/quality.py": "measure/test_quality -k 'states or broken or by_hand'",
-    "pruning/measure/settled.py": "measure/test_settled -k 'tie or settled_token'",
+    "pruning/measure/settled.py": "measure/test_settled -k 'tie or settled_token or is_gone'",
     "pruning/measure/*.py": "measure/test_{stem}",
     "pruning/runs/compare*.py": "runs/test_compare_values",
     "pruning/report/comparison.py": "report/test_comparison",
