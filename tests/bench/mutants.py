@@ -168,8 +168,7 @@ TESTS = {
     "convert/axes.py": "../convert/test_axes",
     "convert/rules.py": "../convert/families/test_config_values ../convert/families/test_wrappers"
     " ../convert/test_layouts -k 'values or spelled or fused'",
-    "convert/fields.py": "../convert/families/test_fields"
-    " -k 'another_kind or test_a_default or gone_or_null or may_hold or left_out'",
+    "convert/fields.py": "../convert/test_field_ranges",
     "convert/interleaved.py": "../convert/test_interleaved",
     "convert/sound.py": "../convert/test_sound",
     "convert/export_format.py": "../convert/test_export_format ../convert/test_formats",
