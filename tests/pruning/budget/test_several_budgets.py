@@ -154,7 +154,8 @@ def test_bad_targets_are_refused():
 @pytest.mark.parametrize(
     ("power", "target", "expected"),
     [(1, 4567, [1, 1000, 456, 728, 457]), (1, 4560, [1, 1000, 456, 728, 457]),
-     (1, 9995, [1, 1000, 999]), (1, 10, [1, 1000, 2]), (3, 10 * 500.5**3, None),
+     (1, 9995, [1, 1000, 999]), (1, 10, [1, 1000, 2]), (1, 8555, [1, 1000, 855, 856]),
+     (3, 10 * 500.5**3, None),
      (8, 10 * 900.5**8, None), (0.1, 10 * 3.5**0.1, None)],
 )  # fmt: skip
 def test_budgets_are_guessed_on_a_straight_line_and_halved_where_it_bends(power, target, expected):
