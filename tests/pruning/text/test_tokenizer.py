@@ -206,3 +206,18 @@ def test_a_text_ends_with_a_token_that_the_model_has(tmp_path, said, settings, e
     with pytest.raises(ValueError, match="must be ids below the vocab_size 260; get it again") as e:
         open_codec(tmp_path, 260)
     assert f"config.json: eos_token_id={str(said)[:80]} must be" in str(e.value)
+
+
+@pytest.mark.parametrize("lacking", ["sentencepiece", "google.protobuf"])
+def test_without_the_packages_for_it_a_sentencepiece_model_is_refused_with_the_cure(
+    tmp_path, monkeypatch, lacking
+):
+    def import_module(name):
+        if name == lacking:
+            raise ImportError(f"No module named '{name}'")
+
+    monkeypatch.setattr("pruning.text.conversion.importlib.import_module", import_module)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"more packages .*{lacking}.*: pip install 'moe-jax\["):
+        open_codec(tmp_path, 100)
