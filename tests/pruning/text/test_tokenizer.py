@@ -221,3 +221,18 @@ def test_without_the_packages_for_it_a_sentencepiece_model_is_refused_with_the_c
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"more packages .*{lacking}.*: pip install 'moe-jax\["):
         open_codec(tmp_path, 100)
+
+
+def test_a_token_beyond_the_embedding_is_shown_in_its_place(tmp_path):
+    byte_tokenizer(tmp_path)
+    codec = open_codec(tmp_path, 257)
+    before, behind = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    assert codec.encode(f"{before}<s>")[-1] == 256 and codec.encode("") == []
+    with pytest.raises(ValueError, match="take '</s>' out of the text") as error:
+        codec.encode(f"{before}</s>{behind}<sop>")
+    assert str(error.value).startswith(
+        f"'{before[-20:]}</s>{behind[:20]}' in the text has the token '</s>' with id 257, but the "
+        "model's embedding has 257 rows; "
+    )
+    with pytest.raises(ValueError, match=r"^'a</s>b' in the text"):
+        codec.encode("a</s>b")
