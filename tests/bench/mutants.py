@@ -167,7 +167,7 @@ TESTS = {
     "pruning/text/*.py": "text/test_layouts text/test_sources text/test_chat_rows",
     "convert/axes.py": "../convert/test_axes",
     "convert/rules.py": "../convert/families/test_config_values ../convert/families/test_wrappers"
-    " ../convert/test_layouts -k 'values or spelled or fused'",
+    " ../convert/test_layouts ../convert/test_formats -k 'values or spelled or fused or stay_16'",
     "convert/fields.py": "../convert/test_field_ranges",
     "convert/interleaved.py": "../convert/test_interleaved",
     "convert/sound.py": "../convert/test_sound",
