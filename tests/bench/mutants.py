@@ -90,7 +90,8 @@ TESTS = {
     "pruning/scores/parts.py": "scores/test_parts",
     "pruning/scores/routed.py": "shrink/test_repair_model -k 'fitted or error_at'",
     "pruning/scores/sweep_log.py": "scores/test_sweep_log",
-    "pruning/scores/text_sweep.py": "scores/test_text_sweep scores/test_layer -k 'sweep or streamed'",
+    "pruning/scores/text_sweep.py": "scores/test_text_sweep scores/test_layer"
+    " -k 'sweep or streamed'",
     "pruning/scores/weight_facts.py": "scores/test_details shrink/test_prune"
     " -k 'norm_ratio or statistics_of or weights_alone'",
     "pruning/scores/weight_gradient.py": "scores/test_details -k 'weight_times or prompts'",
