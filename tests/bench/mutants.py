@@ -10,8 +10,9 @@ served to the import system and the files untouched.
 
 A sample takes a place in the source at random and one mutant there. Outcomes are kept in --results
 by the mutated source, so that a run goes on where another ended; --retry tries those again that
-survived. The table counts what is known of each module as it is now, all samples together. Mutants
-that no test could kill stand with their reason in mutants_equivalent.txt.
+survived, of whatever sample. The table counts what is known of each module as it is now, all
+samples together. Mutants that no test could kill stand with their reason in
+mutants_equivalent.txt.
 """
 
 import argparse
@@ -74,13 +75,26 @@ TESTS = {
     "pruning/scores/similarity.py": "scores/test_similarity",
     "pruning/scores/noise.py": "scores/test_noise scores/test_formulas",
     "pruning/scores/ablation.py": "scores/test_ablation",
-    "pruning/scores/collect.py": "scores/test_formulas scores/test_noise scores/test_layer",
-    "pruning/scores/curvature.py": "scores/test_end_to_end scores/test_formulas",
+    "pruning/scores/collect.py": "scores/test_noise scores/test_details"
+    " -k 'noise or weights_alone or vectors'",
+    "pruning/scores/curvature.py": "scores/test_end_to_end -k second_order",
     "pruning/scores/end_to_end.py": "scores/test_end_to_end scores/test_formulas",
-    "pruning/scores/expert_sums.py": "scores/test_formulas scores/test_layer",
-    "pruning/scores/layer.py": "scores/test_formulas scores/test_layer",
-    "pruning/scores/states.py": "scores/test_states",
-    "pruning/scores/weight_gradient.py": "scores/test_formulas scores/test_details",
+    "pruning/scores/expert_sums.py": "../moe_jax/experts/test_swiglu scores/test_formulas"
+    " -k 'taken or statistic'",
+    "pruning/scores/layer.py": "scores/test_layer"
+    " -k 'loop_over or finite or closed_form or abs_and or tile_sums or expert_gradient'",
+    "pruning/scores/states.py": "scores/test_state_slots",
+    "pruning/scores/elimination.py": "scores/test_elimination -k 'not plans'",
+    "pruning/scores/grams.py": "scores/test_gram_values scores/test_elimination"
+    " -k 'gram_values or sums'",
+    "pruning/scores/parts.py": "scores/test_parts",
+    "pruning/scores/routed.py": "shrink/test_repair_model -k 'fitted or error_at'",
+    "pruning/scores/sweep_log.py": "scores/test_sweep_log",
+    "pruning/scores/text_sweep.py": "scores/test_text_sweep scores/test_layer"
+    " -k 'sweep or streamed'",
+    "pruning/scores/weight_facts.py": "scores/test_details shrink/test_prune"
+    " -k 'norm_ratio or statistics_of or weights_alone'",
+    "pruning/scores/weight_gradient.py": "scores/test_details -k 'weight_times or prompts'",
     "pruning/budget/planners.py": "budget/test_values budget/test_planners",
     "pruning/budget/objectives.py": "budget/test_values budget/test_planners",
     "pruning/budget/importance.py": "budget/test_values budget/test_importance",
@@ -92,42 +106,52 @@ TESTS = {
     "pruning/budget/whole_experts.py": "budget/test_whole_experts budget/test_values",
     "pruning/budget/candidates.py": "budget/test_candidates",
     "pruning/budget/outliers.py": "budget/test_outliers",
-    "pruning/budget/decide.py": "budget/test_decide budget/test_widths",
-    "pruning/budget/record.py": "budget/test_plan budget/test_values budget/test_decide",
+    "pruning/budget/decide.py": "budget/test_record budget/test_decide budget/test_widths",
+    "pruning/budget/record.py": "budget/test_record budget/test_plan budget/test_values",
     "pruning/budget/rule.py": "budget/test_rules",
     "pruning/budget/rules.py": "budget/test_rules",
-    "pruning/budget/problem.py": "budget/test_values budget/test_decide budget/test_widths",
+    "pruning/budget/problem.py": "budget/test_record budget/test_values budget/test_decide",
     "pruning/budget/several_budgets.py": "budget/test_several_budgets",
     "pruning/budget/plan.py": "budget/test_plan",
     "pruning/shrink/gptq_core.py": "shrink/test_gptq_core",
-    "pruning/shrink/gptq_model.py": "stages/test_sizes shrink/test_gptq"
-    " -k 'keeps or shipped or plain_loop or memory or starved or bit_for or summary or little'",
+    "pruning/shrink/gptq_model.py": "shrink/test_layer_folder",
     "pruning/shrink/gptq*.py": "shrink/test_gptq_core shrink/test_gptq"
     " -k 'core or shipped or plain_loop or memory or starved or bit_for or summary or little'",
-    "pruning/shrink/moments.py": "shrink/test_gptq -k 'plain_loop or memory or starved'",
-    "pruning/shrink/progress.py": "shrink/test_repair_model shrink/test_gptq"
-    " -k 'killed or else or dies or damaged'",
+    "pruning/shrink/moments.py": "shrink/test_moments",
+    "pruning/shrink/progress.py": "shrink/test_layer_folder",
+    "pruning/kit/progress.py": "kit/test_progress",
     "pruning/shrink/prune.py": "shrink/test_prune",
     "pruning/shrink/repair.py": "shrink/test_repair",
     "pruning/shrink/repair*.py": "shrink/test_repair shrink/test_repair_model",
-    "pruning/shrink/masked.py": "runs/test_compare -k 'masked or constant'",
+    "pruning/shrink/masked.py": "shrink/test_masked",
     "pruning/shrink/rounding.py": "shrink/test_rounding",
-    "pruning/measure/agreement.py": "runs/test_audit",
+    "pruning/measure/agreement.py": "runs/test_audit"
+    " -k 'correlation or agreement or spread or report_ranks or rows_of or sample_of'",
     "pruning/measure/loss_curves.py": "measure/test_tokens",
     "pruning/measure/choice.py": "measure/test_choice",
     "pruning/measure/quality.py": "measure/test_quality -k 'states or broken or by_hand'",
+    "pruning/measure/settled.py": "measure/test_settled -k 'tie or settled_token or is_gone'",
     "pruning/measure/*.py": "measure/test_{stem}",
-    "pruning/runs/compare.py": "runs/test_compare",
+    "pruning/runs/compare*.py": "runs/test_compare_values",
     "pruning/report/comparison.py": "report/test_comparison",
     "pruning/stages/sizes.py": "stages/test_sizes",
-    "pruning/stages/verify.py": "measure/test_settled stages/test_probe stages/test_verify"
-    " -k 'not nearly and not four_bit'",
-    "pruning/stages/choose.py": "stages/test_choose_values stages/test_choose"
-    " -k 'values or brute or twice'",
+    "pruning/stages/verify.py": "stages/test_verify_values",
+    "pruning/stages/choose.py": "stages/test_choose_values",
+    "pruning/stages/checks.py": "stages/test_checks measure/test_settled"
+    " -k 'test_checks or _positions or the_limit or eight'",
+    "pruning/stages/client.py": "stages/test_client",
+    "pruning/stages/made_by.py": "stages/test_made_by",
+    "pruning/stages/parts.py": "stages/test_parts_values",
+    "pruning/stages/probe_windows.py": "stages/test_probe_windows"
+    " -k 'reach or few_tokens or quarters or document or text'",
+    "pruning/stages/rule_losses.py": "stages/test_rule_losses stages/test_choose_values",
+    "pruning/stages/tokenizer_check.py": "stages/test_tokenizer_values",
     "pruning/stages/content.py": "stages/test_content",
-    "pruning/stages/gptq.py": "shrink/test_gptq -k 'command or damaged or wherever'",
-    "pruning/stages/repair.py": "stages/test_sizes runs/test_repair -k repair",
-    "pruning/stages/plan.py": "runs/test_older_plan cli/test_plan_options",
+    "pruning/stages/gptq.py": "stages/test_layer_stages",
+    "pruning/stages/layers.py": "stages/test_layer_stages",
+    "pruning/stages/repair.py": "stages/test_layer_stages stages/test_sizes"
+    " -k 'layer_stages or repair'",
+    "pruning/stages/plan.py": "stages/test_plan_values",
     "pruning/text/calibration.py": "text/test_encoding text/test_edges text/test_calibration",
     "pruning/text/chat.py": "text/test_chat",
     "pruning/text/chat_rows.py": "text/test_chat_rows",
@@ -135,20 +159,30 @@ TESTS = {
     "pruning/text/conversion.py": "text/test_tokenizer",
     "pruning/text/documents.py": "text/test_layouts text/test_documents -k 'not bomb'",
     "pruning/text/encoding.py": "text/test_encoding",
+    "pruning/text/kept_out.py": "stages/test_choose -k 'few_and or only_the_ends or as_many'",
     "pruning/text/held_out.py": "text/test_held_out -k share",
     "pruning/text/source.py": "text/test_sources",
     "pruning/text/tokenizer.py": "text/test_tokenizer text/test_chat",
     "pruning/text/windows.py": "text/test_encoding text/test_edges",
     "pruning/text/json_values.py": "text/test_json_values",
     "pruning/text/*.py": "text/test_layouts text/test_sources text/test_chat_rows",
-    "convert/export_format.py": "../convert/test_formats ../convert/test_layered",
-    "convert/formats/modeling_ragged_moe.py": "../convert/families/test_families"
-    " -k 'export and (mixtral or qwen2_moe) and ragged-bf16'",
-    "convert/formats/wrapped.py": "../convert/families/test_wrappers",
+    "convert/axes.py": "../convert/test_axes",
+    "convert/rules.py": "../convert/families/test_config_values ../convert/families/test_wrappers"
+    " ../convert/test_layouts ../convert/test_formats -k 'values or spelled or fused or stay_16'",
+    "convert/fields.py": "../convert/test_field_ranges",
+    "convert/interleaved.py": "../convert/test_interleaved",
+    "convert/sound.py": "../convert/test_sound",
+    "convert/export_format.py": "../convert/test_export_format ../convert/test_formats",
+    "convert/formats/modeling_ragged_moe.py": "../convert/test_ragged_code",
+    "convert/formats/wrapped.py": "../convert/test_export_format",
+    "convert/formats/float8.py": "../convert/test_format_configs runs/test_float8"
+    " -k 'float8 or whole or nearest'",
     "convert/formats/*.py": "../convert/test_format_configs ../convert/test_formats",
     "convert/quantized/awq.py": "../convert/quantized/test_formats -k awq",
     "convert/quantized/gptq.py": "../convert/quantized/test_formats -k gptq",
-    "convert/quantized/normal_float.py": "../convert/quantized/test_formats -k nf4",
+    "convert/quantized/normal_float.py": "../convert/quantized/test_normal_float",
+    "convert/quantized/found.py": "../convert/quantized/test_normal_float"
+    " ../convert/quantized/test_formats -k 'normal_float or awq or axis'",
     "convert/quantized/compressed.py": "../convert/quantized/test_formats"
     " -k 'int or fp8 or scheme'",
     "convert/quantized/float8.py": "../convert/quantized/test_formats"
@@ -156,11 +190,6 @@ TESTS = {
     "convert/quantized/config.py": "../convert/quantized/test_config",
     "convert/quantized/*.py": "../convert/quantized/test_formats -k 'awq or gptq-8 or int4-zeros'",
     "convert/families/__init__.py": "../convert/test_errors",
-    "convert/families/deepseek.py": "../convert/families/test_config_values"
-    " ../convert/families/test_deepseek_v1",
-    "convert/families/kimi_k*.py": "../convert/families/test_kimi_k2",
-    "convert/families/glm4v_moe.py": "../convert/families/test_wrappers",
-    "convert/families/qwen3_vl_moe.py": "../convert/families/test_wrappers",
     "convert/families/hf_config.py": FAMILY.format(stem="(qwen2_moe or deepseek_v3)"),
     "convert/families/tables.py": "../convert/test_side_files ../convert/families/test_fields",
     "convert/families/*.py": FAMILY,
@@ -351,7 +380,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="places per module; default all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--retry", action="store_true", help="run survivors of before again")
+    parser.add_argument("--retry", action="store_true", help="run only survivors of before, again")
     parser.add_argument("--table", action="store_true", help="only show what is known")
     arguments = parser.parse_args()
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
@@ -364,8 +393,10 @@ def main() -> None:
         now = {module: digest((ROOT / module).read_text()) for module in modules}
         mutants = [one for one in done.values() if now.get(one["module"]) == one["source"]]
     else:
-        mutants = [one for module in modules
-                   for one in sample(module, arguments.sample, arguments.seed)]  # fmt: skip
+        alive = {key for key, one in done.items() if one["outcome"] == "survived"}
+        count = None if arguments.retry else arguments.sample
+        mutants = [one for module in modules for one in sample(module, count, arguments.seed)
+                   if not arguments.retry or one["key"] in alive]  # fmt: skip
         _run_all(mutants, done, arguments)
     show(mutants, done)
 
@@ -397,7 +428,7 @@ def _run_all(mutants: list[dict], done: dict[str, dict], arguments) -> None:
 def show(mutants: list[dict], done: dict[str, dict]) -> None:
     """Print survivors as differences, then one row per module."""
     rows = [line for line in EQUIVALENT.read_text().splitlines() if line and line[0] != "#"]
-    known = [[part.strip() for part in line.split(" | ")] for line in rows]
+    known = [[part.strip().replace(r"\|", "|") for part in line.split(" | ")] for line in rows]
     table: dict[str, dict[str, int]] = {}
     for mutant in mutants:
         if mutant["key"] not in done:

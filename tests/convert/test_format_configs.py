@@ -27,7 +27,7 @@ COUNTS = [[5, 7], [], [0, 96]]
 # --- integers ---
 
 
-@pytest.mark.parametrize("columns", [8, 24, 12, 1])
+@pytest.mark.parametrize("columns", [8, 24, 12, 1, 80])
 def test_three_tensors_stand_for_a_weight_and_what_is_left_of_a_word_is_zero(columns):
     codes = np.random.default_rng(0).integers(-8, 8, (3, columns)).astype(np.int8)
     found = compressed_tensors.pack_codes(codes, np.ones((3, 1)))

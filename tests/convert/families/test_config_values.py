@@ -6,6 +6,9 @@ that none can stand in for its neighbour.
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from convert import FAMILIES, find_family
@@ -19,6 +22,8 @@ from moe_jax.config import (
     RopeConfig,
 )
 from moe_jax.errors import InputError
+from moe_jax.quant import quantize
+from moe_jax.transformer import abstract
 
 SAID = {
     "vocab_size": 101, "hidden_size": 60, "num_hidden_layers": 5, "max_position_embeddings": 77,
@@ -236,6 +241,9 @@ WITHOUT_WINDOW = {"sliding_window": None, "sliding_layers": ()}
         ("qwen3_next", {"mlp_only_layers": [1, 3]}, of("qwen3_next", dense_layers=(0, 1, 2, 3, 4))),
         ("deepseek", {"first_k_dense_replace": 0, "moe_layer_freq": 1},
          of("deepseek", dense_layers=())),
+        ("deepseek", {"moe_layer_freq": None}, of("deepseek", dense_layers=(0, 1))),
+        ("deepseek", {"first_k_dense_replace": 0, "moe_layer_freq": ...},
+         of("deepseek", dense_layers=())),
     ],
 )  # fmt: skip
 def test_what_one_value_changes(family, said, wanted):
@@ -311,3 +319,111 @@ def test_families_have_a_rope_of_their_own_where_config_json_says_nothing():
         found = read(family, rope_theta=..., partial_rotary_factor=...).attention.rope
         assert found == RopeConfig(**{"theta": 10000.0, **wanted})
     assert read("gpt_oss", rope_theta=...).attention.rope.theta == 150000.0
+
+
+WRAPPED = {
+    "qwen3_vl_moe": (
+        GROUPED | {"num_experts": 12, "moe_intermediate_size": 20, "norm_topk_prob": False,
+                   "use_sliding_window": True, "sliding_window": 9, "attention_bias": True},
+        model(attention(qk_norm=True, qkv_bias=True, out_bias=True), MOE | {"renormalize": True}),
+    ),
+    "glm4v_moe": (
+        GROUPED | SHARED | GROUPS | {"use_qk_norm": True, "partial_rotary_factor": 0.25},
+        model(attention(qkv_bias=True, rope=RopeConfig(theta=5000.0, fraction=0.25)), SIGMOID,
+              dense_layers=(0,)),
+    ),
+    "kimi_k25": CASES["deepseek_v3"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_every_value_of_the_text_model_of_a_wrapper_is_read(family):
+    said, wanted = WRAPPED[family]
+    own = find_family(family)
+    text = {**SAID, **said, "tie_word_embeddings": True}
+    # Whether the head is tied is said of the whole, or is the wrapper's default.
+    for outer, tied in (({"tie_word_embeddings": True}, True),
+                        ({"tie_word_embeddings": False}, False),
+                        ({}, family == "kimi_k25")):  # fmt: skip
+        found = own.config_from_hf({"text_config": dict(text), **outer})
+        assert found == wanted.replace(tie_embeddings=tied)
+    assert own.config_from_hf(text) == wanted  # a text model by itself
+    del text["tie_word_embeddings"]
+    assert own.config_from_hf(text) == wanted.replace(tie_embeddings=False)
+    with pytest.raises(InputError, match="lacks text_config"):
+        own.config_from_hf({})
+
+
+def test_what_a_wrapper_leaves_out_is_its_own():
+    def text(family, **changes):
+        said = {**SAID, **WRAPPED[family][0], **changes}
+        return find_family(family).config_from_hf({k: v for k, v in said.items() if v is not ...})
+
+    left = {"rms_norm_eps": ..., "max_position_embeddings": ..., "num_key_value_heads": ...,
+            "attention_bias": ..., "rope_theta": ..., "num_attention_heads": 48, "hidden_size": 480,
+            "partial_rotary_factor": ...}  # fmt: skip
+    found = text("qwen3_vl_moe", **left)
+    assert found.attention.rope == RopeConfig(theta=500000.0)
+    assert (found.norm_eps, found.max_position, found.dense_layers) == (1e-6, 128000, ())
+    assert (found.attention.num_kv_heads, found.attention.qkv_bias) == (16, False)
+    found = text("glm4v_moe", **left)
+    assert found.attention.rope == RopeConfig(theta=10000.0, fraction=0.5)
+    assert (found.norm_eps, found.max_position) == (1e-5, 65536)
+    assert (found.attention.num_kv_heads, found.attention.qkv_bias) == (8, True)
+
+
+def test_a_deepseek_of_the_first_kind_is_written_as_a_qwen2_moe_that_computes_the_same():
+    twin = find_family("deepseek").twin
+    said = {**SAID, **CASES["deepseek"][0], "scoring_func": "softmax", "aux_loss_alpha": 0.1,
+            "pretraining_tp": 1, "seq_aux": True, "attention_bias": False, "mine": 3}  # fmt: skip
+    written = twin.config(said)
+    own = {
+        "n_routed_experts",
+        "n_shared_experts",
+        "first_k_dense_replace",
+        "moe_layer_freq",
+        "scoring_func",
+        "attention_bias",
+        "aux_loss_alpha",
+        "seq_aux",
+        "pretraining_tp",
+    }
+    assert not own & written.keys() and written["mine"] == 3
+    assert written["mlp_only_layers"] == [0, 1, 2, 4]
+    assert twin.config({**SAID, **SHARED})["mlp_only_layers"] == []
+    assert written["architectures"] == ["Qwen2MoeForCausalLM"]
+    theirs = find_family("qwen2_moe").config_from_hf(written)
+    ours = read("deepseek")
+    assert theirs == ours.replace(
+        # Without norms of queries and keys the attention's own epsilon is not read.
+        attention=dataclasses.replace(ours.attention, qkv_bias=True, norm_eps=3e-5),
+        moe=dataclasses.replace(ours.moe, shared_gate=True),
+    )
+
+
+def test_the_layers_of_that_twin_have_biases_of_zero_and_a_shared_expert_of_twice_the_weight():
+    config = read("deepseek", tie_word_embeddings=False)
+    written = find_family("deepseek").twin.layer
+    rng = np.random.default_rng(0)
+    drawn = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
+    for index in (0, 3):
+        layer = jax.tree.map(drawn, abstract(config).layers[index])
+        found = written(layer)
+        for name, width in (("q", 60), ("k", 20), ("v", 20)):
+            bias = getattr(found.attention, f"b_{name}")
+            assert bias.shape == (width,) and not bias.any()
+        if index:
+            ours, theirs = layer.mlp.shared, found.mlp.shared
+            assert theirs.gate.shape == (1, 60) and not theirs.gate.any()
+            np.testing.assert_array_equal(theirs.mlp.w_down, 2 * ours.mlp.w_down)
+            np.testing.assert_array_equal(theirs.mlp.w_up, ours.mlp.w_up)
+            packed = quantize(ours.mlp.w_down, group_size=20, axis=1)
+            coded = dataclasses.replace(
+                layer, mlp=dataclasses.replace(layer.mlp, shared=dataclasses.replace(
+                    ours, mlp=dataclasses.replace(ours.mlp, w_down=packed)))
+            )  # fmt: skip
+            twice = written(coded).mlp.shared.mlp.w_down
+            np.testing.assert_array_equal(twice.packed, packed.packed)
+            np.testing.assert_array_equal(twice.scale, 2 * packed.scale)
+        else:
+            assert found.mlp is layer.mlp

@@ -1,9 +1,17 @@
 import numpy as np
 import pytest
 
+from pruning.budget.clusters import (
+    GrapeRules,
+    default_fewest,
+    layer_prior,
+    merge_experts,
+    representatives,
+)
 from pruning.budget.rule import Rule, common_budget, make_plan
 from pruning.budget.rules import RULES, STANDARD, check_needs, select_rules, switches
 from pruning.recipe.options import PlanOptions
+from pruning.scores.expert_criteria import EXPERT_CRITERIA
 from tests.support.synthetic import statistics
 
 L, E, F, BLOCK = 3, 4, 8, 2
@@ -88,3 +96,20 @@ def test_a_rate_that_not_all_rules_can_keep_exactly_is_refused_with_those_they_c
     assert common_budget((L, E, F), 0.3, BLOCK) == 72
     with pytest.raises(ValueError, match=r"prune_rate=0.1 .*possible are 0.75, 0.5, 0.25"):
         common_budget((L, E, F), 0.1, BLOCK)
+
+
+def test_what_is_fixed_beforehand_is_as_many_experts_as_the_budget_pays_for():
+    stats = statistics(L, E, F, seed=3)
+    stats = stats.replace(similarity=stats.similarity + np.swapaxes(stats.similarity, 1, 2))
+    prepare = {name: RULES[name].prepare for name in ("naee", "grape", "grape-prior")}
+    # Earlier layers have what is left over.
+    assert list(prepare["naee"](stats, 7, 1).experts.sum(axis=1)) == [3, 2, 2]
+    assert list(prepare["naee"](stats, 8, 1).experts.sum(axis=1)) == [3, 3, 2]
+    for kept in (7, 8):
+        clusters = merge_experts(stats.similarity, kept, GrapeRules(fewest=default_fewest(E, 1)))
+        one = prepare["grape"](stats, kept, 1).experts
+        best = EXPERT_CRITERIA["ala"](stats)
+        np.testing.assert_array_equal(one, representatives(clusters, best))
+        assert one.sum() == kept
+        shares = prepare["grape-prior"](stats, kept, 1).layer_shares
+        np.testing.assert_array_equal(shares, layer_prior(clusters))

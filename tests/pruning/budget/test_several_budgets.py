@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pruning.budget.plan import PruningPlan
 from pruning.budget.planners import PLANNERS
 from pruning.budget.several_budgets import nested_plans, plan_for_target
 from pruning.budget.widths import ALIGNMENTS, WIDTHS
@@ -148,3 +149,47 @@ def test_bad_targets_are_refused():
         plan_for_target(planner(1), size, np.nan, channels=96, fewest=4)
     with pytest.raises(ValueError, match=r"fewest=0 in \[1, 96\]"):
         plan_for_target(planner(1), size, 1.0, channels=96, fewest=0)
+
+
+@pytest.mark.parametrize(
+    ("power", "target", "expected"),
+    [(1, 4567, [1, 1000, 456, 728, 457]), (1, 4560, [1, 1000, 456, 728, 457]),
+     (1, 9995, [1, 1000, 999]), (1, 10, [1, 1000, 2]), (1, 8555, [1, 1000, 855, 856]),
+     (3, 10 * 500.5**3, None),
+     (8, 10 * 900.5**8, None), (0.1, 10 * 3.5**0.1, None)],
+)  # fmt: skip
+def test_budgets_are_guessed_on_a_straight_line_and_halved_where_it_bends(power, target, expected):
+    tried = []
+
+    def made(channels):
+        tried.append(channels)
+        return PruningPlan(np.arange(1000).reshape(1, 1, -1) < channels, (0,))
+
+    cost = lambda counts: 10 * float(counts.sum()) ** power  # noqa: E731
+    got = plan_for_target(made, cost, target, channels=1000, fewest=1)
+    assert got.counts.sum() == max(n for n in range(1, 1001) if 10 * n**power <= target)
+    assert expected is None or tried == expected
+    assert len(tried) <= 2 + 2 * 10  # every other one halves what is left of a thousand
+
+
+def test_budgets_are_multiples_of_the_step_between_the_fewest_and_all():
+    tried = []
+
+    def made(channels):
+        tried.append(channels)
+        return PruningPlan(np.arange(50).reshape(1, 1, -1) < channels, (0,))
+
+    options = {"channels": 50, "fewest": 10, "step": 7, "unit": "parameters"}
+    got = plan_for_target(made, np.sum, 29, **options)
+    assert got.counts.sum() == 28 and set(tried) <= {14, 21, 28, 35, 42, 49, 50}
+    assert (got.provenance["cost"], got.provenance["target_unit"]) == (28.0, "parameters")
+    assert plan_for_target(made, np.sum, 50, **options).keep.all() and tried[-2:] == [14, 50]
+    assert plan_for_target(made, np.sum, 14, **options).counts.sum() == 14
+    with pytest.raises(ValueError, match=r"target=13 parameters cannot be met: .* takes 14; raise"):
+        plan_for_target(made, np.sum, 13, **options)
+    for wrong in ({"fewest": 51}, {"step": 0}):
+        with pytest.raises(
+            ValueError, match=rf"fewest=\d+ in \[1, 50\], step={wrong.get('step', 7)}"
+        ):
+            plan_for_target(made, np.sum, 20, **{**options, **wrong})
+    assert plan_for_target(made, np.sum, 50, **{**options, "fewest": 50, "step": 1}).keep.all()

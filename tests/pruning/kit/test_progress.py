@@ -1,10 +1,14 @@
 """What every stage cost, and what people see of it."""
 
 import json
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
-from pruning.kit.progress import Steps
+import pytest
+
+from pruning.kit.progress import Steps, counter, peak_memory, reset_peak_memory
 
 TWO_STAGES = """
 import json, sys
@@ -55,3 +59,27 @@ def test_verbose_steps_say_what_a_stage_took_and_quiet_wins(capsys):
         found = capsys.readouterr().err
         assert ("a detail" in found) == shown
         assert ("MB of memory" in found) == shown
+
+
+def test_steps_are_counted_to_what_was_announced():
+    told = []
+    count = counter(5, lambda *step: told.append(step))
+    for steps in (1, 3, 0, 1):
+        count(steps)
+    assert told == [(1, 5), (4, 5), (4, 5), (5, 5)]
+    counter(2, None)(1)  # nobody listens
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
+def test_the_peak_of_a_process_is_in_bytes():
+    def of_its_life() -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    held = bytearray(b"x") * (64 << 20)
+    del held
+    assert reset_peak_memory()
+    before = of_its_life()
+    assert before <= peak_memory() <= of_its_life()
+    text = Path("/proc/self/status").read_text()
+    (kilobytes,) = (line.split()[1] for line in text.splitlines() if line.startswith("VmHWM:"))
+    assert abs(peak_memory(since_reset=True) - 1024 * int(kilobytes)) < 16 << 20

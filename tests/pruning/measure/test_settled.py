@@ -15,7 +15,7 @@ from convert.checkpoint import open_checkpoint
 from convert.reader import SafetensorsFolder
 from moe_jax.config import MoEConfig
 from moe_jax.experts.router import SCORE_ROUNDING, is_settled, route
-from moe_jax.stream import in_batches
+from moe_jax.stream import in_batches, mapped
 from pruning.measure.settled import settled_logits
 from pruning.stages.checks import logit_check
 from tests.support import command, tiny
@@ -77,6 +77,20 @@ def test_experts_that_are_not_there_come_into_no_tie():
     config = MoEConfig(num_experts=4, experts_per_token=2, d_expert=4, renormalize=True)
     values = jnp.array([[1.0, 0.5, -jnp.inf, -jnp.inf], [1.0, 0.5, 0.5, -jnp.inf]])
     assert is_settled(values, config, jnp.full(2, 0.1)).tolist() == [True, False]
+
+
+def test_a_model_of_which_an_expert_is_gone_is_settled_where_the_others_are(models):
+    source = open_checkpoint(models / "single", dtype=jnp.float32)
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 6)).astype(np.int32)
+
+    def without_first(index, layer):
+        alive = jnp.arange(layer.mlp.config.num_experts) > 0
+        return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, alive=alive))
+
+    gone = mapped(source, without_first)
+    for rounding, all_settled in ((1e-9, True), (1e9, False)):
+        ((_, settled),) = settled_logits(gone, (tokens,), 6, rounding)
+        assert settled.all() == all_settled == settled.any()
 
 
 def test_positions_behind_a_near_tie_in_their_window_are_not_settled(models):

@@ -100,3 +100,10 @@ def test_a_curve_is_the_loss_of_the_layer_with_the_lowest_channels_zeroed(watche
                     losses[slot, expert, place], lost.mean(), rtol=1e-3, atol=1e-9
                 )
     assert losses[:, :, 2].max() > 0.01
+
+
+def test_a_curve_has_nine_points_unless_told_otherwise(watched):
+    scores = np.random.default_rng(0).random((2, EXPERTS, CHANNELS))
+    rates, losses = expert_loss_curves(watched.source, watched.tokens, watched.valid, scores)
+    np.testing.assert_array_equal(rates, np.rint(np.linspace(0, 1, 9) * CHANNELS) / CHANNELS)
+    assert losses.shape == (2, EXPERTS, 9)

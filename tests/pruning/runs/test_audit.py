@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.measure.ablation_record import RECORD, read_record
-from pruning.measure.agreement import agreement, audit_report, sample_ablations, spearman
+from pruning.measure.agreement import agreement, audit_report, sample_ablations, spearman, to_csv
 from pruning.report.audit_figures import plot_misalign
 from pruning.report.drawing import BLUE, ORANGE
 from pruning.runs import audit as audit_stage
@@ -61,6 +61,16 @@ def test_a_sample_is_spread_over_the_layers_and_names_nothing_twice(experts, cha
         assert max(counts) - min(counts) <= (2 if group is whole else 1)
 
 
+def test_a_sample_of_all_has_every_expert_and_channel_once():
+    found = sample_ablations((0, 2), (2, 5), 9, 20)
+    whole = [(layer, e, None) for layer in (0, 2) for e in range(2) for _ in range(2)]
+    parts = [(layer, e, c) for layer in (0, 2) for e in range(2) for c in range(5)]
+    key = lambda one: (one[0], one[1], -1 if one[2] is None else one[2])  # noqa: E731
+    assert sorted(((o.layer, o.expert, o.channel) for o in found), key=key) == sorted(
+        whole + parts, key=key
+    )
+
+
 def test_a_report_ranks_the_attribution_it_was_made_from_perfectly():
     statistics = synthetic.statistics(2, 6, 4, gradients=False, expert_details=False)
     rng = np.random.default_rng(0)
@@ -82,6 +92,42 @@ def test_a_report_ranks_the_attribution_it_was_made_from_perfectly():
     rerouted = [v for one, v in increases.items() if one.reroute]
     assert found["experts"]["harmful_rerouted"] == np.mean(np.array(rerouted) < 0) > 0
     assert found["experts"]["harmful_masked"] == 0
+
+
+def test_the_rows_of_a_report_are_what_was_measured_beside_every_proxy():
+    statistics = synthetic.statistics(2, 4, 3, gradients=False, expert_details=False)
+    rng = np.random.default_rng(1)
+    experts = [(layer, e) for layer in (5, 1) for e in (3, 0, 2)]
+    masked, rerouted = rng.normal(size=(2, 6))
+    increases = {}
+    for (layer, e), one, two in zip(experts, masked, rerouted, strict=True):
+        increases[Ablation(layer, e, reroute=True)] = float(two)
+        increases[Ablation(layer, e)] = float(one)
+    increases |= {Ablation(5, 1, 2): -0.5, Ablation(1, 3, 0): 0.25, Ablation(1, 0, 1): 0.0}
+    found = audit_report(statistics, (1, 5), increases)
+    assert (found["experts"]["count"], found["channels"]["count"]) == (6, 3)
+    rows = found["experts"]["rows"]
+    assert [(row["layer"], row["expert"]) for row in rows] == sorted(experts)
+    for row in rows:
+        number = experts.index((row["layer"], row["expert"]))
+        assert (row["masked"], row["rerouted"]) == (masked[number], rerouted[number])
+        slot = (1, 5).index(row["layer"])
+        assert row["usage"] == statistics.tokens[slot, row["expert"]] / 100
+    layer = np.array([place[0] for place in experts])
+    assert found["experts"]["masked_and_rerouted"] == agreement(masked, rerouted, layer)
+    assert found["experts"]["harmful_masked"] == np.mean(masked < 0)
+    cut = found["channels"]
+    assert [(r["layer"], r["expert"], r["channel"], r["masked"]) for r in cut["rows"]] == [
+        (1, 0, 1, 0.0), (1, 3, 0, 0.25), (5, 1, 2, -0.5)
+    ]  # fmt: skip
+    assert cut["rows"][2]["energy"] == statistics.energy[1, 1, 2] / 100
+    assert cut["harmful_masked"] == 1 / 3 and "masked_and_rerouted" not in cut
+    first, *lines = to_csv(found).splitlines()
+    assert first.startswith("kind,layer,expert,channel,masked,rerouted,") and len(lines) == 9
+    assert lines[0].startswith(f"expert,1,0,,{masked[4]},{rerouted[4]},")
+    assert lines[8].startswith("channel,5,1,2,-0.5,,")
+    nothing = audit_report(statistics, (1, 5), {})
+    assert nothing["experts"]["harmful_masked"] is None and nothing["channels"]["count"] == 0
 
 
 def test_the_figure_shows_bars_in_the_order_of_the_score_and_harm_in_orange():

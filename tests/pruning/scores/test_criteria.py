@@ -3,7 +3,7 @@ import pytest
 
 from moe_jax.errors import choose
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
-from pruning.scores.criteria import channel_scores
+from pruning.scores.criteria import channel_scores, require_data_free
 from pruning.scores.expert_criteria import EXPERT_CRITERIA, expert_criterion
 from pruning.scores.statistics import DECLARED, GROUPS, field_shapes
 from tests.support.synthetic import statistics
@@ -247,3 +247,26 @@ def test_data_free_criteria_see_no_text_and_whole_text_ones_no_part_of_it():
     whole = {n for r in (CHANNEL_CRITERIA, EXPERT_CRITERIA) for n, c in r.items() if c.whole_text}
     assert whole == {"wanda", "wg", "obs", "nll_ig", "nll_ablate", "nll_grad2"}
     assert not expert_criterion("S(1,1,1)").whole_text
+
+
+def test_without_text_only_what_weights_alone_give_is_let_through():
+    require_data_free("weight", "uniform")
+    for criterion, attribution, name in (
+        ("act", "uniform", "criterion='act'"), ("weight", "ala", "attribution='ala'"),
+    ):  # fmt: skip
+        message = rf"{name} needs calibration text, .* choose among .*\b{'weight'}\b"
+        with pytest.raises(ValueError, match=message):
+            require_data_free(criterion, attribution)
+
+
+def test_aimer_has_no_unit_and_is_zero_without_weights():
+    stats = statistics(2, 3, 4)
+    aimer = EXPERT_CRITERIA["aimer"]
+    wanted = aimer(stats)
+    names = [f"{part}_{fact}" for part in ("down", "up", "gate") for fact in ("norm", "l1")]
+    for scale in (1e-3, 1e3):
+        scaled = stats.replace(**{name: scale * getattr(stats, name) for name in names})
+        np.testing.assert_allclose(aimer(scaled), wanted, rtol=1e-12)
+    for name in names:
+        getattr(stats, name)[1, 2] = 0.0
+    assert aimer(stats)[1, 2] == 0.0

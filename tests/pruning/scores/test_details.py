@@ -147,7 +147,10 @@ def test_weight_times_gradient_equals_autograd_of_the_whole_model(model, batch, 
     tokens, valid = map(jnp.asarray, batch)
     counted = np.random.default_rng(2).random(valid.shape) < (0.5 if prompts else 2.0)
     gradient = jax.jit(jax.grad(whole_loss, allow_int=True))(model, tokens, valid, counted)
-    found = weight_gradient_scores(model, *batch, counted if prompts else None, batch=2)
+    told: list[tuple[int, int]] = []
+    found = weight_gradient_scores(model, *batch, counted if prompts else None, batch=2,
+                                   on_step=lambda *step: told.append(step))  # fmt: skip
+    assert told == [(done, 6) for done in range(1, 7)]  # three layers, up and down
     for slot, index in enumerate(CONFIG.moe_layers):
         experts, d_experts = model.layers[index].mlp.experts, gradient.layers[index].mlp.experts
         expected = sum(

@@ -11,7 +11,7 @@ import pytest
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.transformer import Transformer
 from pruning.scores.curvature import nll_grad2
-from pruning.scores.end_to_end import ig_visits, nll_ablate, nll_ig
+from pruning.scores.end_to_end import ig_chunk, ig_visits, nll_ablate, nll_ig
 from tests.support.loud import loud_model, unequal_text
 
 E, F = 4, 8
@@ -87,7 +87,10 @@ def test_an_integrated_gradient_sums_to_the_joint_ablation_of_its_layer(model, t
 
 
 def test_the_second_order_estimate_equals_finite_differences(model, text):
-    found = nll_grad2(model, *text, batch=2)
+    told: list[tuple[int, int]] = []
+    found = nll_grad2(model, *text, batch=2, on_step=lambda *step: told.append(step))
+    total = 2 * E * -(-len(text[0]) // 2)  # a product for each expert and batch
+    assert told == [(done, total) for done in range(1, total + 1)]
     ones, h = np.ones((2, E)), 0.05
     middle = scaled_loss(model, text, ones)
     for slot, expert in np.ndindex(2, E):
@@ -120,6 +123,20 @@ def test_progress_ends_at_the_announced_visits(model, text):
     # Two chunks; three levels go forwards and backwards through 3 layers, then through 1.
     assert ig_visits(model, 3) == 3 + 2 * 3 * (3 + 1)
     assert steps[-1] == (2 * 27, 2 * 27)
+
+
+def test_as_many_windows_go_through_the_layers_at_once_as_their_steps_leave_room_for():
+    assert [ig_chunk(steps) for steps in (1, 3, 64, 100)] == [64, 21, 1, 1]
+
+
+def test_one_step_is_the_gradient_half_way(model, text):
+    found = nll_ig(model, *text, steps=1, batch=2, chunk=64)
+    h, half = 2e-2, np.ones((2, E))
+    half[1] = 0.5
+    for expert in range(E):
+        up, down = (scaled_loss(model, text, bumped(half, 1, expert, s)) for s in (h, -h))
+        wanted = (down - up) / (2 * h)
+        assert found[1, expert] == pytest.approx(wanted, abs=5e-3 * np.abs(found).max())
 
 
 def test_no_step_is_refused(model, text):

@@ -154,3 +154,22 @@ def test_an_array_of_ones_own_is_announced_under_its_prefix(monkeypatch):
     assert {name: shape for name, shape in shapes.items() if name not in known} == {
         "extra.peak": (2, 3)
     }
+
+
+def test_more_than_was_asked_for_covers_it_and_less_does_not(monkeypatch):
+    found = statistics(1, 2, 3, expert_details=False)
+    assert found.covers(()) and found.covers(("gradients",)) and found.covers(iter(found.groups))
+    assert not found.covers(("gradients", "nll-ig"))
+    extra = {"mine": np.ones((1, 2)), "older": np.ones((1, 2))}
+    assert found.replace(extra=extra).covers(())
+    monkeypatch.setitem(STATISTICS, "mine", STATISTICS.get("mine"))
+    assert not found.covers(()) and found.replace(extra=extra).covers(())
+
+
+def test_long_damage_is_told_in_short(path):
+    header = json.dumps({"energy": {"dtype": "X" * 3000, "shape": [], "data_offsets": [0, 0]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(ValueError, match=r"is damaged \(.*\); remove it and score again") as error:
+        load_statistics(path)
+    told = str(error.value).partition("is damaged (")[2].rpartition("); remove it")[0]
+    assert len(told) == 1000

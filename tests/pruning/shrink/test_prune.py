@@ -1,6 +1,8 @@
 """Cutting channels out equals zeroing them."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from moe_jax.stream import forward_hidden, layer_forward
 from moe_jax.transformer import Transformer, init
 from pruning.budget.plan import PruningPlan
 from pruning.scores.collect import collect_statistics
-from pruning.shrink.prune import PrunedSource, mask_layer, prune_layer
+from pruning.shrink.prune import PrunedSource, mask_layer, output_bias, prune_layer
 
 EXPERTS, CHANNELS = 6, 12
 CONFIG = ModelConfig(
@@ -183,3 +185,22 @@ def test_statistics_of_a_pruned_model_are_refused(model, plan):
     tokens = np.zeros((1, 4), np.int32)
     with pytest.raises(ValueError, match=r"differ from d_expert=12; score the dense model"):
         collect_statistics(PrunedSource(base=model, plan=plan), tokens, np.ones((1, 4), bool))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_emptied_expert_adds_its_constant_and_others_their_bias(dtype):
+    keep = np.array([[True, False], [False, False], [False, True]])
+    bias = jnp.arange(12).reshape(3, 4).astype(jnp.float32)
+    constants = np.full((3, 4), 100.0, np.float32) + np.arange(4)
+
+    def experts(bias) -> Any:
+        return SimpleNamespace(b_down=bias, w_down=jnp.zeros((6, 4), dtype))
+
+    assert output_bias(experts(None), keep, None) is None
+    assert output_bias(experts(bias), keep, None) is bias
+    own = bias.astype(jnp.float16)  # its own dtype, not that of the weights
+    for given, kept in ((own, np.asarray(own)), (None, np.zeros((3, 4)))):
+        found = output_bias(experts(given), keep, constants)
+        assert found.dtype == (dtype if given is None else jnp.float16)
+        wanted = np.where(np.array([[False], [True], [False]]), constants, kept)
+        np.testing.assert_array_equal(np.asarray(found, np.float32), wanted)

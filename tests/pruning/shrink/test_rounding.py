@@ -1,13 +1,21 @@
 """What a second rounding did to weights: squares summed by hand, of just the weights it changed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.quant import QTensor, dequantize
 from moe_jax.quantized import quantize_layer
+from moe_jax.stream import mapped
 from moe_jax.transformer import init
-from pruning.shrink.rounding import ROWS_AT_ONCE, QuantizedSource, RoundingError, compared
+from pruning.shrink.rounding import (
+    ROWS_AT_ONCE,
+    QuantizedSource,
+    RoundingError,
+    bfloat16_experts,
+    compared,
+)
 from tests.pruning.scores.test_layer import CONFIG
 
 
@@ -47,3 +55,22 @@ def test_every_weight_that_is_rounded_is_told_before_and_after():
         for (before, after), (old, new) in zip(told, pairs, strict=True):
             np.testing.assert_array_equal(before, old)
             np.testing.assert_array_equal(after, dequantize(new))
+
+
+def test_experts_alone_are_narrowed_to_bfloat16():
+    model = init(CONFIG, jax.random.key(0))
+    quantised = mapped(model, lambda index, layer: quantize_layer(layer, 4))
+    found = bfloat16_experts(quantised)
+    for index in range(len(model)):
+        ours, theirs = found.layer(index), quantised.layer(index)
+        if index in CONFIG.dense_layers:
+            old, new = (jax.tree.leaves(layer) for layer in (theirs, ours))
+            assert all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+            continue
+        for name in ("w_gate", "w_up", "w_down"):
+            weight = getattr(ours.mlp.experts, name)
+            assert weight.dtype == jnp.bfloat16
+            wanted = dequantize(getattr(theirs.mlp.experts, name)).astype(jnp.bfloat16)
+            np.testing.assert_array_equal(weight, wanted)
+        assert isinstance(ours.attention.w_q, QTensor)
+        assert isinstance(ours.mlp.shared.mlp.w_down, QTensor)

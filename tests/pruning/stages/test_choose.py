@@ -26,7 +26,7 @@ from pruning.stages import rule_losses
 from pruning.stages.job import open_job
 from pruning.stages.score import stored_statistics
 from pruning.text.calibration import TokenBatch
-from pruning.text.kept_out import keep_out
+from pruning.text.kept_out import keep_out, kept_out_size
 from tests.support.command import change_config, given, read, run
 from tests.support.logits import torch_losses
 
@@ -450,6 +450,29 @@ def test_kept_out_windows_are_few_and_of_every_file():
     assert held is not None and held.total == 83 * 32
     _, held = keep_out(batch(2000, length=1024))
     assert held is not None and held.total == 16384
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "files", "expected"),
+    [
+        (3, 64, 1, (0, 0)),  # too few windows
+        (4, 64, 1, (1, 64)),
+        (36, 64, 1, (2, 64)),  # one and a half
+        (35, 64, 1, (1, 64)),
+        (48, 64, 1, (2, 64)),
+        (48, 64, 5, (5, 64)),  # one of every file
+        (4000, 32, 1, (167, 32)),
+        (40000, 32, 1, (512, 32)),  # 16,384 tokens
+        (4, 512, 1, (1, 128)),  # 85 tokens of one, no fewer than 128
+        (24, 512, 1, (2, 256)),
+        (24, 512, 3, (3, 170)),
+        (1000, 4096, 1, (64, 256)),
+        (8, 130, 7, (7, 128)),
+        (8, 100, 7, (7, 100)),
+    ],
+)
+def test_as_many_windows_are_kept_out_as_their_tokens_say(windows, length, files, expected):
+    assert kept_out_size(windows, length, files) == expected
 
 
 def test_of_long_windows_of_a_short_text_only_the_ends_are_kept_out():

@@ -1,5 +1,6 @@
 """What planner auto says of its choice, from losses made up beforehand: nothing is run."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from pruning.budget.candidates import CANDIDATES, candidate
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.stages import plan as planning
-from pruning.stages.choose import choose, measurable
+from pruning.stages.choose import choose, job_plan, measurable
 from pruning.stages.job import resolved
 from pruning.stages.rule_losses import CHOICE
 from tests.pruning.measure.test_choice import plain
@@ -157,3 +158,97 @@ def test_without_windows_kept_out_the_usual_rule_decides(asked, capsys):
             measurable(asked.recipe, {"kept_out": damaged}, STEPS)
     named = asked.recipe.fixed()
     assert measurable(named, {"model_hash": "ab"}, STEPS) == named
+
+
+class Said(Steps):
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@dataclasses.dataclass
+class Task:
+    recipe: Any
+    base: Any
+
+
+def test_a_rule_that_is_named_is_planned_and_one_that_is_not_is_chosen(asked):
+    asked.remember(0)
+    steps = Said()
+    job, plan = job_plan(Task(asked.recipe, asked.base), asked.statistics, asked.provenance, steps)
+    ((recipe, chosen),) = asked.choose()
+    assert job.recipe == recipe and plan.content_hash == chosen.content_hash
+    assert [stage["name"] for stage in steps.stages] == ["plan by every rule"]
+    (line,) = steps.lines
+    (row,) = (row for row in plan.provenance["choice"]["candidates"] if row["taken"])
+    assert line.startswith(f"rule {row['rule']} is taken, {row['mean']:+.4f} nats per token on "
+                           "text kept out once repaired: --criterion ")  # fmt: skip
+    named = dataclasses.replace(asked.recipe.fixed(), criterion="act")
+    steps = Said()
+    job, plan = job_plan(Task(named, asked.base), asked.statistics, asked.provenance, steps)
+    made = planning.plan(named, asked.statistics, asked.provenance, asked.base.about)
+    assert job.recipe == named and plan.content_hash == made.content_hash
+    assert "choice" not in plan.provenance and not steps.lines
+    assert [stage["name"] for stage in steps.stages] == ["plan"]
+
+
+def test_every_rate_has_a_choice_of_its_own(asked):
+    stored = asked.remember(1)
+    other = dataclasses.replace(asked.recipe, prune_rate=0.25)
+    rng = np.random.default_rng(3)
+    for rule in CANDIDATES.values():
+        one = candidate(rule, other, frozenset(asked.statistics.groups))
+        plan = planning.plan(one, asked.statistics, asked.provenance, asked.base.about)
+        stored["plans"].setdefault(plan.content_hash, (4 * rng.random(5)).tolist())
+    asked.file.write_text(json.dumps(stored))
+    steps = Said()
+    nothing: Any = SimpleNamespace(kept_out=None)
+    made = (asked.statistics, asked.provenance, asked.base, lambda: nothing, steps)
+    (_, first), (_, second) = choose([asked.recipe, other], *made)
+    assert first.provenance["prune_rate"] == 0.5 and second.provenance["prune_rate"] == 0.25
+    assert first.content_hash == asked.choose()[0][1].content_hash
+    assert [line.partition(" is taken")[0].rpartition(" ")[0] for line in steps.lines] == [
+        "prune rate 0.5: rule", "prune rate 0.25: rule"
+    ]  # fmt: skip
+    for plan, line in zip((first, second), steps.lines, strict=True):
+        (row,) = (row for row in plan.provenance["choice"]["candidates"] if row["taken"])
+        assert f"rule {row['rule']} is taken, {row['mean']:+.4f} nats" in line
+        options = line.rpartition(": ")[2].split()
+        assert options[::2] == ["--criterion", "--attribution", "--planner", *options[6::2]]
+        assert options[1] == plan.provenance["criterion"]
+        assert options[5] == plan.provenance["planner"]
+
+
+def test_where_no_rule_can_the_first_reason_is_given(asked):
+    asked.remember(0)
+    tight = dataclasses.replace(asked.recipe, prune_rate=0.999)
+    made = (asked.statistics, asked.provenance, asked.base)
+    nothing: Any = SimpleNamespace(kept_out=None)
+    with pytest.raises(InputError, match="budget of"):
+        choose([tight], *made, lambda: nothing, STEPS)
+
+
+def test_a_rule_that_cannot_is_refused_and_texts_without_a_prediction_are_left_out(
+    asked, monkeypatch
+):
+    stored = asked.remember(2)
+    true = planning.plan
+
+    def plan(recipe, *given):
+        if recipe.used_criterion == "act":
+            raise InputError("not this one")
+        return true(recipe, *given)
+
+    monkeypatch.setattr("pruning.stages.choose.planning.plan", plan)
+    stored["tokens"], stored["files"] = [5, 7, 4, 6, 0], [0, 7, 7, 0, 1]
+    asked.file.write_text(json.dumps(stored))
+    ((_, found),) = asked.choose()
+    choice = found.provenance["choice"]
+    refused = {row["rule"]: row["reason"] for row in choice["refused"]}
+    acts = [name for name, rule in CANDIDATES.items() if rule.options.used_criterion == "act"]
+    assert acts and all(refused[name] == "not this one" for name in acts)
+    # Of a file that is unknown it is only known that it is a text.
+    assert list(choice["dense"]) == ["words", "text"]

@@ -51,6 +51,8 @@ SHORT = (PROBE_WINDOWS, PROBE_TOKENS, 1)
         (None, {}, 512, []),
         (128, {}, 512, [(LONG_WINDOWS, 160, 1)]),
         (128, {}, 140, [(LONG_WINDOWS, 140, 1)]),  # the model's own limit
+        (8, {}, 32, []),  # the short ones show it
+        (8, {}, 33, [(LONG_WINDOWS, 33, 1)]),
         (512, {}, 512, []),  # a window as long as the context hides nothing
         (4096, {}, 131072, [(LONG_WINDOWS, 4128, 1)]),  # Mixtral's
         (32768, {}, 131072, [(LONG_WINDOWS, 32800, 1)]),
@@ -185,7 +187,9 @@ def test_a_text_is_one_document_where_its_windows_are_shorter_than_a_sliding_one
     tokens = np.arange(windows * 100, dtype=np.int32).reshape(windows, 100) % 300
     valid = np.ones(tokens.shape, bool)
     valid[-1, 90:] = False
-    short, far = (some.tokens for some in text_probe(base, TokenBatch(tokens, valid)))
+    probe = text_probe(base, TokenBatch(tokens, valid))
+    assert [some.shape for some in probe] == [(windows, 32, 1), (2, 160, 1)]
+    short, far = (some.tokens for some in probe)
     np.testing.assert_array_equal(short[0], tokens[0, :32])
     assert short.shape == (windows, 32) and far.shape == (2, 160)
     text = np.arange(windows * 100 - 10) % 300

@@ -331,3 +331,27 @@ def test_an_export_in_memory_takes_what_a_sample_was_said_to_take(name, models, 
     larger = max(held, 4 * base.about.weights())  # the dense model is stored as float32
     assert said == larger + larger // len(base) + 4 * c.vocab_size * c.d_model
     assert name != "ragged-int4" or held > 4 * base.about.weights()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_token_that_meets_every_expert_meets_all_but_its_own_row_of_the_embedding(
+    described, tied
+):
+    """With biases, of which that of an expert's output is no channel's."""
+    base = described(
+        model_type="gpt_oss", num_local_experts=2, tie_word_embeddings=tied, sliding_window=8,
+        layer_types=["full_attention"] * 3, rope_theta=1e4, rope_scaling=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    c = base.config
+    shape = (len(c.moe_layers), c.moe.num_experts)
+    assert c.moe.expert_bias
+    counts, wide = np.full(shape, c.moe.d_expert), (*shape, c.moe.d_expert)
+    every = statistics(*wide, tokens=np.full(shape, 100.0))  # of 100 tokens
+    looked_up = 0 if tied else c.vocab_size * c.d_model
+    assert sizes.active_parameters(base, counts, every) == base.weights() - looked_up
+    none = statistics(*wide, tokens=np.zeros(shape))
+    # Gate, up and down of each channel with its two biases, and the bias of the output.
+    experts = counts.size * (c.moe.d_expert * (3 * c.d_model + 2) + c.d_model)
+    wanted = base.weights() - looked_up - experts
+    assert sizes.active_parameters(base, counts, none) == wanted

@@ -37,6 +37,21 @@ def test_windows_hold_the_text_in_order_and_padding_is_marked(tmp_path):
     assert not batch.tokens[~batch.valid].any()
 
 
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_prediction_counts_between_two_tokens_that_are_there(counts):
+    rng = np.random.default_rng(0)
+    valid = rng.random((20, 7)) < 0.6
+    counted = rng.random((20, 7)) < 0.6 if counts else None
+    batch = TokenBatch(np.zeros((20, 7), np.int32), valid, counted=counted)
+    for row, t in np.ndindex(20, 6):
+        wanted = valid[row, t] and valid[row, t + 1] and (not counts or counted[row, t + 1])
+        assert batch.scored[row, t] == wanted
+    some = batch.of(np.array([3, 1]))
+    np.testing.assert_array_equal(some.scored, batch.scored[[3, 1]])
+    assert some.files is None and batch.total == valid.sum()
+    np.testing.assert_array_equal(batch.windows().scored, batch.scored)
+
+
 def test_json_lines_are_documents_joined_by_the_separator(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     lines = [json.dumps({"body": "ab" * 20}), json.dumps({"body": "cd" * 20})]

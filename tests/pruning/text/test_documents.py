@@ -210,3 +210,14 @@ def test_the_hash_of_a_large_file_is_that_of_what_was_read(small, tmp_path):
     assert first != content != last
     assert digest(content) == digest(last) != digest(first)
     assert digest(content[:4000]) != digest(content[:3000] + last[3000:3999] + b" ")
+
+
+@pytest.mark.parametrize(("most", "looks"), [(512 * 5 - 1, 5), (512 * 5, 6), (512 * 6 - 1, 6)])
+def test_a_look_into_a_large_file_counts_as_512_bytes_at_least(tmp_path, monkeypatch, most, looks):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n:04}"}) + "\n" for n in range(2000)))
+    monkeypatch.setattr("pruning.text.documents.WHOLE", most)
+    found = open_documents(TextSource(path), 10)
+    assert found.part == "spread"
+    texts = list(found.texts)
+    assert len(texts) == len(set(texts)) == looks and texts[0] == "0000"

@@ -158,3 +158,13 @@ def test_mappings_that_are_not_understood_are_refused(entry, message):
 def test_what_travels_has_no_folders():
     assert without_folders("x/y.txt") == "y.txt"
     assert without_folders("x/y.jsonl:template={a}/{b}") == "y.jsonl:template={a}/{b}"
+
+
+@pytest.mark.parametrize("words", ['a:field=""', "a:field=", "a:template="])
+def test_an_option_that_says_nothing_is_refused(words):
+    with pytest.raises(InputError, match=rf"{words.partition('=')[0][2:]} is empty; write"):
+        TextSource.parse(words, "body")
+
+
+def test_a_single_quote_character_is_a_name():
+    assert TextSource.parse('a:field="', "body").field == '"'

@@ -206,3 +206,53 @@ def test_a_sentencepiece_model_gives_the_ids_of_the_original(tmp_path, kind):
 def test_a_folder_without_any_tokenizer_says_what_to_copy(tmp_path):
     with pytest.raises(ValueError, match=r"not exist; copy .*, or its tiktoken\.model"):
         open_codec(tmp_path, 100)
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "end"),
+    [
+        (None, {}, None), (0, {}, 0), (259, {}, 259), ([7, 3], {}, 7), ([], {}, None),
+        (7, {"eos_token": "</s>"}, 257), ([7], {"eos_token": {"content": "<sop>"}}, 259),
+        (7, {"eos_token": "no such"}, None), (-1, {}, ...), (260, {}, ...), ([0, 260], {}, ...),
+        (True, {}, ...), (1.0, {}, ...), ("1", {}, ...), ([list(range(100))], {}, ...),
+    ],
+)  # fmt: skip
+def test_a_text_ends_with_a_token_that_the_model_has(tmp_path, said, settings, end):
+    byte_tokenizer(tmp_path, **settings)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": said}))
+    if end is not ...:
+        assert open_codec(tmp_path, 260).end == end
+        return
+    with pytest.raises(ValueError, match="must be ids below the vocab_size 260; get it again") as e:
+        open_codec(tmp_path, 260)
+    assert f"config.json: eos_token_id={str(said)[:80]} must be" in str(e.value)
+
+
+@pytest.mark.parametrize("lacking", ["sentencepiece", "google.protobuf"])
+def test_without_the_packages_for_it_a_sentencepiece_model_is_refused_with_the_cure(
+    tmp_path, monkeypatch, lacking
+):
+    def import_module(name):
+        if name == lacking:
+            raise ImportError(f"No module named '{name}'")
+
+    monkeypatch.setattr("pruning.text.conversion.importlib.import_module", import_module)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"more packages .*{lacking}.*: pip install 'moe-jax\["):
+        open_codec(tmp_path, 100)
+
+
+def test_a_token_beyond_the_embedding_is_shown_in_its_place(tmp_path):
+    byte_tokenizer(tmp_path)
+    codec = open_codec(tmp_path, 257)
+    before, behind = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    assert codec.encode(f"{before}<s>")[-1] == 256 and codec.encode("") == []
+    with pytest.raises(ValueError, match="take '</s>' out of the text") as error:
+        codec.encode(f"{before}</s>{behind}<sop>")
+    assert str(error.value).startswith(
+        f"'{before[-20:]}</s>{behind[:20]}' in the text has the token '</s>' with id 257, but the "
+        "model's embedding has 257 rows; "
+    )
+    with pytest.raises(ValueError, match=r"^'a</s>b' in the text"):
+        codec.encode("a</s>b")

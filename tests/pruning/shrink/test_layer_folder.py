@@ -1,0 +1,239 @@
+"""The folder of a stage that goes layer by layer, with arrays made up: no model runs."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.errors import InputError
+from moe_jax.quantized import quantize_layer
+from moe_jax.stream import forward_hidden, in_batches, layer_forward, mapped
+from moe_jax.transformer import abstract
+from pruning.shrink import gptq_model
+from pruning.shrink.gptq import Solved
+from pruning.shrink.gptq_model import (
+    SUMMARY,
+    LayerErrors,
+    codes_in,
+    layer_errors,
+    progress_bytes,
+    quantize_model,
+    with_codes,
+)
+from pruning.shrink.progress import STATES, LayerFolder, held_out
+from tests.pruning.scores.test_layer import CONFIG
+
+SAID = {"plan": "abc", "texts": ["a"]}
+FACTS = [{"name": "first", "kept": 3}, {"name": "second", "kept": 0}]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    name: str
+    kept: int
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return LayerFolder(tmp_path / "layers", "done.json", "the layers", Layer)
+
+
+def arrays(number: int) -> dict[str, np.ndarray]:
+    return {"a": np.arange(6).reshape(2, 3) + number, "b": np.array([0.5 * number])}
+
+
+def states(number: int, dtype=jnp.float32):
+    values = [np.asarray(jnp.full((2, 3), number + i, dtype)) for i in range(3)]
+    return values[:2], values[2:]
+
+
+def flat(texts) -> list[np.ndarray]:
+    return [values for text in texts for values in text]
+
+
+def add(folder, number: int, dtype=jnp.float32) -> None:
+    folder.add(number, arrays(number), SAID, FACTS[: number + 1], states(number, dtype))
+
+
+def finished(folder):
+    assert folder.open(SAID) is None
+    add(folder, 0)
+    add(folder, 1)
+    folder.close(SAID, FACTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "check"),
+    [(2, [1]), (7, [6]), (8, [7]), (9, [7]), (15, [7]), (16, [7, 15]), (25, [7, 15, 23])],
+)
+def test_one_window_in_eight_is_held_out_and_of_fewer_the_last(number, check):
+    learn, held = held_out(number)
+    assert list(held) == check and sorted([*learn, *held]) == list(range(number))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_killed_stage_goes_on_behind_its_last_layer(folder, dtype):
+    assert folder.open(SAID) is None and not folder.is_closed
+    add(folder, 0, dtype)
+    layers, found = folder.open(SAID)
+    assert layers == FACTS[:1]
+    assert [len(part) for part in found] == [2, 1]
+    for ours, theirs in zip(*map(flat, (found, states(0, dtype))), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(folder.arrays(0)["a"], arrays(0)["a"])
+    assert not folder.is_closed and folder.read_summary() is None
+    assert folder.fault() == f"the layers are no longer in {folder.path}"
+
+
+def test_a_finished_stage_is_whole_and_says_of_what_it_is(folder):
+    finished(folder)
+    assert folder.is_closed and not (folder.path / STATES).exists()
+    summary = folder.read_summary()
+    assert (summary["provenance"], summary["layers"]) == (SAID, FACTS)
+    assert folder.fault() == "" and folder.fault(plan="abc") == ""
+    for other in ({"plan": "abd"}, {"plan": "abc", "repair": "x"}):
+        assert folder.fault(**other) == (
+            f"the layers in {folder.path} are of another plan, repair or text"
+        )
+    names = {"done.json", "layer-00000.safetensors", "layer-00001.safetensors"}
+    assert {path.name for path in folder.path.iterdir()} == names
+    folder.drop_states()
+
+
+@pytest.mark.parametrize("damage", ["other", "gone"])
+def test_a_layer_that_is_not_what_was_written_is_named(folder, damage):
+    finished(folder)
+    file = folder.path / "layer-00001.safetensors"
+    file.unlink() if damage == "gone" else file.write_bytes(b"x")
+    assert folder.fault() == f"{file} is not the file that was written"
+    folder.arrays(0)
+    with pytest.raises(InputError, match=r"layer-00001\.safetensors cannot be read .*; remove .*"):
+        folder.arrays(1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"files": ["a"]}, {"files": "ab"}, {"layers": [{"name": 3, "kept": 3}, FACTS[1]]},
+     {"layers": None}, {"provenance": 3}],
+)  # fmt: skip
+def test_a_damaged_summary_counts_as_none(folder, damage):
+    finished(folder)
+    file = folder.path / "done.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    assert folder.read_summary() is None and folder.is_closed and folder.fault()
+
+
+@pytest.mark.parametrize("left", ["states", "closed"])
+def test_what_is_of_something_else_goes_and_the_rest_stays(folder, left):
+    finished(folder)
+    if left == "states":
+        add(folder, 0)
+    (folder.path / "mine.txt").write_text("x")
+    (folder.path / "layer-notes.safetensors").write_text("x")
+    assert folder.open({**SAID, "plan": "abd"}) is None
+    assert {path.name for path in folder.path.iterdir()} == {"mine.txt", "layer-notes.safetensors"}
+
+
+def test_states_of_layers_that_say_something_else_are_not_gone_on_with(folder):
+    folder.open(SAID)
+    folder.add(0, arrays(0), SAID, [{"name": "first", "kept": "three"}], states(0))
+    assert folder.open(SAID) is None and not list(folder.path.iterdir())
+
+
+# --- those of GPTQ ---
+
+
+def test_states_of_gptq_take_two_of_the_text_with_its_padding_in_their_dtype():
+    # 9 windows, and at most 3 of padding in either half; of 5 tokens, 16 wide.
+    assert progress_bytes(CONFIG, (9, 5), 4, jnp.float32) == 2 * (9 + 6) * 5 * 16 * 4
+    assert progress_bytes(CONFIG, (9, 5), 1, jnp.bfloat16) == 2 * 9 * 5 * 16 * 2
+
+
+def test_errors_of_layers_are_those_of_a_finished_folder(tmp_path):
+    errors = [LayerErrors(0.5, 0.25, 7, 1), LayerErrors(0.125, 0.0625, 9, 0)]
+    told = list(map(dataclasses.asdict, errors))
+    assert layer_errors(None) == [] and layer_errors(tmp_path / "gptq") == []
+    codes = codes_in(tmp_path / "gptq")
+    codes.open(SAID)
+    for number in range(2):
+        codes.add(number, arrays(number), SAID, told[: number + 1], states(number))
+    assert layer_errors(tmp_path / "gptq") == []
+    codes.close(SAID, told)
+    assert layer_errors(tmp_path / "gptq") == told and (tmp_path / "gptq" / SUMMARY).exists()
+
+
+def test_gptq_of_one_window_is_refused(tmp_path):
+    tokens = np.zeros((1, 4), np.int32)
+    with pytest.raises(InputError, match=r"at least 2 calibration windows.*but has 1; give more"):
+        quantize_model(None, tokens, tokens == 0, tmp_path, group_size=4, provenance={})
+
+
+def test_each_text_goes_through_the_layers_as_they_are_rounded(tmp_path, monkeypatch):
+    """With rounding to nearest in the place of GPTQ, the model that comes out is known."""
+    rng = np.random.default_rng(0)
+
+    def drawn(leaf):
+        if leaf.dtype == jnp.int32:  # widths of experts
+            return jnp.full(leaf.shape, CONFIG.moe.d_expert, jnp.int32)
+        return jnp.asarray(rng.normal(0.1, 0.3, leaf.shape), leaf.dtype)
+
+    model = jax.tree.map(drawn, abstract(CONFIG))
+    asked = []
+
+    def rounded(layer, inputs, group_size):
+        asked.append([np.asarray(x) for x, _ in inputs])
+        return quantize_layer(layer, group_size), Solved(5, 1)
+
+    monkeypatch.setattr(gptq_model, "gptq_layer", rounded)
+    tokens = rng.integers(0, 64, (2, 6)).astype(np.int32)
+    valid = np.arange(6)[None] < np.array([[6], [4]])
+
+    def stop(index: int) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+
+    options = {"group_size": 4, "provenance": SAID, "batch": 1}
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, tokens, valid, tmp_path, on_layer=stop, **options)
+    layers, x = codes_in(tmp_path).open(SAID)
+    quantised = mapped(model, lambda index, layer: quantize_layer(layer, 4))
+    wanted = forward_hidden(quantised, tokens, valid, batch=1)
+    assert [len(part) for part in x] == [1, 1] and len(asked) == 3
+    for number in range(2):  # the first is learnt from, the other held out
+        some = valid[number]
+        np.testing.assert_allclose(
+            x[number][0][0][some], wanted[number][some], rtol=1e-4, atol=1e-4
+        )
+    # Errors are of the held-out window's real tokens, behind the rounded layers before.
+    below = forward_hidden(FirstLayers(quantised, 2), tokens[1:], valid[1:], batch=1)
+    place = in_batches(model, tokens[1:], valid[1:], 1).places[0]
+    exact, near = (np.asarray(layer_forward(source.layer(2), jnp.asarray(below), place), float)
+                   for source in (model, quantised))  # fmt: skip
+    some = valid[1:]
+    error = np.square(near - exact)[some].sum() / np.square(exact - below)[some].sum()
+    assert layers[2]["gptq"] == layers[2]["nearest"] == pytest.approx(error, rel=1e-3)
+    assert (layers[2]["matrices"], layers[2]["fallbacks"]) == (5, 1)
+    # What lies in the folder is that model.
+    again = with_codes(model, tmp_path, 4)
+    for index in range(3):
+        ours, theirs = (jax.tree.leaves(one.layer(index)) for one in (again, quantised))
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+class FirstLayers:
+    """The beginning of a model."""
+
+    def __init__(self, source, layers: int):
+        self._source, self._layers = source, layers
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def __len__(self):
+        return self._layers

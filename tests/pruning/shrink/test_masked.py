@@ -1,0 +1,147 @@
+"""Plans that run masked beside models whose channels are cut out, and what is taken over."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.errors import InputError
+from moe_jax.stream import forward_hidden, mapped
+from moe_jax.transformer import abstract
+from pruning.budget.plan import PruningPlan
+from pruning.scores.grams import Seen
+from pruning.shrink import masked
+from pruning.shrink.masked import masked_hidden, moved, taken_over
+from pruning.shrink.prune import mask_layer
+from tests.pruning.scores.test_layer import CONFIG
+
+SHAPE = (2, 6, 12)  # layers with experts, experts, channels
+D = CONFIG.d_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    rng = np.random.default_rng(0)
+
+    def drawn(leaf):
+        if leaf.dtype == jnp.int32:  # widths of experts
+            return jnp.full(leaf.shape, CONFIG.moe.d_expert, jnp.int32)
+        return jnp.asarray(rng.normal(0.1, 0.3, leaf.shape), leaf.dtype)
+
+    return jax.tree.map(drawn, abstract(CONFIG))
+
+
+def plan_of(seed: int, constants: bool = False) -> PruningPlan:
+    rng = np.random.default_rng(seed)
+    keep = rng.random(SHAPE) < 0.6
+    keep[0, 1] = keep[1, 2] = False
+    keep[1, 3] = True
+    given = tuple(rng.normal(size=(1, D)).astype(np.float32) for _ in range(2))
+    return PruningPlan(keep, (0, 2), {}, given if constants else None)
+
+
+TEXT = np.random.default_rng(1).integers(0, 64, (5, 6)).astype(np.int32)
+VALID = np.arange(6)[None] < np.array([6, 6, 3, 6, 5])[:, None]
+
+
+def test_every_plan_gives_what_its_own_model_gives(model):
+    plans, visited = [plan_of(2), plan_of(3, constants=True)], []
+    found = masked_hidden(model, TEXT, VALID, plans, batch=2, on_layer=visited.append)
+    assert found.shape == (2, 5, 6, D) and visited == [0, 1, 2]
+    for plan, states in zip(plans, found, strict=True):
+
+        def masked_layer(index, layer, plan=plan):
+            if index not in (0, 2):
+                return layer
+            slot = (0, 2).index(index)
+            return mask_layer(layer, plan.keep[slot], plan.added(slot))
+
+        wanted = forward_hidden(mapped(model, masked_layer), TEXT, VALID, batch=5)
+        np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
+    assert np.abs(found[0] - found[1])[VALID].max() > 0.1
+
+
+def test_a_plan_of_other_layers_or_widths_is_refused(model):
+    keep = np.ones((2, 6, 11), bool)
+    with pytest.raises(InputError, match=r"of \[6, 11\] channels in layer 0, which has 72; the"):
+        masked_hidden(model, TEXT, VALID, [PruningPlan(keep, (0, 2))])
+    with pytest.raises(InputError, match="in layer 1, which has 0"):
+        masked_hidden(model, TEXT, VALID, [PruningPlan(np.ones(SHAPE, bool), (0, 1))])
+
+
+def test_with_a_sample_kept_channels_take_over_what_is_gone(model):
+    """Behind the layers of the dense model, whatever the plans do."""
+    rng = np.random.default_rng(5)
+    hidden = rng.normal(size=(6, 40, 12))
+    grams = np.einsum("erf,erg->efg", hidden, hidden).astype(np.float32)
+    seen = Seen(grams, np.einsum("erf,erf->ef", hidden, hidden), np.full(6, 40))
+    taken: list[int] = []
+
+    class Sample:
+        def through(self, index, layer):
+            assert layer is model.layers[index]
+            taken.append(index)
+            return seen if index != 1 else None
+
+    plan: PruningPlan = plan_of(2)
+    part = PruningPlan(plan.keep[:1], (2,))  # of one of the layers with experts
+    found = masked_hidden(model, TEXT, VALID, [plan, part], sample=Sample(), batch=5)
+    assert taken == [0, 1, 2]
+
+    def refitted(one):
+        def change(index, layer):
+            if index not in one.layer_indices:
+                return layer
+            keep = one.keep[one.layer_indices.index(index)]
+            return mask_layer(taken_over(layer, seen, keep), keep)
+
+        return mapped(model, change)
+
+    for one, states in zip((plan, part), found, strict=True):
+        wanted = forward_hidden(refitted(one), TEXT, VALID, batch=5)
+        np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "pull"), [(4000, 1e-2), (1600, 1e-2), (800, 2e-2), (40, 0.4)])
+def test_kept_rows_move_to_where_least_squares_with_a_pull_has_them(tokens, pull):
+    assert (masked.PULL, masked.PULL_OF_TOKENS) == (1e-2, 4)
+    rng = np.random.default_rng(0)
+    hidden, down = rng.normal(size=(30, 7)) @ rng.normal(size=(7, 7)), rng.normal(size=(7, 3))
+    keep = np.array([True, False, True, True, False, False, True])
+    found = moved(hidden.T @ hidden, down, keep, tokens)
+    size = np.sqrt(pull * (hidden[:, keep] ** 2).sum(axis=0).mean())
+    rows = np.concatenate([hidden[:, keep], size * np.eye(4)])
+    wanted = np.concatenate([hidden[:, ~keep] @ down[~keep], np.zeros((4, 3))])
+    np.testing.assert_allclose(found, np.linalg.lstsq(rows, wanted, rcond=None)[0], rtol=1e-8)
+
+
+def test_nothing_moves_of_channels_that_were_never_seen():
+    keep = np.array([True, False, True])
+    gram = np.diag([0.0, 3.0, 0.0])
+    np.testing.assert_array_equal(moved(gram, np.ones((3, 2)), keep, 9), np.zeros((2, 2)))
+
+
+def test_experts_take_over_what_they_can_each_for_itself(model):
+    layer = model.layers[0]
+    rng = np.random.default_rng(4)
+    hidden = rng.normal(size=(6, 40, 12)) @ rng.normal(size=(12, 12))
+    grams = np.einsum("erf,erg->efg", hidden, hidden).astype(np.float32)
+    seen = Seen(grams, np.einsum("erf,erf->ef", hidden, hidden), np.array([40, 40, 0, 40, 40, 40]))
+    keep = rng.random((6, 12)) < 0.5
+    keep[1], keep[3] = False, True  # emptied, and whole; the third no token reached
+    before = np.asarray(layer.mlp.experts.w_down).reshape(6, 12, D)
+    found = taken_over(layer, seen, jnp.asarray(keep))
+    after = np.asarray(found.mlp.experts.w_down).reshape(6, 12, D)
+    for expert in range(6):
+        wanted = before[expert].copy()
+        if expert not in (1, 2, 3):
+            own = keep[expert]
+            wanted[own] += moved(seen.gram(expert), before[expert], own, 40)
+            assert np.abs(wanted - before[expert])[own].max() > 0.01
+        np.testing.assert_allclose(after[expert], wanted, rtol=1e-5, atol=1e-6)
+    same = dataclasses.replace(
+        found, mlp=dataclasses.replace(found.mlp, experts=layer.mlp.experts)
+    )  # fmt: skip
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, same, layer))
