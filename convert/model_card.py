@@ -6,6 +6,9 @@ from typing import Any
 import yaml
 
 CARD = "README.md"
+# Strings only: YAML takes the language "no" for a truth value. libyaml's, where it is there: of a
+# few thousand brackets the loader in Python makes minutes.
+_Loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
@@ -16,8 +19,7 @@ def front_matter(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
         before, *parts = text.split("---\n", 2)
-        # Strings only: YAML takes the language "no" for a truth value.
-        found = yaml.load(parts[0], yaml.BaseLoader) if not before and len(parts) == 2 else None
+        found = yaml.load(parts[0], _Loader) if not before and len(parts) == 2 else None
     except (OSError, yaml.YAMLError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -21,6 +21,7 @@ from convert.export_format import (
 )
 from moe_jax.errors import InputError, choose
 from pruning.kit.hub import NAME
+from pruning.kit.yaml_files import YAML_ERRORS, read_yaml
 from pruning.recipe.exports import choose_exports, width_policy
 from pruning.recipe.group import about
 from pruning.recipe.options import (
@@ -226,8 +227,8 @@ def load_recipe(path: Path, **overrides: Any) -> CompressionRecipe:
       InputError: not a mapping, or a key that no recipe has.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        values = read_yaml(path)
+    except YAML_ERRORS as error:
         raise InputError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"recipe {path} must be a mapping of option: value")

@@ -12,6 +12,7 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.record import tool_version
 from pruning.kit.progress import Steps
+from pruning.kit.yaml_files import YAML_ERRORS, read_yaml
 from pruning.shrink.repair_model import SUMMARY
 
 MADE_BY = "provenance.yaml"  # no program that loads the folder reads it
@@ -77,8 +78,8 @@ def repair_hash(repair: Path) -> str | None:
 def _told(export: Path, name: str) -> str | None:
     """A hash that an export says; None if it is not there or does not say."""
     try:
-        told: Any = yaml.safe_load((export / MADE_BY).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        told: Any = read_yaml(export / MADE_BY)
+    except YAML_ERRORS:
         return None
     found = told.get(name) if isinstance(told, dict) else None
     return found if isinstance(found, str) else None

@@ -19,6 +19,7 @@ from moe_jax.errors import InputError
 from moe_jax.files import LEFTOVER, remove_leftovers, replace_text
 from moe_jax.json_files import read_json
 from pruning.kit.progress import OnStep, peak_memory
+from pruning.kit.yaml_files import YAML_ERRORS, read_yaml
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.report.recovery import NAME, PAGE
 from pruning.stages import writer
@@ -173,8 +174,8 @@ class RecoverFolder:
     def _stored(self) -> Any:
         """The identity in the folder; None if there is none that can be read."""
         try:
-            return yaml.safe_load((self.output / IDENTITY).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            return read_yaml(self.output / IDENTITY)
+        except YAML_ERRORS:
             return None
 
     def _remove(self, names: Sequence[str]) -> None:
