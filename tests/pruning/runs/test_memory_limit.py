@@ -26,6 +26,8 @@ code = main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
 sys.exit(code)
 """
+# The peak of a process includes that of the one that forked it: a small one, not the tests' worker.
+SMALL = ("sh", "-c", '"$@"; exit $?', "sh")
 
 
 @pytest.mark.slow
@@ -49,7 +51,7 @@ def test_every_command_stays_within_a_limit_that_the_model_exceeds_several_times
     peaks = {}
     for command in commands:
         done = subprocess.run(
-            [sys.executable, "-c", RUN, *command, "--quiet", "--memory-limit", str(LIMIT)],
+            [*SMALL, sys.executable, "-c", RUN, *command, "--quiet", "--memory-limit", str(LIMIT)],
             env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
