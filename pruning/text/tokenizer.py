@@ -176,9 +176,10 @@ def _end(
 ) -> int | None:
     given = _stored_ends(folder / CONFIG)
     if not all(type(one) is int and 0 <= one < vocab_size for one in given):
+        said = str(_said_end(folder / CONFIG))[:80]
         raise InputError(
-            f"{folder}/config.json: eos_token_id={str(given)[:80]} must be ids below the "
-            f"vocab_size {vocab_size}; get it again"
+            f"{folder}/config.json: eos_token_id={said} must be ids below the vocab_size "
+            f"{vocab_size}; get it again"
         )
     token = _token(folder, settings, "eos_token")
     if token is not None:
@@ -195,7 +196,11 @@ def _token(folder: Path, settings: Mapping[str, Any], name: str) -> str | None:
     return token
 
 
+def _said_end(path: Path) -> Any:
+    return read_json(path).get("eos_token_id") if path.is_file() else None
+
+
 def _stored_ends(path: Path) -> list[Any]:
     """What a config says of ids at which texts end."""
-    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = _said_end(path)
     return ids if isinstance(ids, list) else [] if ids is None else [ids]

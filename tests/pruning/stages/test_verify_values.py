@@ -30,6 +30,12 @@ def values(windows, wrong: bool = False) -> np.ndarray:
     return np.full(shape, 0.5 * wrong, np.float32)
 
 
+class Stored(tuple):
+    """A folder that was opened."""
+
+    read_ahead = True
+
+
 class World:
     """What the parts of `verify` find, to be changed by a test, and what they were asked."""
 
@@ -106,7 +112,7 @@ def world(monkeypatch):
         def open_checkpoint(folder, dtype):
             if w.unread:
                 raise w.unread
-            return ("stored", folder, dtype.__name__)
+            return Stored(("stored", folder, dtype.__name__))
 
         def client_answer(target, export, probe):
             w.asked.append((target, export, probe))
