@@ -12,6 +12,7 @@ from pruning.stages.measure import held_states
 from pruning.stages.probe_windows import compared, probe_shapes
 
 PROCESS_BYTES = 600 << 20  # Python, jax, its compiler and the programs of a stage
+GRADIENT_PROGRAMS = 100 << 20  # what compiling gradients takes more, tests/pruning/runs
 LOGITS_HELD = 5  # of a probe: two programs', their difference, its size, and who is asked
 LOSS_LOGITS, COMPARED_LOGITS = 3, 4  # copies that XLA holds of a loss, and of two models'
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py

@@ -17,6 +17,7 @@ from pruning.kit.memory import AMPLE, Allowance
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.report.cost_tables import STAGES
 from pruning.runs.held import (
+    GRADIENT_PROGRAMS,
     LOSS_LOGITS,
     evaluation_bytes,
     export_bytes,
@@ -115,7 +116,9 @@ class Foretold:
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
         work += self._layers(2) + 2 * self._layer
         held = self._held_states(windows, padded // batch, step)
-        return int(self._fixed + max(max(work, self._window_loss()) + held, 6 * sums))
+        backward = recipe.gradients or recipe.weight_gradients or recipe.nll_ig is not None
+        fixed = self._fixed + backward * GRADIENT_PROGRAMS
+        return int(fixed + max(max(work, self._window_loss()) + held, 6 * sums))
 
     def planning(self) -> int:
         """The sums of all layers, and what becomes of them."""

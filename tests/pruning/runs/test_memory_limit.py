@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from pruning.runs.held import PROCESS_BYTES
+from pruning.runs.held import GRADIENT_PROGRAMS, PROCESS_BYTES
 from tests.pruning.runs.test_memory import LAYERS, written
 
-LIMIT = 715_000_000  # of which a process takes most before it holds any weight
+LIMIT = 820_000_000  # of which a process takes most before it holds any weight
 # 24 layers of 14 MB in 16 bits: of neither kind fits the model, nor does its export as float32.
 MODEL = LAYERS | {
     "hidden_size": 512,
@@ -34,7 +34,7 @@ SMALL = ("sh", "-c", '"$@"; exit $?', "sh")
 def test_every_command_stays_within_a_limit_that_the_model_exceeds_several_times(tmp_path):
     model = written(MODEL, tmp_path / "model")
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    assert size > 3.9 * (LIMIT - PROCESS_BYTES)
+    assert size > 3.9 * (LIMIT - PROCESS_BYTES - GRADIENT_PROGRAMS)
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
     window = ("--window", "64", "--batch", "4")
@@ -46,8 +46,9 @@ def test_every_command_stays_within_a_limit_that_the_model_exceeds_several_times
         ["verify", str(out), "--json", str(tmp_path / "checks.json")],
         ["eval", str(out / "exports/ragged-int4"), "--text", str(text), *window],
     ]  # fmt: skip
-    # Computed as users compute, not as the tests do: these weights are many.
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    # Compiled as users compile for the first time: these weights are many, and so are programs.
+    of_tests = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {key: value for key, value in os.environ.items() if key not in of_tests}
     peaks = {}
     for command in commands:
         done = subprocess.run(
