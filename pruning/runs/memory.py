@@ -116,8 +116,7 @@ class Foretold:
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
         work += self._layers(2) + 2 * self._layer
         held = self._held_states(windows, padded // batch, step)
-        backward = recipe.gradients or recipe.weight_gradients or recipe.nll_ig is not None
-        fixed = self._fixed + backward * GRADIENT_PROGRAMS
+        fixed = self._fixed + any(self._backward) * GRADIENT_PROGRAMS
         return int(fixed + max(max(work, self._window_loss()) + held, 6 * sums))
 
     def planning(self) -> int:
@@ -244,8 +243,15 @@ class Foretold:
     def _window_loss(self) -> int:
         """The logits of a window, where the loss of the whole model is taken."""
         recipe, c = self.recipe, self.base.config
-        asked = recipe.gradients, recipe.weight_gradients, recipe.nll_ig, recipe.nll_ablate
-        return 4 * c.vocab_size * (c.d_model + WINDOW_LOGITS * recipe.window) if any(asked) else 0
+        if not any((*self._backward, recipe.nll_ablate)):
+            return 0
+        return 4 * c.vocab_size * (c.d_model + WINDOW_LOGITS * recipe.window)
+
+    @property
+    def _backward(self) -> tuple[bool, ...]:
+        """Scores that differentiate the loss of the whole model, layer by layer."""
+        recipe = self.recipe
+        return recipe.gradients, recipe.weight_gradients, recipe.nll_ig is not None
 
     def _sample(self, share: float) -> int:
         """The hidden states of a sample of the text, its rows at work, and the Grams of a layer's

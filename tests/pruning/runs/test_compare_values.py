@@ -1,6 +1,5 @@
 """How a comparison groups its tasks, counts its steps and names its results: no model runs."""
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -23,23 +22,10 @@ from pruning.runs import compared
 from pruning.runs.compare import compare
 from pruning.runs.compared import Task
 from pruning.text.windows import make_windows, text_hashes
+from tests.support.told import Told
 
 LAYERS, D = 3, 4
 SHAPE = (2, 4, 8)  # layers with experts, experts, channels
-
-
-class Said:
-    def __init__(self):
-        self.lines: list[str] = []
-        self.bars: dict[str, list[tuple[int, int]]] = {}
-
-    @contextlib.contextmanager
-    def bar(self, name):
-        steps = self.bars.setdefault(name, [])
-        yield lambda done, total: steps.append((done, total))
-
-    def say(self, text):
-        self.lines.append(text)
 
 
 class Base:
@@ -147,7 +133,7 @@ class Job:
 def run(asked, rates=(0.5,), rules=("uniform-act", "random"), steps=None, repair=None, **changes):
     given = {"model": "m", "output": str(asked.job.output), "batch": 3, "window": 8, "block": 2,
              "planner": "auto", "dtype": "float32", **changes}  # fmt: skip
-    return compare(CompressionRecipe(**given), rates, rules, repair=repair, steps=steps or Said())
+    return compare(CompressionRecipe(**given), rates, rules, repair=repair, steps=steps or Told())
 
 
 def test_the_recipe_is_opened_for_16_bits_with_one_window_more_than_is_measured(asked):
@@ -195,7 +181,7 @@ def test_plans_share_a_reading_of_the_model_as_far_as_their_states_fit(asked, mo
                                                                        size):  # fmt: skip
     rows = sum(len(windows.tokens) for windows in asked.job.evaluation.values())
     monkeypatch.setattr(comparing, "STATE_BYTES", int(fit * rows * 8 * D * 4))
-    steps = Said()
+    steps = Told()
     rules = ("uniform-*",)
     run(asked, rules=rules, steps=steps, expert_details=True, gradients=True,
         weight_gradients=True, obs=True)  # fmt: skip
@@ -216,7 +202,7 @@ def test_a_batch_is_never_wider_than_the_text(asked):
 
 
 def test_a_repair_measures_every_plan_a_second_time_and_alone(asked):
-    steps = Said()
+    steps = Told()
     found = run(asked, rules=("uniform-act",), repair="expert", steps=steps)
     assert asked.repaired == [(32, "expert")] and [group[0] for group in asked.groups] == [1]
     assert [(r.rule, r.repair) for r in found.results] == [
@@ -230,7 +216,7 @@ def test_a_repair_measures_every_plan_a_second_time_and_alone(asked):
 
 def test_a_rule_that_cannot_is_said_with_its_reason_and_the_others_go_on(asked):
     asked.refuse = {"uniform-act", "uniform-weight"}
-    steps = Said()
+    steps = Told()
     found = run(asked, rules=("uniform-act", "uniform-weight", "uniform-energy"), steps=steps)
     assert [r.rule for r in found.results] == ["uniform-energy"]
     assert [(r.rule, r.reason) for r in found.refused] == [
@@ -280,7 +266,7 @@ def test_results_are_those_of_their_key(asked):
 
 
 def test_all_rules_switch_on_what_they_need_and_without_a_text_nothing_is_begun(asked):
-    steps = Said()
+    steps = Told()
     run(asked, rules=("all",), steps=steps)
     (recipe,) = asked.opened
     assert recipe.gradients and recipe.expert_details and recipe.weight_gradients and recipe.obs

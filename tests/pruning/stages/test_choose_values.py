@@ -19,6 +19,7 @@ from pruning.stages.job import resolved
 from pruning.stages.rule_losses import CHOICE
 from tests.pruning.measure.test_choice import plain
 from tests.support.synthetic import statistics
+from tests.support.told import Told
 
 TOKENS, FILES = [5, 7, 4, 6, 0], [0, 1, 2, 0, 2]
 NAMES = {"words": 0, "digits": 1, "words.txt": 2}  # of the texts, told apart
@@ -160,15 +161,6 @@ def test_without_windows_kept_out_the_usual_rule_decides(asked, capsys):
     assert measurable(named, {"model_hash": "ab"}, STEPS) == named
 
 
-class Said(Steps):
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 @dataclasses.dataclass
 class Task:
     recipe: Any
@@ -177,7 +169,7 @@ class Task:
 
 def test_a_rule_that_is_named_is_planned_and_one_that_is_not_is_chosen(asked):
     asked.remember(0)
-    steps = Said()
+    steps = Told()
     job, plan = job_plan(Task(asked.recipe, asked.base), asked.statistics, asked.provenance, steps)
     ((recipe, chosen),) = asked.choose()
     assert job.recipe == recipe and plan.content_hash == chosen.content_hash
@@ -187,7 +179,7 @@ def test_a_rule_that_is_named_is_planned_and_one_that_is_not_is_chosen(asked):
     assert line.startswith(f"rule {row['rule']} is taken, {row['mean']:+.4f} nats per token on "
                            "text kept out once repaired: --criterion ")  # fmt: skip
     named = dataclasses.replace(asked.recipe.fixed(), criterion="act")
-    steps = Said()
+    steps = Told()
     job, plan = job_plan(Task(named, asked.base), asked.statistics, asked.provenance, steps)
     made = planning.plan(named, asked.statistics, asked.provenance, asked.base.about)
     assert job.recipe == named and plan.content_hash == made.content_hash
@@ -204,7 +196,7 @@ def test_every_rate_has_a_choice_of_its_own(asked):
         plan = planning.plan(one, asked.statistics, asked.provenance, asked.base.about)
         stored["plans"].setdefault(plan.content_hash, (4 * rng.random(5)).tolist())
     asked.file.write_text(json.dumps(stored))
-    steps = Said()
+    steps = Told()
     nothing: Any = SimpleNamespace(kept_out=None)
     made = (asked.statistics, asked.provenance, asked.base, lambda: nothing, steps)
     (_, first), (_, second) = choose([asked.recipe, other], *made)

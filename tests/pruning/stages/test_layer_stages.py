@@ -1,6 +1,5 @@
 """The stages that go layer by layer: when they run, with what, and what they say. Nothing runs."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,26 +13,11 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.shrink.gptq_model import LayerErrors
 from pruning.shrink.repair_model import RepairedLayer, repaired_in
 from pruning.stages import gptq, repair
+from tests.support.told import Told
 
 LAYERS = 3
 PLAN = PruningPlan(np.array([[[True, False]]]), (0,))
 SOURCES = [{"path": "/a/b.txt", "sha256": "ab", "tokens": 9}]
-
-
-class Said:
-    """Progress as it was told."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-        self.bars: dict[str, list[tuple[int, int]]] = {}
-
-    @contextlib.contextmanager
-    def bar(self, name):
-        steps = self.bars.setdefault(name, [])
-        yield lambda done, total: steps.append((done, total))
-
-    def say(self, text):
-        self.lines.append(text)
 
 
 class Base:
@@ -99,7 +83,7 @@ BARS = [(number, LAYERS) for number in (1, 2, 3)]
 
 
 def test_codes_are_chosen_once_for_a_plan_and_a_repair(tmp_path, made):
-    job, steps = job_of(tmp_path, quantizer="gptq", group_size=64), Said()
+    job, steps = job_of(tmp_path, quantizer="gptq", group_size=64), Told()
     folder = gptq.quantize(job, PLAN, steps)
     assert folder == tmp_path / "gptq" and steps.bars == {"gptq": BARS}
     assert steps.lines == [
@@ -129,7 +113,7 @@ def test_codes_are_chosen_once_for_a_plan_and_a_repair(tmp_path, made):
     "options", [{"quantizer": "rtn"}, {"quantizer": "gptq", "export": ("ragged-bf16",), "bits": 16}]
 )
 def test_without_codes_to_choose_nothing_is_begun(tmp_path, made, options):
-    assert gptq.quantize(job_of(tmp_path, **options), PLAN, Said()) is None and not made
+    assert gptq.quantize(job_of(tmp_path, **options), PLAN, Told()) is None and not made
 
 
 def test_a_summary_of_layers_without_any_error_divides_by_nothing():
@@ -140,7 +124,7 @@ def test_a_summary_of_layers_without_any_error_divides_by_nothing():
 
 @pytest.mark.parametrize("mode", ["expert", "layer"])
 def test_a_plan_is_repaired_once(tmp_path, made, mode):
-    job, steps = job_of(tmp_path, repair=mode), Said()
+    job, steps = job_of(tmp_path, repair=mode), Told()
     folder = repair.repair(job, PLAN, steps)
     assert folder == tmp_path / "repair" and steps.bars == {"repair": BARS}
     whole = "1 of 3 layers as a whole, " if mode == "layer" else ""
@@ -166,7 +150,7 @@ def test_a_plan_is_repaired_once(tmp_path, made, mode):
 
 
 def test_what_needs_no_repair_or_has_too_little_text_is_left(tmp_path, made):
-    steps = Said()
+    steps = Told()
     assert repair.repair(job_of(tmp_path, repair="none"), PLAN, steps) is None
     whole = PruningPlan(np.ones((1, 1, 2), bool), (0,))
     assert repair.repair(job_of(tmp_path, repair="layer"), whole, steps) is None
@@ -184,7 +168,7 @@ def test_what_needs_no_repair_or_has_too_little_text_is_left(tmp_path, made):
 def test_that_a_models_own_codes_keep_it_from_a_repair_is_said(
     tmp_path, made, native, requantize, said
 ):
-    steps = Said()
+    steps = Told()
     job = job_of(tmp_path, repair="none", native=native, requantize=requantize)
     assert repair.repair(job, PLAN, steps) is None and not made
     assert [line.startswith("not repaired: the model's 4-bit codes") for line in steps.lines] == (

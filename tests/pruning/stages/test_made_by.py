@@ -22,6 +22,7 @@ from pruning.stages.made_by import (
     say_stale,
     stale_exports,
 )
+from tests.support.told import Told
 
 PLAN = PruningPlan(np.array([[[True, False]]]), (0,))
 OTHER = PruningPlan(np.array([[[False, True]]]), (0,))
@@ -82,21 +83,13 @@ def test_an_export_that_says_nothing_of_ours_is_not_judged(folder, text):
     assert stale_exports(folder, PLAN) == [] and not is_repaired(path)
 
 
-class Said:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 def test_it_is_said_of_the_export_that_is_asked_for_or_of_all(folder):
     current = export(folder, "ragged-bf16", provenance_text(BASE, PLAN))
     old = [export(folder, name, provenance_text(BASE, OTHER))
            for name in ("padded-bf16", "padded-int4")]  # fmt: skip
 
     def said(place) -> list[str]:
-        steps: Any = Said()
+        steps: Any = Told()
         say_stale(place, steps)
         return steps.lines
 

@@ -20,6 +20,7 @@ from pruning.stages import parts
 from pruning.stages.parts import collect_parts, jaccard
 from tests.pruning.scores.test_layer import CONFIG
 from tests.support.synthetic import statistics
+from tests.support.told import Told
 
 L, E, F = 2, 3, 4
 
@@ -52,14 +53,6 @@ class Swept:
         return total.replace(extra={"parts": np.array(float(count))})
 
 
-class Said:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 @pytest.fixture
 def swept(monkeypatch):
     """collect_parts of so many windows, and what it asked and said."""
@@ -71,7 +64,7 @@ def swept(monkeypatch):
             recipe=recipe, base=SimpleNamespace(fingerprint="abc", about=None),
             calibration=SimpleNamespace(tokens=np.zeros((windows, 2))),
         )  # fmt: skip
-        asked, said = [], Said()
+        asked, said = [], Told()
 
         def sweep(job, identity, rows, steps):
             asked.append((identity, rows))

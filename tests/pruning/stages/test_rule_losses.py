@@ -1,7 +1,6 @@
 """Which plans are measured on windows kept out, how many at a time, and what is remembered of it:
 no model runs."""
 
-import contextlib
 import json
 import os
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from pruning.stages import rule_losses
 from pruning.stages.rule_losses import CHOICE, measured_losses
 from pruning.text.calibration import TokenBatch
 from pruning.text.kept_out import kept_out_note
+from tests.support.told import Told
 
 D, LAYERS = 4, 3
 TEXT = TokenBatch(
@@ -34,20 +34,6 @@ class Base:
         return LAYERS
 
 
-class Said:
-    def __init__(self):
-        self.lines: list[str] = []
-        self.bars: dict[str, list[tuple[int, int]]] = {}
-
-    @contextlib.contextmanager
-    def bar(self, name):
-        steps = self.bars.setdefault(name, [])
-        yield lambda done, total: steps.append((done, total))
-
-    def detail(self, text):
-        self.lines.append(text)
-
-
 def loss(plan: PruningPlan) -> list[float]:
     """Made up: 100 times the channels kept, and the window."""
     return [100.0 * plan.keep.sum() + window for window in range(5)]
@@ -56,7 +42,7 @@ def loss(plan: PruningPlan) -> list[float]:
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
     """Losses of plans, the groups that ran together, and what was said."""
-    found = SimpleNamespace(groups=[], opened=0, steps=Said(), text=TEXT, samples=[])
+    found = SimpleNamespace(groups=[], opened=0, steps=Told(), text=TEXT, samples=[])
 
     def masked_hidden(base, tokens, valid, plans, *, sample, batch, dtype, on_layer):
         assert tokens is found.text.tokens and valid is found.text.valid
@@ -105,7 +91,7 @@ def test_the_whole_model_is_measured_with_the_plans(measure):
                                  **kept_out_note(TEXT)}  # fmt: skip
     assert stored == {"dense": got.dense, "plans": got.plans, "tokens": got.tokens,
                       "files": got.files}  # fmt: skip
-    (line,) = measure.found.steps.lines
+    (line,) = measure.found.steps.details
     assert line == f"  4 plans on {TEXT.scored.sum()} predictions"
     assert measure.found.steps.bars["measure rules"] == [(4, 12), (8, 12), (12, 12)]
 
