@@ -22,8 +22,8 @@ class Told(Steps):
     @contextlib.contextmanager
     def bar(self, name):
         moved = self.bars.setdefault(name, [])
-        with super().bar(name):
-            yield lambda done, total: moved.append((done, total))
+        yield lambda done, total: moved.append((done, total))
+        self.stages.append({"name": name})
 
     def say(self, text):
         self.lines.append(text)
