@@ -103,6 +103,8 @@ def evaluate_tasks(
     _require_harness()
     steps = steps or Steps()
     models, run = _models(folder, rates, steps)
+    if run is not None and stored_recipe(run).memory_limit is not None:
+        steps.say(f"the memory limit in {run / RECIPE} does not hold for tasks")
     place = _place(asked, folder, run)
     how = {"window": window, "first_tokens": first_tokens, "batch": batch, "dtype": dtype}
     found = _evaluate(models, run, asked, place, how, steps)

@@ -25,6 +25,7 @@ from pruning.measure import answers, harness
 from pruning.stages.judged import compared
 from tests.support import tiny
 from tests.support.command import refused, run
+from tests.support.told import Told
 
 TASKS = DEMO / "tasks"
 QUIET = Steps(quiet=True)
@@ -199,9 +200,13 @@ def test_a_pruned_model_stands_beside_its_dense_one(scored, letters, tmp_path, c
 
 def test_plans_are_measured_by_masking_and_all_models_asked_alike(scored, letters, tmp_path):
     out = shutil.copytree(scored, tmp_path / "out")
+    recipe, steps = (out / "recipe.yaml").read_text(), Told()
+    assert "memory_limit: null" in recipe
+    (out / "recipe.yaml").write_text(recipe.replace("memory_limit: null", "memory_limit: 8GB"))
     found = pruning.evaluate_tasks(
-        out, ["letters"], [0, 0.5], task_path=letters, limit=10, fewshot=2, steps=QUIET
+        out, ["letters"], [0, 0.5], task_path=letters, limit=10, fewshot=2, steps=steps
     )
+    assert f"the memory limit in {out}/recipe.yaml does not hold for tasks" in steps.lines
     asked = [
         [json.loads(line)["arguments"] for line in path.read_text().splitlines()]
         for path in out.glob("tasks/*/samples_letters_*.jsonl")
