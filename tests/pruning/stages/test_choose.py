@@ -22,7 +22,7 @@ from pruning.report.cost_tables import estimate_tables
 from pruning.runs.estimate import estimate
 from pruning.runs.evaluate import evaluate
 from pruning.runs.plan import plan_folder, save_sweep
-from pruning.stages import rule_losses
+from pruning.stages import choose, rule_losses
 from pruning.stages.job import open_job
 from pruning.stages.score import stored_statistics
 from pruning.text.calibration import TokenBatch
@@ -374,9 +374,7 @@ def test_a_folder_that_is_only_read_is_left_as_it_is(domains, finished, tmp_path
 
 def test_what_is_said_of_a_rule_repeats_it(finished, tmp_path, monkeypatch, capsys):
     """Options that a rule of a user's own has beside criterion, attribution and planner, too."""
-    for name in list(CANDIDATES):
-        monkeypatch.delitem(CANDIDATES, name)
-    monkeypatch.setitem(CANDIDATES, "mass", RULES["fair-act-mass"])
+    monkeypatch.setattr(choose, "CANDIDATES", {"mass": RULES["fair-act-mass"]})
     out = shutil.copytree(finished, tmp_path / "out")
     ((_, plan),) = plan_folder(out, prune_rate=0.4)
     said = re.sub(r"\s+", " ", capsys.readouterr().err)
