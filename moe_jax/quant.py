@@ -18,6 +18,9 @@ CODE_MIN, CODE_MAX = -8, 7
 # others be finer.
 SHRINKS = tuple(1 - step / 40 for step in range(17))
 ROWS_AT_ONCE = 4096
+# Groups that are rounded side by side, so that what 17 scales make of them stays near the core; an
+# accelerator wants more to do at once.
+GROUPS_AT_ONCE, GROUPS_ON_ACCELERATORS = 2048, 1 << 17
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
@@ -113,13 +116,26 @@ def quantize(weight: Array, *, group_size: int, axis: int, dtype=jnp.bfloat16) -
 @partial(jax.jit, static_argnames=("group_size", "axis"))
 def _quantize_rows(weight: Array, group_size: int, axis: int) -> tuple[Array, Array]:
     # Compiled by itself wherever it is used, so that the same weight always gets the same codes.
-    groups = _grouped(weight.astype(jnp.float32), group_size, axis)
-    scale = best_scale(groups, axis + 1)
-    codes = nearest_codes(groups, scale).reshape(weight.shape)
-    return pack_nibbles(codes.astype(jnp.int8)), jnp.squeeze(scale, axis + 1)
+    rows, cols = weight.shape
+    beside = cols if axis == 0 else 1
+    groups = weight.reshape(-1, group_size, beside)
+    at_once = GROUPS_AT_ONCE if jax.default_backend() == "cpu" else GROUPS_ON_ACCELERATORS
+    together = min(len(groups), max(1, at_once // beside))
+    padded = jnp.pad(groups, ((0, -len(groups) % together), (0, 0), (0, 0)))
+
+    def rounded(tile: Array) -> tuple[Array, Array]:  # [together, g, beside]
+        wide = tile.swapaxes(0, 1).reshape(group_size, -1).astype(jnp.float32)
+        scale = best_scale(wide)
+        codes = nearest_codes(wide, scale[None]).astype(jnp.int8)
+        return codes.reshape(group_size, together, beside).swapaxes(0, 1), scale
+
+    codes, scale = jax.lax.map(rounded, padded.reshape(-1, together, group_size, beside))
+    codes = codes.reshape(padded.shape)[: len(groups)].reshape(rows, cols)
+    scale = scale.ravel()[: len(groups) * beside]
+    return pack_nibbles(codes), scale.reshape(-1, cols if axis == 0 else cols // group_size)
 
 
-def best_scale(groups: Array, axis: int) -> Array:
+def best_scale(groups: Array) -> Array:  # [g, N] -> [N]
     """The scale of each group with the least squared rounding error, among `SHRINKS`.
 
     Its sign gives the largest weight code -8, the one code without a counterpart, so all sixteen
@@ -127,31 +143,26 @@ def best_scale(groups: Array, axis: int) -> Array:
     way, and so finds a group of 32 with code -8 on its own grid: it rounds nothing again.
 
     Args:
-      groups: float32, groups lie along `axis`.
-      axis: the axis that shares a scale.
+      groups: float32, a group in each column.
 
     Returns:
-      float32 that bfloat16 can hold, of magnitude at least `MIN_SCALE`, size 1 along `axis`; of
-      equally good scales the largest.
+      float32 that bfloat16 can hold, of magnitude at least `MIN_SCALE`; of equally good scales the
+      largest.
     """
-    highest = jnp.max(groups, axis=axis, keepdims=True)
-    lowest = jnp.min(groups, axis=axis, keepdims=True)
+    highest, lowest = groups.max(axis=0), groups.min(axis=0)
     largest, sign = jnp.maximum(highest, -lowest), jnp.where(highest > -lowest, -1.0, 1.0)
+    shrinks = jnp.asarray(SHRINKS, jnp.float32)[:, None]
+    scale = jnp.maximum(largest[None] * (shrinks / -CODE_MIN), MIN_SCALE)  # [17, N]
+    # Not a pair of casts, which XLA leaves out on GPUs.
+    scale = sign[None] * jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
 
-    def candidate(shrink: Array) -> tuple[Array, Array]:
-        scale = jnp.maximum(largest * (shrink / -CODE_MIN), MIN_SCALE)
-        # Not a pair of casts, which XLA leaves out on GPUs.
-        scale = sign * jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
-        wrong = jnp.square(nearest_codes(groups, scale) * scale - groups)
-        return scale, jnp.sum(wrong, axis=axis, keepdims=True)
+    def add(error: Array, weight: Array):  # [17, N], [N]
+        # One weight of every group at a time: XLA:CPU sums along an axis value by value.
+        weight = weight[None]
+        return error + jnp.square(nearest_codes(weight, scale) * scale - weight), None
 
-    def better(best: tuple[Array, Array], shrink: Array):
-        scale, error = candidate(shrink)
-        wins = error < best[1]
-        return (jnp.where(wins, scale, best[0]), jnp.where(wins, error, best[1])), None
-
-    shrinks = jnp.asarray(SHRINKS, jnp.float32)
-    return jax.lax.scan(better, candidate(shrinks[0]), shrinks[1:])[0][0]
+    error, _ = jax.lax.scan(add, jnp.zeros_like(scale), groups)
+    return jnp.take_along_axis(scale, error.argmin(axis=0)[None], axis=0)[0]
 
 
 def nearest_codes(groups: Array, scale: Array) -> Array:
@@ -163,7 +174,8 @@ def nearest_codes(groups: Array, scale: Array) -> Array:
     groups, scale = groups * jnp.sign(scale), jnp.abs(scale)
     low = jnp.floor(groups * (1 / scale))
     above, below = (low + 1) * scale - groups, groups - low * scale
-    up = (above < below) | ((above == below) & (jnp.mod(low, 2) == 1))
+    odd = low - 2 * jnp.floor(low / 2) == 1
+    up = (above < below) | ((above == below) & odd)
     return jnp.clip(jnp.where(up, low + 1, low), CODE_MIN, CODE_MAX)
 
 

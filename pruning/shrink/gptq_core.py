@@ -89,7 +89,7 @@ def gptq(weight: Array, moments: Array, *, group_size: int, damping: float = DAM
         columns = jax.lax.dynamic_slice_in_dim(move, start, group_size, axis=1)  # [in, g]
         moved = rows + jnp.einsum("ig,io->go", columns, errors, precision=HIGHEST)
         inside = jax.lax.dynamic_slice_in_dim(columns, start, group_size)  # [g, g]
-        scale = best_scale(_unrounded(moved, inside, rows), 0)[0]  # [out]
+        scale = best_scale(_unrounded(moved, inside, rows))  # [out]
         codes = _group_codes(moved, inside, rows, scale)
         own = rows - codes * scale[None]
         return jax.lax.dynamic_update_slice_in_dim(errors, own, start, 0), (codes, scale)
