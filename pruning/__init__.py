@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pruning.runs.estimate import estimate
     from pruning.runs.evaluate import evaluate
     from pruning.runs.export import export_folder
+    from pruning.runs.health import generation_health
     from pruning.runs.plan import plan_folder
     from pruning.runs.recover import recover
     from pruning.runs.score import score
@@ -121,6 +122,7 @@ __all__ = [
     "export",
     "export_folder",
     "form_of",
+    "generation_health",
     "load_recipe",
     "load_statistics",
     "make_windows",
@@ -180,6 +182,7 @@ _HOMES = {
     "runs.plan": ("plan_folder",),
     "runs.recover": ("recover",),
     "runs.score": ("score",),
+    "runs.health": ("generation_health",),
     "runs.tasks": ("evaluate_tasks",),
     "runs.verify": ("verify",),
     "scores.ablation": ("Ablation", "ablate"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pruning.cli.flags import add_group, value_of
 from pruning.cli.parser import Parser
+from pruning.recipe.health_options import HealthOptions
 from pruning.recipe.options import (
     BUDGETS,
     TEXT_FILES,
@@ -207,6 +208,7 @@ def evaluate(command: Parser) -> None:
     sweep = command.add_argument_group("Plans of an output folder")
     _rates(sweep, "measure plans of the stored statistics instead, at these rates in [0, 1)")
     add_group(command, TaskOptions)
+    add_group(command, HealthOptions)
 
 
 def audit(command: Parser) -> None:

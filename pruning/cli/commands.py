@@ -24,6 +24,7 @@ from pruning.cli.tables import (
 )
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
+from pruning.recipe.health_options import HealthOptions
 from pruning.recipe.options import ExportOptions, PlanOptions, TextOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
@@ -31,6 +32,7 @@ from pruning.recipe.task_options import TaskOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
 from pruning.report.cost_tables import estimate_tables
+from pruning.report.health_table import health_table
 from pruning.report.task_table import compared_table
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
@@ -39,6 +41,7 @@ from pruning.runs import compress as compressing
 from pruning.runs import estimate as estimating
 from pruning.runs import evaluate as evaluating
 from pruning.runs import export as exporting
+from pruning.runs import health as writing
 from pruning.runs import plan as planning
 from pruning.runs import recover as recovering
 from pruning.runs import report as reporting
@@ -200,6 +203,8 @@ def evaluate(options: Options) -> Outcome:
     """Likelihood of texts, or tasks, under a folder or under the plans of a sweep."""
     if given_options(options, TaskOptions):
         return _tasks(options)
+    if given_options(options, HealthOptions):
+        return _health(options)
     found = evaluating.evaluate(
         options.folder,
         options.text or (),
@@ -237,6 +242,29 @@ def _tasks(options: Options) -> Outcome:
     shown = [part for name, table in tables.items() for part in (f"{name}:", table)]
     compared = [compared_table(name, rows) for name, rows in found["compared"].items()]
     return Outcome(found, [*shown, *compared], [Path(file) for file in found["files"].values()])
+
+
+def _health(options: Options) -> Outcome:
+    given: dict[str, Any] = given_options(options, HealthOptions)
+    if "generate" not in given:
+        raise InputError("new_tokens are those of continuations; add --generate N")
+    if options.stride is not None or _limit(options):
+        raise InputError("continuations take neither --stride nor --memory-limit; leave them out")
+    text = given_options(options, TextOptions)
+    found = writing.generation_health(
+        options.folder,
+        options.text or (),
+        options.rates or (),
+        **given,
+        text_field=options.text_field,
+        **{name: text[name] for name in ("first_tokens",) if name in text},
+        batch=options.batch,
+        dtype=options.dtype,
+        steps=_steps(options),
+    )
+    lines = [f"beginning: {found['beginnings'][0]!r}"]
+    lines += [f"{name}: {texts[0]!r}" for name, texts in found["written"].items()]
+    return Outcome(found, [health_table(found["health"]), *lines])
 
 
 def audit(options: Options) -> Outcome:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import jax
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -22,13 +21,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from moe_jax.errors import InputError
 from moe_jax.generation import generate
 from moe_jax.stream import LayerSource
-from moe_jax.transformer import init_caches
 from pruning.kit.progress import Steps
 from pruning.measure.answer_record import AnswerRecord, question_hash
 from pruning.measure.answers import STEP_TOKENS, Answer, Question, answer, power_of_two
+from pruning.measure.health import prompts_together
 from pruning.text.tokenizer import TextCodec
 
-CACHE_BYTES = 2 << 30  # keys and values of the prompts that are continued together
 NEW_TOKENS = 256  # where a task does not say
 # Of generation_kwargs: what is heeded, and what only sampling would need.
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -220,15 +218,12 @@ class HarnessModel(TemplateLM):
 
     def _together(self, asked: list[tuple[str, _Prompt]]) -> Iterator[list[tuple[str, _Prompt]]]:
         """Prompts, longest first, in parts that are continued together."""
-        config, step = self._source.config, self._asked.batch * min(STEP_TOKENS, self.max_length)
+        step = self._asked.batch * min(STEP_TOKENS, self.max_length)
         while asked:
             prompt = asked[0][1]
             length = power_of_two(len(prompt.tokens))
-            caches = jax.eval_shape(
-                lambda slots=length + prompt.new: init_caches(config, 1, slots, self._asked.dtype)
-            )
-            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
-            most = max(1, min(step // length, CACHE_BYTES // size))
+            room = prompts_together(self._source, length + prompt.new, self._asked.dtype)
+            most = max(1, min(step // length, room))
             yield asked[:most]
             asked = asked[most:]
 

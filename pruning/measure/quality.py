@@ -53,6 +53,12 @@ def _loss(head: Head, x: Array, targets: Array) -> Array:  # [P, D], [P] -> [P]
 
 
 @jax.jit
+def _entropy(head: Head, x: Array) -> Array:  # [P, D] -> [P]
+    logp = jax.nn.log_softmax(head(x), axis=-1)
+    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+@jax.jit
 def _compare(
     head: Head, x: Array, targets: Array, reference: Head, r: Array
 ) -> tuple[Array, Array, Array]:  # [P, D], [P], [P, D] -> loss, KL divergence, agreement, each [P]
@@ -189,6 +195,24 @@ def window_losses(model: Reference, windows: Windows) -> np.ndarray:
     if not np.isfinite(found).all():
         raise InputError("the loss on the text is not finite; the model's weights are broken")
     return np.bincount(rows, weights=found, minlength=len(windows.tokens))
+
+
+def mean_entropy(model: Reference, windows: Windows) -> float:
+    """Entropy of the predictions that are scored.
+
+    Args:
+      model: last hidden states, and the head they go through.
+      windows: the text they come from.
+
+    Returns:
+      Nats, mean over the predictions.
+    """
+    rows, places = np.nonzero(windows.scored)
+    total = 0.0
+    for start in range(0, len(rows), POSITIONS):
+        at = rows[start : start + POSITIONS], places[start : start + POSITIONS]
+        total += _total(_entropy(model.head, _states_at(model, *at)), len(at[0]))
+    return total / len(rows)
 
 
 def _states_at(model: Reference, rows: np.ndarray, places: np.ndarray) -> Array:

@@ -3,61 +3,28 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.export_format import FORMATS
 from moe_jax.errors import InputError
 from moe_jax.json_files import read_json
-from moe_jax.stream import LayerSource
-from pruning.demo import DEMO, model_folder
+from pruning.demo import DEMO
 from pruning.kit.progress import Steps
 from pruning.measure.answer_record import AnswerRecord
 from pruning.measure.paired import compare_results
 from pruning.recipe.options import MOST_BATCH
 from pruning.recipe.task_options import TaskOptions
 from pruning.recipe.values import check_whole, window_within
-from pruning.stages.export import pruned_source
+from pruning.runs.asked_models import DENSE, AskedModel, asked_models
 from pruning.stages.folder import RECIPE
 from pruning.stages.job import DTYPES
 from pruning.stages.judged import RESULTS, keep_compared
-from pruning.stages.made_by import say_stale
 from pruning.stages.remarks import say_context
-from pruning.stages.stored import stored_base, stored_plans, stored_recipe
+from pruning.stages.stored import stored_recipe
 from pruning.stages.writer import only_writer
 from pruning.text.tokenizer import open_codec
-
-DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class _Model:
-    """One of the models that are asked.
-
-    Attributes:
-      name: in tables.
-      source: its layers.
-      checkpoint: whose tokenizer it has.
-      place: what results call it: its folder, and of a plan the rate.
-      plan: hash of the plan that it is of, where it is masked.
-    """
-
-    name: str
-    source: LayerSource
-    checkpoint: Checkpoint
-    place: str
-    plan: str = ""
-
-    def identity(self, steps: Steps) -> str:
-        """A hash of the model."""
-        if self.checkpoint.weights_hash is None:
-            with steps.bar(f"identify {self.name}") as on_step:
-                self.checkpoint.hash_weights(on_step)
-        return self.checkpoint.fingerprint + self.plan
 
 
 def evaluate_tasks(
@@ -102,7 +69,7 @@ def evaluate_tasks(
         check_whole("window", window, 2, cure="; change --window")
     _require_harness()
     steps = steps or Steps()
-    models, run = _models(folder, rates, steps)
+    models, run = asked_models(folder, rates, steps)
     if run is not None and stored_recipe(run).memory_limit is not None:
         steps.say(f"the memory limit in {run / RECIPE} does not hold for tasks")
     place = _place(asked, folder, run)
@@ -124,7 +91,7 @@ def _place(asked: TaskOptions, folder: str | os.PathLike, run: Path | None) -> P
 
 
 def _evaluate(
-    models: Sequence[_Model],
+    models: Sequence[AskedModel],
     run: Path | None,
     asked: TaskOptions,
     place: Path,
@@ -167,61 +134,8 @@ def _require_harness() -> None:
         ) from None
 
 
-def _models(
-    folder: str | os.PathLike, rates: Sequence[float], steps: Steps
-) -> tuple[list[_Model], Path | None]:
-    """The models that a folder stands for, the dense one first, and the folder of their run."""
-    path = Path(folder)
-    say_stale(path, steps)
-    if rates:
-        return _planned(path, rates, steps), path
-    is_output = (path / RECIPE).is_file() and not (path / "config.json").is_file()
-    if is_output and folder != "demo":  # which is the embedded model, whatever lies here
-        exports = [path / "exports" / name for name in FORMATS]
-        exports = [export for export in exports if (export / "config.json").is_file()]
-        if not exports:
-            raise InputError(
-                f"{path} holds no export; write one with `moe-compress export {path}`, or measure "
-                "plans with --prune-rate"
-            )
-        return [*_dense(path, steps), *map(_stored, exports)], path
-    run = path.absolute().parent.parent
-    if path.absolute().parent.name == "exports" and (run / RECIPE).is_file():
-        return [*_dense(run, steps), _stored(path)], run
-    base = open_checkpoint(model_folder(folder))
-    return [_Model("model", base, base, str(folder))], None
-
-
-def _stored(export: Path) -> _Model:
-    base = open_checkpoint(export)
-    return _Model(export.name, base, base, str(export))
-
-
-def _dense(run: Path, steps: Steps) -> list[_Model]:
-    """The dense model of a run; none where it is not there any more, which is said."""
-    try:
-        base = stored_base(stored_recipe(run), steps)
-    except InputError as error:
-        steps.say(f"there is no dense model to compare with: {error}")
-        return []
-    return [_Model(DENSE, base, base, str(base.about.folder))]
-
-
-def _planned(run: Path, rates: Sequence[float], steps: Steps) -> list[_Model]:
-    """The dense model of a run, and a masked one for each rate."""
-    recipe = stored_recipe(run)
-    base = stored_base(recipe, steps)
-    models = [_Model(DENSE, base, base, str(base.about.folder))]
-    for one, plan in stored_plans(run, recipe, base, rates, steps)[0]:
-        name = f"prune-rate {one.prune_rate}"
-        place = f"{run}/{name.replace(' ', '-')}"
-        masked = pruned_source(base, plan, None)
-        models.append(_Model(name, masked, base, place, plan.content_hash))
-    return models
-
-
 def _ask(
-    model: _Model,
+    model: AskedModel,
     loaded: dict[str, Any],
     place: Path,
     asked: TaskOptions,

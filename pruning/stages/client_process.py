@@ -24,7 +24,8 @@ or, for token ids:
   exchange: gets ids.json, for each folder a list of ids by text, or the reason why there is none.
 
 Each line of standard output is the exit code of a fork, negative for a signal. The program ends
-with its standard input, which is with the process that started it, or after a minute without work.
+with its standard input, which is with the process that started it, or after five minutes without
+work.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-IDLE = 60  # seconds
+IDLE = 300  # seconds
 UNKNOWN = ("does not recognize this architecture", "Unrecognized configuration class")
 NO_GPU = "No GPU or XPU found"  # transformers 4 of 8-bit floats, asked to dequantise them or not
 FULL = ("can't allocate memory", "not enough memory", "std::bad_alloc")  # as torch says it

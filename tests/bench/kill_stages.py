@@ -46,8 +46,8 @@ STAGES = {  # a command, and the commands that make its folder
     "gptq, export": (("export", "OUT", "--overwrite"), ((*SCORE, *GPTQ), PLAN)),
     "export": (("export", "OUT", "--export", "padded-bf16", "ragged-bf16"), (SCORE, PLAN)),
     "verify": (("verify", "OUT"), (SCORE, PLAN, ("export", "OUT", "--export", "ragged-bf16"))),
-    "compare": (("compare", "MODEL", "GIVEN", "--prune-rate", "0.5"), ()),
-    "audit": (("audit", "MODEL", "GIVEN", "--experts", "4", "--channels", "4"), ()),
+    "compare": (("compare", "MODEL", "READ", "--prune-rate", "0.5"), ()),
+    "audit": (("audit", "MODEL", "READ", "--experts", "4", "--channels", "4"), ()),
     "recover": (("recover", "STUDENT", "--output", "OUT", "--text", "TEXT", *TRAIN), ()),
     "recover, layers": (
         ("recover", "STUDENT", "--output", "OUT", "--text", "TEXT", *TRAIN, "--mode", "layer"),
