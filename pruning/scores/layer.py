@@ -195,10 +195,15 @@ def loss_and_gradient(
     return losses.sum(), gradient
 
 
+def batch_words(text: Batches, rows: slice) -> list[np.ndarray | None]:
+    """Tokens, valid and counted of some rows, as `loss_and_gradient` takes them."""
+    parts = (text.tokens, text.valid, text.counted)
+    return [None if part is None else part[rows] for part in parts]
+
+
 def batch_loss(head: Head, text: Batches, x: Array, rows: slice) -> tuple[float, Array]:
     """Summed loss of one batch of a text, nats, and its gradient at its last states [b, T, D]."""
-    parts = (text.tokens, text.valid, text.counted)
-    words = [None if part is None else jnp.asarray(part[rows]) for part in parts]
+    words = jax.tree.map(jnp.asarray, batch_words(text, rows))
     loss, gradient = loss_and_gradient(head, x, *words)
     return float(loss), gradient
 

@@ -5,8 +5,11 @@ Between two steps the hidden states lie in slots, of which a step overwrites non
 that one which was killed can be done again.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -14,6 +17,7 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.config import ModelConfig
 from moe_jax.experts.moe import MoE
+from moe_jax.spread import ALONE, ROWS, SUMS, Spread
 from moe_jax.stream import LayerSource, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter
@@ -22,9 +26,10 @@ from pruning.scores.layer import (
     GRADIENT_SCORES,
     Kept,
     attention_backward,
-    batch_loss,
+    batch_words,
     feed_forward_backward,
     layer_statistics,
+    loss_and_gradient,
 )
 from pruning.scores.own import STATISTICS
 from pruning.scores.parts import Parts
@@ -77,6 +82,8 @@ class TextSweep:
       states: `asked.slots` of the text; None if the log holds all steps.
       log: where the sums go; what it has already is not done again.
       on_step: receives (layer visits done, layer visits in all).
+      spread: the devices, and the processes that share the text: each gives its windows, and has
+        the sums of all.
     """
 
     def __init__(
@@ -88,8 +95,10 @@ class TextSweep:
         states: States | None,
         log: SweepLog,
         on_step: OnStep | None = None,
+        spread: Spread = ALONE,
     ):
         self.source, self.text, self.asked, self.log = source, text, asked, log
+        self._spread = spread
         self._dtype, self._states = dtype, states
         self._slots, self._own = slots_of(source), tuple(STATISTICS.items())
         batches, c = text.batches, source.config
@@ -144,28 +153,35 @@ class TextSweep:
     # --- upwards ---
 
     def _up(self, index: int, layer: DecoderLayer, _: None) -> None:
-        slot = self._slots.get(index)
+        slot, here = self._slots.get(index), self._spread.everywhere(layer)
+        facts = {} if slot is None else _facts(layer)
         sums = {} if slot is None else self._layer_sums(layer)
         batches = self.text.batches
         for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
             before = self._entering(index, rows)
             visit = None if slot is None else slot * len(batches.rows) + number
             keep = visit is not None and self._projections.has_room(visit)
-            middle, out, found, kept = layer_statistics(layer, before, place, keep, self._own)
+            middle, out, found, kept = self._statistics(keep)(here, before, place)
             if keep:
                 self._projections.keep(index, rows, kept)
-            if slot is not None:
-                part = self.text.owner[number]
-                _add_batch(sums, part, found)
-                if self.asked.expert_details:
-                    add_details(sums, part, layer, middle, out, place)
+            for part, batch in self._by_part(number, found) if slot is not None else ():
+                _add_batch(sums, part, batch, facts["down_norm"][0])
+            if self.asked.expert_details and slot is not None:
+                apart = self._spread.apart((middle, out, place))
+                for part, batch in zip(self._owners(number), apart, strict=False):
+                    add_details(sums, part, layer, *batch)
             self._leave(index, rows, middle, out)
+        sums = self._spread.total(sums)
         if self.asked.expert_details and slot is not None:
             self._add_wanda(sums, layer)
-        self._end_step(sums)
+        self._end_step(sums | facts)
+
+    def _statistics(self, keep: bool) -> Any:
+        out = (ROWS, ROWS, SUMS, ROWS)
+        return self._spread.each(layer_statistics, out, keep=keep, own=self._own)
 
     def _layer_sums(self, layer: DecoderLayer) -> Sums:
-        """Facts about a layer's weights, and zeros for all that is added up."""
+        """Zeros for all that is added up."""
         assert isinstance(layer.mlp, MoE)
         moe, parts = layer.mlp.config, len(self.text.tokens)
         sizes = (1, moe.num_experts, moe.d_expert, self.source.config.d_model)
@@ -176,7 +192,10 @@ class TextSweep:
             for name, shape in shapes.items()
             if name not in NORMS and name not in downwards
         }
-        return sums | weight_facts(layer, moe.d_expert)
+        if self.asked.expert_details and not self._spread.leads:
+            # That of the first batch of all, which process 0 has.
+            sums["similarity"] = np.zeros((1, moe.num_experts, moe.num_experts))
+        return sums
 
     def _add_wanda(self, sums: Sums, layer: DecoderLayer) -> None:
         """Add what needs the norms of the experts' inputs over the whole text."""
@@ -193,9 +212,9 @@ class TextSweep:
             first = self.source.embedding(self.text.batches.tokens[rows], self._dtype)
             if self.asked.gradients:
                 states.put(0, rows, first)
-            return first
+            return self._spread.dealt(first)
         slot = 2 * index if self.asked.gradients else edge + (index - 1) % EDGES
-        return jnp.asarray(states.get(slot, rows))
+        return self._spread.dealt(states.get(slot, rows))
 
     def _leave(self, index: int, rows: slice, middle: Array, out: Array) -> None:
         """Keep what the layers above need, and the way down."""
@@ -211,33 +230,38 @@ class TextSweep:
     def _loss(self) -> None:
         """Begin the way down: gradients of the loss at the last hidden states."""
         batches, losses = self.text.batches, np.zeros(len(self.text.tokens))
-        for rows, part in zip(batches.rows, self.text.owner, strict=True):
-            x = jnp.asarray(self._open_states.get(self._edge, rows))
-            loss, gradient = batch_loss(self.source.head, batches, x, rows)
-            losses[part] += loss
+        head = self._spread.everywhere(self.source.head)
+        loss_of = self._spread.each(loss_and_gradient, (SUMS, ROWS))
+        for number, rows in enumerate(batches.rows):
+            x = self._spread.dealt(self._open_states.get(self._edge, rows))
+            words = self._spread.dealt(batch_words(batches, rows))
+            found, gradient = loss_of(head, x, *words)
+            for part, loss in self._by_part(number, found):
+                losses[part] += float(loss)
             self._open_states.put(self._edge + 1, rows, gradient)
-        self._end_step({"loss_sum": losses})
+        self._end_step(self._spread.total({"loss_sum": losses}))
 
     def _down(self, index: int, layer: DecoderLayer, _: None) -> None:
         states, slot = self._open_states, self._slots.get(index)
         lowest, edge = self.source.config.moe_layers[0], self._edge
         given = edge + (len(self.source) - index) % EDGES  # by the step before
         sums = {} if slot is None else self._gradient_sums(layer)
-        batches = self.text.batches
+        here, batches = self._spread.everywhere(layer), self.text.batches
+        through_experts = self._spread.each(feed_forward_backward, (ROWS, SUMS))
+        through_attention = self._spread.each(attention_backward, ROWS)
         for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
-            x, middle = (jnp.asarray(states.get(2 * index + half, rows)) for half in (0, 1))
-            kept = self._kept(index, layer, x, place, number)
-            d_out = jnp.asarray(states.get(given, rows))
-            d_middle, scores = feed_forward_backward(layer, middle, place, d_out, kept)
-            if scores is not None:
-                part = self.text.owner[number]
-                values = np.asarray(scores, np.float64)
+            x, middle = (self._spread.dealt(states.get(2 * index + i, rows)) for i in (0, 1))
+            kept = self._kept(index, here, x, place, number)
+            d_out = self._spread.dealt(states.get(given, rows))
+            d_middle, scores = through_experts(here, middle, place, d_out, kept)
+            for part, batch in self._by_part(number, scores) if scores is not None else ():
+                values = batch.astype(np.float64)
                 for name, value in zip(GRADIENT_SCORES, values, strict=True):
                     sums[name][part] += value
             if index > lowest:
                 left = 2 * edge + 1 - given  # the other one
-                states.put(left, rows, attention_backward(layer, x, place, d_middle))
-        self._end_step(sums)
+                states.put(left, rows, through_attention(here, x, place, d_middle))
+        self._end_step(self._spread.total(sums))
 
     def _kept(
         self, index: int, layer: DecoderLayer, x: Array, place: Context, number: int
@@ -248,7 +272,9 @@ class TextSweep:
         if slot is None or not self._projections.has_room(slot * len(batches.rows) + number):
             return None
         kept = self._projections.take(index, batches.rows[number])
-        return kept or layer_statistics(layer, x, place, True, self._own)[3]
+        if kept is not None:
+            return self._spread.dealt(kept)
+        return self._statistics(keep=True)(layer, x, place)[3]
 
     def _gradient_sums(self, layer: DecoderLayer) -> Sums:
         assert isinstance(layer.mlp, MoE)
@@ -257,6 +283,15 @@ class TextSweep:
         return {name: np.zeros(shape) for name in GRADIENT_SCORES}
 
     # --- both ---
+
+    def _owners(self, number: int) -> tuple[int, ...]:
+        """Parts of the batches of a step, one per device but for padding."""
+        devices = self._spread.devices
+        return self.text.owner[number * devices : (number + 1) * devices]
+
+    def _by_part(self, number: int, found: Any) -> Iterator[tuple[int, Any]]:
+        """The sums of a step's batches with the part of each."""
+        return zip(self._owners(number), self._spread.by_batch(found), strict=False)
 
     @property
     def _open_states(self) -> States:
@@ -272,8 +307,14 @@ def _is_finished(name: str) -> bool:
     return name in DECLARED and DECLARED[name]["kind"] == "finished"
 
 
-def _add_batch(sums: Sums, part: int, batch_sums: dict[str, Array]) -> None:
-    values = {name: np.asarray(value, np.float64) for name, value in batch_sums.items()}
-    values["energy"] = values.pop("unit_energy") * np.square(sums["down_norm"][0])
+def _facts(layer: DecoderLayer) -> Sums:
+    assert isinstance(layer.mlp, MoE)
+    return weight_facts(layer, layer.mlp.config.d_expert)
+
+
+def _add_batch(sums: Sums, part: int, batch: dict[str, np.ndarray], norm: np.ndarray) -> None:
+    """Add the sums of a batch, with the norms [E, F] of the channels' vectors."""
+    values = {name: value.astype(np.float64) for name, value in batch.items()}
+    values["energy"] = values.pop("unit_energy") * np.square(norm)
     for name, value in values.items():
         sums[name][part] += value

@@ -1,0 +1,238 @@
+"""Where the batches of a text are worked on: the devices of a process, and processes.
+
+Batches are dealt, never cut: each is one device's whole work, by the program of a single device,
+with the layer at hand on every one. So there is no collective inside of a layer, and sums over a
+batch have the same bits wherever it went. Between layers `Spread.total` adds over processes.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.errors import InputError, LostProcess
+
+AXES = {"windows": "data"}  # logical axis -> mesh axis, for every family
+ROWS, SUMS = "rows", "sums"  # what a function of a batch returns: an entry per row, or sums over it
+PIECE = 1 << 22  # numbers that processes add at a time: each holds the pieces of all
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """This process's devices, and its place among processes.
+
+    Attributes:
+      mesh: of devices of this process, with the axes of `AXES`; None for the default device.
+      process: number of this process; process 0 leads, and writes.
+      processes: how many there are.
+    """
+
+    mesh: Mesh | None = None
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def devices(self) -> int:
+        """Batches at work at once in this process."""
+        return 1 if self.mesh is None else self.mesh.shape[AXES["windows"]]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.process == 0
+
+    # --- devices ---
+
+    def everywhere(self, tree: T) -> T:
+        """Arrays on every device, as a layer is."""
+        return tree if self.mesh is None else jax.device_put(tree, self._sharding())
+
+    def dealt(self, tree: Any) -> Any:
+        """Arrays whose rows are those of a batch per device, each part on its device."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return jax.device_put(tree, self._sharding(AXES["windows"]))
+
+    def each(self, function: Callable[..., Any], out: Any, **static: Any) -> Callable[..., Any]:
+        """A function of one batch as one of a batch per device.
+
+        Args:
+          function: (what all batches share, what has an entry per row of the batch, ...) -> `out`.
+          out: `ROWS` or `SUMS` for each part of the result.
+          static: arguments by name that are no arrays.
+
+        Returns:
+          The function of `everywhere` and `dealt` arrays; its sums are for `by_batch`.
+        """
+        if self.mesh is None:
+            return functools.partial(function, **static)
+        return _each(self.mesh, function, out, tuple(static.items()))
+
+    def by_batch(self, sums: Any) -> list[Any]:
+        """The sums that a function of `each` returned, of every batch, on the host."""
+        sums = jax.tree.map(np.asarray, sums)
+        if self.mesh is None:
+            return [sums]
+        return [jax.tree.map(lambda a, i=i: a[i], sums) for i in range(self.devices)]
+
+    def apart(self, tree: Any) -> list[Any]:
+        """Arrays with an entry per row, as a batch per device, all on the default one."""
+        if self.mesh is None:
+            return [tree]
+        leaves, form = jax.tree.flatten(tree)
+        cut = [np.split(np.asarray(leaf), self.devices) for leaf in leaves]
+        return [jax.tree.unflatten(form, map(jnp.asarray, parts)) for parts in zip(*cut)]
+
+    def _sharding(self, *axes: str) -> NamedSharding:
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    # --- processes ---
+
+    def total(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Add float64 arrays over all processes, in the order of these; all get the result."""
+        if self.processes == 1:
+            return dict(sums)
+        if not sums:
+            return {}
+        # Processes may have found the names in another order.
+        sums = {name: sums[name] for name in sorted(sums)}
+        flat = np.concatenate([np.ravel(value) for value in sums.values()])
+        assert flat.dtype == np.float64
+        for start in range(0, len(flat), PIECE):
+            piece = np.ascontiguousarray(flat[start : start + PIECE])
+            # jax would round float64, so its bits are gathered.
+            found = np.ascontiguousarray(_gathered(piece.view(np.uint32)))
+            flat[start : start + PIECE] = found.view(np.float64).sum(axis=0)
+        cuts = np.cumsum([value.size for value in sums.values()])[:-1]
+        parts = zip(sums.items(), np.split(flat, cuts), strict=True)
+        return {name: part.reshape(value.shape) for (name, value), part in parts}
+
+    def led(self, work: Callable[[], T]) -> T:
+        """What `work` returns in process 0, which alone does it, for all.
+
+        Args:
+          work: returns what JSON can hold.
+
+        Raises:
+          LostProcess: in the others, if it failed; process 0 raises what `work` did.
+        """
+        if self.processes == 1:
+            return work()
+        told: dict[str, Any] = {}
+        failed: Exception | None = None
+        if self.leads:
+            try:
+                told = {"value": work()}
+            except Exception as error:
+                failed, told = error, {"error": str(error)}
+        told = json.loads(self.sent(json.dumps(told).encode()))
+        if failed is not None:
+            raise failed
+        if "error" in told:
+            raise LostProcess(f"process 0 has ended: {told['error']}")
+        return told["value"]
+
+    def sent(self, data: bytes) -> bytes:
+        """The bytes that process 0 gives, for all."""
+        if self.processes == 1:
+            return data
+        count = int(_gathered(np.array([len(data)], np.uint32))[0, 0])
+        words = np.zeros(-(-count // 4), np.uint32)
+        if self.leads:
+            words.view(np.uint8)[:count] = np.frombuffer(data, np.uint8)
+        with _naming_lost():
+            found = np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint32)
+        return found.view(np.uint8)[:count].tobytes()
+
+    def everyone(self, holds: bool) -> bool:
+        """Whether something holds in all processes; none goes on before all have said so."""
+        return holds if self.processes == 1 else bool(_gathered(np.array([holds])).all())
+
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Raise InputError, in all processes, unless all were given the same.
+
+        Args:
+          facts: by name, what JSON can hold.
+        """
+        first = self.led(lambda: dict(facts))
+        differ = [name for name, value in facts.items() if first[name] != value]
+        if not self.everyone(not differ):
+            of = f"; {', '.join(differ)} of process {self.process} is not" if differ else ""
+            raise InputError(
+                f"every process must be given the same command, model and texts as process 0{of}"
+            )
+
+
+ALONE = Spread()
+
+
+def mesh_of(axes: Mapping[str, int]) -> Mesh:
+    """A mesh of the first devices of this process.
+
+    Args:
+      axes: sizes by mesh axis, those of `AXES`.
+
+    Raises:
+      InputError: an axis is unknown, or there are fewer devices.
+    """
+    for name in axes:
+        if name not in AXES.values():
+            known = ", ".join(AXES.values())
+            raise InputError(f"mesh axis {name!r} is unknown; choose among {known}")
+    devices, count = jax.local_devices(), int(np.prod([*axes.values()]))
+    if count > len(devices):
+        raise InputError(
+            f"mesh={','.join(f'{name}={size}' for name, size in axes.items())} takes {count} "
+            f"devices and this process has {len(devices)}; choose --mesh data={len(devices)}"
+        )
+    shape = tuple(axes.values())
+    kinds = (AxisType.Auto,) * len(shape)
+    return Mesh(np.array(devices[:count]).reshape(shape), tuple(axes), axis_types=kinds)
+
+
+@functools.cache
+def _each(
+    mesh: Mesh, function: Callable[..., Any], out: Any, static: Sequence[tuple[str, Any]]
+) -> Callable[..., Any]:
+    one = functools.partial(function, **dict(static))
+    windows = PartitionSpec(AXES["windows"])
+
+    def local(shared: Any, batch: tuple) -> Any:
+        def placed(kind: str, part: Any) -> Any:
+            return jax.tree.map(lambda a: a[None], part) if kind == SUMS else part
+
+        return jax.tree.map(placed, out, one(shared, *batch))
+
+    # Without check_vma, under which a sort inside has been seen to lose a sum of gradients
+    # (jax 0.10.2); nothing is added across devices here.
+    dealt = jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(), windows), out_specs=windows, check_vma=False
+    )
+    program = jax.jit(dealt)
+    return lambda shared, *batch: program(shared, batch)
+
+
+def _gathered(array: np.ndarray) -> np.ndarray:  # [...] -> [processes, ...]
+    with _naming_lost():
+        return multihost_utils.process_allgather(array)
+
+
+class _naming_lost:
+    """Raise LostProcess for what jax raises where a process cannot be reached."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError | RuntimeError):
+            raise LostProcess(str(error).splitlines()[0]) from error
