@@ -90,7 +90,9 @@ class Spread:
             return [tree]
         leaves, form = jax.tree.flatten(tree)
         cut = [np.split(np.asarray(leaf), self.devices) for leaf in leaves]
-        return [jax.tree.unflatten(form, map(jnp.asarray, parts)) for parts in zip(*cut)]
+        return [
+            jax.tree.unflatten(form, map(jnp.asarray, parts)) for parts in zip(*cut, strict=True)
+        ]
 
     def _sharding(self, *axes: str) -> NamedSharding:
         assert self.mesh is not None
@@ -176,8 +178,8 @@ class Spread:
 ALONE = Spread()
 
 
-def mesh_of(axes: Mapping[str, int]) -> Mesh:
-    """A mesh of the first devices of this process.
+def mesh_of(axes: Mapping[str, int]) -> Mesh | None:
+    """A mesh of the first devices of this process; None for one, which is that of `ALONE`.
 
     Args:
       axes: sizes by mesh axis, those of `AXES`.
@@ -195,6 +197,8 @@ def mesh_of(axes: Mapping[str, int]) -> Mesh:
             f"mesh={','.join(f'{name}={size}' for name, size in axes.items())} takes {count} "
             f"devices and this process has {len(devices)}; choose --mesh data={len(devices)}"
         )
+    if count == 1:
+        return None
     shape = tuple(axes.values())
     kinds = (AxisType.Auto,) * len(shape)
     return Mesh(np.array(devices[:count]).reshape(shape), tuple(axes), axis_types=kinds)

@@ -19,6 +19,7 @@ from pruning.recipe.options import (
     TextOptions,
     fields_of,
 )
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 from pruning.recipe.task_options import TaskOptions
 
@@ -93,6 +94,7 @@ def score(command: Parser) -> None:
     add_group(command, PlanOptions, *DECIDING, title=title)
     add_group(command, PlanOptions, *_others(PlanOptions, *DECIDING), hidden=True)
     add_group(command, ExportOptions, hidden=True)
+    add_group(command, PlaceOptions)
 
 
 def estimate(command: Parser) -> None:

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from convert.checkpoint import open_checkpoint
 from convert.mtp import mtp_layers
 from moe_jax.errors import InputError
@@ -25,6 +27,7 @@ from pruning.cli.tables import (
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.options import ExportOptions, PlanOptions, TextOptions
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.recipe.task_options import TaskOptions
@@ -70,8 +73,11 @@ def compress(options: Options) -> Outcome:
 
 def score(options: Options) -> Outcome:
     """Statistics of a model."""
-    recipe = options.made
-    found = scoring.score(recipe, _steps(options))
+    recipe, where = options.made, PlaceOptions(**given_options(options, PlaceOptions))
+    found = scoring.score(recipe, _steps(options), where)
+    if jax.process_index() > 0:  # process 0 says it
+        options.json = None
+        return Outcome(None)
     path = Path(recipe.output) / STATISTICS
     tokens = int(found.total_tokens)
     said = f"{tokens:,} tokens scored" if tokens else "the weights scored, no text"

@@ -8,11 +8,12 @@ import platform
 import sys
 import traceback
 
-from moe_jax.errors import InputError
-from pruning.cli.flags import recipe_from
-from pruning.cli.grammar import build_parser
+from moe_jax.errors import InputError, LostProcess
+from pruning.cli.flags import given_options, recipe_from
+from pruning.cli.grammar import SPREADING, build_parser
 from pruning.kit.errors import VerificationError
 from pruning.kit.hub import download
+from pruning.recipe.place_options import PlaceOptions
 
 WITH_RECIPE = ("compress", "score", "estimate", "apply", "compare")
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
@@ -20,7 +21,9 @@ FAULTY = (
     "this is a fault of the program, not of what you gave it; please report it with your command "
     "and the lines above"
 )
+LOST = "the same command, given to all processes again, goes on from the last finished layer"
 FAILED_CHECK, BAD_INPUT, FAULT, INTERRUPTED = 1, 2, os.EX_SOFTWARE, 130
+LOST_PROCESS = os.EX_TEMPFAIL
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,12 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
       arguments: default those of the process.
 
     Returns:
-      The exit code: 0, 1 for a failed check, 2 for bad input, 70 for a fault of the program, 130
-      if interrupted.
+      The exit code: 0, 1 for a failed check, 2 for bad input, 70 for a fault of the program, 75
+      if another process is lost, 130 if interrupted.
     """
     try:
         try:
-            return _main(arguments)
+            code = _main(arguments)
+            if code != 0:
+                _leave_others(code)
+            return code
         finally:  # also after --help, which leaves by SystemExit
             sys.stdout.flush()
             sys.stderr.flush()
@@ -57,6 +63,8 @@ def _main(arguments: list[str] | None) -> int:
         return _fail(f"verification failed: {error}", FAILED_CHECK, options.debug)
     except (InputError, OSError) as error:
         return _fail(str(error), BAD_INPUT, options.debug)
+    except LostProcess as error:
+        return _fail(f"another process has ended: {error}; {LOST}", LOST_PROCESS, options.debug)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", INTERRUPTED, options.debug)
     except Exception:
@@ -70,6 +78,7 @@ def _run(options: argparse.Namespace) -> None:
 
         print(script(options.shell))
         return
+    _refuse_places(options)
     _read_recipe(options)
     if getattr(options, "download", False):
         named = options.made if "made" in options else options
@@ -84,6 +93,26 @@ def _run(options: argparse.Namespace) -> None:
     check_json(options.json)
     function = getattr(commands, str(FUNCTIONS.get(options.command, options.command)))
     show(function(options), options.json)
+
+
+def _refuse_places(options: argparse.Namespace) -> None:
+    """Raise InputError if a command that works on one device of one process is given more."""
+    given = given_options(options, PlaceOptions)
+    if given and options.command not in SPREADING:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise InputError(
+            f"{flags}: {options.command} works on one device of one process; only "
+            f"{', '.join(SPREADING)} takes more, so leave that out"
+        )
+
+
+def _leave_others(code: int) -> None:
+    """End at once if other processes share the work: leaving in order would wait for them."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _read_recipe(options: argparse.Namespace) -> None:
