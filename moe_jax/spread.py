@@ -7,7 +7,8 @@ batch have the same bits wherever it went. Between layers `Spread.total` adds ov
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -152,9 +153,30 @@ class Spread:
         words = np.zeros(-(-count // 4), np.uint32)
         if self.leads:
             words.view(np.uint8)[:count] = np.frombuffer(data, np.uint8)
-        with _naming_lost():
-            found = np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint32)
-        return found.view(np.uint8)[:count].tobytes()
+        return _broadcast(words).view(np.uint8)[:count].tobytes()
+
+    def shared_out(self, tasks: Sequence[T], work: Callable[[T], Any]) -> Iterator[tuple[T, Any]]:
+        """What work on tasks returns, each in one process, for all and in their order.
+
+        Args:
+          tasks: the same in all processes.
+          work: returns what JSON can hold.
+        """
+        for start in range(0, len(tasks), self.processes):
+            now = tasks[start : start + self.processes]
+            own = work(now[self.process]) if self.process < len(now) else None
+            yield from zip(now, self._told(own), strict=False)
+
+    def _told(self, value: Any) -> list[Any]:
+        """What each process says, in their order."""
+        if self.processes == 1:
+            return [value]
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        sizes = _gathered(np.array([len(data)], np.uint32))[:, 0]
+        padded = np.zeros(sizes.max(), np.uint8)
+        padded[: len(data)] = data
+        found = zip(_gathered(padded), sizes, strict=True)
+        return [json.loads(words[:size].tobytes()) for words, size in found]
 
     def everyone(self, holds: bool) -> bool:
         """Whether something holds in all processes; none goes on before all have said so."""
@@ -231,12 +253,15 @@ def _gathered(array: np.ndarray) -> np.ndarray:  # [...] -> [processes, ...]
         return multihost_utils.process_allgather(array)
 
 
-class _naming_lost:
+def _broadcast(words: np.ndarray) -> np.ndarray:  # uint32 [n], of process 0
+    with _naming_lost():
+        return np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint32)
+
+
+@contextmanager
+def _naming_lost() -> Iterator[None]:
     """Raise LostProcess for what jax raises where a process cannot be reached."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError | RuntimeError):
-            raise LostProcess(str(error).splitlines()[0]) from error
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise LostProcess(str(error).splitlines()[0]) from error

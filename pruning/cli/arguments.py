@@ -234,6 +234,7 @@ def audit(command: Parser) -> None:
     add_group(command, TextOptions, *texts, title="Text")
     add_group(command, ScoreOptions, *_others(ScoreOptions, "weights_only", "until_stable"))
     add_group(command, PlanOptions, "seed", title="Chance")
+    add_group(command, PlaceOptions)
 
 
 def report(command: Parser) -> None:
@@ -275,6 +276,7 @@ def compare(command: Parser) -> None:
         "dtype",
     )
     add_group(command, PlanOptions, "block", "seed", title="Plans")
+    add_group(command, PlaceOptions)
 
 
 def completion(command: Parser) -> None:

@@ -73,10 +73,9 @@ def compress(options: Options) -> Outcome:
 
 def score(options: Options) -> Outcome:
     """Statistics of a model."""
-    recipe, where = options.made, PlaceOptions(**given_options(options, PlaceOptions))
-    found = scoring.score(recipe, _steps(options), where)
-    if jax.process_index() > 0:  # process 0 says it
-        options.json = None
+    recipe = options.made
+    found = scoring.score(recipe, _steps(options), _places(options))
+    if _follows(options):
         return Outcome(None)
     path = Path(recipe.output) / STATISTICS
     tokens = int(found.total_tokens)
@@ -259,8 +258,11 @@ def audit(options: Options) -> Outcome:
         channels=options.channels,
         tokens=options.sample_tokens,
         steps=_steps(options),
+        where=_places(options),
         **given,
     )
+    if _follows(options):
+        return Outcome(None)
     return Outcome(found, audit_tables(found), [Path(output or source) / "audit.html"])
 
 
@@ -277,8 +279,11 @@ def compare(options: Options) -> Outcome:
     recipe = options.made
     given = {"rates": options.rates, "rules": options.rules, "repair": options.repaired}
     found = comparing.compare(
-        recipe, **{name: value for name, value in given.items() if value}, steps=_steps(options)
-    )
+        recipe, **{name: value for name, value in given.items() if value}, steps=_steps(options),
+        where=_places(options),
+    )  # fmt: skip
+    if _follows(options):
+        return Outcome(None)
     table = found.terminal_table(stdout().width)
     return Outcome(dataclasses.asdict(found), [table, ""], [Path(recipe.output) / "compare.html"])
 
@@ -287,6 +292,17 @@ def _limit(options: Options) -> dict[str, Any]:
     """The memory limit, where one is given."""
     limit = getattr(options, "memory_limit", None)
     return {} if limit is None else {"memory_limit": limit}
+
+
+def _places(options: Options) -> PlaceOptions:
+    return PlaceOptions(**given_options(options, PlaceOptions))
+
+
+def _follows(options: Options) -> bool:
+    """Whether another process shows what this command found; nothing is shown or written then."""
+    follows = jax.process_index() > 0
+    options.json = None if follows else options.json
+    return follows
 
 
 def _steps(options: Options) -> Steps:

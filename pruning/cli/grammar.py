@@ -77,7 +77,7 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
     ),
 }
 
-SPREADING = ("score",)  # commands that work on several devices or processes
+SPREADING = ("score", "compare", "audit")  # commands that work on several devices or processes
 
 
 def build_parser() -> Program:

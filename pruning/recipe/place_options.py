@@ -13,7 +13,7 @@ AXIS = re.compile(r"([a-z]+)=([1-9][0-9]*)")
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceOptions(Options):
-    """Devices and hosts, of score alone: its sweeps deal the windows to them."""
+    """Devices and hosts, which share the windows while scoring (score, compare and audit alone)."""
 
     mesh: Annotated[
         str | None,
@@ -27,7 +27,8 @@ class PlaceOptions(Options):
         str | None,
         About(
             "where process 0 listens, if several processes are given this same command; all read "
-            "the model and the texts, process 0 writes. auto asks Slurm, MPI or the TPU pod, as "
+            "the model and the texts, compare and audit also share plans and ablations, process 0 "
+            "writes. auto asks Slurm, MPI or the TPU pod, as "
             "happens unasked in a Slurm step of several tasks and where TPU_WORKER_HOSTNAMES has "
             "several",
             shown="HOST:PORT",

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import jax
 
@@ -12,6 +12,7 @@ from moe_jax.spread import ALONE, Spread, mesh_of
 from pruning.kit.progress import Steps
 from pruning.recipe.place_options import AUTO, PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.stages.writer import only_writer
 
 
 def places(options: PlaceOptions, steps: Steps) -> Spread:
@@ -40,6 +41,21 @@ def places(options: PlaceOptions, steps: Steps) -> Spread:
     return spread
 
 
+@contextmanager
+def working(
+    output: str | os.PathLike, where: PlaceOptions | None, steps: Steps | None
+) -> Iterator[tuple[Spread, Steps]]:
+    """Work for an output folder: process 0 as its only writer, the others in silence.
+
+    Raises:
+      InputError: as of `places`, or another command writes there.
+    """
+    steps = steps or Steps()
+    spread = places(where or PlaceOptions(), steps)
+    with only_writer(output) if spread.leads else nullcontext():
+        yield spread, steps if spread.leads else Steps(quiet=True)
+
+
 def check_places(recipe: CompressionRecipe, spread: Spread) -> None:
     """Raise InputError if there is nothing to deal, or memory was foretold for one device."""
     if spread.devices * spread.processes == 1:
@@ -58,13 +74,12 @@ def check_places(recipe: CompressionRecipe, spread: Spread) -> None:
 
 def say_places(spread: Spread, steps: Steps) -> None:
     """Say how many share the work, or how many more could."""
-    idle = jax.local_device_count() - spread.devices
     if spread.processes > 1:
         steps.say(
             f"{spread.processes} processes share the text; if one is lost all end, and the same "
             "command goes on"
         )
-    if idle > 0:
+    if (idle := jax.local_device_count() - spread.devices) > 0:
         steps.say(f"{idle} more devices are idle; --mesh data={spread.devices + idle} takes all")
 
 

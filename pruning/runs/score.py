@@ -1,16 +1,19 @@
 """Scoring alone: the statistics of a model, from which plans of every size are made."""
 
 import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
-from moe_jax.spread import Spread
+from moe_jax.spread import ALONE, Spread
 from pruning.kit.progress import Steps
 from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.runs.cap import capped_recipe
-from pruning.runs.places import check_places, places, say_places
+from pruning.runs.places import check_places, say_places, working
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
@@ -18,7 +21,6 @@ from pruning.stages.job import Job, open_job
 from pruning.stages.model_record import identify
 from pruning.stages.parts import help_collect
 from pruning.stages.sizes import folder_bytes
-from pruning.stages.writer import only_writer
 
 
 def score(
@@ -45,49 +47,64 @@ def score(
       FullDiskError: the disk is full; what is finished stays.
       LostProcess: another process has ended; what is finished stays.
     """
-    steps = steps or Steps()
-    spread = places(where or PlaceOptions(), steps)
-    check_places(recipe, spread)
-    if not spread.leads:
-        return _help_score(recipe, spread)
-    with only_writer(recipe.output):
+    with working(recipe.output, where, steps) as (spread, steps):
         return _score(recipe, steps, spread)
 
 
 def _score(recipe: CompressionRecipe, steps: Steps, spread: Spread) -> ChannelStatistics:
-    job = dataclasses.replace(open_for(recipe, steps), spread=spread)
-    say_places(spread, steps)
-    spread.require_same(scoring.facts(job))
+    job = open_for(recipe, steps, spread)
 
-    def prepare() -> bool:
+    def prepare() -> None:
         preflight.prepare(job, steps, exports=False, last="statistics.json")
-        return scoring.find_statistics(job) is None
 
     with capped_recipe(job.base, job.recipe, steps, ["scoring"]):
-        spread.led(prepare)
-        statistics, _ = scoring.score(job, steps)
-    if spread.processes > 1:
-        arrays = {name: np.asarray(value) for name, value in statistics.arrays().items()}
-        spread.sent(safetensors.numpy.save(arrays))
+        statistics, _ = scored(job, steps, prepare)
     return statistics
 
 
-def _help_score(recipe: CompressionRecipe, spread: Spread) -> ChannelStatistics:
-    """What a process other than the first does: its windows."""
-    steps = Steps(quiet=True)
-    job = dataclasses.replace(open_job(recipe), spread=spread)
-    spread.require_same(scoring.facts(job))
-    with capped_recipe(job.base, job.recipe, steps, ["scoring"]):
-        if spread.led(lambda: False):  # process 0 says whether there is something to do
-            help_collect(job, steps)
-    return ChannelStatistics.from_arrays(safetensors.numpy.load(spread.sent(b"")))
+def scored(
+    job: Job, steps: Steps, prepare: Callable[[], None], more: Mapping[str, Any] | None = None
+) -> tuple[ChannelStatistics, dict[str, Any]]:
+    """The statistics of a job in every process, and what is noted beside them.
+
+    Args:
+      job: opened in all processes alike.
+      steps: where progress goes.
+      prepare: what process 0 does before any work; what it refuses ends all.
+      more: what else processes must agree in, by name.
+
+    Raises:
+      InputError: not all were given the same, there is nothing to deal, or as of `prepare`.
+    """
+    spread = job.spread
+    check_places(job.recipe, spread)
+    say_places(spread, steps)
+    spread.require_same({**scoring.facts(job), **(more or {})})
+
+    def begin() -> bool:
+        prepare()
+        return spread.processes > 1 and scoring.find_statistics(job) is None
+
+    if spread.led(begin) and not spread.leads:
+        help_collect(job, steps)
+    if spread.processes == 1:
+        return scoring.score(job, steps)
+    told, arrays = b"", b""
+    if spread.leads:
+        statistics, noted = scoring.score(job, steps)
+        parts = {name: np.asarray(value) for name, value in statistics.arrays().items()}
+        told, arrays = json.dumps(noted).encode(), safetensors.numpy.save(parts)
+    noted, parts = json.loads(spread.sent(told)), safetensors.numpy.load(spread.sent(arrays))
+    job.base.weights_hash = spread.led(job.base.hash_weights)
+    return ChannelStatistics.from_arrays(parts), noted
 
 
-def open_for(recipe: CompressionRecipe, steps: Steps) -> Job:
+def open_for(recipe: CompressionRecipe, steps: Steps, spread: Spread = ALONE) -> Job:
     """Open what a recipe needs, as a step that says what was read."""
     with steps.bar("open"):
-        job = open_job(recipe)
-    identify(job.base, job.output, steps)
+        job = dataclasses.replace(open_job(recipe), spread=spread)
+    if spread.leads:
+        identify(job.base, job.output, steps)
     about = job.base.about
     gigabytes = folder_bytes(about.folder) / 1e9
     steps.detail(f"  model: {about.folder}, {about.family.model_type}, {gigabytes:,.3f} GB")

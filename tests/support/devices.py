@@ -1,0 +1,30 @@
+"""Run with several virtual devices: collects statistics on a mesh of them, and scores on one."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import tests.conftest  # noqa: F401
+from moe_jax.spread import Spread, mesh_of
+from moe_jax.transformer import init
+from pruning.scores.collect import collect_statistics
+from tests.pruning.scores.test_layer import CONFIG
+from tests.support.command import run
+
+
+def main(folder: Path, *arguments: str) -> int:
+    """Write `statistics.npz` of `text.npz` in a folder; then run the command line."""
+    model = jax.tree.map(lambda a: a * 10 if a.ndim == 2 else a, init(CONFIG, jax.random.key(0)))
+    with np.load(folder / "text.npz") as text:
+        tokens, valid = text["tokens"], text["valid"]
+    found = collect_statistics(
+        model, tokens, valid, gradients=True, batch=3, spread=Spread(mesh_of({"data": 4}))
+    )
+    np.savez(folder / "statistics.npz", **found.arrays())
+    return run(*arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
