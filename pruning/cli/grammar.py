@@ -5,9 +5,7 @@ from collections.abc import Callable
 
 from pruning.cli import arguments
 from pruning.cli.examples import EXAMPLES, OUTCOMES
-from pruning.cli.flags import add_group
 from pruning.cli.parser import Parser, Program
-from pruning.recipe.place_options import PlaceOptions
 
 DESCRIPTION = "Make Mixture-of-Experts language models several times smaller."
 
@@ -77,8 +75,6 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
     ),
 }
 
-SPREADING = ("score", "compare", "audit")  # commands that work on several devices or processes
-
 
 def build_parser() -> Program:
     """The command line."""
@@ -103,8 +99,6 @@ def build_parser() -> Program:
         fill(command)
         if name != "completion":
             _common(command, name)
-        if name not in (*SPREADING, "completion"):  # to say so, rather than not to know them
-            add_group(command, PlaceOptions, hidden=True)
         program.commands[name] = command
     _common(program, None)
     for command in program.commands.values():

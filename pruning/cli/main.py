@@ -9,11 +9,10 @@ import sys
 import traceback
 
 from moe_jax.errors import InputError, LostProcess
-from pruning.cli.flags import given_options, recipe_from
-from pruning.cli.grammar import SPREADING, build_parser
+from pruning.cli.flags import recipe_from
+from pruning.cli.grammar import build_parser
 from pruning.kit.errors import VerificationError
 from pruning.kit.hub import download
-from pruning.recipe.place_options import PlaceOptions
 
 WITH_RECIPE = ("compress", "score", "estimate", "apply", "compare")
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
@@ -78,7 +77,6 @@ def _run(options: argparse.Namespace) -> None:
 
         print(script(options.shell))
         return
-    _refuse_places(options)
     _read_recipe(options)
     if getattr(options, "download", False):
         named = options.made if "made" in options else options
@@ -93,17 +91,6 @@ def _run(options: argparse.Namespace) -> None:
     check_json(options.json)
     function = getattr(commands, str(FUNCTIONS.get(options.command, options.command)))
     show(function(options), options.json)
-
-
-def _refuse_places(options: argparse.Namespace) -> None:
-    """Raise InputError if a command that works on one device of one process is given more."""
-    given = given_options(options, PlaceOptions)
-    if given and options.command not in SPREADING:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise InputError(
-            f"{flags}: {options.command} works on one device of one process; only "
-            f"{', '.join(SPREADING)} takes more, so leave that out"
-        )
 
 
 def _leave_others(code: int) -> None:

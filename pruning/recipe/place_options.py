@@ -13,24 +13,23 @@ AXIS = re.compile(r"([a-z]+)=([1-9][0-9]*)")
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceOptions(Options):
-    """Devices and hosts, which share the windows while scoring (score, compare and audit alone)."""
+    """Devices and hosts (of score, compare and audit alone)."""
 
     mesh: Annotated[
         str | None,
         About(
-            "devices of each process that work at once, such as data=4: each has a copy of the "
-            "layer, and --batch windows at a time; default one device, whatever there are",
+            "devices of each process that score windows at once, such as data=4: each holds a copy "
+            "of the layer and works on --batch windows; default one device, whatever there are",
             shown="AXIS=N",
         ),
     ] = None
     coordinator: Annotated[
         str | None,
         About(
-            "where process 0 listens, if several processes are given this same command; all read "
-            "the model and the texts, compare and audit also share plans and ablations, process 0 "
-            "writes. auto asks Slurm, MPI or the TPU pod, as "
-            "happens unasked in a Slurm step of several tasks and where TPU_WORKER_HOSTNAMES has "
-            "several",
+            "where process 0 listens, if several are given this same command: they share windows, "
+            "of compare plans and of audit ablations too; all read model and texts, process 0 "
+            "writes. auto asks Slurm, MPI or the TPU pod, which happens unasked in a Slurm step of "
+            "several tasks and where TPU_WORKER_HOSTNAMES has several",
             shown="HOST:PORT",
         ),
     ] = None

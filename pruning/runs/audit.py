@@ -130,7 +130,7 @@ def _opened(
             raise InputError(f"mesh deals windows while scoring, and {folder} is scored already; "
                              "leave out --mesh")  # fmt: skip
         job = dataclasses.replace(open_job(recipe), spread=spread)
-        spread.require_same({**scoring.facts(job), **sample, "seed": recipe.seed})
+        spread.require_same({**scoring.facts(job), **sample})
         if spread.leads:
             identify(job.base, folder, steps)
         job.base.weights_hash = spread.led(job.base.hash_weights)

@@ -78,7 +78,7 @@ def facts(job: Job) -> dict[str, Any]:
         "model": fingerprint(job.base.about.outer or job.base.about.hf_config, ""),
         "calibration": [digest.hexdigest(), *text.tokens.shape],
         "options": [
-            recipe.batch, recipe.dtype, recipe.until_stable, *sorted(recipe.groups),
+            recipe.batch, recipe.dtype, recipe.until_stable, recipe.seed, *sorted(recipe.groups),
             *sorted(own.STATISTICS),
         ],
         "mesh": job.spread.devices,
