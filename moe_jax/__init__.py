@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moe_jax.errors import InputError
     from moe_jax.generation import generate
     from moe_jax.quant import QTensor
+    from moe_jax.spread import Spread, mesh_of
     from moe_jax.stream import Batches, LayerSource, forward_hidden, in_batches, mapped, sweep
     from moe_jax.training import TrainingConfig, language_model_loss, split_parameters, train
     from moe_jax.transformer import DecoderLayer, Transformer, abstract, init, next_token_loss
@@ -24,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "QTensor",
     "RopeConfig",
+    "Spread",
     "TrainingConfig",
     "Transformer",
     "abstract",
@@ -33,6 +35,7 @@ __all__ = [
     "init",
     "language_model_loss",
     "mapped",
+    "mesh_of",
     "next_token_loss",
     "restore_model",
     "save_model",
@@ -47,6 +50,7 @@ _HOMES = {
     "errors": ("InputError",),
     "generation": ("generate",),
     "quant": ("QTensor",),
+    "spread": ("Spread", "mesh_of"),
     "stream": ("Batches", "LayerSource", "forward_hidden", "in_batches", "mapped", "sweep"),
     "training": ("TrainingConfig", "language_model_loss", "split_parameters", "train"),
     "transformer": ("DecoderLayer", "Transformer", "abstract", "init", "next_token_loss"),

@@ -149,11 +149,24 @@ class Spread:
         """The bytes that process 0 gives, for all."""
         if self.processes == 1:
             return data
-        count = int(_gathered(np.array([len(data)], np.uint32))[0, 0])
-        words = np.zeros(-(-count // 4), np.uint32)
-        if self.leads:
-            words.view(np.uint8)[:count] = np.frombuffer(data, np.uint8)
-        return _broadcast(words).view(np.uint8)[:count].tobytes()
+        high, low = _gathered(np.array(divmod(len(data), 1 << 32), np.uint32))[0].tolist()
+        whole, found = np.frombuffer(data, np.uint8), np.zeros((high << 32) + low, np.uint8)
+        for start in range(0, len(found), 4 * PIECE):
+            piece = found[start : start + 4 * PIECE]
+            words = np.zeros(-(-len(piece) // 4), np.uint32)
+            if self.leads:
+                words.view(np.uint8)[: len(piece)] = whole[start : start + 4 * PIECE]
+            piece[:] = _broadcast(words).view(np.uint8)[: len(piece)]
+        return found.tobytes()
+
+    def sent_arrays(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays that process 0 gives, for all."""
+        told = self.led(lambda: {n: [str(a.dtype), list(a.shape)] for n, a in arrays.items()})
+        found = {}
+        for name, (dtype, shape) in told.items():
+            data = self.sent(arrays[name].tobytes() if self.leads else b"")
+            found[name] = np.frombuffer(bytearray(data), dtype).reshape(shape)
+        return found
 
     def shared_out(self, tasks: Sequence[T], work: Callable[[T], Any]) -> Iterator[tuple[T, Any]]:
         """What work on tasks returns, each in one process, for all and in their order.

@@ -1,12 +1,10 @@
 """Scoring alone: the statistics of a model, from which plans of every size are made."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from moe_jax.spread import ALONE, Spread
 from pruning.kit.progress import Steps
@@ -89,14 +87,13 @@ def scored(
         help_collect(job, steps)
     if spread.processes == 1:
         return scoring.score(job, steps)
-    told, arrays = b"", b""
+    arrays, noted = {}, {}
     if spread.leads:
         statistics, noted = scoring.score(job, steps)
-        parts = {name: np.asarray(value) for name, value in statistics.arrays().items()}
-        told, arrays = json.dumps(noted).encode(), safetensors.numpy.save(parts)
-    noted, parts = json.loads(spread.sent(told)), safetensors.numpy.load(spread.sent(arrays))
+        arrays = {name: np.asarray(value) for name, value in statistics.arrays().items()}
     job.base.weights_hash = spread.led(job.base.hash_weights)
-    return ChannelStatistics.from_arrays(parts), noted
+    noted = spread.led(lambda: noted)
+    return ChannelStatistics.from_arrays(spread.sent_arrays(arrays)), noted
 
 
 def open_for(recipe: CompressionRecipe, steps: Steps, spread: Spread = ALONE) -> Job:

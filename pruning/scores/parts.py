@@ -97,12 +97,6 @@ def in_parts(
     return whole if spread.processes * spread.devices == 1 else _dealt(whole, batch, spread)
 
 
-def dealt_windows(parts: Sequence[np.ndarray], batch: int, spread: Spread) -> int:
-    """Windows of every process, those of padding included, see `windows_at_work`."""
-    batch, windows = windows_at_work(parts, batch)
-    return batch * _dealt_batches(windows // batch, spread)
-
-
 def _dealt_batches(batches: int, spread: Spread) -> int:
     """Batches of every process: whole steps of its devices, one at least."""
     step = spread.processes * spread.devices

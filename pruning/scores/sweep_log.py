@@ -168,8 +168,8 @@ class SweepFolder:
         """
 
         def opened() -> tuple[int, str | None]:
+            states = self._states()  # before it may be cleared: the others have theirs beside it
             self._open(identity, steps, size)
-            states = self._states()
             return self.done, None if states is None else str(states)
 
         self.done, name = self._spread.led(opened)

@@ -47,6 +47,39 @@ def test_process_0_works_and_all_learn_what_it_found(monkeypatch):
     assert worked == [0]
 
 
+def test_bytes_and_arrays_come_whole_in_pieces(monkeypatch):
+    monkeypatch.setattr(spreading, "PIECE", 2)  # words of four bytes
+    arrays = {"b": np.arange(6.0).reshape(2, 3), "a": np.array(7, np.int32), "c": np.zeros((0, 2))}
+    data = bytes(range(17))  # two pieces and a byte
+
+    def work(spread: Spread):
+        given = arrays if spread.leads else {}
+        return spread.sent(data if spread.leads else b""), spread.sent_arrays(given)
+
+    for sent, found in together(monkeypatch, 2, work):
+        assert sent == data and list(found) == list(arrays)
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype and found[name].shape == array.shape
+            np.testing.assert_array_equal(found[name], array)
+            found[name][...] = 0  # it may be written
+
+
+def test_tasks_are_done_once_and_told_to_all_in_their_order(monkeypatch):
+    done = []
+
+    def work(spread: Spread):
+        def square(number: int):
+            done.append((spread.process, number))
+            return {"square": number**2, "by": "é" * number}
+
+        return list(spread.shared_out(range(5), square))
+
+    expected = [(number, {"square": number**2, "by": "é" * number}) for number in range(5)]
+    assert together(monkeypatch, 2, work) == [expected] * 2
+    assert sorted(done) == [(0, 0), (0, 2), (0, 4), (1, 1), (1, 3)]
+    assert list(ALONE.shared_out([3], lambda number: number)) == [(3, 3)]
+
+
 def test_what_process_0_raises_ends_the_others_with_its_words(monkeypatch):
     def lead():
         raise InputError("output='x' is in the way")
