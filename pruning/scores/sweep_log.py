@@ -143,10 +143,16 @@ class SweepFolder:
         return states.stat().st_size if states is not None and states.is_file() else 0
 
     def drop_states(self) -> None:
-        """Remove the file of states, which a finished sweep needs no more."""
+        """Remove the file of states, which a finished sweep needs no more.
+
+        Process 0 also removes those of others that lie beside: a run may go on with fewer.
+        """
         states = self._states() if self._spread.leads else self._own
-        if states is not None:
-            states.unlink(missing_ok=True)
+        if states is None:
+            return
+        others = states.parent.glob(f"{states.stem}-*.states") if self._spread.leads else ()
+        for path in (states, *others):
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove all of it."""

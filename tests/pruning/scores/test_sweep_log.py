@@ -207,6 +207,12 @@ def test_if_one_process_has_lost_its_states_all_begin_anew(monkeypatch, tmp_path
     assert len(left) == 2 and not {path.name for path in names.values()} & {p.name for p in left}
 
 
+def test_fewer_processes_leave_no_states_of_the_others(monkeypatch, tmp_path):
+    shared(monkeypatch, tmp_path, 2)
+    with SweepFolder(tmp_path / "scoring").states({}, 3, tmp_path / "scratch", 24):
+        assert len([*(tmp_path / "scratch").iterdir()]) == 1
+
+
 def test_states_of_killed_processes_are_gone_once_all_steps_are_known(monkeypatch, tmp_path):
     shared(monkeypatch, tmp_path, 2)
     shared(monkeypatch, tmp_path, 0)
