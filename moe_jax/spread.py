@@ -1,8 +1,9 @@
 """Where the batches of a text are worked on: the devices of a process, and processes.
 
-Batches are dealt, never cut: each is one device's whole work, by the program of a single device,
-with the layer at hand on every one. So there is no collective inside of a layer, and sums over a
-batch have the same bits wherever it went. Between layers `Spread.total` adds over processes.
+Batches are dealt, never cut: each is the whole work of one device, by the program of a single
+device, so that sums over a batch have the same bits wherever it went; or of several devices that
+have some of a layer's experts each, and add their outputs up once. Between layers `Spread.total`
+adds over processes.
 """
 
 import functools
@@ -15,12 +16,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import InputError, LostProcess
 
-AXES = {"windows": "data"}  # logical axis -> mesh axis, for every family
+# Logical axis -> mesh axis, for every family; what has none is the same on all devices.
+AXES = {"windows": "data", "experts": "expert"}
 ROWS, SUMS = "rows", "sums"  # what a function of a batch returns: an entry per row, or sums over it
 PIECE = 1 << 22  # numbers that processes add at a time: each holds the pieces of all
 
@@ -47,6 +50,11 @@ class Spread:
         return 1 if self.mesh is None else self.mesh.shape[AXES["windows"]]
 
     @property
+    def parts(self) -> int:
+        """Devices that share the experts of a layer."""
+        return 1 if self.mesh is None else self.mesh.shape[AXES["experts"]]
+
+    @property
     def leads(self) -> bool:
         """Whether this is the process that writes."""
         return self.process == 0
@@ -54,14 +62,18 @@ class Spread:
     # --- devices ---
 
     def everywhere(self, tree: T) -> T:
-        """Arrays on every device, as a layer is."""
-        return tree if self.mesh is None else jax.device_put(tree, self._sharding())
+        """A layer, or what else all batches share, on every device: of its experts some each."""
+        if self.mesh is None:
+            return tree
+        mesh = self.mesh
+        return jax.device_put(tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs(tree)))
 
     def dealt(self, tree: Any) -> Any:
         """Arrays whose rows are those of a batch per device, each part on its device."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-        return jax.device_put(tree, self._sharding(AXES["windows"]))
+        windows = NamedSharding(self.mesh, PartitionSpec(AXES["windows"]))
+        return jax.device_put(tree, windows)
 
     def each(self, function: Callable[..., Any], out: Any, **static: Any) -> Callable[..., Any]:
         """A function of one batch as one of a batch per device.
@@ -78,12 +90,23 @@ class Spread:
             return functools.partial(function, **static)
         return _each(self.mesh, function, out, tuple(static.items()))
 
-    def by_batch(self, sums: Any) -> list[Any]:
-        """The sums that a function of `each` returned, of every batch, on the host."""
+    def by_batch(self, sums: Any, experts: int = 0, axis: int = 0) -> list[Any]:
+        """The sums that a function of `each` returned, of every batch, on the host.
+
+        Args:
+          sums: arrays; those with a part of the experts along an axis are put together.
+          experts: E.
+          axis: which of an array's axes that is.
+        """
         sums = jax.tree.map(np.asarray, sums)
         if self.mesh is None:
             return [sums]
-        return [jax.tree.map(lambda a, i=i: a[i], sums) for i in range(self.devices)]
+
+        def whole(parts: np.ndarray) -> np.ndarray:  # [devices that share the experts, ...]
+            is_part = parts.ndim > 1 + axis and parts.shape[1 + axis] * len(parts) == experts
+            return np.concatenate(parts, axis=axis) if is_part else parts[0]
+
+        return [jax.tree.map(lambda a, i=i: whole(a[i]), sums) for i in range(self.devices)]
 
     def apart(self, tree: Any) -> list[Any]:
         """Arrays with an entry per row, as a batch per device, all on the default one."""
@@ -94,10 +117,6 @@ class Spread:
         return [
             jax.tree.unflatten(form, map(jnp.asarray, parts)) for parts in zip(*cut, strict=True)
         ]
-
-    def _sharding(self, *axes: str) -> NamedSharding:
-        assert self.mesh is not None
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     # --- processes ---
 
@@ -213,6 +232,41 @@ class Spread:
 ALONE = Spread()
 
 
+def specs(tree: Any) -> Any:
+    """Where the arrays go that all batches share: those of routed experts, whose first axis is that
+    of experts or of their channels, over its mesh axis, others everywhere."""
+
+    def spec(path: tuple, _: Any) -> PartitionSpec:
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        return PartitionSpec(AXES["experts"]) if "experts" in names else PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+# --- inside of a layer that has a part of its experts ---
+
+
+def device_index() -> Array:
+    """Number of this device among those that share the experts."""
+    return jax.lax.axis_index(AXES["experts"])
+
+
+@jax.custom_vjp
+def shared(tree: T) -> T:
+    """What every device has alike and uses for its own experts: gradients add up over devices."""
+    return tree
+
+
+@jax.custom_vjp
+def added_up(part: Array) -> Array:
+    """The sum over devices, whose gradient every device has alike."""
+    return jax.lax.psum(part, AXES["experts"])
+
+
+shared.defvjp(lambda tree: (tree, None), lambda _, d: (jax.lax.psum(d, AXES["experts"]),))
+added_up.defvjp(lambda part: (jax.lax.psum(part, AXES["experts"]), None), lambda _, d: (d,))
+
+
 def mesh_of(axes: Mapping[str, int]) -> Mesh | None:
     """A mesh of the first devices of this process; None for one, which is that of `ALONE`.
 
@@ -234,9 +288,10 @@ def mesh_of(axes: Mapping[str, int]) -> Mesh | None:
         )
     if count == 1:
         return None
-    shape = tuple(axes.values())
+    names = tuple(AXES.values())
+    shape = [axes.get(name, 1) for name in names]
     kinds = (AxisType.Auto,) * len(shape)
-    return Mesh(np.array(devices[:count]).reshape(shape), tuple(axes), axis_types=kinds)
+    return Mesh(np.array(devices[:count]).reshape(shape), names, axis_types=kinds)
 
 
 @functools.cache
@@ -245,20 +300,27 @@ def _each(
 ) -> Callable[..., Any]:
     one = functools.partial(function, **dict(static))
     windows = PartitionSpec(AXES["windows"])
+    by_device = PartitionSpec(AXES["windows"], AXES["experts"])
 
-    def local(shared: Any, batch: tuple) -> Any:
+    def local(common: Any, batch: tuple) -> Any:
         def placed(kind: str, part: Any) -> Any:
-            return jax.tree.map(lambda a: a[None], part) if kind == SUMS else part
+            return jax.tree.map(lambda a: a[None, None], part) if kind == SUMS else part
 
-        return jax.tree.map(placed, out, one(shared, *batch))
+        return jax.tree.map(placed, out, one(common, *batch))
 
-    # Without check_vma, under which a sort inside has been seen to lose a sum of gradients
-    # (jax 0.10.2); nothing is added across devices here.
-    dealt = jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), windows), out_specs=windows, check_vma=False
-    )
-    program = jax.jit(dealt)
-    return lambda shared, *batch: program(shared, batch)
+    @jax.jit
+    def program(common: Any, batch: tuple) -> Any:
+        # Without check_vma, under which a sort inside has been seen to lose a sum of gradients
+        # (jax 0.10.2); `shared` and `added_up` say what is added across devices.
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs(common), windows),
+            out_specs=jax.tree.map(lambda kind: by_device if kind == SUMS else windows, out),
+            check_vma=False,
+        )(common, batch)
+
+    return lambda common, *batch: program(common, batch)
 
 
 def _gathered(array: np.ndarray) -> np.ndarray:  # [...] -> [processes, ...]

@@ -126,7 +126,7 @@ def _opened(
                 f"{folder} was scored without text (weights_only), and the audit measures losses "
                 "on text; score the model with --calibration"
             )
-        if spread.devices > 1:
+        if spread.mesh is not None:
             raise InputError(f"mesh deals windows while scoring, and {folder} is scored already; "
                              "leave out --mesh")  # fmt: skip
         job = dataclasses.replace(open_job(recipe), spread=spread)

@@ -56,16 +56,24 @@ def working(
         yield spread, steps if spread.leads else Steps(quiet=True)
 
 
-def check_places(recipe: CompressionRecipe, spread: Spread) -> None:
-    """Raise InputError if there is nothing to deal, or memory was foretold for one device."""
-    if spread.devices * spread.processes == 1:
+def check_places(recipe: CompressionRecipe, spread: Spread, experts: int) -> None:
+    """Raise InputError if there is nothing to deal, memory was foretold for one device, or a
+    layer's so many experts cannot be shared evenly."""
+    here = spread.devices * spread.parts
+    if here * spread.processes == 1:
         return
+    if experts % spread.parts:
+        fits = [n for n in range(1, spread.parts) if experts % n == 0]
+        raise InputError(
+            f"mesh has expert={spread.parts}, which does not divide the {experts} experts of a "
+            f"layer; choose expert={fits[-1]}"
+        )
     if recipe.weights_only:
         raise InputError(
             "weights_only reads no text that could be dealt to devices or processes; leave out "
             "--mesh and --coordinator"
         )
-    if spread.devices > 1 and recipe.memory_limit is not None and jax.default_backend() == "cpu":
+    if here > 1 and recipe.memory_limit is not None and jax.default_backend() == "cpu":
         raise InputError(
             "memory_limit is kept with one copy of a layer, and every device of a CPU has its "
             "own; leave out --mesh or --memory-limit"
@@ -79,8 +87,9 @@ def say_places(spread: Spread, steps: Steps) -> None:
             f"{spread.processes} processes share the text; if one is lost all end, and the same "
             "command goes on"
         )
-    if (idle := jax.local_device_count() - spread.devices) > 0:
-        steps.say(f"{idle} more devices are idle; --mesh data={spread.devices + idle} takes all")
+    count = jax.local_device_count()
+    if (idle := count - spread.devices * spread.parts) > 0:
+        steps.say(f"{idle} more devices are idle; --mesh data={count} takes all")
 
 
 def are_several(environment: Mapping[str, str] = os.environ) -> bool:

@@ -75,7 +75,7 @@ def scored(
       InputError: not all were given the same, there is nothing to deal, or as of `prepare`.
     """
     spread = job.spread
-    check_places(job.recipe, spread)
+    check_places(job.recipe, spread, job.base.config.moe.num_experts)
     say_places(spread, steps)
     spread.require_same({**scoring.facts(job), **(more or {})})
 

@@ -156,7 +156,8 @@ def feed_forward_backward(
     """
     if not isinstance(layer.mlp, MoE):
         return jax.vjp(lambda x: layer.feed_forward(x, context)[0], middle)[1](d_out)[0], None
-    shape = (len(GRADIENT_SCORES), layer.mlp.config.num_experts, layer.mlp.experts.width)
+    experts = layer.mlp.experts  # all of the layer's, or those of this device
+    shape = (len(GRADIENT_SCORES), experts.count.shape[0], experts.width)
     expert, projections = (kept.expert, kept.projections) if kept else (None, None)
 
     def half(x, probe):

@@ -102,7 +102,9 @@ class TextSweep:
         batches, c = text.batches, source.config
         self._edge = layer_slots(c) if asked.gradients else 0  # the first of `EDGES`
         step = batches.tokens[batches.rows[0]].size
-        room = projection_room(c, len(batches.rows), step) if asked.gradients else 0
+        # Of devices that share the experts each has rows of its own, which are not kept.
+        keeps = asked.gradients and spread.parts == 1
+        room = projection_room(c, len(batches.rows), step) if keeps else 0
         self._projections = Projections(room)
         self._count = counter(asked.steps(c) - asked.gradients, on_step)  # the loss reads no layer
         if log.done:
@@ -252,7 +254,7 @@ class TextSweep:
             kept = self._kept(index, here, x, place, number)
             d_out = self._spread.dealt(states.get(given, rows))
             d_middle, scores = through_experts(here, middle, place, d_out, kept)
-            for part, batch in self._by_part(number, scores) if scores is not None else ():
+            for part, batch in self._by_part(number, scores, 1) if scores is not None else ():
                 values = batch.astype(np.float64)
                 for name, value in zip(GRADIENT_SCORES, values, strict=True):
                     sums[name][part] += value
@@ -287,9 +289,11 @@ class TextSweep:
         devices = self._spread.devices
         return self.text.owner[number * devices : (number + 1) * devices]
 
-    def _by_part(self, number: int, found: Any) -> Iterator[tuple[int, Any]]:
-        """The sums of a step's batches with the part of each."""
-        return zip(self._owners(number), self._spread.by_batch(found), strict=False)
+    def _by_part(self, number: int, found: Any, axis: int = 0) -> Iterator[tuple[int, Any]]:
+        """The sums of a step's batches, experts along an axis, with the part of each."""
+        experts = self.source.config.moe.num_experts
+        batches = self._spread.by_batch(found, experts, axis)
+        return zip(self._owners(number), batches, strict=False)
 
     @property
     def _open_states(self) -> States:

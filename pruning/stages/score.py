@@ -81,7 +81,7 @@ def facts(job: Job) -> dict[str, Any]:
             recipe.batch, recipe.dtype, recipe.until_stable, recipe.seed, *sorted(recipe.groups),
             *sorted(own.STATISTICS),
         ],
-        "mesh": job.spread.devices,
+        "mesh": [job.spread.devices, job.spread.parts],
     }  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_a_process_that_cannot_be_reached_is_said(monkeypatch):
 
 def test_a_mesh_of_one_device_is_none_and_too_large_or_unknown_ones_are_refused():
     assert mesh_of({}) is None and mesh_of({"data": 1}) is None
-    with pytest.raises(InputError, match=r"axis 'model' is unknown; choose among data"):
+    with pytest.raises(InputError, match=r"axis 'model' is unknown; choose among data, expert"):
         mesh_of({"model": 2})
     count = jax.local_device_count()
     with pytest.raises(InputError, match=f"takes {count + 1} devices .* has {count};"):

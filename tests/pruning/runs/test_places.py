@@ -97,20 +97,30 @@ def test_a_mesh_has_sizes_by_axis():
 RECIPE: dict[str, Any] = {"model": "m", "output": "o"}
 
 
+def mesh(data: int, expert: int) -> Any:
+    return SimpleNamespace(shape={"data": data, "expert": expert})
+
+
 def test_without_a_text_there_is_nothing_to_deal():
     recipe = CompressionRecipe(**RECIPE, weights_only=True)
-    places.check_places(recipe, Spread())
+    places.check_places(recipe, Spread(), 8)
     with pytest.raises(InputError, match="weights_only reads no text"):
-        places.check_places(recipe, Spread(None, 0, 2))
+        places.check_places(recipe, Spread(None, 0, 2), 8)
 
 
 def test_a_limit_of_memory_is_kept_by_processes_and_not_by_devices_of_a_cpu():
     recipe = CompressionRecipe(**RECIPE, memory_limit="8GB")  # type: ignore[arg-type]
-    places.check_places(recipe, Spread(None, 1, 2))
-    mesh: Any = SimpleNamespace(shape={"data": 2})
+    places.check_places(recipe, Spread(None, 1, 2), 8)
     with pytest.raises(InputError, match="every device of a CPU has its own"):
-        places.check_places(recipe, Spread(mesh))
-    places.check_places(CompressionRecipe(**RECIPE), Spread(mesh))
+        places.check_places(recipe, Spread(mesh(2, 1)), 8)
+    places.check_places(CompressionRecipe(**RECIPE), Spread(mesh(2, 1)), 8)
+
+
+def test_experts_are_shared_evenly_or_not():
+    recipe = CompressionRecipe(**RECIPE)
+    places.check_places(recipe, Spread(mesh(1, 4)), 8)
+    with pytest.raises(InputError, match=r"expert=6, .* the 8 experts of a layer; choose expert=4"):
+        places.check_places(recipe, Spread(mesh(1, 6)), 8)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +177,7 @@ def test_idle_devices_and_other_processes_are_said(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     places.say_places(Spread(None, 0, 3), steps)
     assert "3 processes" in said[0] and "3 more devices are idle; --mesh data=4" in said[1]
-    places.say_places(Spread(SimpleNamespace(shape={"data": 4})), steps)  # type: ignore[arg-type]
+    places.say_places(Spread(mesh(2, 2)), steps)
     assert len(said) == 2
 
 

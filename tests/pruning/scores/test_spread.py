@@ -1,6 +1,7 @@
 """Statistics on several devices beside those of one, and beside finite differences."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.structure import named_leaves
 from pruning.budget.plan import PruningPlan
 from pruning.scores.collect import collect_statistics
 from pruning.scores.layer import GRADIENT_SCORES
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def on_four(models, texts, batch, tmp_path_factory):  # noqa: F811
-    """What four devices of one process found of the batch, and a folder that two of them scored."""
+    """What four devices of one process found of the batch, and where two of them scored."""
     folder = tmp_path_factory.mktemp("devices")
     tokens, valid = batch
     np.savez(folder / "text.npz", tokens=tokens, valid=valid)
@@ -35,11 +37,11 @@ def on_four(models, texts, batch, tmp_path_factory):  # noqa: F811
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with np.load(folder / "statistics.npz") as found:
-        return dict(found), folder / "out"
+        return dict(found), folder
 
 
 def test_sums_on_four_devices_are_those_of_one(model, batch, on_four):  # noqa: F811
-    # Two batches, so that two of the devices have padding alone.
+    # Two batches, each on two devices, which have half of the experts each.
     wanted = collect_statistics(model, *batch, gradients=True, batch=3).arrays()
     found, _ = on_four
     assert found.keys() == wanted.keys() >= {*GRADIENT_SCORES}
@@ -48,6 +50,15 @@ def test_sums_on_four_devices_are_those_of_one(model, batch, on_four):  # noqa: 
         # Relative to the largest: some of the signed ones are differences of large numbers.
         error = np.abs(found[name] - value).max() / np.abs(value).max()
         assert error <= 1e-6, (name, error)
+
+
+def test_of_a_layer_only_the_experts_are_shared(model, on_four):  # noqa: F811
+    parts = json.loads((on_four[1] / "parts.json").read_text())
+    whole = {name: leaf.shape for name, leaf in named_leaves(model.layers[0]).items()}
+    halves = {"mlp.experts.w_gate", "mlp.experts.w_up", "mlp.experts.w_down", "mlp.experts.count"}
+    assert parts.keys() == whole.keys() > halves
+    for name, shape in whole.items():
+        assert parts[name] == [shape[0] // (2 if name in halves else 1), *shape[1:]], name
 
 
 def test_gradients_on_four_devices_are_finite_differences(model, batch, on_four):  # noqa: F811
@@ -62,7 +73,7 @@ def test_gradients_on_four_devices_are_finite_differences(model, batch, on_four)
 
 
 def test_score_on_two_devices_keeps_what_one_keeps(scored, on_four):
-    _, out = on_four
+    out = on_four[1] / "out"
     ours, theirs = (load_statistics(f / "statistics.safetensors") for f in (out, scored))
     assert ours[1] == theirs[1]
     for name, value in theirs[0].arrays().items():
