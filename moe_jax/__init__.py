@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
     from moe_jax.errors import InputError
     from moe_jax.generation import generate
+    from moe_jax.mesh import mesh_of
     from moe_jax.quant import QTensor
-    from moe_jax.spread import Spread, mesh_of
+    from moe_jax.spread import Spread
     from moe_jax.stream import Batches, LayerSource, forward_hidden, in_batches, mapped, sweep
     from moe_jax.training import TrainingConfig, language_model_loss, split_parameters, train
     from moe_jax.transformer import DecoderLayer, Transformer, abstract, init, next_token_loss
@@ -49,8 +50,9 @@ _HOMES = {
     "config": ("AttentionConfig", "ModelConfig", "MoEConfig", "RopeConfig"),
     "errors": ("InputError",),
     "generation": ("generate",),
+    "mesh": ("mesh_of",),
     "quant": ("QTensor",),
-    "spread": ("Spread", "mesh_of"),
+    "spread": ("Spread",),
     "stream": ("Batches", "LayerSource", "forward_hidden", "in_batches", "mapped", "sweep"),
     "training": ("TrainingConfig", "language_model_loss", "split_parameters", "train"),
     "transformer": ("DecoderLayer", "Transformer", "abstract", "init", "next_token_loss"),

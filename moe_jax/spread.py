@@ -1,9 +1,7 @@
 """Where the batches of a text are worked on: the devices of a process, and processes.
 
-Batches are dealt, never cut: each is the whole work of one device, by the program of a single
-device, so that sums over a batch have the same bits wherever it went; or of several devices that
-have some of a layer's experts each, and add their outputs up once. Between layers `Spread.total`
-adds over processes.
+Batches are dealt, never cut: a device does one by the program of a single device, so that sums over
+it have the same bits wherever it went. Between layers `Spread.total` adds over processes.
 """
 
 import functools
@@ -16,15 +14,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.errors import InputError, LostProcess
+from moe_jax.mesh import AXES, WINDOWS, on_mesh, specs
 
-# Logical axis -> mesh axis, for every family; what has none is the same on all devices.
-AXES = {"windows": "data", "experts": "expert"}
-ROWS, SUMS = "rows", "sums"  # what a function of a batch returns: an entry per row, or sums over it
 PIECE = 1 << 22  # numbers that processes add at a time: each holds the pieces of all
 
 T = TypeVar("T")
@@ -72,15 +67,14 @@ class Spread:
         """Arrays whose rows are those of a batch per device, each part on its device."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-        windows = NamedSharding(self.mesh, PartitionSpec(AXES["windows"]))
-        return jax.device_put(tree, windows)
+        return jax.device_put(tree, NamedSharding(self.mesh, WINDOWS))
 
     def each(self, function: Callable[..., Any], out: Any, **static: Any) -> Callable[..., Any]:
         """A function of one batch as one of a batch per device.
 
         Args:
           function: (what all batches share, what has an entry per row of the batch, ...) -> `out`.
-          out: `ROWS` or `SUMS` for each part of the result.
+          out: `mesh.ROWS` or `mesh.SUMS` for each part of the result.
           static: arguments by name that are no arrays.
 
         Returns:
@@ -88,7 +82,7 @@ class Spread:
         """
         if self.mesh is None:
             return functools.partial(function, **static)
-        return _each(self.mesh, function, out, tuple(static.items()))
+        return on_mesh(self.mesh, function, out, tuple(static.items()))
 
     def by_batch(self, sums: Any, experts: int = 0, axis: int = 0) -> list[Any]:
         """The sums that a function of `each` returned, of every batch, on the host.
@@ -230,97 +224,6 @@ class Spread:
 
 
 ALONE = Spread()
-
-
-def specs(tree: Any) -> Any:
-    """Where the arrays go that all batches share: those of routed experts, whose first axis is that
-    of experts or of their channels, over its mesh axis, others everywhere."""
-
-    def spec(path: tuple, _: Any) -> PartitionSpec:
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        return PartitionSpec(AXES["experts"]) if "experts" in names else PartitionSpec()
-
-    return jax.tree_util.tree_map_with_path(spec, tree)
-
-
-# --- inside of a layer that has a part of its experts ---
-
-
-def device_index() -> Array:
-    """Number of this device among those that share the experts."""
-    return jax.lax.axis_index(AXES["experts"])
-
-
-@jax.custom_vjp
-def shared(tree: T) -> T:
-    """What every device has alike and uses for its own experts: gradients add up over devices."""
-    return tree
-
-
-@jax.custom_vjp
-def added_up(part: Array) -> Array:
-    """The sum over devices, whose gradient every device has alike."""
-    return jax.lax.psum(part, AXES["experts"])
-
-
-shared.defvjp(lambda tree: (tree, None), lambda _, d: (jax.lax.psum(d, AXES["experts"]),))
-added_up.defvjp(lambda part: (jax.lax.psum(part, AXES["experts"]), None), lambda _, d: (d,))
-
-
-def mesh_of(axes: Mapping[str, int]) -> Mesh | None:
-    """A mesh of the first devices of this process; None for one, which is that of `ALONE`.
-
-    Args:
-      axes: sizes by mesh axis, those of `AXES`.
-
-    Raises:
-      InputError: an axis is unknown, or there are fewer devices.
-    """
-    for name in axes:
-        if name not in AXES.values():
-            known = ", ".join(AXES.values())
-            raise InputError(f"mesh axis {name!r} is unknown; choose among {known}")
-    devices, count = jax.local_devices(), int(np.prod([*axes.values()]))
-    if count > len(devices):
-        raise InputError(
-            f"mesh={','.join(f'{name}={size}' for name, size in axes.items())} takes {count} "
-            f"devices and this process has {len(devices)}; choose --mesh data={len(devices)}"
-        )
-    if count == 1:
-        return None
-    names = tuple(AXES.values())
-    shape = [axes.get(name, 1) for name in names]
-    kinds = (AxisType.Auto,) * len(shape)
-    return Mesh(np.array(devices[:count]).reshape(shape), names, axis_types=kinds)
-
-
-@functools.cache
-def _each(
-    mesh: Mesh, function: Callable[..., Any], out: Any, static: Sequence[tuple[str, Any]]
-) -> Callable[..., Any]:
-    one = functools.partial(function, **dict(static))
-    windows = PartitionSpec(AXES["windows"])
-    by_device = PartitionSpec(AXES["windows"], AXES["experts"])
-
-    def local(common: Any, batch: tuple) -> Any:
-        def placed(kind: str, part: Any) -> Any:
-            return jax.tree.map(lambda a: a[None, None], part) if kind == SUMS else part
-
-        return jax.tree.map(placed, out, one(common, *batch))
-
-    @jax.jit
-    def program(common: Any, batch: tuple) -> Any:
-        # Without check_vma, under which a sort inside has been seen to lose a sum of gradients
-        # (jax 0.10.2); `shared` and `added_up` say what is added across devices.
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(specs(common), windows),
-            out_specs=jax.tree.map(lambda kind: by_device if kind == SUMS else windows, out),
-            check_vma=False,
-        )(common, batch)
-
-    return lambda common, *batch: program(common, batch)
 
 
 def _gathered(array: np.ndarray) -> np.ndarray:  # [...] -> [processes, ...]

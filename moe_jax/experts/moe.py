@@ -24,8 +24,8 @@ from moe_jax.experts.pool import Experts, dense_experts
 from moe_jax.experts.router import route, router_probability
 from moe_jax.experts.run import RunExperts, run_experts
 from moe_jax.linear import linear
+from moe_jax.mesh import added_up, device_index, shared
 from moe_jax.module import module
-from moe_jax.spread import added_up, device_index, shared
 
 
 @struct.dataclass

@@ -8,7 +8,8 @@ from contextlib import contextmanager, nullcontext
 import jax
 
 from moe_jax.errors import InputError
-from moe_jax.spread import ALONE, Spread, mesh_of
+from moe_jax.mesh import mesh_of
+from moe_jax.spread import ALONE, Spread
 from pruning.kit.progress import Steps
 from pruning.recipe.place_options import AUTO, PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe

@@ -15,7 +15,8 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.config import ModelConfig
 from moe_jax.experts.moe import MoE
-from moe_jax.spread import ALONE, ROWS, SUMS, Spread
+from moe_jax.mesh import ROWS, SUMS
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter

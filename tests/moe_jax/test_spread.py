@@ -6,7 +6,8 @@ import pytest
 
 from moe_jax import spread as spreading
 from moe_jax.errors import InputError, LostProcess
-from moe_jax.spread import ALONE, Spread, mesh_of
+from moe_jax.mesh import mesh_of
+from moe_jax.spread import ALONE, Spread
 from tests.support.threads import together
 
 

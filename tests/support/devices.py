@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 import tests.conftest  # noqa: F401
-from moe_jax.spread import Spread, mesh_of
+from moe_jax.mesh import mesh_of
+from moe_jax.spread import Spread
 from moe_jax.structure import named_leaves
 from moe_jax.transformer import init
 from pruning.scores.collect import collect_statistics
