@@ -14,7 +14,6 @@ from jax import Array
 
 from moe_jax.attention.context import Context
 from moe_jax.config import ModelConfig
-from moe_jax.experts.moe import MoE
 from moe_jax.mesh import ROWS, SUMS
 from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource, sweep
@@ -30,12 +29,13 @@ from pruning.scores.layer import (
     layer_statistics,
     loss_and_gradient,
 )
+from pruning.scores.layer_sums import add_batch, layer_facts, no_gradient_sums, no_sums
 from pruning.scores.own import STATISTICS
 from pruning.scores.parts import Parts
 from pruning.scores.states import Projections, States, layer_slots, projection_room
-from pruning.scores.statistics import DECLARED, NORMS, ChannelStatistics, field_shapes
+from pruning.scores.statistics import DECLARED, ChannelStatistics
 from pruning.scores.sweep_log import Sums, SweepLog
-from pruning.scores.weight_facts import slots_of, weight_facts
+from pruning.scores.weight_facts import slots_of
 
 EDGES = 2  # slots that hold what one step leaves to the next, in turns
 
@@ -155,8 +155,8 @@ class TextSweep:
 
     def _up(self, index: int, layer: DecoderLayer, _: None) -> None:
         slot, here = self._slots.get(index), self._spread.everywhere(layer)
-        facts = {} if slot is None else _facts(layer)
-        sums = {} if slot is None else self._layer_sums(layer)
+        facts = {} if slot is None else layer_facts(layer)
+        sums = {} if slot is None else self._no_sums(layer)
         batches = self.text.batches
         for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
             before = self._entering(index, rows)
@@ -166,7 +166,7 @@ class TextSweep:
             if keep:
                 self._projections.keep(index, rows, kept)
             for part, batch in self._by_part(number, found) if slot is not None else ():
-                _add_batch(sums, part, batch, facts["down_norm"][0])
+                add_batch(sums, part, batch, facts["down_norm"][0])
             if self.asked.expert_details and slot is not None:
                 apart = self._spread.apart((middle, out, place))
                 for part, batch in zip(self._owners(number), apart, strict=False):
@@ -181,21 +181,13 @@ class TextSweep:
         out = (ROWS, ROWS, SUMS, ROWS)
         return self._spread.each(layer_statistics, out, keep=keep, own=self._own)
 
-    def _layer_sums(self, layer: DecoderLayer) -> Sums:
-        """Zeros for all that is added up."""
-        assert isinstance(layer.mlp, MoE)
-        moe, parts = layer.mlp.config, len(self.text.tokens)
-        sizes = (1, moe.num_experts, moe.d_expert, self.source.config.d_model)
-        shapes = field_shapes(*sizes, self.asked.groups, finished=False)
-        downwards = (*GRADIENT_SCORES, "loss_sum", "total_tokens")
-        sums = {
-            name: np.zeros((parts, *shape[1:]))
-            for name, shape in shapes.items()
-            if name not in NORMS and name not in downwards
-        }
+    def _no_sums(self, layer: DecoderLayer) -> Sums:
+        d_model, parts = self.source.config.d_model, len(self.text.tokens)
+        sums = no_sums(layer, d_model, parts, self.asked.groups)
         if self.asked.expert_details and not self._spread.leads:
             # That of the first batch of all, which process 0 has.
-            sums["similarity"] = np.zeros((1, moe.num_experts, moe.num_experts))
+            experts = self.source.config.moe.num_experts
+            sums["similarity"] = np.zeros((1, experts, experts))
         return sums
 
     def _add_wanda(self, sums: Sums, layer: DecoderLayer) -> None:
@@ -246,7 +238,7 @@ class TextSweep:
         states, slot = self._open_states, self._slots.get(index)
         lowest, edge = self.source.config.moe_layers[0], self._edge
         given = edge + (len(self.source) - index) % EDGES  # by the step before
-        sums = {} if slot is None else self._gradient_sums(layer)
+        sums = {} if slot is None else no_gradient_sums(layer, len(self.text.tokens))
         here, batches = self._spread.everywhere(layer), self.text.batches
         through_experts = self._spread.each(feed_forward_backward, (ROWS, SUMS))
         through_attention = self._spread.each(attention_backward, ROWS)
@@ -277,12 +269,6 @@ class TextSweep:
             return self._spread.dealt(kept)
         return self._statistics(keep=True)(layer, x, place)[3]
 
-    def _gradient_sums(self, layer: DecoderLayer) -> Sums:
-        assert isinstance(layer.mlp, MoE)
-        moe, parts = layer.mlp.config, len(self.text.tokens)
-        shape = (parts, moe.num_experts, moe.d_expert)
-        return {name: np.zeros(shape) for name in GRADIENT_SCORES}
-
     # --- both ---
 
     def _owners(self, number: int) -> tuple[int, ...]:
@@ -308,16 +294,3 @@ class TextSweep:
 
 def _is_finished(name: str) -> bool:
     return name in DECLARED and DECLARED[name]["kind"] == "finished"
-
-
-def _facts(layer: DecoderLayer) -> Sums:
-    assert isinstance(layer.mlp, MoE)
-    return weight_facts(layer, layer.mlp.config.d_expert)
-
-
-def _add_batch(sums: Sums, part: int, batch: dict[str, np.ndarray], norm: np.ndarray) -> None:
-    """Add the sums of a batch, with the norms [E, F] of the channels' vectors."""
-    values = {name: value.astype(np.float64) for name, value in batch.items()}
-    values["energy"] = values.pop("unit_energy") * np.square(norm)
-    for name, value in values.items():
-        sums[name][part] += value

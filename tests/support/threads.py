@@ -13,7 +13,7 @@ from moe_jax.spread import Spread
 def together(monkeypatch, count: int, work: Callable[[Spread], Any]) -> list[Any]:
     """What `work` returns in each of so many processes, or the exception that it raised there."""
     barrier, told = threading.Barrier(count, timeout=30), [np.zeros(0)] * count
-    own, found = threading.local(), [None] * count
+    own, found = threading.local(), list[Any]([None] * count)
 
     def gathered(array: np.ndarray) -> np.ndarray:
         told[own.process] = np.array(array)
