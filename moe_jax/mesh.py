@@ -6,7 +6,7 @@ these add their outputs up once in a layer, and nothing else is added up on the 
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +19,6 @@ from moe_jax.errors import InputError
 AXES = {"windows": "data", "experts": "expert"}
 WINDOWS, BY_DEVICE = PartitionSpec(AXES["windows"]), PartitionSpec(*AXES.values())
 ROWS, SUMS = "rows", "sums"  # what a function of a batch returns: an entry per row, or sums over it
-
-T = TypeVar("T")
 
 
 def mesh_of(axes: Mapping[str, int]) -> Mesh | None:
@@ -98,9 +96,9 @@ def device_index() -> Array:
 
 
 @jax.custom_vjp
-def shared(tree: T) -> T:
+def shared(whole: Array) -> Array:
     """What every device has alike and uses for its own experts: gradients add up over devices."""
-    return tree
+    return whole
 
 
 @jax.custom_vjp
@@ -109,5 +107,5 @@ def added_up(part: Array) -> Array:
     return jax.lax.psum(part, AXES["experts"])
 
 
-shared.defvjp(lambda tree: (tree, None), lambda _, d: (jax.lax.psum(d, AXES["experts"]),))
+shared.defvjp(lambda whole: (whole, None), lambda _, d: (jax.lax.psum(d, AXES["experts"]),))
 added_up.defvjp(lambda part: (jax.lax.psum(part, AXES["experts"]), None), lambda _, d: (d,))

@@ -108,7 +108,8 @@ class MoE(nnx.Module):
             # All experts, or those of this device, whose gradients then are parts of sums.
             count = self.experts.count.shape[0]
             is_part = count < c.num_experts
-            seen, given = shared((x, weight)) if is_part else (x, weight)
+            seen = shared(x) if is_part else x
+            given = shared(weight) if is_part else weight
             owner = expert - device_index() * count if is_part else expert
             here = valid[:, None] & (owner >= 0) & (owner < count) if is_part else valid[:, None]
             owner = jnp.where(here, owner, count).reshape(-1)
