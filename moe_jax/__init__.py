@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
     from moe_jax.errors import InputError
     from moe_jax.generation import generate
+    from moe_jax.mesh import mesh_of
     from moe_jax.quant import QTensor
+    from moe_jax.spread import Spread
     from moe_jax.stream import Batches, LayerSource, forward_hidden, in_batches, mapped, sweep
     from moe_jax.training import TrainingConfig, language_model_loss, split_parameters, train
     from moe_jax.transformer import DecoderLayer, Transformer, abstract, init, next_token_loss
@@ -24,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "QTensor",
     "RopeConfig",
+    "Spread",
     "TrainingConfig",
     "Transformer",
     "abstract",
@@ -33,6 +36,7 @@ __all__ = [
     "init",
     "language_model_loss",
     "mapped",
+    "mesh_of",
     "next_token_loss",
     "restore_model",
     "save_model",
@@ -46,7 +50,9 @@ _HOMES = {
     "config": ("AttentionConfig", "ModelConfig", "MoEConfig", "RopeConfig"),
     "errors": ("InputError",),
     "generation": ("generate",),
+    "mesh": ("mesh_of",),
     "quant": ("QTensor",),
+    "spread": ("Spread",),
     "stream": ("Batches", "LayerSource", "forward_hidden", "in_batches", "mapped", "sweep"),
     "training": ("TrainingConfig", "language_model_loss", "split_parameters", "train"),
     "transformer": ("DecoderLayer", "Transformer", "abstract", "init", "next_token_loss"),

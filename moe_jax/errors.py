@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class LostProcess(RuntimeError):
+    """Another process of those that share the work has ended; the same command goes on later."""
+
+
 def choose(registry: Mapping[str, Entry], name: str, what: str) -> Entry:
     """Look a name up in a registry.
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pruning.measure.quality import Quality, measure_quality
     from pruning.measure.tokens import TokenView, view_tokens
     from pruning.recipe.options import PlanOptions
+    from pruning.recipe.place_options import PlaceOptions
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
     from pruning.recipe.recover_options import RecoverOptions
     from pruning.report import audit_figures as audit_plots
@@ -86,6 +87,7 @@ __all__ = [
     "InputError",
     "Limits",
     "Objective",
+    "PlaceOptions",
     "PlanOptions",
     "Planner",
     "PlannerOptions",
@@ -167,6 +169,7 @@ _HOMES = {
     "measure.quality": ("Quality", "measure_quality"),
     "measure.tokens": ("TokenView", "view_tokens"),
     "recipe.options": ("PlanOptions",),
+    "recipe.place_options": ("PlaceOptions",),
     "recipe.recipe": ("CompressionRecipe", "load_recipe"),
     "report.comparison": ("Comparison",),
     "recipe.recover_options": ("RecoverOptions",),

@@ -24,6 +24,7 @@ from moe_jax.experts.pool import Experts, dense_experts
 from moe_jax.experts.router import route, router_probability
 from moe_jax.experts.run import RunExperts, run_experts
 from moe_jax.linear import linear
+from moe_jax.mesh import added_up, device_index, shared
 from moe_jax.module import module
 
 
@@ -63,6 +64,10 @@ class MoETrace:
 class MoE(nnx.Module):
     """Mixture-of-Experts feed-forward layer.
 
+    If `experts` are fewer than the config's, they are those of one device, and the call must be
+    inside of a `shard_map` over experts: every device routes all tokens, and the one reduction adds
+    the outputs up. What the trace has of experts is then of this device's.
+
     Where `alive` is False, the router's logit is -inf before anything is made of it: the layer
     computes what it would had that expert and its row of the router been cut out.
     """
@@ -100,12 +105,20 @@ class MoE(nnx.Module):
             logits = self._logits(x)
             weight, expert = route(logits, c, self.router_bias, expert)
         with jax.named_scope("dispatch"):
-            owner = jnp.where(valid[:, None], expert, c.num_experts).reshape(-1)
+            # All experts, or those of this device, whose gradients then are parts of sums.
+            count = self.experts.count.shape[0]
+            is_part = count < c.num_experts
+            seen = shared(x) if is_part else x
+            given = shared(weight) if is_part else weight
+            owner = expert - device_index() * count if is_part else expert
+            here = valid[:, None] & (owner >= 0) & (owner < count) if is_part else valid[:, None]
+            owner = jnp.where(here, owner, count).reshape(-1)
             tile = tile_height(expert.size, c.num_experts)
-            dispatch = make_dispatch(owner, c.num_experts, tile, c.experts_per_token)
-            row_weight = gather_rows(weight.reshape(-1), dispatch, 1)
+            dispatch = make_dispatch(owner, count, tile, c.experts_per_token)
+            row_weight = gather_rows(given.reshape(-1), dispatch, 1)
         with jax.named_scope("experts"):  # and combine
-            routed, kept = run(self.experts, x, row_weight, dispatch)
+            routed, kept = run(self.experts, seen, row_weight, dispatch)
+            routed = added_up(routed) if is_part else routed
         out = routed
         if self.shared is not None:
             with jax.named_scope("shared_expert"):

@@ -20,6 +20,7 @@ from pruning.recipe.options import (
     TextOptions,
     fields_of,
 )
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 from pruning.recipe.task_options import TaskOptions
 
@@ -94,6 +95,7 @@ def score(command: Parser) -> None:
     add_group(command, PlanOptions, *DECIDING, title=title)
     add_group(command, PlanOptions, *_others(PlanOptions, *DECIDING), hidden=True)
     add_group(command, ExportOptions, hidden=True)
+    add_group(command, PlaceOptions)
 
 
 def estimate(command: Parser) -> None:
@@ -234,6 +236,7 @@ def audit(command: Parser) -> None:
     add_group(command, TextOptions, *texts, title="Text")
     add_group(command, ScoreOptions, *_others(ScoreOptions, "weights_only", "until_stable"))
     add_group(command, PlanOptions, "seed", title="Chance")
+    add_group(command, PlaceOptions)
 
 
 def report(command: Parser) -> None:
@@ -275,6 +278,7 @@ def compare(command: Parser) -> None:
         "dtype",
     )
     add_group(command, PlanOptions, "block", "seed", title="Plans")
+    add_group(command, PlaceOptions)
 
 
 def completion(command: Parser) -> None:

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from convert.checkpoint import open_checkpoint
 from convert.mtp import mtp_layers
 from moe_jax.errors import InputError
@@ -26,6 +28,7 @@ from pruning.demo import model_folder
 from pruning.kit.progress import Steps
 from pruning.recipe.health_options import HealthOptions
 from pruning.recipe.options import ExportOptions, PlanOptions, TextOptions
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.recipe.task_options import TaskOptions
@@ -74,7 +77,9 @@ def compress(options: Options) -> Outcome:
 def score(options: Options) -> Outcome:
     """Statistics of a model."""
     recipe = options.made
-    found = scoring.score(recipe, _steps(options))
+    found = scoring.score(recipe, _steps(options), _places(options))
+    if _follows(options):
+        return Outcome(None)
     path = Path(recipe.output) / STATISTICS
     tokens = int(found.total_tokens)
     said = f"{tokens:,} tokens scored" if tokens else "the weights scored, no text"
@@ -281,8 +286,11 @@ def audit(options: Options) -> Outcome:
         channels=options.channels,
         tokens=options.sample_tokens,
         steps=_steps(options),
+        where=_places(options),
         **given,
     )
+    if _follows(options):
+        return Outcome(None)
     return Outcome(found, audit_tables(found), [Path(output or source) / "audit.html"])
 
 
@@ -299,8 +307,11 @@ def compare(options: Options) -> Outcome:
     recipe = options.made
     given = {"rates": options.rates, "rules": options.rules, "repair": options.repaired}
     found = comparing.compare(
-        recipe, **{name: value for name, value in given.items() if value}, steps=_steps(options)
-    )
+        recipe, **{name: value for name, value in given.items() if value}, steps=_steps(options),
+        where=_places(options),
+    )  # fmt: skip
+    if _follows(options):
+        return Outcome(None)
     table = found.terminal_table(stdout().width)
     return Outcome(dataclasses.asdict(found), [table, ""], [Path(recipe.output) / "compare.html"])
 
@@ -309,6 +320,17 @@ def _limit(options: Options) -> dict[str, Any]:
     """The memory limit, where one is given."""
     limit = getattr(options, "memory_limit", None)
     return {} if limit is None else {"memory_limit": limit}
+
+
+def _places(options: Options) -> PlaceOptions:
+    return PlaceOptions(**given_options(options, PlaceOptions))
+
+
+def _follows(options: Options) -> bool:
+    """Whether another process shows what this command found; nothing is shown or written then."""
+    follows = jax.process_index() > 0
+    options.json = None if follows else options.json
+    return follows
 
 
 def _steps(options: Options) -> Steps:

@@ -8,6 +8,7 @@ exit codes:
   1    a written export is not what was meant
   2    something to mend: an option, a file, a text, the disk; the message says what
   70   a fault of the program, with a traceback to report
+  75   another process that shares the work has ended; the same command goes on
   130  interrupted
 
 moe-compress COMMAND --help says more, with examples."""

@@ -8,7 +8,7 @@ import platform
 import sys
 import traceback
 
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, LostProcess
 from pruning.cli.flags import recipe_from
 from pruning.cli.grammar import build_parser
 from pruning.kit.errors import VerificationError
@@ -20,7 +20,9 @@ FAULTY = (
     "this is a fault of the program, not of what you gave it; please report it with your command "
     "and the lines above"
 )
+LOST = "the same command, given to all processes again, goes on from the last finished layer"
 FAILED_CHECK, BAD_INPUT, FAULT, INTERRUPTED = 1, 2, os.EX_SOFTWARE, 130
+LOST_PROCESS = os.EX_TEMPFAIL
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,12 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
       arguments: default those of the process.
 
     Returns:
-      The exit code: 0, 1 for a failed check, 2 for bad input, 70 for a fault of the program, 130
-      if interrupted.
+      The exit code: 0, 1 for a failed check, 2 for bad input, 70 for a fault of the program, 75
+      if another process is lost, 130 if interrupted.
     """
     try:
         try:
-            return _main(arguments)
+            code = _main(arguments)
+            if code != 0:
+                _leave_others(code)
+            return code
         finally:  # also after --help, which leaves by SystemExit
             sys.stdout.flush()
             sys.stderr.flush()
@@ -57,6 +62,8 @@ def _main(arguments: list[str] | None) -> int:
         return _fail(f"verification failed: {error}", FAILED_CHECK, options.debug)
     except (InputError, OSError) as error:
         return _fail(str(error), BAD_INPUT, options.debug)
+    except LostProcess as error:
+        return _fail(f"another process has ended: {error}; {LOST}", LOST_PROCESS, options.debug)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", INTERRUPTED, options.debug)
     except Exception:
@@ -84,6 +91,15 @@ def _run(options: argparse.Namespace) -> None:
     check_json(options.json)
     function = getattr(commands, str(FUNCTIONS.get(options.command, options.command)))
     show(function(options), options.json)
+
+
+def _leave_others(code: int) -> None:
+    """End at once if other processes share the work: leaving in order would wait for them."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _read_recipe(options: argparse.Namespace) -> None:

@@ -12,15 +12,19 @@ import numpy as np
 
 from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers, replace_text
+from moe_jax.spread import Spread
 from pruning.kit.progress import Steps
 from pruning.measure.ablation_record import RECORD, Losses, append, begin_section, read_record
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
 from pruning.measure.loss_curves import expert_loss_curves
 from pruning.measure.tokens import view_tokens
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_whole
 from pruning.report.audit_page import PAGE, audit_page, token_figures
 from pruning.runs.cap import refuse_limit
+from pruning.runs.places import working
+from pruning.runs.score import scored
 from pruning.scores.ablation import Ablation, ablate, layer_visits
 from pruning.scores.criteria import channel_scores
 from pruning.scores.statistics import ChannelStatistics
@@ -29,7 +33,6 @@ from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.model_record import identify
 from pruning.stages.stored import stored_recipe
-from pruning.stages.writer import only_writer
 from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows
 
@@ -64,6 +67,7 @@ def audit(
     tokens: int = 8192,
     output: str | os.PathLike | None = None,
     steps: Steps | None = None,
+    where: PlaceOptions | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Ablate a random sample of experts and channels, and compare every score with it.
@@ -76,7 +80,9 @@ def audit(
       tokens: of the calibration text, in whole windows spread over it.
       output: of a folder, where audit.json, audit.csv, audit.html and the record of what was
         measured go; default the folder itself. A recipe names its own.
-      steps: where progress goes; default stderr.
+      steps: where progress goes; default stderr, of process 0.
+      where: devices and processes: of a recipe windows are dealt to all while scoring, groups of
+        ablations to processes; as of `score`. Of a folder only processes.
       options: on top of the recipe in a folder, such as `batch` and `seed`.
 
     Returns:
@@ -85,12 +91,13 @@ def audit(
     Raises:
       InputError: a number is out of range, the folder was scored without text, or another process
         writes where the results go.
+      LostProcess: another process has ended; what is finished stays.
     """
     check_sample(experts=experts, channels=channels, tokens=tokens)
     sample = {"experts": experts, "channels": channels, "tokens": tokens}
     target = source.output if isinstance(source, CompressionRecipe) else output or source
-    with only_writer(target):
-        return _opened(source, Path(target), sample, steps or Steps(), options)
+    with working(target, where, steps) as (spread, steps):
+        return _opened(source, Path(target), sample, steps, options, spread)
 
 
 def _opened(
@@ -99,14 +106,18 @@ def _opened(
     sample: dict[str, int],
     steps: Steps,
     options: dict[str, Any],
+    spread: Spread,
 ) -> dict[str, Any]:
     """Open what is audited, scored if it is a recipe, and audit it."""
     if isinstance(source, CompressionRecipe):
         refuse_limit(source, "audit")
-        job = open_job(dataclasses.replace(source, planner=source.used_planner))
-        identify(job.base, job.output, steps)
-        preflight.prepare(job, steps, exports=False, last=PAGE)
-        statistics, _ = scoring.score(job, steps)
+        asked = dataclasses.replace(source, planner=source.used_planner)
+        job = dataclasses.replace(open_job(asked), spread=spread)
+        if spread.leads:
+            identify(job.base, job.output, steps)
+        statistics, _ = scored(
+            job, steps, lambda: preflight.prepare(job, steps, exports=False, last=PAGE), sample
+        )
     else:
         folder = Path(source)
         recipe = stored_recipe(folder, **options)
@@ -115,10 +126,17 @@ def _opened(
                 f"{folder} was scored without text (weights_only), and the audit measures losses "
                 "on text; score the model with --calibration"
             )
-        job = open_job(recipe)
-        identify(job.base, folder, steps)
+        if spread.mesh is not None:
+            raise InputError(f"mesh deals windows while scoring, and {folder} is scored already; "
+                             "leave out --mesh")  # fmt: skip
+        job = dataclasses.replace(open_job(recipe), spread=spread)
+        spread.require_same({**scoring.facts(job), **sample})
+        if spread.leads:
+            identify(job.base, folder, steps)
+        job.base.weights_hash = spread.led(job.base.hash_weights)
         statistics, _ = scoring.stored_statistics(folder, job.base)
-    remove_leftovers(target)
+    if spread.leads:
+        remove_leftovers(target)
     return _audit(job, statistics, target, steps, **sample)
 
 
@@ -139,6 +157,18 @@ def _audit(
     text, valid = some_windows(job.calibration, tokens)
     target.mkdir(parents=True, exist_ok=True)
     losses = _measure(job, chosen, text, valid, target / RECORD, steps)
+    return job.spread.led(lambda: _report(job, statistics, losses, valid, target, steps))
+
+
+def _report(
+    job: Job,
+    statistics: ChannelStatistics,
+    losses: Losses,
+    valid: np.ndarray,
+    target: Path,
+    steps: Steps,
+) -> dict[str, Any]:
+    """Compare scores with what was measured, and write it."""
     predicted = int((valid[:, :-1] & valid[:, 1:]).sum())
     increases = {one: (loss - dense) / predicted for one, (dense, loss) in losses.items()}
     found = {
@@ -148,7 +178,7 @@ def _audit(
         "seed": job.recipe.seed,
         "predicted": predicted,
         "dense_nll": next(iter(losses.values()))[0] / predicted,
-        **audit_report(statistics, c.moe_layers, increases),
+        **audit_report(statistics, job.base.config.moe_layers, increases),
     }
     replace_text(target / "audit.json", json.dumps(found, indent=2) + "\n")
     replace_text(target / "audit.csv", to_csv(found))
@@ -205,23 +235,33 @@ def _measure(job: Job, chosen: list[Ablation], text, valid, record: Path, steps:
     """Losses of all chosen ablations, those in `record` taken from there."""
     digest = sha256(text.tobytes() + valid.tobytes()).hexdigest()
     key = {"model_hash": job.base.fingerprint, "text": digest, "dtype": job.recipe.dtype}
-    known = read_record(record, key)
-    begin_section(record, key)
-    left = [one for one in chosen if one not in known]
+    known: Losses = {}
+    if job.spread.leads:
+        known = read_record(record, key)
+        begin_section(record, key)
+    missing = job.spread.led(lambda: [n for n, one in enumerate(chosen) if one not in known])
+    left = [chosen[number] for number in missing]
     _say_cost(left, chosen, len(job.base), text.size, steps)
     how = {"batch": min(job.recipe.batch, len(text)), "dtype": job.dtype}
     with steps.bar("ablate") as on_step:
-        for start in range(0, len(left), TOGETHER):
+
+        def losses_of(start: int) -> list[float]:
             group = left[start : start + TOGETHER]
 
-            def visited(done: int, total: int, start=start, count=len(group)) -> None:  # noqa: B008
-                on_step(start + count * done // total, len(left))
+            def visited(done: int, total: int) -> None:
+                on_step(start + len(group) * done // total, len(left))
 
             dense, losses = ablate(job.base, text, valid, group, on_step=visited, **how)
-            found = {one: (dense, float(loss)) for one, loss in zip(group, losses, strict=True)}
-            append(record, found)
+            return [dense, *map(float, losses)]
+
+        starts = range(0, len(left), TOGETHER)
+        for start, (dense, *losses) in job.spread.shared_out(starts, losses_of):
+            group = left[start : start + TOGETHER]
+            found = {one: (dense, loss) for one, loss in zip(group, losses, strict=True)}
+            if job.spread.leads:
+                append(record, found)
             known |= found
-    return {one: known[one] for one in chosen}
+    return {one: known[one] for one in chosen if one in known}  # process 0 knows all of them
 
 
 def _say_cost(left, chosen, layers: int, tokens: int, steps: Steps) -> None:

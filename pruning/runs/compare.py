@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import InputError
+from moe_jax.spread import Spread
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import common_budget
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
@@ -16,6 +17,7 @@ from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference
 from pruning.recipe.options import COMPARED_TOKENS
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_rate
 from pruning.report import comparison_page
@@ -30,16 +32,16 @@ from pruning.runs.compared import (
     task_plan,
     task_result,
 )
+from pruning.runs.places import working
+from pruning.runs.score import scored
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
-from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.measure import first_tokens, measure
 from pruning.stages.model_record import identify
 from pruning.stages.plan import TEXT_CHOICES
-from pruning.stages.writer import only_writer
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows, text_hashes
 
@@ -54,6 +56,7 @@ def compare(
     *,
     repair: Mode | None = None,
     steps: Steps | None = None,
+    where: PlaceOptions | None = None,
 ) -> Comparison:
     """Plan and measure every rule at every rate.
 
@@ -68,17 +71,20 @@ def compare(
       rules: names of `RULES`, patterns, "standard" or "all".
       repair: measure every plan repaired in this way as well; each takes a repair of the model on
         all of the calibration text.
-      steps: where progress goes; default stderr.
+      steps: where progress goes; default stderr, of process 0.
+      where: devices and processes: windows are dealt to all while scoring, groups of plans to
+        processes; as of `score`.
 
     Returns:
-      The comparison, which is also in the output folder.
+      The comparison, in every process, which is also in the output folder.
 
     Raises:
       InputError: bad input, before any expensive work, or another process writes there.
       FullDiskError: the disk is full; what is finished stays.
+      LostProcess: another process has ended; what is finished stays.
     """
-    with only_writer(recipe.output):
-        return _compare(recipe, rates, rules, repair, steps or Steps())
+    with working(recipe.output, where, steps) as (spread, steps):
+        return _compare(recipe, rates, rules, repair, steps, spread)
 
 
 def _compare(
@@ -87,8 +93,14 @@ def _compare(
     rules: Sequence[str],
     repair: Mode | None,
     steps: Steps,
+    spread: Spread,
 ) -> Comparison:
     refuse_limit(recipe, "compare")
+    if repair is not None and spread.processes > 1:
+        raise InputError(
+            f"repair={repair!r} repairs one model after the other in one process; leave out "
+            "--repair or --coordinator"
+        )
     names = select_rules(rules, RULES)
     if "all" in rules:
         recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))
@@ -99,16 +111,21 @@ def _compare(
         # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
         job = _open(dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner,
                                         repair="none"))  # fmt: skip
-    identify(job.base, job.output, steps)
+        job = dataclasses.replace(job, spread=spread)
+    if spread.leads:
+        identify(job.base, job.output, steps)
     texts = job.evaluation
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --evaluation")
     if repair is not None:
         require_windows(job)
     budgets = _budgets(job, rates)
-    earlier = _earlier(job, texts)
-    preflight.prepare(job, steps, exports=False, last=comparison_page.PAGE)
-    statistics, provenance = scoring.score(job, steps)
+    earlier = _earlier(job, texts) if spread.leads else None
+    statistics, provenance = scored(
+        job, steps,
+        lambda: preflight.prepare(job, steps, exports=False, last=comparison_page.PAGE),
+        {"rules": list(names), "rates": list(budgets), "evaluation": text_hashes(texts)},
+    )  # fmt: skip
     found = earlier or Comparison(key=_key(job, texts), dense={}, results=(), refused=())
     repairs: tuple[Repaired, ...] = ("",) if repair is None else ("", repair)
     tasks = [
@@ -117,12 +134,14 @@ def _compare(
         for rate in budgets for name in names for seed in RULES[name].seeds
     ]  # fmt: skip
     done = {Task(r.rule, r.rate, r.seed, r.repair) for r in (*found.results, *found.refused)}
-    tasks = [task for task in tasks if task not in done]
+    left = spread.led(lambda: [number for number, one in enumerate(tasks) if one not in done])
+    tasks = [tasks[number] for number in left]
     found = dataclasses.replace(found, sizes=_sizes(job), seen=seen_shares(job.calibration, texts))
     if tasks:
         found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
     shown = found.only(names, list(budgets), repair or "")
-    comparison_page.save(shown, job.output)
+    if spread.leads:
+        comparison_page.save(shown, job.output)
     return shown
 
 
@@ -201,19 +220,21 @@ def _measure(
     dense = measure(job.base, texts, references, steps, "dense", **how)
     found = dataclasses.replace(found, dense={n: q.to_dict() for n, q in dense.items()})
     done, total = 0, len(tasks) * len(job.base)
+    share = -(-len(tasks) // job.spread.processes)
+    groups = _groups(tasks, min(_group_size(job, texts), share))
     with steps.bar(f"compare {len(tasks)} plans") as on_step:
-        for group in _groups(tasks, _group_size(job, texts)):
-            count = len(group)
+
+        def measured(group: list[Task]) -> list[list[dict[str, Any]]]:
             given = (job, statistics, provenance, group, budgets, texts, references)
-            results, refused = _run_group(
-                *given,
-                lambda layer, before=done, running=count: on_step(
-                    before + (layer + 1) * running, total
-                ),
-            )
-            done += count * len(job.base)
+            both = _run_group(*given, lambda layer: on_step(done + (layer + 1) * len(group), total))
+            return [[dataclasses.asdict(result) for result in results] for results in both]
+
+        for group, both in job.spread.shared_out(groups, measured):
+            done += len(group) * len(job.base)
+            results, refused = ([Result(**values) for values in one] for one in both)
             found = found.with_results(results, refused)
-            found.save(job.output)
+            if job.spread.leads:
+                found.save(job.output)
     _say_refused(found.refused, steps)
     return found
 

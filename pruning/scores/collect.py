@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import OnStep
 from pruning.scores.noise import noise_rows, noise_worth
@@ -29,6 +30,7 @@ def collect_statistics(
     dtype=jnp.float32,
     scratch: Path | None = None,
     on_step: OnStep | None = None,
+    spread: Spread = ALONE,
 ) -> ChannelStatistics:
     """Measure a model on calibration text: the one pass that every criterion and budget shares.
 
@@ -46,6 +48,8 @@ def collect_statistics(
       dtype: of the activations; sums are float32 inside a batch, float64 across batches.
       scratch: folder of hidden states that do not fit in memory; default the system's.
       on_step: receives (layer visits done, layer visits in all).
+      spread: devices and processes that share the windows; all processes call this alike, and get
+        the statistics of all windows.
 
     Returns:
       The statistics.
@@ -56,10 +60,10 @@ def collect_statistics(
     """
     slots_of(source)
     asked, config = Asked(gradients, expert_details), source.config
-    text = in_parts(source, tokens, valid, counted, [np.arange(len(tokens))], batch)
+    text = in_parts(source, tokens, valid, counted, [np.arange(len(tokens))], batch, spread)
     shape = (*text.batches.tokens.shape, config.d_model)
     with temporary_states(asked.slots(config), shape, dtype, scratch) as states:
-        found = TextSweep(source, text, asked, dtype, states, Memory(), on_step)
+        found = TextSweep(source, text, asked, dtype, states, Memory(), on_step, spread)
         found.forward()
         found.backward()
     return found.finished(found.part(0), 1)

@@ -156,7 +156,8 @@ def feed_forward_backward(
     """
     if not isinstance(layer.mlp, MoE):
         return jax.vjp(lambda x: layer.feed_forward(x, context)[0], middle)[1](d_out)[0], None
-    shape = (len(GRADIENT_SCORES), layer.mlp.config.num_experts, layer.mlp.experts.width)
+    experts = layer.mlp.experts  # all of the layer's, or those of this device
+    shape = (len(GRADIENT_SCORES), experts.count.shape[0], experts.width)
     expert, projections = (kept.expert, kept.projections) if kept else (None, None)
 
     def half(x, probe):
@@ -195,10 +196,15 @@ def loss_and_gradient(
     return losses.sum(), gradient
 
 
+def batch_words(text: Batches, rows: slice) -> list[np.ndarray | None]:
+    """Tokens, valid and counted of some rows, as `loss_and_gradient` takes them."""
+    parts = (text.tokens, text.valid, text.counted)
+    return [None if part is None else part[rows] for part in parts]
+
+
 def batch_loss(head: Head, text: Batches, x: Array, rows: slice) -> tuple[float, Array]:
     """Summed loss of one batch of a text, nats, and its gradient at its last states [b, T, D]."""
-    parts = (text.tokens, text.valid, text.counted)
-    words = [None if part is None else jnp.asarray(part[rows]) for part in parts]
+    words = jax.tree.map(jnp.asarray, batch_words(text, rows))
     loss, gradient = loss_and_gradient(head, x, *words)
     return float(loss), gradient
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
-from moe_jax.stream import Batches, LayerSource, in_batches, row_slices
+from moe_jax.spread import ALONE, Spread
+from moe_jax.stream import Batches, LayerSource, in_batches, pad_rows, row_slices
 
 PARTS, PARTS_UNTIL_STABLE = 4, 16
 PART_WINDOWS = 64  # at most: the stability of a longer text is told at more places
@@ -38,12 +40,13 @@ def windows_at_work(parts: Sequence[np.ndarray], batch: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A text whose batches each are of one part.
+    """A text whose batches each are of one part, as far as this process works on it.
 
     Attributes:
-      batches: of all parts, one part after the other.
-      owner: number of the part of each batch.
-      tokens: valid tokens of each part.
+      batches: of all parts, one part after the other; on several devices of a process, the batches
+        that are at work at once are one.
+      owner: number of the part of each batch of a single device.
+      tokens: valid tokens of each part, in all processes.
     """
 
     batches: Batches
@@ -58,8 +61,9 @@ def in_parts(
     counted: np.ndarray | None,
     parts: Sequence[np.ndarray],
     batch: int,
+    spread: Spread = ALONE,
 ) -> Parts:
-    """Cut every part of a text into batches.
+    """Cut every part of a text into batches, and deal them to processes and devices.
 
     Args:
       source: the model that will run it.
@@ -67,10 +71,12 @@ def in_parts(
       valid: bool [B, T].
       counted: bool [B, T], tokens whose prediction counts in a loss; None for all.
       parts: rows of each part.
-      batch: rows per step.
+      batch: rows per step of a device.
+      spread: where this process is, and its devices.
 
     Returns:
-      The parts; the last batch of each is filled with rows of padding.
+      The parts; the last batch of each is filled with rows of padding, the last step of a process
+      with such batches.
     """
     cut = [
         in_batches(
@@ -87,4 +93,34 @@ def in_parts(
         tuple(place for part in cut for place in part.places),
         np.concatenate(marks) if marks else None,
     )
-    return Parts(batches, owner, tuple(int(part.valid.sum()) for part in cut))
+    whole = Parts(batches, owner, tuple(int(part.valid.sum()) for part in cut))
+    return whole if spread.processes * spread.devices == 1 else _dealt(whole, batch, spread)
+
+
+def _dealt_batches(batches: int, spread: Spread) -> int:
+    """Batches of every process: whole steps of its devices, one at least."""
+    step = spread.processes * spread.devices
+    return spread.devices * max(1, -(-batches // step))
+
+
+def _dealt(whole: Parts, batch: int, spread: Spread) -> Parts:
+    """What of a text is one process's, a step of all its devices after the other."""
+    text, windows = whole.batches, len(whole.batches.tokens)
+    own = range(len(whole.owner))[spread.process :: spread.processes]
+    count = _dealt_batches(len(whole.owner), spread)
+    take = np.full((count, batch), windows)  # this one is padding
+    take[: len(own)] = np.arange(windows).reshape(-1, batch)[own]
+    steps = row_slices(take.size, spread.devices * batch)
+
+    def taken(leaf: np.ndarray) -> np.ndarray:
+        return pad_rows(leaf, windows + 1)[take.ravel()]
+
+    place = jax.tree.map(lambda *leaves: taken(np.concatenate(leaves)), *text.places)
+    batches = Batches(
+        taken(text.tokens),
+        taken(text.valid),
+        steps,
+        tuple(spread.dealt(jax.tree.map(lambda leaf, s=step: leaf[s], place)) for step in steps),
+        None if text.counted is None else taken(text.counted),
+    )
+    return Parts(batches, tuple(whole.owner[number] for number in own), whole.tokens)

@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers, replace_file, replace_text, scratch_file
 from moe_jax.json_files import read_json
+from moe_jax.spread import ALONE, Spread
 
 RECORD = "progress.json"
-STATES = re.compile(r"scoring-[0-9a-f]{16}\.states")
+STATES = re.compile(r"scoring-[0-9a-f]{16}\.states")  # of process 0
 
 Sums = dict[str, np.ndarray]  # [parts, ...], or [1, ...] for what holds for all parts
 
@@ -64,15 +65,18 @@ class SweepFolder:
     """A log with a file per step, and a file of hidden states that outlives the process.
 
     A step counts as finished once its file has its name. The file of states is wherever scratch
-    files go, under a name that the record holds.
+    files go, under a name that the record holds. Of several processes the first has the folder, and
+    each a file of the states of its windows; none begins a step before the last one is finished.
 
     Args:
       path: the folder.
+      spread: the processes that share the text.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, spread: Spread = ALONE):
+        self.path, self._spread = path, spread
         self.done = 0
+        self._own: Path | None = None  # states of a process that has no folder
 
     @contextmanager
     def states(
@@ -93,19 +97,15 @@ class SweepFolder:
           FullDiskError: there is no room for it; nothing is left then.
         """
         identity = json.loads(json.dumps(identity))
-        self._open(identity, steps, size)
-        if self.done == steps:
+        place = self._agreed(identity, steps, scratch, size)
+        if place is None:
             yield None
             return
-        states = self._states()
-        if self.done and states is not None:
-            file = open(states, "r+b")
+        if self.done:
+            file = open(place, "r+b")
         else:
-            name = f"scoring-{secrets.token_hex(8)}.states"
-            told = {"identity": identity, "states": str(scratch.absolute() / name)}
-            replace_text(self.path / RECORD, json.dumps(told, indent=1) + "\n")
             try:
-                file = scratch_file(scratch, size, name)
+                file = scratch_file(place.parent, size, place.name)
             except BaseException:
                 self.clear()
                 raise
@@ -114,8 +114,10 @@ class SweepFolder:
 
     def add(self, sums: Sums) -> None:
         """Finish the next step."""
-        arrays = {name: np.ascontiguousarray(value) for name, value in sums.items()}
-        replace_file(self._file(self.done), lambda partial: save_file(arrays, partial))
+        if self._spread.leads:
+            arrays = {name: np.ascontiguousarray(value) for name, value in sums.items()}
+            replace_file(self._file(self.done), lambda partial: save_file(arrays, partial))
+        self._spread.everyone(True)  # the next step overwrites what a killed one would read again
         self.done += 1
 
     def rows(self, step: int, part: int) -> dict[str, np.ndarray]:
@@ -141,20 +143,65 @@ class SweepFolder:
         return states.stat().st_size if states is not None and states.is_file() else 0
 
     def drop_states(self) -> None:
-        """Remove the file of states, which a finished sweep needs no more."""
-        states = self._states()
-        if states is not None:
-            states.unlink(missing_ok=True)
+        """Remove the file of states, which a finished sweep needs no more.
+
+        Process 0 also removes those of others that lie beside: a run may go on with fewer.
+        """
+        states = self._states() if self._spread.leads else self._own
+        if states is None:
+            return
+        others = states.parent.glob(f"{states.stem}-*.states") if self._spread.leads else ()
+        for path in (states, *others):
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove all of it."""
         self.drop_states()
+        self.done = 0
+        if not self._spread.leads:
+            return
         # The record last: it knows where the states are.
         for file in (*sorted(self.path.glob("step-[0-9]*.safetensors")), self.path / RECORD):
             file.unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
-        self.done = 0
+
+    def _agreed(self, identity: dict, steps: int, scratch: Path, size: int) -> Path | None:
+        """Count the finished steps, as all processes can go on with them.
+
+        Returns:
+          This process's file of states, which is there if a step is finished; None if all are.
+        """
+
+        def opened() -> tuple[int, str | None]:
+            states = self._states()  # before it may be cleared: the others have theirs beside it
+            self._open(identity, steps, size)
+            return self.done, None if states is None else str(states)
+
+        self.done, name = self._spread.led(opened)
+        if name is not None:
+            self._own = self._of_process(Path(name))
+        if self.done == steps:
+            return None
+        there = self._own is not None and self._own.is_file() and self._own.stat().st_size == size
+        if not self._spread.everyone(self.done > 0 and there):
+            self.clear()
+            name = self._spread.led(lambda: self._begun(identity, scratch))
+            self._own = self._of_process(Path(name))
+        return self._own
+
+    def _of_process(self, states: Path) -> Path:
+        """A process's file of states, beside where process 0 has its own."""
+        number = self._spread.process
+        return states.with_name(f"{states.stem}-{number}{states.suffix}") if number else states
+
+    def _begun(self, identity: dict, scratch: Path) -> str:
+        """Write the record of a new sweep; where process 0 has its states."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        place = str(scratch.absolute() / f"scoring-{secrets.token_hex(8)}.states")
+        told = {"identity": identity, "states": place}
+        replace_text(self.path / RECORD, json.dumps(told, indent=1) + "\n")
+        return place
 
     def _open(self, identity: dict, steps: int, size: int) -> None:
         """Count the finished steps; 0 after removing what cannot be gone on with."""

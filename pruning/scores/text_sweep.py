@@ -5,15 +5,17 @@ Between two steps the hidden states lie in slots, of which a step overwrites non
 that one which was killed can be done again.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
 from moe_jax.config import ModelConfig
-from moe_jax.experts.moe import MoE
+from moe_jax.mesh import ROWS, SUMS
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter
@@ -22,16 +24,18 @@ from pruning.scores.layer import (
     GRADIENT_SCORES,
     Kept,
     attention_backward,
-    batch_loss,
+    batch_words,
     feed_forward_backward,
     layer_statistics,
+    loss_and_gradient,
 )
+from pruning.scores.layer_sums import add_batch, layer_facts, no_gradient_sums, no_sums
 from pruning.scores.own import STATISTICS
 from pruning.scores.parts import Parts
 from pruning.scores.states import Projections, States, layer_slots, projection_room
-from pruning.scores.statistics import DECLARED, NORMS, ChannelStatistics, field_shapes
+from pruning.scores.statistics import DECLARED, ChannelStatistics
 from pruning.scores.sweep_log import Sums, SweepLog
-from pruning.scores.weight_facts import slots_of, weight_facts
+from pruning.scores.weight_facts import slots_of
 
 EDGES = 2  # slots that hold what one step leaves to the next, in turns
 
@@ -77,6 +81,8 @@ class TextSweep:
       states: `asked.slots` of the text; None if the log holds all steps.
       log: where the sums go; what it has already is not done again.
       on_step: receives (layer visits done, layer visits in all).
+      spread: the devices, and the processes that share the text: each gives its windows, and has
+        the sums of all.
     """
 
     def __init__(
@@ -88,14 +94,18 @@ class TextSweep:
         states: States | None,
         log: SweepLog,
         on_step: OnStep | None = None,
+        spread: Spread = ALONE,
     ):
         self.source, self.text, self.asked, self.log = source, text, asked, log
+        self._spread = spread
         self._dtype, self._states = dtype, states
         self._slots, self._own = slots_of(source), tuple(STATISTICS.items())
         batches, c = text.batches, source.config
         self._edge = layer_slots(c) if asked.gradients else 0  # the first of `EDGES`
         step = batches.tokens[batches.rows[0]].size
-        room = projection_room(c, len(batches.rows), step) if asked.gradients else 0
+        # Of devices that share the experts each has rows of its own, which are not kept.
+        keeps = asked.gradients and spread.parts == 1
+        room = projection_room(c, len(batches.rows), step) if keeps else 0
         self._projections = Projections(room)
         self._count = counter(asked.steps(c) - asked.gradients, on_step)  # the loss reads no layer
         if log.done:
@@ -144,39 +154,41 @@ class TextSweep:
     # --- upwards ---
 
     def _up(self, index: int, layer: DecoderLayer, _: None) -> None:
-        slot = self._slots.get(index)
-        sums = {} if slot is None else self._layer_sums(layer)
+        slot, here = self._slots.get(index), self._spread.everywhere(layer)
+        facts = {} if slot is None else layer_facts(layer)
+        sums = {} if slot is None else self._no_sums(layer)
         batches = self.text.batches
         for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
             before = self._entering(index, rows)
             visit = None if slot is None else slot * len(batches.rows) + number
             keep = visit is not None and self._projections.has_room(visit)
-            middle, out, found, kept = layer_statistics(layer, before, place, keep, self._own)
+            middle, out, found, kept = self._statistics(keep)(here, before, place)
             if keep:
                 self._projections.keep(index, rows, kept)
-            if slot is not None:
-                part = self.text.owner[number]
-                _add_batch(sums, part, found)
-                if self.asked.expert_details:
-                    add_details(sums, part, layer, middle, out, place)
+            for part, batch in self._by_part(number, found) if slot is not None else ():
+                add_batch(sums, part, batch, facts["down_norm"][0])
+            if self.asked.expert_details and slot is not None:
+                apart = self._spread.apart((middle, out, place))
+                for part, batch in zip(self._owners(number), apart, strict=False):
+                    add_details(sums, part, layer, *batch)
             self._leave(index, rows, middle, out)
+        sums = self._spread.total(sums)
         if self.asked.expert_details and slot is not None:
             self._add_wanda(sums, layer)
-        self._end_step(sums)
+        self._end_step(sums | facts)
 
-    def _layer_sums(self, layer: DecoderLayer) -> Sums:
-        """Facts about a layer's weights, and zeros for all that is added up."""
-        assert isinstance(layer.mlp, MoE)
-        moe, parts = layer.mlp.config, len(self.text.tokens)
-        sizes = (1, moe.num_experts, moe.d_expert, self.source.config.d_model)
-        shapes = field_shapes(*sizes, self.asked.groups, finished=False)
-        downwards = (*GRADIENT_SCORES, "loss_sum", "total_tokens")
-        sums = {
-            name: np.zeros((parts, *shape[1:]))
-            for name, shape in shapes.items()
-            if name not in NORMS and name not in downwards
-        }
-        return sums | weight_facts(layer, moe.d_expert)
+    def _statistics(self, keep: bool) -> Any:
+        out = (ROWS, ROWS, SUMS, ROWS)
+        return self._spread.each(layer_statistics, out, keep=keep, own=self._own)
+
+    def _no_sums(self, layer: DecoderLayer) -> Sums:
+        d_model, parts = self.source.config.d_model, len(self.text.tokens)
+        sums = no_sums(layer, d_model, parts, self.asked.groups)
+        if self.asked.expert_details and not self._spread.leads:
+            # That of the first batch of all, which process 0 has.
+            experts = self.source.config.moe.num_experts
+            sums["similarity"] = np.zeros((1, experts, experts))
+        return sums
 
     def _add_wanda(self, sums: Sums, layer: DecoderLayer) -> None:
         """Add what needs the norms of the experts' inputs over the whole text."""
@@ -193,9 +205,9 @@ class TextSweep:
             first = self.source.embedding(self.text.batches.tokens[rows], self._dtype)
             if self.asked.gradients:
                 states.put(0, rows, first)
-            return first
+            return self._spread.dealt(first)
         slot = 2 * index if self.asked.gradients else edge + (index - 1) % EDGES
-        return jnp.asarray(states.get(slot, rows))
+        return self._spread.dealt(states.get(slot, rows))
 
     def _leave(self, index: int, rows: slice, middle: Array, out: Array) -> None:
         """Keep what the layers above need, and the way down."""
@@ -211,33 +223,38 @@ class TextSweep:
     def _loss(self) -> None:
         """Begin the way down: gradients of the loss at the last hidden states."""
         batches, losses = self.text.batches, np.zeros(len(self.text.tokens))
-        for rows, part in zip(batches.rows, self.text.owner, strict=True):
-            x = jnp.asarray(self._open_states.get(self._edge, rows))
-            loss, gradient = batch_loss(self.source.head, batches, x, rows)
-            losses[part] += loss
+        head = self._spread.everywhere(self.source.head)
+        loss_of = self._spread.each(loss_and_gradient, (SUMS, ROWS))
+        for number, rows in enumerate(batches.rows):
+            x = self._spread.dealt(self._open_states.get(self._edge, rows))
+            words = self._spread.dealt(batch_words(batches, rows))
+            found, gradient = loss_of(head, x, *words)
+            for part, loss in self._by_part(number, found):
+                losses[part] += float(loss)
             self._open_states.put(self._edge + 1, rows, gradient)
-        self._end_step({"loss_sum": losses})
+        self._end_step(self._spread.total({"loss_sum": losses}))
 
     def _down(self, index: int, layer: DecoderLayer, _: None) -> None:
         states, slot = self._open_states, self._slots.get(index)
         lowest, edge = self.source.config.moe_layers[0], self._edge
         given = edge + (len(self.source) - index) % EDGES  # by the step before
-        sums = {} if slot is None else self._gradient_sums(layer)
-        batches = self.text.batches
+        sums = {} if slot is None else no_gradient_sums(layer, len(self.text.tokens))
+        here, batches = self._spread.everywhere(layer), self.text.batches
+        through_experts = self._spread.each(feed_forward_backward, (ROWS, SUMS))
+        through_attention = self._spread.each(attention_backward, ROWS)
         for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
-            x, middle = (jnp.asarray(states.get(2 * index + half, rows)) for half in (0, 1))
-            kept = self._kept(index, layer, x, place, number)
-            d_out = jnp.asarray(states.get(given, rows))
-            d_middle, scores = feed_forward_backward(layer, middle, place, d_out, kept)
-            if scores is not None:
-                part = self.text.owner[number]
-                values = np.asarray(scores, np.float64)
+            x, middle = (self._spread.dealt(states.get(2 * index + i, rows)) for i in (0, 1))
+            kept = self._kept(index, here, x, place, number)
+            d_out = self._spread.dealt(states.get(given, rows))
+            d_middle, scores = through_experts(here, middle, place, d_out, kept)
+            for part, batch in self._by_part(number, scores, 1) if scores is not None else ():
+                values = batch.astype(np.float64)
                 for name, value in zip(GRADIENT_SCORES, values, strict=True):
                     sums[name][part] += value
             if index > lowest:
                 left = 2 * edge + 1 - given  # the other one
-                states.put(left, rows, attention_backward(layer, x, place, d_middle))
-        self._end_step(sums)
+                states.put(left, rows, through_attention(here, x, place, d_middle))
+        self._end_step(self._spread.total(sums))
 
     def _kept(
         self, index: int, layer: DecoderLayer, x: Array, place: Context, number: int
@@ -248,15 +265,22 @@ class TextSweep:
         if slot is None or not self._projections.has_room(slot * len(batches.rows) + number):
             return None
         kept = self._projections.take(index, batches.rows[number])
-        return kept or layer_statistics(layer, x, place, True, self._own)[3]
-
-    def _gradient_sums(self, layer: DecoderLayer) -> Sums:
-        assert isinstance(layer.mlp, MoE)
-        moe, parts = layer.mlp.config, len(self.text.tokens)
-        shape = (parts, moe.num_experts, moe.d_expert)
-        return {name: np.zeros(shape) for name in GRADIENT_SCORES}
+        if kept is not None:
+            return self._spread.dealt(kept)
+        return self._statistics(keep=True)(layer, x, place)[3]
 
     # --- both ---
+
+    def _owners(self, number: int) -> tuple[int, ...]:
+        """Parts of the batches of a step, one per device but for padding."""
+        devices = self._spread.devices
+        return self.text.owner[number * devices : (number + 1) * devices]
+
+    def _by_part(self, number: int, found: Any, axis: int = 0) -> Iterator[tuple[int, Any]]:
+        """The sums of a step's batches, experts along an axis, with the part of each."""
+        experts = self.source.config.moe.num_experts
+        batches = self._spread.by_batch(found, experts, axis)
+        return zip(self._owners(number), batches, strict=False)
 
     @property
     def _open_states(self) -> States:
@@ -270,10 +294,3 @@ class TextSweep:
 
 def _is_finished(name: str) -> bool:
     return name in DECLARED and DECLARED[name]["kind"] == "finished"
-
-
-def _add_batch(sums: Sums, part: int, batch_sums: dict[str, Array]) -> None:
-    values = {name: np.asarray(value, np.float64) for name, value in batch_sums.items()}
-    values["energy"] = values.pop("unit_energy") * np.square(sums["down_norm"][0])
-    for name, value in values.items():
-        sums[name][part] += value

@@ -13,6 +13,7 @@ from convert.mtp_export import check_mtp
 from convert.packing import packed_inputs
 from convert.rules import uniform_widths
 from moe_jax.errors import InputError, choose
+from moe_jax.spread import ALONE, Spread
 from pruning.budget.alignment import check_block
 from pruning.budget.importance import PlannerOptions
 from pruning.budget.planners import PLANNERS
@@ -40,6 +41,7 @@ class Job:
 
     `evaluation_sources` are as `TokenBatch.sources`, of the evaluation files. `kept_out` are the
     windows of calibration text on which planner auto measures rules, and no others see them.
+    `spread` are the devices and processes that share the calibration text.
     """
 
     recipe: ResolvedRecipe
@@ -49,6 +51,7 @@ class Job:
     evaluation: dict[str, Windows]
     evaluation_sources: tuple[dict, ...] = ()
     kept_out: TokenBatch | None = None
+    spread: Spread = ALONE
 
     @property
     def output(self) -> Path:

@@ -69,6 +69,12 @@ def collect_parts(
     return found.finished(total, done), rows, {**curve, "halves": apart}
 
 
+def help_collect(job: Job, steps: Steps) -> None:
+    """What a process other than the first does while that one is in `collect_parts`."""
+    until_stable = job.recipe.until_stable is not None
+    _swept(job, {}, rows_of_parts(len(job.calibration.tokens), until_stable), steps)
+
+
 def jaccard(one: np.ndarray | None, two: np.ndarray | None) -> float | None:
     """Members of both sets over members of either; None if one is unknown."""
     if one is None or two is None:
@@ -78,33 +84,37 @@ def jaccard(one: np.ndarray | None, two: np.ndarray | None) -> float | None:
 
 def sweep_folder(job: Job) -> SweepFolder:
     """Where a job's sweep leaves its progress."""
-    return SweepFolder(job.output / FOLDER)
+    return SweepFolder(job.output / FOLDER, job.spread)
 
 
 def _swept(job: Job, identity: dict, parts: list[np.ndarray], steps: Steps) -> TextSweep:
-    recipe, base, log = job.recipe, job.base, sweep_folder(job)
+    recipe, base, log, spread = job.recipe, job.base, sweep_folder(job), job.spread
     asked = Asked(recipe.gradients, recipe.expert_details, recipe.until_stable is not None)
     batch, _ = windows_at_work(parts, recipe.batch)
     tokens, valid = job.calibration.tokens, job.calibration.valid
-    text = in_parts(base, tokens, valid, job.calibration.counted, parts, batch)
+    text = in_parts(base, tokens, valid, job.calibration.counted, parts, batch, spread)
     shape = (*text.batches.tokens.shape, base.config.d_model)
     slots, number = asked.slots(base.config), asked.steps(base.config)
     told = {
         **identity, "files": base.file_hash, "asked": asked.groups, "own": sorted(STATISTICS),
         "batch": batch, "parts": len(parts),
     }  # fmt: skip
+    if spread.processes * spread.devices > 1:  # by which states are dealt
+        told |= {"processes": spread.processes, "devices": spread.devices}
     size = state_bytes(slots, shape, job.dtype)
     with (
         log.states(told, number, recipe.scratch_folder, size) as file,
         steps.bar("score text") as on_step,
     ):
         states = None if file is None else States(slots, shape, job.dtype, file)
-        found = TextSweep(base, text, asked, job.dtype, states, log, on_step)
+        found = TextSweep(base, text, asked, job.dtype, states, log, on_step, spread)
         # The first reading is also that which finds bad weights and identifies the model.
         is_read = base.weights_hash is not None and log.done >= len(base)
+        is_read |= not spread.leads
         with nullcontext() if is_read else base.checking(mtp=recipe.mtp != "drop"):
             found.forward()
-        remember(base, job.output)
+        if spread.leads:
+            remember(base, job.output)
         found.backward()
     log.drop_states()
     return found

@@ -1,6 +1,7 @@
 """The scoring stage: statistics of a model on calibration text, collected or found again."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any, TypedDict
 import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, load_model
+from convert.fingerprint import fingerprint
 from convert.reader import CheckpointError
 from moe_jax.errors import InputError
 from pruning.kit.fitting import misfits
 from pruning.kit.progress import Steps
 from pruning.report.stored_fields import Stability
+from pruning.scores import own
 from pruning.scores.collect import collect_weights
 from pruning.scores.elimination import SHARE, elimination_costs
 from pruning.scores.grams import sampled
@@ -62,6 +65,24 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
             raise
     sweep_folder(job).clear()  # a killed run may have left it beside finished statistics
     return found
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What processes that share a sweep must agree in."""
+    text = job.calibration
+    digest = hashlib.sha256(text.tokens.tobytes() + text.valid.tobytes())
+    if text.counted is not None:
+        digest.update(text.counted.tobytes())
+    recipe = job.recipe
+    return {
+        "model": fingerprint(job.base.about.outer or job.base.about.hf_config, ""),
+        "calibration": [digest.hexdigest(), *text.tokens.shape],
+        "options": [
+            recipe.batch, recipe.dtype, recipe.until_stable, recipe.seed, *sorted(recipe.groups),
+            *sorted(own.STATISTICS),
+        ],
+        "mesh": [job.spread.devices, job.spread.parts],
+    }  # fmt: skip
 
 
 def _withdraw(job: Job) -> None:

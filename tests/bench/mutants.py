@@ -83,6 +83,10 @@ TESTS = {
     " -k 'taken or statistic'",
     "pruning/scores/layer.py": "scores/test_layer"
     " -k 'loop_over or finite or closed_form or abs_and or tile_sums or expert_gradient'",
+    "pruning/scores/layer_sums.py": "scores/test_text_sweep -k sweep",
+    "moe_jax/spread.py": "../moe_jax/test_spread",
+    "pruning/runs/places.py": "runs/test_places -k 'not killed'",
+    "pruning/recipe/place_options.py": "runs/test_places -k 'not killed'",
     "pruning/scores/states.py": "scores/test_state_slots",
     "pruning/scores/elimination.py": "scores/test_elimination -k 'not plans'",
     "pruning/scores/grams.py": "scores/test_gram_values scores/test_elimination"

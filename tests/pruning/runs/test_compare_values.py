@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import InputError
+from moe_jax.spread import ALONE, Spread
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
@@ -111,8 +112,12 @@ def asked(monkeypatch, tmp_path):
     }  # fmt: skip
     for name, value in patched.items():
         monkeypatch.setattr(comparing, name, value)
-    scored = lambda job, steps: ("statistics", {"tokens": 3})  # noqa: E731
-    monkeypatch.setattr(comparing.scoring, "score", scored)
+
+    def scored(job, steps, prepare, more):
+        prepare()
+        return "statistics", {"tokens": 3}
+
+    monkeypatch.setattr(comparing, "scored", scored)
     monkeypatch.setattr(comparing.preflight, "prepare",
                         lambda *given, **options: found.prepared.append(options))  # fmt: skip
     monkeypatch.setattr(comparing.comparison_page, "save",
@@ -128,6 +133,7 @@ class Job:
     dtype: Any
     calibration: Any
     evaluation: dict
+    spread: Spread = ALONE
 
 
 def run(asked, rates=(0.5,), rules=("uniform-act", "random"), steps=None, repair=None, **changes):

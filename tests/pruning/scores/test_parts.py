@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_jax.spread import Spread
 from pruning.scores.parts import in_parts, rows_of_parts, windows_at_work
 from tests.pruning.scores.test_layer import CONFIG
 
@@ -57,3 +58,52 @@ def test_every_batch_is_of_one_part_and_the_last_of_each_is_filled_up(counts):
         np.testing.assert_array_equal(batches.counted[whole], counted[order])
     for place, rows in zip(batches.places, batches.rows, strict=True):
         np.testing.assert_array_equal(place.valid, batches.valid[rows])
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "owners", "counts"),
+    [
+        (2, 1, [(0, 1, 2), (0, 1, 3)], (3, 3)),
+        (4, 1, [(0, 2), (0, 3), (1,), (1,)], (2, 2, 2, 2)),
+        (7, 1, [(0,), (0,), (1,), (1,), (2,), (3,), ()], (1,) * 7),
+        (1, 4, [(0, 0, 1, 1, 2, 3)], (8,)),
+        (2, 2, [(0, 1, 2), (0, 1, 3)], (4, 4)),
+    ],
+)
+def test_batches_are_dealt_and_what_is_missing_is_padding(processes, devices, owners, counts):
+    tokens = np.arange(1, 41, dtype=np.int32).reshape(10, 4)
+    valid, counted = tokens % 7 > 0, tokens % 3 > 0
+    source: Any = SimpleNamespace(config=CONFIG)
+    parts = rows_of_parts(10, False)
+    whole = in_parts(source, tokens, valid, counted, parts, 2)
+    for process in range(processes):
+        found = in_parts(
+            source, tokens, valid, counted, parts, 2, Devices(devices, process, processes)
+        )
+        assert found.owner == owners[process] and found.tokens == whole.tokens
+        batches, size = found.batches, 2 * devices
+        assert [(one.start, one.stop) for one in batches.rows] == [
+            (start, start + size) for start in range(0, 2 * counts[process], size)
+        ]
+        own = np.arange(12).reshape(6, 2)[process::processes].ravel()  # windows of the batches
+        for name in ("tokens", "valid", "counted"):
+            ours, theirs = getattr(batches, name), getattr(whole.batches, name)
+            np.testing.assert_array_equal(ours[: len(own)], theirs[own])
+            assert len(ours) == 2 * counts[process] and not ours[len(own) :].any()
+        cos = np.concatenate([place.cos for place in whole.batches.places])
+        for place, rows in zip(batches.places, batches.rows, strict=True):
+            np.testing.assert_array_equal(place.valid, batches.valid[rows])
+            windows = own[rows]
+            np.testing.assert_array_equal(place.cos[: len(windows)], cos[windows])
+
+
+class Devices(Spread):
+    """So many devices, whose arrays all lie on the one there is."""
+
+    def __init__(self, devices: int, process: int, processes: int):
+        super().__init__(None, process, processes)
+        object.__setattr__(self, "_devices", devices)
+
+    @property
+    def devices(self) -> int:
+        return self._devices  # type: ignore[attr-defined]

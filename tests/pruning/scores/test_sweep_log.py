@@ -8,6 +8,7 @@ import pytest
 from moe_jax.errors import InputError
 from moe_jax.files import FullDiskError
 from pruning.scores.sweep_log import RECORD, Memory, SweepFolder
+from tests.support.threads import together
 
 IDENTITY = {"text": "abc", "parts": 3}
 SUMS = {"sum": np.arange(6.0).reshape(3, 2), "norm": np.array([[7.0, 8.0]])}  # three parts; one
@@ -162,3 +163,66 @@ def test_a_step_that_cannot_be_read_is_named_with_the_cure(log, damage):
     file.unlink() if damage == "removed" else file.write_bytes(file.read_bytes()[:9])
     with pytest.raises(InputError, match=r"step-00000\.safetensors cannot be read .*remove .*scor"):
         log.rows(0, 0)
+
+
+def shared(monkeypatch, tmp_path, steps: int) -> list[tuple[int, bytes, int]]:
+    """Two processes go on for so many steps of three: steps done before, states, and after."""
+
+    def work(spread):
+        log = SweepFolder(tmp_path / "scoring", spread)
+        identity = IDENTITY if spread.leads else {}  # that of process 0 counts
+        with log.states(identity, 3, tmp_path / "scratch", 24) as file:
+            if file is None:
+                return log.done, b"", log.done
+            before, read = log.done, file.read()
+            file.seek(0)
+            file.write(bytes([65 + spread.process]) * 24)
+            for number in range(before, before + steps):
+                log.add({"sum": np.full((3, 2), float(number))} if spread.leads else {})
+        if log.done == 3:
+            log.drop_states()
+        return before, read, log.done
+
+    return together(monkeypatch, 2, work)
+
+
+def test_processes_go_on_together_each_with_its_states(monkeypatch, tmp_path):
+    assert shared(monkeypatch, tmp_path, 2) == [(0, bytes(24), 2)] * 2
+    files = {path.name[24:]: path.read_bytes() for path in (tmp_path / "scratch").iterdir()}
+    assert files == {".states": b"A" * 24, "-1.states": b"B" * 24}
+    assert len([*(tmp_path / "scoring").glob("step-*")]) == 2
+    # One more, of a record that only process 0 reads.
+    assert shared(monkeypatch, tmp_path, 1) == [(2, b"A" * 24, 3), (2, b"B" * 24, 3)]
+    assert not [*(tmp_path / "scratch").iterdir()]
+    assert shared(monkeypatch, tmp_path, 0) == [(3, b"", 3)] * 2
+
+
+@pytest.mark.parametrize("lost", ["", "-1"])
+def test_if_one_process_has_lost_its_states_all_begin_anew(monkeypatch, tmp_path, lost):
+    shared(monkeypatch, tmp_path, 2)
+    names = {path.name[24:]: path for path in (tmp_path / "scratch").iterdir()}
+    names[f"{lost}.states"].unlink()
+    assert shared(monkeypatch, tmp_path, 1) == [(0, bytes(24), 1)] * 2
+    left = [*(tmp_path / "scratch").iterdir()]
+    assert len(left) == 2 and not {path.name for path in names.values()} & {p.name for p in left}
+
+
+def test_fewer_processes_leave_no_states_of_the_others(monkeypatch, tmp_path):
+    shared(monkeypatch, tmp_path, 2)
+    with SweepFolder(tmp_path / "scoring").states({}, 3, tmp_path / "scratch", 24):
+        assert len([*(tmp_path / "scratch").iterdir()]) == 1
+
+
+def test_states_of_killed_processes_are_gone_once_all_steps_are_known(monkeypatch, tmp_path):
+    shared(monkeypatch, tmp_path, 2)
+    shared(monkeypatch, tmp_path, 0)
+    (tmp_path / "scoring" / "step-00002.safetensors").write_bytes(b"")
+
+    def work(spread):
+        log = SweepFolder(tmp_path / "scoring", spread)
+        with log.states(IDENTITY, 3, tmp_path / "scratch", 24) as file:
+            assert file is None
+        log.drop_states()
+
+    assert together(monkeypatch, 2, work) == [None, None]
+    assert not [*(tmp_path / "scratch").iterdir()]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_jax.spread import ALONE
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
@@ -168,10 +169,10 @@ def sweeping(monkeypatch, tmp_path):
         valid = np.ones((9, 5), bool)
         text = SimpleNamespace(tokens=np.zeros((9, 5), np.int32), valid=valid, counted=valid)
         job: Any = SimpleNamespace(recipe=recipe, base=base, output=tmp_path, calibration=text,
-                                   dtype="bfloat16")  # fmt: skip
+                                   dtype="bfloat16", spread=ALONE)  # fmt: skip
 
         class Sweep:
-            def __init__(self, source, parts_, asked, dtype, states, log, on_step):
+            def __init__(self, source, parts_, asked, dtype, states, log, on_step, spread):
                 size = None if states is None else states.state_size
                 happened.append((source is base, parts_.owner, asked, dtype, size, log.done))
                 self.log, self.left = log, asked.steps(base.config) - log.done

@@ -1,0 +1,39 @@
+"""Several processes played by threads of one, which exchange what real ones would."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moe_jax import spread as spreading
+from moe_jax.spread import Spread
+
+
+def together(monkeypatch, count: int, work: Callable[[Spread], Any]) -> list[Any]:
+    """What `work` returns in each of so many processes, or the exception that it raised there."""
+    barrier, told = threading.Barrier(count, timeout=30), [np.zeros(0)] * count
+    own, found = threading.local(), list[Any]([None] * count)
+
+    def gathered(array: np.ndarray) -> np.ndarray:
+        told[own.process] = np.array(array)
+        barrier.wait()
+        every = np.stack(told)
+        barrier.wait()
+        return every
+
+    def run(process: int) -> None:
+        own.process = process
+        try:
+            found[process] = work(Spread(None, process, count))
+        except Exception as error:
+            found[process] = error
+
+    monkeypatch.setattr(spreading, "_gathered", gathered)
+    monkeypatch.setattr(spreading, "_broadcast", lambda words: gathered(words)[0])
+    threads = [threading.Thread(target=run, args=(process,)) for process in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
