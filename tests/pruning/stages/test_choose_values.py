@@ -212,7 +212,7 @@ def test_every_rate_has_a_choice_of_its_own(asked):
         assert options[::2] == ["--criterion", "--attribution", "--planner", *options[6::2]]
         assert options[1] == plan.provenance["criterion"]
         planner = plan.provenance["planner"]  # None where one width for all decides alone
-        assert options[5] == planner or options[6:] == ["--width", "uniform"] and planner is None
+        assert options[5] == planner or (options[6:] == ["--width", "uniform"] and planner is None)
 
 
 def test_where_no_rule_can_the_first_reason_is_given(asked):
