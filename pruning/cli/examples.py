@@ -90,7 +90,7 @@ EXAMPLES = {
     "experts-NAME removes whole experts. Differences below the spread of random mean nothing.\n"
     "--repair adds a line for every rule, NAME+layer, repaired without training on the\n"
     "calibration text.\n\n"
-    "  moe-compress compare demo --rules fair-shapley random --bits 4 16 --target-bytes 5MB \\\n"
+    "  moe-compress compare demo --rules fair-shapley random --bits 4 8 16 --target-bytes 5MB \\\n"
     "      --output bytes\n\n"
     "Fewer bits or fewer channels? --bits gives a line for each: 4 bits alone, pruning alone,\n"
     "both; --target-bytes lets each rule remove what its bits leave it to remove at that size.",

@@ -20,7 +20,7 @@ from pruning.report.compared import UNPRUNED, Repaired
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
-STORAGES = {16: "bf16", 4: "int4"}  # by bits
+STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
 
 
 @dataclasses.dataclass(frozen=True)

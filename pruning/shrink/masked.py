@@ -103,7 +103,7 @@ def masked_hidden(
             if how in rounded and masks is None:
                 kept = rounded[how]
             elif how in rounded and masks is not None:
-                kept = rounded_as_cut(rounded[how], kept, np.asarray(masks[0]), group_size)
+                kept = rounded_as_cut(rounded[how], kept, np.asarray(masks[0]), group_size, how)
 
             def run(x: Array, place: Context, rows: slice, masks=masks, layer=kept) -> Array:
                 if masks is None:

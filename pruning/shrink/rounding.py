@@ -16,6 +16,7 @@ from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 
 ROWS_AT_ONCE = 4096
+INTEGER_BITS = {"int4": 4, "int8": 8}
 
 
 def QuantizedSource(base: LayerSource, group_size: int, storage: str = "int4") -> LayerSource:
@@ -24,8 +25,8 @@ def QuantizedSource(base: LayerSource, group_size: int, storage: str = "int4") -
     Args:
       base: the model.
       group_size: weights per scale of integers.
-      storage: as of an export: all linear layers to "int4", or to "fp8" in blocks of 128 x 128, or
-        the experts to "mxfp4", as float values.
+      storage: as of an export: all linear layers to "int4" or "int8", or to "fp8" in blocks of 128
+        x 128, or the experts to "mxfp4", as float values.
 
     Returns:
       The source.
@@ -38,11 +39,17 @@ def rounded_layer(layer: DecoderLayer, group_size: int, storage: str) -> Decoder
     """One layer of `QuantizedSource`."""
     if storage == "mxfp4":
         return round_experts(layer)
-    return float8_layer(layer) if storage == "fp8" else quantize_layer(layer, group_size)
+    if storage == "fp8":
+        return float8_layer(layer)
+    return quantize_layer(layer, group_size, bits=INTEGER_BITS[storage])
 
 
 def rounded_as_cut(
-    rounded: DecoderLayer, layer: DecoderLayer, keep: np.ndarray, group_size: int
+    rounded: DecoderLayer,
+    layer: DecoderLayer,
+    keep: np.ndarray,
+    group_size: int,
+    storage: str = "int4",
 ) -> DecoderLayer:
     """What `rounded_layer` makes of a layer without some channels, with all of them in place.
 
@@ -54,6 +61,7 @@ def rounded_as_cut(
       layer: as it was, experts of F channels.
       keep: bool [E, F], in every expert whole groups.
       group_size: weights per scale.
+      storage: "int4" or "int8".
 
     Returns:
       `rounded` with the rows of `w_down` that are kept rounded among themselves, and zeros.
@@ -72,7 +80,8 @@ def rounded_as_cut(
     order = (first + keep.shape[1] * np.arange(len(keep))[:, None]).ravel()
     down = dequantize(layer.mlp.experts.w_down)[order]
     cut = jnp.where(keep.ravel()[order][:, None], down, jnp.zeros((), down.dtype))
-    codes = quantize(cut, group_size=group_size, axis=0, dtype=jnp.float32)
+    bits = INTEGER_BITS[storage]
+    codes = quantize(cut, group_size=group_size, axis=0, dtype=jnp.float32, bits=bits)
     experts = dataclasses.replace(
         rounded.mlp.experts, w_down=dequantize(codes)[np.argsort(order)]
     )  # fmt: skip

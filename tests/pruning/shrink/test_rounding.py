@@ -61,7 +61,8 @@ def test_every_weight_that_is_rounded_is_told_before_and_after():
             np.testing.assert_array_equal(after, dequantize(new))
 
 
-def test_what_is_kept_is_rounded_as_in_the_model_that_has_nothing_else():
+@pytest.mark.parametrize("storage", ["int4", "int8"])
+def test_what_is_kept_is_rounded_as_in_the_model_that_has_nothing_else(storage):
     """Groups of down-projections lie along the channels that are left, all others across them."""
     layer = init(CONFIG, jax.random.key(0)).layer(2)
     rng = np.random.default_rng(0)
@@ -69,9 +70,9 @@ def test_what_is_kept_is_rounded_as_in_the_model_that_has_nothing_else():
     counts = [8, 0, 12, 4, 8, 4]
     keep = np.array([rng.permutation(np.arange(channels) < count) for count in counts])
     cut = prune_layer(layer, keep, width=channels, rows=sum(counts) + 4, block=4)
-    wanted = rounded_layer(cut, group, "int4").mlp.experts
-    dense = rounded_layer(layer, group, "int4")
-    found = rounded_as_cut(dense, layer, keep, group).mlp.experts
+    wanted = rounded_layer(cut, group, storage).mlp.experts
+    dense = rounded_layer(layer, group, storage)
+    found = rounded_as_cut(dense, layer, keep, group, storage).mlp.experts
     for name in ("w_gate", "w_up", "w_down"):
         rows, cut_rows = (np.asarray(dequantize(getattr(one, name))) for one in (found, wanted))
         np.testing.assert_array_equal(rows[keep.ravel()], cut_rows[: sum(counts)])
