@@ -288,6 +288,12 @@ def compare(command: Parser) -> None:
         type=value_of(float, is_list=True),
         help="the same by how many times smaller than the model's files, e.g. 4",
     )  # fmt: skip
+    place.add_argument(
+        "--draws", type=value_of(int), metavar="N",
+        help="draw the calibration text so often, windows with replacement, and plan and measure "
+        "all rules again: errors of losses and differences, and how far what is kept is alike; "
+        "each takes as long as all the rest",
+    )  # fmt: skip
     add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     add_group(command, TextOptions)
     add_group(

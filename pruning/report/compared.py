@@ -25,6 +25,9 @@ class Result:
       bits: of the weights; fewer than 16 are rounded to nearest.
       target: bytes that the folder may take, where the rate comes from; 0 if a rate was asked for.
       bytes: of the folder that the plan would be written as; 0 in a file of an earlier version.
+      draw: which draw of the calibration text the plan is of; 0 is the text itself.
+      overlap: Jaccard index of the channels that are kept with those that the same rule keeps of
+        the text itself.
     """
 
     rule: str
@@ -40,6 +43,8 @@ class Result:
     bits: int = 16
     target: int = 0
     bytes: int = 0
+    draw: int = 0
+    overlap: float = 1.0
 
     @property
     def name(self) -> str:

@@ -134,11 +134,12 @@ class Comparison:
 
     def lines(self) -> list[Line]:
         """Every rule at every rate with a result, the least loss at each rate first."""
-        return self._lines(r for r in self.results if not r.target and r.rule != UNPRUNED)
+        pruned = (r for r in self.results if not r.target and r.rule != UNPRUNED)
+        return self._lines(r for r in pruned if not r.draw)
 
     def points(self) -> list[Line]:
         """The same with rules at sizes, and with fewer bits alone."""
-        return self._lines(self.results)
+        return self._lines(r for r in self.results if not r.draw)
 
     def _lines(self, results: Iterable[Result]) -> list[Line]:
         groups: dict[tuple[str, float, int], list[Result]] = {}
@@ -150,15 +151,16 @@ class Comparison:
             found.append(self._line(group, groups.get((chance, rate, target), ())))
         return sorted(found, key=lambda line: (line.rate, line.added))
 
-    def _added(self, group: Sequence[Result]) -> list[float]:
+    def added(self, group: Sequence[Result]) -> list[float]:
+        """Nats per token above the dense model of each result, texts with equal weight."""
         return [
             float(np.mean([q["nll"] - self.dense[t]["nll"] for t, q in result.quality.items()]))
             for result in group
         ]
 
     def _line(self, group: Sequence[Result], random: Sequence[Result]) -> Line:
-        added = self._added(group)
-        chance = float(np.mean(self._added(random))) if random else math.nan
+        added = self.added(group)
+        chance = float(np.mean(self.added(random))) if random else math.nan
         mean = {
             name: float(np.mean([[q[name] for q in r.quality.values()] for r in group]))
             for name in ("kl", "top1")
@@ -225,13 +227,14 @@ class Comparison:
         buffer = io.StringIO()
         out = csv.writer(buffer, lineterminator="\n")
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
-                      "added", "kl", "top1", "repair", "bits", "target", "bytes"])  # fmt: skip
+                      "added", "kl", "top1", "repair", "bits", "target", "bytes",
+                      "draw", "overlap"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
                 added = q["nll"] - self.dense[text]["nll"]
                 out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
-                              r.repair, r.bits, r.target, r.bytes])  # fmt: skip
+                              r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

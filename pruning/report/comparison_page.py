@@ -11,6 +11,7 @@ from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.report.compared import Line
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_draws import draw_tables
 from pruning.report.comparison_sizes import CAPTION, plot_sizes, size_tables
 from pruning.report.drawing import (
     BLUE,
@@ -73,6 +74,7 @@ def comparison_page(found: Comparison) -> str:
             )
         ),
         *([figure_html(plot_pareto(found), PARETO)] if has_front else []),
+        *map(long_section, draw_tables(found)),
         *([section_html(_refused(found))] if found.refused else []),
     ]
     return document("Comparison of pruning rules", parts)

@@ -20,14 +20,15 @@ from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
 from pruning.runs.cap import refuse_limit
 from pruning.runs.compared import (
+    Scored,
     joined,
     repaired_hidden,
     require_windows,
     task_plan,
     task_result,
+    with_overlap,
 )
-from pruning.runs.controls import STORAGES, Controls, Task, rounded_recipe, tasks
-from pruning.scores.statistics import ChannelStatistics
+from pruning.runs.controls import STORAGES, Controls, Task, drawn, rounded_recipe, tasks
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
@@ -54,6 +55,7 @@ def compare(
     target_bytes: Sequence[int] = (),
     target_factors: Sequence[float] = (),
     repair: Mode | None = None,
+    draws: int = 0,
     steps: Steps | None = None,
 ) -> Comparison:
     """Plan and measure every rule at every rate and size, in all of the bits.
@@ -75,6 +77,9 @@ def compare(
       target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well; each takes a repair of the model on
         all of the calibration text.
+      draws: so often as many windows of the calibration text are drawn with replacement, scored,
+        and every rule planned and measured again: what chance in that text does to losses, to
+        differences of rules and to what is kept. Each takes as long as all the rest.
       steps: where progress goes; default stderr.
 
     Returns:
@@ -88,6 +93,7 @@ def compare(
     controls = Controls(
         rates=rates or (() if sizes else RATES), bits=tuple(dict.fromkeys(bits)),
         target_bytes=target_bytes, target_factors=target_factors, repair=repair or "",
+        draws=draws,
     )  # fmt: skip
     with only_writer(recipe.output):
         return _compare(recipe, rules, controls, steps or Steps())
@@ -125,7 +131,8 @@ def _compare(
     missing = [task for task in budgets if task not in done]
     found = dataclasses.replace(found, sizes=_sizes(job), seen=seen_shares(job.calibration, texts))
     if missing:
-        found = _measure(job, statistics, provenance, missing, budgets, texts, found, steps)
+        scored = statistics, provenance
+        found = _measure(job, scored, missing, budgets, texts, found, steps)
     shown = found.only(lambda result: task_of(result) in budgets)
     comparison_page.save(shown, job.output)
     return shown
@@ -187,8 +194,7 @@ def _earlier(job: Job, texts: Mapping[str, Windows]) -> Comparison | None:
 
 def _measure(
     job: Job,
-    statistics: ChannelStatistics,
-    provenance: Mapping[str, Any],
+    scored: Scored,
     tasks: list[Task],
     budgets: Mapping[Task, int],
     texts: dict[str, Windows],
@@ -199,20 +205,22 @@ def _measure(
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     dense = measure(job.base, texts, references, steps, "dense", **how)
     found = dataclasses.replace(found, dense={n: q.to_dict() for n, q in dense.items()})
-    done, total = 0, len(tasks) * len(job.base)
-    with steps.bar(f"compare {len(tasks)} plans") as on_step:
-        for group in _groups(tasks, _group_size(job, texts)):
-            count = len(group)
-            given = (job, statistics, provenance, group, budgets, texts, references)
-            results, refused = _run_group(
-                *given,
-                lambda layer, before=done, running=count: on_step(
-                    before + (layer + 1) * running, total
-                ),
-            )
-            done += count * len(job.base)
-            found = found.with_results(results, refused)
-            found.save(job.output)
+    for draw in sorted({task.draw for task in tasks}):
+        own = [task for task in tasks if task.draw == draw]
+        # Of the whole text the sums are there; a draw has its own.
+        source = drawn(job, draw)
+        sums = scoring.score(source, steps) if draw else scored
+        done, total = 0, len(own) * len(job.base)
+        with steps.bar(f"compare {len(own)} plans" + f" of draw {draw}" * bool(draw)) as on_step:
+            for group in _groups(own, _group_size(job, texts)):
+
+                def visited(layer, before=done, count=len(group), total=total):  # noqa: B008
+                    on_step(before + (layer + 1) * count, total)
+
+                given = (group, budgets, texts, references, visited)
+                found = found.with_results(*_run_group(source, sums, scored, *given))
+                found.save(job.output)
+                done += len(group) * len(job.base)
     _say_refused(found.refused, steps)
     return found
 
@@ -244,8 +252,8 @@ def _group_size(job: Job, texts: Mapping[str, Windows]) -> int:
 
 def _run_group(
     job: Job,
-    statistics: ChannelStatistics,
-    provenance: Mapping[str, Any],
+    scored: Scored,
+    whole: Scored,
     group: Sequence[Task],
     budgets: Mapping[Task, int],
     texts: Mapping[str, Windows],
@@ -256,7 +264,7 @@ def _run_group(
     refused = []
     for task in group:
         try:
-            plan = task_plan(job, statistics, provenance, task, budgets[task])
+            plan = task_plan(job, *scored, task, budgets[task])
             planned.append((task, plan))
         except BudgetError as error:
             # It may be too small for whole experts: the other rules go on.
@@ -277,4 +285,4 @@ def _run_group(
         task_result(task, plan, job, states, texts, references)
         for (task, plan), states in zip(planned, hidden, strict=True)
     ]
-    return results, refused
+    return with_overlap(results, planned, job, whole, budgets), refused

@@ -1,5 +1,6 @@
 """What one plan of a comparison gives: made, repaired if asked for, and measured."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from pruning.stages.job import Job
 from pruning.stages.layers import provenance as of_plan
 from pruning.text.windows import Windows
 
+Scored = tuple[ChannelStatistics, Mapping[str, Any]]  # sums, and what is noted beside them
 FOLDER = "compare-repair"  # of the plan that is being repaired
 
 
@@ -66,6 +68,30 @@ def task_plan(
     if task.target and (size := written_bytes(job, plan, task.bits)) > task.target:
         raise BudgetError(f"its constants make it {size - task.target} bytes too large")
     return plan
+
+
+def with_overlap(
+    results: Sequence[Result],
+    planned: Sequence[tuple[Task, PruningPlan]],
+    job: Job,
+    whole: Scored,
+    budgets: Mapping[Task, int],
+) -> list[Result]:
+    """Results that say how far their plans keep what those of the whole text do.
+
+    Args:
+      results: of the plans.
+      planned: the tasks of one draw, and their plans.
+      job: with the dense model.
+      whole: sums of the whole text.
+      budgets: channels that each task keeps.
+    """
+    found = []
+    for result, (task, plan) in zip(results, planned, strict=True):
+        kept = (task_plan(job, *whole, task, budgets[task]) if task.draw else plan).keep
+        alike = (kept & plan.keep).sum() / (kept | plan.keep).sum()
+        found.append(dataclasses.replace(result, overlap=float(alike)))
+    return found
 
 
 def joined(texts: Mapping[str, Windows]) -> tuple[np.ndarray, np.ndarray]:
@@ -159,4 +185,5 @@ def task_result(
         bits=task.bits,
         target=task.target,
         bytes=written_bytes(job, plan, task.bits),
+        draw=task.draw,
     )

@@ -20,6 +20,8 @@ from pruning.report.compared import UNPRUNED, Repaired
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
+DRAWS = "draws"  # folder of their statistics
+MOST_DRAWS = 100  # each is scored
 STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
 
 
@@ -27,7 +29,8 @@ STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
 class Task:
     """One rule at one rate with one seed, repaired or not, its weights of so many bits.
 
-    `target` are the bytes that its rate comes from, 0 if a rate was asked for.
+    `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
+    draw of the calibration text decides what is kept, 0 for the text itself.
     """
 
     rule: str
@@ -36,6 +39,7 @@ class Task:
     repair: Repaired = ""
     bits: int = 16
     target: int = 0
+    draw: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class Controls:
       target_bytes: sizes that each rule, in each of the bits, comes as near to as it can.
       target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well.
+      draws: how often the calibration text is drawn anew, for plans of their own.
     """
 
     rates: Sequence[float] = ()
@@ -55,6 +60,7 @@ class Controls:
     target_bytes: Sequence[int] = ()
     target_factors: Sequence[float] = ()
     repair: Repaired = ""
+    draws: int = 0
 
     def __post_init__(self) -> None:
         for rate in self.rates:
@@ -62,6 +68,11 @@ class Controls:
         if not self.bits or (wrong := [one for one in self.bits if one not in STORAGES]):
             raise InputError(
                 f"bits={wrong if self.bits else []} must be some of {', '.join(map(str, STORAGES))}"
+            )
+        if self.draws == 1 or not 0 <= self.draws <= MOST_DRAWS:
+            raise InputError(
+                f"draws={self.draws} must lie in [2, {MOST_DRAWS}], of which an error can be told; "
+                "choose 3, or leave it away"
             )
         for size in self.target_bytes:  # their ranges are those of a plan
             PlanOptions(target_bytes=size)
@@ -161,7 +172,34 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
         for target in controls.targets(job):
             for bits in controls.bits:
                 found |= _at_target(job, names, target, bits, how)
+    again = {task: budget for task, budget in found.items() if task.rule != UNPRUNED}
+    for draw in range(1, controls.draws + 1):
+        found |= {dataclasses.replace(one, draw=draw): budget for one, budget in again.items()}
     return found
+
+
+def drawn(job: Job, draw: int) -> Job:
+    """The job with as many windows of its calibration text, drawn with replacement.
+
+    Args:
+      job: of the whole text.
+      draw: which one; 0 is the job itself. The recipe's seed counts, too.
+
+    Returns:
+      A job that scores into a folder of its own.
+    """
+    if not draw:
+        return job
+    count, seed = len(job.calibration.tokens), job.recipe.seed
+    rows = np.sort(np.random.default_rng([seed, draw]).integers(count, size=count))
+    text = job.calibration.of(rows)
+    noted = tuple({**source, "drawn": [seed, draw]} for source in text.sources)
+    folder = job.output / DRAWS / str(draw)
+    return dataclasses.replace(
+        job,
+        calibration=dataclasses.replace(text, sources=noted),
+        recipe=dataclasses.replace(job.recipe, output=str(folder)),
+    )
 
 
 def _at_target(

@@ -34,6 +34,7 @@ from pruning.stages.measure import first_tokens
 from pruning.stages.sizes import export_of, folder_bytes
 from tests.support import command, tiny
 
+KINDS = ("bits", "target_bytes", "draws")  # beside rates and rules
 INT4 = ExportFormat("ragged-int4", 32)
 LITTLE = 130_000  # bytes: more than 4 bits take, less than 16 do without half of the channels
 RULES = ["random", "uniform-act", "fair-energy", "experts-usage"]
@@ -115,7 +116,7 @@ def recipe(models, texts, tmp_path_factory) -> CompressionRecipe:
 
 
 def run(recipe, rules=RULES, rates=(0.25, 0.5), **changes) -> Comparison:
-    kinds = {name: changes.pop(name) for name in ("bits", "target_bytes") if name in changes}
+    kinds = {name: changes.pop(name) for name in KINDS if name in changes}
     return comparing.compare(
         dataclasses.replace(recipe, evaluation_tokens=60, **changes), rates, rules,
         steps=Steps(quiet=True), **kinds,
@@ -226,7 +227,7 @@ def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
     page = (tmp_path / "out" / "compare.html").read_text()
     rows = (tmp_path / "out" / "compare.csv").read_text().splitlines()
     assert all(name in page for name in names)
-    assert [row.rsplit(",", 4)[1] for row in rows] == ["repair", "", "", "layer", "layer"]
+    assert [row.rsplit(",", 6)[1] for row in rows] == ["repair", "", "", "layer", "layer"]
     assert not (tmp_path / "out" / "compare-repair").exists()
     before = file_of(repairable).read_bytes()
     again = comparing.compare(repairable, [0.5], rules, steps=steps)
@@ -286,6 +287,36 @@ def test_rows_by_bytes_are_what_exports_of_their_plans_take_and_lose(recipe, tmp
     plain = run(asked, ["uniform-act"], [0.5])
     assert file_of(asked).read_bytes() == before
     assert plain.results == (rows["uniform-act", 0],)
+
+
+def test_draws_of_the_calibration_text_are_planned_for_and_measured_on_their_own(
+    repairable, tmp_path, monkeypatch
+):
+    asked = dataclasses.replace(repairable, output=str(tmp_path / "drawn"))
+    rules = ["fair-energy"]
+    found = run(asked, rules, [0.5], draws=2)
+    assert [(r.rule, r.draw) for r in found.results] == [(*rules, draw) for draw in (0, 1, 2)]
+    assert len(found.lines()) == 1
+    # Each is what its own statistics give, and its kept channels are compared with the text's.
+    job = open_job(dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 32))
+    plans = {}
+    for draw, folder in ((0, "."), (1, "draws/1"), (2, "draws/2")):
+        statistics, noted = load_statistics(tmp_path / "drawn" / folder / "statistics.safetensors")
+        for rule in rules:
+            task = comparing.Task(rule, 0.5)
+            plans[rule, draw] = comparing.task_plan(job, statistics, noted, task, 512).keep
+        assert draw == 0 or noted["sources"][0]["drawn"] == [0, draw]
+    for result in found.results:
+        own, whole = plans[result.rule, result.draw], plans[result.rule, 0]
+        assert result.overlap == pytest.approx((own & whole).sum() / (own | whole).sum())
+    assert all(r.overlap < 1 for r in found.results if r.draw)
+    assert len({r.quality["good"]["nll"] for r in found.results if r.rule == "fair-energy"}) == 3
+    page = (tmp_path / "drawn" / "compare.html").read_text()
+    assert "Over 2 draws of the calibration text, at 0.5" in page
+    before = file_of(asked).read_bytes()
+    monkeypatch.setattr(comparing, "_run_group", None)  # nothing is left to measure
+    assert run(asked, rules, [0.5], draws=2) == found
+    assert file_of(asked).read_bytes() == before
 
 
 def test_a_comparison_killed_in_a_repair_goes_on_after_its_last_layer(

@@ -13,9 +13,10 @@ from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
 from pruning.budget.rules import RULES
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.runs.controls import Controls, Task, most_channels, rounded_recipe, tasks
-from pruning.stages.job import resolved
+from pruning.runs.controls import Controls, Task, drawn, most_channels, rounded_recipe, tasks
+from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import folder_bytes
+from pruning.text.calibration import TokenBatch
 from tests.pruning.runs.test_native import kimi
 from tests.support import tiny
 
@@ -95,7 +96,33 @@ def test_at_a_size_each_rule_removes_what_its_bits_leave_it_to_remove(job):
     ]  # fmt: skip
 
 
+def test_a_draw_has_as_many_windows_some_of_them_twice(job, tmp_path):
+    tokens = np.arange(60, dtype=np.int32).reshape(12, 5)
+    text = TokenBatch(tokens, tokens >= 0, ({"path": "a", "sha256": "x"},), tokens % 2 > 0,
+                      np.arange(12) % 3)  # fmt: skip
+    recipe = dataclasses.replace(job.recipe, output=str(tmp_path), seed=7)
+    whole = Job(recipe, job.base, job.base, text, {})
+    assert drawn(whole, 0) is whole
+    one, again, other = (drawn(whole, draw) for draw in (1, 1, 2))
+    assert one.output == tmp_path / "draws" / "1" and other.output == tmp_path / "draws" / "2"
+    for found in (one, other):
+        rows = found.calibration.tokens[:, 0] // 5
+        assert len(rows) == 12 > len(set(rows.tolist())) > 4
+        for part in ("tokens", "valid", "counted", "files"):
+            wanted = getattr(text, part)[rows]
+            np.testing.assert_array_equal(getattr(found.calibration, part), wanted)
+    np.testing.assert_array_equal(one.calibration.tokens, again.calibration.tokens)
+    assert (one.calibration.tokens != other.calibration.tokens).any()
+    assert one.calibration.sources == ({"path": "a", "sha256": "x", "drawn": [7, 1]},)
+    found = tasks(job, ("uniform-act",), Controls(rates=(0.5,), bits=(16, 4), draws=2))
+    assert [(t.rule, t.draw, t.bits) for t in found] == [
+        ("unpruned", 0, 4),
+        *(("uniform-act", draw, bits) for draw in (0, 1, 2) for bits in (16, 4)),
+    ]
+
+
 @pytest.mark.parametrize(("given", "message"), [
+    ({"draws": 1}, r"draws=1 must lie in \[2, 100\]"), ({"draws": -1}, "draws=-1 must lie"),
     ({"bits": (5,)}, r"bits=\[5\] must be some of"), ({"bits": ()}, "must be some of"),
     ({"target_bytes": (0,)}, "target_bytes=0 must be at least 1"),
     ({"target_factors": (float("nan"),)}, r"target_factor=nan must lie in \[1, 1000\]"),
