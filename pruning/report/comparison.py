@@ -102,11 +102,13 @@ class Comparison:
         """With more results.
 
         Raises:
-          InputError: the rules at a rate do not all keep the same number of channels.
+          InputError: the rules at a rate that was asked for do not all keep the same number of
+            channels.
         """
         every = (*self.results, *results)
-        for rate in {result.rate for result in every}:
-            kept = {result.kept for result in every if result.rate == rate}
+        asked = [result for result in every if not result.target]
+        for rate in {result.rate for result in asked}:
+            kept = {result.kept for result in asked if result.rate == rate}
             if len(kept) > 1:
                 raise InputError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
         return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))

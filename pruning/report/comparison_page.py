@@ -93,7 +93,7 @@ def plot_rates(found: Comparison) -> "Figure":
     axes = figure.subplots()
     best = {rate: min((x for x in found.lines() if x.rate == rate), key=lambda x: x.added).rule
             for rate in {line.rate for line in found.lines()}}  # fmt: skip
-    alone = {line.bits: line.added for line in found.points() if line.rate == 0 < 16 - line.bits}
+    alone = {line.bits: line.added for line in found.points() if line.rate == 0}
     families = set()
     for rule in reversed(found.ranked()):
         lines = [line for line in found.lines() if line.rule == rule]
