@@ -65,9 +65,13 @@ def _custom(case: Case) -> bool:
     return not case.form.is_padded
 
 
-def _integer4(case: Case) -> bool:
-    """Whether the experts of a layer are fused and in 4-bit integers."""
+def _integers(case: Case) -> bool:
+    """Whether the experts of a layer are fused and in integers of few bits."""
     return case.form.is_integer and not case.form.is_ragged
+
+
+def _integer8(case: Case) -> bool:
+    return case.form.is_integer and not case.form.is_int4
 
 
 def _float4(case: Case) -> bool:
@@ -173,9 +177,9 @@ FACTS: tuple[Fact, ...] = (
     Fact(SERVERS, "no", _idle_gpu, "there are too few blocks of 32 in an expert for the GPUs"),
     Fact(SERVERS, "no", lambda c: not (_ragged(c) or _float4(c)) and c.cuts(1),
          "the GPUs do not divide the expert width"),
-    Fact(SERVERS, "no", lambda c: _integer4(c) and c.config.d_model % c.form.group_size != 0,
+    Fact(SERVERS, "no", lambda c: _integers(c) and c.config.d_model % c.form.group_size != 0,
          "the group size does not divide the model width"),
-    Fact(SERVERS, "no", lambda c: _integer4(c) and c.cuts(c.form.group_size),
+    Fact(SERVERS, "no", lambda c: _integers(c) and c.cuts(c.form.group_size),
          "the group size does not divide the expert width per GPU; use expert parallelism"),
     Fact(SERVERS, "no", lambda c: _float8(c) and c.cuts(FLOAT8_BLOCK),
          "the expert width per GPU is no multiple of the 128 channels of a block; use expert "
@@ -185,9 +189,9 @@ FACTS: tuple[Fact, ...] = (
     Fact((VLLM,), "slower", _ragged,
          "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
     Fact(TORCH, "slower", _custom, "trust_remote_code; a loop over experts, no fused kernel"),
-    Fact(SERVERS, "slower", lambda c: _integer4(c) and c.config.d_model % 128 != 0,
+    Fact(SERVERS, "slower", lambda c: _integers(c) and c.config.d_model % 128 != 0,
          "Marlin kernels need a model width that is a multiple of 128"),
-    Fact(SERVERS, "slower", lambda c: _integer4(c) and c.cuts(64),
+    Fact(SERVERS, "slower", lambda c: _integers(c) and c.cuts(64),
          "expert width per GPU is no multiple of 64: padded at every step"),
     Fact((T5,), "yes", _float4, "stock class; blocks are dequantised where no kernel reads them"),
     Fact((T4,), "yes", _float4, "stock class; equal in bfloat16"),
@@ -199,17 +203,22 @@ FACTS: tuple[Fact, ...] = (
     Fact((T4,), "yes", _float8, "needs accelerate; read in its source, not run"),
     Fact(SERVERS, "yes", _float8, "stock class; read in its source, needs a GPU to run"),
     Fact((LLAMA,), "yes", _float8, "its converter dequantises; read in its source, not run"),
-    Fact(TORCH, "yes", _integer4,
+    Fact((T4,), "yes", _integer8,
+         "needs compressed-tensors and accelerate; read in its source, not run in 8 bits"),
+    Fact(TORCH, "yes", _integers,
          "needs compressed-tensors and accelerate; dequantised at load, no memory saved"),
+    Fact(SERVERS, "yes", _integer8,
+         "stock class, 8-bit integers by Marlin kernels; read in its source, needs a GPU to run"),
+    Fact((LLAMA,), "yes", _integer8, "its converter dequantises; read in its source, not run"),
     Fact((VLLM, SGLANG, LLAMA), "yes", lambda c: _is(c, *UNTRIED, *WRAPPERS),
          "stock class, by its list of models; no folder of this family was ever run there"),
     Fact((T4,), "yes", lambda c: _is(c, *UNTRIED, *WRAPPERS),
          "stock class; no folder of this family was ever run there"),
     Fact((LLAMA,), "yes", _linear, "through its own converter, with --no-mtp"),
-    Fact((LLAMA,), "yes", lambda c: _integer4(c) and c.form.group_size == 32,
+    Fact((LLAMA,), "yes", lambda c: _integers(c) and c.form.group_size == 32,
          "its converter dequantises; Q4_0 of its f16 file has the very same weights, if these were "
          "rounded to nearest"),
-    Fact((LLAMA,), "yes", _integer4,
+    Fact((LLAMA,), "yes", _integers,
          "its converter dequantises; its own 4 bits round a second time"),
     Fact((LLAMA,), "yes", lambda c: any(size % 256 for size in (*c.widths, c.config.d_model)),
          "through its converter; K-quants need widths that are multiples of 256, else they are "

@@ -12,7 +12,7 @@ from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.float8 import BLOCK, Float8Tensor
 from moe_jax.norm import Centred
-from moe_jax.quant import QTensor, Weight, dequantize, unpack_nibbles
+from moe_jax.quant import QTensor, Weight, dequantize, unpack
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
 
@@ -46,7 +46,7 @@ def layer_on_disk(
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight [out, in] in few bits: codes int8 in -8..7 with scale float [out, in / g], or
+    """A weight [out, in] in few bits: codes int8 with scale float [out, in / g], or
     float8_e4m3fn with scale float [ceil(out / 128), ceil(in / 128)]."""
 
     codes: np.ndarray
@@ -61,7 +61,7 @@ def layer_codes(
         value = _lookup(layer, rule.ours)
         if isinstance(value, QTensor):
             group = value.group_size if value.axis == 0 else 1
-            codes = unpack_nibbles(np.asarray(value.packed))
+            codes = unpack(value)
         elif isinstance(value, Float8Tensor):
             group, codes = BLOCK, value.codes
         else:

@@ -71,7 +71,7 @@ class Export:
         form, native = self.form, self.base.native
         if native is None or form.requantize:
             return None
-        integers = form.is_integer and native.group_size == form.group_size
+        integers = form.is_int4 and native.group_size == form.group_size
         return native if integers or (form.is_float8 and native.floating) else None
 
     @cached_property

@@ -15,16 +15,16 @@ from moe_jax.errors import InputError
 # What folders are made as; only those that some program reads.
 FormatName = Literal[
     "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
-    "padded-mxfp4", "padded-fp8",
+    "padded-mxfp4", "padded-fp8", "ragged-int8", "padded-int8",
 ]  # fmt: skip
 FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
 FLOAT4: FormatName = "padded-mxfp4"
 FLOAT8: FormatName = "padded-fp8"
 Layout = Literal["ragged", "layered", "padded"]  # a width per expert, per layer or per model
 # Of linear layers, or with mxfp4 of experts alone.
-Storage = Literal["bf16", "int4", "mxfp4", "fp8"]
+Storage = Literal["bf16", "int4", "mxfp4", "fp8", "int8"]
 
-GROUP_SIZES = (128, 64, 32)  # weights per 4-bit scale to choose from
+GROUP_SIZES = (128, 64, 32)  # weights per scale of integers to choose from
 FLOAT4_GROUP = 32  # of MXFP4, which knows no other
 FLOAT8_BLOCK = 128  # rows, and columns, of a weight per scale of 8-bit floats
 GROUPED_STEP = 8  # 16-bit channels in the 16 bytes of which torch._grouped_mm wants all strides
@@ -39,7 +39,7 @@ class ExportFormat:
 
     Attributes:
       name: one of `FORMATS`, its layout and its storage.
-      group_size: weights per 4-bit scale; MXFP4 knows 32 only, 8-bit floats have blocks instead.
+      group_size: weights per scale of integers; MXFP4 knows 32 only, 8-bit floats have blocks.
       constants: whether experts without channels add constants (ragged folders, or in the place of
         the output's bias), or nothing.
       mtp: one of `MTP`: what becomes of layers that predict further tokens.
@@ -81,7 +81,7 @@ class ExportFormat:
     @property
     def bits(self) -> int:
         """Bits of a stored weight: 4, 8 or 16."""
-        return {"bf16": 16, "fp8": 8}.get(self.storage, 4)
+        return {"bf16": 16, "fp8": 8, "int8": 8}.get(self.storage, 4)
 
     @property
     def is_ragged(self) -> bool:
@@ -105,7 +105,12 @@ class ExportFormat:
 
     @property
     def is_integer(self) -> bool:
-        """Whether linear layers are stored in 4-bit integers."""
+        """Whether linear layers are stored in integers of 4 or 8 bits."""
+        return self.storage in ("int4", "int8")
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether they are in those of 4 bits, which GPTQ chooses and some models have."""
         return self.storage == "int4"
 
     @property

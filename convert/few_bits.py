@@ -52,7 +52,7 @@ def quantization_config(
         # Not by exact names: vLLM asks for some of these modules under the name of several.
         prefixes = (re.escape(prefix) for prefix in mtp_prefixes(base.family, base.hf_config))
         plain += [f"re:{'.*' * wrapped}{name.removeprefix('model' * wrapped)}" for name in prefixes]
-    return compressed_tensors.quantization_config(plain, form.group_size)
+    return compressed_tensors.quantization_config(plain, form.group_size, form.bits)
 
 
 def _anywhere(plain: Iterable[str]) -> list[str]:

@@ -45,7 +45,7 @@ class Stored:
         elif form.is_float8:
             found = float8.packed_specs(rows, columns, self.scale)
         else:
-            found = compressed_tensors.packed_specs(rows, columns, form.group_size)
+            found = compressed_tensors.packed_specs(rows, columns, form.group_size, form.bits)
         stem = name.removesuffix("weight")
         return {stem + suffix: spec for suffix, spec in found.items()}
 
@@ -77,7 +77,7 @@ def stored_layer(
         if form.is_float8:
             layer = float8_layer(layer, paths)
         else:
-            layer = quantize_layer(layer, form.group_size, paths)
+            layer = quantize_layer(layer, form.group_size, paths, form.bits)
         codes = dict(layer_codes(family.rules, layer, index))
     # Dequantised is only what does not go to disk as codes.
     coded = _paths(family, codes) - _paths(family, tensors.keys() - packed)
@@ -95,7 +95,7 @@ def stored_layer(
         elif form.is_float8:
             yield from _in_blocks(name, codes.get(name), stored)
         else:
-            yield from _as_coded(name, codes.get(name), stored.shape, form.group_size)
+            yield from _as_coded(name, codes.get(name), stored.shape, form)
 
 
 def _paths(family: Family, names: Iterable[str]) -> set[str]:
@@ -139,9 +139,10 @@ def _in_blocks(name: str, weight: Codes | None, stored: Stored) -> Iterator[tupl
 
 
 def _as_coded(
-    name: str, weight: Codes | None, shape: tuple[int, ...], group_size: int
+    name: str, weight: Codes | None, shape: tuple[int, ...], form: ExportFormat
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """A weight in 4 bits, bit for bit; padding is code 0 at the least scale."""
+    """A weight in integers, bit for bit; padding is code 0 at the least scale."""
+    group_size = form.group_size
     codes = np.zeros(shape, np.int8)
     scale = np.full((shape[0], shape[1] // group_size), MIN_SCALE, np.float32)
     if weight is not None:
@@ -153,5 +154,5 @@ def _as_coded(
             )
         for full, part in ((codes, weight.codes), (scale, weight.scale)):
             full[tuple(slice(size) for size in part.shape)] = part
-    parts = compressed_tensors.pack_codes(codes, scale)
+    parts = compressed_tensors.pack_codes(codes, scale, form.bits)
     yield from ((name.removesuffix("weight") + key, part) for key, part in parts.items())

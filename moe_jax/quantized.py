@@ -19,23 +19,28 @@ Code = Callable[[Array, int], Weight]  # (a matrix, the axis of its inputs) -> i
 
 
 def quantize_layer(
-    layer: DecoderLayer, group_size: int, only: Set[str] | None = None
+    layer: DecoderLayer, group_size: int, only: Set[str] | None = None, bits: int = 4
 ) -> DecoderLayer:
-    """Round a layer's linear weights to symmetric int4; router, norms and biases stay.
+    """Round a layer's linear weights to symmetric integers; router, norms and biases stay.
 
     Args:
-      layer: expert widths are multiples of the group size; `QTensor` weights keep their codes.
+      layer: expert widths are multiples of the group size; `QTensor` weights of no more bits keep
+        their codes.
       group_size: weights per scale, along the input of each linear layer.
       only: attribute paths below the layer of the weights to round; default all.
+      bits: 4 or 8.
 
     Returns:
       The layer with `QTensor` weights, scales in float32 so that products are exact.
     """
 
     def code(weight: Array, axis: int) -> QTensor:
-        return quantize(weight, group_size=group_size, axis=axis, dtype=jnp.float32)
+        return quantize(weight, group_size=group_size, axis=axis, dtype=jnp.float32, bits=bits)
 
-    return _coded(layer, code, QTensor, "", only)
+    def is_coded(weight: Weight) -> bool:
+        return isinstance(weight, QTensor) and weight.bits <= bits
+
+    return _coded(layer, code, is_coded, "", only)
 
 
 def float8_layer(layer: DecoderLayer, only: Set[str] | None = None) -> DecoderLayer:
@@ -49,7 +54,8 @@ def float8_layer(layer: DecoderLayer, only: Set[str] | None = None) -> DecoderLa
     Returns:
       The layer with `Float8Tensor` weights.
     """
-    return _coded(layer, lambda weight, axis: float8(weight), Float8Tensor, "", only)
+    is_coded = lambda weight: isinstance(weight, Float8Tensor)  # noqa: E731
+    return _coded(layer, lambda weight, axis: float8(weight), is_coded, "", only)
 
 
 @jax.jit
@@ -66,15 +72,17 @@ def widened_layer(layer: DecoderLayer) -> DecoderLayer:
     return jax.tree.map(widened, layer, is_leaf=lambda x: isinstance(x, QTensor | Float8Tensor))
 
 
-def _coded(module: M, code: Code, kind: type, prefix: str, only: Set[str] | None) -> M:
+def _coded(
+    module: M, code: Code, is_coded: Callable[[Weight], bool], prefix: str, only: Set[str] | None
+) -> M:
     coded = {}
     for field in dataclasses.fields(module):  # type: ignore[arg-type]
         value, path = getattr(module, field.name), prefix + field.name
         if isinstance(value, nnx.Module):
-            coded[field.name] = _coded(value, code, kind, f"{path}.", only)
+            coded[field.name] = _coded(value, code, is_coded, f"{path}.", only)
         elif only is not None and path not in only:
             continue
-        elif is_linear(field.name) and value is not None and not isinstance(value, kind):
+        elif is_linear(field.name) and value is not None and not is_coded(value):
             # rows of the pool of experts are inputs of w_down
             axis = 0 if isinstance(module, Experts) and field.name == "w_down" else 1
             coded[field.name] = code(dequantize(value), axis)

@@ -1,4 +1,4 @@
-"""Symmetric 4-bit weights in the compressed-tensors `pack-quantized` layout, in numpy."""
+"""Symmetric weights of 4 and 8 bits in the compressed-tensors `pack-quantized` layout, in numpy."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,47 +31,54 @@ def check_group_size(group_size: int, widths: Iterable[int]) -> None:
         raise InputError(f"group_size={group_size} does not divide width {wrong[0]}; {cure}")
 
 
-def packed_specs(rows: int, columns: int, group_size: int) -> dict[str, tuple[np.dtype, tuple]]:
+def packed_specs(
+    rows: int, columns: int, group_size: int, bits: int
+) -> dict[str, tuple[np.dtype, tuple]]:
     """Dtype and shape of the three tensors that stand for a weight [rows, columns]."""
     return {
-        "weight_packed": (np.dtype(np.int32), (rows, -(-columns // 8))),
+        "weight_packed": (np.dtype(np.int32), (rows, -(-columns * bits // 32))),
         "weight_scale": (SCALE, (rows, columns // group_size)),
         "weight_shape": (np.dtype(np.int64), (2,)),
     }
 
 
-def pack_codes(codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
-    """Lay out a weight that is already in 4 bits.
+def pack_codes(codes: np.ndarray, scale: np.ndarray, bits: int) -> dict[str, np.ndarray]:
+    """Lay out a weight that is already in few bits.
 
     Args:
-      codes: int8 [out, in], -8..7.
+      codes: int8 [out, in], -8..7 or -128..127.
       scale: [out, in / g], representable in bfloat16.
+      bits: 4 or 8.
 
     Returns:
-      weight_packed int32 [out, ceil(in / 8)], element i of a word in bits 4i to 4i + 3 as code + 8;
-      weight_scale bfloat16 [out, in / g]; weight_shape int64 [2].
+      weight_packed int32 [out, ceil(in / 8)], element i of a word in bits 4i to 4i + 3 as code + 8,
+      or [out, ceil(in / 4)], in bits 8i to 8i + 7 as code + 128; weight_scale bfloat16
+      [out, in / g]; weight_shape int64 [2].
     """
     return {
-        "weight_packed": _pack(codes),
+        "weight_packed": _pack(codes, bits),
         "weight_scale": scale.astype(SCALE),
         "weight_shape": np.array(codes.shape, np.int64),
     }
 
 
-def _pack(codes: np.ndarray) -> np.ndarray:  # int8 [rows, columns] -> int32 [rows, ceil(columns/8)]
-    nibbles = (codes + 8).astype(np.uint8)
-    nibbles = np.pad(nibbles, ((0, 0), (0, -codes.shape[1] % 8)), constant_values=8)
-    bytes_ = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)  # little endian: byte 0 is the lowest
-    return np.ascontiguousarray(bytes_).view("<i4")
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:  # int8 [rows, columns] -> int32 [rows, any]
+    half = 1 << (bits - 1)
+    raised = (codes.astype(np.int16) + half).astype(np.uint8)
+    raised = np.pad(raised, ((0, 0), (0, -codes.shape[1] % (32 // bits))), constant_values=half)
+    if bits == 4:
+        raised = raised[:, 0::2] | (raised[:, 1::2] << 4)  # little endian: byte 0 is the lowest
+    return np.ascontiguousarray(raised).view("<i4")
 
 
-def quantization_config(dense: Sequence[str], group_size: int) -> dict[str, Any]:
+def quantization_config(dense: Sequence[str], group_size: int, bits: int) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
       dense: exact module names of all linear layers that stay 16-bit; a missing one would load as
         garbage.
       group_size: weights per scale.
+      bits: of a weight.
 
     Returns:
       The JSON value.
@@ -86,7 +93,7 @@ def quantization_config(dense: Sequence[str], group_size: int) -> dict[str, Any]
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {
-                    "num_bits": 4,
+                    "num_bits": bits,
                     "type": "int",
                     "symmetric": True,
                     "strategy": "group",

@@ -6,11 +6,13 @@ A function here takes the parser of the command of its name.
 import argparse
 from pathlib import Path
 
+from moe_jax.errors import InputError
 from pruning.cli.flags import add_group, value_of
-from pruning.cli.parser import Parser
+from pruning.cli.parser import LIST_ENDS, Parser
 from pruning.recipe.health_options import HealthOptions
 from pruning.recipe.options import (
     BUDGETS,
+    COMPARED_BITS,
     TEXT_FILES,
     WHOLE_TEXT,
     ExportOptions,
@@ -23,6 +25,7 @@ from pruning.recipe.options import (
 from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 from pruning.recipe.task_options import TaskOptions
+from pruning.recipe.values import parse_amount
 
 MODEL = (
     "checkpoint folder (config.json, safetensors, tokenizer.json), OWNER/NAME[@REVISION] in the "
@@ -67,6 +70,13 @@ def _rates(place: argparse._ActionsContainer, words: str) -> None:
         "--prune-rate", dest="rates", type=value_of(float, is_list=True), nargs="+",
         action="extend", metavar="RATE", help=words,
     )  # fmt: skip
+
+
+def _size(word: str) -> int:
+    try:
+        return parse_amount("target_bytes", word)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"{error}; {LIST_ENDS}") from None
 
 
 def _memory(command: Parser) -> None:
@@ -265,6 +275,30 @@ def compare(command: Parser) -> None:
         help="measure every plan with repair without training as well, as compress repairs by "
         "default (layer) or each expert for itself; takes a repair for every rule and rate",
     )  # fmt: skip
+    place.add_argument(
+        "--bits", dest="compared_bits", nargs="+", action="extend", metavar="N",
+        type=value_of(int, COMPARED_BITS, is_list=True),
+        help="measure every plan with weights of so many bits, and each of the bits without "
+        "pruning (default 16); fewer are rounded to nearest as the plan's export is; one of "
+        + ", ".join(map(str, COMPARED_BITS)),
+    )  # fmt: skip
+    place.add_argument(
+        "--target-bytes", dest="compared_bytes", nargs="+", action="extend", metavar="SIZE",
+        type=_size,
+        help="also, or without --prune-rate only, compare at equal bytes: in each of the bits "
+        "every rule removes just so much that the written weights are no larger, e.g. 8GB",
+    )  # fmt: skip
+    place.add_argument(
+        "--target-factor", dest="compared_factors", nargs="+", action="extend", metavar="X",
+        type=value_of(float, is_list=True),
+        help="the same by how many times smaller than the model's files, e.g. 4",
+    )  # fmt: skip
+    place.add_argument(
+        "--draws", type=value_of(int), metavar="N",
+        help="draw the calibration text so often, windows with replacement, and plan and measure "
+        "all rules again: errors of losses and differences, and how far what is kept is alike; "
+        "each takes as long as all the rest",
+    )  # fmt: skip
     add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     add_group(command, TextOptions)
     add_group(
@@ -278,6 +312,7 @@ def compare(command: Parser) -> None:
         "dtype",
     )
     add_group(command, PlanOptions, "block", "seed", title="Plans")
+    add_group(command, ExportOptions, "group_size", title="Fewer bits")
     add_group(command, PlaceOptions)
 
 

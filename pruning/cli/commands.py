@@ -34,6 +34,8 @@ from pruning.recipe.recover_options import RecoverOptions
 from pruning.recipe.task_options import TaskOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
+from pruning.report.comparison_draws import draw_tables
+from pruning.report.comparison_sizes import size_tables
 from pruning.report.cost_tables import estimate_tables
 from pruning.report.health_table import health_table
 from pruning.report.task_table import compared_table
@@ -305,15 +307,20 @@ def report(options: Options) -> Outcome:
 def compare(options: Options) -> Outcome:
     """Rules ranked at equal size."""
     recipe = options.made
-    given = {"rates": options.rates, "rules": options.rules, "repair": options.repaired}
+    given = {
+        "rates": options.rates, "rules": options.rules, "bits": options.compared_bits,
+        "target_bytes": options.compared_bytes, "target_factors": options.compared_factors,
+        "repair": options.repaired, "draws": options.draws,
+    }  # fmt: skip
     found = comparing.compare(
         recipe, **{name: value for name, value in given.items() if value}, steps=_steps(options),
         where=_places(options),
     )  # fmt: skip
     if _follows(options):
         return Outcome(None)
-    table = found.terminal_table(stdout().width)
-    return Outcome(dataclasses.asdict(found), [table, ""], [Path(recipe.output) / "compare.html"])
+    tables: list[Any] = [found.terminal_table(stdout().width)] if found.rates else []
+    shown = [*tables, *size_tables(found), *draw_tables(found), ""]
+    return Outcome(dataclasses.asdict(found), shown, [Path(recipe.output) / "compare.html"])
 
 
 def _limit(options: Options) -> dict[str, Any]:

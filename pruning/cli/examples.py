@@ -90,7 +90,12 @@ EXAMPLES = {
     "interruption. A rule's name says allocation and channel score, e.g. fair-energy;\n"
     "experts-NAME removes whole experts. Differences below the spread of random mean nothing.\n"
     "--repair adds a line for every rule, NAME+layer, repaired without training on the\n"
-    "calibration text.",
+    "calibration text.\n\n"
+    "  moe-compress compare demo --rules fair-shapley random --bits 4 8 16 --target-bytes 5MB \\\n"
+    "      --output bytes\n\n"
+    "Fewer bits or fewer channels? --bits gives a line for each: 4 bits alone, pruning alone,\n"
+    "both; --target-bytes lets each rule remove what its bits leave it to remove at that size.\n\n"
+    "--draws 3 says what chance in the calibration text does: errors of losses and differences.",
     "completion": "source <(moe-compress completion bash)  # this bash; also in ~/.bashrc\n"
     "  moe-compress completion zsh > ~/.zfunc/_moe-compress  # a folder of your $fpath\n"
     "  moe-compress completion fish > ~/.config/fish/completions/moe-compress.fish",

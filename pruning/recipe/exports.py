@@ -52,7 +52,7 @@ def choose_exports(
             f"bits={bits} contradicts export={list(asked)}; give one of the two, or --bits "
             f"{least}" + ("" if bits == 16 else f", or --export {FLOAT8}")
         )
-    if bits == 8 and FLOAT8 not in formats:
+    if bits == 8 and not asked and FLOAT8 not in formats:
         raise InputError(
             f"bits=8 is the format {FLOAT8}, which this model's family has not; choose from "
             f"{', '.join(formats)}"
@@ -65,9 +65,10 @@ def choose_exports(
             f"group_size={group_size} contradicts export={FLOAT4!r}, whose groups are "
             f"{FLOAT4_GROUP}; leave --group-size away"
         )
-    floats = [name for name in exports if name in (FLOAT4, FLOAT8)]
-    if floats and quantizer == "gptq":
+    others = [name for name in exports if bits_of(name) < 16 and not ExportFormat(name).is_int4]
+    if others and quantizer == "gptq":
         raise InputError(
-            f"quantizer='gptq' chooses integers, export={floats[0]!r} stores floats; use rtn"
+            f"quantizer='gptq' chooses integers of 4 bits, export={others[0]!r} stores others; use "
+            "rtn"
         )
     return exports

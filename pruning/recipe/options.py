@@ -19,6 +19,7 @@ from pruning.recipe.values import check_share
 
 __all__ = [
     "BUDGETS",
+    "COMPARED_BITS",
     "COMPARED_TOKENS",
     "EVALUATION_TOKENS",
     "MOST_BATCH",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 EVALUATION_TOKENS = 16384  # of each text, beside other work
+COMPARED_BITS = (4, 8, 16)  # of weights, under the same plans
 COMPARED_TOKENS = 4096  # of each text, under many plans
 MOST_BATCH = 4096  # windows a step: a batch is filled up to so many
 TEXT_FILES = "prose, or rows of JSON, CSV, TSV or parquet, as their content says; .gz, .zst too"
@@ -241,13 +243,17 @@ class ExportOptions(Options):
         ),
     ] = ()
     bits: Annotated[
-        Literal[4, 8, 16], About("bits of the weights; 8 is padded-fp8, floats in blocks")
+        Literal[4, 8, 16],
+        About(
+            "bits of the weights; 8 is padded-fp8, floats in blocks, unless --export names "
+            "ragged-int8 or padded-int8"
+        ),
     ] = 4
     group_size: Annotated[
         int | None,
         About(
-            "weights per 4-bit scale; default the largest of 128, 64, 32 that leaves an expert at "
-            "least eight groups, else 32"
+            "weights per scale of integers; default the largest of 128, 64, 32 that leaves an "
+            "expert at least eight groups, else 32"
         ),
     ] = None
     quantizer: Annotated[

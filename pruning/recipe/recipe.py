@@ -37,6 +37,7 @@ from pruning.recipe.options import (
 from pruning.recipe.plan_options import AUTO
 from pruning.recipe.values import NEEDS_TEXT, window_within
 
+GROUPED: Set[Storage] = {"int4", "int8", "mxfp4"}  # whose scales are of groups of a row
 TEXTS = ("calibration", "evaluation")  # options that name files
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 
@@ -89,7 +90,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
         storages: set[Storage] = {ExportFormat(name).storage for name in exports}
         copied = self._copied(native, storages)
         group = copied or self._group([size for _, size in widths], exports)
-        if storages & {"int4", "mxfp4"}:
+        if storages & GROUPED:
             _check_group(group, widths)
         block = self._block(d_expert, group, storages)
         if self.grid is not None and block % self.grid:
@@ -164,10 +165,10 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 f"block={block} must be a multiple of {FLOAT8_BLOCK}, so that every block of 8-bit "
                 f"weights is whole; choose --block {FLOAT8_BLOCK}"
             )
-        if storages & {"int4", "mxfp4"} and block % group:
+        if storages & GROUPED and block % group:
             raise InputError(
                 f"block={block} must be a multiple of group_size={group}, so that every group of "
-                f"4-bit weights is whole; choose --block {group}"
+                f"weights is whole; choose --block {group}"
             )
         return block
 

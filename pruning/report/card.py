@@ -85,7 +85,7 @@ class FolderFacts:
     Attributes:
       written_as: model type in its config.json.
       form: name of the format.
-      group_size: weights per 4-bit scale, None in other formats.
+      group_size: weights per scale, None in other formats.
       quantizer: "rtn", "gptq", or None in 16 bits.
       parameters: that are left after pruning.
       stored: parameters in the files, where padding counts.
@@ -118,7 +118,7 @@ class FolderFacts:
 
     @property
     def bits(self) -> str:
-        """bf16, int4, mxfp4 or fp8."""
+        """bf16, int4, int8, mxfp4 or fp8."""
         return self.form.partition("-")[2]
 
     @property

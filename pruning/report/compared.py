@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pruning.kit.words import megabytes
+
 Repaired = Literal["", "expert", "layer"]
+UNPRUNED = "unpruned"  # in the place of a rule: fewer bits alone
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,12 @@ class Result:
       reason: why there is no plan; empty if there is one.
       family, about: of the rule, see `pruning.budget.rule.Rule`; empty in a file of an earlier
         version.
+      bits: of the weights; fewer than 16 are rounded to nearest.
+      target: bytes that the folder may take, where the rate comes from; 0 if a rate was asked for.
+      bytes: of the folder that the plan would be written as; 0 in a file of an earlier version.
+      draw: which draw of the calibration text the plan is of; 0 is the text itself.
+      overlap: Jaccard index of the channels that are kept with those that the same rule keeps of
+        the text itself.
     """
 
     rule: str
@@ -31,11 +40,22 @@ class Result:
     reason: str = ""
     family: str = ""
     about: str = ""
+    bits: int = 16
+    target: int = 0
+    bytes: int = 0
+    draw: int = 0
+    overlap: float = 1.0
 
     @property
     def name(self) -> str:
-        """Of the rule, and the repair behind it."""
-        return f"{self.rule}+{self.repair}" if self.repair else self.rule
+        """Of the rule, the repair behind it, and bits if they are few."""
+        repaired = f"{self.rule}+{self.repair}" if self.repair else self.rule
+        return repaired if self.bits == 16 else f"{repaired} {self.bits}-bit"
+
+    @property
+    def place(self) -> str:
+        """The prune rate or the size that it was to keep."""
+        return f"{megabytes(self.target)} MB" if self.target else f"{self.rate:.4g}"
 
 
 @dataclass(frozen=True)
@@ -45,12 +65,15 @@ class Line:
     Attributes:
       rule: `Result.name`.
       added: nats per token above the dense model.
-      of_random: `added` divided by what random channels add at this rate; nan if not measured.
+      of_random: `added` divided by what random channels add at this rate in these bits; nan if not
+        measured.
       spread: half the distance between the best and the worst seed.
       kl: nats per token.
       top1: share of positions whose most likely token is the dense model's.
       emptied: experts without channels.
       family, about: of the rule.
+      bits, target: as of the results.
+      bytes: of the folder, mean over seeds.
     """
 
     rule: str
@@ -63,3 +86,6 @@ class Line:
     emptied: float
     family: str
     about: str
+    bits: int
+    target: int
+    bytes: float

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -20,7 +20,7 @@ from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from pruning.kit.fitting import misfits
 from pruning.kit.words import percent
-from pruning.report.compared import Line, Repaired, Result
+from pruning.report.compared import UNPRUNED, Line, Result
 from pruning.report.html import section_html
 from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
@@ -102,53 +102,67 @@ class Comparison:
         """With more results.
 
         Raises:
-          InputError: the rules at a rate do not all keep the same number of channels.
+          InputError: the rules at a rate that was asked for do not all keep the same number of
+            channels.
         """
         every = (*self.results, *results)
-        for rate in {result.rate for result in every}:
-            kept = {result.kept for result in every if result.rate == rate}
+        asked = [result for result in every if not result.target]
+        for rate in {result.rate for result in asked}:
+            kept = {result.kept for result in asked if result.rate == rate}
             if len(kept) > 1:
                 raise InputError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
         return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))
 
-    def only(
-        self, rules: Sequence[str], rates: Sequence[float], repair: Repaired = ""
-    ) -> "Comparison":
-        """The part that was asked for, without repair and with this one."""
-        parts = {
-            name: tuple(
-                r for r in getattr(self, name)
-                if r.rule in rules and r.rate in rates and r.repair in ("", repair)
-            )
-            for name in ("results", "refused")
-        }  # fmt: skip
+    def only(self, wanted: Callable[[Result], bool]) -> "Comparison":
+        """The part that was asked for."""
+        parts = {n: tuple(filter(wanted, getattr(self, n))) for n in ("results", "refused")}
         return dataclasses.replace(self, **parts)
 
     @property
     def rates(self) -> list[float]:
-        """Prune rates, rising."""
-        return sorted({result.rate for result in (*self.results, *self.refused)})
+        """Prune rates that were asked for, rising."""
+        every = (*self.results, *self.refused)
+        return sorted({r.rate for r in every if not r.target and r.rule != UNPRUNED})
+
+    @property
+    def targets(self) -> list[int]:
+        """Sizes in bytes that were asked for, rising."""
+        return sorted({r.target for r in (*self.results, *self.refused) if r.target})
+
+    @property
+    def bits(self) -> list[int]:
+        """Bits of the weights, rising."""
+        return sorted({result.bits for result in (*self.results, *self.refused)})
 
     def lines(self) -> list[Line]:
-        """Every rule and rate with a result, the least loss at each rate first."""
-        groups: dict[tuple[str, float], list[Result]] = {}
-        for result in self.results:
-            groups.setdefault((result.name, result.rate), []).append(result)
-        found = [
-            self._line(group, groups.get(("random", rate), ()))
-            for (_, rate), group in groups.items()
-        ]
+        """Every rule at every rate with a result, the least loss at each rate first."""
+        pruned = (r for r in self.results if not r.target and r.rule != UNPRUNED)
+        return self._lines(r for r in pruned if not r.draw)
+
+    def points(self) -> list[Line]:
+        """The same with rules at sizes, and with fewer bits alone."""
+        return self._lines(r for r in self.results if not r.draw)
+
+    def _lines(self, results: Iterable[Result]) -> list[Line]:
+        groups: dict[tuple[str, float, int], list[Result]] = {}
+        for result in results:
+            groups.setdefault((result.name, result.rate, result.target), []).append(result)
+        found = []
+        for (_, rate, target), group in groups.items():
+            chance = Result("random", rate, bits=group[0].bits).name
+            found.append(self._line(group, groups.get((chance, rate, target), ())))
         return sorted(found, key=lambda line: (line.rate, line.added))
 
-    def _added(self, group: Sequence[Result]) -> list[float]:
+    def added(self, group: Sequence[Result]) -> list[float]:
+        """Nats per token above the dense model of each result, texts with equal weight."""
         return [
             float(np.mean([q["nll"] - self.dense[t]["nll"] for t, q in result.quality.items()]))
             for result in group
         ]
 
     def _line(self, group: Sequence[Result], random: Sequence[Result]) -> Line:
-        added = self._added(group)
-        chance = float(np.mean(self._added(random))) if random else math.nan
+        added = self.added(group)
+        chance = float(np.mean(self.added(random))) if random else math.nan
         mean = {
             name: float(np.mean([[q[name] for q in r.quality.values()] for r in group]))
             for name in ("kl", "top1")
@@ -164,6 +178,9 @@ class Comparison:
             emptied=float(np.mean([result.emptied for result in group])),
             family=group[0].family,
             about=group[0].about,
+            bits=group[0].bits,
+            target=group[0].target,
+            bytes=float(np.mean([result.bytes for result in group])),
         )
 
     def ranked(self) -> list[str]:
@@ -212,13 +229,14 @@ class Comparison:
         buffer = io.StringIO()
         out = csv.writer(buffer, lineterminator="\n")
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
-                      "added", "kl", "top1", "repair"])  # fmt: skip
+                      "added", "kl", "top1", "repair", "bits", "target", "bytes",
+                      "draw", "overlap"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
                 added = q["nll"] - self.dense[text]["nll"]
                 out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
-                              r.repair])  # fmt: skip
+                              r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

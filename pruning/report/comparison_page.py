@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.report.compared import Line
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_draws import draw_tables
+from pruning.report.comparison_sizes import CAPTION, plot_sizes, size_tables
 from pruning.report.drawing import (
     BLUE,
     GOLD,
@@ -37,6 +41,10 @@ RANKING = (
     "All rules at one prune rate, best on top. Colours as above. A bar across a point spans its "
     "seeds; smaller differences than that mean nothing."
 )
+RATES = (
+    "One line per rule. Lower is better. All rules keep the same number of channels at a rate, so "
+    "points above each other are models of one size in the same bits."
+)
 PARETO = (
     "The rule of each family that loses least at the smallest size. Further left is smaller, lower "
     "is better: a family whose line lies below all others is on the Pareto front. The point at the "
@@ -51,13 +59,11 @@ def save(found: Comparison, folder: Path) -> None:
 
 def comparison_page(found: Comparison) -> str:
     """The whole page."""
+    has_front = found.sizes and any(line.bits == 16 for line in found.lines())
     parts = [
         text_html("Which rule loses least?", "h1"),
-        figure_html(
-            plot_rates(found),
-            "One line per rule. Lower is better. All rules keep the same number of channels at a "
-            "rate, so points above each other are models of one size.",
-        ),
+        *_by_bytes(found),
+        *([figure_html(plot_rates(found), RATES)] if found.rates else []),
         *(
             part
             for rate in found.rates
@@ -67,10 +73,18 @@ def comparison_page(found: Comparison) -> str:
                 long_section(found.rate_table(rate)),
             )
         ),
-        *([figure_html(plot_pareto(found), PARETO)] if found.sizes else []),
+        *([figure_html(plot_pareto(found), PARETO)] if has_front else []),
+        *map(long_section, draw_tables(found)),
         *([section_html(_refused(found))] if found.refused else []),
     ]
     return document("Comparison of pruning rules", parts)
+
+
+def _by_bytes(found: Comparison) -> list[Markup]:
+    tables = size_tables(found)
+    if not tables:
+        return []
+    return [figure_html(plot_sizes(found), CAPTION), *map(long_section, tables)]
 
 
 def plot_rates(found: Comparison) -> "Figure":
@@ -79,6 +93,7 @@ def plot_rates(found: Comparison) -> "Figure":
     axes = figure.subplots()
     best = {rate: min((x for x in found.lines() if x.rate == rate), key=lambda x: x.added).rule
             for rate in {line.rate for line in found.lines()}}  # fmt: skip
+    alone = {line.bits: line.added for line in found.points() if line.rate == 0}
     families = set()
     for rule in reversed(found.ranked()):
         lines = [line for line in found.lines() if line.rule == rule]
@@ -87,7 +102,8 @@ def plot_rates(found: Comparison) -> "Figure":
         families.add(family)
         leads = rule in best.values()
         axes.plot(
-            *zip((0.0, 0.0), *points, strict=True), marker="o", markersize=4, label=label,
+            *zip((0.0, alone.get(lines[0].bits, 0.0)), *points, strict=True), marker="o",
+            markersize=4, label=label,
             color=_colour(family), linewidth=2.4 if leads else 0.8, alpha=1.0 if leads else 0.5,
         )  # fmt: skip
     for rate, rule in best.items():
@@ -110,7 +126,7 @@ def plot_pareto(found: Comparison) -> "Figure":
     """
     if not found.sizes:
         raise InputError("the comparison is of an earlier version without sizes; compare again")
-    lines = found.lines()
+    lines = [line for line in found.lines() if line.bits == 16]
     figure = new_figure(4.6)
     axes = figure.subplots()
     dense = found.sizes["dense"] / 1e6
@@ -165,5 +181,5 @@ def _colour(family: str) -> str:
 
 
 def _refused(found: Comparison) -> TextTable:
-    rows = [[r.name, f"{r.rate:.4g}", r.reason] for r in found.refused]
-    return TextTable("Rules that cannot keep the budget", ["rule", "rate", "why"], rows)
+    rows = [[r.name, r.place, r.reason] for r in found.refused]
+    return TextTable("Rules that cannot keep the budget", ["rule", "rate or size", "why"], rows)

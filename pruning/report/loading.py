@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 # Programs by the names of `convert.clients`, which decides who loads what.
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
+INTEGERS = ("int4", "int8")
 SLOWER = "yes, slowly"
 VLLM_FLAGS = {
     "ragged": " --trust-remote-code --enforce-eager",
@@ -83,7 +84,7 @@ class Loading:
 
     def _transformers(self, has_four: bool) -> tuple[Block, ...]:
         packages = '"transformers>=4.57"' if has_four else '"transformers>=5.20"'
-        if self.form.endswith("int4"):
+        if self.form.endswith(INTEGERS):
             packages += ' "compressed-tensors>=0.17" accelerate'
         if self.form.endswith("fp8"):
             packages += " accelerate"
@@ -115,11 +116,11 @@ class Loading:
             )
             blocks.append(Block("", modelling))
         blocks.append(Block("python", "\n".join(lines)))
-        if self.form.endswith("int4"):
+        if self.form.endswith(INTEGERS):
             memory = (
-                "transformers turns 4-bit weights back into 16 bits when they are used, so they "
-                "save disk there and no memory. Copy the folder rather than saving the loaded "
-                "model again."
+                f"transformers turns {self.form[-1]}-bit weights back into 16 bits when they are "
+                "used, so they save disk there and no memory. Copy the folder rather than saving "
+                "the loaded model again."
             )
             blocks.append(Block("", memory))
         if self.form.endswith("fp8"):

@@ -1,8 +1,7 @@
 """Every rule at equal kept channels on held-out text, one sweep of the model per group of rules."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -11,33 +10,33 @@ import numpy as np
 from moe_jax.errors import InputError
 from moe_jax.spread import Spread
 from pruning.budget.plan import PruningPlan
-from pruning.budget.rule import common_budget
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.errors import BudgetError
-from pruning.kit.progress import Steps
+from pruning.kit.progress import OnStep, Steps
 from pruning.measure.quality import Reference
 from pruning.recipe.options import COMPARED_TOKENS
 from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.recipe.values import check_rate
 from pruning.report import comparison_page
-from pruning.report.compared import Repaired, Result
+from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
 from pruning.runs.cap import refuse_limit
 from pruning.runs.compared import (
-    Task,
+    Scored,
     joined,
     repaired_hidden,
     require_windows,
     task_plan,
     task_result,
+    with_overlap,
 )
+from pruning.runs.controls import STORAGES, Controls, Task, drawn, rounded_recipe, tasks
 from pruning.runs.places import working
 from pruning.runs.score import scored
-from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
+from pruning.stages import score as scoring
 from pruning.stages.job import Job, open_job
 from pruning.stages.measure import first_tokens, measure
 from pruning.stages.model_record import identify
@@ -47,18 +46,23 @@ from pruning.text.windows import Windows, text_hashes
 
 STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
 GROUP = 16  # plans per group at most: results are saved after each
+RATES = (0.25, 0.5)
 
 
 def compare(
     recipe: CompressionRecipe,
-    rates: Sequence[float] = (0.25, 0.5),
+    rates: Sequence[float] = (),
     rules: Sequence[str] = ("standard",),
     *,
+    bits: Sequence[int] = (16,),
+    target_bytes: Sequence[int] = (),
+    target_factors: Sequence[float] = (),
     repair: Mode | None = None,
+    draws: int = 0,
     steps: Steps | None = None,
     where: PlaceOptions | None = None,
 ) -> Comparison:
-    """Plan and measure every rule at every rate.
+    """Plan and measure every rule at every rate and size, in all of the bits.
 
     An interrupted comparison is repeated with the same recipe and goes on after its last group;
     more rates, and rules that need no further statistics, add to what is in the folder, which
@@ -67,10 +71,19 @@ def compare(
     Args:
       recipe: model, texts, block and output; its planner options are not read. Of each text its
         `evaluation_tokens` are scored, rounded up to whole windows.
-      rates: prune rates, each rounded to a budget that all rules can keep exactly.
+      rates: prune rates, each rounded to a budget that all rules can keep exactly; default 0.25 and
+        0.5, or none where sizes are given.
       rules: names of `RULES`, patterns, "standard" or "all".
+      bits: of the weights, 16, or fewer, rounded to nearest as an export of each plan rounds them;
+        of fewer there is a result without pruning as well.
+      target_bytes: sizes of the folder, weights alone: in all of the bits every rule removes just
+        so much that its plan is no larger.
+      target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well; each takes a repair of the model on
         all of the calibration text.
+      draws: so often as many windows of the calibration text are drawn with replacement, scored,
+        and every rule planned and measured again: what chance in that text does to losses, to
+        differences of rules and to what is kept. Each takes as long as all the rest.
       steps: where progress goes; default stderr, of process 0.
       where: devices and processes: windows are dealt to all while scoring, groups of plans to
         processes; as of `score`.
@@ -83,23 +96,29 @@ def compare(
       FullDiskError: the disk is full; what is finished stays.
       LostProcess: another process has ended; what is finished stays.
     """
+    sizes = bool(target_bytes or target_factors)
+    controls = Controls(
+        rates=rates or (() if sizes else RATES), bits=tuple(dict.fromkeys(bits)),
+        target_bytes=target_bytes, target_factors=target_factors, repair=repair or "",
+        draws=draws,
+    )  # fmt: skip
     with working(recipe.output, where, steps) as (spread, steps):
-        return _compare(recipe, rates, rules, repair, steps, spread)
+        return _compare(recipe, rules, controls, steps, spread)
 
 
 def _compare(
     recipe: CompressionRecipe,
-    rates: Sequence[float],
     rules: Sequence[str],
-    repair: Mode | None,
+    controls: Controls,
     steps: Steps,
     spread: Spread,
 ) -> Comparison:
     refuse_limit(recipe, "compare")
-    if repair is not None and spread.processes > 1:
+    alone = "--repair" if controls.repair else "--draws" if controls.draws else ""
+    if alone and spread.processes > 1:
         raise InputError(
-            f"repair={repair!r} repairs one model after the other in one process; leave out "
-            "--repair or --coordinator"
+            f"{alone} is done by one process, a model after the other; leave out {alone} or "
+            "--coordinator"
         )
     names = select_rules(rules, RULES)
     if "all" in rules:
@@ -108,38 +127,35 @@ def _compare(
                   "several times as long as for the standard rules, once")  # fmt: skip
     check_needs(names, recipe.groups)
     with steps.bar("open"):
-        # 16-bit weights are compared: no group of 4-bit weights restricts the widths.
-        job = _open(dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner,
-                                        repair="none"))  # fmt: skip
-        job = dataclasses.replace(job, spread=spread)
+        # Of 16-bit weights no group restricts the widths.
+        plain = dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner,
+                                    repair="none")  # fmt: skip
+        job = dataclasses.replace(_open(plain), spread=spread)
+        if controls.rounds:
+            job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
     if spread.leads:
         identify(job.base, job.output, steps)
     texts = job.evaluation
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --evaluation")
-    if repair is not None:
+    if controls.repair:
         require_windows(job)
-    budgets = _budgets(job, rates)
+    budgets = tasks(job, names, controls)
     earlier = _earlier(job, texts) if spread.leads else None
-    statistics, provenance = scored(
+    asked = [list(dataclasses.astuple(task)) for task in budgets]
+    whole = scored(
         job, steps,
         lambda: preflight.prepare(job, steps, exports=False, last=comparison_page.PAGE),
-        {"rules": list(names), "rates": list(budgets), "evaluation": text_hashes(texts)},
+        {"rules": list(names), "plans": asked, "evaluation": text_hashes(texts)},
     )  # fmt: skip
     found = earlier or Comparison(key=_key(job, texts), dense={}, results=(), refused=())
-    repairs: tuple[Repaired, ...] = ("",) if repair is None else ("", repair)
-    tasks = [
-        Task(name, rate, seed, how)
-        for how in repairs
-        for rate in budgets for name in names for seed in RULES[name].seeds
-    ]  # fmt: skip
-    done = {Task(r.rule, r.rate, r.seed, r.repair) for r in (*found.results, *found.refused)}
-    left = spread.led(lambda: [number for number, one in enumerate(tasks) if one not in done])
-    tasks = [tasks[number] for number in left]
+    done = {task_of(result) for result in (*found.results, *found.refused)}
+    left = spread.led(lambda: [number for number, one in enumerate(budgets) if one not in done])
+    missing = [task for number, task in enumerate(budgets) if number in left]
     found = dataclasses.replace(found, sizes=_sizes(job), seen=seen_shares(job.calibration, texts))
-    if tasks:
-        found = _measure(job, statistics, provenance, tasks, budgets, texts, found, steps)
-    shown = found.only(names, list(budgets), repair or "")
+    if missing:
+        found = _measure(job, whole, missing, budgets, texts, found, steps)
+    shown = found.only(lambda result: task_of(result) in budgets)
     if spread.leads:
         comparison_page.save(shown, job.output)
     return shown
@@ -155,16 +171,9 @@ def _open(recipe: CompressionRecipe) -> Job:
     return dataclasses.replace(job, recipe=stored, evaluation=texts)
 
 
-def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
-    # By the rate that is really kept: two asked for may round to one.
-    c = job.base.config
-    shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
-    found = {}
-    for rate in rates:
-        check_rate("prune_rate", rate)
-        budget = common_budget(shape, rate, job.recipe.block)
-        found[round(1.0 - budget / math.prod(shape), 6)] = budget
-    return found
+def task_of(result: Result) -> Task:
+    """What a result is of."""
+    return Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
 
 
 def _sizes(job: Job) -> dict[str, int]:
@@ -181,6 +190,7 @@ def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
         "model_hash": job.base.fingerprint,
         "dtype": job.recipe.dtype,
         "block": job.recipe.block,
+        "group_size": job.recipe.group_size,
         "window": job.recipe.window,
         "seed": job.recipe.seed,
         "calibration": sha256(text.tobytes() + valid.tobytes()).hexdigest(),
@@ -207,10 +217,9 @@ def _earlier(job: Job, texts: Mapping[str, Windows]) -> Comparison | None:
 
 def _measure(
     job: Job,
-    statistics: ChannelStatistics,
-    provenance: Mapping[str, Any],
+    whole: Scored,
     tasks: list[Task],
-    budgets: Mapping[float, int],
+    budgets: Mapping[Task, int],
     texts: dict[str, Windows],
     found: Comparison,
     steps: Steps,
@@ -219,40 +228,40 @@ def _measure(
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     dense = measure(job.base, texts, references, steps, "dense", **how)
     found = dataclasses.replace(found, dense={n: q.to_dict() for n, q in dense.items()})
-    done, total = 0, len(tasks) * len(job.base)
-    share = -(-len(tasks) // job.spread.processes)
-    groups = _groups(tasks, min(_group_size(job, texts), share))
-    with steps.bar(f"compare {len(tasks)} plans") as on_step:
-
-        def measured(group: list[Task]) -> list[list[dict[str, Any]]]:
-            given = (job, statistics, provenance, group, budgets, texts, references)
-            both = _run_group(*given, lambda layer: on_step(done + (layer + 1) * len(group), total))
-            return [[dataclasses.asdict(result) for result in results] for results in both]
-
-        for group, both in job.spread.shared_out(groups, measured):
-            done += len(group) * len(job.base)
-            results, refused = ([Result(**values) for values in one] for one in both)
-            found = found.with_results(results, refused)
-            if job.spread.leads:
-                found.save(job.output)
+    for draw in sorted({task.draw for task in tasks}):
+        own = [task for task in tasks if task.draw == draw]
+        # Of the whole text the sums are there; a draw has its own.
+        source = drawn(job, draw)
+        sums = scoring.score(source, steps) if draw else whole
+        title = f"compare {len(own)} plans" + f" of draw {draw}" * bool(draw)
+        with steps.bar(title) as on_step:
+            given = (source, sums, whole, own, budgets, texts, references)
+            for results, refused in _run_groups(*given, on_step):
+                found = found.with_results(results, refused)
+                if job.spread.leads:
+                    found.save(job.output)
     _say_refused(found.refused, steps)
     return found
 
 
 def _say_refused(refused: Sequence[Result], steps: Steps) -> None:
     # Many rules cannot keep a budget for one and the same reason.
-    rules: dict[tuple[float, str], list[str]] = {}
+    rules: dict[tuple[str, str], list[str]] = {}
     for result in refused:
-        rules.setdefault((result.rate, result.reason), []).append(result.name)
-    for (rate, reason), names in rules.items():
-        steps.say(f"at {rate:.4g}: {reason} (refused: {', '.join(names)})")
+        rules.setdefault((result.place, result.reason), []).append(result.name)
+    for (place, reason), names in rules.items():
+        steps.say(f"at {place}: {reason} (refused: {', '.join(names)})")
 
 
 def _groups(tasks: Sequence[Task], size: int) -> list[list[Task]]:
-    """Tasks that run together: masked ones share readings of the model, a repair has its own."""
+    """Tasks that run together: masked ones share readings of the model, and a repair is that of
+    one plan, whatever its bits."""
     masked = [task for task in tasks if not task.repair]
     groups = [masked[start : start + size] for start in range(0, len(masked), size)]
-    return groups + [[task] for task in tasks if task.repair]
+    repairs: dict[Task, list[Task]] = {}
+    for task in (task for task in tasks if task.repair):
+        repairs.setdefault(dataclasses.replace(task, bits=16), []).append(task)
+    return groups + list(repairs.values())
 
 
 def _group_size(job: Job, texts: Mapping[str, Windows]) -> int:
@@ -260,12 +269,38 @@ def _group_size(job: Job, texts: Mapping[str, Windows]) -> int:
     return max(1, min(GROUP, STATE_BYTES // (states * np.dtype(job.dtype).itemsize)))
 
 
+def _run_groups(
+    job: Job,
+    own: Scored,
+    whole: Scored,
+    tasks: Sequence[Task],
+    budgets: Mapping[Task, int],
+    texts: Mapping[str, Windows],
+    references: Mapping[str, Reference],
+    on_step: OnStep,
+) -> Iterator[tuple[list[Result], list[Result]]]:
+    """Results and refusals of one group of tasks after the other, shared out to processes."""
+    done, total = 0, len(tasks) * len(job.base)
+    share = -(-len(tasks) // job.spread.processes)
+
+    def measured(group: list[Task]) -> list[list[dict[str, Any]]]:
+        given = (job, own, whole, group, budgets, texts, references)
+        both = _run_group(*given, lambda layer: on_step(done + (layer + 1) * len(group), total))
+        return [[dataclasses.asdict(result) for result in results] for results in both]
+
+    groups = _groups(tasks, min(_group_size(job, texts), share))
+    for group, both in job.spread.shared_out(groups, measured):
+        done += len(group) * len(job.base)
+        results, refused = ([Result(**values) for values in one] for one in both)
+        yield results, refused
+
+
 def _run_group(
     job: Job,
-    statistics: ChannelStatistics,
-    provenance: Mapping[str, Any],
+    scored: Scored,
+    whole: Scored,
     group: Sequence[Task],
-    budgets: Mapping[float, int],
+    budgets: Mapping[Task, int],
     texts: Mapping[str, Windows],
     references: Mapping[str, Reference],
     on_layer: Callable[[int], None],
@@ -274,23 +309,25 @@ def _run_group(
     refused = []
     for task in group:
         try:
-            plan = task_plan(job, statistics, provenance, task, budgets[task.rate])
+            plan = task_plan(job, *scored, task, budgets[task])
             planned.append((task, plan))
         except BudgetError as error:
             # It may be too small for whole experts: the other rules go on.
-            refused.append(Result(task.rule, task.rate, task.seed, task.repair, reason=str(error)))
+            refused.append(Result(**dataclasses.asdict(task), reason=str(error)))
     if not planned:
         return [], refused
     plans, text = [plan for _, plan in planned], joined(texts)
+    bits = [task.bits for task, _ in planned]
     if group[0].repair:
-        hidden = repaired_hidden(job, plans[0], group[0].repair, text, on_layer)[None]
+        hidden = repaired_hidden(job, plans[0], group[0].repair, bits, text, on_layer)
     else:
-        batch = min(job.recipe.batch, len(text[0]))
         hidden = masked_hidden(
-            job.base, *text, plans, batch=batch, dtype=job.dtype, on_layer=on_layer
-        )
+            job.base, *text, plans, storages=[STORAGES[one] for one in bits],
+            group_size=job.recipe.group_size, batch=min(job.recipe.batch, len(text[0])),
+            dtype=job.dtype, on_layer=on_layer,
+        )  # fmt: skip
     results = [
         task_result(task, plan, job, states, texts, references)
         for (task, plan), states in zip(planned, hidden, strict=True)
     ]
-    return results, refused
+    return with_overlap(results, planned, job, whole, budgets), refused

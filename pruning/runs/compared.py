@@ -1,8 +1,8 @@
 """What one plan of a comparison gives: made, repaired if asked for, and measured."""
 
+import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,26 +12,20 @@ from moe_jax.stream import forward_hidden
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
+from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
-from pruning.report.compared import Repaired, Result
+from pruning.report.compared import UNPRUNED, Result
+from pruning.runs.controls import STORAGES, Task, whole_plan, written_bytes
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
+from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.job import Job
 from pruning.stages.layers import provenance as of_plan
 from pruning.text.windows import Windows
 
+Scored = tuple[ChannelStatistics, Mapping[str, Any]]  # sums, and what is noted beside them
 FOLDER = "compare-repair"  # of the plan that is being repaired
-
-
-@dataclass(frozen=True)
-class Task:
-    """One rule at one rate with one seed, repaired or not."""
-
-    rule: str
-    rate: float
-    seed: int
-    repair: Repaired = ""
 
 
 def require_windows(job: Job) -> None:
@@ -53,10 +47,14 @@ def task_plan(
     """The plan of a task.
 
     Raises:
-      BudgetError: its rule cannot keep that many channels.
+      BudgetError: its rule cannot keep that many channels, or its plan takes too many bytes.
     """
+    if task.rule == UNPRUNED:
+        return whole_plan(job)
+    if not budget:
+        raise BudgetError(f"no plan is as small in {task.bits} bits")
     rule, c = RULES[task.rule], job.base.config
-    return make_plan(
+    plan = make_plan(
         rule,
         statistics,
         budget=budget,
@@ -66,6 +64,34 @@ def task_plan(
         seed=job.recipe.seed + task.seed,
         notes={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
     )
+    # Constants in the place of experts are not foreseen.
+    if task.target and (size := written_bytes(job, plan, task.bits)) > task.target:
+        raise BudgetError(f"its constants make it {size - task.target} bytes too large")
+    return plan
+
+
+def with_overlap(
+    results: Sequence[Result],
+    planned: Sequence[tuple[Task, PruningPlan]],
+    job: Job,
+    whole: Scored,
+    budgets: Mapping[Task, int],
+) -> list[Result]:
+    """Results that say how far their plans keep what those of the whole text do.
+
+    Args:
+      results: of the plans.
+      planned: the tasks of one draw, and their plans.
+      job: with the dense model.
+      whole: sums of the whole text.
+      budgets: channels that each task keeps.
+    """
+    found = []
+    for result, (task, plan) in zip(results, planned, strict=True):
+        kept = (task_plan(job, *whole, task, budgets[task]) if task.draw else plan).keep
+        alike = (kept & plan.keep).sum() / (kept | plan.keep).sum()
+        found.append(dataclasses.replace(result, overlap=float(alike)))
+    return found
 
 
 def joined(texts: Mapping[str, Windows]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,9 +107,10 @@ def repaired_hidden(
     job: Job,
     plan: PruningPlan,
     mode: Mode,
+    bits: Sequence[int],
     text: tuple[np.ndarray, np.ndarray],
     on_layer: Callable[[int], None],
-) -> np.ndarray:
+) -> list[np.ndarray]:
     """Hidden states before the head of a pruned model that was repaired on the calibration text.
 
     The repaired weights lie in the output folder meanwhile, so that a killed repair goes on.
@@ -92,11 +119,12 @@ def repaired_hidden(
       job: a resolved recipe with its model and calibration text.
       plan: what is kept.
       mode: of repair.
+      bits: of the weights; a model for each of them comes of the one repair.
       text: tokens int32 [B, T] and their mask bool [B, T].
       on_layer: called with the index of each repaired layer.
 
     Returns:
-      [B, T, D].
+      [B, T, D] for each of `bits`.
     """
     folder, how = job.output / FOLDER, {"batch": job.recipe.batch, "dtype": job.dtype}
     repair_model(
@@ -110,7 +138,11 @@ def repaired_hidden(
         on_layer=on_layer,
         **how,
     )
-    hidden = forward_hidden(with_repair(PrunedSource(job.base, plan), folder), *text, **how)
+    repaired, group = with_repair(PrunedSource(job.base, plan), folder), job.recipe.group_size
+    models = [
+        repaired if one == 16 else QuantizedSource(repaired, group, STORAGES[one]) for one in bits
+    ]
+    hidden = [forward_hidden(model, *text, **how) for model in models]
     shutil.rmtree(folder)
     return hidden
 
@@ -139,6 +171,7 @@ def task_result(
         start += len(windows.tokens)
         found = quality_of(Reference(job.base.head, rows), windows, references[name])
         quality[name] = found.to_dict()
+    rule = RULES.get(task.rule)
     return Result(
         task.rule,
         task.rate,
@@ -147,6 +180,10 @@ def task_result(
         kept=int(plan.keep.sum()),
         emptied=int((plan.counts == 0).sum()),
         quality=quality,
-        family=RULES[task.rule].family,
-        about=RULES[task.rule].about,
+        family=rule.family if rule else "bits alone",
+        about=rule.about if rule else "rounded to nearest, nothing removed",
+        bits=task.bits,
+        target=task.target,
+        bytes=written_bytes(job, plan, task.bits),
+        draw=task.draw,
     )

@@ -2,7 +2,8 @@
 
 A removed channel is a zero row of `w_down`: the same function as cutting it out (`prune_layer`).
 The mask is an argument, so all plans share one compilation. With a sample of the calibration text,
-the down-projections of what is kept take over what they can: what a repair will begin with.
+the down-projections of what is kept take over what they can: what a repair will begin with. Weights
+may be rounded as an export of each plan rounds them.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.scores.grams import Sample, Seen
 from pruning.shrink.prune import output_bias
+from pruning.shrink.rounding import rounded_as_cut, rounded_layer
 
+PLAIN = "bf16"  # weights that are not rounded
 Variants = list[list[np.ndarray]]  # of each plan, an array per batch
 # Pull toward the weights as they are, of the mean diagonal of a Gram: least, and for each kept
 # channel per token. Over 225 to 16,000 tokens it is near the best there is, by held-out text.
@@ -58,6 +61,8 @@ def masked_hidden(
     valid: np.ndarray,
     plans: Sequence[PruningPlan],
     *,
+    storages: Sequence[str] = (),
+    group_size: int = 32,
     sample: Sample | None = None,
     batch: int = 8,
     dtype=jnp.float32,
@@ -70,6 +75,10 @@ def masked_hidden(
       tokens: int32 [B, T].
       valid: bool [B, T].
       plans: V plans of this model.
+      storages: how the weights under each plan are stored, "bf16" or as of `rounded_layer`; () for
+        all in 16 bits. A layer is rounded once however many plans there are, but for the
+        down-projections of its experts.
+      group_size: weights per scale of integers.
       sample: of other text, below the first layer of this model; it is taken through all. With it
         the kept channels of each expert take over what is gone, see `taken_over`.
       batch: rows per step.
@@ -83,12 +92,18 @@ def masked_hidden(
       InputError: a plan is of another shape than the model's experts.
     """
     text = in_batches(source, tokens, valid, batch)
+    stored = tuple(storages) or (PLAIN,) * len(plans)
 
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
         seen = None if sample is None else sample.through(index, layer)
-        for x, plan in zip(variants, plans, strict=True):
+        rounded = {how: rounded_layer(layer, group_size, how) for how in set(stored) - {PLAIN}}
+        for x, plan, how in zip(variants, plans, stored, strict=True):
             masks = _masks(layer, index, plan)
             kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
+            if how in rounded and masks is None:
+                kept = rounded[how]
+            elif how in rounded and masks is not None:
+                kept = rounded_as_cut(rounded[how], kept, np.asarray(masks[0]), group_size, how)
 
             def run(x: Array, place: Context, rows: slice, masks=masks, layer=kept) -> Array:
                 if masks is None:

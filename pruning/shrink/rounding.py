@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
 from moe_jax.mxfp4 import round_experts
-from moe_jax.quant import CODED, dequantize
+from moe_jax.quant import CODED, dequantize, quantize
 from moe_jax.quantized import float8_layer, quantize_layer
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 
 ROWS_AT_ONCE = 4096
+INTEGER_BITS = {"int4": 4, "int8": 8}
 
 
 def QuantizedSource(base: LayerSource, group_size: int, storage: str = "int4") -> LayerSource:
@@ -23,8 +25,8 @@ def QuantizedSource(base: LayerSource, group_size: int, storage: str = "int4") -
     Args:
       base: the model.
       group_size: weights per scale of integers.
-      storage: as of an export: all linear layers to "int4", or to "fp8" in blocks of 128 x 128, or
-        the experts to "mxfp4", as float values.
+      storage: as of an export: all linear layers to "int4" or "int8", or to "fp8" in blocks of 128
+        x 128, or the experts to "mxfp4", as float values.
 
     Returns:
       The source.
@@ -37,7 +39,53 @@ def rounded_layer(layer: DecoderLayer, group_size: int, storage: str) -> Decoder
     """One layer of `QuantizedSource`."""
     if storage == "mxfp4":
         return round_experts(layer)
-    return float8_layer(layer) if storage == "fp8" else quantize_layer(layer, group_size)
+    if storage == "fp8":
+        return float8_layer(layer)
+    return quantize_layer(layer, group_size, bits=INTEGER_BITS[storage])
+
+
+def rounded_as_cut(
+    rounded: DecoderLayer,
+    layer: DecoderLayer,
+    keep: np.ndarray,
+    group_size: int,
+    storage: str = "int4",
+) -> DecoderLayer:
+    """What `rounded_layer` makes of a layer without some channels, with all of them in place.
+
+    Weights that share a scale lie along the channels in `w_down` alone: there what is kept decides
+    which these are.
+
+    Args:
+      rounded: all of the layer, rounded.
+      layer: as it was, experts of F channels.
+      keep: bool [E, F], in every expert whole groups.
+      group_size: weights per scale.
+      storage: "int4" or "int8".
+
+    Returns:
+      `rounded` with the rows of `w_down` that are kept rounded among themselves, and zeros.
+
+    Raises:
+      InputError: an expert keeps a part of a group.
+    """
+    assert isinstance(layer.mlp, MoE) and isinstance(rounded.mlp, MoE)
+    if (wrong := keep.sum(axis=1) % group_size).any():
+        kept = keep.sum(axis=1)[np.flatnonzero(wrong)[0]]
+        raise InputError(
+            f"an expert keeps {kept} channels, which are no whole groups of {group_size} weights; "
+            f"plan with --block {group_size}"
+        )
+    first = np.argsort(~keep, axis=1, kind="stable")  # kept ones, as cutting leaves them
+    order = (first + keep.shape[1] * np.arange(len(keep))[:, None]).ravel()
+    down = dequantize(layer.mlp.experts.w_down)[order]
+    cut = jnp.where(keep.ravel()[order][:, None], down, jnp.zeros((), down.dtype))
+    bits = INTEGER_BITS[storage]
+    codes = quantize(cut, group_size=group_size, axis=0, dtype=jnp.float32, bits=bits)
+    experts = dataclasses.replace(
+        rounded.mlp.experts, w_down=dequantize(codes)[np.argsort(order)]
+    )  # fmt: skip
+    return dataclasses.replace(rounded, mlp=dataclasses.replace(rounded.mlp, experts=experts))
 
 
 class RoundingError:

@@ -208,7 +208,7 @@ def _folder_facts(
         written_as=export.config["model_type"],
         form=form.name,
         group_size=form.group_size if packed and not form.is_float8 else None,
-        quantizer=(quantizer if form.is_integer else "rtn") if packed else None,
+        quantizer=(quantizer if form.is_int4 else "rtn") if packed else None,
         parameters=export.parameters,
         stored=sum(int(np.prod(shape, dtype=np.int64)) for shape in stored),
         bytes=export.nbytes,

@@ -52,7 +52,7 @@ def pruned_source(
     if codes is None and export_of(base.about, plan, form).native is not None:
         own = with_native_blocks if form.is_float8 else with_native_codes
         return _with_own_codes(base, pruned, plan, own, on_rounded)
-    if codes is not None and form.is_integer:
+    if codes is not None and form.is_int4:
         rounding = functools.partial(with_codes, folder=codes, group_size=form.group_size)
     else:
         rounding = functools.partial(

@@ -27,7 +27,7 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps, repair: Path | None = No
       exports no 4-bit format.
     """
     recipe, folder = job.recipe, codes_folder(job.recipe)
-    packed = any(form_of(recipe, name).is_integer for name in recipe.export)
+    packed = any(form_of(recipe, name).is_int4 for name in recipe.export)
     if folder is None or not packed:
         return None
     wanted = provenance(job, plan) | {"group_size": recipe.group_size}

@@ -132,7 +132,7 @@ def delta_config(options: RecoverOptions, forms: dict[str, ExportFormat]) -> Del
     """
     group = None
     if options.quantize_aware:
-        packed = (form for form in forms.values() if form.is_integer)
+        packed = (form for form in forms.values() if form.is_int4)
         groups = [form.group_size for form in packed]
         if not groups:
             raise InputError(

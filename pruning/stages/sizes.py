@@ -135,7 +135,7 @@ def gptq_bytes(
       windows: of calibration text.
       exports: bytes of each export.
     """
-    packed = [size for name, size in exports.items() if form_of(recipe, name).is_packed]
+    packed = [size for name, size in exports.items() if form_of(recipe, name).is_int4]
     if recipe.quantizer != "gptq" or not packed:
         return 0
     text = windows, recipe.window or 2048

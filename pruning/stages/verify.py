@@ -84,7 +84,7 @@ def verify_export(
     checks = [Check(form.name, "files", not problems, in_words(problems) or fine)]
     if tokenizer := tokenizer_result(target, export, trusted=not problems):
         checks.append(Check(form.name, "tokenizer", *tokenizer))
-    if not form.is_integer:
+    if not form.is_int4:
         codes = None  # GPTQ has none for it
     made_of = {"plan": plan.content_hash, "repair": None if repair is None else repair_hash(repair)}
     lost = "" if codes is None else codes_in(codes).fault(**made_of)

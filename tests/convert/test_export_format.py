@@ -16,6 +16,8 @@ SAID = {
     "padded-int4": ("padded", "int4", 4, True, True, False, False, 64),
     "padded-mxfp4": ("padded", "mxfp4", 4, True, False, True, False, 32),
     "padded-fp8": ("padded", "fp8", 8, True, False, False, True, 128),
+    "ragged-int8": ("ragged", "int8", 8, True, True, False, False, 64),
+    "padded-int8": ("padded", "int8", 8, True, True, False, False, 64),
 }
 
 
@@ -32,11 +34,12 @@ def test_a_name_says_what_a_folder_is(name):
     ) == SAID[name]  # fmt: skip
     kinds = {"ragged": form.is_ragged, "layered": form.is_layered, "padded": form.is_padded}
     assert [kind for kind, so in kinds.items() if so] == [form.layout]
+    assert form.is_int4 == (form.storage == "int4")
     assert form.holds_constants(True) and form.holds_constants(False) == form.is_ragged
 
 
 def test_what_is_no_format_is_refused():
-    for name in ("padded", "ragged-mxfp4", "ragged-fp8", ""):
+    for name in ("padded", "ragged-mxfp4", "ragged-fp8", "layered-int8", ""):
         with pytest.raises(InputError, match=f"export='{name}' is unknown; choose among ragged-bf"):
             ExportFormat(name)
     with pytest.raises(InputError, match="mtp='some' is unknown; choose among drop, keep, prune"):

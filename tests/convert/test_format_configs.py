@@ -30,18 +30,18 @@ COUNTS = [[5, 7], [], [0, 96]]
 @pytest.mark.parametrize("columns", [8, 24, 12, 1, 80])
 def test_three_tensors_stand_for_a_weight_and_what_is_left_of_a_word_is_zero(columns):
     codes = np.random.default_rng(0).integers(-8, 8, (3, columns)).astype(np.int8)
-    found = compressed_tensors.pack_codes(codes, np.ones((3, 1)))
-    specs = compressed_tensors.packed_specs(3, columns, columns)
+    found = compressed_tensors.pack_codes(codes, np.ones((3, 1)), 4)
+    specs = compressed_tensors.packed_specs(3, columns, columns, 4)
     assert {n: (v.dtype, v.shape) for n, v in found.items()} == specs
     words = found["weight_packed"].view(np.uint32)
     for row, numbers in zip(codes.tolist(), words.tolist(), strict=True):
         every = [(number >> 4 * i & 15) - 8 for number in numbers for i in range(8)]
         assert every == row + [0] * (-columns % 8)
-    assert compressed_tensors.packed_specs(3, 64, 16)["weight_scale"][1] == (3, 4)
+    assert compressed_tensors.packed_specs(3, 64, 16, 4)["weight_scale"][1] == (3, 4)
 
 
 def test_the_settings_of_integers_are_those_of_the_format():
-    found = compressed_tensors.quantization_config(["model.norm", "lm_head"], 64)
+    found = compressed_tensors.quantization_config(["model.norm", "lm_head"], 64, 4)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
                "group_size": 64, "dynamic": False, "actorder": None}  # fmt: skip
     assert found == {

@@ -1,9 +1,11 @@
-"""The 4-bit layout; whole exports are compared in test_families."""
+"""The layout of integers; whole exports are compared in test_families."""
 
 import dataclasses
 
 import numpy as np
 import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -17,7 +19,7 @@ from pruning.recipe.recipe import CompressionRecipe
 @given(hnp.arrays(np.int8, (4, 64), elements=st.integers(-8, 7)), st.sampled_from([32, 64]))
 def test_packed_words_hold_eight_codes_lowest_nibble_first(codes, group_size):
     scale = np.full((4, 64 // group_size), 0.5)
-    packed = compressed_tensors.pack_codes(codes, scale)
+    packed = compressed_tensors.pack_codes(codes, scale, 4)
     words = packed["weight_packed"].view(np.uint32)
     found = [
         [(int(words[i, j // 8]) >> (4 * (j % 8)) & 15) - 8 for j in range(64)] for i in range(4)
@@ -26,6 +28,17 @@ def test_packed_words_hold_eight_codes_lowest_nibble_first(codes, group_size):
     assert packed["weight_scale"].dtype == compressed_tensors.SCALE
     np.testing.assert_array_equal(packed["weight_scale"].astype(np.float64), scale)
     np.testing.assert_array_equal(packed["weight_shape"], [4, 64])
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.int8, (3, 32), elements=st.integers(-128, 127)))
+def test_codes_of_eight_bits_are_those_that_compressed_tensors_unpacks(codes):
+    packed = compressed_tensors.pack_codes(codes, np.ones((3, 1)), 8)
+    specs = compressed_tensors.packed_specs(3, 32, 32, 8)
+    assert {name: (one.dtype, one.shape) for name, one in packed.items()} == specs
+    words = torch.from_numpy(packed["weight_packed"].copy())
+    found = unpack_from_int32(words, 8, torch.Size([3, 32]))
+    np.testing.assert_array_equal(found.numpy(), codes)
 
 
 def test_a_width_that_no_group_fits_is_refused():

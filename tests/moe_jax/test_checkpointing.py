@@ -185,6 +185,7 @@ def test_the_structure_is_json_that_tells_widths_and_quantisation_layer_by_layer
         "scale": {"shape": [6, 32], "dtype": "float32"},
         "group_size": 8,
         "axis": 0,
+        "bits": 4,
     }
 
 

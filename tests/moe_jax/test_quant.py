@@ -15,6 +15,7 @@ from moe_jax.quant import (
     nearest_codes,
     pack_nibbles,
     quantize,
+    unpack,
     unpack_nibbles,
 )
 
@@ -125,6 +126,26 @@ def test_on_normal_weights_the_squared_error_falls_by_more_than_a_quarter():
     plain = np.square(np.rint(weight / scale) * scale - weight).sum()
     ours = np.square(np.asarray(dequantize(tensor), np.float32) - weight).sum()
     assert ours < 0.75 * plain
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_codes_of_8_bits_are_nearest_under_the_best_of_the_scales(axis):
+    """In float64; columns may be odd, since no two codes share a byte."""
+    rng = np.random.default_rng(5)
+    weight = (rng.normal(size=(16, 24)) * 10.0 ** rng.integers(-1, 3, (16, 24))).astype(np.float32)
+    weight[:8, :8] = 0
+    tensor = quantize(jnp.asarray(weight), group_size=8, axis=axis, dtype=jnp.float32, bits=8)
+    codes = np.asarray(tensor.packed).astype(int) - 128
+    wide = spread_scale(tensor)
+    np.testing.assert_array_equal(codes, np.clip(np.rint(weight / wide), -128, 127))
+    np.testing.assert_array_equal(np.asarray(unpack(tensor)), codes)
+    np.testing.assert_array_equal(np.asarray(dequantize(tensor)), (codes * wide).astype(np.float32))
+    assert tensor.shape == (16, 24) and not codes[:8, :8].any() and codes.min() == -128
+    largest = np.abs(weight.reshape((2, 8, 24) if axis == 0 else (16, 3, 8))).max(axis=axis + 1)
+    wrong = np.abs(codes * wide - weight).reshape((2, 8, 24) if axis == 0 else (16, 3, 8))
+    assert (wrong.max(axis=axis + 1) <= np.maximum(largest / 100, SMALLEST)).all()
+    odd = quantize(jnp.asarray(weight[:, :7]), group_size=8, axis=0, bits=8)
+    assert odd.shape == (16, 7)
 
 
 def test_scales_fit_bfloat16_and_the_normal_range_of_float16(case):

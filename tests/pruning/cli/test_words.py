@@ -57,7 +57,7 @@ def test_help_stands_in_the_groups_of_the_options(monkeypatch):
         ("export", {"bits", "quantizer", "prune-rate"}),
         ("eval", {"max-tokens", "evaluation", "gradients"}),
         ("audit", {"tokens", "prune-rate", "evaluation"}),
-        ("compare", {"bits", "criterion", "until-stable"}),
+        ("compare", {"export", "criterion", "until-stable"}),
     ],
 )
 def test_a_command_shows_only_what_it_reads(monkeypatch, command, without):

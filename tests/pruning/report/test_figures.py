@@ -12,7 +12,13 @@ from pruning.report import audit_figures as token_plots
 from pruning.report import figures as plots
 from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
-from pruning.report.comparison_page import FAMILY_COLOURS, comparison_page, plot_pareto
+from pruning.report.comparison_page import (
+    FAMILY_COLOURS,
+    comparison_page,
+    plot_pareto,
+    plot_rates,
+)
+from pruning.report.comparison_sizes import plot_sizes, size_tables
 from pruning.report.drawing import WIDTH
 
 L, E = 3, 4
@@ -166,6 +172,56 @@ def test_the_pareto_figure_shows_the_best_rule_of_each_family_by_size():
     assert axes.get_xlabel().endswith("MB") and axes.get_ylabel().startswith("nats")
 
 
+def by_bytes() -> Comparison:
+    """In 16 and 4 bits: (rule, rate, bits, target) -> megabytes and added nats."""
+    measured = {
+        ("unpruned", 0.0, 4, 0): (40, 0.1), ("a", 0.5, 16, 0): (60, 0.6),
+        ("a", 0.5, 4, 0): (25, 0.7), ("b", 0.5, 4, 0): (25.02, 0.8),
+        ("a", 0.2, 4, 30_000_000): (30, 0.3),
+        ("a", 0.9, 16, 30_000_000): (30, 2.0),
+    }  # fmt: skip
+    results = tuple(
+        Result(
+            rule, rate, bits=bits, target=target, bytes=int(size * 1e6),
+            quality={"t": {"nll": 2 + nats, "tokens": 10, "kl": nats, "top1": 0.5}},
+        )
+        for (rule, rate, bits, target), (size, nats) in measured.items()
+    )  # fmt: skip
+    return comparison(results=results, refused=(
+        Result("b", 1.0, bits=16, target=30_000_000, reason="too small"),
+    ))  # fmt: skip
+
+
+def test_bits_and_channels_are_compared_by_bytes():
+    found = by_bytes()
+    equal, every = size_tables(found)
+    assert equal.title == "At 30.0 MB, least loss first"
+    assert [row[:5] + row[7:] for row in equal.rows] == [
+        ["a 4-bit", "4", "20.0%", "30.0", "0.3000", "front"],
+        ["a", "16", "90.0%", "30.0", "2.0000", ""],
+    ]
+    # Bytes alike to a thousandth are equal: what loses more is not ahead by its header.
+    assert [(row[0], row[7]) for row in every.rows] == [
+        ("a 4-bit", "front"), ("b 4-bit", ""), ("unpruned 4-bit", "front"), ("a", ""),
+    ]  # fmt: skip
+    (axes,) = plot_sizes(found).axes
+    lines = by_label(axes)
+    np.testing.assert_allclose(lines["4 bits"].get_xydata(), [[25, 0.7], [30, 0.3], [40, 0.1]])
+    np.testing.assert_allclose(lines["16 bits"].get_xydata(), [[30, 2.0], [60, 0.6], [100, 0]])
+    assert 30.0 in [line.get_xdata()[0] for line in axes.get_lines()]
+    assert (found.rates, found.targets, found.bits) == ([0.5], [30_000_000], [4, 16])
+    assert {line.rule for line in found.lines()} == {"a", "a 4-bit", "b 4-bit"}
+    page = comparison_page(found)
+    assert page.index("At 30.0 MB") < page.index("By bytes written") < page.index("too small")
+    assert not size_tables(comparison())
+
+
+def test_lines_of_fewer_bits_begin_at_what_rounding_alone_loses():
+    (axes,) = plot_rates(by_bytes()).axes
+    drawn = [line.get_xydata().round(9).tolist() for line in axes.get_lines()]
+    assert [[0.0, 0.1], [0.5, 0.7]] in drawn and [[0.0, 0.0], [0.5, 0.6]] in drawn
+
+
 def test_a_comparison_of_an_earlier_version_has_a_page_without_sizes(tmp_path):
     comparison(sizes={}).save(tmp_path)
     path = tmp_path / "compare.json"
@@ -212,6 +268,7 @@ def test_every_figure_fits_a_page():
         plots.plot_routers(values[0, :3, 0], values[:, :, 0], LAYERS),
         plots.plot_alignment({"a": {(1, 1): 2.0}}),
         plot_pareto(comparison()),
+        plot_sizes(by_bytes()),
     ]
     for figure in figures:
         figure.draw_without_rendering()

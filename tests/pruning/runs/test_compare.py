@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from convert.checkpoint import open_checkpoint
+from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
 from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, in_batches, layer_forward
@@ -26,10 +28,15 @@ from pruning.scores.statistics import load_statistics
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import repair_model, with_repair
+from pruning.stages.export import pruned_source
 from pruning.stages.job import open_job
 from pruning.stages.measure import first_tokens
+from pruning.stages.sizes import export_of, folder_bytes
 from tests.support import command, tiny
 
+KINDS = ("bits", "target_bytes", "draws")  # beside rates and rules
+INT4 = ExportFormat("ragged-int4", 32)
+LITTLE = 130_000  # bytes: more than 4 bits take, less than 16 do without half of the channels
 RULES = ["random", "uniform-act", "fair-energy", "experts-usage"]
 
 
@@ -109,9 +116,10 @@ def recipe(models, texts, tmp_path_factory) -> CompressionRecipe:
 
 
 def run(recipe, rules=RULES, rates=(0.25, 0.5), **changes) -> Comparison:
+    kinds = {name: changes.pop(name) for name in KINDS if name in changes}
     return comparing.compare(
         dataclasses.replace(recipe, evaluation_tokens=60, **changes), rates, rules,
-        steps=Steps(quiet=True),
+        steps=Steps(quiet=True), **kinds,
     )  # fmt: skip
 
 
@@ -142,7 +150,7 @@ def test_losses_are_given_as_a_share_of_what_random_channels_add(whole):
         wanted = np.mean(added[line.rule, line.rate]) / chance if chance > 0 else np.nan
         np.testing.assert_allclose(line.of_random, wanted, rtol=1e-12)
     assert any(line.of_random > 0 for line in whole.lines() if line.rule != "random")
-    without = whole.only([rule for rule in RULES if rule != "random"], whole.rates)
+    without = whole.only(lambda result: result.rule != "random")
     assert all(np.isnan(line.of_random) for line in without.lines())
     column = without.table().header.index("÷ random")
     assert {row[column] for row in without.table().rows} == {"-"}
@@ -219,7 +227,7 @@ def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
     page = (tmp_path / "out" / "compare.html").read_text()
     rows = (tmp_path / "out" / "compare.csv").read_text().splitlines()
     assert all(name in page for name in names)
-    assert [row.rsplit(",", 1)[1] for row in rows] == ["repair", "", "", "layer", "layer"]
+    assert [row.rsplit(",", 6)[1] for row in rows] == ["repair", "", "", "layer", "layer"]
     assert not (tmp_path / "out" / "compare-repair").exists()
     before = file_of(repairable).read_bytes()
     again = comparing.compare(repairable, [0.5], rules, steps=steps)
@@ -245,19 +253,85 @@ def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
     assert one.quality != both.results[0].quality
 
 
+def test_rows_by_bytes_are_what_exports_of_their_plans_take_and_lose(recipe, tmp_path):
+    """4 bits alone, pruning alone and both, the last against a folder as it is written."""
+    asked = dataclasses.replace(recipe, output=str(tmp_path / "out"), block=32)
+    kinds: dict[str, Any] = {"bits": (16, 4), "target_bytes": [LITTLE]}
+    found = run(asked, ["uniform-act"], [0.5], **kinds)
+    rows = {(r.name, r.target): r for r in found.results}
+    assert rows.keys() == {
+        ("unpruned 4-bit", 0), ("unpruned 4-bit", LITTLE), ("uniform-act", 0),
+        ("uniform-act 4-bit", 0),
+    }  # fmt: skip
+    ((_, refused),) = ((r.name, r) for r in found.refused)
+    assert (refused.rule, refused.bits, refused.target) == ("uniform-act", 16, LITTLE)
+    assert "no plan is as small in 16 bits" in refused.reason
+    job = open_job(dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 64))
+    statistics, provenance = load_statistics(tmp_path / "out" / "statistics.safetensors")
+    both, (name,) = rows["uniform-act 4-bit", 0], job.evaluation
+    task = comparing.Task("uniform-act", 0.5)
+    plan, form = comparing.task_plan(job, statistics, provenance, task, both.kept), INT4
+    source = pruned_source(job.base, plan, form)
+    folder = export_of(job.base.about, plan, form).write(source, tmp_path / "written")
+    text = first_tokens(job.evaluation[name], 60)
+    quality, _ = measure_quality(open_checkpoint(folder), text, batch=4)
+    assert both.bytes == folder_bytes(folder)
+    assert both.quality[name]["nll"] == pytest.approx(quality.nll, rel=1e-5)
+    losses = {key: row.quality[name]["nll"] for key, row in rows.items()}
+    alone = losses.pop(("unpruned 4-bit", LITTLE))
+    assert losses["unpruned 4-bit", 0] == pytest.approx(alone, rel=1e-6)
+    assert len({round(loss, 4) for loss in (*losses.values(), found.dense[name]["nll"])}) == 4
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert all(word in page for word in ("By bytes written", "At 0.1 MB", "as small in 16 bits"))
+    before = file_of(asked).read_bytes()
+    plain = run(asked, ["uniform-act"], [0.5])
+    assert file_of(asked).read_bytes() == before
+    assert plain.results == (rows["uniform-act", 0],)
+
+
+def test_draws_of_the_calibration_text_are_planned_for_and_measured_on_their_own(
+    repairable, tmp_path, monkeypatch
+):
+    asked = dataclasses.replace(repairable, output=str(tmp_path / "drawn"))
+    rules = ["fair-energy"]
+    found = run(asked, rules, [0.5], draws=2)
+    assert [(r.rule, r.draw) for r in found.results] == [(*rules, draw) for draw in (0, 1, 2)]
+    assert len(found.lines()) == 1
+    # Each is what its own statistics give, and its kept channels are compared with the text's.
+    job = open_job(dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 32))
+    plans = {}
+    for draw, folder in ((0, "."), (1, "draws/1"), (2, "draws/2")):
+        statistics, noted = load_statistics(tmp_path / "drawn" / folder / "statistics.safetensors")
+        for rule in rules:
+            task = comparing.Task(rule, 0.5)
+            plans[rule, draw] = comparing.task_plan(job, statistics, noted, task, 512).keep
+        assert draw == 0 or noted["sources"][0]["drawn"] == [0, draw]
+    for result in found.results:
+        own, whole = plans[result.rule, result.draw], plans[result.rule, 0]
+        assert result.overlap == pytest.approx((own & whole).sum() / (own | whole).sum())
+    assert all(r.overlap < 1 for r in found.results if r.draw)
+    assert len({r.quality["good"]["nll"] for r in found.results if r.rule == "fair-energy"}) == 3
+    page = (tmp_path / "drawn" / "compare.html").read_text()
+    assert "Over 2 draws of the calibration text, at 0.5" in page
+    before = file_of(asked).read_bytes()
+    monkeypatch.setattr(comparing, "_run_group", None)  # nothing is left to measure
+    assert run(asked, rules, [0.5], draws=2) == found
+    assert file_of(asked).read_bytes() == before
+
+
 def test_a_comparison_killed_in_a_repair_goes_on_after_its_last_layer(
     repairable, tmp_path, monkeypatch
 ):
     original, layers = comparing.repaired_hidden, []
 
-    def killed(job, plan, mode, text, on_layer):
+    def killed(job, plan, mode, bits, text, on_layer):
         def visited(layer):
             layers.append(layer)
             on_layer(layer)
             if len(layers) == 1:
                 raise KeyboardInterrupt
 
-        return original(job, plan, mode, text, visited)
+        return original(job, plan, mode, bits, text, visited)
 
     monkeypatch.setattr(comparing, "repaired_hidden", killed)
 

@@ -67,7 +67,7 @@ def asked(monkeypatch, tmp_path):
         calibration=SimpleNamespace(tokens=tokens, valid=tokens % 3 > 0, sources=SOURCES),
     )  # fmt: skip
     found = SimpleNamespace(job=job, opened=[], plans=[], groups=[], repaired=[], refuse=set(),
-                            prepared=[], saved=[])  # fmt: skip
+                            stored=[], prepared=[], saved=[])  # fmt: skip
 
     def open_job(recipe):
         found.opened.append(recipe)
@@ -83,17 +83,18 @@ def asked(monkeypatch, tmp_path):
         keep = np.arange(64).reshape(SHAPE) < budget
         return PruningPlan(keep, (0, 2))
 
-    def masked_hidden(base, tokens, valid, plans, *, batch, dtype, on_layer):
+    def masked_hidden(base, tokens, valid, plans, *, storages, group_size, batch, dtype, on_layer):
+        found.stored.append(storages)
         found.groups.append((len(plans), batch, tokens, valid))
         for layer in range(LAYERS):
             on_layer(layer)
         return np.full((len(plans), *tokens.shape, D), len(found.groups), np.float32)
 
-    def repaired_hidden(job, plan, mode, text, on_layer):
+    def repaired_hidden(job, plan, mode, bits, text, on_layer):
         found.repaired.append((int(plan.keep.sum()), mode))
         for layer in range(LAYERS):
             on_layer(layer)
-        return np.zeros((*text[0].shape, D))
+        return [np.zeros((*text[0].shape, D)) for _ in bits]
 
     def task_result(task, plan, job, states, texts, references):
         assert states.shape[1:] == (8, D) and references == {"one": 1, "two": 2}
@@ -262,7 +263,8 @@ def test_results_are_those_of_their_key(asked):
     calibration = asked.job.calibration
     text = calibration.tokens.tobytes() + calibration.valid.tobytes()
     assert found.key == {
-        "model_hash": "abc", "dtype": "float32", "block": 2, "window": 8, "seed": 4,
+        "model_hash": "abc", "dtype": "float32", "block": 2, "group_size": None, "window": 8,
+        "seed": 4,
         "calibration": sha256(text).hexdigest(), "loss_on": "answers",
         "evaluation": text_hashes(asked.job.evaluation),
     }  # fmt: skip
@@ -318,10 +320,11 @@ def test_every_text_is_measured_on_its_own_rows(monkeypatch):
         return SimpleNamespace(to_dict=lambda: {"rows": rows, "of": other})
 
     monkeypatch.setattr(compared, "quality_of", quality_of)
+    monkeypatch.setattr(compared, "written_bytes", lambda job, plan, bits: (plan.keep.sum(), bits))
     keep = np.zeros(SHAPE, bool)
     keep[0, 1, :3] = keep[1, 2] = True
     job: Any = SimpleNamespace(base=Base())
-    task = Task("random", 0.25, 2, "layer")
+    task = Task("random", 0.25, 2, "layer", 4, 900)
     found = compared.task_result(task, PruningPlan(keep, (0, 2)), job, states, texts,
                                  {"one": "a", "two": "b"})  # fmt: skip
     first = len(texts["one"].tokens)
@@ -329,13 +332,14 @@ def test_every_text_is_measured_on_its_own_rows(monkeypatch):
                              "two": {"rows": [*range(first, len(tokens))], "of": "b"}}  # fmt: skip
     assert (found.kept, found.emptied) == (11, 6)
     assert (found.rule, found.rate, found.seed, found.repair) == ("random", 0.25, 2, "layer")
+    assert (found.bits, found.target, found.bytes) == (4, 900, (11, 4))
     assert (found.family, found.about) == (RULES["random"].family, RULES["random"].about)
 
 
 def test_a_repaired_plan_is_run_from_a_folder_that_goes_afterwards(monkeypatch, tmp_path):
     tokens = np.arange(40).reshape(5, 8)
     text = SimpleNamespace(tokens=tokens, valid=tokens > 0, total=39, sources=SOURCES)
-    recipe = SimpleNamespace(batch=3, window=8, dtype="float32")
+    recipe = SimpleNamespace(batch=3, window=8, dtype="float32", group_size=64)
     job: Any = SimpleNamespace(base=Base(), recipe=recipe, output=tmp_path, dtype=np.float32,
                                calibration=text)  # fmt: skip
     plan = PruningPlan(np.ones(SHAPE, bool), (0, 2), {"model_hash": "abc"})
@@ -355,10 +359,15 @@ def test_a_repaired_plan_is_run_from_a_folder_that_goes_afterwards(monkeypatch, 
     monkeypatch.setattr(compared, "PrunedSource", lambda base, plan: "pruned")
     monkeypatch.setattr(compared, "with_repair", lambda source, folder: (source, folder))
     layers: list[int] = []
-    found: Any = compared.repaired_hidden(job, plan, "layer", ("tokens", "valid"), layers.append)
+    monkeypatch.setattr(compared, "QuantizedSource", lambda *given: given)
+    given: Any = (job, plan, "layer", [16, 4], ("tokens", "valid"), layers.append)
+    found: Any = compared.repaired_hidden(*given)
     folder = tmp_path / compared.FOLDER
     how = {"batch": 3, "dtype": np.float32}
-    assert found == (("pruned", folder), ("tokens", "valid"), how) and not folder.exists()
+    repaired = ("pruned", folder)
+    assert found == [(source, ("tokens", "valid"), how)
+                     for source in (repaired, (repaired, 64, "int4"))]  # fmt: skip
+    assert not folder.exists()
     asked["on_layer"](1)
     assert layers == [1] and asked["mode"] == "layer"
     assert {name: asked[name] for name in how} == how

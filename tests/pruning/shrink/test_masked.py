@@ -14,7 +14,8 @@ from pruning.budget.plan import PruningPlan
 from pruning.scores.grams import Seen
 from pruning.shrink import masked
 from pruning.shrink.masked import masked_hidden, moved, taken_over
-from pruning.shrink.prune import mask_layer
+from pruning.shrink.prune import PrunedSource, mask_layer
+from pruning.shrink.rounding import QuantizedSource
 from tests.pruning.scores.test_layer import CONFIG
 
 SHAPE = (2, 6, 12)  # layers with experts, experts, channels
@@ -61,6 +62,23 @@ def test_every_plan_gives_what_its_own_model_gives(model):
         wanted = forward_hidden(mapped(model, masked_layer), TEXT, VALID, batch=5)
         np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
     assert np.abs(found[0] - found[1])[VALID].max() > 0.1
+
+
+def test_plans_in_fewer_bits_give_what_their_rounded_models_give(model):
+    keep = np.ones(SHAPE, bool)
+    for layer, expert, gone in ((0, 1, 12), (0, 4, 8), (1, 2, 4), (1, 5, 12)):
+        keep[layer, expert, ::2][: gone // 2] = keep[layer, expert, 1::2][: gone // 2] = False
+    plans = [PruningPlan(keep, (0, 2)), PruningPlan(np.ones(SHAPE, bool), (0, 2)),
+             PruningPlan(keep, (0, 2))]  # fmt: skip
+    found = masked_hidden(
+        model, TEXT, VALID, plans, storages=["int4", "int4", "bf16"], group_size=4, batch=5
+    )
+    cut = PrunedSource(model, plans[0])
+    rounded = (QuantizedSource(cut, 4), QuantizedSource(model, 4), cut)
+    for states, source in zip(found, rounded, strict=True):
+        wanted = forward_hidden(source, TEXT, VALID, batch=5)
+        np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
+    assert min(np.abs(found[0] - other)[VALID].max() for other in found[1:]) > 0.01
 
 
 def test_a_plan_of_other_layers_or_widths_is_refused(model):

@@ -5,16 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.errors import InputError
 from moe_jax.quant import QTensor, dequantize
 from moe_jax.quantized import quantize_layer
 from moe_jax.stream import mapped
 from moe_jax.transformer import init
+from pruning.shrink.prune import prune_layer
 from pruning.shrink.rounding import (
     ROWS_AT_ONCE,
     QuantizedSource,
     RoundingError,
     bfloat16_experts,
     compared,
+    rounded_as_cut,
+    rounded_layer,
 )
 from tests.pruning.scores.test_layer import CONFIG
 
@@ -55,6 +59,29 @@ def test_every_weight_that_is_rounded_is_told_before_and_after():
         for (before, after), (old, new) in zip(told, pairs, strict=True):
             np.testing.assert_array_equal(before, old)
             np.testing.assert_array_equal(after, dequantize(new))
+
+
+@pytest.mark.parametrize("storage", ["int4", "int8"])
+def test_what_is_kept_is_rounded_as_in_the_model_that_has_nothing_else(storage):
+    """Groups of down-projections lie along the channels that are left, all others across them."""
+    layer = init(CONFIG, jax.random.key(0)).layer(2)
+    rng = np.random.default_rng(0)
+    channels, group = CONFIG.moe.d_expert, 4
+    counts = [8, 0, 12, 4, 8, 4]
+    keep = np.array([rng.permutation(np.arange(channels) < count) for count in counts])
+    cut = prune_layer(layer, keep, width=channels, rows=sum(counts) + 4, block=4)
+    wanted = rounded_layer(cut, group, storage).mlp.experts
+    dense = rounded_layer(layer, group, storage)
+    found = rounded_as_cut(dense, layer, keep, group, storage).mlp.experts
+    for name in ("w_gate", "w_up", "w_down"):
+        rows, cut_rows = (np.asarray(dequantize(getattr(one, name))) for one in (found, wanted))
+        np.testing.assert_array_equal(rows[keep.ravel()], cut_rows[: sum(counts)])
+    assert not np.asarray(found.w_down)[~keep.ravel()].any()
+    away = np.asarray(dequantize(dense.mlp.experts.w_down))[keep.ravel()]
+    assert (away != np.asarray(found.w_down)[keep.ravel()]).any()
+    keep[3, np.flatnonzero(~keep[3])[:2]] = True
+    with pytest.raises(InputError, match=r"keeps 6 channels, .*no whole groups of 4 .*--block 4"):
+        rounded_as_cut(dense, layer, keep, group)
 
 
 def test_experts_alone_are_narrowed_to_bfloat16():

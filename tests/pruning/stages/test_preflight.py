@@ -43,11 +43,11 @@ def recipe(model, **changes) -> CompressionRecipe:
 def test_no_plan_exceeds_the_bound_that_is_checked_against_the_disk(models, data):
     """Random widths within the budget; a bound is wrong if any of them is larger."""
     name = data.draw(st.sampled_from(EXPORTS))
-    block = data.draw(st.sampled_from([32, 64] if name.endswith("int4") else [1, 8, 32, 64]))
+    block = data.draw(st.sampled_from([32, 64] if "-int" in name else [1, 8, 32, 64]))
     rate = data.draw(st.floats(0, 0.95))
     options = recipe(
         models / "single", export=(name,), prune_rate=rate, block=block, width="free",
-        bits=4 if name.endswith("int4") else 16,
+        bits=ExportFormat(name).bits if "-int" in name else 16,
     )  # fmt: skip
     base = open_checkpoint(models / "single")
     blocks = round((1 - rate) * LAYERS * EXPERTS * WIDTH) // block
@@ -64,7 +64,7 @@ def test_no_plan_exceeds_the_bound_that_is_checked_against_the_disk(models, data
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_the_bound_is_reached_by_some_plan(models, name):
-    bits = 4 if name.endswith("int4") else 16
+    bits = ExportFormat(name).bits if "-int" in name else 16
     options = recipe(models / "single", export=(name,), prune_rate=0.5, width="free", bits=bits)
     base = open_checkpoint(models / "single")
     # half of every expert for ragged folders; one whole expert (per layer) suffices for others

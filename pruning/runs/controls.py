@@ -1,0 +1,259 @@
+"""What a comparison measures: every rule at rates and at sizes, in 16 bits and in fewer."""
+
+import bisect
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from convert.export_format import FORMATS, ExportFormat, FormatName
+from moe_jax.errors import InputError
+from pruning.budget.plan import PruningPlan
+from pruning.budget.rule import Rule, common_budget
+from pruning.budget.rules import RULES
+from pruning.recipe.options import PlanOptions
+from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
+from pruning.recipe.values import check_rate
+from pruning.report.compared import UNPRUNED, Repaired
+from pruning.stages.job import Job, resolved
+from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
+
+DRAWS = "draws"  # folder of their statistics
+MOST_DRAWS = 100  # each is scored
+STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One rule at one rate with one seed, repaired or not, its weights of so many bits.
+
+    `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
+    draw of the calibration text decides what is kept, 0 for the text itself.
+    """
+
+    rule: str
+    rate: float
+    seed: int = 0
+    repair: Repaired = ""
+    bits: int = 16
+    target: int = 0
+    draw: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Controls:
+    """What is varied beside the rules.
+
+    Attributes:
+      rates: prune rates; all rules keep the same number of channels at one.
+      bits: of weights, 16 or fewer; of fewer there is a row without pruning too.
+      target_bytes: sizes that each rule, in each of the bits, comes as near to as it can.
+      target_factors: the same by how many times smaller than the model's files.
+      repair: measure every plan repaired in this way as well.
+      draws: how often the calibration text is drawn anew, for plans of their own.
+    """
+
+    rates: Sequence[float] = ()
+    bits: Sequence[int] = (16,)
+    target_bytes: Sequence[int] = ()
+    target_factors: Sequence[float] = ()
+    repair: Repaired = ""
+    draws: int = 0
+
+    def __post_init__(self) -> None:
+        for rate in self.rates:
+            check_rate("prune_rate", rate)
+        if not self.bits or (wrong := [one for one in self.bits if one not in STORAGES]):
+            raise InputError(
+                f"bits={wrong if self.bits else []} must be some of {', '.join(map(str, STORAGES))}"
+            )
+        if self.draws == 1 or not 0 <= self.draws <= MOST_DRAWS:
+            raise InputError(
+                f"draws={self.draws} must lie in [2, {MOST_DRAWS}], of which an error can be told; "
+                "choose 3, or leave it away"
+            )
+        for size in self.target_bytes:  # their ranges are those of a plan
+            PlanOptions(target_bytes=size)
+        for factor in self.target_factors:
+            PlanOptions(target_factor=factor)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether some weights are rounded."""
+        return any(bits < 16 for bits in self.bits)
+
+    def targets(self, job: Job) -> list[int]:
+        """Bytes to keep to, those of factors among them."""
+        whole = dense_bytes(job.base.about) if self.target_factors else 0
+        given = [*self.target_bytes, *(int(whole / factor) for factor in self.target_factors)]
+        return list(dict.fromkeys(given))
+
+
+def rounded_recipe(job: Job, recipe: CompressionRecipe, controls: Controls) -> ResolvedRecipe:
+    """The recipe of a job whose plans are rounded too: group size and blocks suit fewer bits.
+
+    Raises:
+      InputError: the model has no such format, stores codes that exports would take over, or a
+        group of weights would be incomplete.
+    """
+    base, names = job.base.about, formats(job, controls.bits)
+    given = dataclasses.replace(
+        recipe, model=job.recipe.model, bits=min(controls.bits), export=tuple(names.values()),
+        planner=job.recipe.planner, repair="none",
+    )  # fmt: skip
+    found = resolved(given, base)
+    for name in names.values():
+        if export_of(base, whole_plan(job), form_of(found, name)).native is not None:
+            raise InputError(
+                f"{base.folder} stores its weights in few bits, whose codes {name} takes over: "
+                "rounding them would be another model; compare with --bits 16"
+            )
+    return dataclasses.replace(
+        job.recipe, group_size=found.group_size, block=found.block, minimum=found.minimum
+    )
+
+
+def formats(job: Job, bits: Sequence[int]) -> dict[int, FormatName]:
+    """The format of each number of bits, that with a width per expert if there is one.
+
+    Raises:
+      InputError: the model's family has none.
+    """
+    found: dict[int, FormatName] = {}
+    known = job.base.about.family.formats
+    for one in bits:
+        fitting: list[FormatName] = [
+            n for n in FORMATS if n in known and ExportFormat(n).storage == STORAGES[one]
+        ]
+        if not fitting:
+            raise InputError(
+                f"bits={one} is no format of this model's family, which has {', '.join(known)}; "
+                "leave it out of --bits"
+            )
+        found[one] = fitting[0]
+    return found
+
+
+def whole_plan(job: Job) -> PruningPlan:
+    """The plan that keeps everything."""
+    c = job.base.config
+    shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
+    return PruningPlan(np.ones(shape, bool), tuple(c.moe_layers))
+
+
+def written_bytes(job: Job, plan: PruningPlan, bits: int) -> int:
+    """Bytes of the folder that a plan would be written as."""
+    name = formats(job, [bits])[bits]
+    return export_of(job.base.about, plan, form_of(job.recipe, name, plan)).nbytes
+
+
+def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]:
+    """All that is measured, each with the channels that it keeps; 0 where nothing is small enough.
+
+    Args:
+      job: opened and resolved for all of the bits.
+      names: of rules.
+      controls: what is varied beside them.
+
+    Raises:
+      InputError: a rate that no budget suits, or a size that nothing comes down to.
+    """
+    repairs: tuple[Repaired, ...] = ("", controls.repair) if controls.repair else ("",)
+    whole, budgets = _channels(job), _budgets(job, controls.rates)
+    few = [bits for bits in controls.bits if bits < 16]
+    found = {Task(UNPRUNED, 0.0, bits=bits): whole for bits in few}
+    for how in repairs:
+        for rate, budget in budgets.items():
+            for name in names:
+                for seed in RULES[name].seeds:
+                    found |= {Task(name, rate, seed, how, bits): budget for bits in controls.bits}
+        for target in controls.targets(job):
+            for bits in controls.bits:
+                found |= _at_target(job, names, target, bits, how)
+    again = {task: budget for task, budget in found.items() if task.rule != UNPRUNED}
+    for draw in range(1, controls.draws + 1):
+        found |= {dataclasses.replace(one, draw=draw): budget for one, budget in again.items()}
+    return found
+
+
+def drawn(job: Job, draw: int) -> Job:
+    """The job with as many windows of its calibration text, drawn with replacement.
+
+    Args:
+      job: of the whole text.
+      draw: which one; 0 is the job itself. The recipe's seed counts, too.
+
+    Returns:
+      A job that scores into a folder of its own.
+    """
+    if not draw:
+        return job
+    count, seed = len(job.calibration.tokens), job.recipe.seed
+    rows = np.sort(np.random.default_rng([seed, draw]).integers(count, size=count))
+    text = job.calibration.of(rows)
+    noted = tuple({**source, "drawn": [seed, draw]} for source in text.sources)
+    folder = job.output / DRAWS / str(draw)
+    return dataclasses.replace(
+        job,
+        calibration=dataclasses.replace(text, sources=noted),
+        recipe=dataclasses.replace(job.recipe, output=str(folder)),
+    )
+
+
+def _at_target(
+    job: Job, names: Sequence[str], target: int, bits: int, how: Repaired
+) -> dict[Task, int]:
+    whole, form = _channels(job), formats(job, [bits])[bits]
+
+    @functools.cache
+    def most(step: int) -> int:
+        return most_channels(job, form, target, step)
+
+    if most(whole) == whole:
+        return {Task(UNPRUNED, 0.0, 0, "", bits, target): whole}
+    found = {}
+    for name in names:
+        budget = most(_step(job, RULES[name]))
+        rate = round(1.0 - budget / whole, 6)
+        for seed in RULES[name].seeds:
+            found[Task(name, rate, seed, how, bits, target)] = budget
+    return found
+
+
+def most_channels(job: Job, form: FormatName, target: int, step: int) -> int:
+    """Most channels, in steps, that a folder of so many bytes surely holds; 0 if none."""
+
+    def is_too_large(steps: int) -> bool:
+        return byte_range(job.base.about, job.recipe, form, steps * step)[1] > target
+
+    counts = range(1, _channels(job) // step + 1)
+    return step * bisect.bisect_left(counts, True, key=is_too_large)
+
+
+def _step(job: Job, rule: Rule) -> int:
+    """Channels by which a rule's budgets differ."""
+    c, options = job.base.config, rule.options
+    layers, experts = len(c.moe_layers), c.moe.num_experts
+    if options.width == "uniform":
+        return layers * experts * job.recipe.block
+    if options.width == "experts":
+        return c.moe.d_expert * (layers if options.per_layer else 1)
+    return job.recipe.block
+
+
+def _channels(job: Job) -> int:
+    c = job.base.config
+    return len(c.moe_layers) * c.moe.num_experts * c.moe.d_expert
+
+
+def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
+    # By the rate that is really kept: two asked for may round to one.
+    c = job.base.config
+    shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
+    found = {}
+    for rate in rates:
+        budget = common_budget(shape, rate, job.recipe.block)
+        found[round(1.0 - budget / math.prod(shape), 6)] = budget
+    return found
