@@ -1,18 +1,14 @@
 """Every rule at equal kept channels on held-out text, one sweep of the model per group of rules."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
-
 from moe_jax.errors import InputError
 from moe_jax.spread import Spread
-from pruning.budget.plan import PruningPlan
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
-from pruning.kit.errors import BudgetError
-from pruning.kit.progress import OnStep, Steps
+from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference
 from pruning.recipe.options import COMPARED_TOKENS
 from pruning.recipe.place_options import PlaceOptions
@@ -23,17 +19,12 @@ from pruning.report.comparison import Comparison
 from pruning.runs.cap import refuse_limit
 from pruning.runs.compared import (
     Scored,
-    joined,
-    repaired_hidden,
     require_windows,
-    task_plan,
-    task_result,
-    with_overlap,
 )
-from pruning.runs.controls import STORAGES, Controls, Task, drawn, rounded_recipe, tasks
+from pruning.runs.controls import Controls, Task, drawn, rounded_recipe, tasks
 from pruning.runs.places import working
+from pruning.runs.plan_groups import run_groups
 from pruning.runs.score import scored
-from pruning.shrink.masked import masked_hidden
 from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
 from pruning.stages import score as scoring
@@ -44,8 +35,6 @@ from pruning.stages.plan import TEXT_CHOICES
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows, text_hashes
 
-STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
-GROUP = 16  # plans per group at most: results are saved after each
 RATES = (0.25, 0.5)
 
 
@@ -236,7 +225,7 @@ def _measure(
         title = f"compare {len(own)} plans" + f" of draw {draw}" * bool(draw)
         with steps.bar(title) as on_step:
             given = (source, sums, whole, own, budgets, texts, references)
-            for results, refused in _run_groups(*given, on_step):
+            for results, refused in run_groups(*given, on_step):
                 found = found.with_results(results, refused)
                 if job.spread.leads:
                     found.save(job.output)
@@ -251,83 +240,3 @@ def _say_refused(refused: Sequence[Result], steps: Steps) -> None:
         rules.setdefault((result.place, result.reason), []).append(result.name)
     for (place, reason), names in rules.items():
         steps.say(f"at {place}: {reason} (refused: {', '.join(names)})")
-
-
-def _groups(tasks: Sequence[Task], size: int) -> list[list[Task]]:
-    """Tasks that run together: masked ones share readings of the model, and a repair is that of
-    one plan, whatever its bits."""
-    masked = [task for task in tasks if not task.repair]
-    groups = [masked[start : start + size] for start in range(0, len(masked), size)]
-    repairs: dict[Task, list[Task]] = {}
-    for task in (task for task in tasks if task.repair):
-        repairs.setdefault(dataclasses.replace(task, bits=16), []).append(task)
-    return groups + list(repairs.values())
-
-
-def _group_size(job: Job, texts: Mapping[str, Windows]) -> int:
-    states = sum(w.tokens.size for w in texts.values()) * job.base.config.d_model
-    return max(1, min(GROUP, STATE_BYTES // (states * np.dtype(job.dtype).itemsize)))
-
-
-def _run_groups(
-    job: Job,
-    own: Scored,
-    whole: Scored,
-    tasks: Sequence[Task],
-    budgets: Mapping[Task, int],
-    texts: Mapping[str, Windows],
-    references: Mapping[str, Reference],
-    on_step: OnStep,
-) -> Iterator[tuple[list[Result], list[Result]]]:
-    """Results and refusals of one group of tasks after the other, shared out to processes."""
-    done, total = 0, len(tasks) * len(job.base)
-    share = -(-len(tasks) // job.spread.processes)
-
-    def measured(group: list[Task]) -> list[list[dict[str, Any]]]:
-        given = (job, own, whole, group, budgets, texts, references)
-        both = _run_group(*given, lambda layer: on_step(done + (layer + 1) * len(group), total))
-        return [[dataclasses.asdict(result) for result in results] for results in both]
-
-    groups = _groups(tasks, min(_group_size(job, texts), share))
-    for group, both in job.spread.shared_out(groups, measured):
-        done += len(group) * len(job.base)
-        results, refused = ([Result(**values) for values in one] for one in both)
-        yield results, refused
-
-
-def _run_group(
-    job: Job,
-    scored: Scored,
-    whole: Scored,
-    group: Sequence[Task],
-    budgets: Mapping[Task, int],
-    texts: Mapping[str, Windows],
-    references: Mapping[str, Reference],
-    on_layer: Callable[[int], None],
-) -> tuple[list[Result], list[Result]]:
-    planned: list[tuple[Task, PruningPlan]] = []
-    refused = []
-    for task in group:
-        try:
-            plan = task_plan(job, *scored, task, budgets[task])
-            planned.append((task, plan))
-        except BudgetError as error:
-            # It may be too small for whole experts: the other rules go on.
-            refused.append(Result(**dataclasses.asdict(task), reason=str(error)))
-    if not planned:
-        return [], refused
-    plans, text = [plan for _, plan in planned], joined(texts)
-    bits = [task.bits for task, _ in planned]
-    if group[0].repair:
-        hidden = repaired_hidden(job, plans[0], group[0].repair, bits, text, on_layer)
-    else:
-        hidden = masked_hidden(
-            job.base, *text, plans, storages=[STORAGES[one] for one in bits],
-            group_size=job.recipe.group_size, batch=min(job.recipe.batch, len(text[0])),
-            dtype=job.dtype, on_layer=on_layer,
-        )  # fmt: skip
-    results = [
-        task_result(task, plan, job, states, texts, references)
-        for (task, plan), states in zip(planned, hidden, strict=True)
-    ]
-    return with_overlap(results, planned, job, whole, budgets), refused

@@ -137,6 +137,7 @@ TESTS = {
     "pruning/measure/settled.py": "measure/test_settled -k 'tie or settled_token or is_gone'",
     "pruning/measure/*.py": "measure/test_{stem}",
     "pruning/runs/compare*.py": "runs/test_compare_values",
+    "pruning/runs/plan_groups.py": "runs/test_compare_values",
     "pruning/report/comparison.py": "report/test_comparison",
     "pruning/stages/sizes.py": "stages/test_sizes",
     "pruning/stages/verify.py": "stages/test_verify_values",

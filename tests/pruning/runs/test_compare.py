@@ -24,6 +24,9 @@ from pruning.measure.quality import measure_quality
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.comparison import Comparison
 from pruning.runs import compare as comparing
+from pruning.runs import plan_groups
+from pruning.runs.compared import task_plan
+from pruning.runs.controls import Task
 from pruning.scores.statistics import load_statistics
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
@@ -176,8 +179,8 @@ def test_a_narrow_terminal_leaves_columns_out_and_breaks_no_number(whole, width,
 def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_file(
     recipe, whole, monkeypatch
 ):  # fmt: skip
-    monkeypatch.setattr(comparing, "GROUP", 5)
-    original, calls = comparing._run_group, []
+    monkeypatch.setattr(plan_groups, "GROUP", 5)
+    original, calls = plan_groups._run_group, []
 
     def stop_at_the_second(*arguments):
         calls.append(arguments)
@@ -185,7 +188,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_file(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(comparing, "_run_group", stop_at_the_second)
+    monkeypatch.setattr(plan_groups, "_run_group", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run(recipe)
     assert len(Comparison.load(file_of(recipe)).results) == 5
@@ -236,8 +239,8 @@ def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
     same = dataclasses.replace(repairable, bits=16, planner="fair", evaluation_tokens=60 + 32)
     job, one = open_job(same), both.results[2]
     statistics, provenance = load_statistics(tmp_path / "out" / "statistics.safetensors")
-    task = comparing.Task("uniform-act", 0.5, 0)
-    plan = comparing.task_plan(job, statistics, provenance, task, one.kept)
+    task = Task("uniform-act", 0.5, 0)
+    plan = task_plan(job, statistics, provenance, task, one.kept)
     repair_model(
         job.base, plan, job.calibration.tokens, job.calibration.valid, tmp_path / "alone",
         mode="layer", provenance={}, batch=4,
@@ -269,8 +272,8 @@ def test_rows_by_bytes_are_what_exports_of_their_plans_take_and_lose(recipe, tmp
     job = open_job(dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 64))
     statistics, provenance = load_statistics(tmp_path / "out" / "statistics.safetensors")
     both, (name,) = rows["uniform-act 4-bit", 0], job.evaluation
-    task = comparing.Task("uniform-act", 0.5)
-    plan, form = comparing.task_plan(job, statistics, provenance, task, both.kept), INT4
+    task = Task("uniform-act", 0.5)
+    plan, form = task_plan(job, statistics, provenance, task, both.kept), INT4
     source = pruned_source(job.base, plan, form)
     folder = export_of(job.base.about, plan, form).write(source, tmp_path / "written")
     text = first_tokens(job.evaluation[name], 60)
@@ -303,8 +306,8 @@ def test_draws_of_the_calibration_text_are_planned_for_and_measured_on_their_own
     for draw, folder in ((0, "."), (1, "draws/1"), (2, "draws/2")):
         statistics, noted = load_statistics(tmp_path / "drawn" / folder / "statistics.safetensors")
         for rule in rules:
-            task = comparing.Task(rule, 0.5)
-            plans[rule, draw] = comparing.task_plan(job, statistics, noted, task, 512).keep
+            task = Task(rule, 0.5)
+            plans[rule, draw] = task_plan(job, statistics, noted, task, 512).keep
         assert draw == 0 or noted["sources"][0]["drawn"] == [0, draw]
     for result in found.results:
         own, whole = plans[result.rule, result.draw], plans[result.rule, 0]
@@ -314,7 +317,7 @@ def test_draws_of_the_calibration_text_are_planned_for_and_measured_on_their_own
     page = (tmp_path / "drawn" / "compare.html").read_text()
     assert "Over 2 draws of the calibration text, at 0.5" in page
     before = file_of(asked).read_bytes()
-    monkeypatch.setattr(comparing, "_run_group", None)  # nothing is left to measure
+    monkeypatch.setattr(plan_groups, "_run_group", None)  # nothing is left to measure
     assert run(asked, rules, [0.5], draws=2) == found
     assert file_of(asked).read_bytes() == before
 
@@ -322,7 +325,7 @@ def test_draws_of_the_calibration_text_are_planned_for_and_measured_on_their_own
 def test_a_comparison_killed_in_a_repair_goes_on_after_its_last_layer(
     repairable, tmp_path, monkeypatch
 ):
-    original, layers = comparing.repaired_hidden, []
+    original, layers = plan_groups.repaired_hidden, []
 
     def killed(job, plan, mode, bits, text, on_layer):
         def visited(layer):
@@ -333,7 +336,7 @@ def test_a_comparison_killed_in_a_repair_goes_on_after_its_last_layer(
 
         return original(job, plan, mode, bits, text, visited)
 
-    monkeypatch.setattr(comparing, "repaired_hidden", killed)
+    monkeypatch.setattr(plan_groups, "repaired_hidden", killed)
 
     def compared(folder):
         recipe = dataclasses.replace(repairable, output=str(tmp_path / folder))
