@@ -1,0 +1,122 @@
+"""Plans that are measured together: masked ones share readings of the model."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pruning.budget.plan import PruningPlan
+from pruning.kit.errors import BudgetError
+from pruning.kit.progress import OnStep
+from pruning.measure.quality import Reference
+from pruning.report.compared import Result
+from pruning.runs.compared import (
+    Scored,
+    joined,
+    repaired_hidden,
+    task_plan,
+    task_result,
+    with_overlap,
+)
+from pruning.runs.controls import STORAGES, Task
+from pruning.shrink.masked import masked_hidden
+from pruning.stages.job import Job
+from pruning.text.windows import Windows
+
+STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
+GROUP = 16  # plans per group at most: results are saved after each
+
+
+def run_groups(
+    job: Job,
+    own: Scored,
+    whole: Scored,
+    tasks: Sequence[Task],
+    budgets: Mapping[Task, int],
+    texts: Mapping[str, Windows],
+    references: Mapping[str, Reference],
+    on_step: OnStep,
+) -> Iterator[tuple[list[Result], list[Result]]]:
+    """Plan and measure tasks, one group after the other, shared out to processes.
+
+    Args:
+      job: model, how it is run, and the processes.
+      own: statistics and what is noted of them, by which the tasks are planned.
+      whole: those of the whole calibration text, if they are of a draw.
+      tasks: of one draw.
+      budgets: channels that each task keeps, and what else it is compared with.
+      texts: that all are measured on.
+      references: the dense model on each of them.
+      on_step: told of layers done and of how many there are.
+
+    Yields:
+      Results, and tasks that are refused with the reason.
+    """
+    done, total = 0, len(tasks) * len(job.base)
+    share = -(-len(tasks) // job.spread.processes)
+
+    def measured(group: list[Task]) -> list[list[dict[str, Any]]]:
+        given = (job, own, whole, group, budgets, texts, references)
+        both = _run_group(*given, lambda layer: on_step(done + (layer + 1) * len(group), total))
+        return [[dataclasses.asdict(result) for result in results] for results in both]
+
+    groups = _groups(tasks, min(_group_size(job, texts), share))
+    for group, both in job.spread.shared_out(groups, measured):
+        done += len(group) * len(job.base)
+        results, refused = ([Result(**values) for values in one] for one in both)
+        yield results, refused
+
+
+def _groups(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """Tasks that run together: masked ones share readings of the model, and a repair is that of
+    one plan, whatever its bits."""
+    masked = [task for task in tasks if not task.repair]
+    groups = [masked[start : start + size] for start in range(0, len(masked), size)]
+    repairs: dict[Task, list[Task]] = {}
+    for task in (task for task in tasks if task.repair):
+        repairs.setdefault(dataclasses.replace(task, bits=16), []).append(task)
+    return groups + list(repairs.values())
+
+
+def _group_size(job: Job, texts: Mapping[str, Windows]) -> int:
+    states = sum(w.tokens.size for w in texts.values()) * job.base.config.d_model
+    return max(1, min(GROUP, STATE_BYTES // (states * np.dtype(job.dtype).itemsize)))
+
+
+def _run_group(
+    job: Job,
+    scored: Scored,
+    whole: Scored,
+    group: Sequence[Task],
+    budgets: Mapping[Task, int],
+    texts: Mapping[str, Windows],
+    references: Mapping[str, Reference],
+    on_layer: Callable[[int], None],
+) -> tuple[list[Result], list[Result]]:
+    planned: list[tuple[Task, PruningPlan]] = []
+    refused = []
+    for task in group:
+        try:
+            plan = task_plan(job, *scored, task, budgets[task])
+            planned.append((task, plan))
+        except BudgetError as error:
+            # It may be too small for whole experts: the other rules go on.
+            refused.append(Result(**dataclasses.asdict(task), reason=str(error)))
+    if not planned:
+        return [], refused
+    plans, text = [plan for _, plan in planned], joined(texts)
+    bits = [task.bits for task, _ in planned]
+    if group[0].repair:
+        hidden = repaired_hidden(job, plans[0], group[0].repair, bits, text, on_layer)
+    else:
+        hidden = masked_hidden(
+            job.base, *text, plans, storages=[STORAGES[one] for one in bits],
+            group_size=job.recipe.group_size, batch=min(job.recipe.batch, len(text[0])),
+            dtype=job.dtype, on_layer=on_layer,
+        )  # fmt: skip
+    results = [
+        task_result(task, plan, job, states, texts, references)
+        for (task, plan), states in zip(planned, hidden, strict=True)
+    ]
+    return with_overlap(results, planned, job, whole, budgets), refused
