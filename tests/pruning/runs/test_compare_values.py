@@ -19,7 +19,7 @@ from pruning.kit.errors import BudgetError
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.compared import Result
 from pruning.runs import compare as comparing
-from pruning.runs import compared
+from pruning.runs import compared, plan_groups
 from pruning.runs.compare import compare
 from pruning.runs.compared import Task
 from pruning.text.windows import make_windows, text_hashes
@@ -106,13 +106,12 @@ def asked(monkeypatch, tmp_path):
         references |= {"one": 1, "two": 2}
         return {text: SimpleNamespace(to_dict=lambda: QUALITY) for text in texts}
 
-    patched = {
-        "open_job": open_job, "identify": lambda *given: None, "task_plan": task_plan,
-        "masked_hidden": masked_hidden, "repaired_hidden": repaired_hidden,
-        "task_result": task_result, "measure": measure,
-    }  # fmt: skip
-    for name, value in patched.items():
-        monkeypatch.setattr(comparing, name, value)
+    opened = {"open_job": open_job, "identify": lambda *given: None, "measure": measure}
+    run = {"task_plan": task_plan, "masked_hidden": masked_hidden,
+           "repaired_hidden": repaired_hidden, "task_result": task_result}  # fmt: skip
+    for module, patched in ((comparing, opened), (plan_groups, run)):
+        for name, value in patched.items():
+            monkeypatch.setattr(module, name, value)
 
     def scored(job, steps, prepare, more):
         prepare()
@@ -187,7 +186,7 @@ def test_every_rule_and_seed_at_every_rate_is_a_task_with_a_budget_of_whole_expe
 def test_plans_share_a_reading_of_the_model_as_far_as_their_states_fit(asked, monkeypatch, fit,
                                                                        size):  # fmt: skip
     rows = sum(len(windows.tokens) for windows in asked.job.evaluation.values())
-    monkeypatch.setattr(comparing, "STATE_BYTES", int(fit * rows * 8 * D * 4))
+    monkeypatch.setattr(plan_groups, "STATE_BYTES", int(fit * rows * 8 * D * 4))
     steps = Told()
     rules = ("uniform-*",)
     run(asked, rules=rules, steps=steps, expert_details=True, gradients=True,
