@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from pruning.runs import audit, compare
+from pruning.runs import audit, plan_groups
 from pruning.scores import states
 from tests.support.command import given, read, run
 from tests.support.killing import EVENTS, WRITES, Killed, contents, counting
@@ -49,7 +49,7 @@ def test_a_disturbed_stage_ends_like_an_undisturbed_one(
     stage, models, texts, coded, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(states, "MEMORY_STATES", 0)  # all states go to scratch files
-    monkeypatch.setattr(compare, "GROUP", 1)
+    monkeypatch.setattr(plan_groups, "GROUP", 1)
     monkeypatch.setattr(audit, "TOGETHER", 2)
 
     def go(out) -> int:
