@@ -255,16 +255,19 @@ def _health(options: Options) -> Outcome:
     given: dict[str, Any] = given_options(options, HealthOptions)
     if "generate" not in given:
         raise InputError("new_tokens are those of continuations; add --generate N")
-    if options.stride is not None or _limit(options):
-        raise InputError("continuations take neither --stride nor --memory-limit; leave them out")
     text = given_options(options, TextOptions)
+    unread = [name for name in ("window", "loss_on") if name in text]
+    unread += ["stride"] * (options.stride is not None) + list(_limit(options))
+    if unread:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        raise InputError(f"{flags}: of no meaning with --generate; leave it out")
     found = writing.generation_health(
         options.folder,
         options.text or (),
         options.rates or (),
         **given,
         text_field=options.text_field,
-        **{name: text[name] for name in ("first_tokens",) if name in text},
+        **text,
         batch=options.batch,
         dtype=options.dtype,
         steps=_steps(options),

@@ -40,6 +40,7 @@ def generation_health(
     generate: int = 32,
     new_tokens: int = 64,
     text_field: str = "text",
+    evaluation_tokens: int = WHOLE_TEXT,
     first_tokens: bool = True,
     batch: int = 8,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -56,6 +57,7 @@ def generation_health(
       generate: beginnings that are continued, spread evenly over the texts, and as many sums.
       new_tokens: most tokens of a continuation.
       text_field: field of a row that holds the text.
+      evaluation_tokens: of each text, over which its beginnings are spread, at most.
       first_tokens: begin with the tokens that the tokenizer puts first, if it does.
       batch: windows per step where entropies are measured.
       dtype: of the activations.
@@ -71,13 +73,16 @@ def generation_health(
     """
     asked = HealthOptions(generate=generate, new_tokens=new_tokens)
     check_whole("batch", batch, 1, MOST_BATCH, "; change --batch")
+    check_whole(
+        "evaluation_tokens", evaluation_tokens, BEGINNING, cure="; change --evaluation-tokens"
+    )
     if not texts:
         raise InputError("there is no text whose beginnings are continued; name one with --text")
     steps = steps or Steps()
     models, _ = asked_models(folder, rates, steps)
     about = models[0].checkpoint
     codec = open_codec(about.about.folder, about.config.vocab_size, first_tokens=first_tokens)
-    prompts = _beginnings(texts, text_field, codec, asked.generate, steps)
+    prompts = _beginnings(texts, text_field, evaluation_tokens, codec, asked.generate, steps)
     how = {"batch": batch, "dtype": DTYPES[dtype]}
     found, written = {}, {}
     for one in models:
@@ -93,13 +98,18 @@ def generation_health(
 
 
 def _beginnings(
-    texts: Sequence[str | os.PathLike], field: str, codec: TextCodec, number: int, steps: Steps
+    texts: Sequence[str | os.PathLike],
+    field: str,
+    most: int,
+    codec: TextCodec,
+    number: int,
+    steps: Steps,
 ) -> list[list[int]]:
     """Pieces of the texts, evenly spread over what is read of each, behind the first tokens."""
     prompts = []
     for place, text in enumerate(texts):
         source = evaluation_source(os.fspath(text), field)
-        stream = read_tokens(source, codec, WHOLE_TEXT, "all")
+        stream = read_tokens(source, codec, most, "all")
         say_source(source_note(source, stream, len(stream.tokens)), steps)
         tokens = stream.tokens[len(codec.first) :]
         if len(tokens) < BEGINNING:

@@ -92,10 +92,16 @@ def test_impossible_wishes_are_refused_before_any_work(models, texts, tmp_path, 
     good = ("--text", texts / "good.txt")
     for words, told in (
         ((*good, "--generate", 0), "generate=0"),
+        ((*good, "--generate", 2, "--evaluation-tokens", 9), "evaluation_tokens=9"),
         ((*good, "--new-tokens", 4), "add --generate N"),
         (("--generate", 2), "name one with --text"),
         (("--text", texts / "one.txt", "--generate", 2), "at least 2 are needed"),
-        ((*good, "--generate", 2, "--stride", 3), "leave them out"),
+        ((*good, "--generate", 2, "--stride", 3), "--stride: of no meaning with --generate"),
+        (
+            (*good, "--generate", 2, "--window", 9, "--loss-on", "answers"),
+            "--window, --loss-on: of",
+        ),
+        ((*good, "--generate", 2, "--memory-limit", "9GB"), "--memory-limit: of no meaning"),
         ((*good, "--generate", 2, "--new-tokens", 100_000), "exceed the context"),
     ):
         assert told in refused(capsys, tmp_path, "eval", models / "single", *words)
