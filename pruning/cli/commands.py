@@ -3,68 +3,55 @@
 Commands with a recipe find it, checked, in `options.made`.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from convert.checkpoint import open_checkpoint
 from convert.mtp import mtp_layers
 from moe_jax.errors import InputError
+from pruning.cli.eval_command import evaluate as evaluate
 from pruning.cli.flags import given_options, recipe_from
+from pruning.cli.given import Options, follows, limit_of, places_of, steps_of
 from pruning.cli.output import Outcome, stdout
 from pruning.cli.tables import (
     checks_table,
     exports_table,
     model_table,
     plans_table,
-    quality_table,
 )
 from pruning.demo import model_folder
-from pruning.kit.progress import Steps
-from pruning.recipe.health_options import HealthOptions
-from pruning.recipe.options import ExportOptions, PlanOptions, TextOptions
-from pruning.recipe.place_options import PlaceOptions
+from pruning.recipe.options import ExportOptions, PlanOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
-from pruning.recipe.task_options import TaskOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
 from pruning.report.comparison_draws import draw_tables
 from pruning.report.comparison_sizes import size_tables
 from pruning.report.cost_tables import estimate_tables
-from pruning.report.health_table import health_table
-from pruning.report.task_table import compared_table
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
 from pruning.runs import compare as comparing
 from pruning.runs import compress as compressing
 from pruning.runs import estimate as estimating
-from pruning.runs import evaluate as evaluating
 from pruning.runs import export as exporting
-from pruning.runs import health as writing
 from pruning.runs import plan as planning
 from pruning.runs import recover as recovering
 from pruning.runs import report as reporting
 from pruning.runs import score as scoring
-from pruning.runs import tasks as asking
 from pruning.runs import verify as verifying
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import folder_bytes
 from pruning.stages.writer import only_writer
-
-Options = argparse.Namespace
 
 gc.freeze()  # every stage collects garbage, which what was imported never becomes
 
 
 def compress(options: Options) -> Outcome:
     """Everything; shows the report."""
-    report = compressing.compress(options.made, _steps(options))
+    report = compressing.compress(options.made, steps_of(options))
     folder = Path(options.made.output)
     sample, lines = report.sample, []
     shown = (("prompt", "prompt"), ("dense", "dense"), (sample["export"], "compressed"))
@@ -79,8 +66,8 @@ def compress(options: Options) -> Outcome:
 def score(options: Options) -> Outcome:
     """Statistics of a model."""
     recipe = options.made
-    found = scoring.score(recipe, _steps(options), _places(options))
-    if _follows(options):
+    found = scoring.score(recipe, steps_of(options), places_of(options))
+    if follows(options):
         return Outcome(None)
     path = Path(recipe.output) / STATISTICS
     tokens = int(found.total_tokens)
@@ -117,7 +104,7 @@ def inspect(options: Options) -> Outcome:
         "context": c.max_position,
     }
     if options.fingerprint:
-        with _steps(options).bar("read the weights") as on_step:
+        with steps_of(options).bar("read the weights") as on_step:
             base.hash_weights(on_step)
         found["fingerprint"] = base.fingerprint
     return Outcome(found, [model_table(found)])
@@ -137,9 +124,9 @@ def estimate(options: Options) -> Outcome:
 
 def plan(options: Options) -> Outcome:
     """One plan in the folder, or one per rate below plans/."""
-    given = given_options(options, PlanOptions) | _limit(options)
+    given = given_options(options, PlanOptions) | limit_of(options)
     plans = planning.plan_folder(
-        options.folder, options.rates or (), steps=_steps(options), **given
+        options.folder, options.rates or (), steps=steps_of(options), **given
     )
     values = [{"plan": f"{folder}/plan.json", **one.provenance} for folder, one in plans]
     pages = [Path(options.folder, "sweep.html")] if len(plans) > 1 else [plans[0][0] / "plan.json"]
@@ -149,11 +136,11 @@ def plan(options: Options) -> Outcome:
 
 def export(options: Options) -> Outcome:
     """The exports of the plan in a folder."""
-    given = given_options(options, ExportOptions) | _limit(options)
+    given = given_options(options, ExportOptions) | limit_of(options)
     folders = exporting.export_folder(
         options.folder,
         overwrite=getattr(options, "overwrite", False),
-        steps=_steps(options),
+        steps=steps_of(options),
         **given,
     )
     sizes = {folder: folder_bytes(folder) for folder in folders}
@@ -177,7 +164,7 @@ def apply(options: Options) -> Outcome:
         allow_other_model=options.allow_other_model,
         overwrite=recipe.overwrite,
         memory_limit=recipe.memory_limit,
-        steps=_steps(options),
+        steps=steps_of(options),
     )
     names = dict.fromkeys(check.export for check in checks)
     folders = [Path(recipe.output) / "exports" / name for name in names]
@@ -191,7 +178,7 @@ def apply(options: Options) -> Outcome:
 
 def verify(options: Options) -> Outcome:
     """Check every export of a folder."""
-    checks = verifying.verify(options.folder, _steps(options), **_limit(options))
+    checks = verifying.verify(options.folder, steps_of(options), **limit_of(options))
     return Outcome([dataclasses.asdict(check) for check in checks], [checks_table(checks)])
 
 
@@ -200,81 +187,10 @@ def recover(options: Options) -> Outcome:
     given = {name: () for name in ("text", "output")} | given_options(options, RecoverOptions)
     if not given["output"]:
         raise InputError("output is missing; give it with --output")
-    report = recovering.recover(options.folder, steps=_steps(options), **given)
+    report = recovering.recover(options.folder, steps=steps_of(options), **given)
     folder = Path(given["output"])
     pages = [*(folder / "exports" / name for name in report.exports), folder / "recover.html"]
     return Outcome(dataclasses.asdict(report), [report.terminal_table(), ""], pages)
-
-
-def evaluate(options: Options) -> Outcome:
-    """Likelihood of texts, or tasks, under a folder or under the plans of a sweep."""
-    if given_options(options, TaskOptions):
-        return _tasks(options)
-    if given_options(options, HealthOptions):
-        return _health(options)
-    found = evaluating.evaluate(
-        options.folder,
-        options.text or (),
-        options.rates or (),
-        text_field=options.text_field,
-        stride=options.stride,
-        batch=options.batch,
-        dtype=options.dtype,
-        **given_options(options, TextOptions),
-        **_limit(options),
-        steps=_steps(options),
-    )
-    pages = [Path(options.folder, "sweep.html")] if len(options.rates or ()) > 1 else []
-    return Outcome(found, [quality_table(found)], pages)
-
-
-def _tasks(options: Options) -> Outcome:
-    given: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions)
-    TaskOptions(**given)  # what is out of range is said first
-    if options.text or options.stride is not None:
-        raise InputError("tasks and text are two measurements; leave --text and --stride out")
-    if _limit(options):
-        raise InputError("tasks are asked in as much memory as they take; leave --memory-limit out")
-    text = given_options(options, TextOptions)
-    found = asking.evaluate_tasks(
-        options.folder,
-        rates=options.rates or (),
-        **given,
-        **{name: text[name] for name in ("window", "first_tokens") if name in text},
-        batch=options.batch,
-        dtype=options.dtype,
-        steps=_steps(options),
-    )
-    tables = found.pop("tables")
-    shown = [part for name, table in tables.items() for part in (f"{name}:", table)]
-    compared = [compared_table(name, rows) for name, rows in found["compared"].items()]
-    return Outcome(found, [*shown, *compared], [Path(file) for file in found["files"].values()])
-
-
-def _health(options: Options) -> Outcome:
-    given: dict[str, Any] = given_options(options, HealthOptions)
-    if "generate" not in given:
-        raise InputError("new_tokens are those of continuations; add --generate N")
-    text = given_options(options, TextOptions)
-    unread = [name for name in ("window", "loss_on") if name in text]
-    unread += ["stride"] * (options.stride is not None) + list(_limit(options))
-    if unread:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
-        raise InputError(f"{flags}: of no meaning with --generate; leave it out")
-    found = writing.generation_health(
-        options.folder,
-        options.text or (),
-        options.rates or (),
-        **given,
-        text_field=options.text_field,
-        **text,
-        batch=options.batch,
-        dtype=options.dtype,
-        steps=_steps(options),
-    )
-    lines = [f"beginning: {found['beginnings'][0]!r}"]
-    lines += [f"{name}: {texts[0]!r}" for name, texts in found["written"].items()]
-    return Outcome(found, [health_table(found["health"]), *lines])
 
 
 def audit(options: Options) -> Outcome:
@@ -290,11 +206,11 @@ def audit(options: Options) -> Outcome:
         experts=options.experts,
         channels=options.channels,
         tokens=options.sample_tokens,
-        steps=_steps(options),
-        where=_places(options),
+        steps=steps_of(options),
+        where=places_of(options),
         **given,
     )
-    if _follows(options):
+    if follows(options):
         return Outcome(None)
     return Outcome(found, audit_tables(found), [Path(output or source) / "audit.html"])
 
@@ -302,7 +218,7 @@ def audit(options: Options) -> Outcome:
 def report(options: Options) -> Outcome:
     """Show a finished run's report and write report.html again."""
     with only_writer(options.folder):
-        found = reporting.report(options.folder, _steps(options))
+        found = reporting.report(options.folder, steps_of(options))
     values = json.loads((options.folder / "report.json").read_text(encoding="utf-8"))
     return Outcome(values, [found.terminal_table(), ""], [options.folder / "report.html"])
 
@@ -316,32 +232,11 @@ def compare(options: Options) -> Outcome:
         "repair": options.repaired, "draws": options.draws,
     }  # fmt: skip
     found = comparing.compare(
-        recipe, **{name: value for name, value in given.items() if value}, steps=_steps(options),
-        where=_places(options),
+        recipe, **{name: value for name, value in given.items() if value}, steps=steps_of(options),
+        where=places_of(options),
     )  # fmt: skip
-    if _follows(options):
+    if follows(options):
         return Outcome(None)
     tables: list[Any] = [found.terminal_table(stdout().width)] if found.rates else []
     shown = [*tables, *size_tables(found), *draw_tables(found), ""]
     return Outcome(dataclasses.asdict(found), shown, [Path(recipe.output) / "compare.html"])
-
-
-def _limit(options: Options) -> dict[str, Any]:
-    """The memory limit, where one is given."""
-    limit = getattr(options, "memory_limit", None)
-    return {} if limit is None else {"memory_limit": limit}
-
-
-def _places(options: Options) -> PlaceOptions:
-    return PlaceOptions(**given_options(options, PlaceOptions))
-
-
-def _follows(options: Options) -> bool:
-    """Whether another process shows what this command found; nothing is shown or written then."""
-    follows = jax.process_index() > 0
-    options.json = None if follows else options.json
-    return follows
-
-
-def _steps(options: Options) -> Steps:
-    return Steps(quiet=options.quiet, verbose=options.verbose)
