@@ -18,6 +18,11 @@ FormatName = Literal[
     "padded-mxfp4", "padded-fp8", "ragged-int8", "padded-int8",
 ]  # fmt: skip
 FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
+# Asked for by part of a name, and why no folder is made so.
+NOT_WRITTEN = {
+    "nf4": "bitsandbytes NF4 is not written, because transformers leaves fused experts in 16 bits "
+    "with it and reads such a folder back as another model",
+}
 FLOAT4: FormatName = "padded-mxfp4"
 FLOAT8: FormatName = "padded-fp8"
 Layout = Literal["ragged", "layered", "padded"]  # a width per expert, per layer or per model
@@ -31,6 +36,11 @@ GROUPED_STEP = 8  # 16-bit channels in the 16 bytes of which torch._grouped_mm w
 MTP = ("drop", "keep", "prune")  # what becomes of layers that predict further tokens
 
 Widths = tuple[tuple[int, ...], ...]  # channels [layer][expert], () for a dense layer
+
+
+def why_not_written(word: str) -> str:
+    """Why a format of another name is not written, as a hint before its alternatives, or ""."""
+    return next((f"{why}; " for name, why in NOT_WRITTEN.items() if name in word.lower()), "")
 
 
 @dataclass(frozen=True)

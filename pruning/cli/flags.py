@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from convert.export_format import why_not_written
 from moe_jax.errors import InputError
 from pruning.cli.parser import LIST_ENDS, OpenNames, near
 from pruning.recipe.group import About, Options, about
@@ -92,7 +93,7 @@ def value_of(kind: type, choices: tuple = (), *, is_list: bool = False) -> Calla
             raise argparse.ArgumentTypeError(f"{word!r} is not {KINDS[kind][0]}{cure}") from None
         if choices and value not in choices:
             listed = ", ".join(map(str, choices))
-            hint = near(word, map(str, choices))
+            hint = why_not_written(word) or near(word, map(str, choices))
             raise argparse.ArgumentTypeError(
                 f"{word!r} is unknown; {hint}choose among {listed}{cure}"
             )

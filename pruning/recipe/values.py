@@ -9,6 +9,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from convert.export_format import why_not_written
 from moe_jax.errors import InputError, choose
 
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
@@ -149,7 +150,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     if origin is Literal:
         if type(value) is not type(inner[0]) or value not in inner:
             near = difflib.get_close_matches(str(value), [one for one in inner if type(one) is str])
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            like = f"did you mean {near[0]!r}? " if near else ""
+            hint = why_not_written(str(value)) or like
             raise InputError(
                 f"{shown} is unknown; {hint}choose among {', '.join(map(repr, inner))}"
             )

@@ -17,7 +17,7 @@ from pruning.scores.grams import Sample
 from pruning.scores.statistics import ChannelStatistics
 
 PULL = 1e-2  # toward the weights as they are, of the mean diagonal of an expert's Gram
-SHARE = 1 / 8  # of the tokens of a text, by which it is seen how far channels are alike
+SHARE = 1 / 4  # of the tokens of a text, by which it is seen how far channels are alike
 BLOCKS = 16  # so many at least of an expert's channels go at a time: one matrix product each
 
 

@@ -98,6 +98,8 @@ def test_a_name_registered_from_outside_is_accepted():
          "--prune-rate takes one value here, several in estimate, plan, eval, compare"),
         (["compress", "--export", "ragged-int4", "demo"], "compress MODEL",
          "'demo' is unknown; choose among ragged-bf16, .* a list takes every word up to the next"),
+        (["compress", "m", "--export", "padded-nf4"], "compress MODEL",
+         "'padded-nf4' is unknown; bitsandbytes NF4 is not written, because transformers leaves"),
         (["plan", "--prune-rate", "0.5", "out"], "plan FOLDER", "'out' is not a number; a list"),
         (["eval", "--text", "a", "out"], "eval FOLDER", "required: FOLDER; a list takes every"),
     ],

@@ -143,6 +143,7 @@ def test_every_field_has_a_flag_that_sets_it():
         ({"bits": 6}, r"bits=6 is unknown; choose among 4, 8, 16"),
         ({"bits": True}, r"bits=True is unknown"),
         ({"export": "ragged-int4"}, r"export='ragged-int4' must be a list; write \[ragged-int4\]"),
+        ({"export": ["padded-nf4"]}, r"is unknown; bitsandbytes NF4 is not written, because"),
         ({"export": ["ragged-int5"]}, r"export='ragged-int5' is unknown; .* 'ragged-int4'"),
         ({"export": ["ragged-int4"] * 2}, r"must name each format once"),
         ({"calibration": "a.txt"}, r"calibration='a.txt' must be a list; write \[a.txt\]"),
