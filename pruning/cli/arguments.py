@@ -299,6 +299,17 @@ def compare(command: Parser) -> None:
         "all rules again: errors of losses and differences, and how far what is kept is alike; "
         "each takes as long as all the rest",
     )  # fmt: skip
+    place.add_argument(
+        "--top-k", nargs="+", action="extend", metavar="K", type=value_of(int, is_list=True),
+        help="also measure the whole model with K experts per token, fewer than it has: what a "
+        "token reads and computes shrinks, the folder does not",
+    )  # fmt: skip
+    place.add_argument(
+        "--skip-below", nargs="+", action="extend", metavar="X",
+        type=value_of(float, is_list=True),
+        help="the same, skipping experts whose routing weight is below X times that of the "
+        "token's best expert, e.g. 0.1",
+    )  # fmt: skip
     add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     add_group(command, TextOptions)
     add_group(

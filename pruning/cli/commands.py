@@ -28,6 +28,7 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
+from pruning.report.comparison_compute import compute_tables
 from pruning.report.comparison_draws import draw_tables
 from pruning.report.comparison_sizes import size_tables
 from pruning.report.cost_tables import estimate_tables
@@ -229,7 +230,8 @@ def compare(options: Options) -> Outcome:
     given = {
         "rates": options.rates, "rules": options.rules, "bits": options.compared_bits,
         "target_bytes": options.compared_bytes, "target_factors": options.compared_factors,
-        "repair": options.repaired, "draws": options.draws,
+        "repair": options.repaired, "draws": options.draws, "top_k": options.top_k,
+        "skip_below": options.skip_below,
     }  # fmt: skip
     found = comparing.compare(
         recipe, **{name: value for name, value in given.items() if value}, steps=steps_of(options),
@@ -238,5 +240,5 @@ def compare(options: Options) -> Outcome:
     if follows(options):
         return Outcome(None)
     tables: list[Any] = [found.terminal_table(stdout().width)] if found.rates else []
-    shown = [*tables, *size_tables(found), *draw_tables(found), ""]
+    shown = [*tables, *size_tables(found), *compute_tables(found), *draw_tables(found), ""]
     return Outcome(dataclasses.asdict(found), shown, [Path(recipe.output) / "compare.html"])

@@ -95,6 +95,9 @@ EXAMPLES = {
     "      --output bytes\n\n"
     "Fewer bits or fewer channels? --bits gives a line for each: 4 bits alone, pruning alone,\n"
     "both; --target-bytes lets each rule remove what its bits leave it to remove at that size.\n\n"
+    "--top-k 4 2 and --skip-below 0.1 measure the whole model with fewer experts for each token,\n"
+    "and the page sets all rows against the weights that a token reads: narrower experts save\n"
+    "memory and some reading, fewer of them reading alone.\n\n"
     "--draws 3 says what chance in the calibration text does: errors of losses and differences.",
     "completion": "source <(moe-compress completion bash)  # this bash; also in ~/.bashrc\n"
     "  moe-compress completion zsh > ~/.zfunc/_moe-compress  # a folder of your $fpath\n"

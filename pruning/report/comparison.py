@@ -27,6 +27,7 @@ from pruning.text.held_out import not_held_out
 
 MEASURED = {"nll", "kl", "top1", "tokens"}
 SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
+SIZES = ("bytes", "parameters", "active", "active_bytes")  # of which a line has the mean
 EXPENDABLE = ("top-1", "KL")  # columns that a narrow terminal leaves out, in turn
 
 
@@ -141,7 +142,11 @@ class Comparison:
 
     def points(self) -> list[Line]:
         """The same with rules at sizes, and with fewer bits alone."""
-        return self._lines(r for r in self.results if not r.draw)
+        return self._lines(r for r in self.results if not r.draw and not r.has_fewer)
+
+    def fewer(self) -> list[Line]:
+        """The model with fewer experts for each token, the least loss first."""
+        return self._lines(r for r in self.results if r.has_fewer)
 
     def _lines(self, results: Iterable[Result]) -> list[Line]:
         groups: dict[tuple[str, float, int], list[Result]] = {}
@@ -180,7 +185,8 @@ class Comparison:
             about=group[0].about,
             bits=group[0].bits,
             target=group[0].target,
-            bytes=float(np.mean([result.bytes for result in group])),
+            has_fewer=group[0].has_fewer,
+            **{name: float(np.mean([getattr(one, name) for one in group])) for name in SIZES},
         )
 
     def ranked(self) -> list[str]:
@@ -230,13 +236,15 @@ class Comparison:
         out = csv.writer(buffer, lineterminator="\n")
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
                       "added", "kl", "top1", "repair", "bits", "target", "bytes",
-                      "draw", "overlap"])  # fmt: skip
+                      "draw", "overlap", "top_k", "skip_below", "parameters", "active",
+                      "active_bytes"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
                 added = q["nll"] - self.dense[text]["nll"]
                 out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
-                              r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap])  # fmt: skip
+                              r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap, r.top_k,
+                              r.skip_below, r.parameters, r.active, r.active_bytes])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

@@ -26,7 +26,7 @@ from pruning.stages.card import loading, rounded_again
 from pruning.stages.checks import Check
 from pruning.stages.job import Job
 from pruning.stages.repair import repair_facts
-from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of
+from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of, token_shares
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import text_hashes
 
@@ -197,13 +197,14 @@ def _sizes(found: Outcome) -> dict[str, Any]:
         if (again := rounded_again(job.output / "exports" / name)) is not None:
             exports[name]["rounded_again"] = again
     whole = np.full_like(plan.counts, plan.keep.shape[2])
+    shares = token_shares(job.base.about, statistics)
     return {
         "source_bytes": folder_bytes(job.base.about.folder),
         "channels": int(plan.keep.size),
         "channels_kept": int(plan.counts.sum()),
         "active_parameters": {
-            "source": active_parameters(job.base.about, whole, statistics),
-            "exports": active_parameters(job.base.about, plan.counts, statistics),
+            "source": active_parameters(job.base.about, whole, shares),
+            "exports": active_parameters(job.base.about, plan.counts, shares),
         },
         "exports": exports,
     }

@@ -48,6 +48,8 @@ def compare(
     target_factors: Sequence[float] = (),
     repair: Mode | None = None,
     draws: int = 0,
+    top_k: Sequence[int] = (),
+    skip_below: Sequence[float] = (),
     steps: Steps | None = None,
     where: PlaceOptions | None = None,
 ) -> Comparison:
@@ -73,6 +75,10 @@ def compare(
       draws: so often as many windows of the calibration text are drawn with replacement, scored,
         and every rule planned and measured again: what chance in that text does to losses, to
         differences of rules and to what is kept. Each takes as long as all the rest.
+      top_k: experts per token, fewer than the model's: the whole model is measured with so many,
+        in each of the bits.
+      skip_below: the same with those experts of a token skipped whose routing weight is less than
+        this share of its best expert's, in (0, 1].
       steps: where progress goes; default stderr, of process 0.
       where: devices and processes: windows are dealt to all while scoring, groups of plans to
         processes; as of `score`.
@@ -89,7 +95,7 @@ def compare(
     controls = Controls(
         rates=rates or (() if sizes else RATES), bits=tuple(dict.fromkeys(bits)),
         target_bytes=target_bytes, target_factors=target_factors, repair=repair or "",
-        draws=draws,
+        draws=draws, top_k=top_k, skip_below=skip_below,
     )  # fmt: skip
     with working(recipe.output, where, steps) as (spread, steps):
         return _compare(recipe, rules, controls, steps, spread)
@@ -122,6 +128,7 @@ def _compare(
         job = dataclasses.replace(_open(plain), spread=spread)
         if controls.rounds:
             job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
+    controls.fewer(job.base.config.moe.experts_per_token)  # before the weights are read
     if spread.leads:
         identify(job.base, job.output, steps)
     texts = job.evaluation

@@ -15,13 +15,14 @@ from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
 from pruning.report.compared import UNPRUNED, Result
-from pruning.runs.controls import STORAGES, Task, whole_plan, written_bytes
+from pruning.runs.controls import STORAGES, Task, whole_plan, written
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.job import Job
 from pruning.stages.layers import provenance as of_plan
+from pruning.stages.sizes import active_bytes, active_parameters
 from pruning.text.windows import Windows
 
 Scored = tuple[ChannelStatistics, Mapping[str, Any]]  # sums, and what is noted beside them
@@ -65,7 +66,7 @@ def task_plan(
         notes={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
     )
     # Constants in the place of experts are not foreseen.
-    if task.target and (size := written_bytes(job, plan, task.bits)) > task.target:
+    if task.target and (size := written(job, plan, task.bits).nbytes) > task.target:
         raise BudgetError(f"its constants make it {size - task.target} bytes too large")
     return plan
 
@@ -154,6 +155,7 @@ def task_result(
     states: np.ndarray,
     texts: Mapping[str, Windows],
     references: Mapping[str, Reference],
+    shares: np.ndarray,
 ) -> Result:
     """What a plan gives.
 
@@ -164,6 +166,7 @@ def task_result(
       states: [B, T, D], hidden states of all texts under the plan.
       texts: by name, in the order of the states.
       references: of the dense model, by text.
+      shares: [L, E], of the tokens that go to each expert.
     """
     quality, start = {}, 0
     for name, windows in texts.items():
@@ -171,19 +174,35 @@ def task_result(
         start += len(windows.tokens)
         found = quality_of(Reference(job.base.head, rows), windows, references[name])
         quality[name] = found.to_dict()
-    rule = RULES.get(task.rule)
-    return Result(
-        task.rule,
-        task.rate,
-        task.seed,
-        task.repair,
+    family, about = _described(task)
+    found = Result(
+        **dataclasses.asdict(task),
         kept=int(plan.keep.sum()),
         emptied=int((plan.counts == 0).sum()),
         quality=quality,
-        family=rule.family if rule else "bits alone",
-        about=rule.about if rule else "rounded to nearest, nothing removed",
-        bits=task.bits,
-        target=task.target,
-        bytes=written_bytes(job, plan, task.bits),
-        draw=task.draw,
+        family=family,
+        about=about,
     )
+    return dataclasses.replace(found, **_sizes(job, plan, task.bits, shares))
+
+
+def _described(task: Task) -> tuple[str, str]:
+    """Family and one line of what is measured."""
+    if rule := RULES.get(task.rule):
+        return rule.family, rule.about
+    if task.skip_below:
+        return "fewer experts", "experts of little weight skipped, after arXiv 2402.14800"
+    if task.top_k:
+        return "fewer experts", "each token's best experts, nothing removed"
+    return "bits alone", "rounded to nearest, nothing removed" if task.bits < 16 else "as it is"
+
+
+def _sizes(job: Job, plan: PruningPlan, bits: int, shares: np.ndarray) -> dict[str, int]:
+    """What a plan takes in all and for each token, as fields of a result."""
+    export = written(job, plan, bits)
+    return {
+        "bytes": export.nbytes,
+        "parameters": export.parameters - export.mtp_parameters,
+        "active": active_parameters(job.base.about, plan.counts, shares),
+        "active_bytes": active_bytes(export, shares),
+    }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from convert.export import Export
 from convert.export_format import FORMATS, ExportFormat, FormatName
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
@@ -15,8 +16,9 @@ from pruning.budget.rule import Rule, common_budget
 from pruning.budget.rules import RULES
 from pruning.recipe.options import PlanOptions
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
-from pruning.recipe.values import check_rate
+from pruning.recipe.values import check_rate, check_whole
 from pruning.report.compared import UNPRUNED, Repaired
+from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
@@ -30,7 +32,8 @@ class Task:
     """One rule at one rate with one seed, repaired or not, its weights of so many bits.
 
     `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
-    draw of the calibration text decides what is kept, 0 for the text itself.
+    draw of the calibration text decides what is kept, 0 for the text itself. `top_k` and
+    `skip_below` are those of `Fewer`, `top_k` 0 where tokens go to all experts of the router.
     """
 
     rule: str
@@ -40,6 +43,13 @@ class Task:
     bits: int = 16
     target: int = 0
     draw: int = 0
+    top_k: int = 0
+    skip_below: float = 0.0
+
+    @property
+    def fewer(self) -> Fewer | None:
+        """To which of their experts tokens go; None for all."""
+        return Fewer(self.top_k, self.skip_below) if self.top_k else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +63,8 @@ class Controls:
       target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well.
       draws: how often the calibration text is drawn anew, for plans of their own.
+      top_k: experts per token, fewer than the model's, of whole models in each of the bits.
+      skip_below: the same, experts that weigh less than these shares of a token's best skipped.
     """
 
     rates: Sequence[float] = ()
@@ -61,6 +73,8 @@ class Controls:
     target_factors: Sequence[float] = ()
     repair: Repaired = ""
     draws: int = 0
+    top_k: Sequence[int] = ()
+    skip_below: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         for rate in self.rates:
@@ -78,11 +92,35 @@ class Controls:
             PlanOptions(target_bytes=size)
         for factor in self.target_factors:
             PlanOptions(target_factor=factor)
+        for k in self.top_k:
+            check_whole("top_k", k, 1)
+        for share in self.skip_below:
+            if not share:
+                raise InputError("skip_below=0 skips no expert; choose e.g. 0.1")
+            Fewer(1, share)
 
     @property
     def rounds(self) -> bool:
         """Whether some weights are rounded."""
         return any(bits < 16 for bits in self.bits)
+
+    def fewer(self, experts_per_token: int) -> list[Fewer]:
+        """All that is asked of where tokens go.
+
+        Raises:
+          InputError: no fewer experts than the model has for a token.
+        """
+        for k in self.top_k:
+            if k >= experts_per_token:
+                raise InputError(
+                    f"top_k={k} must lie in [1, {experts_per_token - 1}], because a token of this "
+                    f"model goes to {experts_per_token} experts"
+                )
+        if self.skip_below and experts_per_token == 1:
+            raise InputError("a token of this model goes to one expert, so --skip-below skips none")
+        found = [Fewer(k) for k in self.top_k]
+        found += [Fewer(experts_per_token, share) for share in self.skip_below]
+        return list(dict.fromkeys(found))
 
     def targets(self, job: Job) -> list[int]:
         """Bytes to keep to, those of factors among them."""
@@ -143,10 +181,10 @@ def whole_plan(job: Job) -> PruningPlan:
     return PruningPlan(np.ones(shape, bool), tuple(c.moe_layers))
 
 
-def written_bytes(job: Job, plan: PruningPlan, bits: int) -> int:
-    """Bytes of the folder that a plan would be written as."""
+def written(job: Job, plan: PruningPlan, bits: int) -> Export:
+    """The folder that a plan would be written as."""
     name = formats(job, [bits])[bits]
-    return export_of(job.base.about, plan, form_of(job.recipe, name, plan)).nbytes
+    return export_of(job.base.about, plan, form_of(job.recipe, name, plan))
 
 
 def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]:
@@ -162,8 +200,11 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
     """
     repairs: tuple[Repaired, ...] = ("", controls.repair) if controls.repair else ("",)
     whole, budgets = _channels(job), _budgets(job, controls.rates)
-    few = [bits for bits in controls.bits if bits < 16]
-    found = {Task(UNPRUNED, 0.0, bits=bits): whole for bits in few}
+    choices = controls.fewer(job.base.config.moe.experts_per_token)
+    # What the dense model loses is known, but not what a token reads of it.
+    found = {Task(UNPRUNED, 0.0, bits=one): whole for one in controls.bits if one < 16 or choices}
+    for choice in map(dataclasses.asdict, choices):
+        found |= {Task(UNPRUNED, 0.0, bits=bits, **choice): whole for bits in controls.bits}
     for how in repairs:
         for rate, budget in budgets.items():
             for name in names:
