@@ -300,6 +300,12 @@ def compare(command: Parser) -> None:
         "each takes as long as all the rest",
     )  # fmt: skip
     place.add_argument(
+        "--calibration-sets", nargs="+", action="extend", metavar="NAME=FILE,NAME=FILE",
+        help="score each of these texts alone and measure what each keeps on a part of every one "
+        "that none has shown, and on --evaluation; FILE as of --calibration, a name given twice "
+        "has two files; without --calibration the rules above are of equal parts of all",
+    )  # fmt: skip
+    place.add_argument(
         "--top-k", nargs="+", action="extend", metavar="K", type=value_of(int, is_list=True),
         help="also measure the whole model with K experts per token, fewer than it has: what a "
         "token reads and computes shrinks, the folder does not",

@@ -30,6 +30,7 @@ class Result:
         the text itself.
       top_k, skip_below: to which of their experts tokens go, see `shrink.fewer_experts.Fewer`; 0
         and 0 where they go to all that the router picks.
+      calibration: the set of calibration text that the plan is of; "" is the text itself.
       parameters: weights of the model, padding not counted.
       active, active_bytes: weights that a token meets on average, and what they take as written;
         these three are 0 in a file of an earlier version.
@@ -52,9 +53,15 @@ class Result:
     overlap: float = 1.0
     top_k: int = 0
     skip_below: float = 0.0
+    calibration: str = ""
     parameters: int = 0
     active: int = 0
     active_bytes: int = 0
+
+    @property
+    def is_of_text(self) -> bool:
+        """Whether the plan is of the calibration text itself, no draw of it and no other set."""
+        return not self.draw and not self.calibration
 
     @property
     def has_fewer(self) -> bool:

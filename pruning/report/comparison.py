@@ -138,11 +138,11 @@ class Comparison:
     def lines(self) -> list[Line]:
         """Every rule at every rate with a result, the least loss at each rate first."""
         pruned = (r for r in self.results if not r.target and r.rule != UNPRUNED)
-        return self._lines(r for r in pruned if not r.draw)
+        return self._lines(r for r in pruned if r.is_of_text)
 
     def points(self) -> list[Line]:
         """The same with rules at sizes, and with fewer bits alone."""
-        return self._lines(r for r in self.results if not r.draw and not r.has_fewer)
+        return self._lines(r for r in self.results if r.is_of_text and not r.has_fewer)
 
     def fewer(self) -> list[Line]:
         """The model with fewer experts for each token, the least loss first."""
@@ -236,15 +236,16 @@ class Comparison:
         out = csv.writer(buffer, lineterminator="\n")
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
                       "added", "kl", "top1", "repair", "bits", "target", "bytes",
-                      "draw", "overlap", "top_k", "skip_below", "parameters", "active",
-                      "active_bytes"])  # fmt: skip
+                      "draw", "overlap", "top_k", "skip_below", "calibration", "parameters",
+                      "active", "active_bytes"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
                 added = q["nll"] - self.dense[text]["nll"]
                 out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
                               r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap, r.top_k,
-                              r.skip_below, r.parameters, r.active, r.active_bytes])  # fmt: skip
+                              r.skip_below, r.calibration, r.parameters, r.active,
+                              r.active_bytes])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

@@ -14,6 +14,8 @@ from pruning.report.comparison import Comparison
 from pruning.report.comparison_compute import CAPTION as COMPUTE
 from pruning.report.comparison_compute import compute_tables, plot_compute
 from pruning.report.comparison_draws import draw_tables
+from pruning.report.comparison_sets import CAPTION as SETS
+from pruning.report.comparison_sets import plot_sets, set_tables
 from pruning.report.comparison_sizes import CAPTION, plot_sizes, size_tables
 from pruning.report.drawing import (
     BLUE,
@@ -66,6 +68,7 @@ def comparison_page(found: Comparison) -> str:
         text_html("Which rule loses least?", "h1"),
         *_by_bytes(found),
         *_by_compute(found),
+        *_by_set(found),
         *([figure_html(plot_rates(found), RATES)] if found.rates else []),
         *(
             part
@@ -95,6 +98,13 @@ def _by_compute(found: Comparison) -> list[Markup]:
     if not tables:
         return []
     return [figure_html(plot_compute(found), COMPUTE), *map(long_section, tables)]
+
+
+def _by_set(found: Comparison) -> list[Markup]:
+    tables = set_tables(found)
+    if not tables:
+        return []
+    return [figure_html(plot_sets(found), SETS), *map(long_section, tables)]
 
 
 def plot_rates(found: Comparison) -> "Figure":

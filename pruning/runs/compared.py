@@ -82,14 +82,14 @@ def with_overlap(
 
     Args:
       results: of the plans.
-      planned: the tasks of one draw, and their plans.
+      planned: the tasks of one draw or set, and their plans.
       job: with the dense model.
       whole: sums of the whole text.
       budgets: channels that each task keeps.
     """
     found = []
     for result, (task, plan) in zip(results, planned, strict=True):
-        kept = (task_plan(job, *whole, task, budgets[task]) if task.draw else plan).keep
+        kept = (task_plan(job, *whole, task, budgets[task]) if task.is_of_other_text else plan).keep
         alike = (kept & plan.keep).sum() / (kept | plan.keep).sum()
         found.append(dataclasses.replace(result, overlap=float(alike)))
     return found

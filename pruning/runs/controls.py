@@ -4,7 +4,8 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class Task:
     `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
     draw of the calibration text decides what is kept, 0 for the text itself. `top_k` and
     `skip_below` are those of `Fewer`, `top_k` 0 where tokens go to all experts of the router.
+    `calibration` names the set whose text decides what is kept, "" is the calibration text.
     """
 
     rule: str
@@ -45,6 +47,12 @@ class Task:
     draw: int = 0
     top_k: int = 0
     skip_below: float = 0.0
+    calibration: str = ""
+
+    @property
+    def is_of_other_text(self) -> bool:
+        """Whether a draw of the calibration text, or a set beside it, decides what is kept."""
+        return self.draw > 0 or self.calibration != ""
 
     @property
     def fewer(self) -> Fewer | None:
@@ -65,6 +73,7 @@ class Controls:
       draws: how often the calibration text is drawn anew, for plans of their own.
       top_k: experts per token, fewer than the model's, of whole models in each of the bits.
       skip_below: the same, experts that weigh less than these shares of a token's best skipped.
+      sets: other calibration texts, the files of each by its name.
     """
 
     rates: Sequence[float] = ()
@@ -75,6 +84,7 @@ class Controls:
     draws: int = 0
     top_k: Sequence[int] = ()
     skip_below: Sequence[float] = ()
+    sets: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for rate in self.rates:
@@ -88,6 +98,8 @@ class Controls:
                 f"draws={self.draws} must lie in [2, {MOST_DRAWS}], of which an error can be told; "
                 "choose 3, or leave it away"
             )
+        if self.draws and self.sets:
+            raise InputError("draws are of one calibration text; leave out --calibration-sets")
         for size in self.target_bytes:  # their ranges are those of a plan
             PlanOptions(target_bytes=size)
         for factor in self.target_factors:
@@ -214,8 +226,9 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
             for bits in controls.bits:
                 found |= _at_target(job, names, target, bits, how)
     again = {task: budget for task, budget in found.items() if task.rule != UNPRUNED}
-    for draw in range(1, controls.draws + 1):
-        found |= {dataclasses.replace(one, draw=draw): budget for one, budget in again.items()}
+    others: list[dict[str, Any]] = [{"draw": 1 + number} for number in range(controls.draws)]
+    for text in (*others, *({"calibration": name} for name in controls.sets)):
+        found |= {dataclasses.replace(one, **text): budget for one, budget in again.items()}
     return found
 
 

@@ -69,7 +69,8 @@ def asked(monkeypatch, tmp_path):
     found = SimpleNamespace(job=job, opened=[], plans=[], groups=[], repaired=[], refuse=set(),
                             stored=[], prepared=[], saved=[], shares={})  # fmt: skip
 
-    def open_job(recipe):
+    def open_job(recipe, *, measures):
+        assert measures
         found.opened.append(recipe)
         given = dict(vars(job))
         evaluation = given.pop("evaluation")
