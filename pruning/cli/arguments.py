@@ -316,6 +316,8 @@ def compare(command: Parser) -> None:
         help="the same, skipping experts whose routing weight is below X times that of the "
         "token's best expert, e.g. 0.1",
     )  # fmt: skip
+    title = "Tasks of lm-evaluation-harness, beside the texts"
+    add_group(command, TaskOptions, *_others(TaskOptions, "output"), title=title)
     add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     add_group(command, TextOptions)
     add_group(

@@ -26,12 +26,14 @@ from pruning.demo import model_folder
 from pruning.recipe.options import ExportOptions, PlanOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
+from pruning.recipe.task_options import TaskOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
 from pruning.report.comparison_compute import compute_tables
 from pruning.report.comparison_draws import draw_tables
 from pruning.report.comparison_sets import set_tables
 from pruning.report.comparison_sizes import size_tables
+from pruning.report.comparison_tasks import task_tables
 from pruning.report.cost_tables import estimate_tables
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
@@ -236,14 +238,16 @@ def compare(options: Options) -> Outcome:
         "skip_below": options.skip_below,
         "calibration_sets": parse_sets(options.calibration_sets or ()),
     }  # fmt: skip
+    asked: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions) | {"output": None}
+    judged = TaskOptions(**asked) if any(asked.values()) else None
     found = comparing.compare(
-        recipe, **{name: value for name, value in given.items() if value}, steps=steps_of(options),
-        where=places_of(options),
+        recipe, **{name: value for name, value in given.items() if value},
+        judged=judged, steps=steps_of(options), where=places_of(options),
     )  # fmt: skip
     if follows(options):
         return Outcome(None)
     tables: list[Any] = [found.terminal_table(stdout().width)] if found.rates else []
-    for of in (size_tables, compute_tables, set_tables, draw_tables):
+    for of in (size_tables, compute_tables, task_tables, set_tables, draw_tables):
         tables += of(found)
     page = Path(recipe.output) / "compare.html"
     return Outcome(dataclasses.asdict(found), [*tables, ""], [page])

@@ -1,7 +1,7 @@
 """What a comparison holds of a rule: a result, and the line of a table made of several."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pruning.kit.words import megabytes
 
@@ -32,6 +32,8 @@ class Result:
         and 0 where they go to all that the router picks.
       calibration: the set of calibration text that the plan is of; "" is the text itself.
       parameters: weights of the model, padding not counted.
+      tasks: what `measure.paired.Paired` says of each task and metric, beside the dense model;
+        empty if no task was asked.
       active, active_bytes: weights that a token meets on average, and what they take as written;
         these three are 0 in a file of an earlier version.
     """
@@ -57,6 +59,7 @@ class Result:
     parameters: int = 0
     active: int = 0
     active_bytes: int = 0
+    tasks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_of_text(self) -> bool:

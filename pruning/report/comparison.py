@@ -40,6 +40,7 @@ class _Stored(TypedDict):
     refused: list[dict[str, Any]]
     sizes: NotRequired[dict[str, int]]
     seen: NotRequired[dict[str, float | None]]
+    asked: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Comparison:
       sizes: bytes of 16-bit weights, "dense" of the whole model and "experts" of its routed
         experts; empty in a file of an earlier version.
       seen: by text, see `held_out.seen_shares`; empty in a file of an earlier version.
+      asked: which tasks of lm-evaluation-harness, with how many examples and documents.
     """
 
     key: dict[str, Any]
@@ -62,6 +64,7 @@ class Comparison:
     refused: tuple[Result, ...]
     sizes: dict[str, int] = field(default_factory=dict)
     seen: dict[str, float | None] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> "Comparison":
@@ -113,6 +116,13 @@ class Comparison:
             if len(kept) > 1:
                 raise InputError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
         return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))
+
+    def with_tasks(self, asked: Result, rows: list[dict[str, Any]]) -> "Comparison":
+        """With what tasks showed of one of its results."""
+        results = tuple(
+            dataclasses.replace(one, tasks=rows) if one is asked else one for one in self.results
+        )
+        return dataclasses.replace(self, results=results)
 
     def only(self, wanted: Callable[[Result], bool]) -> "Comparison":
         """The part that was asked for."""

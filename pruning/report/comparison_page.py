@@ -17,6 +17,8 @@ from pruning.report.comparison_draws import draw_tables
 from pruning.report.comparison_sets import CAPTION as SETS
 from pruning.report.comparison_sets import plot_sets, set_tables
 from pruning.report.comparison_sizes import CAPTION, plot_sizes, size_tables
+from pruning.report.comparison_tasks import CAPTION as TASKS
+from pruning.report.comparison_tasks import plot_tasks, task_tables
 from pruning.report.drawing import (
     BLUE,
     GOLD,
@@ -68,6 +70,7 @@ def comparison_page(found: Comparison) -> str:
         text_html("Which rule loses least?", "h1"),
         *_by_bytes(found),
         *_by_compute(found),
+        *_by_tasks(found),
         *_by_set(found),
         *([figure_html(plot_rates(found), RATES)] if found.rates else []),
         *(
@@ -98,6 +101,13 @@ def _by_compute(found: Comparison) -> list[Markup]:
     if not tables:
         return []
     return [figure_html(plot_compute(found), COMPUTE), *map(long_section, tables)]
+
+
+def _by_tasks(found: Comparison) -> list[Markup]:
+    tables = task_tables(found)
+    if not tables:
+        return []
+    return [figure_html(plot_tasks(found), TASKS), *map(long_section, tables)]
 
 
 def _by_set(found: Comparison) -> list[Markup]:

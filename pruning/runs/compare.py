@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 from moe_jax.errors import InputError
+from moe_jax.files import replace_text
 from moe_jax.spread import Spread
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import Steps
@@ -13,19 +14,20 @@ from pruning.measure.quality import Reference
 from pruning.recipe.options import COMPARED_TOKENS
 from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.task_options import TaskOptions
 from pruning.report import comparison_page
 from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_tasks import tasks_csv
 from pruning.runs.calibration_sets import most_seen, source_of, with_sets
 from pruning.runs.cap import refuse_limit
-from pruning.runs.compared import (
-    Scored,
-    require_windows,
-)
-from pruning.runs.controls import Controls, Task, rounded_recipe, tasks
+from pruning.runs.compared import Scored, require_windows
+from pruning.runs.compared_tasks import ask_plans
+from pruning.runs.controls import Controls, Task, rounded_recipe, task_of, tasks
 from pruning.runs.places import working
 from pruning.runs.plan_groups import run_groups
 from pruning.runs.score import scored
+from pruning.runs.tasks import open_tasks
 from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
 from pruning.stages import score as scoring
@@ -37,6 +39,7 @@ from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows, text_hashes
 
 RATES = (0.25, 0.5)
+TASKS = "compare-tasks.csv"
 
 
 def compare(
@@ -52,6 +55,7 @@ def compare(
     top_k: Sequence[int] = (),
     skip_below: Sequence[float] = (),
     calibration_sets: Mapping[str, Sequence[str]] | None = None,
+    judged: TaskOptions | None = None,
     steps: Steps | None = None,
     where: PlaceOptions | None = None,
 ) -> Comparison:
@@ -85,6 +89,9 @@ def compare(
         is not scored but measured on, beside the recipe's evaluation texts. Of each, rules are
         scored, planned and measured as well; where the recipe names no calibration text, that is
         equal parts of all sets.
+      judged: tasks of lm-evaluation-harness, which the dense model and that of every plan of the
+        calibration text are asked after the rest; its `output` is not read, answers are in the
+        recipe's. A plan that is repaired is repaired once more for it.
       steps: where progress goes; default stderr, of process 0.
       where: devices and processes: windows are dealt to all while scoring, groups of plans to
         processes; as of `score`.
@@ -104,19 +111,20 @@ def compare(
         draws=draws, top_k=top_k, skip_below=skip_below, sets=calibration_sets or {},
     )  # fmt: skip
     with working(recipe.output, where, steps) as (spread, steps):
-        return _compare(recipe, rules, controls, steps, spread)
+        return _compare(recipe, rules, controls, judged, steps, spread)
 
 
 def _compare(
     recipe: CompressionRecipe,
     rules: Sequence[str],
     controls: Controls,
+    judged: TaskOptions | None,
     steps: Steps,
     spread: Spread,
 ) -> Comparison:
     refuse_limit(recipe, "compare")
     single = {"--repair": controls.repair, "--draws": controls.draws,
-              "--calibration-sets": controls.sets}  # fmt: skip
+              "--calibration-sets": controls.sets, "--tasks": judged}  # fmt: skip
     alone = next((flag for flag, asked in single.items() if asked), "")
     if alone and spread.processes > 1:
         raise InputError(
@@ -137,6 +145,7 @@ def _compare(
         job = dataclasses.replace(job, spread=spread)
         if controls.rounds:
             job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
+    loaded = open_tasks(judged, steps) if judged else {}
     controls.fewer(job.base.config.moe.experts_per_token)  # before the weights are read
     if spread.leads:
         identify(job.base, job.output, steps)
@@ -161,6 +170,11 @@ def _compare(
     found = dataclasses.replace(found, sizes=_sizes(job), seen=most_seen(job, sets, texts))
     if missing:
         found = _measure(job, whole, sets, missing, budgets, texts, found, steps)
+    if judged:
+        for more in ask_plans(job, whole, budgets, found, judged, loaded, steps):
+            found = more
+            found.save(job.output)
+            replace_text(job.output / TASKS, tasks_csv(found))
     shown = found.only(lambda result: task_of(result) in budgets)
     if spread.leads:
         comparison_page.save(shown, job.output)
@@ -184,11 +198,6 @@ def _open(
     stored = dataclasses.replace(job.recipe, evaluation_tokens=wanted)
     job = dataclasses.replace(job, recipe=stored, evaluation=texts)
     return with_sets(job, files, wanted, mix=mix) if files else (job, {})
-
-
-def task_of(result: Result) -> Task:
-    """What a result is of."""
-    return Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
 
 
 def _sizes(job: Job) -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from moe_jax.errors import InputError
-from moe_jax.stream import forward_hidden
+from moe_jax.stream import LayerSource, forward_hidden
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
@@ -104,15 +105,11 @@ def joined(texts: Mapping[str, Windows]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, valid
 
 
-def repaired_hidden(
-    job: Job,
-    plan: PruningPlan,
-    mode: Mode,
-    bits: Sequence[int],
-    text: tuple[np.ndarray, np.ndarray],
-    on_layer: Callable[[int], None],
-) -> list[np.ndarray]:
-    """Hidden states before the head of a pruned model that was repaired on the calibration text.
+@contextmanager
+def repaired(
+    job: Job, plan: PruningPlan, mode: Mode, on_layer: Callable[[int], None] | None = None
+) -> Iterator[LayerSource]:
+    """A pruned model that is repaired on the calibration text.
 
     The repaired weights lie in the output folder meanwhile, so that a killed repair goes on.
 
@@ -120,14 +117,9 @@ def repaired_hidden(
       job: a resolved recipe with its model and calibration text.
       plan: what is kept.
       mode: of repair.
-      bits: of the weights; a model for each of them comes of the one repair.
-      text: tokens int32 [B, T] and their mask bool [B, T].
       on_layer: called with the index of each repaired layer.
-
-    Returns:
-      [B, T, D] for each of `bits`.
     """
-    folder, how = job.output / FOLDER, {"batch": job.recipe.batch, "dtype": job.dtype}
+    folder = job.output / FOLDER
     repair_model(
         job.base,
         plan,
@@ -137,15 +129,41 @@ def repaired_hidden(
         mode=mode,
         provenance=of_plan(job, plan) | {"mode": mode},
         on_layer=on_layer,
-        **how,
+        batch=job.recipe.batch,
+        dtype=job.dtype,
     )
-    repaired, group = with_repair(PrunedSource(job.base, plan), folder), job.recipe.group_size
-    models = [
-        repaired if one == 16 else QuantizedSource(repaired, group, STORAGES[one]) for one in bits
-    ]
-    hidden = [forward_hidden(model, *text, **how) for model in models]
+    yield with_repair(PrunedSource(job.base, plan), folder)
     shutil.rmtree(folder)
-    return hidden
+
+
+def rounded(source: LayerSource, job: Job, bits: int) -> LayerSource:
+    """A model with its weights in so many bits, as an export rounds them; 16 changes nothing."""
+    if bits == 16:
+        return source
+    return QuantizedSource(source, job.recipe.group_size, STORAGES[bits])
+
+
+def repaired_hidden(
+    job: Job,
+    plan: PruningPlan,
+    mode: Mode,
+    bits: Sequence[int],
+    text: tuple[np.ndarray, np.ndarray],
+    on_layer: Callable[[int], None],
+) -> list[np.ndarray]:
+    """Hidden states before the head of a model that is `repaired`.
+
+    Args:
+      job, plan, mode, on_layer: as of `repaired`.
+      bits: of the weights; a model for each of them comes of the one repair.
+      text: tokens int32 [B, T] and their mask bool [B, T].
+
+    Returns:
+      [B, T, D] for each of `bits`.
+    """
+    how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
+    with repaired(job, plan, mode, on_layer) as model:
+        return [forward_hidden(rounded(model, job, one), *text, **how) for one in bits]
 
 
 def task_result(

@@ -18,7 +18,7 @@ from pruning.budget.rules import RULES
 from pruning.recipe.options import PlanOptions
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import check_rate, check_whole
-from pruning.report.compared import UNPRUNED, Repaired
+from pruning.report.compared import UNPRUNED, Repaired, Result
 from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
@@ -58,6 +58,11 @@ class Task:
     def fewer(self) -> Fewer | None:
         """To which of their experts tokens go; None for all."""
         return Fewer(self.top_k, self.skip_below) if self.top_k else None
+
+
+def task_of(result: Result) -> Task:
+    """What a result is of."""
+    return Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
