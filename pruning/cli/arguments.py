@@ -241,6 +241,12 @@ def audit(command: Parser) -> None:
         "--tokens", dest="sample_tokens", type=value_of(int), default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )  # fmt: skip
+    place.add_argument(
+        "--layers-alone", type=value_of(float), nargs="?", const=0.5, metavar="RATE",
+        help="also take this fraction (0.5 if none is said) of each layer's channels, those of "
+        "least score, from that layer alone, and say how far the concentration of a layer's score "
+        "foretells the loss; costs a pass through the model for each layer",
+    )  # fmt: skip
     add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     texts = _others(TextOptions, "evaluation", "evaluation_tokens")
     add_group(command, TextOptions, *texts, title="Text")

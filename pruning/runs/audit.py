@@ -16,6 +16,7 @@ from moe_jax.spread import Spread
 from pruning.kit.progress import Steps
 from pruning.measure.ablation_record import RECORD, Losses, append, begin_section, read_record
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
+from pruning.measure.concentration import concentration_report
 from pruning.measure.loss_curves import expert_loss_curves
 from pruning.measure.tokens import view_tokens
 from pruning.recipe.place_options import PlaceOptions
@@ -23,10 +24,11 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_whole
 from pruning.report.audit_page import PAGE, audit_page, token_figures
 from pruning.runs.cap import refuse_limit
+from pruning.runs.layers_alone import least_gone, losses_alone
 from pruning.runs.places import working
 from pruning.runs.score import scored
 from pruning.scores.ablation import Ablation, ablate, layer_visits
-from pruning.scores.criteria import channel_scores
+from pruning.scores.criteria import ChannelScores, channel_scores
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
@@ -39,12 +41,15 @@ from pruning.text.windows import Windows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [B, T], and their mask
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions
 EVALUATION_TEXTS = 3  # beside the calibration text
 TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
 
 
-def check_sample(*, experts: int, channels: int, tokens: int) -> None:
+def check_sample(
+    *, experts: int, channels: int, tokens: int, layers_alone: float | None = None
+) -> None:
     """Refuse sizes that measure nothing.
 
     Raises:
@@ -55,6 +60,8 @@ def check_sample(*, experts: int, channels: int, tokens: int) -> None:
     ):  # fmt: skip
         flag = "sample-tokens" if name == "tokens" else name
         check_whole(name, value, least, cure=f"; change --{flag}")
+    if layers_alone is not None and not 0 < layers_alone < 1:
+        raise InputError(f"layers_alone={layers_alone} must lie in (0, 1); choose e.g. 0.5")
     if experts + channels == 0:
         raise InputError("experts=0 and channels=0 leave nothing to measure; give --experts 32")
 
@@ -65,6 +72,7 @@ def audit(
     experts: int = 32,
     channels: int = 64,
     tokens: int = 8192,
+    layers_alone: float | None = None,
     output: str | os.PathLike | None = None,
     steps: Steps | None = None,
     where: PlaceOptions | None = None,
@@ -78,6 +86,9 @@ def audit(
       source: a recipe, whose model is scored first, or a folder that `score` or `compress` wrote.
       experts, channels: to sample; the recipe's seed decides which.
       tokens: of the calibration text, in whole windows spread over it.
+      layers_alone: also prune each layer alone of this fraction of its channels, those of least
+        score by the recipe's criterion, and say how far the concentration of its score foretells
+        the loss.
       output: of a folder, where audit.json, audit.csv, audit.html and the record of what was
         measured go; default the folder itself. A recipe names its own.
       steps: where progress goes; default stderr, of process 0.
@@ -93,8 +104,9 @@ def audit(
         writes where the results go.
       LostProcess: another process has ended; what is finished stays.
     """
-    check_sample(experts=experts, channels=channels, tokens=tokens)
-    sample = {"experts": experts, "channels": channels, "tokens": tokens}
+    sample: dict[str, Any] = {"experts": experts, "channels": channels, "tokens": tokens,
+                              "layers_alone": layers_alone}  # fmt: skip
+    check_sample(**sample)
     target = source.output if isinstance(source, CompressionRecipe) else output or source
     with working(target, where, steps) as (spread, steps):
         return _opened(source, Path(target), sample, steps, options, spread)
@@ -103,7 +115,7 @@ def audit(
 def _opened(
     source: CompressionRecipe | str | os.PathLike,
     target: Path,
-    sample: dict[str, int],
+    sample: dict[str, Any],
     steps: Steps,
     options: dict[str, Any],
     spread: Spread,
@@ -149,6 +161,7 @@ def _audit(
     experts: int,
     channels: int,
     tokens: int,
+    layers_alone: float | None,
 ) -> dict[str, Any]:
     """Measure, remember, compare, write; arguments as in `audit`."""
     c = job.base.config
@@ -157,19 +170,46 @@ def _audit(
     text, valid = some_windows(job.calibration, tokens)
     target.mkdir(parents=True, exist_ok=True)
     losses = _measure(job, chosen, text, valid, target / RECORD, steps)
-    return job.spread.led(lambda: _report(job, statistics, losses, valid, target, steps))
+    more = {}
+    if layers_alone is not None:
+        more["layers"] = _alone(job, statistics, layers_alone, (text, valid), target, steps)
+    return job.spread.led(lambda: _report(job, statistics, losses, more, valid, target, steps))
+
+
+def _alone(
+    job: Job, statistics: ChannelStatistics, rate: float, text: Text, target: Path, steps: Steps
+) -> dict[str, Any]:
+    """What pruning each layer alone costs, beside the concentration of its score."""
+    channel = _scores(job, statistics).channel
+    keep = least_gone(channel, rate)
+    increase = losses_alone(job, keep, text, target, steps) / _predicted(text[1])
+    found = concentration_report(channel, keep, increase, job.base.config.moe_layers)
+    return {"rate": rate, "criterion": job.recipe.used_criterion, **found}
+
+
+def _scores(job: Job, statistics: ChannelStatistics) -> ChannelScores:
+    recipe = job.recipe
+    return channel_scores(
+        statistics, criterion=recipe.used_criterion, attribution=recipe.used_attribution,
+        seed=recipe.seed,
+    )  # fmt: skip
+
+
+def _predicted(valid: np.ndarray) -> int:
+    return int((valid[:, :-1] & valid[:, 1:]).sum())
 
 
 def _report(
     job: Job,
     statistics: ChannelStatistics,
     losses: Losses,
+    more: dict[str, Any],
     valid: np.ndarray,
     target: Path,
     steps: Steps,
 ) -> dict[str, Any]:
     """Compare scores with what was measured, and write it."""
-    predicted = int((valid[:, :-1] & valid[:, 1:]).sum())
+    predicted = _predicted(valid)
     increases = {one: (loss - dense) / predicted for one, (dense, loss) in losses.items()}
     found = {
         "model": str(job.base.about.folder),
@@ -179,6 +219,7 @@ def _report(
         "predicted": predicted,
         "dense_nll": next(iter(losses.values()))[0] / predicted,
         **audit_report(statistics, job.base.config.moe_layers, increases),
+        **more,
     }
     replace_text(target / "audit.json", json.dumps(found, indent=2) + "\n")
     replace_text(target / "audit.csv", to_csv(found))
@@ -193,12 +234,7 @@ def _figures(
 ) -> list[tuple["Figure", str]]:
     """What single tokens show on some of the calibration text and of the evaluation texts."""
     recipe = job.recipe
-    scores = channel_scores(
-        statistics,
-        criterion=recipe.used_criterion,
-        attribution=recipe.used_attribution,
-        seed=recipe.seed,
-    )
+    scores = _scores(job, statistics)
     evaluation = list(job.evaluation.items())[:EVALUATION_TEXTS]
     texts = {
         name: some_windows(one, SEEN_TOKENS)
