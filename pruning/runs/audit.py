@@ -16,7 +16,6 @@ from moe_jax.spread import Spread
 from pruning.kit.progress import Steps
 from pruning.measure.ablation_record import RECORD, Losses, append, begin_section, read_record
 from pruning.measure.agreement import audit_report, sample_ablations, to_csv
-from pruning.measure.concentration import concentration_report
 from pruning.measure.loss_curves import expert_loss_curves
 from pruning.measure.tokens import view_tokens
 from pruning.recipe.place_options import PlaceOptions
@@ -24,7 +23,7 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_whole
 from pruning.report.audit_page import PAGE, audit_page, token_figures
 from pruning.runs.cap import refuse_limit
-from pruning.runs.layers_alone import least_gone, losses_alone
+from pruning.runs.layers_alone import report_alone
 from pruning.runs.places import working
 from pruning.runs.score import scored
 from pruning.scores.ablation import Ablation, ablate, layer_visits
@@ -41,7 +40,6 @@ from pruning.text.windows import Windows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [B, T], and their mask
 SEEN_TOKENS = 2048  # of each text, for the figures of distributions
 EVALUATION_TEXTS = 3  # beside the calibration text
 TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
@@ -172,19 +170,9 @@ def _audit(
     losses = _measure(job, chosen, text, valid, target / RECORD, steps)
     more = {}
     if layers_alone is not None:
-        more["layers"] = _alone(job, statistics, layers_alone, (text, valid), target, steps)
+        channel = _scores(job, statistics).channel
+        more["layers"] = report_alone(job, channel, layers_alone, (text, valid), target, steps)
     return job.spread.led(lambda: _report(job, statistics, losses, more, valid, target, steps))
-
-
-def _alone(
-    job: Job, statistics: ChannelStatistics, rate: float, text: Text, target: Path, steps: Steps
-) -> dict[str, Any]:
-    """What pruning each layer alone costs, beside the concentration of its score."""
-    channel = _scores(job, statistics).channel
-    keep = least_gone(channel, rate)
-    increase = losses_alone(job, keep, text, target, steps) / _predicted(text[1])
-    found = concentration_report(channel, keep, increase, job.base.config.moe_layers)
-    return {"rate": rate, "criterion": job.recipe.used_criterion, **found}
 
 
 def _scores(job: Job, statistics: ChannelStatistics) -> ChannelScores:

@@ -13,6 +13,7 @@ from moe_jax.json_files import read_json
 from pruning.budget.plan import PruningPlan
 from pruning.kit.memory import allowance
 from pruning.kit.progress import Steps
+from pruning.measure.concentration import concentration_report
 from pruning.measure.quality import Reference, window_losses
 from pruning.shrink.masked import masked_hidden
 from pruning.stages.job import Job
@@ -20,6 +21,27 @@ from pruning.stages.rule_losses import STATE_BYTES
 from pruning.text.calibration import TokenBatch
 
 RECORD = "layers-alone.json"
+Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [B, T], and their mask bool [B, T]
+
+
+def report_alone(
+    job: Job, channel: np.ndarray, rate: float, text: Text, target: Path, steps: Steps
+) -> dict[str, Any]:
+    """What pruning each layer alone costs, beside the concentration of its score.
+
+    Args:
+      job, text, target, steps: as of `losses_alone`.
+      channel: [L, E, F], scores by the criterion of the job's recipe.
+      rate: as of `least_gone`.
+
+    Returns:
+      What `concentration_report` does, losses per predicted token, with `rate` and `criterion`.
+    """
+    keep, valid = least_gone(channel, rate), text[1]
+    predicted = int((valid[:, :-1] & valid[:, 1:]).sum())
+    increase = losses_alone(job, keep, text, target, steps) / predicted
+    found = concentration_report(channel, keep, increase, job.base.config.moe_layers)
+    return {"rate": rate, "criterion": job.recipe.used_criterion, **found}
 
 
 def least_gone(channel: np.ndarray, rate: float) -> np.ndarray:
@@ -39,9 +61,7 @@ def least_gone(channel: np.ndarray, rate: float) -> np.ndarray:
     return keep.reshape(channel.shape)
 
 
-def losses_alone(
-    job: Job, keep: np.ndarray, text: tuple[np.ndarray, np.ndarray], target: Path, steps: Steps
-) -> np.ndarray:
+def losses_alone(job: Job, keep: np.ndarray, text: Text, target: Path, steps: Steps) -> np.ndarray:
     """Loss that is added when one layer is pruned and the others are not.
 
     Plans share readings of the model, and what was measured is remembered in the target folder.
