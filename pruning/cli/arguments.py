@@ -307,9 +307,9 @@ def compare(command: Parser) -> None:
     )  # fmt: skip
     place.add_argument(
         "--calibration-sets", nargs="+", action="extend", metavar="NAME=FILE,NAME=FILE",
-        help="score each of these texts alone and measure what each keeps on a part of every one "
-        "that none has shown, and on --evaluation; FILE as of --calibration, a name given twice "
-        "has two files; without --calibration the rules above are of equal parts of all",
+        help="score up to --max-tokens of each of these texts alone and measure what each keeps on "
+        "a part of every one that none has shown, and on --evaluation; FILE as of --calibration, a "
+        "name given twice has two files; without --calibration all else is of equal parts of all",
     )  # fmt: skip
     place.add_argument(
         "--top-k", nargs="+", action="extend", metavar="K", type=value_of(int, is_list=True),

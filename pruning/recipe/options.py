@@ -163,7 +163,7 @@ class ScoreOptions(Options):
     expert_details: Annotated[
         bool,
         About(
-            "also collect what wanda, MoE-Pruner, MoNE, NAEE, DEK and GRAPE need (about twice the time)"
+            "also collect what wanda, moe_pruner, MoNE, NAEE, DEK, GRAPE need (about twice the time)"
         ),
     ] = False
     weight_gradients: Annotated[
