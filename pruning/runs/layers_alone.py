@@ -21,6 +21,7 @@ from pruning.stages.rule_losses import STATE_BYTES
 from pruning.text.calibration import TokenBatch
 
 RECORD = "layers-alone.json"
+GROUP = 16  # plans that share a reading at most: losses are remembered after each
 Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [B, T], and their mask bool [B, T]
 
 
@@ -89,7 +90,8 @@ def losses_alone(job: Job, keep: np.ndarray, text: Text, target: Path, steps: St
     known = job.spread.led(lambda: _remembered(target / RECORD, key))
     left = [name for name in by_name if name not in known]
     state = batch.tokens.size * job.base.config.d_model * np.dtype(job.dtype).itemsize
-    size, layers = max(1, allowance().of(STATE_BYTES) // state), len(job.base)
+    size = max(1, min(GROUP, allowance().of(STATE_BYTES) // state))
+    layers = len(job.base)
     windows = batch.windows()
     with steps.bar("layers alone") as on_step:
 

@@ -115,6 +115,7 @@ def test_each_layer_is_pruned_alone_and_measured_once(scored, models, tmp_path, 
         return hidden(base, tokens, valid, plans, **how)
 
     monkeypatch.setattr(layers_alone, "masked_hidden", masked_hidden)
+    monkeypatch.setattr(layers_alone, "GROUP", 2)
 
     def again(rate: float) -> tuple[list[float], int]:
         measured.clear()
