@@ -211,6 +211,7 @@ def audit(options: Options) -> Outcome:
         experts=options.experts,
         channels=options.channels,
         tokens=options.sample_tokens,
+        layers_alone=options.layers_alone,
         steps=steps_of(options),
         where=places_of(options),
         **given,

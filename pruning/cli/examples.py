@@ -79,7 +79,9 @@ EXAMPLES = {
     "better than chance), so that you can choose --attribution and --criterion for your model.\n"
     "Only scores whose statistics were collected are judged: --gradients, --expert-details,\n"
     "--weight-gradients and --nll-ig add more. An interrupted audit goes on where it stopped.\n"
-    "Read audit.html first; audit.csv has a row for each expert and channel.",
+    "Read audit.html first; audit.csv has a row for each expert and channel.\n\n"
+    "--layers-alone prunes each layer alone, and says whether layers whose score a few channels\n"
+    "hold (Gini, channels that hold 90 % of it) lose less.",
     "compare": "moe-compress compare demo --prune-rate 0.25 0.5 --output rules\n"
     "  moe-compress compare ./OLMoE-1B-7B --calibration c4.txt --evaluation test.txt \\\n"
     "      --rules 'fair*' 'uniform*' random --gradients --expert-details --output rules\n\n"

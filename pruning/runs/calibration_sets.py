@@ -1,4 +1,4 @@
-"""Calibration texts against one another: each is scored alone, and all are measured on all."""
+"""Other calibration texts than the one given: draws of it, and sets that are compared with it."""
 
 import dataclasses
 import re
@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_jax.errors import InputError
-from pruning.runs.controls import drawn
 from pruning.stages.job import Job, calibration_text
 from pruning.stages.measure import first_tokens
 from pruning.text.calibration import TokenBatch, hold_out
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import Windows
 
-SETS = "sets"  # folder of their statistics
+DRAWS, SETS = "draws", "sets"  # folders of their statistics
 Sets = Mapping[str, TokenBatch]
 _NEXT = re.compile(r",(?=[\w.-]+=)")
 _NAME = re.compile(r"\w[\w.-]*")
@@ -110,6 +109,30 @@ def mixed(texts: Sequence[TokenBatch]) -> TokenBatch:
         counted = np.concatenate(each)
     sources = tuple(source for part in parts for source in part.sources)
     return TokenBatch(joined("tokens"), joined("valid"), sources, counted, joined("files"))
+
+
+def drawn(job: Job, draw: int) -> Job:
+    """The job with as many windows of its calibration text, drawn with replacement.
+
+    Args:
+      job: of the whole text.
+      draw: which one; 0 is the job itself. The recipe's seed counts, too.
+
+    Returns:
+      A job that scores into a folder of its own.
+    """
+    if not draw:
+        return job
+    count, seed = len(job.calibration.tokens), job.recipe.seed
+    rows = np.sort(np.random.default_rng([seed, draw]).integers(count, size=count))
+    text = job.calibration.of(rows)
+    noted = tuple({**source, "drawn": [seed, draw]} for source in text.sources)
+    folder = job.output / DRAWS / str(draw)
+    return dataclasses.replace(
+        job,
+        calibration=dataclasses.replace(text, sources=noted),
+        recipe=dataclasses.replace(job.recipe, output=str(folder)),
+    )
 
 
 def source_of(job: Job, name: str, draw: int, sets: Sets) -> Job:

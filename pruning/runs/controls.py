@@ -23,7 +23,6 @@ from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
-DRAWS = "draws"  # folder of their statistics
 MOST_DRAWS = 100  # each is scored
 STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
 
@@ -235,30 +234,6 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
     for text in (*others, *({"calibration": name} for name in controls.sets)):
         found |= {dataclasses.replace(one, **text): budget for one, budget in again.items()}
     return found
-
-
-def drawn(job: Job, draw: int) -> Job:
-    """The job with as many windows of its calibration text, drawn with replacement.
-
-    Args:
-      job: of the whole text.
-      draw: which one; 0 is the job itself. The recipe's seed counts, too.
-
-    Returns:
-      A job that scores into a folder of its own.
-    """
-    if not draw:
-        return job
-    count, seed = len(job.calibration.tokens), job.recipe.seed
-    rows = np.sort(np.random.default_rng([seed, draw]).integers(count, size=count))
-    text = job.calibration.of(rows)
-    noted = tuple({**source, "drawn": [seed, draw]} for source in text.sources)
-    folder = job.output / DRAWS / str(draw)
-    return dataclasses.replace(
-        job,
-        calibration=dataclasses.replace(text, sources=noted),
-        recipe=dataclasses.replace(job.recipe, output=str(folder)),
-    )
 
 
 def _at_target(
