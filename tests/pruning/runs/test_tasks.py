@@ -15,6 +15,8 @@ import scipy.stats
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from ml_dtypes import bfloat16
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 import pruning
@@ -29,7 +31,7 @@ from pruning.scores.statistics import load_statistics
 from pruning.stages.job import open_job
 from pruning.stages.judged import compared
 from tests.support import tiny
-from tests.support.command import change_tensor, read, refused, run
+from tests.support.command import read, refused, run
 from tests.support.told import Told
 
 TASKS = DEMO / "tasks"
@@ -185,18 +187,23 @@ def test_a_comparison_asks_every_plan_what_the_harness_asks_it(
     assert "What the models still answer" in (out / "compare.html").read_text()
     assert len((out / "compare-tasks.csv").read_text().splitlines()) == 4
 
-    # The plan as a folder of transformers whose removed channels are zero.
+    # The plan as a folder of transformers whose removed channels are zero, in 16 bits as ours.
     statistics, provenance = load_statistics(out / "statistics.safetensors")
     job = open_job(load_recipe(out / "recipe.yaml"))
     kept = next(one["kept"] for one in found["results"] if one["rule"] == "uniform-act")
     plan = task_plan(job, statistics, provenance, Task("uniform-act", 0.5), kept)
-    masked = shutil.copytree(models / "single", tmp_path / "masked")
+    dense, masked = (
+        shutil.copytree(models / "single", tmp_path / name) for name in ("dense", "masked")
+    )
+    weights = load_file(dense / "model.safetensors")
+    weights = {n: value.astype(bfloat16).astype(np.float32) for n, value in weights.items()}
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     for layer, experts in zip(plan.layer_indices, plan.keep, strict=True):
         for expert, keep in enumerate(experts):
-            name = f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
-            change_tensor(masked, name, lambda down, keep=keep: down * keep.astype(down.dtype))
+            weights[f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"][:, ~keep] = 0
+    save_file(weights, masked / "model.safetensors", metadata={"format": "pt"})
     (one,) = rows["uniform-act", 16]
-    for folder, said in ((models / "single", one["first"]), (masked, one["second"])):
+    for folder, said in ((dense, one["first"]), (masked, one["second"])):
         model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=32)
         with contextlib.chdir(letters):
             tasks = TaskManager(include_path=str(letters), include_defaults=False)
