@@ -105,6 +105,20 @@ def _clusters(statistics: ChannelStatistics, kept: int, experts_per_token: int) 
     return merge_experts(statistics.similarity, kept, GrapeRules(fewest=fewest))
 
 
+def _dek(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> Limits:
+    """What `_grape` does within a layer, the layers with as many clusters each.
+
+    The paper that has it, arXiv 2407.09590, averages the weights of a cluster; here one expert of
+    it stays, as in GRAPE's comparison, so that the two differ in the layers' budgets alone.
+    """
+    del experts_per_token
+    similarity, quotas = statistics["similarity"], _quota(kept, statistics.shape[0]).tolist()
+    layers = [merge_experts(one[None], n) for one, n in zip(similarity, quotas, strict=True)]
+    value = EXPERT_CRITERIA["ala"](statistics)
+    rows = [representatives(one, row[None]) for one, row in zip(layers, value, strict=True)]
+    return Limits(experts=np.concatenate(rows))
+
+
 def _grape(statistics: ChannelStatistics, kept: int, experts_per_token: int) -> Limits:
     clusters = _clusters(statistics, kept, experts_per_token)
     return Limits(experts=representatives(clusters, EXPERT_CRITERIA["ala"](statistics)))
@@ -115,8 +129,8 @@ def _grape_prior(statistics: ChannelStatistics, kept: int, experts_per_token: in
 
 
 UNIFORM = (
-    "act", "weight", "energy", "amp", "shapley", "wanda", "saliency", "abs_taylor", "fisher",
-    "heapr", "wg", "obs",
+    "act", "weight", "energy", "amp", "shapley", "wanda", "moe_pruner", "saliency", "abs_taylor",
+    "fisher", "heapr", "wg", "obs",
 )  # fmt: skip
 PAIRED = ("act", "energy", "shapley", "fisher", "abs_taylor")
 DEGREES = {"fair0.5": "k = 0.5", "fair": "k = 1", "fair2": "k = 2", "linear": "k = 0"}
@@ -218,6 +232,13 @@ RULES: dict[str, Rule] = {
         options=WHOLE,
         prepare_needs=DETAILS,
         prepare=_grape,
+    ),
+    "dek": Rule(
+        about="one expert per cluster, as many in each layer, after arXiv 2407.09590",
+        family="whole experts",
+        options=WHOLE,
+        prepare_needs=DETAILS,
+        prepare=_dek,
     ),
     "grape-prior": Rule(
         about="paper-act, layer budgets by the clusters of arXiv 2604.06542",

@@ -241,6 +241,12 @@ def audit(command: Parser) -> None:
         "--tokens", dest="sample_tokens", type=value_of(int), default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )  # fmt: skip
+    place.add_argument(
+        "--layers-alone", type=value_of(float), nargs="?", const=0.5, metavar="RATE",
+        help="also take this fraction (0.5 if none is said) of each layer's channels, those of "
+        "least score, from that layer alone, and say how far the concentration of a layer's score "
+        "foretells the loss; costs a pass through the model for each layer",
+    )  # fmt: skip
     add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     texts = _others(TextOptions, "evaluation", "evaluation_tokens")
     add_group(command, TextOptions, *texts, title="Text")
@@ -299,6 +305,25 @@ def compare(command: Parser) -> None:
         "all rules again: errors of losses and differences, and how far what is kept is alike; "
         "each takes as long as all the rest",
     )  # fmt: skip
+    place.add_argument(
+        "--calibration-sets", nargs="+", action="extend", metavar="NAME=FILE,NAME=FILE",
+        help="score up to --max-tokens of each of these texts alone and measure what each keeps on "
+        "a part of every one that none has shown, and on --evaluation; FILE as of --calibration, a "
+        "name given twice has two files; without --calibration all else is of equal parts of all",
+    )  # fmt: skip
+    place.add_argument(
+        "--top-k", nargs="+", action="extend", metavar="K", type=value_of(int, is_list=True),
+        help="also measure the whole model with K experts per token, fewer than it has: what a "
+        "token reads and computes shrinks, the folder does not",
+    )  # fmt: skip
+    place.add_argument(
+        "--skip-below", nargs="+", action="extend", metavar="X",
+        type=value_of(float, is_list=True),
+        help="the same, skipping experts whose routing weight is below X times that of the "
+        "token's best expert, e.g. 0.1",
+    )  # fmt: skip
+    title = "Tasks of lm-evaluation-harness, beside the texts"
+    add_group(command, TaskOptions, *_others(TaskOptions, "output"), title=title)
     add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
     add_group(command, TextOptions)
     add_group(

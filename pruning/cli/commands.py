@@ -26,10 +26,14 @@ from pruning.demo import model_folder
 from pruning.recipe.options import ExportOptions, PlanOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
+from pruning.recipe.task_options import TaskOptions
 from pruning.report.audit_page import audit_tables
 from pruning.report.choice_table import choice_table
+from pruning.report.comparison_compute import compute_tables
 from pruning.report.comparison_draws import draw_tables
+from pruning.report.comparison_sets import set_tables
 from pruning.report.comparison_sizes import size_tables
+from pruning.report.comparison_tasks import task_tables
 from pruning.report.cost_tables import estimate_tables
 from pruning.runs import apply as applying
 from pruning.runs import audit as auditing
@@ -42,6 +46,7 @@ from pruning.runs import recover as recovering
 from pruning.runs import report as reporting
 from pruning.runs import score as scoring
 from pruning.runs import verify as verifying
+from pruning.runs.calibration_sets import parse_sets
 from pruning.stages.score import STATISTICS
 from pruning.stages.sizes import folder_bytes
 from pruning.stages.writer import only_writer
@@ -206,6 +211,7 @@ def audit(options: Options) -> Outcome:
         experts=options.experts,
         channels=options.channels,
         tokens=options.sample_tokens,
+        layers_alone=options.layers_alone,
         steps=steps_of(options),
         where=places_of(options),
         **given,
@@ -229,14 +235,20 @@ def compare(options: Options) -> Outcome:
     given = {
         "rates": options.rates, "rules": options.rules, "bits": options.compared_bits,
         "target_bytes": options.compared_bytes, "target_factors": options.compared_factors,
-        "repair": options.repaired, "draws": options.draws,
+        "repair": options.repaired, "draws": options.draws, "top_k": options.top_k,
+        "skip_below": options.skip_below,
+        "calibration_sets": parse_sets(options.calibration_sets or ()),
     }  # fmt: skip
+    asked: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions) | {"output": None}
+    judged = TaskOptions(**asked) if any(asked.values()) else None
     found = comparing.compare(
-        recipe, **{name: value for name, value in given.items() if value}, steps=steps_of(options),
-        where=places_of(options),
+        recipe, **{name: value for name, value in given.items() if value},
+        judged=judged, steps=steps_of(options), where=places_of(options),
     )  # fmt: skip
     if follows(options):
         return Outcome(None)
     tables: list[Any] = [found.terminal_table(stdout().width)] if found.rates else []
-    shown = [*tables, *size_tables(found), *draw_tables(found), ""]
-    return Outcome(dataclasses.asdict(found), shown, [Path(recipe.output) / "compare.html"])
+    for of in (size_tables, compute_tables, task_tables, set_tables, draw_tables):
+        tables += of(found)
+    page = Path(recipe.output) / "compare.html"
+    return Outcome(dataclasses.asdict(found), [*tables, ""], [page])

@@ -79,7 +79,9 @@ EXAMPLES = {
     "better than chance), so that you can choose --attribution and --criterion for your model.\n"
     "Only scores whose statistics were collected are judged: --gradients, --expert-details,\n"
     "--weight-gradients and --nll-ig add more. An interrupted audit goes on where it stopped.\n"
-    "Read audit.html first; audit.csv has a row for each expert and channel.",
+    "Read audit.html first; audit.csv has a row for each expert and channel.\n\n"
+    "--layers-alone prunes each layer alone, and says whether layers whose score a few channels\n"
+    "hold (Gini, channels that hold 90 % of it) lose less.",
     "compare": "moe-compress compare demo --prune-rate 0.25 0.5 --output rules\n"
     "  moe-compress compare ./OLMoE-1B-7B --calibration c4.txt --evaluation test.txt \\\n"
     "      --rules 'fair*' 'uniform*' random --gradients --expert-details --output rules\n\n"
@@ -95,6 +97,11 @@ EXAMPLES = {
     "      --output bytes\n\n"
     "Fewer bits or fewer channels? --bits gives a line for each: 4 bits alone, pruning alone,\n"
     "both; --target-bytes lets each rule remove what its bits leave it to remove at that size.\n\n"
+    "--top-k 4 2 and --skip-below 0.1 measure the whole model with fewer experts for each token,\n"
+    "and the page sets all rows against the weights that a token reads: narrower experts save\n"
+    "memory and some reading, fewer of them reading alone.\n\n"
+    "--calibration-sets web=web.txt,code=code.jsonl,maths=maths.jsonl scores each text alone and\n"
+    "measures what it keeps on all of them: what a model loses that is pruned for other work.\n\n"
     "--draws 3 says what chance in the calibration text does: errors of losses and differences.",
     "completion": "source <(moe-compress completion bash)  # this bash; also in ~/.bashrc\n"
     "  moe-compress completion zsh > ~/.zfunc/_moe-compress  # a folder of your $fpath\n"

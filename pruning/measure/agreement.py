@@ -57,6 +57,13 @@ def spearman(one: np.ndarray, two: np.ndarray) -> float | None:  # [n], [n]
     return float(np.corrcoef(ranks)[0, 1])
 
 
+def pearson(one: np.ndarray, two: np.ndarray) -> float | None:  # [n], [n]
+    """Correlation of the values themselves; None where one side is constant."""
+    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(two) == 0:
+        return None
+    return float(np.corrcoef(one, two)[0, 1])
+
+
 def _ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[inverse]
@@ -145,8 +152,8 @@ def _compare(rows: list[dict], registry, statistics, slots, kinds: tuple[str, ..
 
 def to_csv(report: dict) -> str:
     """All rows of a report as one table; a column is empty where it does not apply."""
-    rows = [{"kind": kind[:-1], **row} for kind in ("experts", "channels")
-            for row in report[kind]["rows"]]  # fmt: skip
+    rows = [{"kind": kind[:-1], **row} for kind in ("experts", "channels", "layers")
+            if kind in report for row in report[kind]["rows"]]  # fmt: skip
     names = list(dict.fromkeys(name for row in rows for name in row))
     first = [name for name in ("kind", "layer", "expert", "channel") if name in names]
     text = io.StringIO()

@@ -6,7 +6,7 @@ the same: a run looks names up in the registry itself.
 
 CRITERIA = (
     "act", "hidden", "weight", "noise", "energy", "amp", "shapley", "taylor", "abs_taylor",
-    "fisher", "heapr", "saliency", "wanda", "wg", "obs", "random",
+    "fisher", "heapr", "saliency", "wanda", "moe_pruner", "wg", "obs", "random",
 )  # fmt: skip
 ATTRIBUTIONS = (
     "ala", "ala_clipped", "ala2", "self", "nll_grad", "nll_grad2", "nll_ig", "nll_ablate", "usage",

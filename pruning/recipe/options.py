@@ -162,7 +162,7 @@ class ScoreOptions(Options):
     ] = False
     expert_details: Annotated[
         bool,
-        About("also collect what wanda, MoNE, NAEE and GRAPE need (about twice the time)"),
+        About("also collect what wanda, moe_pruner, MoNE, NAEE, DEK, GRAPE need (twice the time)"),
     ] = False
     weight_gradients: Annotated[
         bool, About("also collect criterion wg, in a sweep of its own (about five times)")

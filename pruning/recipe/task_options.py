@@ -1,4 +1,4 @@
-"""The options of `eval` that are about tasks of lm-evaluation-harness."""
+"""The options of `eval` and `compare` that are about tasks of lm-evaluation-harness."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,8 +14,8 @@ class TaskOptions(Options):
     tasks: Annotated[
         tuple[str, ...],
         About(
-            "tasks, groups or tags of the harness, such as arc_easy,hellaswag; an export is "
-            "measured beside the dense model of its run, an output folder with all of its exports; "
+            "tasks, groups or tags of the harness, such as arc_easy,hellaswag; eval measures an "
+            "export beside the dense model of its run, an output folder with all of its exports; "
             "needs pip install 'moe-jax[tasks]'",
             shown="TASK",
         ),

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -63,6 +63,33 @@ def plot_misalign(
         line.yaxis.set_major_formatter(percent_format())
     axes[-1].set_xlabel(f"expert, best first (the top {shown} of {len(increase)})")
     figure.supylabel("loss increase without the expert, nats per token", fontsize=10)
+    return figure
+
+
+def plot_layers_alone(layers: Mapping[str, Any]) -> "Figure":
+    """Loss of pruning each layer alone against the concentration of its score.
+
+    Args:
+      layers: what `concentration_report` found, with the `rate`.
+
+    Returns:
+      Two panels, the Gini coefficient and the fraction of channels that hold nine tenths.
+    """
+    figure = new_figure(3.4)
+    panels = figure.subplots(1, 2, sharey=True)
+    names = {"gini": "Gini of the layer's score", "fraction_holding": "channels that hold 90%"}
+    rows = layers["rows"]
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
+        axes.scatter([row[name] for row in rows], [row["masked"] for row in rows], s=22, color=BLUE)
+        for row in rows:
+            axes.annotate(str(row["layer"]), (row[name], row["masked"]), xytext=(4, 3),
+                          textcoords="offset points", fontsize=8)  # fmt: skip
+        rank = layers["correlations"][name]["spearman"]
+        told = "undefined" if rank is None else f"{rank:.2f}"
+        axes.set_title(f"Spearman {told}", loc="left", fontsize=11)
+        axes.set(xlabel=label)
+        plain(axes, "x" * (name == "fraction_holding"))
+    panels[0].set(ylabel=f"nats per token added\nwithout {layers['rate']:.0%} of the layer")
     return figure
 
 

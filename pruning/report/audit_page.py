@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
+from pruning.kit.words import percent
 from pruning.measure.tokens import TokenView
 from pruning.report.audit_figures import (
     plot_expert_norms,
+    plot_layers_alone,
     plot_loss_curves,
     plot_misalign,
     plot_router_entropy,
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
 PAGE = "audit.html"  # the last file that an audit writes
 # The paper's figure 2: what people rank experts by, and the attribution.
 SHOWN = {"router": "router weight", "usage": "token usage", "ala": "attribution (ala)"}
+PREDICTORS = {
+    "gini": "Gini of its score", "fraction_holding": "channels that hold 90% of its score",
+    "score_removed": "score removed",
+}  # fmt: skip
+ALONE = (
+    "Each point is a layer, by its number: the loss that is added when it alone is pruned, against "
+    "how its channels share the score. If concentration spares a layer, points fall from left to "
+    "right on the left and rise on the right."
+)
 NOTE = (
     "Spearman rank correlation with the measured loss increase, over the whole sample and as the "
     "mean of those inside each layer. 1 is a perfect ranking, 0 is chance; a dash is a score that "
@@ -62,6 +73,8 @@ def audit_page(report: dict, figures: Iterable[tuple["Figure", str]] = ()) -> st
         )
         parts += [figure_html(plot_misalign(panels, increase), caption), _harm(experts)]
     parts += map(section_html, audit_tables(report))
+    if "layers" in report:
+        parts.append(figure_html(plot_layers_alone(report["layers"]), ALONE))
     shown = [figure_html(*figure) for figure in figures]
     if shown:
         parts += [text_html("What routers and experts do", "h2"), *shown]
@@ -120,7 +133,34 @@ def audit_tables(report: dict) -> list[TextTable]:
         missing = ", ".join(part["not_collected"])
         note = f"{NOTE} Not collected: {missing}." if missing else NOTE
         found.append(TextTable(f"Scores of {kind}", header, rows, note))
-    return found
+    return [*found, *(_layer_tables(report["layers"]) if "layers" in report else ())]
+
+
+def _layer_tables(layers: dict) -> list[TextTable]:
+    """Each layer pruned alone, and what its concentration foretells of that."""
+    rows = [
+        [str(row["layer"]), f"{row['gini']:.3f}", percent(row["fraction_holding"]),
+         percent(row["score_removed"]), f"{row['masked']:.4f}"]
+        for row in layers["rows"]
+    ]  # fmt: skip
+    rate, criterion = percent(layers["rate"], 0), layers["criterion"]
+    note = (
+        f"Each layer without the {rate} of its channels that score least by {criterion}, whichever "
+        "expert has them, the other layers whole. Gini: 0 where all channels score alike, near 1 "
+        "where one has all."
+    )
+    header = ["layer", "Gini", "hold 90%", "score removed", "+nats"]
+    found = [[PREDICTORS[name], *(_number(one[kind]) for kind in ("spearman", "pearson"))]
+             for name, one in layers["correlations"].items()]  # fmt: skip
+    told = (
+        f"Correlation with the loss added, over {len(rows)} layers; of fewer than some ten it says "
+        "little. If concentration spares a layer, it is negative for Gini and positive for the "
+        "other two."
+    )
+    return [
+        TextTable("Each layer pruned alone", header, rows, note),
+        TextTable("What concentration foretells", ["of a layer", "by rank", "linear"], found, told),
+    ]
 
 
 def _number(value: float | None) -> str:

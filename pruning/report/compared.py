@@ -1,7 +1,7 @@
 """What a comparison holds of a rule: a result, and the line of a table made of several."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pruning.kit.words import megabytes
 
@@ -28,6 +28,14 @@ class Result:
       draw: which draw of the calibration text the plan is of; 0 is the text itself.
       overlap: Jaccard index of the channels that are kept with those that the same rule keeps of
         the text itself.
+      top_k, skip_below: to which of their experts tokens go, see `shrink.fewer_experts.Fewer`; 0
+        and 0 where they go to all that the router picks.
+      calibration: the set of calibration text that the plan is of; "" is the text itself.
+      parameters: weights of the model, padding not counted.
+      tasks: what `measure.paired.Paired` says of each task and metric, beside the dense model;
+        empty if no task was asked.
+      active, active_bytes: weights that a token meets on average, and what they take as written;
+        these three are 0 in a file of an earlier version.
     """
 
     rule: str
@@ -45,11 +53,31 @@ class Result:
     bytes: int = 0
     draw: int = 0
     overlap: float = 1.0
+    top_k: int = 0
+    skip_below: float = 0.0
+    calibration: str = ""
+    parameters: int = 0
+    active: int = 0
+    active_bytes: int = 0
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_of_text(self) -> bool:
+        """Whether the plan is of the calibration text itself, no draw of it and no other set."""
+        return not self.draw and not self.calibration
+
+    @property
+    def has_fewer(self) -> bool:
+        """Whether tokens go to fewer experts than the router picks."""
+        return self.top_k > 0
 
     @property
     def name(self) -> str:
-        """Of the rule, the repair behind it, and bits if they are few."""
-        repaired = f"{self.rule}+{self.repair}" if self.repair else self.rule
+        """Of the rule, or of what tokens go to, the repair behind it, and bits if they are few."""
+        rule = self.rule
+        if self.has_fewer:
+            rule = f"skip-{self.skip_below:g}" if self.skip_below else f"top-{self.top_k}"
+        repaired = f"{rule}+{self.repair}" if self.repair else rule
         return repaired if self.bits == 16 else f"{repaired} {self.bits}-bit"
 
     @property
@@ -72,8 +100,8 @@ class Line:
       top1: share of positions whose most likely token is the dense model's.
       emptied: experts without channels.
       family, about: of the rule.
-      bits, target: as of the results.
-      bytes: of the folder, mean over seeds.
+      bits, target, has_fewer: as of the results.
+      bytes, parameters, active, active_bytes: the same, means over seeds.
     """
 
     rule: str
@@ -89,3 +117,7 @@ class Line:
     bits: int
     target: int
     bytes: float
+    has_fewer: bool
+    parameters: float
+    active: float
+    active_bytes: float

@@ -27,6 +27,7 @@ from pruning.text.held_out import not_held_out
 
 MEASURED = {"nll", "kl", "top1", "tokens"}
 SHARES = ("÷ random", "KL", "top-1")  # columns after the added nats
+SIZES = ("bytes", "parameters", "active", "active_bytes")  # of which a line has the mean
 EXPENDABLE = ("top-1", "KL")  # columns that a narrow terminal leaves out, in turn
 
 
@@ -39,6 +40,7 @@ class _Stored(TypedDict):
     refused: list[dict[str, Any]]
     sizes: NotRequired[dict[str, int]]
     seen: NotRequired[dict[str, float | None]]
+    asked: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Comparison:
       sizes: bytes of 16-bit weights, "dense" of the whole model and "experts" of its routed
         experts; empty in a file of an earlier version.
       seen: by text, see `held_out.seen_shares`; empty in a file of an earlier version.
+      asked: which tasks of lm-evaluation-harness, with how many examples and documents.
     """
 
     key: dict[str, Any]
@@ -61,6 +64,7 @@ class Comparison:
     refused: tuple[Result, ...]
     sizes: dict[str, int] = field(default_factory=dict)
     seen: dict[str, float | None] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> "Comparison":
@@ -113,6 +117,13 @@ class Comparison:
                 raise InputError(f"budgets at prune rate {rate} differ: {sorted(kept)}")
         return dataclasses.replace(self, results=every, refused=(*self.refused, *refused))
 
+    def with_tasks(self, asked: Result, rows: list[dict[str, Any]]) -> "Comparison":
+        """With what tasks showed of one of its results."""
+        results = tuple(
+            dataclasses.replace(one, tasks=rows) if one is asked else one for one in self.results
+        )
+        return dataclasses.replace(self, results=results)
+
     def only(self, wanted: Callable[[Result], bool]) -> "Comparison":
         """The part that was asked for."""
         parts = {n: tuple(filter(wanted, getattr(self, n))) for n in ("results", "refused")}
@@ -137,11 +148,15 @@ class Comparison:
     def lines(self) -> list[Line]:
         """Every rule at every rate with a result, the least loss at each rate first."""
         pruned = (r for r in self.results if not r.target and r.rule != UNPRUNED)
-        return self._lines(r for r in pruned if not r.draw)
+        return self._lines(r for r in pruned if r.is_of_text)
 
     def points(self) -> list[Line]:
         """The same with rules at sizes, and with fewer bits alone."""
-        return self._lines(r for r in self.results if not r.draw)
+        return self._lines(r for r in self.results if r.is_of_text and not r.has_fewer)
+
+    def fewer(self) -> list[Line]:
+        """The model with fewer experts for each token, the least loss first."""
+        return self._lines(r for r in self.results if r.has_fewer)
 
     def _lines(self, results: Iterable[Result]) -> list[Line]:
         groups: dict[tuple[str, float, int], list[Result]] = {}
@@ -180,7 +195,8 @@ class Comparison:
             about=group[0].about,
             bits=group[0].bits,
             target=group[0].target,
-            bytes=float(np.mean([result.bytes for result in group])),
+            has_fewer=group[0].has_fewer,
+            **{name: float(np.mean([getattr(one, name) for one in group])) for name in SIZES},
         )
 
     def ranked(self) -> list[str]:
@@ -230,13 +246,16 @@ class Comparison:
         out = csv.writer(buffer, lineterminator="\n")
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
                       "added", "kl", "top1", "repair", "bits", "target", "bytes",
-                      "draw", "overlap"])  # fmt: skip
+                      "draw", "overlap", "top_k", "skip_below", "calibration", "parameters",
+                      "active", "active_bytes"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
                 added = q["nll"] - self.dense[text]["nll"]
                 out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
-                              r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap])  # fmt: skip
+                              r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap, r.top_k,
+                              r.skip_below, r.calibration, r.parameters, r.active,
+                              r.active_bytes])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

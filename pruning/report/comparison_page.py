@@ -11,8 +11,14 @@ from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from pruning.report.compared import Line
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_compute import CAPTION as COMPUTE
+from pruning.report.comparison_compute import compute_tables, plot_compute
 from pruning.report.comparison_draws import draw_tables
+from pruning.report.comparison_sets import CAPTION as SETS
+from pruning.report.comparison_sets import plot_sets, set_tables
 from pruning.report.comparison_sizes import CAPTION, plot_sizes, size_tables
+from pruning.report.comparison_tasks import CAPTION as TASKS
+from pruning.report.comparison_tasks import plot_tasks, task_tables
 from pruning.report.drawing import (
     BLUE,
     GOLD,
@@ -63,6 +69,9 @@ def comparison_page(found: Comparison) -> str:
     parts = [
         text_html("Which rule loses least?", "h1"),
         *_by_bytes(found),
+        *_by_compute(found),
+        *_by_tasks(found),
+        *_by_set(found),
         *([figure_html(plot_rates(found), RATES)] if found.rates else []),
         *(
             part
@@ -85,6 +94,27 @@ def _by_bytes(found: Comparison) -> list[Markup]:
     if not tables:
         return []
     return [figure_html(plot_sizes(found), CAPTION), *map(long_section, tables)]
+
+
+def _by_compute(found: Comparison) -> list[Markup]:
+    tables = compute_tables(found)
+    if not tables:
+        return []
+    return [figure_html(plot_compute(found), COMPUTE), *map(long_section, tables)]
+
+
+def _by_tasks(found: Comparison) -> list[Markup]:
+    tables = task_tables(found)
+    if not tables:
+        return []
+    return [figure_html(plot_tasks(found), TASKS), *map(long_section, tables)]
+
+
+def _by_set(found: Comparison) -> list[Markup]:
+    tables = set_tables(found)
+    if not tables:
+        return []
+    return [figure_html(plot_sets(found), SETS), *map(long_section, tables)]
 
 
 def plot_rates(found: Comparison) -> "Figure":

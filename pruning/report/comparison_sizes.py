@@ -1,6 +1,6 @@
 """A comparison by bytes: fewer bits, fewer channels and both, in tables and against the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pruning.kit.words import megabytes, percent
@@ -64,13 +64,17 @@ def plot_sizes(found: Comparison) -> "Figure":
     return figure
 
 
-def front(lines: Sequence[Line]) -> list[Line]:
+def _written(line: Line) -> float:
+    return line.bytes
+
+
+def front(lines: Sequence[Line], size: Callable[[Line], float] = _written) -> list[Line]:
     """Those of which no other is as small, to `ALIKE`, and loses less; smallest first."""
 
     def is_behind(line: Line) -> bool:
-        return any(x.added < line.added and x.bytes <= ALIKE * line.bytes for x in lines)
+        return any(x.added < line.added and size(x) <= ALIKE * size(line) for x in lines)
 
-    return sorted((x for x in lines if not is_behind(x)), key=lambda line: line.bytes)
+    return sorted((x for x in lines if not is_behind(x)), key=size)
 
 
 def _places(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
@@ -82,15 +86,16 @@ def _table(title: str, lines: Sequence[Line], ahead: Sequence[Line]) -> TextTabl
     rows = [
         [
             line.rule, str(line.bits), percent(line.rate), megabytes(line.bytes),
+            megabytes(line.active_bytes) if line.active_bytes else "-",
             f"{line.added:.4f}" + (f" ±{line.spread:.3f}" if line.spread else ""),
             f"{line.kl:.4f}", percent(line.top1), mark,
         ]
         for line, mark in zip(lines, marks, strict=True)
     ]  # fmt: skip
-    header = ["rule", "bits", "pruned", "MB", "+nats", "KL", "top-1", ""]
+    header = ["rule", "bits", "pruned", "MB", "MB met", "+nats", "KL", "top-1", ""]
     note = (
-        "MB: weights as they would be written, one width per expert where the family has that. "
-        "Fewer bits are rounded to nearest. front: nothing that was measured is as small and loses "
-        "less."
+        "MB: weights as they would be written, one width per expert where the family has that; "
+        "met: by a token on average, without its row of the embedding. Fewer bits are rounded to "
+        "nearest. front: nothing that was measured is as small and loses less."
     )
     return TextTable(title, header, rows, note)

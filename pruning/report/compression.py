@@ -77,9 +77,9 @@ class CompressionReport:
         held-out text relative to what the layer adds, matrices and fallbacks; [] without GPTQ.
       sizes: source_bytes, channels, channels_kept, active_parameters (of the source and of every
         export: what a token meets on average over the calibration text), exports: per name bytes
-        (written), parameters, bits_per_parameter, padded_bytes (null for a padded export), and of
-        a source in few bits rounded_again: relative squared error of rounding its weights a second
-        time, 0 if they were taken over.
+        (written), active_bytes (that a token meets), parameters, bits_per_parameter, padded_bytes
+        (null for a padded export), and of a source in few bits rounded_again: relative squared
+        error of rounding its weights a second time, 0 if they were taken over.
       quality: per text and model (dense, pruned, each export as read from disk): nll, perplexity,
         tokens, and against the dense model kl and top1 (null for the dense model).
       evaluation: window and stride in tokens; stride is null without a text; seen, per text the

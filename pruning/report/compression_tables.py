@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pruning.kit.words import megabytes, millions, percent
+from pruning.kit.words import amount, megabytes, millions, percent
 from pruning.report.phrases import NOMINALLY, check_result, nominally, second_rounding
 from pruning.report.severity import SCALE, severity
 from pruning.report.table import TextTable
@@ -242,4 +242,9 @@ def _parameters(sizes: Part, model: Part) -> list[list[str]]:
     if active := sizes.get("active_parameters"):  # unknown to earlier versions
         met = f"of {millions(active['source'])} that a token meets on average"
         rows.append(["active parameters", millions(active["exports"]), met])
+    known = ((name, size.get("active_bytes")) for name, size in sizes["exports"].items())
+    read = {name: size for name, size in known if size is not None}
+    if read:
+        listed = "; ".join(f"{name} {amount(size)}" for name, size in read.items())
+        rows.append(["active bytes", amount(min(read.values())), f"that a token reads: {listed}"])
     return rows

@@ -109,6 +109,7 @@ class ExportSize(TypedDict):
     parameters: int
     bits_per_parameter: float
     padded_bytes: int | None
+    active_bytes: NotRequired[int]
     rounded_again: NotRequired[float]
 
 

@@ -26,7 +26,14 @@ from pruning.stages.card import loading, rounded_again
 from pruning.stages.checks import Check
 from pruning.stages.job import Job
 from pruning.stages.repair import repair_facts
-from pruning.stages.sizes import active_parameters, export_of, folder_bytes, form_of
+from pruning.stages.sizes import (
+    active_bytes,
+    active_parameters,
+    export_of,
+    folder_bytes,
+    form_of,
+    token_shares,
+)
 from pruning.text.held_out import seen_shares
 from pruning.text.windows import text_hashes
 
@@ -188,12 +195,15 @@ def _scores(found: Outcome) -> dict[str, Any]:
 def _sizes(found: Outcome) -> dict[str, Any]:
     """What was written and what is left."""
     job, statistics, plan, exports = found.job, found.statistics, found.plan, {}
+    shares = token_shares(job.base.about, statistics)
     for name, size in found.sizes.items():
         written = folder_bytes(job.output / "exports" / name)
         bits = written * 8 / size["parameters"]
         exports[name] = {**size, "bytes": written, "bits_per_parameter": round(bits, 3)}
         if ExportFormat(name).is_padded:
             exports[name]["padded_bytes"] = None
+        export = export_of(job.base.about, plan, form_of(job.recipe, name, plan))
+        exports[name]["active_bytes"] = active_bytes(export, shares)
         if (again := rounded_again(job.output / "exports" / name)) is not None:
             exports[name]["rounded_again"] = again
     whole = np.full_like(plan.counts, plan.keep.shape[2])
@@ -202,8 +212,8 @@ def _sizes(found: Outcome) -> dict[str, Any]:
         "channels": int(plan.keep.size),
         "channels_kept": int(plan.counts.sum()),
         "active_parameters": {
-            "source": active_parameters(job.base.about, whole, statistics),
-            "exports": active_parameters(job.base.about, plan.counts, statistics),
+            "source": active_parameters(job.base.about, whole, shares),
+            "exports": active_parameters(job.base.about, plan.counts, shares),
         },
         "exports": exports,
     }

@@ -23,10 +23,11 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.values import check_whole
 from pruning.report.audit_page import PAGE, audit_page, token_figures
 from pruning.runs.cap import refuse_limit
+from pruning.runs.layers_alone import report_alone
 from pruning.runs.places import working
 from pruning.runs.score import scored
 from pruning.scores.ablation import Ablation, ablate, layer_visits
-from pruning.scores.criteria import channel_scores
+from pruning.scores.criteria import ChannelScores, channel_scores
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import preflight
 from pruning.stages import score as scoring
@@ -44,7 +45,9 @@ EVALUATION_TEXTS = 3  # beside the calibration text
 TOGETHER = 64  # ablations that share a reading of the model; each such group is remembered
 
 
-def check_sample(*, experts: int, channels: int, tokens: int) -> None:
+def check_sample(
+    *, experts: int, channels: int, tokens: int, layers_alone: float | None = None
+) -> None:
     """Refuse sizes that measure nothing.
 
     Raises:
@@ -55,6 +58,8 @@ def check_sample(*, experts: int, channels: int, tokens: int) -> None:
     ):  # fmt: skip
         flag = "sample-tokens" if name == "tokens" else name
         check_whole(name, value, least, cure=f"; change --{flag}")
+    if layers_alone is not None and not 0 < layers_alone < 1:
+        raise InputError(f"layers_alone={layers_alone} must lie in (0, 1); choose e.g. 0.5")
     if experts + channels == 0:
         raise InputError("experts=0 and channels=0 leave nothing to measure; give --experts 32")
 
@@ -65,6 +70,7 @@ def audit(
     experts: int = 32,
     channels: int = 64,
     tokens: int = 8192,
+    layers_alone: float | None = None,
     output: str | os.PathLike | None = None,
     steps: Steps | None = None,
     where: PlaceOptions | None = None,
@@ -78,6 +84,9 @@ def audit(
       source: a recipe, whose model is scored first, or a folder that `score` or `compress` wrote.
       experts, channels: to sample; the recipe's seed decides which.
       tokens: of the calibration text, in whole windows spread over it.
+      layers_alone: also prune each layer alone of this fraction of its channels, those of least
+        score by the recipe's criterion, and say how far the concentration of its score foretells
+        the loss.
       output: of a folder, where audit.json, audit.csv, audit.html and the record of what was
         measured go; default the folder itself. A recipe names its own.
       steps: where progress goes; default stderr, of process 0.
@@ -93,8 +102,9 @@ def audit(
         writes where the results go.
       LostProcess: another process has ended; what is finished stays.
     """
-    check_sample(experts=experts, channels=channels, tokens=tokens)
-    sample = {"experts": experts, "channels": channels, "tokens": tokens}
+    sample: dict[str, Any] = {"experts": experts, "channels": channels, "tokens": tokens,
+                              "layers_alone": layers_alone}  # fmt: skip
+    check_sample(**sample)
     target = source.output if isinstance(source, CompressionRecipe) else output or source
     with working(target, where, steps) as (spread, steps):
         return _opened(source, Path(target), sample, steps, options, spread)
@@ -103,7 +113,7 @@ def audit(
 def _opened(
     source: CompressionRecipe | str | os.PathLike,
     target: Path,
-    sample: dict[str, int],
+    sample: dict[str, Any],
     steps: Steps,
     options: dict[str, Any],
     spread: Spread,
@@ -149,6 +159,7 @@ def _audit(
     experts: int,
     channels: int,
     tokens: int,
+    layers_alone: float | None,
 ) -> dict[str, Any]:
     """Measure, remember, compare, write; arguments as in `audit`."""
     c = job.base.config
@@ -157,19 +168,36 @@ def _audit(
     text, valid = some_windows(job.calibration, tokens)
     target.mkdir(parents=True, exist_ok=True)
     losses = _measure(job, chosen, text, valid, target / RECORD, steps)
-    return job.spread.led(lambda: _report(job, statistics, losses, valid, target, steps))
+    more = {}
+    if layers_alone is not None:
+        channel = _scores(job, statistics).channel
+        more["layers"] = report_alone(job, channel, layers_alone, (text, valid), target, steps)
+    return job.spread.led(lambda: _report(job, statistics, losses, more, valid, target, steps))
+
+
+def _scores(job: Job, statistics: ChannelStatistics) -> ChannelScores:
+    recipe = job.recipe
+    return channel_scores(
+        statistics, criterion=recipe.used_criterion, attribution=recipe.used_attribution,
+        seed=recipe.seed,
+    )  # fmt: skip
+
+
+def _predicted(valid: np.ndarray) -> int:
+    return int((valid[:, :-1] & valid[:, 1:]).sum())
 
 
 def _report(
     job: Job,
     statistics: ChannelStatistics,
     losses: Losses,
+    more: dict[str, Any],
     valid: np.ndarray,
     target: Path,
     steps: Steps,
 ) -> dict[str, Any]:
     """Compare scores with what was measured, and write it."""
-    predicted = int((valid[:, :-1] & valid[:, 1:]).sum())
+    predicted = _predicted(valid)
     increases = {one: (loss - dense) / predicted for one, (dense, loss) in losses.items()}
     found = {
         "model": str(job.base.about.folder),
@@ -179,6 +207,7 @@ def _report(
         "predicted": predicted,
         "dense_nll": next(iter(losses.values()))[0] / predicted,
         **audit_report(statistics, job.base.config.moe_layers, increases),
+        **more,
     }
     replace_text(target / "audit.json", json.dumps(found, indent=2) + "\n")
     replace_text(target / "audit.csv", to_csv(found))
@@ -193,12 +222,7 @@ def _figures(
 ) -> list[tuple["Figure", str]]:
     """What single tokens show on some of the calibration text and of the evaluation texts."""
     recipe = job.recipe
-    scores = channel_scores(
-        statistics,
-        criterion=recipe.used_criterion,
-        attribution=recipe.used_attribution,
-        seed=recipe.seed,
-    )
+    scores = _scores(job, statistics)
     evaluation = list(job.evaluation.items())[:EVALUATION_TEXTS]
     texts = {
         name: some_windows(one, SEEN_TOKENS)

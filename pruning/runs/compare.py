@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 from moe_jax.errors import InputError
+from moe_jax.files import replace_text
 from moe_jax.spread import Spread
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import Steps
@@ -13,18 +14,20 @@ from pruning.measure.quality import Reference
 from pruning.recipe.options import COMPARED_TOKENS
 from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.recipe.task_options import TaskOptions
 from pruning.report import comparison_page
 from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_tasks import tasks_csv
+from pruning.runs.calibration_sets import most_seen, source_of, with_sets
 from pruning.runs.cap import refuse_limit
-from pruning.runs.compared import (
-    Scored,
-    require_windows,
-)
-from pruning.runs.controls import Controls, Task, drawn, rounded_recipe, tasks
+from pruning.runs.compared import Scored, require_windows
+from pruning.runs.compared_tasks import ask_plans
+from pruning.runs.controls import Controls, Task, rounded_recipe, task_of, tasks
 from pruning.runs.places import working
 from pruning.runs.plan_groups import run_groups
 from pruning.runs.score import scored
+from pruning.runs.tasks import open_tasks
 from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
 from pruning.stages import score as scoring
@@ -32,10 +35,11 @@ from pruning.stages.job import Job, open_job
 from pruning.stages.measure import first_tokens, measure
 from pruning.stages.model_record import identify
 from pruning.stages.plan import TEXT_CHOICES
-from pruning.text.held_out import seen_shares
+from pruning.text.calibration import TokenBatch
 from pruning.text.windows import Windows, text_hashes
 
 RATES = (0.25, 0.5)
+TASKS = "compare-tasks.csv"
 
 
 def compare(
@@ -48,6 +52,10 @@ def compare(
     target_factors: Sequence[float] = (),
     repair: Mode | None = None,
     draws: int = 0,
+    top_k: Sequence[int] = (),
+    skip_below: Sequence[float] = (),
+    calibration_sets: Mapping[str, Sequence[str]] | None = None,
+    judged: TaskOptions | None = None,
     steps: Steps | None = None,
     where: PlaceOptions | None = None,
 ) -> Comparison:
@@ -73,6 +81,17 @@ def compare(
       draws: so often as many windows of the calibration text are drawn with replacement, scored,
         and every rule planned and measured again: what chance in that text does to losses, to
         differences of rules and to what is kept. Each takes as long as all the rest.
+      top_k: experts per token, fewer than the model's: the whole model is measured with so many,
+        in each of the bits.
+      skip_below: the same with those experts of a token skipped whose routing weight is less than
+        this share of its best expert's, in (0, 1].
+      calibration_sets: files of other calibration texts by name, two or more; a sixteenth of each
+        is not scored but measured on, beside the recipe's evaluation texts. Of each, rules are
+        scored, planned and measured as well; where the recipe names no calibration text, that is
+        equal parts of all sets.
+      judged: tasks of lm-evaluation-harness, which the dense model and that of every plan of the
+        calibration text are asked after the rest; its `output` is not read, answers are in the
+        recipe's. A plan that is repaired is repaired once more for it.
       steps: where progress goes; default stderr, of process 0.
       where: devices and processes: windows are dealt to all while scoring, groups of plans to
         processes; as of `score`.
@@ -89,21 +108,24 @@ def compare(
     controls = Controls(
         rates=rates or (() if sizes else RATES), bits=tuple(dict.fromkeys(bits)),
         target_bytes=target_bytes, target_factors=target_factors, repair=repair or "",
-        draws=draws,
+        draws=draws, top_k=top_k, skip_below=skip_below, sets=calibration_sets or {},
     )  # fmt: skip
     with working(recipe.output, where, steps) as (spread, steps):
-        return _compare(recipe, rules, controls, steps, spread)
+        return _compare(recipe, rules, controls, judged, steps, spread)
 
 
 def _compare(
     recipe: CompressionRecipe,
     rules: Sequence[str],
     controls: Controls,
+    judged: TaskOptions | None,
     steps: Steps,
     spread: Spread,
 ) -> Comparison:
     refuse_limit(recipe, "compare")
-    alone = "--repair" if controls.repair else "--draws" if controls.draws else ""
+    single = {"--repair": controls.repair, "--draws": controls.draws,
+              "--calibration-sets": controls.sets, "--tasks": judged}  # fmt: skip
+    alone = next((flag for flag, asked in single.items() if asked), "")
     if alone and spread.processes > 1:
         raise InputError(
             f"{alone} is done by one process, a model after the other; leave out {alone} or "
@@ -119,9 +141,12 @@ def _compare(
         # Of 16-bit weights no group restricts the widths.
         plain = dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner,
                                     repair="none")  # fmt: skip
-        job = dataclasses.replace(_open(plain), spread=spread)
+        job, sets = _open(plain, controls.sets)
+        job = dataclasses.replace(job, spread=spread)
         if controls.rounds:
             job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
+    loaded = open_tasks(judged, steps) if judged else {}
+    controls.fewer(job.base.config.moe.experts_per_token)  # before the weights are read
     if spread.leads:
         identify(job.base, job.output, steps)
     texts = job.evaluation
@@ -130,39 +155,49 @@ def _compare(
     if controls.repair:
         require_windows(job)
     budgets = tasks(job, names, controls)
-    earlier = _earlier(job, texts) if spread.leads else None
+    key = _key(job, sets, texts)
+    earlier = _earlier(job, key) if spread.leads else None
     asked = [list(dataclasses.astuple(task)) for task in budgets]
     whole = scored(
         job, steps,
         lambda: preflight.prepare(job, steps, exports=False, last=comparison_page.PAGE),
         {"rules": list(names), "plans": asked, "evaluation": text_hashes(texts)},
     )  # fmt: skip
-    found = earlier or Comparison(key=_key(job, texts), dense={}, results=(), refused=())
+    found = earlier or Comparison(key=key, dense={}, results=(), refused=())
     done = {task_of(result) for result in (*found.results, *found.refused)}
     left = spread.led(lambda: [number for number, one in enumerate(budgets) if one not in done])
     missing = [task for number, task in enumerate(budgets) if number in left]
-    found = dataclasses.replace(found, sizes=_sizes(job), seen=seen_shares(job.calibration, texts))
+    found = dataclasses.replace(found, sizes=_sizes(job), seen=most_seen(job, sets, texts))
     if missing:
-        found = _measure(job, whole, missing, budgets, texts, found, steps)
+        found = _measure(job, whole, sets, missing, budgets, texts, found, steps)
+    if judged:
+        for more in ask_plans(job, whole, budgets, found, judged, loaded, steps):
+            found = more
+            found.save(job.output)
+            replace_text(job.output / TASKS, tasks_csv(found))
     shown = found.only(lambda result: task_of(result) in budgets)
     if spread.leads:
         comparison_page.save(shown, job.output)
     return shown
 
 
-def _open(recipe: CompressionRecipe) -> Job:
-    """The job of a recipe, its texts ending with the window that has the last token wanted."""
+def _open(
+    recipe: CompressionRecipe, files: Mapping[str, Sequence[str]]
+) -> tuple[Job, Mapping[str, TokenBatch]]:
+    """The job of a recipe, its texts ending with the window that has the last token wanted, and
+    the sets of calibration text, by the files of each."""
+    mix = bool(files) and not recipe.calibration
+    if mix:
+        every = tuple(file for own in files.values() for file in own)
+        recipe = dataclasses.replace(recipe, calibration=every)
     wanted = recipe.evaluation_tokens or COMPARED_TOKENS
     read = wanted + (recipe.window or 2048)
-    job = open_job(dataclasses.replace(recipe, evaluation_tokens=read))
+    asked = dataclasses.replace(recipe, evaluation_tokens=read)
+    job = open_job(asked, measures=not files)
     texts = {name: first_tokens(windows, wanted) for name, windows in job.evaluation.items()}
     stored = dataclasses.replace(job.recipe, evaluation_tokens=wanted)
-    return dataclasses.replace(job, recipe=stored, evaluation=texts)
-
-
-def task_of(result: Result) -> Task:
-    """What a result is of."""
-    return Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
+    job = dataclasses.replace(job, recipe=stored, evaluation=texts)
+    return with_sets(job, files, wanted, mix=mix) if files else (job, {})
 
 
 def _sizes(job: Job) -> dict[str, int]:
@@ -172,9 +207,11 @@ def _sizes(job: Job) -> dict[str, int]:
     return {"dense": 2 * dense, "experts": 2 * (dense - base.weights(empty))}
 
 
-def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
+def _key(job: Job, sets: Mapping[str, TokenBatch], texts: Mapping[str, Windows]) -> dict[str, Any]:
     # Contents alone: texts and a model that have moved are the same.
-    text, valid = job.calibration.tokens, job.calibration.valid
+    def digest(text: TokenBatch) -> str:
+        return sha256(text.tokens.tobytes() + text.valid.tobytes()).hexdigest()
+
     return {
         "model_hash": job.base.fingerprint,
         "dtype": job.recipe.dtype,
@@ -182,17 +219,18 @@ def _key(job: Job, texts: Mapping[str, Windows]) -> dict[str, Any]:
         "group_size": job.recipe.group_size,
         "window": job.recipe.window,
         "seed": job.recipe.seed,
-        "calibration": sha256(text.tobytes() + valid.tobytes()).hexdigest(),
+        "calibration": digest(job.calibration),
+        **({"sets": {name: digest(text) for name, text in sets.items()}} if sets else {}),
         **{n: s[n] for s in job.calibration.sources[:1] for n in TEXT_CHOICES if n in s},
         "evaluation": text_hashes(texts),
     }
 
 
-def _earlier(job: Job, texts: Mapping[str, Windows]) -> Comparison | None:
+def _earlier(job: Job, key: dict[str, Any]) -> Comparison | None:
     path = job.output / "compare.json"
     if not path.is_file():
         return None
-    found, key = Comparison.load(path), _key(job, texts)
+    found = Comparison.load(path)
     if job.recipe.overwrite and (found.key != key or (job.output / comparison_page.PAGE).exists()):
         return None
     if found.key == key:
@@ -207,6 +245,7 @@ def _earlier(job: Job, texts: Mapping[str, Windows]) -> Comparison | None:
 def _measure(
     job: Job,
     whole: Scored,
+    sets: Mapping[str, TokenBatch],
     tasks: list[Task],
     budgets: Mapping[Task, int],
     texts: dict[str, Windows],
@@ -217,12 +256,13 @@ def _measure(
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     dense = measure(job.base, texts, references, steps, "dense", **how)
     found = dataclasses.replace(found, dense={n: q.to_dict() for n, q in dense.items()})
-    for draw in sorted({task.draw for task in tasks}):
-        own = [task for task in tasks if task.draw == draw]
-        # Of the whole text the sums are there; a draw has its own.
-        source = drawn(job, draw)
-        sums = scoring.score(source, steps) if draw else whole
-        title = f"compare {len(own)} plans" + f" of draw {draw}" * bool(draw)
+    for name, draw in dict.fromkeys((task.calibration, task.draw) for task in tasks):
+        own = [task for task in tasks if (task.calibration, task.draw) == (name, draw)]
+        # Of the calibration text itself the sums are there; a draw or a set has its own.
+        source = source_of(job, name, draw, sets)
+        sums = scoring.score(source, steps) if name or draw else whole
+        of = f" of draw {draw}" if draw else f" of {name}" if name else ""
+        title = f"compare {len(own)} plans{of}"
         with steps.bar(title) as on_step:
             given = (source, sums, whole, own, budgets, texts, references)
             for results, refused in run_groups(*given, on_step):

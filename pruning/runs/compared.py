@@ -2,26 +2,28 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from moe_jax.errors import InputError
-from moe_jax.stream import forward_hidden
+from moe_jax.stream import LayerSource, forward_hidden
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
 from pruning.report.compared import UNPRUNED, Result
-from pruning.runs.controls import STORAGES, Task, whole_plan, written_bytes
+from pruning.runs.controls import STORAGES, Task, whole_plan, written
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.job import Job
 from pruning.stages.layers import provenance as of_plan
+from pruning.stages.sizes import active_bytes, active_parameters
 from pruning.text.windows import Windows
 
 Scored = tuple[ChannelStatistics, Mapping[str, Any]]  # sums, and what is noted beside them
@@ -65,7 +67,7 @@ def task_plan(
         notes={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
     )
     # Constants in the place of experts are not foreseen.
-    if task.target and (size := written_bytes(job, plan, task.bits)) > task.target:
+    if task.target and (size := written(job, plan, task.bits).nbytes) > task.target:
         raise BudgetError(f"its constants make it {size - task.target} bytes too large")
     return plan
 
@@ -81,14 +83,14 @@ def with_overlap(
 
     Args:
       results: of the plans.
-      planned: the tasks of one draw, and their plans.
+      planned: the tasks of one draw or set, and their plans.
       job: with the dense model.
       whole: sums of the whole text.
       budgets: channels that each task keeps.
     """
     found = []
     for result, (task, plan) in zip(results, planned, strict=True):
-        kept = (task_plan(job, *whole, task, budgets[task]) if task.draw else plan).keep
+        kept = (task_plan(job, *whole, task, budgets[task]) if task.is_of_other_text else plan).keep
         alike = (kept & plan.keep).sum() / (kept | plan.keep).sum()
         found.append(dataclasses.replace(result, overlap=float(alike)))
     return found
@@ -103,15 +105,11 @@ def joined(texts: Mapping[str, Windows]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, valid
 
 
-def repaired_hidden(
-    job: Job,
-    plan: PruningPlan,
-    mode: Mode,
-    bits: Sequence[int],
-    text: tuple[np.ndarray, np.ndarray],
-    on_layer: Callable[[int], None],
-) -> list[np.ndarray]:
-    """Hidden states before the head of a pruned model that was repaired on the calibration text.
+@contextmanager
+def repaired(
+    job: Job, plan: PruningPlan, mode: Mode, on_layer: Callable[[int], None] | None = None
+) -> Iterator[LayerSource]:
+    """A pruned model that is repaired on the calibration text.
 
     The repaired weights lie in the output folder meanwhile, so that a killed repair goes on.
 
@@ -119,14 +117,9 @@ def repaired_hidden(
       job: a resolved recipe with its model and calibration text.
       plan: what is kept.
       mode: of repair.
-      bits: of the weights; a model for each of them comes of the one repair.
-      text: tokens int32 [B, T] and their mask bool [B, T].
       on_layer: called with the index of each repaired layer.
-
-    Returns:
-      [B, T, D] for each of `bits`.
     """
-    folder, how = job.output / FOLDER, {"batch": job.recipe.batch, "dtype": job.dtype}
+    folder = job.output / FOLDER
     repair_model(
         job.base,
         plan,
@@ -136,15 +129,41 @@ def repaired_hidden(
         mode=mode,
         provenance=of_plan(job, plan) | {"mode": mode},
         on_layer=on_layer,
-        **how,
+        batch=job.recipe.batch,
+        dtype=job.dtype,
     )
-    repaired, group = with_repair(PrunedSource(job.base, plan), folder), job.recipe.group_size
-    models = [
-        repaired if one == 16 else QuantizedSource(repaired, group, STORAGES[one]) for one in bits
-    ]
-    hidden = [forward_hidden(model, *text, **how) for model in models]
+    yield with_repair(PrunedSource(job.base, plan), folder)
     shutil.rmtree(folder)
-    return hidden
+
+
+def rounded(source: LayerSource, job: Job, bits: int) -> LayerSource:
+    """A model with its weights in so many bits, as an export rounds them; 16 changes nothing."""
+    if bits == 16:
+        return source
+    return QuantizedSource(source, job.recipe.group_size, STORAGES[bits])
+
+
+def repaired_hidden(
+    job: Job,
+    plan: PruningPlan,
+    mode: Mode,
+    bits: Sequence[int],
+    text: tuple[np.ndarray, np.ndarray],
+    on_layer: Callable[[int], None],
+) -> list[np.ndarray]:
+    """Hidden states before the head of a model that is `repaired`.
+
+    Args:
+      job, plan, mode, on_layer: as of `repaired`.
+      bits: of the weights; a model for each of them comes of the one repair.
+      text: tokens int32 [B, T] and their mask bool [B, T].
+
+    Returns:
+      [B, T, D] for each of `bits`.
+    """
+    how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
+    with repaired(job, plan, mode, on_layer) as model:
+        return [forward_hidden(rounded(model, job, one), *text, **how) for one in bits]
 
 
 def task_result(
@@ -154,6 +173,7 @@ def task_result(
     states: np.ndarray,
     texts: Mapping[str, Windows],
     references: Mapping[str, Reference],
+    shares: np.ndarray,
 ) -> Result:
     """What a plan gives.
 
@@ -164,6 +184,7 @@ def task_result(
       states: [B, T, D], hidden states of all texts under the plan.
       texts: by name, in the order of the states.
       references: of the dense model, by text.
+      shares: [L, E], of the tokens that go to each expert.
     """
     quality, start = {}, 0
     for name, windows in texts.items():
@@ -171,19 +192,35 @@ def task_result(
         start += len(windows.tokens)
         found = quality_of(Reference(job.base.head, rows), windows, references[name])
         quality[name] = found.to_dict()
-    rule = RULES.get(task.rule)
-    return Result(
-        task.rule,
-        task.rate,
-        task.seed,
-        task.repair,
+    family, about = _described(task)
+    found = Result(
+        **dataclasses.asdict(task),
         kept=int(plan.keep.sum()),
         emptied=int((plan.counts == 0).sum()),
         quality=quality,
-        family=rule.family if rule else "bits alone",
-        about=rule.about if rule else "rounded to nearest, nothing removed",
-        bits=task.bits,
-        target=task.target,
-        bytes=written_bytes(job, plan, task.bits),
-        draw=task.draw,
+        family=family,
+        about=about,
     )
+    return dataclasses.replace(found, **_sizes(job, plan, task.bits, shares))
+
+
+def _described(task: Task) -> tuple[str, str]:
+    """Family and one line of what is measured."""
+    if rule := RULES.get(task.rule):
+        return rule.family, rule.about
+    if task.skip_below:
+        return "fewer experts", "experts of little weight skipped, after arXiv 2402.14800"
+    if task.top_k:
+        return "fewer experts", "each token's best experts, nothing removed"
+    return "bits alone", "rounded to nearest, nothing removed" if task.bits < 16 else "as it is"
+
+
+def _sizes(job: Job, plan: PruningPlan, bits: int, shares: np.ndarray) -> dict[str, int]:
+    """What a plan takes in all and for each token, as fields of a result."""
+    export = written(job, plan, bits)
+    return {
+        "bytes": export.nbytes,
+        "parameters": export.parameters - export.mtp_parameters,
+        "active": active_parameters(job.base.about, plan.counts, shares),
+        "active_bytes": active_bytes(export, shares),
+    }

@@ -4,10 +4,12 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from convert.export import Export
 from convert.export_format import FORMATS, ExportFormat, FormatName
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
@@ -15,12 +17,12 @@ from pruning.budget.rule import Rule, common_budget
 from pruning.budget.rules import RULES
 from pruning.recipe.options import PlanOptions
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
-from pruning.recipe.values import check_rate
-from pruning.report.compared import UNPRUNED, Repaired
+from pruning.recipe.values import check_rate, check_whole
+from pruning.report.compared import UNPRUNED, Repaired, Result
+from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
-DRAWS = "draws"  # folder of their statistics
 MOST_DRAWS = 100  # each is scored
 STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
 
@@ -30,7 +32,9 @@ class Task:
     """One rule at one rate with one seed, repaired or not, its weights of so many bits.
 
     `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
-    draw of the calibration text decides what is kept, 0 for the text itself.
+    draw of the calibration text decides what is kept, 0 for the text itself. `top_k` and
+    `skip_below` are those of `Fewer`, `top_k` 0 where tokens go to all experts of the router.
+    `calibration` names the set whose text decides what is kept, "" is the calibration text.
     """
 
     rule: str
@@ -40,6 +44,24 @@ class Task:
     bits: int = 16
     target: int = 0
     draw: int = 0
+    top_k: int = 0
+    skip_below: float = 0.0
+    calibration: str = ""
+
+    @property
+    def is_of_other_text(self) -> bool:
+        """Whether a draw of the calibration text, or a set beside it, decides what is kept."""
+        return self.draw > 0 or self.calibration != ""
+
+    @property
+    def fewer(self) -> Fewer | None:
+        """To which of their experts tokens go; None for all."""
+        return Fewer(self.top_k, self.skip_below) if self.top_k else None
+
+
+def task_of(result: Result) -> Task:
+    """What a result is of."""
+    return Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +75,9 @@ class Controls:
       target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well.
       draws: how often the calibration text is drawn anew, for plans of their own.
+      top_k: experts per token, fewer than the model's, of whole models in each of the bits.
+      skip_below: the same, experts that weigh less than these shares of a token's best skipped.
+      sets: other calibration texts, the files of each by its name.
     """
 
     rates: Sequence[float] = ()
@@ -61,6 +86,9 @@ class Controls:
     target_factors: Sequence[float] = ()
     repair: Repaired = ""
     draws: int = 0
+    top_k: Sequence[int] = ()
+    skip_below: Sequence[float] = ()
+    sets: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for rate in self.rates:
@@ -74,15 +102,41 @@ class Controls:
                 f"draws={self.draws} must lie in [2, {MOST_DRAWS}], of which an error can be told; "
                 "choose 3, or leave it away"
             )
+        if self.draws and self.sets:
+            raise InputError("draws are of one calibration text; leave out --calibration-sets")
         for size in self.target_bytes:  # their ranges are those of a plan
             PlanOptions(target_bytes=size)
         for factor in self.target_factors:
             PlanOptions(target_factor=factor)
+        for k in self.top_k:
+            check_whole("top_k", k, 1)
+        for share in self.skip_below:
+            if not share:
+                raise InputError("skip_below=0 skips no expert; choose e.g. 0.1")
+            Fewer(1, share)
 
     @property
     def rounds(self) -> bool:
         """Whether some weights are rounded."""
         return any(bits < 16 for bits in self.bits)
+
+    def fewer(self, experts_per_token: int) -> list[Fewer]:
+        """All that is asked of where tokens go.
+
+        Raises:
+          InputError: no fewer experts than the model has for a token.
+        """
+        for k in self.top_k:
+            if k >= experts_per_token:
+                raise InputError(
+                    f"top_k={k} must lie in [1, {experts_per_token - 1}], because a token of this "
+                    f"model goes to {experts_per_token} experts"
+                )
+        if self.skip_below and experts_per_token == 1:
+            raise InputError("a token of this model goes to one expert, so --skip-below skips none")
+        found = [Fewer(k) for k in self.top_k]
+        found += [Fewer(experts_per_token, share) for share in self.skip_below]
+        return list(dict.fromkeys(found))
 
     def targets(self, job: Job) -> list[int]:
         """Bytes to keep to, those of factors among them."""
@@ -143,10 +197,10 @@ def whole_plan(job: Job) -> PruningPlan:
     return PruningPlan(np.ones(shape, bool), tuple(c.moe_layers))
 
 
-def written_bytes(job: Job, plan: PruningPlan, bits: int) -> int:
-    """Bytes of the folder that a plan would be written as."""
+def written(job: Job, plan: PruningPlan, bits: int) -> Export:
+    """The folder that a plan would be written as."""
     name = formats(job, [bits])[bits]
-    return export_of(job.base.about, plan, form_of(job.recipe, name, plan)).nbytes
+    return export_of(job.base.about, plan, form_of(job.recipe, name, plan))
 
 
 def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]:
@@ -162,8 +216,11 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
     """
     repairs: tuple[Repaired, ...] = ("", controls.repair) if controls.repair else ("",)
     whole, budgets = _channels(job), _budgets(job, controls.rates)
-    few = [bits for bits in controls.bits if bits < 16]
-    found = {Task(UNPRUNED, 0.0, bits=bits): whole for bits in few}
+    choices = controls.fewer(job.base.config.moe.experts_per_token)
+    # What the dense model loses is known, but not what a token reads of it.
+    found = {Task(UNPRUNED, 0.0, bits=one): whole for one in controls.bits if one < 16 or choices}
+    for choice in map(dataclasses.asdict, choices):
+        found |= {Task(UNPRUNED, 0.0, bits=bits, **choice): whole for bits in controls.bits}
     for how in repairs:
         for rate, budget in budgets.items():
             for name in names:
@@ -173,33 +230,10 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
             for bits in controls.bits:
                 found |= _at_target(job, names, target, bits, how)
     again = {task: budget for task, budget in found.items() if task.rule != UNPRUNED}
-    for draw in range(1, controls.draws + 1):
-        found |= {dataclasses.replace(one, draw=draw): budget for one, budget in again.items()}
+    others: list[dict[str, Any]] = [{"draw": 1 + number} for number in range(controls.draws)]
+    for text in (*others, *({"calibration": name} for name in controls.sets)):
+        found |= {dataclasses.replace(one, **text): budget for one, budget in again.items()}
     return found
-
-
-def drawn(job: Job, draw: int) -> Job:
-    """The job with as many windows of its calibration text, drawn with replacement.
-
-    Args:
-      job: of the whole text.
-      draw: which one; 0 is the job itself. The recipe's seed counts, too.
-
-    Returns:
-      A job that scores into a folder of its own.
-    """
-    if not draw:
-        return job
-    count, seed = len(job.calibration.tokens), job.recipe.seed
-    rows = np.sort(np.random.default_rng([seed, draw]).integers(count, size=count))
-    text = job.calibration.of(rows)
-    noted = tuple({**source, "drawn": [seed, draw]} for source in text.sources)
-    folder = job.output / DRAWS / str(draw)
-    return dataclasses.replace(
-        job,
-        calibration=dataclasses.replace(text, sources=noted),
-        recipe=dataclasses.replace(job.recipe, output=str(folder)),
-    )
 
 
 def _at_target(

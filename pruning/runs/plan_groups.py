@@ -22,6 +22,7 @@ from pruning.runs.compared import (
 from pruning.runs.controls import STORAGES, Task
 from pruning.shrink.masked import masked_hidden
 from pruning.stages.job import Job
+from pruning.stages.sizes import token_shares
 from pruning.text.windows import Windows
 
 STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
@@ -107,16 +108,23 @@ def _run_group(
         return [], refused
     plans, text = [plan for _, plan in planned], joined(texts)
     bits = [task.bits for task, _ in planned]
+    shares = [token_shares(job.base.about, scored[0])] * len(planned)
     if group[0].repair:
         hidden = repaired_hidden(job, plans[0], group[0].repair, bits, text, on_layer)
     else:
+        fewer = [task.fewer for task, _ in planned]
+        routed = np.zeros(len(plans))
         hidden = masked_hidden(
-            job.base, *text, plans, storages=[STORAGES[one] for one in bits],
-            group_size=job.recipe.group_size, batch=min(job.recipe.batch, len(text[0])),
-            dtype=job.dtype, on_layer=on_layer,
+            job.base, *text, plans, storages=[STORAGES[one] for one in bits], fewer=fewer,
+            routed=routed, group_size=job.recipe.group_size,
+            batch=min(job.recipe.batch, len(text[0])), dtype=job.dtype, on_layer=on_layer,
         )  # fmt: skip
+        shares = [
+            usual if one is None else np.full(usual.shape, count / text[1].sum() / usual.size)
+            for usual, one, count in zip(shares, fewer, routed, strict=True)
+        ]
     results = [
-        task_result(task, plan, job, states, texts, references)
-        for (task, plan), states in zip(planned, hidden, strict=True)
+        task_result(task, plan, job, states, texts, references, own)
+        for (task, plan), states, own in zip(planned, hidden, shares, strict=True)
     ]
     return with_overlap(results, planned, job, whole, budgets), refused

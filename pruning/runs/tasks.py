@@ -99,11 +99,9 @@ def _evaluate(
     steps: Steps,
 ) -> dict[str, Any]:
     """Ask every model, the dense one first, and set the others against it."""
-    from pruning.measure.tasks import load_tasks  # lm_eval, which takes seconds
-
-    loaded = load_tasks(asked.names, _task_folder(asked.task_path), steps)
+    loaded = open_tasks(asked, steps)
     with only_writer(place):
-        found = {one.name: _ask(one, loaded, place, asked, how, steps) for one in models}
+        found = {one.name: ask(one, loaded, place, asked, how, steps) for one in models}
         rows = {
             name: compare_results(found[DENSE]["results"], one["results"])
             for name, one in found.items()
@@ -120,6 +118,18 @@ def _evaluate(
     }
 
 
+def open_tasks(asked: TaskOptions, steps: Steps) -> dict[str, Any]:
+    """The tasks that are asked for, and their documents, as the harness takes them.
+
+    Raises:
+      InputError: lm_eval is missing, or a task cannot be read.
+    """
+    _require_harness()
+    from pruning.measure.tasks import load_tasks  # lm_eval, which takes seconds
+
+    return load_tasks(asked.names, _task_folder(asked.task_path), steps)
+
+
 def _task_folder(path: str | None) -> Path | None:
     return None if path is None else DEMO / "tasks" if path == "demo" else Path(path)
 
@@ -134,7 +144,7 @@ def _require_harness() -> None:
         ) from None
 
 
-def _ask(
+def ask(
     model: AskedModel,
     loaded: dict[str, Any],
     place: Path,
@@ -142,7 +152,19 @@ def _ask(
     how: dict[str, Any],
     steps: Steps,
 ) -> dict[str, Any]:
-    """Results of one model, the harness's table of them, their file, and what it says of tasks."""
+    """Ask one model; answers that it has given before are not asked for again.
+
+    Args:
+      model: who is asked.
+      loaded: what `open_tasks` found.
+      place: folder of results and answers.
+      asked: how many documents, with how many examples.
+      how: `window`, `first_tokens`, `batch` and `dtype` as of `evaluate_tasks`.
+      steps: where progress goes.
+
+    Returns:
+      `results` of the harness, its `table` of them, the `file`, and what that has as `written`.
+    """
     from pruning.measure.harness import Asked, HarnessModel
     from pruning.measure.tasks import run_tasks, save_results, tables
 

@@ -127,6 +127,18 @@ def wanda(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     return (down + up + statistics["wanda_gate"]) / 3.0
 
 
+def moe_pruner(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
+    """`wanda` with every token's inputs times the expert's routing weight for it.
+
+    The paper removes single weights by |W_ij| |w x_j|, x the input of the matrix, which ranks
+    weights of one output; that of a channel, which is removed as a whole, is the sum over its
+    weights in a matrix, and the mean over the three. Source: arXiv 2410.12013.
+    """
+    down = statistics.down_l1 * np.sqrt(statistics.weighted_square)
+    up = statistics["routed_wanda_up"]
+    return (down + up + statistics["routed_wanda_gate"]) / 3.0
+
+
 def weight_times_gradient(statistics: "ChannelStatistics") -> np.ndarray:  # [L, E, F]
     """Mean over the three projections of sum |W dL/dW|, the gradient of the whole text."""
     return statistics["weight_gradient"] / 3.0
@@ -175,6 +187,12 @@ CHANNEL_CRITERIA: dict[str, Criterion] = {
         needs="expert-details",
         whole_text=True,
         about="weights times input norm, arXiv 2306.11695",
+    ),
+    "moe_pruner": Criterion(
+        moe_pruner,
+        needs="expert-details",
+        whole_text=True,
+        about="weights times routed input norm, after arXiv 2410.12013",
     ),
     "wg": Criterion(
         weight_times_gradient,

@@ -71,8 +71,10 @@ def _batch_details(layer: DecoderLayer, middle: Array, out: Array, context: Cont
     pairs = jnp.einsum("nkd,njd->nkj", u, u, precision=jax.lax.Precision.HIGHEST)
     count = d.tokens.shape[0]
     gram = jnp.zeros((count, count)).at[trace.expert[:, :, None], trace.expert[:, None]].add(pairs)
+    x_square = jnp.square(rows.x.astype(jnp.float32))
     sums = {
-        "input_square": sum_by_expert(jnp.square(rows.x.astype(jnp.float32)), d),
+        "input_square": sum_by_expert(x_square, d),
+        "weighted_input_square": sum_by_expert(x_square * jnp.square(w)[:, None], d),
         "output_sum": sum_by_expert(z, d),
         "output_coordinate_square": sum_by_expert(jnp.square(z), d),
         "output_gram": gram,
@@ -132,7 +134,7 @@ def wanda_sums(layer: DecoderLayer, input_square: np.ndarray) -> tuple[np.ndarra
 
     Args:
       layer: with dense experts.
-      input_square: [E, D] sums of squares of the experts' input coordinates.
+      input_square: [E, D] sums of squares of the experts' input coordinates, weighted or not.
 
     Returns:
       (up, gate), each [E, F].

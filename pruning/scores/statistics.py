@@ -57,13 +57,15 @@ class ChannelStatistics:
     (dloss/dh)^2, and the scalar `loss_sum` in nats.
 
     None unless details of the experts were asked for: per expert and coordinate [L, E, D]
-    `input_square` x^2, `output_sum` z, `output_coordinate_square` z^2; per pair of experts
+    `input_square` x^2, `weighted_input_square` w^2 x^2, `output_sum` z,
+    `output_coordinate_square` z^2; per pair of experts
     [L, E, E] `output_gram` <u_i, u_j> and `similarity`, the linear CKA of their outputs on a common
     sample of tokens (not a sum: that of the first text); per expert `clipped_phi`, which is phi
     with the largest 1 % of the coordinates of each batch clipped, as the paper's release does.
 
     `wanda_up`, `wanda_gate` [L, E, F] are the sums over a channel's weights of |W| times the norm
-    of their input coordinate; they need the whole text, so only finished statistics have them.
+    of their input coordinate, `routed_wanda_up`, `routed_wanda_gate` the same with every token's
+    input times its routing weight; they need the whole text, so only finished statistics have them.
 
     None unless weight gradients were asked for: `weight_gradient` [L, E, F], the sum over a
     channel's weights in the three matrices of |W dloss/dW| with the gradient of the whole text.
@@ -113,6 +115,7 @@ class ChannelStatistics:
     gradient_square: np.ndarray | None = _sum("LEF", "gradients")
     loss_sum: np.ndarray | None = _sum("", "gradients")
     input_square: np.ndarray | None = _sum("LED", "expert-details")
+    weighted_input_square: np.ndarray | None = _sum("LED", "expert-details")
     output_sum: np.ndarray | None = _sum("LED", "expert-details")
     output_coordinate_square: np.ndarray | None = _sum("LED", "expert-details")
     output_gram: np.ndarray | None = _sum("LEG", "expert-details")
@@ -120,6 +123,8 @@ class ChannelStatistics:
     similarity: np.ndarray | None = _first("LEG", "expert-details")
     wanda_up: np.ndarray | None = _finished("LEF", "expert-details")
     wanda_gate: np.ndarray | None = _finished("LEF", "expert-details")
+    routed_wanda_up: np.ndarray | None = _finished("LEF", "expert-details")
+    routed_wanda_gate: np.ndarray | None = _finished("LEF", "expert-details")
     weight_gradient: np.ndarray | None = _finished("LEF", "weight-gradients")
     elimination: np.ndarray | None = _finished("LEF", "obs")
     nll_ig: np.ndarray | None = _sum("LE", "nll-ig")
@@ -136,9 +141,14 @@ class ChannelStatistics:
 
     @property
     def groups(self) -> frozenset[str]:
-        """What was asked for beyond the forward sums, names of `GROUPS`."""
-        there = (name for name in DECLARED if getattr(self, name) is not None)
-        return frozenset(DECLARED[name]["group"] for name in there) - {ALWAYS}
+        """What was asked for beyond the forward sums, names of `GROUPS`.
+
+        A group of which an earlier version collected fewer sums does not count.
+        """
+        lacking = {name for name in DECLARED if getattr(self, name) is None}
+        there = {DECLARED[name]["group"] for name in DECLARED.keys() - lacking}
+        in_part = {DECLARED[name]["group"] for name in lacking if DECLARED[name]["kind"] == "sum"}
+        return frozenset(there - in_part - {ALWAYS})
 
     def covers(self, groups: Iterable[str]) -> bool:
         """Whether all of these groups, and all that is registered now, were collected."""

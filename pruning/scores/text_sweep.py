@@ -38,6 +38,11 @@ from pruning.scores.sweep_log import Sums, SweepLog
 from pruning.scores.weight_facts import slots_of
 
 EDGES = 2  # slots that hold what one step leaves to the next, in turns
+# What is made of the norms of experts' inputs, plain or times the routing weight, by their squares.
+WANDA = {
+    "input_square": ("wanda_up", "wanda_gate"),
+    "weighted_input_square": ("routed_wanda_up", "routed_wanda_gate"),
+}
 
 
 @dataclass(frozen=True)
@@ -192,11 +197,12 @@ class TextSweep:
 
     def _add_wanda(self, sums: Sums, layer: DecoderLayer) -> None:
         """Add what needs the norms of the experts' inputs over the whole text."""
-        prefixes = np.cumsum(sums["input_square"], axis=0)
-        wanted = prefixes if self.asked.each_prefix else prefixes[-1:]
-        pairs = [wanda_sums(layer, one) for one in wanted]
-        for name, values in zip(("wanda_up", "wanda_gate"), zip(*pairs, strict=True), strict=True):
-            sums[name] = np.stack(values).astype(np.float64)
+        for square, names in WANDA.items():
+            prefixes = np.cumsum(sums[square], axis=0)
+            wanted = prefixes if self.asked.each_prefix else prefixes[-1:]
+            pairs = [wanda_sums(layer, one) for one in wanted]
+            for name, values in zip(names, zip(*pairs, strict=True), strict=True):
+                sums[name] = np.stack(values).astype(np.float64)
 
     def _entering(self, index: int, rows: slice) -> Array:
         """What enters a layer on the way up."""

@@ -3,7 +3,7 @@
 A removed channel is a zero row of `w_down`: the same function as cutting it out (`prune_layer`).
 The mask is an argument, so all plans share one compilation. With a sample of the calibration text,
 the down-projections of what is kept take over what they can: what a repair will begin with. Weights
-may be rounded as an export of each plan rounds them.
+may be rounded as an export of each plan rounds them, and tokens may go to fewer experts.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.scores.grams import Sample, Seen
+from pruning.shrink.fewer_experts import Fewer, fewer_rows
 from pruning.shrink.prune import output_bias
 from pruning.shrink.rounding import rounded_as_cut, rounded_layer
 
@@ -42,17 +43,30 @@ def masked_forward(
     context: Context,
     keep: Array,  # bool [E, F]
     constants: Array | None = None,  # [E, D]
-) -> Array:  # [B, T, D]
-    """One layer of experts without the channels that are not kept; emptied ones add constants."""
+    fewer: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array | None]:  # [B, T, D]
+    """One layer of experts without the channels that are not kept; emptied ones add constants.
+
+    With the numbers of a `Fewer` tokens go to fewer experts, and how many these are in all, int32,
+    is returned as well.
+    """
+    assert isinstance(layer.mlp, MoE)
+    renormalize = layer.mlp.config.renormalize
 
     def run(experts: Experts, tokens: Array, row_weight: Array, dispatch: Dispatch):
         down = dequantize(experts.w_down)
         down = jnp.where(keep.reshape(-1, 1), down, jnp.zeros((), down.dtype))
         bias = output_bias(experts, keep, constants)
-        masked = dataclasses.replace(experts, w_down=down, b_down=bias)
-        return run_experts(masked, tokens, row_weight, dispatch)
+        masked, left = dataclasses.replace(experts, w_down=down, b_down=bias), None
+        if fewer is not None:
+            row_weight, left = fewer_rows(
+                row_weight, dispatch, len(tokens), fewer, renormalize=renormalize
+            )
+        return run_experts(masked, tokens, row_weight, dispatch)[0], left
 
-    return layer.feed_forward(layer.attend(x, context)[0], context, run)[0]
+    out, trace = layer.feed_forward(layer.attend(x, context)[0], context, run)
+    assert trace is not None
+    return out, trace.kept
 
 
 def masked_hidden(
@@ -62,6 +76,8 @@ def masked_hidden(
     plans: Sequence[PruningPlan],
     *,
     storages: Sequence[str] = (),
+    fewer: Sequence[Fewer | None] = (),
+    routed: np.ndarray | None = None,
     group_size: int = 32,
     sample: Sample | None = None,
     batch: int = 8,
@@ -78,6 +94,9 @@ def masked_hidden(
       storages: how the weights under each plan are stored, "bf16" or as of `rounded_layer`; () for
         all in 16 bits. A layer is rounded once however many plans there are, but for the
         down-projections of its experts.
+      fewer: to which of their experts tokens go under each plan; () for all to all.
+      routed: float64 [V], to which is added, where there is a `Fewer`, how often tokens of the text
+        go to an expert in all layers of the plan.
       group_size: weights per scale of integers.
       sample: of other text, below the first layer of this model; it is taken through all. With it
         the kept channels of each expert take over what is gone, see `taken_over`.
@@ -93,22 +112,31 @@ def masked_hidden(
     """
     text = in_batches(source, tokens, valid, batch)
     stored = tuple(storages) or (PLAIN,) * len(plans)
+    choices = tuple(fewer) or (None,) * len(plans)
 
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
         seen = None if sample is None else sample.through(index, layer)
         rounded = {how: rounded_layer(layer, group_size, how) for how in set(stored) - {PLAIN}}
-        for x, plan, how in zip(variants, plans, stored, strict=True):
+        each = zip(variants, plans, stored, choices, strict=True)
+        for number, (x, plan, how, choice) in enumerate(each):
             masks = _masks(layer, index, plan)
             kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
             if how in rounded and masks is None:
                 kept = rounded[how]
             elif how in rounded and masks is not None:
                 kept = rounded_as_cut(rounded[how], kept, np.asarray(masks[0]), group_size, how)
+            numbers = None if choice is None else _numbers(choice)
 
-            def run(x: Array, place: Context, rows: slice, masks=masks, layer=kept) -> Array:
+            def run(
+                x: Array, place: Context, rows: slice, masks=masks, layer=kept, numbers=numbers,
+                number=number,
+            ) -> Array:  # fmt: skip
                 if masks is None:
                     return layer_forward(layer, x, place)
-                return masked_forward(layer, x, place, *masks)
+                out, left = masked_forward(layer, x, place, *masks, numbers)
+                if left is not None and routed is not None:
+                    routed[number] += int(left)
+                return out
 
             text.each(x, run)
         return variants
@@ -164,6 +192,10 @@ def moved(gram: np.ndarray, down: np.ndarray, keep: np.ndarray, tokens: int) -> 
     if not pull > 0:
         return np.zeros((size, down.shape[1]))
     return np.linalg.solve(among + pull * np.eye(size), gram[np.ix_(keep, ~keep)] @ down[~keep])
+
+
+def _numbers(choice: Fewer) -> tuple[Array, Array]:
+    return jnp.int32(choice.top_k), jnp.float32(choice.skip_below)
 
 
 def _masks(layer: DecoderLayer, index: int, plan: PruningPlan) -> tuple[Array, Array | None] | None:

@@ -35,7 +35,7 @@ OURS = (
     "compare.json", "compare.csv", "compare.html",
     "choice.json", "statistics.json", "statistics.safetensors",
     "report.html", "report.json", "model.json",
-    "ablations.jsonl", "audit.json", "audit.csv", "audit.html",
+    "ablations.jsonl", "layers-alone.json", "audit.json", "audit.csv", "audit.html",
     "sweep.csv", "sweep.html",
 )  # fmt: skip
 FOLDERS = ("exports", "repair", "compare-repair", "gptq", "scoring")  # that hold some of them

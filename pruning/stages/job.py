@@ -82,7 +82,7 @@ def open_job(recipe: CompressionRecipe, *, measures: bool = True) -> Job:
     recipe = resolved(dataclasses.replace(recipe, model=pinned(recipe.model)), base.about)
     require_possible(recipe, base.about)
     codec = open_codec(folder, c.vocab_size, first_tokens=recipe.first_tokens)
-    calibration = _calibration(recipe, codec, recipe.window)
+    calibration = calibration_text(recipe, codec)
     evaluation = recipe.evaluation
     if not evaluation and recipe.model == "demo":
         evaluation = demo_texts("evaluation")
@@ -122,7 +122,9 @@ def require_possible(recipe: ResolvedRecipe, base: Description) -> None:
     check_block(recipe.block, c.moe.d_expert)
 
 
-def _calibration(recipe: ResolvedRecipe, codec: TextCodec, window: int) -> TokenBatch:
+def calibration_text(recipe: ResolvedRecipe, codec: TextCodec) -> TokenBatch:
+    """The windows of a resolved recipe's calibration files; none if it reads weights alone."""
+    window = recipe.window
     if recipe.weights_only:
         return TokenBatch(np.zeros((0, window), np.int32), np.zeros((0, window), bool))
     files = recipe.calibration

@@ -12,6 +12,8 @@ from convert.description import Description
 from convert.export import Export
 from convert.export_format import ExportFormat, Widths
 from convert.families import find_family
+from convert.layout import nbytes
+from convert.rules import EMBEDDING
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.scores.statistics import ChannelStatistics
@@ -100,8 +102,15 @@ def sample_memory(base: Description, export: Export) -> int:
     return larger + larger // len(base) + 4 * c.vocab_size * c.d_model
 
 
-def active_parameters(base: Description, counts: np.ndarray, statistics: ChannelStatistics) -> int:
-    """Weights that a token of the calibration text meets on average.
+def token_shares(base: Description, statistics: ChannelStatistics) -> np.ndarray:  # [L, E]
+    """Share of the calibration text's tokens that go to each expert; without text the mean."""
+    moe, total = base.config.moe, statistics.total_tokens
+    even = np.full(statistics.tokens.shape, moe.experts_per_token / moe.num_experts)
+    return statistics.tokens / total if total else even
+
+
+def active_parameters(base: Description, counts: np.ndarray, shares: np.ndarray) -> int:
+    """Weights that a token meets on average.
 
     Left out: its row of the embedding, padding, constants in the place of emptied experts, and
     layers that predict further tokens.
@@ -109,11 +118,9 @@ def active_parameters(base: Description, counts: np.ndarray, statistics: Channel
     Args:
       base: the dense model.
       counts: int [L, E], channels kept.
-      statistics: say how many tokens each expert got; without text all get equally many.
+      shares: [L, E], of the tokens that go to each expert, such as `token_shares`.
     """
-    c, total = base.config, statistics.total_tokens
-    even = np.full(counts.shape, c.moe.experts_per_token / c.moe.num_experts)
-    share = statistics.tokens / total if total else even  # [L, E]
+    c = base.config
     empty = tuple(tuple(0 for _ in counts) for counts in base.widths)
     without, channels = base.weights(empty), sum(map(sum, base.widths))
     per_channel = (base.weights() - without) // channels
@@ -121,7 +128,28 @@ def active_parameters(base: Description, counts: np.ndarray, statistics: Channel
     per_expert = c.d_model if c.moe.expert_bias else 0
     looked_up = 0 if c.tie_embeddings else c.vocab_size * c.d_model
     always = without - looked_up - per_expert * counts.size
-    return always + round(float((share * (per_channel * counts + per_expert)).sum()))
+    return always + round(float((shares * (per_channel * counts + per_expert)).sum()))
+
+
+def active_bytes(export: Export, shares: np.ndarray) -> int:
+    """Bytes of weights as an export holds them that a token meets on average.
+
+    Its row of the embedding and layers that predict further tokens are left out, filling up to a
+    common width is not.
+
+    Args:
+      export: of a plan.
+      shares: [L, E], as of `active_parameters`.
+    """
+    form, experts, others = export.form, 0, 0
+    for name, stored in export.tensors.items():
+        size = sum(map(nbytes, stored.specs(name, form).values()))
+        if stored.of_expert:
+            experts += size
+        elif name != EMBEDDING or export.base.config.tie_embeddings:
+            others += size
+    widths = np.array([row for row in form.stored_widths(export.widths) if row])  # [L, E]
+    return others + round(float((shares * widths).sum()) * experts / max(int(widths.sum()), 1))
 
 
 def gptq_bytes(

@@ -45,7 +45,8 @@ def test_a_rule_needs_no_statistics_but_those_it_names(name):
     owners = {
         "gradients": ("taylor", "abs_taylor", "fisher", "gate_saliency", "gradient_square"),
         "expert-details": ("output_sum", "output_coordinate_square", "output_gram", "clipped_phi",
-                           "similarity", "wanda_up", "wanda_gate", "input_square"),
+                           "similarity", "wanda_up", "wanda_gate", "input_square",
+                           "routed_wanda_up", "routed_wanda_gate", "weighted_input_square"),
         "weight-gradients": ("weight_gradient",),
         "obs": ("elimination",),
     }  # fmt: skip
@@ -113,3 +114,20 @@ def test_what_is_fixed_beforehand_is_as_many_experts_as_the_budget_pays_for():
         assert one.sum() == kept
         shares = prepare["grape-prior"](stats, kept, 1).layer_shares
         np.testing.assert_array_equal(shares, layer_prior(clusters))
+
+
+def test_dek_leaves_as_many_clusters_in_every_layer_each_by_its_best_expert():
+    stats = statistics(L, 6, F, seed=8)
+    similarity = stats.similarity + np.swapaxes(stats.similarity, 1, 2)
+    stats = stats.replace(similarity=similarity)
+    for kept, quotas in ((8, [3, 3, 2]), (13, [5, 4, 4])):
+        found = RULES["dek"].prepare(stats, kept, 1).experts
+        for layer, quota in enumerate(quotas):
+            clusters = {e: [e] for e in range(6)}  # by their lowest expert
+            while len(clusters) > quota:
+                pairs = [(i, j) for i in clusters for j in clusters if i < j]
+                i, j = max(pairs, key=lambda pair: similarity[layer][pair])
+                clusters[i] += clusters.pop(j)
+            worth = stats.phi[layer]
+            best = {max(members, key=lambda e: worth[e]) for members in clusters.values()}
+            assert set(np.flatnonzero(found[layer])) == best

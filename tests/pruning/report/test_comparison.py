@@ -160,7 +160,10 @@ def test_the_csv_has_a_row_per_result_and_text_and_the_json_all_of_it(comparison
                   "kept": one.kept, "emptied": one.emptied, "text": text, "tokens": q["tokens"],
                   "nll": q["nll"], "added": added, "kl": q["kl"], "top1": q["top1"],
                   "repair": one.repair, "bits": one.bits, "target": one.target,
-                  "bytes": one.bytes, "draw": one.draw, "overlap": one.overlap}  # fmt: skip
+                  "bytes": one.bytes, "draw": one.draw, "overlap": one.overlap,
+                  "top_k": one.top_k, "skip_below": one.skip_below,
+                  "calibration": one.calibration, "parameters": one.parameters,
+                  "active": one.active, "active_bytes": one.active_bytes}  # fmt: skip
         assert row == {name: str(value) for name, value in wanted.items()}
     assert (tmp_path / "compare.csv").read_text().endswith("\n")
     assert (tmp_path / "compare.json").read_text().endswith("}\n")

@@ -271,6 +271,13 @@ def test_parameters_and_those_that_a_token_meets_stand_beside_what_they_were():
     rows = allocation_table({}, sizes, model, {}).rows
     assert rows[0] == ["parameters", "4.00 M", "of 9.99 M"]
     assert rows[1][:2] == ["active parameters", "1.23 M"] and "2.50 M" in rows[1][2]
+    assert rows[2][0] != "active bytes"
+    sizes["exports"] = {name: sizes["exports"]["ragged-int4"] | {"active_bytes": read}
+                        for name, read in (("ragged-bf16", 52_300_000), ("ragged-int4", 14_600_000))
+                        }  # fmt: skip
+    assert allocation_table({}, sizes, model, {}).rows[2] == [
+        "active bytes", "14.6 MB", "that a token reads: ragged-bf16 52.3 MB; ragged-int4 14.6 MB"
+    ]  # fmt: skip
 
 
 def test_how_unevenly_channels_share_the_score_stands_by_layer_and_for_the_model():

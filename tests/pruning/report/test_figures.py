@@ -196,12 +196,12 @@ def test_bits_and_channels_are_compared_by_bytes():
     found = by_bytes()
     equal, every = size_tables(found)
     assert equal.title == "At 30.0 MB, least loss first"
-    assert [row[:5] + row[7:] for row in equal.rows] == [
-        ["a 4-bit", "4", "20.0%", "30.0", "0.3000", "front"],
-        ["a", "16", "90.0%", "30.0", "2.0000", ""],
+    assert [row[:6] + row[8:] for row in equal.rows] == [
+        ["a 4-bit", "4", "20.0%", "30.0", "-", "0.3000", "front"],
+        ["a", "16", "90.0%", "30.0", "-", "2.0000", ""],
     ]
     # Bytes alike to a thousandth are equal: what loses more is not ahead by its header.
-    assert [(row[0], row[7]) for row in every.rows] == [
+    assert [(row[0], row[8]) for row in every.rows] == [
         ("a 4-bit", "front"), ("b 4-bit", ""), ("unpruned 4-bit", "front"), ("a", ""),
     ]  # fmt: skip
     (axes,) = plot_sizes(found).axes

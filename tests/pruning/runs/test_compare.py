@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
 from convert.export_format import ExportFormat
@@ -37,7 +40,7 @@ from pruning.stages.measure import first_tokens
 from pruning.stages.sizes import export_of, folder_bytes
 from tests.support import command, tiny
 
-KINDS = ("bits", "target_bytes", "draws")  # beside rates and rules
+KINDS = ("bits", "target_bytes", "draws", "top_k", "skip_below")  # beside rates and rules
 INT4 = ExportFormat("ragged-int4", 32)
 LITTLE = 130_000  # bytes: more than 4 bits take, less than 16 do without half of the channels
 RULES = ["random", "uniform-act", "fair-energy", "experts-usage"]
@@ -230,7 +233,8 @@ def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
     page = (tmp_path / "out" / "compare.html").read_text()
     rows = (tmp_path / "out" / "compare.csv").read_text().splitlines()
     assert all(name in page for name in names)
-    assert [row.rsplit(",", 6)[1] for row in rows] == ["repair", "", "", "layer", "layer"]
+    repaired = rows[0].split(",").index("repair")
+    assert [row.split(",")[repaired] for row in rows] == ["repair", "", "", "layer", "layer"]
     assert not (tmp_path / "out" / "compare-repair").exists()
     before = file_of(repairable).read_bytes()
     again = comparing.compare(repairable, [0.5], rules, steps=steps)
@@ -279,6 +283,8 @@ def test_rows_by_bytes_are_what_exports_of_their_plans_take_and_lose(recipe, tmp
     text = first_tokens(job.evaluation[name], 60)
     quality, _ = measure_quality(open_checkpoint(folder), text, batch=4)
     assert both.bytes == folder_bytes(folder)
+    shares = statistics.tokens / statistics.total_tokens
+    assert both.active_bytes == pytest.approx(met_bytes(folder, shares), abs=1)
     assert both.quality[name]["nll"] == pytest.approx(quality.nll, rel=1e-5)
     losses = {key: row.quality[name]["nll"] for key, row in rows.items()}
     alone = losses.pop(("unpruned 4-bit", LITTLE))
@@ -290,6 +296,60 @@ def test_rows_by_bytes_are_what_exports_of_their_plans_take_and_lose(recipe, tmp
     plain = run(asked, ["uniform-act"], [0.5])
     assert file_of(asked).read_bytes() == before
     assert plain.results == (rows["uniform-act", 0],)
+
+
+def met_bytes(folder: Path, shares: np.ndarray) -> float:
+    """What a token reads of a folder, tensor by tensor."""
+    met = 0.0
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        place = re.search(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.", name)
+        share = shares[int(place[1]), int(place[2])] if place else "embed_tokens" not in name
+        met += float(share) * tensor.nbytes
+    return met
+
+
+def test_fewer_experts_lose_what_transformers_does_with_so_many(recipe, models, tmp_path,
+                                                                monkeypatch):  # fmt: skip
+    asked = dataclasses.replace(recipe, output=str(tmp_path / "out"))
+    given: dict[str, Any] = {"top_k": [1], "skip_below": [0.7]}
+    found = run(asked, ["uniform-act"], [0.5], **given)
+    rows = {r.name: r for r in found.results}
+    assert list(rows) == ["unpruned", "top-1", "skip-0.7", "uniform-act"]
+    job = open_job(dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 64))
+    windows = first_tokens(job.evaluation["good"], 60)
+    for name, k in (("unpruned", 2), ("top-1", 1)):
+        model = tiny.tiny_model("qwen2_moe", num_experts_per_tok=k, **command.SIZES)
+        for weight in model.parameters():  # commands read 16 bits
+            weight.data = weight.data.bfloat16().float()
+        logits = tiny.torch_logits(model, windows.tokens, windows.valid)
+        logp = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
+        at = np.nonzero(windows.scored)
+        losses = -logp[(*at, windows.tokens[at[0], at[1] + 1])]
+        quality = rows[name].quality["good"]
+        assert quality["nll"] == pytest.approx(losses.mean(), rel=1e-5)
+        assert quality["tokens"] == len(losses)
+    assert rows["unpruned"].quality["good"]["nll"] == pytest.approx(found.dense["good"]["nll"])
+    # What a token meets: one or two of eight experts in each layer, of these all or half.
+    sizes = {n: t.size for n, t in load_file(models / "single" / "model.safetensors").items()}
+    routed = sum(size for name, size in sizes.items() if ".experts." in name)
+    always = sum(sizes.values()) - routed - sizes["model.embed_tokens.weight"]
+    whole, one = always + routed // 4, always + routed // 8
+    statistics, _ = load_statistics(tmp_path / "out" / "statistics.safetensors")
+    assert statistics.tokens.sum() == 4 * statistics.total_tokens
+    assert [r.active for r in rows.values()] == [
+        whole, one, pytest.approx(rows["skip-0.7"].active_bytes / 2), one
+    ]  # fmt: skip
+    assert one < rows["skip-0.7"].active < whole
+    for r in rows.values():
+        assert r.active_bytes == pytest.approx(2 * r.active)
+        assert r.parameters == sum(sizes.values()) - (routed // 2 if r.rate else 0)
+        assert r.bytes >= 2 * r.parameters
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "By what a token reads, least first" in page and "skip-0.7" in page
+    before = file_of(asked).read_bytes()
+    monkeypatch.setattr(plan_groups, "_run_group", None)  # nothing is left to measure
+    assert run(asked, ["uniform-act"], [0.5], **given) == found
+    assert file_of(asked).read_bytes() == before
 
 
 def test_draws_of_the_calibration_text_are_planned_for_and_measured_on_their_own(

@@ -67,9 +67,10 @@ def asked(monkeypatch, tmp_path):
         calibration=SimpleNamespace(tokens=tokens, valid=tokens % 3 > 0, sources=SOURCES),
     )  # fmt: skip
     found = SimpleNamespace(job=job, opened=[], plans=[], groups=[], repaired=[], refuse=set(),
-                            stored=[], prepared=[], saved=[])  # fmt: skip
+                            stored=[], prepared=[], saved=[], shares={})  # fmt: skip
 
-    def open_job(recipe):
+    def open_job(recipe, *, measures):
+        assert measures
         found.opened.append(recipe)
         given = dict(vars(job))
         evaluation = given.pop("evaluation")
@@ -83,8 +84,10 @@ def asked(monkeypatch, tmp_path):
         keep = np.arange(64).reshape(SHAPE) < budget
         return PruningPlan(keep, (0, 2))
 
-    def masked_hidden(base, tokens, valid, plans, *, storages, group_size, batch, dtype, on_layer):
+    def masked_hidden(base, tokens, valid, plans, *, storages, fewer, routed, group_size, batch,
+                      dtype, on_layer):  # fmt: skip
         found.stored.append(storages)
+        routed += [0 if one is None else one.top_k * 6 for one in fewer]
         found.groups.append((len(plans), batch, tokens, valid))
         for layer in range(LAYERS):
             on_layer(layer)
@@ -96,9 +99,10 @@ def asked(monkeypatch, tmp_path):
             on_layer(layer)
         return [np.zeros((*text[0].shape, D)) for _ in bits]
 
-    def task_result(task, plan, job, states, texts, references):
+    def task_result(task, plan, job, states, texts, references, shares):
+        found.shares[task] = shares
         assert states.shape[1:] == (8, D) and references == {"one": 1, "two": 2}
-        return Result(task.rule, task.rate, task.seed, task.repair, kept=int(plan.keep.sum()),
+        return Result(**dataclasses.asdict(task), kept=int(plan.keep.sum()),
                       quality=dict.fromkeys(texts, QUALITY))  # fmt: skip
 
     def measure(base, texts, references, steps, name, *, batch, dtype):
@@ -108,7 +112,8 @@ def asked(monkeypatch, tmp_path):
 
     opened = {"open_job": open_job, "identify": lambda *given: None, "measure": measure}
     run = {"task_plan": task_plan, "masked_hidden": masked_hidden,
-           "repaired_hidden": repaired_hidden, "task_result": task_result}  # fmt: skip
+           "repaired_hidden": repaired_hidden, "task_result": task_result,
+           "token_shares": lambda about, statistics: np.full((2, 4), 0.5)}  # fmt: skip
     for module, patched in ((comparing, opened), (plan_groups, run)):
         for name, value in patched.items():
             monkeypatch.setattr(module, name, value)
@@ -136,10 +141,12 @@ class Job:
     spread: Spread = ALONE
 
 
-def run(asked, rates=(0.5,), rules=("uniform-act", "random"), steps=None, repair=None, **changes):
+def run(asked, rates=(0.5,), rules=("uniform-act", "random"), steps=None, repair=None, top_k=(),
+        **changes):  # fmt: skip
     given = {"model": "m", "output": str(asked.job.output), "batch": 3, "window": 8, "block": 2,
              "planner": "auto", "dtype": "float32", **changes}  # fmt: skip
-    return compare(CompressionRecipe(**given), rates, rules, repair=repair, steps=steps or Told())
+    return compare(CompressionRecipe(**given), rates, rules, repair=repair, top_k=top_k,
+                   steps=steps or Told())  # fmt: skip
 
 
 def test_the_recipe_is_opened_for_16_bits_with_one_window_more_than_is_measured(asked):
@@ -218,6 +225,20 @@ def test_a_repair_measures_every_plan_a_second_time_and_alone(asked):
     asked.job.calibration.tokens = np.zeros((2, 8))
     with pytest.raises(InputError, match=r"takes 3 windows of calibration text, there are 2"):
         run(asked, repair="expert", overwrite=True)
+
+
+def test_fewer_experts_are_rows_of_the_same_reading_with_what_their_tokens_went_to(asked):
+    found = run(asked, rules=("uniform-act",), top_k=(1,))
+    names = ["unpruned", "top-1", "uniform-act"]
+    assert [r.name for r in found.results] == names and [g[0] for g in asked.groups] == [3]
+    assert [(r.name, r.kept) for r in found.results if r.rate == 0] == [("unpruned", 64),
+                                                                        ("top-1", 64)]  # fmt: skip
+    tokens = int(asked.groups[0][3].sum())
+    for task, shares in asked.shares.items():
+        wanted = 6 / tokens / 8 if task.top_k else 0.5  # six of eight experts in two layers
+        np.testing.assert_allclose(shares, np.full((2, 4), wanted), rtol=1e-12)
+    with pytest.raises(InputError, match=r"top_k=2 must lie in \[1, 1\], because a token of this"):
+        run(asked, top_k=(2,))
 
 
 def test_a_rule_that_cannot_is_said_with_its_reason_and_the_others_go_on(asked):
@@ -319,19 +340,23 @@ def test_every_text_is_measured_on_its_own_rows(monkeypatch):
         return SimpleNamespace(to_dict=lambda: {"rows": rows, "of": other})
 
     monkeypatch.setattr(compared, "quality_of", quality_of)
-    monkeypatch.setattr(compared, "written_bytes", lambda job, plan, bits: (plan.keep.sum(), bits))
+
+    def sizes(job, plan, bits, shares):
+        return {"bytes": (int(plan.keep.sum()), bits), "active": shares}
+
+    monkeypatch.setattr(compared, "_sizes", sizes)
     keep = np.zeros(SHAPE, bool)
     keep[0, 1, :3] = keep[1, 2] = True
     job: Any = SimpleNamespace(base=Base())
     task = Task("random", 0.25, 2, "layer", 4, 900)
     found = compared.task_result(task, PruningPlan(keep, (0, 2)), job, states, texts,
-                                 {"one": "a", "two": "b"})  # fmt: skip
+                                 {"one": "a", "two": "b"}, "shares")  # fmt: skip
     first = len(texts["one"].tokens)
     assert found.quality == {"one": {"rows": [*range(first)], "of": "a"},
                              "two": {"rows": [*range(first, len(tokens))], "of": "b"}}  # fmt: skip
     assert (found.kept, found.emptied) == (11, 6)
     assert (found.rule, found.rate, found.seed, found.repair) == ("random", 0.25, 2, "layer")
-    assert (found.bits, found.target, found.bytes) == (4, 900, (11, 4))
+    assert (found.bits, found.target, found.bytes, found.active) == (4, 900, (11, 4), "shares")
     assert (found.family, found.about) == (RULES["random"].family, RULES["random"].about)
 
 

@@ -13,7 +13,9 @@ from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
 from pruning.budget.rules import RULES
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.runs.controls import Controls, Task, drawn, most_channels, rounded_recipe, tasks
+from pruning.runs.calibration_sets import drawn
+from pruning.runs.controls import Controls, Task, most_channels, rounded_recipe, tasks
+from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import folder_bytes
 from pruning.text.calibration import TokenBatch
@@ -71,6 +73,11 @@ def test_every_rule_has_a_row_for_each_of_the_bits_and_one_without_pruning_for_f
         **{Task(name, 0.5, 0, how, bits): half
            for how in ("", "expert") for name in ("uniform-act", "fair-act") for bits in (16, 4)},
     }  # fmt: skip
+    fewer = Controls(bits=(16, 4), top_k=(1, 1), skip_below=(0.5,))
+    assert tasks(job, ("uniform-act",), fewer) == {
+        Task("unpruned", 0.0, bits=bits, top_k=k, skip_below=share): whole
+        for k, share in ((0, 0.0), (1, 0.0), (2, 0.5)) for bits in (16, 4)
+    }  # fmt: skip
     seeds = {task.seed for task in tasks(job, ("random",), Controls(rates=(0.5,)))}
     assert seeds == set(RULES["random"].seeds)
 
@@ -126,11 +133,23 @@ def test_a_draw_has_as_many_windows_some_of_them_twice(job, tmp_path):
     ({"bits": (5,)}, r"bits=\[5\] must be some of"), ({"bits": ()}, "must be some of"),
     ({"target_bytes": (0,)}, "target_bytes=0 must be at least 1"),
     ({"target_factors": (float("nan"),)}, r"target_factor=nan must lie in \[1, 1000\]"),
-    ({"rates": (1.0,)}, r"prune_rate=1\.0"),
+    ({"rates": (1.0,)}, r"prune_rate=1\.0"), ({"skip_below": (0.0,)}, "skip_below=0 skips no"),
+    ({"top_k": (1, 0)}, "top_k=0 must be at least 1"),
+    ({"skip_below": (0.5, 2.0)}, r"skip_below=2\.0 must lie in \(0, 1\]"),
 ])  # fmt: skip
 def test_what_is_out_of_range_is_refused(given, message):
     with pytest.raises(InputError, match=message):
         Controls(**given)
+
+
+def test_as_many_experts_as_a_token_goes_to_are_not_fewer():
+    for k in (4, 5):
+        with pytest.raises(InputError, match=rf"top_k={k} must lie in \[1, 3\].* goes to 4 exp"):
+            Controls(top_k=(1, k)).fewer(4)
+    with pytest.raises(InputError, match="goes to one expert, so --skip-below skips none"):
+        Controls(skip_below=(0.5,)).fewer(1)
+    found = Controls(top_k=(3, 1), skip_below=(0.5, 1.0)).fewer(4)
+    assert found == [Fewer(3), Fewer(1), Fewer(4, 0.5), Fewer(4, 1.0)]
 
 
 def test_fewer_bits_take_blocks_of_whole_groups_and_models_whose_codes_are_not_their_own(

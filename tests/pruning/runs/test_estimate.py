@@ -29,7 +29,7 @@ from pruning.stages.job import resolved
 from pruning.stages.probe_windows import random_probe
 from pruning.stages.recover_job import open_recovery
 from pruning.stages.recovery_sizes import needed_memory
-from pruning.stages.sizes import active_parameters, byte_range, form_of
+from pruning.stages.sizes import active_parameters, byte_range, form_of, token_shares
 from tests.support import tiny
 from tests.support.command import refused, run
 from tests.support.synthetic import statistics
@@ -201,10 +201,11 @@ def test_active_parameters_are_what_the_tokens_of_the_text_met(scored, models):
             dense += tensor.size * share[layer][expert]
         elif "embed_tokens" not in name:
             met, dense = met + tensor.size, dense + tensor.size
-    assert abs(active_parameters(base.about, plan.counts, sums) - met) <= 1
+    shares = token_shares(base.about, sums)
+    assert abs(active_parameters(base.about, plan.counts, shares) - met) <= 1
     whole = np.full_like(plan.counts, d_expert)
-    assert abs(active_parameters(base.about, whole, sums) - dense) <= 1
-    blank = sums.replace(tokens=0 * sums.tokens, total_tokens=np.zeros(()))
+    assert abs(active_parameters(base.about, whole, shares) - dense) <= 1
+    blank = token_shares(base.about, sums.replace(total_tokens=np.zeros(())))
     (found,) = estimated(models / "single", scored.parent, "--prune-rate", 0.5)
     assert active_parameters(base.about, whole, blank) == found["parameters"]["active"]
     assert round(dense) == found["parameters"]["active"]  # each token meets two experts, always
@@ -215,8 +216,8 @@ def test_active_parameters_agree_with_the_estimate_where_no_text_says_otherwise(
     base = open_checkpoint(saved(family, tmp_path / "model"))
     c = base.config
     sums = statistics(len(c.moe_layers), c.moe.num_experts, c.moe.d_expert, D=c.d_model)
-    blank = sums.replace(tokens=0 * sums.tokens, total_tokens=np.zeros(()))
-    whole = np.full(blank.tokens.shape, c.moe.d_expert)
+    blank = token_shares(base.about, sums.replace(total_tokens=np.zeros(())))
+    whole = np.full(blank.shape, c.moe.d_expert)
     assert (
         active_parameters(base.about, whole, blank)
         == parameters(base.about, base.about.widths, 0)["active"]

@@ -15,6 +15,8 @@ import scipy.stats
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from ml_dtypes import bfloat16
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 import pruning
@@ -22,9 +24,14 @@ from pruning.demo import DEMO
 from pruning.demo.questions import write_questions
 from pruning.kit.progress import Steps
 from pruning.measure import answers, harness
+from pruning.recipe.recipe import load_recipe
+from pruning.runs.compared import task_plan
+from pruning.runs.controls import Task
+from pruning.scores.statistics import load_statistics
+from pruning.stages.job import open_job
 from pruning.stages.judged import compared
 from tests.support import tiny
-from tests.support.command import refused, run
+from tests.support.command import read, refused, run
 from tests.support.told import Told
 
 TASKS = DEMO / "tasks"
@@ -162,6 +169,67 @@ def asked(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(harness, "answer", counting)
     return counts
+
+
+def test_a_comparison_asks_every_plan_what_the_harness_asks_it(
+    models, texts, letters, tmp_path, asked
+):
+    out, text, names = tmp_path / "out", texts / "good.txt", ("unpruned", "uniform-act")
+    command = ("--quiet", "compare", models / "single", "--calibration", text, "--evaluation", text,
+               "--evaluation-tokens", 60, "--rules", "uniform-act", "--prune-rate", 0.5, "--bits",
+               16, 4, "--block", 32, "--tasks", "letters", "--task-path", letters, "--output", out,
+               "--batch", 4)  # fmt: skip
+    assert run(*command) == 0
+    found = json.loads((out / "compare.json").read_text())
+    rows = {(one["rule"], one["bits"]): one["tasks"] for one in found["results"]}
+    assert rows.keys() == {("uniform-act", 16), *((name, 4) for name in names)}
+    assert asked == [3 * COUNT] * 4  # the dense model, too
+    assert "What the models still answer" in (out / "compare.html").read_text()
+    assert len((out / "compare-tasks.csv").read_text().splitlines()) == 4
+
+    # The plan as a folder of transformers whose removed channels are zero, in 16 bits as ours.
+    statistics, provenance = load_statistics(out / "statistics.safetensors")
+    job = open_job(load_recipe(out / "recipe.yaml"))
+    kept = next(one["kept"] for one in found["results"] if one["rule"] == "uniform-act")
+    plan = task_plan(job, statistics, provenance, Task("uniform-act", 0.5), kept)
+    dense, masked = (
+        shutil.copytree(models / "single", tmp_path / name) for name in ("dense", "masked")
+    )
+    weights = load_file(dense / "model.safetensors")
+    weights = {n: value.astype(bfloat16).astype(np.float32) for n, value in weights.items()}
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    for layer, experts in zip(plan.layer_indices, plan.keep, strict=True):
+        for expert, keep in enumerate(experts):
+            weights[f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"][:, ~keep] = 0
+    save_file(weights, masked / "model.safetensors", metadata={"format": "pt"})
+    (one,) = rows["uniform-act", 16]
+    for folder, said in ((dense, one["first"]), (masked, one["second"])):
+        model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=32)
+        with contextlib.chdir(letters):
+            tasks = TaskManager(include_path=str(letters), include_defaults=False)
+            expected = evaluate(model, tasks.load(["letters"]), bootstrap_iters=0)
+        assert said == expected["results"]["letters"]["acc,none"]
+    assert one["gained"] + one["lost"] > 0, "else a plan that is not used passes"
+
+    # Nothing is asked twice; other documents are.
+    before = (out / "compare.json").read_bytes()
+    assert run(*command) == 0 and (out / "compare.json").read_bytes() == before
+    assert asked == [3 * COUNT] * 4
+    assert run(*command, "--limit", 9) == 0
+    fewer = json.loads((out / "compare.json").read_text())
+    assert {row["documents"] for result in fewer["results"] for row in result["tasks"]} == {9}
+    assert not any(asked[4:]) and fewer["asked"]["limit"] == 9
+
+
+def test_tasks_of_a_comparison_are_looked_up_before_anything_is_scored(
+    models, texts, tmp_path, capsys
+):
+    command = ("compare", models / "single", *read(texts, tmp_path / "out"), "--evaluation",
+               texts / "good.txt")  # fmt: skip
+    said = refused(capsys, tmp_path, *command, "--tasks", "no_such_task", "--task-path", "demo")
+    assert "knows no 'no_such_task'" in said
+    said = refused(capsys, tmp_path, *command, "--limit", 3)
+    assert "there is no task to measure; name one with --tasks" in said
 
 
 def test_a_pruned_model_stands_beside_its_dense_one(scored, letters, tmp_path, capsys, asked):

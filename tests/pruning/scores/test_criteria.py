@@ -245,7 +245,7 @@ def test_data_free_criteria_see_no_text_and_whole_text_ones_no_part_of_it():
                 with pytest.raises(ValueError, match=r"total_tokens=0\.0 must be positive"):
                     channel_scores(bare, **names)
     whole = {n for r in (CHANNEL_CRITERIA, EXPERT_CRITERIA) for n, c in r.items() if c.whole_text}
-    assert whole == {"wanda", "wg", "obs", "nll_ig", "nll_ablate", "nll_grad2"}
+    assert whole == {"wanda", "moe_pruner", "wg", "obs", "nll_ig", "nll_ablate", "nll_grad2"}
     assert not expert_criterion("S(1,1,1)").whole_text
 
 

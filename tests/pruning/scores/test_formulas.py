@@ -149,6 +149,10 @@ def input_norms(rows: list[Row]) -> np.ndarray:  # [D]
     return np.array([norm(row.x[d] for row in rows) for d in range(D)])
 
 
+def routed_norms(rows: list[Row]) -> np.ndarray:  # [D]
+    return np.array([norm(row.w * row.x[d] for row in rows) for d in range(D)])
+
+
 def weighted(matrix, size) -> np.ndarray:
     return np.array([sum(abs(w) * s for w, s in zip(v, size, strict=True)) for v in matrix])
 
@@ -323,6 +327,7 @@ FIELDS = {
     "gradient_square": over_tokens(lambda b, e, r: d_h(b, e, r) ** 2),
     "loss_sum": lambda model: model.loss,
     "input_square": over_tokens(lambda b, e, r: r.x**2),
+    "weighted_input_square": over_tokens(lambda b, e, r: (r.w * r.x) ** 2),
     "output_sum": over_tokens(lambda b, e, r: r.z),
     "output_coordinate_square": over_tokens(lambda b, e, r: r.z**2),
     "output_gram": gram,
@@ -330,6 +335,8 @@ FIELDS = {
     "similarity": similarity,
     "wanda_up": of_experts(lambda b, e, rows: weighted(b.up[e], input_norms(rows))),
     "wanda_gate": of_experts(lambda b, e, rows: weighted(b.gate[e], input_norms(rows))),
+    "routed_wanda_up": of_experts(lambda b, e, rows: weighted(b.up[e], routed_norms(rows))),
+    "routed_wanda_gate": of_experts(lambda b, e, rows: weighted(b.gate[e], routed_norms(rows))),
     "weight_gradient": of_experts(weight_gradients),
     "elimination": of_experts(eliminated),
     "nll_ig": integrated,
@@ -356,6 +363,16 @@ def wanda(block: Block, e: int, rows: list[Row]) -> np.ndarray:
     x, h = input_norms(rows), token_norms(rows, "h")
     down = np.array([sum(abs(w) * h[c] for w in block.down[e][c]) for c in range(F)])
     return (down + weighted(block.up[e], x) + weighted(block.gate[e], x)) / 3
+
+
+def moe_pruner(block: Block, e: int, rows: list[Row]) -> np.ndarray:
+    """A third of |W_ij| times the norm of w x_j over tokens, summed over a channel's weights."""
+    found, x = np.zeros(F), routed_norms(rows)
+    for c in range(F):
+        for d in range(D):
+            found[c] += (abs(block.up[e][c, d]) + abs(block.gate[e][c, d])) * x[d]
+            found[c] += abs(block.down[e][c, d]) * norm(row.w * row.h[c] for row in rows)
+    return found / 3
 
 
 def saliency(block: Block, e: int, row: Row) -> np.ndarray:
@@ -390,6 +407,7 @@ CHANNELS = {
     "heapr": of_experts(heapr),
     "saliency": mean(over_tokens(saliency)),
     "wanda": of_experts(wanda),
+    "moe_pruner": of_experts(moe_pruner),
     "wg": lambda model: of_experts(weight_gradients)(model) / 3,
     "obs": mean(of_experts(eliminated)),
     "random": lambda model: 1 - np.random.default_rng(4).random((L, E, F)),

@@ -104,7 +104,7 @@ def test_the_announced_shapes_are_fields_of_the_statistics():
     assert shapes.keys() == fields - {"extra"}
     sums = field_shapes(2, 3, 4, 5, groups, finished=False)
     # what is left over is no sum over tokens
-    left = {"similarity", "wanda_up", "wanda_gate", "weight_gradient", "elimination", "noise"}
+    left = FINISHED | FIRST
     assert shapes.keys() - sums.keys() == left
     assert shapes["energy"] == (2, 3, 4) and shapes["output_sum"] == (2, 3, 5)
     assert shapes["output_gram"] == (2, 3, 3) and shapes["total_tokens"] == ()
@@ -119,7 +119,8 @@ def two_texts(**changes):
 
 # Of the weights, the same for every text; no sums; what the first text has stands for both.
 NORMS = {"down_norm", "up_norm", "gate_norm", "down_l1", "up_l1", "gate_l1"}
-FINISHED = {"wanda_up", "wanda_gate", "weight_gradient", "elimination"}
+FINISHED = {"wanda_up", "wanda_gate", "routed_wanda_up", "routed_wanda_gate",
+            "weight_gradient", "elimination"}  # fmt: skip
 FIRST = {"similarity", "noise"}
 
 
@@ -164,6 +165,15 @@ def test_more_than_was_asked_for_covers_it_and_less_does_not(monkeypatch):
     assert found.replace(extra=extra).covers(())
     monkeypatch.setitem(STATISTICS, "mine", STATISTICS.get("mine"))
     assert not found.covers(()) and found.replace(extra=extra).covers(())
+
+
+def test_details_of_an_earlier_version_that_lack_a_sum_do_not_count():
+    found = statistics(1, 2, 3)
+    assert found.covers(("expert-details",))
+    earlier = found.replace(weighted_input_square=None, routed_wanda_up=None)
+    assert earlier.groups == found.groups - {"expert-details"}
+    # What is made of the sums in the end parts of a text do not have.
+    assert found.replace(wanda_up=None).groups == found.groups
 
 
 def test_long_damage_is_told_in_short(path):

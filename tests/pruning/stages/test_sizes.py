@@ -191,10 +191,14 @@ def test_active_parameters_are_what_a_token_meets_on_average(described, tied):
     sums = sums.replace(tokens=np.array([[30.0, 10.0], [4.0, 36.0]]),
                         total_tokens=np.array(40.0))  # fmt: skip
     met = 3 * D * (3 * 0.75 + 96 * 0.25 + 0 * 0.1 + 50 * 0.9)
-    assert sizes.active_parameters(base, counts, sums) == always + round(met)
+    assert sizes.active_parameters(base, counts, sizes.token_shares(base, sums)) == always + round(
+        met
+    )
     blank = sums.replace(tokens=0 * sums.tokens, total_tokens=np.array(0.0))
     even = 3 * D * (3 + 96 + 50) / 2
-    assert sizes.active_parameters(base, counts, blank) == always + round(even)
+    assert sizes.active_parameters(base, counts, sizes.token_shares(base, blank)) == always + round(
+        even
+    )
 
 
 def test_scratch_holds_the_states_of_the_text_that_takes_most(base, monkeypatch):
@@ -347,10 +351,10 @@ def test_a_token_that_meets_every_expert_meets_all_but_its_own_row_of_the_embedd
     shape = (len(c.moe_layers), c.moe.num_experts)
     assert c.moe.expert_bias
     counts, wide = np.full(shape, c.moe.d_expert), (*shape, c.moe.d_expert)
-    every = statistics(*wide, tokens=np.full(shape, 100.0))  # of 100 tokens
+    every = sizes.token_shares(base, statistics(*wide, tokens=np.full(shape, 100.0)))  # of 100
     looked_up = 0 if tied else c.vocab_size * c.d_model
     assert sizes.active_parameters(base, counts, every) == base.weights() - looked_up
-    none = statistics(*wide, tokens=np.zeros(shape))
+    none = np.zeros(shape)
     # Gate, up and down of each channel with its two biases, and the bias of the output.
     experts = counts.size * (c.moe.d_expert * (3 * c.d_model + 2) + c.d_model)
     wanted = base.weights() - looked_up - experts
