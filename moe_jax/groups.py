@@ -5,34 +5,62 @@ them (a shared expert) is small and is computed once; each group adds its part o
 float32 and in the order of the experts. All batches of a text go through a group while it is held,
 so that every weight is still read once:
 
-    middle = layer_attend(rest, x)                     [B, T, D]
-    routed = 0, and for each group group_forward       float32 [B, T, D]
-    out = layer_end(rest, middle, routed)              [B, T, D], middle + routed + shared expert
+    halfway = layer_begin(rest, x)                    after attention, nothing routed
+    for each group: halfway.routed = group_forward(group, halfway)
+    x = layer_end(rest, halfway)                      + routed + shared expert
 
 On a CPU the sums have the bits of a whole layer's, but for output biases of experts, whose sum a
 whole layer takes by itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 from moe_jax.attention.context import Context
 from moe_jax.experts.moe import MoE, MoETrace
 from moe_jax.experts.run import RunExperts, run_experts
 from moe_jax.norm import rms_norm
-from moe_jax.stream import Batches, LayerSource, group_of, groups_of, layer_attend
+from moe_jax.source import LayerSource, group_of, groups_of
+from moe_jax.stream import Batches, PerBatch
 from moe_jax.transformer import DecoderLayer
 
-# What a group does to a batch: (the group, states behind the attention [b, T, D], where the tokens
-# stand, the batch's rows, float32 [b, T, D] of the groups before it) -> that of one group more.
-GroupStep = Callable[[DecoderLayer, Array, Context, slice, Array], Array]
-Texts = Sequence[tuple[Batches, MutableSequence[np.ndarray], GroupStep]]
+
+@struct.dataclass
+class Halfway:
+    """A batch between the attention and the end of a layer.
+
+    In float32 whatever the dtype of the states: of these a program for a whole layer rounds what
+    goes to its end, and not what goes to the norm before the experts.
+
+    Attributes:
+      middle: float32 [B, T, D], behind the attention.
+      routed: float32 [B, T, D], what the experts have given so far.
+      dtype: of the states.
+    """
+
+    middle: Array
+    routed: Array
+    dtype: Any = struct.field(pytree_node=False)
+
+
+# What a group does to a batch: (the group, the batch, where its tokens stand, its rows) -> float32
+# [B, T, D], what the experts have given with those of the group.
+GroupStep = Callable[[DecoderLayer, Halfway, Context, slice], Array]
+Texts = Sequence[tuple[Batches, PerBatch, GroupStep]]
+Between = tuple[PerBatch, PerBatch]  # of a text, `Halfway.middle` and `Halfway.routed`
+
+
+def in_memory(text: Batches) -> Between:
+    """Where the batches of a text may lie between groups."""
+    return [np.empty(0)] * len(text.rows), [np.empty(0)] * len(text.rows)
 
 
 def own_experts(layer: DecoderLayer) -> slice:
@@ -51,9 +79,7 @@ def through_groups(
     source: LayerSource,
     index: int,
     texts: Texts,
-    beside: Callable[[Batches], MutableSequence[np.ndarray]] = lambda text: (
-        [np.empty(0)] * len(text.rows)
-    ),
+    between: Callable[[Batches], Between] = in_memory,
 ) -> None:
     """Take texts through a layer.
 
@@ -62,34 +88,35 @@ def through_groups(
       index: of a layer in groups.
       texts: each a text, its states before the layer by batch, which become those behind it, and
         what a group does, as a rule `add_group`.
-      beside: where float32 arrays [b, T, D] of a text's batches lie meanwhile; default in memory.
+      between: where the batches of a text lie between groups.
     """
-    sums, rest = [beside(text) for text, _, _ in texts], None
+    held, rest = [between(text) for text, _, _ in texts], None
     for group in each_group(source, index):
         if rest is None:
             rest = rest_of(group)
-            for (text, x, _), routed in zip(texts, sums, strict=True):
-                _begin(rest, text, x, routed)
-        for (text, x, step), routed in zip(texts, sums, strict=True):
+            for (text, x, _), own in zip(texts, held, strict=True):
+                for i, place in enumerate(text.places):
+                    keep(own, i, layer_begin(rest, jnp.asarray(x[i]), place))
+        for (text, x, step), own in zip(texts, held, strict=True):
             for i, (rows, place) in enumerate(zip(text.rows, text.places, strict=True)):
-                given = jnp.asarray(x[i]), place, rows, jnp.asarray(routed[i])
-                routed[i] = np.asarray(step(group, *given))
+                own[1][i] = np.asarray(step(group, taken(own, i, x[i].dtype), place, rows))
         del group  # before the next one is read
     assert rest is not None
-    for (_, x, _), routed in zip(texts, sums, strict=True):
-        for i, whole in enumerate(routed):
-            x[i] = np.asarray(layer_end(rest, jnp.asarray(x[i]), jnp.asarray(whole)))
+    for (text, x, _), own in zip(texts, held, strict=True):
+        for i in range(len(text.rows)):
+            x[i] = np.asarray(layer_end(rest, taken(own, i, x[i].dtype)))
 
 
-def _begin(
-    rest: DecoderLayer,
-    text: Batches,
-    x: MutableSequence[np.ndarray],
-    routed: MutableSequence[np.ndarray],
-) -> None:
-    text.each(x, lambda part, place, rows: layer_attend(rest, part, place))
-    for i in range(len(text.rows)):
-        routed[i] = np.zeros(x[i].shape, np.float32)
+def keep(between: Between, batch: int, halfway: Halfway) -> None:
+    """Put a batch where it lies between groups."""
+    for part, value in zip(between, (halfway.middle, halfway.routed), strict=True):
+        part[batch] = np.asarray(value)
+
+
+def taken(between: Between, batch: int, dtype: Any) -> Halfway:
+    """What `keep` put there; states are of `dtype`."""
+    middle, routed = (jnp.asarray(part[batch]) for part in between)
+    return Halfway(middle, routed, dtype)
 
 
 def rest_of(group: DecoderLayer) -> DecoderLayer:
@@ -98,56 +125,59 @@ def rest_of(group: DecoderLayer) -> DecoderLayer:
     return dataclasses.replace(group, mlp=dataclasses.replace(group.mlp, experts=none))
 
 
-def routed_inputs(layer: DecoderLayer, middle: Array) -> Array:  # [B, T, D] -> [N, D]
+def expert_inputs(layer: DecoderLayer, halfway: Halfway) -> Array:  # [N, D]
     """What the router and the experts of a layer are given."""
-    return rms_norm(middle, layer.mlp_norm, layer.norm_eps).reshape(-1, middle.shape[-1])
+    normed = rms_norm(halfway.middle, layer.mlp_norm, layer.norm_eps, halfway.dtype)
+    return normed.reshape(-1, normed.shape[-1])
 
 
-def group_trace(group: DecoderLayer, middle: Array, context: Context, run: RunExperts) -> MoETrace:
+def group_trace(
+    group: DecoderLayer, halfway: Halfway, context: Context, run: RunExperts
+) -> MoETrace:
     """What a group does on a batch; `routed` of it is what `run` gives.
 
     Args:
       group: of a layer.
-      middle: [B, T, D], of `layer_attend`.
+      halfway: of the batch.
       context: where the tokens stand.
       run: how its experts are run.
     """
     assert isinstance(group.mlp, MoE)
-    return group.mlp(routed_inputs(group, middle), context.valid.reshape(-1), run)[1]
+    return group.mlp(expert_inputs(group, halfway), context.valid.reshape(-1), run)[1]
+
+
+def added_group(
+    group: DecoderLayer, halfway: Halfway, context: Context, run: Any = run_experts
+) -> MoETrace:
+    """The same, whose `routed` float32 [N, D] are those of the groups before it and its own; `run`
+    takes the former as `onto`."""
+    onto = halfway.routed.reshape(-1, halfway.routed.shape[-1])
+    return group_trace(group, halfway, context, partial(run, onto=onto))
 
 
 @jax.jit
-def group_forward(group: DecoderLayer, middle: Array, context: Context, routed: Array) -> Array:
-    """Add a group's experts to what those before them gave; float32 [B, T, D]."""
-    onto = routed.reshape(-1, routed.shape[-1])
-
-    def run(experts, x, row_weight, dispatch):
-        return run_experts(experts, x, row_weight, dispatch, onto=onto)
-
-    return group_trace(group, middle, context, run).routed.reshape(routed.shape)
+def layer_begin(rest: DecoderLayer, x: Array, context: Context) -> Halfway:
+    """What a layer does with a batch [B, T, D] before its experts."""
+    middle = rest.attend(x, context)[0].astype(jnp.float32)
+    return Halfway(middle, jnp.zeros_like(middle), x.dtype)
 
 
-def add_group(
-    group: DecoderLayer, middle: Array, context: Context, rows: slice, routed: Array
-) -> Array:
+@jax.jit
+def group_forward(group: DecoderLayer, halfway: Halfway, context: Context) -> Array:
+    """`Halfway.routed` with a group's experts added."""
+    return added_group(group, halfway, context).routed.reshape(halfway.routed.shape)
+
+
+def add_group(group: DecoderLayer, halfway: Halfway, context: Context, rows: slice) -> Array:
     """`group_forward` as a `GroupStep`."""
-    return group_forward(group, middle, context, routed)
+    return group_forward(group, halfway, context)
 
 
 @jax.jit
-def layer_end(rest: DecoderLayer, middle: Array, routed: Array) -> Array:
-    """The output of a layer once all groups have added their experts.
-
-    Args:
-      rest: of the layer, as of `rest_of`.
-      middle: [B, T, D], of `layer_attend`.
-      routed: float32 [B, T, D].
-
-    Returns:
-      [B, T, D] in the dtype of `middle`.
-    """
+def layer_end(rest: DecoderLayer, halfway: Halfway) -> Array:  # [B, T, D]
+    """The output of a layer once all groups have added their experts."""
     assert isinstance(rest.mlp, MoE)
-    out = routed.astype(middle.dtype)
+    out = halfway.routed.astype(halfway.dtype)
     if rest.mlp.shared is not None:
-        out += rest.mlp.shared(routed_inputs(rest, middle)).reshape(middle.shape)
-    return middle + out
+        out += rest.mlp.shared(expert_inputs(rest, halfway)).reshape(out.shape)
+    return halfway.middle.astype(halfway.dtype) + out

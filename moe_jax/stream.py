@@ -6,9 +6,9 @@ padding to whole batches, the positions, the order and the transfers to it. A la
 fit is taken in groups of its experts by what can (`moe_jax.groups`).
 """
 
-from collections.abc import Callable, Iterable, MutableSequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import chex
 import jax
@@ -46,7 +46,15 @@ def layer_feed_forward(layer: DecoderLayer, middle: Array, context: Context) -> 
 # --- a text in batches ---
 
 
-Held = TypeVar("Held", bound=MutableSequence[np.ndarray])  # an array of each batch
+class PerBatch(Protocol):
+    """An array of each batch of a text, such as a list of them, wherever they lie."""
+
+    def __getitem__(self, batch: int, /) -> np.ndarray: ...
+
+    def __setitem__(self, batch: int, value: np.ndarray, /) -> None: ...
+
+
+Held = TypeVar("Held", bound=PerBatch)
 
 
 @dataclass(frozen=True, eq=False)
