@@ -143,7 +143,8 @@ def group_trace(
       run: how its experts are run.
     """
     assert isinstance(group.mlp, MoE)
-    return group.mlp(expert_inputs(group, halfway), context.valid.reshape(-1), run)[1]
+    routed = dataclasses.replace(group.mlp, shared=None)  # which `layer_end` adds
+    return routed(expert_inputs(group, halfway), context.valid.reshape(-1), run)[1]
 
 
 def added_group(
