@@ -127,7 +127,9 @@ def pruned_layer(
     """Layer `index` of `PrunedSource`, or a group of it, from that of the dense model."""
     if index not in plan.layer_indices:
         return layer
-    slot, own = plan.layer_indices.index(index), own_experts(layer)
+    slot = plan.layer_indices.index(index)
+    is_moe = isinstance(layer.mlp, MoE)  # others are refused below
+    own = own_experts(layer) if is_moe else slice(0, plan.keep.shape[1])
     counts = plan.keep.sum(axis=2)  # [L, E]
     widest = max(1, int(counts.max()))  # a plan may empty every expert
     step = min(block, widest)
