@@ -24,26 +24,49 @@ from moe_jax.transformer import DecoderLayer
 CENTRED = ".offset"  # ends the path of a norm that a checkpoint keeps as what it exceeds one by
 BLOCK = 128  # channels per step of the matmul loop over experts of unequal width
 
+REST = ("attention", "mlp.shared")  # paths begin so of what only the first group of a layer has
+
 Arrays = dict[str, np.ndarray]  # attribute path below the layer -> array as it lies there
 
 
 @dataclass(frozen=True)
 class PoolShape:
-    """Sizes that all layers' pools share, so that one compilation serves them all."""
+    """Sizes that all layers' pools share, so that one compilation serves them all.
+
+    Attributes:
+      rows: of a pool, at most.
+      width, block: of `Experts`.
+      exact: whether a pool has no spare rows, because all experts are `d_expert` wide.
+    """
 
     rows: int
     width: int
     block: int
+    exact: bool = False
+
+    def rows_of(self, counts: tuple[int, ...]) -> int:
+        """Rows of a pool of experts of so many channels."""
+        return sum(counts) if self.exact else self.rows
 
 
-def pool_shape(config: ModelConfig, widths: Widths) -> PoolShape:
-    """Smallest common pool: no spare rows if all experts are `d_expert` wide."""
-    most = max((sum(counts) for counts in widths), default=0)
+def pool_shape(config: ModelConfig, widths: Widths, at_once: int | None = None) -> PoolShape:
+    """Smallest common pool of layers, or of groups of so many experts at once: no spare rows if all
+    experts are `d_expert` wide."""
+    groups = [counts[own] for counts in widths for own in expert_groups(len(counts), at_once)]
+    most = max(map(sum, groups), default=0)
     if widths == uniform_widths(config):
-        return PoolShape(rows=most, width=config.moe.d_expert, block=config.moe.d_expert)
+        width = config.moe.d_expert
+        return PoolShape(rows=most, width=width, block=width, exact=True)
     widest = max((count for counts in widths for count in counts), default=0)
     block = min(BLOCK, max(widest, 1))
     return PoolShape(rows=most + block, width=-(-max(widest, 1) // block) * block, block=block)
+
+
+def expert_groups(experts: int, at_once: int | None) -> list[slice]:
+    """Which experts of a layer are in memory together: all, or at most so many at once."""
+    if not experts or at_once is None:
+        return [slice(0, experts)]
+    return [slice(start, min(start + at_once, experts)) for start in range(0, experts, at_once)]
 
 
 def read_arrays(
@@ -53,8 +76,9 @@ def read_arrays(
     counts: tuple[int, ...],
     rows: int,
     read: Callable[[str], np.ndarray],
+    first: int = 0,
 ) -> Arrays:
-    """Arrays of one layer; experts are read straight into their pool, one at a time.
+    """Arrays of a layer or group; experts are read straight into their pool, one at a time.
 
     Args:
       rules: of the family.
@@ -63,6 +87,8 @@ def read_arrays(
       counts: channels per expert.
       rows: of the pool [rows, D]; those after the last expert's are zero.
       read: name on disk -> array.
+      first: number of the first expert; of a group that does not begin with expert 0, `REST` is
+        left out.
 
     Returns:
       The arrays.
@@ -70,18 +96,19 @@ def read_arrays(
     arrays: Arrays = {}
     for rule, name in layer_rules(rules, config, index):
         if rule.layout == "identity":
-            arrays[rule.ours] = read(name)
+            if not (first and rule.ours.startswith(REST)):
+                arrays[rule.ours] = read(name)
             continue
         if rule.layout in ("expert_vector", "emptied_vector"):
             vectors = np.zeros((len(counts), config.d_model), arrays["mlp.router"].dtype)
             for expert, count in enumerate(counts):
                 if rule.has_expert(count):
-                    vectors[expert] = read(name.replace("{expert}", str(expert)))
+                    vectors[expert] = read(name.replace("{expert}", str(first + expert)))
             arrays[rule.ours] = vectors
             continue
         pool, start = None, 0
         width = () if rule.shape == "F" else (config.d_model,)
-        for expert, count in enumerate(counts):
+        for expert, count in enumerate(counts, first):
             if not count:
                 continue
             part = read(name.replace("{expert}", str(expert)))
@@ -97,9 +124,15 @@ def read_arrays(
 
 
 def build_layer(
-    arrays: Arrays, config: ModelConfig, index: int, counts: tuple[int, ...], pool: PoolShape
+    arrays: Arrays,
+    config: ModelConfig,
+    index: int,
+    counts: tuple[int, ...],
+    pool: PoolShape,
+    first: int = 0,
 ) -> DecoderLayer:
-    """Make a layer, consuming `arrays`: where memory is shared with JAX, no weight is copied."""
+    """Make a layer, or of fewer experts a group, consuming `arrays`: where memory is shared with
+    JAX, no weight is copied. `first` is the number of its first expert."""
     values: dict[str, Any] = {}
     for path in list(arrays):
         value = jax.device_put(arrays.pop(path), may_alias=True)
@@ -114,7 +147,7 @@ def build_layer(
         mlp = DenseMLP(**below("mlp."))
     else:
         shared = None
-        if config.moe.d_shared:
+        if config.moe.d_shared and not first:
             gate = values.get("mlp.shared.gate")
             shared = SharedExpert(mlp=DenseMLP(**below("mlp.shared.mlp.")), gate=gate)
         experts = Experts(
@@ -130,11 +163,13 @@ def build_layer(
             logit_bias=values.get("mlp.logit_bias"),
             experts=experts,
             shared=shared,
+            first=None if len(counts) == config.moe.num_experts else jnp.asarray(first, jnp.int32),
             config=config.moe,
         )
+    attention: Any = None if first else _attention(below("attention."), config, index)
     return DecoderLayer(
-        attention_norm=values["attention_norm"],
-        attention=_attention(below("attention."), config, index),
+        attention_norm=values.get("attention_norm"),  # type: ignore[arg-type]
+        attention=attention,
         mlp_norm=values["mlp_norm"],
         mlp=mlp,
         norm_eps=config.norm_eps,

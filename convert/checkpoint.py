@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -11,30 +10,26 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert.assemble import Arrays, build_layer, pool_shape, read_arrays
 from convert.description import Description, describe
 from convert.disk_layer import layer_on_disk
 from convert.fingerprint import WeightsHash, fingerprint
+from convert.layer_reader import LayerReader
 from convert.layout import BFLOAT16
 from convert.matching import match_tensors
 from convert.reader import CheckpointError, SafetensorsFolder
 from convert.rules import EMBEDDING, FINAL_NORM, LM_HEAD, Family
 from convert.sound import Sound
 from convert.view import FLOATS, View
-from moe_jax.config import ModelConfig
 from moe_jax.norm import Centred
 from moe_jax.transformer import DecoderLayer, Embedding, Head, Transformer
 
 
-class Checkpoint:
+class Checkpoint(LayerReader):
     """A checked folder that hands out layers, each read when asked for; a `LayerSource`.
-
-    While layers are taken in order, upwards or downwards, one thread reads the next.
 
     Attributes:
       about: what it is, without its weights.
       tensors: its files.
-      read_ahead: whether it does; without, one layer is held at a time.
       weights_hash: that of `hash_weights`; None if nobody asked yet.
     """
 
@@ -46,26 +41,13 @@ class Checkpoint:
         mtp: dict[str, View],
         dtype=None,
     ):
-        self.about = about
+        super().__init__(about)
         self.tensors = tensors
-        self.read_ahead = True
         self._views = views
         self._mtp = mtp
-        self._pool = pool_shape(about.config, about.widths)
         self._dtype = None if dtype is None else np.dtype(dtype)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-layer")
-        self._ahead: tuple[int, Future[Arrays]] | None = None
-        self._last: int | None = None
         self._sound = Sound(about.folder)
         self.weights_hash: str | None = None
-
-    @property
-    def config(self) -> ModelConfig:
-        """The architecture."""
-        return self.about.config
-
-    def __len__(self) -> int:
-        return len(self.about)
 
     @property
     def embedding(self) -> Embedding:
@@ -109,35 +91,6 @@ class Checkpoint:
         if self.weights_hash is None:
             self.weights_hash = WeightsHash(self.tensors).finish(on_bytes)
         return self.weights_hash
-
-    def layer(self, index: int) -> DecoderLayer:
-        """Read one decoder layer.
-
-        Args:
-          index: 0 to len(self) - 1.
-
-        Returns:
-          The layer.
-
-        Raises:
-          CheckpointError: naming every tensor of the layer that holds NaN or infinity.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"layer {index} must lie in [0, {len(self)})")
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == index:
-            arrays = ahead[1].result()
-        else:
-            arrays = self._read_layer(index)
-        layer = build_layer(arrays, self.config, index, self.about.widths[index], self._pool)
-        # only now: reading on while this layer is copied would hold a third one
-        down = self._last is not None and index == self._last - 1
-        following = index - 1 if down else index + 1
-        in_order = down or index == 0 or (self._last is not None and index == self._last + 1)
-        if self.read_ahead and in_order and 0 <= following < len(self):
-            self._ahead = following, self._thread.submit(self._read_layer, following)
-        self._last = index
-        return layer
 
     def read_codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Codes and scales of a weight that `about.is_native`, see `View.codes`."""
@@ -186,21 +139,8 @@ class Checkpoint:
         dtype = np.dtype(np.float32) if self.about.family.is_precise(name) else self._dtype
         return array if self._dtype is None else array.astype(dtype, copy=False)
 
-    def _read_layer(self, index: int) -> Arrays:
-        problems: list[str] = []
-
-        def read(name: str) -> np.ndarray:
-            try:
-                return self._read(name)
-            except CheckpointError as error:  # go on: all bad tensors belong in one message
-                problems.extend(error.problems)
-                return np.zeros(self._views[name].shape, np.float32)
-
-        counts, rows = self.about.widths[index], self._pool.rows
-        arrays = read_arrays(self.about.family.rules, self.config, index, counts, rows, read)
-        if problems:
-            raise CheckpointError(self.about.folder, problems)
-        return arrays
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._views[name].shape
 
 
 def _stored_dtype(tensors: SafetensorsFolder, name: str) -> np.dtype:

@@ -20,9 +20,10 @@ from moe_jax.transformer import DecoderLayer
 def layer_to_hf(
     rules: Iterable[TensorRule], layer: DecoderLayer, index: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of a decoder layer under their names on disk; the inverse of reading.
+    """Tensors of a decoder layer or group under their names on disk; the inverse of reading.
 
-    4-bit weights are dequantised. An expert without channels yields nothing.
+    4-bit weights are dequantised. An expert without channels yields nothing. What all groups of a
+    layer have is yielded of the first.
     """
     for rule in rules:
         value = _lookup(layer, rule.ours)
@@ -80,18 +81,21 @@ def _named_parts(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """An array of the layer cut into what lies on disk; experts' rows follow each other."""
     name = rule.hf.replace("{layer}", str(index))
+    first = layer.mlp.own.start if isinstance(layer.mlp, MoE) else 0
     if rule.layout == "identity":
-        yield name, array
+        if not first:
+            yield name, array
         return
     experts = _lookup(layer, rule.ours.rpartition(".")[0])
     assert isinstance(experts, Experts)
     if rule.layout in ("expert_vector", "emptied_vector"):
-        for expert, (part, count) in enumerate(zip(array, np.asarray(experts.count), strict=True)):
+        counts = np.asarray(experts.count)
+        for expert, (part, count) in enumerate(zip(array, counts, strict=True), first):
             if rule.has_expert(int(count)):
                 yield name.replace("{expert}", str(expert)), part
         return
     ends = np.concatenate([[0], np.cumsum(np.asarray(experts.count))]) // channels_per_row
-    for expert, (start, stop) in enumerate(itertools.pairwise(ends.astype(int))):
+    for expert, (start, stop) in enumerate(itertools.pairwise(ends.astype(int)), first):
         rows = array[start:stop]
         if len(rows):
             part = rows if rule.layout == "expert_rows" else np.ascontiguousarray(rows.T)

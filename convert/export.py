@@ -21,11 +21,13 @@ from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs
 from convert.portable import portable_config
 from convert.quantized.config import Scheme
 from convert.reader import SafetensorsFolder
-from convert.rules import TensorRule, ruled_tensors
+from convert.rules import TensorRule, expert_number, ruled_tensors
 from convert.stored import Stored, stored_layer
 from convert.writer import Content, write_folder
 from convert.written import Written, as_written
 from moe_jax.errors import InputError
+from moe_jax.experts.moe import MoE
+from moe_jax.groups import each_group, own_experts
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
 
@@ -233,7 +235,9 @@ class Export:
         """Every tensor of the folder, (name, array as on disk); arguments as of `write`."""
         yield from self.outer_arrays(model)
         for index in range(len(model)):
-            yield from self.layer_arrays(model.layer(index), index)
+            for layer in each_group(model, index) if self.by_group else [model.layer(index)]:
+                yield from self.layer_arrays(layer, index)
+                del layer  # before the next group is read
             if on_layer:
                 on_layer(index)
         if self.mtp_specs:
@@ -250,13 +254,17 @@ class Export:
             yield from ((name, folder.read(name)) for name in self.base.beside)
 
     def layer_arrays(self, layer: DecoderLayer, index: int) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of layer `index` of the pruned model, (name, array as on disk).
+        """The tensors of layer `index` of the pruned model, or `by_group` of a group of it, (name,
+        array as on disk); what all groups have is the first one's.
 
         Raises:
           InputError: the layer is another than the one planned.
         """
         source, tensors = self._source, self._by_layer[f"model.layers.{index}"]
-        parts = stored_layer(source.family, source.layer(layer), index, tensors, self.form)
+        own = own_experts(layer) if isinstance(layer.mlp, MoE) else slice(0, 0)
+        here = {name: stored for name, stored in tensors.items() if _is_of(name, own)}
+        written = layer if own.start else source.layer(layer)
+        parts = stored_layer(source.family, written, index, here, self.form)
         if self._is_fused:
             parts = fuse_experts(parts, self.base.config.moe.num_experts, source.family.together)
         return ((self.stored_name(name), array) for name, array in parts)
@@ -282,6 +290,17 @@ class Export:
         return found
 
     @property
+    def by_group(self) -> bool:
+        """Whether a layer can be written in groups of its experts; not if one tensor holds all."""
+        return not self._is_fused
+
+    @property
     def _is_fused(self) -> bool:
         """Whether the folder holds the experts of a layer together."""
         return bool(self._source.family.together) and self.form.is_padded
+
+
+def _is_of(name: str, own: slice) -> bool:
+    """Whether a tensor of a layer is one of these experts, or of what its first group has."""
+    expert = expert_number(name)
+    return not own.start if expert is None else own.start <= expert < own.stop

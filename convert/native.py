@@ -34,7 +34,8 @@ def with_native_codes(
       base: the dense model, whose `about.native` is not None.
       index: of the layer.
       layer: pruned, its weights dequantised.
-      keep: bool [E, F], the channels it kept; None for a layer that was not pruned.
+      keep: bool [E, F], the channels it kept; None for a layer that was not pruned. Of a group of
+        a layer both are its own.
       on_rounded: called with the down projection of every expert that is rounded again.
 
     Returns:
@@ -44,7 +45,7 @@ def with_native_codes(
     group = base.about.native.group_size
 
     def of_experts(rule: TensorRule, name: str, counts: np.ndarray, pool: Array) -> QTensor:
-        experts = _Experts(base, name, counts, keep, group)
+        experts = _Experts(base, name, counts, keep, group, first_expert(layer))
         rows = rule.layout == "expert_rows"
         parts = experts.rows() if rows else experts.columns(np.asarray(pool), on_rounded)
         return _tensor(parts, group, axis=int(rows), rows=len(pool))
@@ -75,7 +76,7 @@ def with_coded(
     Returns:
       The layer; weights that are not `about.is_native` are as they were.
     """
-    about, coded = base.about, {}
+    about, coded, first = base.about, {}, first_expert(layer)
     for rule, name in layer_rules(about.family.rules, about.config, index):
         if rule.is_linear and rule.is_of_expert:
             assert isinstance(layer.mlp, MoE)
@@ -83,13 +84,18 @@ def with_coded(
             if counts.any():
                 pool = getattr(layer.mlp.experts, rule.ours.rpartition(".")[2])
                 coded[rule.ours] = of_experts(rule, name, counts, pool)
-        elif rule.is_linear and about.is_native(name):
+        elif rule.is_linear and about.is_native(name) and not first:
             coded[rule.ours] = of_matrix(*base.read_codes(name))
 
     def code(keys, leaf):
         return coded.get(jax.tree_util.keystr(keys, simple=True, separator="."), leaf)
 
     return jax.tree.map_with_path(code, layer)
+
+
+def first_expert(layer: DecoderLayer) -> int:
+    """Number of the first expert of a layer or group."""
+    return layer.mlp.own.start if isinstance(layer.mlp, MoE) else 0
 
 
 Part = tuple[np.ndarray, np.ndarray]  # packed codes uint8 [rows, D / 2] and scales, as in QTensor
@@ -104,6 +110,7 @@ class _Experts:
     counts: np.ndarray  # [E], channels kept
     keep: np.ndarray | None  # [E, F]
     group: int
+    first: int  # number of the first of them
 
     def rows(self) -> Iterator[Part]:
         """Of gate or up: [F, D] with groups along D."""
@@ -132,7 +139,7 @@ class _Experts:
             yield np.asarray(again.packed), np.asarray(again.scale)
 
     def _read(self, expert: np.integer) -> tuple[np.ndarray, np.ndarray]:
-        return self.base.read_codes(self.name.replace("{expert}", str(expert)))
+        return self.base.read_codes(self.name.replace("{expert}", str(self.first + expert)))
 
 
 def _part(codes: np.ndarray, scale: np.ndarray) -> Part:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from convert.checkpoint import Checkpoint
-from convert.native import with_coded
+from convert.native import first_expert, with_coded
 from convert.rules import TensorRule
 from convert.view import OnRounded
 from moe_jax.float8 import BLOCK, CODE, Float8Tensor, round_blocks
@@ -35,7 +35,8 @@ def with_native_blocks(
       base: the dense model, whose `about.native` is one of 8-bit floats.
       index: of the layer.
       layer: pruned, its weights dequantised, the widths of its experts multiples of 128.
-      keep: bool [E, F], the channels it kept; None for a layer that was not pruned.
+      keep: bool [E, F], the channels it kept; None for a layer that was not pruned. Of a group of
+        a layer both are its own.
       on_rounded: called with the blocks that are rounded again.
 
     Returns:
@@ -43,7 +44,8 @@ def with_native_blocks(
     """
 
     def of_experts(rule: TensorRule, name: str, counts: np.ndarray, pool: Array) -> Float8Tensor:
-        experts = _Experts(base, name, rule.layout == "expert_columns", keep, on_rounded)
+        turned, first = rule.layout == "expert_columns", first_expert(layer)
+        experts = _Experts(base, name, turned, keep, on_rounded, first)
         return _tensor(experts.parts(np.flatnonzero(counts)), len(pool))
 
     def of_matrix(codes: np.ndarray, scale: np.ndarray) -> Float8Tensor:
@@ -61,11 +63,12 @@ class _Experts:
     turned: bool  # whether channels are columns on disk
     keep: np.ndarray | None  # [E, F]
     on_rounded: OnRounded | None
+    first: int  # number of the first of them
 
     def parts(self, experts: Iterable[int]) -> Iterator[Part]:
         """Codes and scales of these experts, a row per channel."""
         for expert in experts:
-            found = self.base.read_codes(self.name.replace("{expert}", str(expert)))
+            found = self.base.read_codes(self.name.replace("{expert}", str(self.first + expert)))
             codes, scale = (part.T for part in found) if self.turned else found
             if self.keep is None:
                 yield codes, scale.astype(np.float32)

@@ -71,7 +71,7 @@ class Twin:
     Attributes:
       model_type: of the other family.
       config: config.json -> that of the other family.
-      layer: decoder layer -> one that the other family's rules write.
+      layer: decoder layer, or the first group of one, -> one that the other family's rules write.
     """
 
     model_type: str
@@ -230,6 +230,12 @@ class Family:
 def _pattern(name: str) -> str:
     """A name with `{layer}` and `{expert}` for its numbers."""
     return _EXPERT_NUMBER.sub("{expert}", _LAYER_NUMBER.sub("{layer}", name))
+
+
+def expert_number(name: str) -> int | None:
+    """Whose tensor of this name is, if it is one routed expert's."""
+    found = _EXPERT_NUMBER.search(name)
+    return None if found is None else int(found[0])
 
 
 EMBEDDING = "model.embed_tokens.weight"

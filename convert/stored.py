@@ -57,14 +57,14 @@ def stored_layer(
     tensors: Mapping[str, Stored],
     form: ExportFormat,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of one decoder layer as they go to disk, experts one by one.
+    """Tensors of one decoder layer or group as they go to disk, experts one by one.
 
     Args:
       family: whose names they get.
       layer: the layer; `QTensor` weights keep their codes in integer formats, `Float8Tensor` ones
         in 8-bit floats.
       index: its position in the model.
-      tensors: what the export holds of the layer, by name.
+      tensors: what the export holds of the layer or group, by name.
       form: the format.
 
     Raises:

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -27,19 +29,23 @@ class Centred:
 NormWeight = Array | Centred
 
 
-def rms_norm(x: Array, weight: NormWeight, eps: float) -> Array:  # [..., D], [D] -> [..., D]
+def rms_norm(
+    x: Array, weight: NormWeight, eps: float, dtype: Any = None
+) -> Array:  # [..., D], [D] -> [..., D]
     """Scale `x` to unit root mean square, then by `weight`; computed in float32.
 
     Args:
       x: activations, any float dtype.
       weight: per-coordinate scale.
       eps: added to the mean square.
+      dtype: of the result; default that of `x`.
 
     Returns:
-      Array of the shape and dtype of `x`.
+      Array of the shape of `x`.
 
     Source: arXiv:1910.07467.
     """
+    dtype = x.dtype if dtype is None else dtype
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     axes = range(x.ndim - 1)
@@ -47,5 +53,5 @@ def rms_norm(x: Array, weight: NormWeight, eps: float) -> Array:  # [..., D], [D
     # with a plain one the product is rounded to the model's dtype before the weight enters.
     if isinstance(weight, Centred):
         gain = jnp.expand_dims(1.0 + weight.offset.astype(jnp.float32), axes)
-        return (wide * scale * gain).astype(x.dtype)
-    return (wide * scale).astype(x.dtype) * jnp.expand_dims(weight.astype(x.dtype), axes)
+        return (wide * scale * gain).astype(dtype)
+    return (wide * scale).astype(dtype) * jnp.expand_dims(weight.astype(dtype), axes)

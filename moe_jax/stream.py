@@ -2,7 +2,8 @@
 
 `sweep` is the one loop over layers. Everything that runs a text through a model (hidden states,
 statistics, gradients on their way back, masks, GPTQ) says what happens in a layer and leaves the
-padding to whole batches, the positions, the order and the transfers to it.
+padding to whole batches, the positions, the order and the transfers to it. A layer that does not
+fit is taken in groups of its experts by what can (`moe_jax.groups`).
 """
 
 from collections.abc import Callable, Iterable
@@ -18,33 +19,8 @@ from jax import Array
 from moe_jax.attention.context import Context, make_context
 from moe_jax.config import ModelConfig
 from moe_jax.programs import free_programs
+from moe_jax.source import LayerSource, group_of, groups_of
 from moe_jax.transformer import DecoderLayer, Embedding, Head
-
-
-class LayerSource(Protocol):
-    """Where layers come from: a model in memory or a checkpoint on disk."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The architecture."""
-        ...
-
-    @property
-    def embedding(self) -> Embedding:
-        """The token embedding."""
-        ...
-
-    @property
-    def head(self) -> Head:
-        """The final norm and vocabulary projection."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def layer(self, index: int) -> DecoderLayer:
-        """Layer `index`, freshly read or already resident."""
-        ...
-
 
 # --- one layer on one batch; layers of equal shapes share one compilation ---
 
@@ -70,6 +46,17 @@ def layer_feed_forward(layer: DecoderLayer, middle: Array, context: Context) -> 
 # --- a text in batches ---
 
 
+class PerBatch(Protocol):
+    """An array of each batch of a text, such as a list of them, wherever they lie."""
+
+    def __getitem__(self, batch: int, /) -> np.ndarray: ...
+
+    def __setitem__(self, batch: int, value: np.ndarray, /) -> None: ...
+
+
+Held = TypeVar("Held", bound=PerBatch)
+
+
 @dataclass(frozen=True, eq=False)
 class Batches:
     """A text as batches of one shape, on the host: one shape is one compilation.
@@ -92,9 +79,7 @@ class Batches:
         """First hidden states of each batch, [b, T, D]."""
         return [np.asarray(source.embedding(self.tokens[rows], dtype)) for rows in self.rows]
 
-    def each(
-        self, x: list[np.ndarray], run: Callable[[Array, Context, slice], Array]
-    ) -> list[np.ndarray]:
+    def each(self, x: Held, run: Callable[[Array, Context, slice], Array]) -> Held:
         """Replace what every batch holds by what `run` makes of it.
 
         Args:
@@ -185,6 +170,7 @@ def sweep(
     *,
     layers: Iterable[int] | None = None,
     on_layer: Callable[[int], None] | None = None,
+    in_groups: Callable[[int, X], X] | None = None,
 ) -> X:
     """Read each layer once and apply it to every batch.
 
@@ -196,13 +182,18 @@ def sweep(
         function of one batch.
       layers: which layers, in this order; default all, upwards.
       on_layer: called with the index of each finished layer.
+      in_groups: what happens instead in a layer that the source wants to be taken in groups, (its
+        index, x) -> x; None if all layers are needed whole.
 
     Returns:
       What the last step returned.
     """
     free_programs()  # comparisons and audits sweep thousands of times, each with shapes of its own
     for index in range(len(source)) if layers is None else layers:
-        x = step(index, source.layer(index), x)
+        if in_groups is not None and groups_of(source, index) > 1:
+            x = in_groups(index, x)
+        else:
+            x = step(index, source.layer(index), x)
         if on_layer:
             on_layer(index)
     return x
@@ -246,6 +237,7 @@ def forward_hidden(
 class _Mapped:
     base: LayerSource
     change: Callable[[int, DecoderLayer], DecoderLayer]
+    by_group: bool
 
     @property
     def config(self) -> ModelConfig:
@@ -265,15 +257,28 @@ class _Mapped:
     def layer(self, index: int) -> DecoderLayer:
         return self.change(index, self.base.layer(index))
 
+    def groups(self, index: int) -> int:
+        return groups_of(self.base, index) if self.by_group else 1
 
-def mapped(source: LayerSource, change: Callable[[int, DecoderLayer], DecoderLayer]) -> LayerSource:
+    def group(self, index: int, number: int) -> DecoderLayer:
+        if not self.by_group:
+            return self.layer(index)
+        return self.change(index, group_of(self.base, index, number))
+
+
+def mapped(
+    source: LayerSource,
+    change: Callable[[int, DecoderLayer], DecoderLayer],
+    by_group: bool = False,
+) -> LayerSource:
     """A model whose layers are changed as they are read.
 
     Args:
       source: the model to change.
       change: (index, layer) -> the layer in its place.
+      by_group: whether `change` also takes a group of a layer; otherwise layers are read whole.
 
     Returns:
       A source with the config, embedding and head of `source`.
     """
-    return _Mapped(source, change)
+    return _Mapped(source, change, by_group)

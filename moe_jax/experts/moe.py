@@ -64,9 +64,11 @@ class MoETrace:
 class MoE(nnx.Module):
     """Mixture-of-Experts feed-forward layer.
 
-    If `experts` are fewer than the config's, they are those of one device, and the call must be
-    inside of a `shard_map` over experts: every device routes all tokens, and the one reduction adds
-    the outputs up. What the trace has of experts is then of this device's.
+    If `experts` are fewer than the config's, they are a part: without `first` those of one device,
+    and the call must be inside of a `shard_map` over experts, where every device routes all tokens
+    and the one reduction adds the outputs up; with it a group of consecutive ones, to be added up
+    by whoever takes a layer in groups (`moe_jax.groups`). What the trace has of experts is then of
+    this part's.
 
     Where `alive` is False, the router's logit is -inf before anything is made of it: the layer
     computes what it would had that expert and its row of the router been cut out.
@@ -79,6 +81,13 @@ class MoE(nnx.Module):
     logit_bias: Array | None = nnx.data(default=None)  # [E]
     shared: SharedExpert | None = nnx.data(default=None)
     alive: Array | None = nnx.data(default=None)  # bool [E]; None for all
+    first: Array | None = nnx.data(default=None)  # int32 scalar, number of a group's first expert
+
+    @property
+    def own(self) -> slice:
+        """Which of the layer's experts these are; not under a trace, nor on several devices."""
+        first = 0 if self.first is None else int(self.first)
+        return slice(first, first + self.experts.count.shape[0])
 
     def __call__(
         self,
@@ -108,9 +117,11 @@ class MoE(nnx.Module):
             # All experts, or those of this device, whose gradients then are parts of sums.
             count = self.experts.count.shape[0]
             is_part = count < c.num_experts
-            seen = shared(x) if is_part else x
-            given = shared(weight) if is_part else weight
-            owner = expert - device_index() * count if is_part else expert
+            on_device = is_part and self.first is None
+            seen = shared(x) if on_device else x
+            given = shared(weight) if on_device else weight
+            first = device_index() * count if on_device else self.first
+            owner = expert if first is None else expert - first
             here = valid[:, None] & (owner >= 0) & (owner < count) if is_part else valid[:, None]
             owner = jnp.where(here, owner, count).reshape(-1)
             tile = tile_height(expert.size, c.num_experts)
@@ -118,7 +129,7 @@ class MoE(nnx.Module):
             row_weight = gather_rows(given.reshape(-1), dispatch, 1)
         with jax.named_scope("experts"):  # and combine
             routed, kept = run(self.experts, seen, row_weight, dispatch)
-            routed = added_up(routed) if is_part else routed
+            routed = added_up(routed) if on_device else routed
         out = routed
         if self.shared is not None:
             with jax.named_scope("shared_expert"):

@@ -8,7 +8,13 @@ from jax import Array
 
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.pool import Experts
-from moe_jax.experts.swiglu import combine, expert_rows, no_score, routed_experts
+from moe_jax.experts.swiglu import (
+    added_experts,
+    combine,
+    expert_rows,
+    no_score,
+    routed_experts,
+)
 from moe_jax.experts.weights import ExpertWeights
 
 # Hidden rows [P, width] of the experts and their layout -> the rows that w_down sees.
@@ -27,6 +33,7 @@ def run_experts(
     dispatch: Dispatch,
     *,
     weights: ExpertWeights | None = None,
+    onto: Array | None = None,
 ) -> tuple[Array, None]:
     """The fastest way that keeps nothing.
 
@@ -36,11 +43,15 @@ def run_experts(
       row_weight: float32 [P], routing weight of each dispatched row, 0 for padding.
       dispatch: the row layout.
       weights: what to compute with in place of the pool's own, as for gradients at them.
+      onto: float32 [N, D], what other experts of the layer gave, to which these are added.
 
     Returns:
-      ([N, D] weighted sum of each token's experts, None).
+      ([N, D] weighted sum of each token's experts, in the dtype of `x`, or float32 with `onto`,
+      None).
     """
     pool, weights = experts.pool, experts.weights if weights is None else weights
+    if onto is not None:
+        return added_experts(onto, x, row_weight, weights, dispatch, pool), None
     nothing = jnp.zeros((0, pool.count.shape[0], pool.width))
     return routed_experts(no_score, x, row_weight, weights, nothing, dispatch, pool), None
 
@@ -60,6 +71,6 @@ def gated_experts(channel_gate: ChannelGate) -> RunExperts:
             return channel_gate(hidden, dispatch)
 
         rows = expert_rows(x, experts.weights, dispatch, experts.pool, gated)
-        return combine(rows.out, row_weight, x.shape[0], dispatch), rows
+        return combine(rows.out, row_weight, jnp.zeros_like(x), dispatch), rows
 
     return run

@@ -81,18 +81,45 @@ def routed_experts(
     bias, weights = weights.down_bias, weights.replace(down_bias=None)  # type: ignore[attr-defined]
     args = (x, row_weight, weights, probe, dispatch, pool, projections)
     out = _routed_experts(score, *args)
-    if bias is None:
-        return out
-    # Outside the loop over channels, since an expert without any still has it.
+    return out if bias is None else out + _biases(bias, x, row_weight, dispatch).astype(out.dtype)
+
+
+def added_experts(
+    onto: Array, x: Array, row_weight: Array, weights: ExpertWeights, dispatch: Dispatch, pool: Pool
+) -> Array:
+    """Add some experts of a layer to what others gave, without a gradient.
+
+    On a CPU rows are added in the order of `routed_experts` over all of them, so that the sums of
+    groups of experts one after the other have the bits of that one, but for biases.
+
+    Args:
+      onto: float32 [N, D].
+      x, row_weight, weights, dispatch, pool: as of `routed_experts`.
+
+    Returns:
+      float32 [N, D].
+    """
+    bias, weights = weights.down_bias, weights.replace(down_bias=None)  # type: ignore[attr-defined]
+    if on_cpu():
+        out = _sum_tiles(onto, x, row_weight, weights, dispatch, pool)
+    else:
+        rows = expert_rows(x, weights, dispatch, pool)
+        out = combine(rows.out, row_weight, onto, dispatch)
+    return out if bias is None else out + _biases(bias, x, row_weight, dispatch)
+
+
+def _biases(bias: Array, x: Array, row_weight: Array, dispatch: Dispatch) -> Array:
+    """Weighted sum of the biases of each token's experts, float32 [N, D]; outside the loop over
+    channels, since an expert without any still has its own."""
     with jax.named_scope("down_bias"):
         routing = routing_matrix(row_weight, dispatch, x.shape[0])
-        added = jnp.dot(routing, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        return out + added.astype(out.dtype)
+        return jnp.dot(routing, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _forward(score, x, row_weight, weights, probe, dispatch, pool, projections) -> Array:
     if on_cpu():
-        return _forward_tiles(x, row_weight, weights, dispatch, pool)
+        zeros = jnp.zeros(x.shape, jnp.float32)
+        return _sum_tiles(zeros, x, row_weight, weights, dispatch, pool).astype(x.dtype)
     return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
 
 
@@ -116,7 +143,7 @@ _routed_experts.defvjp(lambda score, *args: (_forward(score, *args), args), _bac
 # --- CPU: loops over tiles ---
 
 
-def _forward_tiles(x, row_weight, weights, dispatch, pool):
+def _sum_tiles(onto, x, row_weight, weights, dispatch, pool):
     bits = jax.tree.map(weight_bits, weights)
 
     def step(out, row, expert, start):
@@ -133,7 +160,7 @@ def _forward_tiles(x, row_weight, weights, dispatch, pool):
         with jax.named_scope("combine"):
             return out.at[index].add(part, mode="drop")
 
-    return walk_tiles(dispatch, pool, step, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+    return walk_tiles(dispatch, pool, step, onto)
 
 
 @struct.dataclass
@@ -262,12 +289,11 @@ def expert_rows(
     return ExpertRows(x=rows, gate=gate, up=up, hidden=hidden, out=out)
 
 
-def combine(out: Array, row_weight: Array, tokens: int, dispatch: Dispatch) -> Array:
-    """Sum weighted expert outputs [P, D] into [tokens, D], in the dtype of `out`."""
+def combine(out: Array, row_weight: Array, onto: Array, dispatch: Dispatch) -> Array:
+    """Add weighted expert outputs [P, D] to `onto` [N, D], in the dtype of that."""
     with jax.named_scope("combine"):
         weighted = out * row_weight[:, None].astype(out.dtype)
-        empty = jnp.zeros((tokens, out.shape[1]), out.dtype)
-        return empty.at[dispatch.token].add(weighted, mode="drop")
+        return onto.at[dispatch.token].add(weighted.astype(onto.dtype), mode="drop")
 
 
 def routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
@@ -277,7 +303,7 @@ def routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
         return _tap(score, weights.activation, hidden, gate, up, probe, dispatch)
 
     rows = expert_rows(x, weights, dispatch, pool, tap)
-    return combine(rows.out, row_weight, x.shape[0], dispatch)
+    return combine(rows.out, row_weight, jnp.zeros_like(x), dispatch)
 
 
 def _pass_hidden(score, activation, hidden, gate, up, probe, dispatch):

@@ -28,12 +28,21 @@ class Allowance:
       limit: most bytes that this process and those it starts take; None for all that is free.
       room: most bytes of hidden states, or of experts' rows, that a stage keeps in memory; None
         for as many as it usually does. Others go to a scratch file or are computed again.
-      read_ahead: whether a layer is read while the one before it is at work.
+      read_ahead: whether a layer, or a group of its experts, is read while the one before it is at
+        work.
+      experts: most experts of a layer that are in memory together, where what is done can take a
+        layer in groups; None for all.
     """
 
     limit: int | None = None
     room: int | None = None
     read_ahead: bool = True
+    experts: int | None = None
+
+    @property
+    def reading(self) -> tuple[bool, int | None]:
+        """What a checkpoint has to know of it: `read_ahead` and `experts_at_once`."""
+        return self.read_ahead, self.experts
 
     def of(self, usual: int) -> int:
         """Bytes that something may keep which usually keeps so many."""

@@ -13,10 +13,12 @@ from jax import Array
 
 from moe_jax.errors import InputError
 from moe_jax.files import scratch_file
+from moe_jax.groups import add_group, through_groups
+from moe_jax.source import groups_of
 from moe_jax.stream import LayerSource, in_batches, layer_forward, pad_rows, sweep
 from moe_jax.transformer import DecoderLayer, Head
 from pruning.kit.memory import trim_heap
-from pruning.scores.states import States, state_bytes
+from pruning.scores.states import InSlot, States, state_bytes, temporary_states
 from pruning.text.windows import Windows
 
 # Logits in memory at once; a whole window of them is gigabytes for large vocabularies.
@@ -132,7 +134,15 @@ def _hidden(
         for rows, place in zip(text.rows, text.places, strict=True):
             states.put(0, rows, layer_forward(layer, jnp.asarray(states.get(0, rows)), place))
 
-    sweep(source, None, step, on_layer=on_layer)
+    x = InSlot(states, 0, text.rows)
+    grouped = any(groups_of(source, index) > 1 for index in range(len(source)))
+    with temporary_states(2 if grouped else 0, shape, jnp.float32, scratch) as beside:
+        between = InSlot(beside, 0, text.rows), InSlot(beside, 1, text.rows)
+
+        def in_groups(index: int, _: None) -> None:
+            through_groups(source, index, [(text, x, add_group)], lambda _: between)
+
+        sweep(source, None, step, on_layer=on_layer, in_groups=in_groups)
     return states
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
-from moe_jax.experts.moe import MoE
+from moe_jax.experts.moe import MoE, MoETrace
 from moe_jax.experts.router import is_settled
+from moe_jax.groups import GroupStep, Halfway, added_group, through_groups
 from moe_jax.stream import LayerSource, in_batches, sweep
 from moe_jax.transformer import DecoderLayer
 
@@ -30,10 +31,22 @@ def _layer(
     out, trace = layer.trace(x, context)
     if trace is None:
         return out, context.valid
+    return out, _settled(layer, trace, rounding).reshape(x.shape[:2])
+
+
+@jax.jit
+def _group(
+    group: DecoderLayer, halfway: Halfway, context: Context, rounding: float
+) -> tuple[Array, Array]:  # -> float32 [B, T, D], bool [B, T]
+    trace, shape = added_group(group, halfway, context), halfway.routed.shape
+    settled = _settled(group, trace, rounding)
+    return trace.routed.reshape(shape), settled.reshape(shape[:2])
+
+
+def _settled(layer: DecoderLayer, trace: MoETrace, rounding: float) -> Array:  # bool [N]
     assert isinstance(layer.mlp, MoE)
     size = jnp.where(trace.logits == -jnp.inf, 0.0, jnp.abs(trace.logits)).max(axis=-1)
-    settled = is_settled(trace.logits, layer.mlp.config, rounding * size, layer.mlp.router_bias)
-    return out, settled.reshape(x.shape[:2])
+    return is_settled(trace.logits, layer.mlp.config, rounding * size, layer.mlp.router_bias)
 
 
 def settled_logits(
@@ -76,7 +89,21 @@ def settled_logits(
             text.each(x, run)
         return states
 
-    states = sweep(source, [text.embedded(source, jnp.float32) for text in texts], step)
+    def in_groups(index: int, states: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+        def step_of(stays: np.ndarray) -> GroupStep:
+            def add(group: DecoderLayer, x: Halfway, place: Context, rows: slice) -> Array:
+                out, settled_here = _group(group, x, place, rounding)
+                stays[rows] &= np.asarray(settled_here)
+                return out
+
+            return add
+
+        parts = zip(texts, states, map(step_of, settled), strict=True)
+        through_groups(source, index, [*parts])
+        return states
+
+    embedded = [text.embedded(source, jnp.float32) for text in texts]
+    states = sweep(source, embedded, step, in_groups=in_groups)
     head = source.head
     return [
         (

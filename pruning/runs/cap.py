@@ -22,7 +22,7 @@ from pruning.runs.memory import ADAPT, Foretold
 
 Peaks = Mapping[str, int]  # of stages, bytes
 ROOMS = (None, *(1 << power for power in range(31, 25, -1)), 0)  # of what is kept, 2 GiB downwards
-THRIFTIEST = Allowance(room=0, read_ahead=False)
+THRIFTIEST = Allowance(room=0, read_ahead=False, experts=1)
 # Options that may take less, which a limit never changes: results would not be the same.
 CURES: dict[str, dict[str, Any]] = {
     "--batch 1 (sums then differ in their last bits)": {"batch": 1},
@@ -32,29 +32,49 @@ CURES: dict[str, dict[str, Any]] = {
     "--planner fair": {"planner": "fair", "criterion": "shapley", "attribution": "ala"},
     "--quantizer rtn": {"quantizer": "rtn"},
     "--repair none": {"repair": "none"},
-}
+    "--planner fair --repair none": {
+        "planner": "fair", "criterion": "shapley", "attribution": "ala", "repair": "none",
+    },
+    "no --gradients": {"gradients": False},
+    "no --expert-details": {"expert_details": False},
+}  # fmt: skip
 WORTH_SAYING = 0.9  # of what a stage takes
 
 
-def allowance_within(cap: int, foretold: Callable[[Allowance], Peaks]) -> Allowance:
+def allowance_within(
+    cap: int, foretold: Callable[[Allowance], Peaks], experts: int = 1
+) -> Allowance:
     """The most generous allowance under which every stage stays within a cap.
 
-    What is kept shrinks first, which costs little; then no layer is read ahead.
+    What is kept shrinks first, which costs little; then no layer is read ahead; last, layers are
+    taken in ever smaller groups of experts.
 
     Args:
       cap: bytes.
       foretold: an allowance -> the peak of every stage.
+      experts: of a layer.
 
     Returns:
-      Without a limit; the thriftiest there is if none suffices.
+      Without a limit; if none suffices, the thriftiest, in groups only as far as they help.
     """
-    found = AMPLE
-    for read_ahead in (True, False):
-        for room in ROOMS:
-            found = Allowance(room=room, read_ahead=read_ahead)
-            if max(foretold(found).values()) <= cap:
-                return found
-    return found
+
+    def peak(found: Allowance) -> int:
+        return max(foretold(found).values())
+
+    whole = [Allowance(room=room, read_ahead=ahead) for ahead in (True, False) for room in ROOMS]
+    groups = _in_groups(experts)
+    fits = (found for found in (*whole, *groups) if peak(found) <= cap)
+    return next(fits, None) or min((whole[-1], *groups), key=peak)
+
+
+def _in_groups(experts: int) -> list[Allowance]:
+    """Of layers in groups, the largest first: one half as large with the next one read ahead takes
+    no more than one that is read when it is wanted."""
+    sizes = []
+    while experts > 1:
+        sizes.append(experts := -(-experts // 2))
+    found = [Allowance(room=room, experts=size) for size in sizes for room in (None, 0)]
+    return [*found, THRIFTIEST] if found else []
 
 
 @contextmanager
@@ -81,19 +101,21 @@ def capped(
     if limit is not None:
         require_within(limit, foretold, cures)
         cap = min(cap, limit)
-    found = dataclasses.replace(allowance_within(cap, foretold), limit=limit)
+    experts = base.config.moe.num_experts
+    found = dataclasses.replace(allowance_within(cap, foretold, experts), limit=limit)
     if found != AMPLE:
         stage, peak = max(foretold(found).items(), key=lambda one: one[1])
         steps.say(
             f"of memory {amount(cap)} may be taken: {_words(found)}; at most about {amount(peak)} "
             f"are, {STAGES[stage]}"
         )
-    ahead, base.read_ahead = base.read_ahead, found.read_ahead
+    before = base.read_ahead, base.experts_at_once
+    base.read_ahead, base.experts_at_once = found.reading
     try:
         with allowing(found):
             yield
     finally:
-        base.read_ahead = ahead
+        base.read_ahead, base.experts_at_once = before
 
 
 def require_within(
@@ -108,7 +130,7 @@ def require_within(
     others = "".join(f", or {cure}" for cure in cures(stage))
     raise InputError(
         f"memory_limit={amount(limit)} is too little {STAGES[stage]}, which takes about {least:,} "
-        "MB with a single layer in memory (layers are not divided) and hidden states on disk; "
+        "MB with as little of a layer in memory as it can do with, and hidden states on disk; "
         f"choose --memory-limit {least}MB{others}"
     )
 
@@ -157,7 +179,7 @@ def recipe_allowance(base: Description, recipe: ResolvedRecipe) -> Allowance:
         return AMPLE
     foretold, cures = _of_recipe(base, recipe)
     require_within(recipe.memory_limit, foretold, cures)
-    return allowance_within(recipe.memory_limit, foretold)
+    return allowance_within(recipe.memory_limit, foretold, base.config.moe.num_experts)
 
 
 def _of_recipe(
@@ -187,8 +209,10 @@ def _of_recipe(
 
 def _words(found: Allowance) -> str:
     """What is done without."""
-    said = [] if found.read_ahead else ["no layer is read ahead"]
+    said = [] if found.read_ahead else ["nothing is read ahead"]
+    if found.experts is not None:
+        said.append(f"layers are taken in groups of {found.experts} experts where that can be done")
     if found.room is not None:
         kept = f"at most {amount(found.room)} of" if found.room else "no"
         said.append(f"{kept} hidden states and rows of experts are kept in memory")
-    return " and ".join(said) or "nothing is done without"
+    return ", ".join(said) or "nothing is done without"

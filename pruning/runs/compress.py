@@ -160,7 +160,7 @@ def _measure(
 
 def _opened(folder: Path) -> LayerSource:
     export = open_checkpoint(folder)
-    export.read_ahead = allowance().read_ahead
+    export.read_ahead, export.experts_at_once = allowance().reading
     return export
 
 

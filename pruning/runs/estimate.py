@@ -14,7 +14,7 @@ from convert.rules import EMBEDDING, LM_HEAD, ruled_tensors
 from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
 from pruning.demo import model_folder
-from pruning.kit.memory import allowing
+from pruning.kit.memory import Allowance, allowing, free_memory
 from pruning.recipe.options import BUDGETS
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
@@ -43,6 +43,7 @@ from pruning.stages.sizes import (
     form_of,
 )
 
+PROBED_BYTES = 6  # of each weight of the layer that is timed, with what is made of it
 TIMES = ("scoring_seconds", "choosing_seconds", "recovery_seconds")
 
 
@@ -98,6 +99,7 @@ def estimate(
             raise InputError(f"{about.folder} has no weights to probe; leave out --probe")
         # The time is the same at every rate.
         whole = resolved(recipe, about)
+        base.experts_at_once = _probed_experts(about, whole)
         training = recovery_seconds(forward_seconds(base, whole), tokens)
         times = (
             round(scoring_seconds(base, whole), 1),
@@ -106,6 +108,15 @@ def estimate(
         )
         seconds = dict(zip(TIMES, times, strict=True))
     return [{**one, **seconds} for one in found]
+
+
+def _probed_experts(base: Description, recipe: ResolvedRecipe) -> int | None:
+    """Experts of the layer that is timed, fewer than all if that takes more than there is."""
+    moe, limit = base.config.moe, recipe.memory_limit
+    with allowing(Allowance(limit=limit)):
+        free = free_memory()
+    needed = PROBED_BYTES * 3 * moe.num_experts * moe.d_expert * base.config.d_model
+    return None if needed <= free else max(1, moe.num_experts * free // needed)
 
 
 def _estimate(

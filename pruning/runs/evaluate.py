@@ -176,7 +176,7 @@ def _takes(
 ) -> Callable[[Allowance], dict[str, int]]:
     """What measuring takes, by the allowance, and planning beforehand if there is a recipe."""
     about, c = base.about, base.config
-    layer, tokens = largest_layer(about), sum(windows.tokens.size for windows in texts.values())
+    tokens = sum(windows.tokens.size for windows in texts.values())
     step = how["batch"] * max(windows.tokens.shape[1] for windows in texts.values())
     said = (about.hf_config.get(name) for name in ("dtype", "torch_dtype"))
     item = 4 if about.quantization or "float32" in said else 2
@@ -185,6 +185,7 @@ def _takes(
         whole = Foretold(about, resolved(recipe, about), alone=True, rates=len(rates))
 
     def takes(found: Allowance) -> dict[str, int]:
+        layer = largest_layer(about, found)
         layers = pruned_bytes(layer, found) if whole else layers_held(layer, item, found)
         outer = (item - 2) * outer_weights(c)
         size = evaluation_bytes(c, tokens, step, layers, found)

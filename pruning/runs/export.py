@@ -26,7 +26,7 @@ from pruning.stages.export import codes_folder, export
 from pruning.stages.folder import BEGUN
 from pruning.stages.job import open_job, resolved
 from pruning.stages.repair import stored_repair
-from pruning.stages.sizes import form_of
+from pruning.stages.sizes import export_of, form_of
 from pruning.stages.stored import stored_base, stored_recipe
 from pruning.stages.writer import only_writer
 
@@ -88,7 +88,10 @@ def _takes(
 ) -> Callable[[Allowance], dict[str, int]]:
     """What the stages take, by the allowance; arguments as of `_changed`."""
     if codes_folder(recipe) is None and mode in (None, "none"):
-        return lambda found: {"export": export_bytes(base.about, found)}
+        by_group = mode == "none" or stored_repair(recipe, plan) is None
+        forms = (form_of(recipe, name, plan) for name in recipe.export)
+        by_group &= all(export_of(base.about, plan, form).by_group for form in forms)
+        return lambda found: {"export": export_bytes(base.about, found, by_group)}
     whole = resolved(recipe, base.about)
     stages = ["export", "gptq", *["repair"] * (mode is not None)]
     foretold = Foretold(base.about, whole, plan=plan, alone=True)

@@ -1,6 +1,7 @@
 """What layers, logits and the states of texts take in memory, whatever a stage does with them."""
 
 import math
+from dataclasses import dataclass
 
 from convert.description import Description
 from convert.rules import ruled_tensors
@@ -8,6 +9,8 @@ from moe_jax.config import ModelConfig
 from pruning.kit.memory import Allowance
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.scores.grouped import SLOTS as BETWEEN
+from pruning.scores.states import MEMORY_STATES
 from pruning.stages.measure import held_states
 from pruning.stages.probe_windows import compared, probe_shapes
 
@@ -17,6 +20,7 @@ LOGITS_HELD = 5  # of a probe: two programs', their difference, its size, and wh
 LOSS_LOGITS, COMPARED_LOGITS = 3, 4  # copies that XLA holds of a loss, and of two models'
 LAYERS_HELD = 2.1  # the one at work and the one being read ahead, tests/convert/test_memory.py
 LAYER_HELD = 1.1  # where none is read ahead
+WIDENED = 9  # bytes of a weight in few bits on its way: its code, its scale and its value
 
 
 def fixed_bytes(base: Description) -> int:
@@ -24,28 +28,58 @@ def fixed_bytes(base: Description) -> int:
     return PROCESS_BYTES + 2 * outer_weights(base.config)
 
 
-def pruned_bytes(layer: int, allowance: Allowance) -> int:
+@dataclass(frozen=True)
+class Held:
+    """Weights of the largest layer, or group of its experts, that is at work.
+
+    Attributes:
+      own: that give way to those of the next.
+      rest: that stay for all groups of a layer; 0 for a whole one.
+      wide: of the largest matrix that is widened to float32 as it is read, by itself.
+    """
+
+    own: int
+    rest: int = 0
+    wide: int = 0
+
+    @property
+    def total(self) -> int:
+        """Weights of both."""
+        return self.own + self.rest
+
+
+def pruned_bytes(layer: Held, allowance: Allowance) -> int:
     """Bytes of the layers that a sweep holds and of a float32 copy of one, as whatever is pruned on
     the fly takes; of so many weights."""
-    return layers_held(layer, 2, allowance) + 4 * layer
+    return layers_held(layer, 2, allowance) + 4 * layer.total
 
 
-def export_bytes(base: Description, allowance: Allowance) -> int:
-    """Peak bytes of a process that exports, see `pruned_bytes`."""
-    return fixed_bytes(base) + pruned_bytes(largest_layer(base), allowance)
+def export_bytes(base: Description, allowance: Allowance, by_group: bool) -> int:
+    """Peak bytes of a process that exports, see `pruned_bytes`; `by_group` if it can take layers in
+    groups of experts."""
+    return fixed_bytes(base) + pruned_bytes(largest_layer(base, allowance, by_group), allowance)
 
 
-def verify_bytes(base: Description, allowance: Allowance) -> int:
+def verify_bytes(base: Description, allowance: Allowance, by_group: bool) -> int:
     """Peak bytes of a process that verifies: those of exporting, and then layers of the export as
     float32, beside what the probe gives, which is logits, the hidden states of all windows, and
     what the experts make of one."""
-    c, shapes, layer = base.config, probe_shapes(base.config), largest_layer(base)
+    c, shapes = base.config, probe_shapes(base.config)
+    layer = largest_layer(base, allowance, by_group)
     probe = LOGITS_HELD * compared(shapes) * c.vocab_size
-    probe += sum(shape.windows * shape.length for shape in shapes) * c.d_model
+    states = 1 if allowance.experts is None else 1 + BETWEEN
+    probe += states * sum(shape.windows * shape.length for shape in shapes) * c.d_model
     row = c.moe.experts_per_token * 4 * (c.moe.d_expert + c.d_model)
     probe += max(shape.length for shape in shapes) * row
     wide = 4 * outer_weights(c) + layers_held(layer, 4, allowance)
     return fixed_bytes(base) + max(pruned_bytes(layer, allowance), wide) + 4 * probe
+
+
+def between_bytes(config: ModelConfig, tokens: int, allowance: Allowance) -> int:
+    """Bytes of memory in which a text lies between the groups of a layer; 0 for layers that are
+    taken whole, or if it lies in a file."""
+    size = BETWEEN * tokens * config.d_model * 4
+    return size if allowance.experts and size <= allowance.of(MEMORY_STATES) else 0
 
 
 def evaluation_bytes(
@@ -66,6 +100,7 @@ def evaluation_bytes(
     """
     rows = min(step, tokens) * config.moe.experts_per_token
     work = rows * 3 * config.moe.d_expert * 4
+    layers += between_bytes(config, tokens, allowance)
     states = held_states(config, tokens)
     if states > allowance.of(states):
         states = held_states(config, min(step, tokens))
@@ -77,18 +112,32 @@ def outer_weights(config: ModelConfig) -> int:
     return (1 if config.tie_embeddings else 2) * config.vocab_size * config.d_model
 
 
-def largest_layer(base: Description) -> int:
-    """Weights of the layer that has most."""
-    layers = [0] * base.config.num_layers
+def largest_layer(base: Description, allowance: Allowance, by_group: bool = True) -> Held:
+    """The layer that has most, or of those that are taken in groups of experts, if that is allowed
+    and `by_group` can be done, the group and what stays with it."""
+    at_once = allowance.experts if by_group else None
+    rest, experts = ([0] * base.config.num_layers for _ in range(2))
+    wide = 0
     for name, shape, rule in ruled_tensors(base.family, base.config, base.widths):
         if rule is not None:
-            layers[int(name.split(".")[2])] += math.prod(shape)
-    return max(layers)
+            of = experts if rule.is_of_expert else rest
+            of[int(name.split(".")[2])] += math.prod(shape)
+            wide = max(wide, math.prod(shape))
+    if at_once is None:
+        return Held(max(map(sum, zip(rest, experts, strict=True))))
+    wide *= base.quantization is not None
+    share = min(1.0, at_once / base.config.moe.num_experts)
+    layers = [
+        Held(math.ceil(share * own), stays, wide) if own else Held(stays, 0, wide)
+        for own, stays in zip(experts, rest, strict=True)
+    ]
+    return max(layers, key=lambda layer: layers_held(layer, 2, allowance))
 
 
-def layers_held(layer: int, item: int, allowance: Allowance) -> int:
-    """Bytes of the layers that a sweep holds, of so many weights of so many bytes."""
-    return int((LAYERS_HELD if allowance.read_ahead else LAYER_HELD) * item * layer)
+def layers_held(layer: Held, item: int, allowance: Allowance) -> int:
+    """Bytes of the layers, or groups, that a sweep holds, of so many weights of so many bytes."""
+    copies = LAYERS_HELD if allowance.read_ahead else LAYER_HELD
+    return int(item * (copies * layer.own + layer.rest)) + WIDENED * layer.wide
 
 
 def logits_held(config: ModelConfig, copies: int) -> int:

@@ -19,6 +19,8 @@ from pruning.report.cost_tables import STAGES
 from pruning.runs.held import (
     GRADIENT_PROGRAMS,
     LOSS_LOGITS,
+    Held,
+    between_bytes,
     evaluation_bytes,
     export_bytes,
     fixed_bytes,
@@ -114,8 +116,10 @@ class Foretold:
         work += max(1, len(parts)) * sums // len(c.moe_layers)
         if recipe.weight_gradients:  # weights as float32, their gradients, and those of a batch
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
-        work += self._layers(2) + 2 * self._layer
+        layer = self._largest(not recipe.groups - {"weights-only"})
+        work += layers_held(layer, 2, self.allowance) + 2 * layer.total
         held = self._held_states(windows, padded // batch, step)
+        held += between_bytes(c, padded * recipe.window, self.allowance)
         fixed = self._fixed + any(self._backward) * GRADIENT_PROGRAMS
         return int(fixed + max(max(work, self._window_loss()) + held, 6 * sums))
 
@@ -135,13 +139,18 @@ class Foretold:
         states = tokens * c.d_model * item
         plans = 1 + self.rates * len(CANDIDATES)
         together = max(1, min(plans, self.allowance.of(STATE_BYTES) // states))
+        layer, repaired = self._largest(not is_repaired(recipe)), is_repaired(recipe)
+        at_once = c.moe.num_experts
+        if not repaired:
+            at_once = min(at_once, self.allowance.experts or at_once)
         work = rows_at_work(c, recipe, tokens) * (3 * c.moe.d_expert + 3 * c.d_model) * 4
-        work += c.moe.num_experts * c.moe.d_expert * c.d_model * item
-        work += logits_held(c, LOSS_LOGITS)
-        if is_repaired(recipe):
+        work += at_once * c.moe.d_expert * c.d_model * item
+        work += logits_held(c, LOSS_LOGITS) + together * between_bytes(c, tokens, self.allowance)
+        if repaired:
             pool = c.moe.num_experts * c.moe.d_expert * c.d_model
             work += self._sample(SHARE) + pool * (2 * 4 + item)
-        return int(self._fixed + self._layers(2) + 2 * together * states + work)
+        layers = layers_held(layer, 2, self.allowance)
+        return int(self._fixed + layers + 2 * together * states + work)
 
     def repair(self) -> int:
         """Beside a pruned layer: the states of two models, inputs and lacks of the experts and one
@@ -153,7 +162,7 @@ class Foretold:
         states = recipe.max_tokens * c.d_model * (3 * self._item + 3 * 4)
         states += recipe.max_tokens * c.moe.experts_per_token * (3 * 4 + 2 * 8)
         grams = 5 * 8 * int(np.square(self._plan.counts).sum(axis=1).max())
-        return self._late + self._pruned + states + 3 * 2 * self._layer + grams
+        return self._late + self._pruned(False) + states + 3 * 2 * self._largest(False).own + grams
 
     def gptq(self) -> int:
         """Beside a pruned layer: moments of some experts, and the states of the text."""
@@ -161,15 +170,16 @@ class Foretold:
         if recipe.quantizer != "gptq" or not self._packs:
             return 0
         states = recipe.max_tokens * self.base.config.d_model * self._item
-        return self._fixed + self._pruned + 2 * MOMENT_BYTES + states
+        return self._fixed + self._pruned(False) + 2 * MOMENT_BYTES + states
 
     def export(self) -> int:
         """As of `export_bytes`."""
-        return export_bytes(self.base, self.allowance)
+        return export_bytes(self.base, self.allowance, self._exports_groups)
 
     def verify(self) -> int:
         """As of `verify_bytes`, beside what is left of other stages."""
-        return self._late - self._fixed + verify_bytes(self.base, self.allowance)
+        found = verify_bytes(self.base, self.allowance, self._exports_groups)
+        return self._late - self._fixed + found
 
     def transformers(self) -> int:
         """What the process takes that is asked about an export."""
@@ -180,7 +190,10 @@ class Foretold:
     def evaluation(self) -> int:
         """Layers pruned on the fly, or as float32 where weights have 4 bits, and the texts."""
         recipe = self.recipe
-        layers = max(self._pruned, self._packs * self._layers(4))
+        by_group = recipe.repair == "none"
+        layers = self._pruned(by_group)
+        if self._packs:
+            layers = max(layers, layers_held(self._largest(True), 4, self.allowance))
         # Windows of texts that are named lie half over each other.
         tokens = (2 * len(recipe.evaluation) or 1) * recipe.evaluation_tokens
         texts = evaluation_bytes(
@@ -211,9 +224,13 @@ class Foretold:
     def _packs(self) -> bool:
         return any(form.is_packed for form in self._forms)
 
-    @cached_property
-    def _layer(self) -> int:
-        return largest_layer(self.base)
+    @property
+    def _exports_groups(self) -> bool:
+        """Whether layers are written in groups of experts: not with weights that lie in a folder by
+        layer, nor into one tensor of all experts."""
+        recipe, exports = self.recipe, (export_of(self.base, self._plan, f) for f in self._forms)
+        chosen = recipe.repair != "none" or (recipe.quantizer == "gptq" and self._packs)
+        return not chosen and all(export.by_group for export in exports)
 
     @property
     def _item(self) -> int:
@@ -232,13 +249,11 @@ class Foretold:
     def _late(self) -> int:
         return self._fixed + (0 if self.alone else LATE_BYTES)
 
-    def _layers(self, item: int) -> int:
-        """Layers that are held, their weights of so many bytes."""
-        return layers_held(self._layer, item, self.allowance)
+    def _largest(self, by_group: bool) -> Held:
+        return largest_layer(self.base, self.allowance, by_group)
 
-    @property
-    def _pruned(self) -> int:
-        return pruned_bytes(self._layer, self.allowance)
+    def _pruned(self, by_group: bool) -> int:
+        return pruned_bytes(self._largest(by_group), self.allowance)
 
     def _window_loss(self) -> int:
         """The logits of a window, where the loss of the whole model is taken."""

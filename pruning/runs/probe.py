@@ -10,7 +10,10 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
-from moe_jax.stream import LayerSource, in_batches
+from moe_jax.groups import own_experts
+from moe_jax.source import LayerSource, group_of, groups_of
+from moe_jax.stream import in_batches
+from moe_jax.transformer import DecoderLayer
 from pruning.budget.candidates import CANDIDATES
 from pruning.demo import demo_texts
 from pruning.recipe.plan_options import AUTO
@@ -39,10 +42,10 @@ def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
       An estimate: reading weights, compilation and other programs come on top.
     """
     if recipe.weights_only:
-        layer = source.layer(source.config.moe_layers[0])
+        layer, times = _probed(source)
         noise = noise_rows(source.config.d_model)
         seconds = _seconds(noise_worth, layer, noise[:PROBE_TOKENS])
-        return seconds * len(noise) / PROBE_TOKENS * len(source.config.moe_layers)
+        return times * seconds * len(noise) / PROBE_TOKENS * len(source.config.moe_layers)
     sweep = _sweep(source, recipe) * recipe.max_tokens
     asked = [1.0, *(times - 1 for name, times in TIMES.items() if getattr(recipe, name))]
     extra = sum(costs(source, recipe).values()) / len(source)
@@ -80,9 +83,15 @@ def _taking_over(source: LayerSource) -> float:
 def _sweep(source: LayerSource, recipe: ResolvedRecipe) -> float:
     """Seconds in which a token goes through all layers for the statistics, by one of them."""
     x, context = _step(source, recipe)
-    layer = source.layer(source.config.moe_layers[0])
-    seconds = _seconds(layer_statistics, layer, x, context)
+    layer, times = _probed(source)
+    seconds = times * _seconds(layer_statistics, layer, x, context)
     return seconds / (x.shape[0] * x.shape[1]) * len(source)
+
+
+def _probed(source: LayerSource) -> tuple[DecoderLayer, int]:
+    """A layer with experts, or of one that is taken in groups the first, and how many there are."""
+    index = source.config.moe_layers[0]
+    return group_of(source, index, 0), groups_of(source, index)
 
 
 def forward_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
@@ -92,10 +101,11 @@ def forward_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
       source: the dense model.
       recipe: a resolved one.
     """
-    c = source.config
-    layer, keep = source.layer(c.moe_layers[0]), jnp.ones((c.moe.num_experts, c.moe.d_expert), bool)
+    layer, times = _probed(source)
+    own = own_experts(layer)
+    keep = jnp.ones((own.stop - own.start, source.config.moe.d_expert), bool)
     x, context = _step(source, recipe)
-    seconds = _seconds(masked_forward, layer, x, context, keep)
+    seconds = times * _seconds(masked_forward, layer, x, context, keep)
     return seconds / (x.shape[0] * x.shape[1]) * len(source)
 
 

@@ -17,7 +17,7 @@ from pruning.stages.export import codes_folder
 from pruning.stages.made_by import is_repaired, require_current
 from pruning.stages.probe_windows import random_probe
 from pruning.stages.repair import stored_repair
-from pruning.stages.sizes import form_of
+from pruning.stages.sizes import export_of, form_of
 from pruning.stages.stored import stored_base, stored_recipe
 from pruning.stages.verify import verify_export, written_form
 
@@ -52,8 +52,12 @@ def verify(
         raise InputError(f"{folder}/exports holds nothing; run `moe-compress export` first")
     require_current(folder, plan)
 
+    forms = (form_of(recipe, path.name, plan) for path in folders)
+    by_group = all(export_of(base.about, plan, form).by_group for form in forms)
+    by_group &= codes_folder(recipe) is None and not any(map(is_repaired, folders))
+
     def takes(found: Allowance) -> dict[str, int]:
-        return {"verify": verify_bytes(base.about, found)}
+        return {"verify": verify_bytes(base.about, found, by_group)}
 
     with capped(base, recipe.memory_limit, takes, steps):
         checks = _checks(base, plan, recipe, folders, steps)

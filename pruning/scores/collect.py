@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.groups import each_group, own_experts
 from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import OnStep
@@ -63,7 +64,7 @@ def collect_statistics(
     text = in_parts(source, tokens, valid, counted, [np.arange(len(tokens))], batch, spread)
     shape = (*text.batches.tokens.shape, config.d_model)
     with temporary_states(asked.slots(config), shape, dtype, scratch) as states:
-        found = TextSweep(source, text, asked, dtype, states, Memory(), on_step, spread)
+        found = TextSweep(source, text, asked, dtype, states, Memory(), on_step, spread, scratch)
         found.forward()
         found.backward()
     return found.finished(found.part(0), 1)
@@ -86,9 +87,11 @@ def collect_weights(
     sums = {name: np.zeros(shape) for name, shape in shapes.items()}
     rows, worth = noise_rows(c.d_model), np.zeros(sums["down_norm"].shape)
     for index, slot in slots.items():
-        layer = source.layer(index)
-        for name, (value,) in weight_facts(layer, c.moe.d_expert).items():
-            sums[name][slot] = value
-        worth[slot] = noise_worth(layer, rows)
+        for layer in each_group(source, index):
+            own = own_experts(layer)
+            for name, (value,) in weight_facts(layer, c.moe.d_expert).items():
+                sums[name][slot, own] = value
+            worth[slot, own] = noise_worth(layer, rows)
+            del layer  # before the next group is read
         visit()
     return ChannelStatistics.from_arrays({**sums, "noise": worth})

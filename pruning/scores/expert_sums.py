@@ -45,17 +45,23 @@ class Observed:
 
 
 def observe_experts(
-    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch, keep: bool = False
+    experts: Experts,
+    x: Array,
+    row_weight: Array,
+    dispatch: Dispatch,
+    keep: bool = False,
+    onto: Array | None = None,
 ) -> tuple[Array, Observed]:
     """Run dense experts and keep what the statistics need; a `RunExperts`.
 
     `keep` keeps the projections as well, as precise as a backward pass would compute them; on a
-    CPU alone, whose backward pass can use them.
+    CPU alone, whose backward pass can use them. `onto` float32 [N, D] is what other experts of the
+    layer gave: these are added to it, in float32.
     """
     assert experts.block == experts.width, "statistics are taken of experts of one width"
     if on_cpu():
-        return _observe_tiles(experts, x, row_weight, dispatch, keep)
-    return observe_by_rows(experts, x, row_weight, dispatch)
+        return _observe_tiles(experts, x, row_weight, dispatch, keep, onto)
+    return observe_by_rows(experts, x, row_weight, dispatch, onto)
 
 
 def output_sums(
@@ -81,7 +87,7 @@ def output_sums(
 # --- CPU ---
 
 
-def _observe_tiles(experts, x, row_weight, dispatch, keep):
+def _observe_tiles(experts, x, row_weight, dispatch, keep, onto):
     pool, tile = experts.pool, dispatch.tile
     bits = jax.tree.map(weight_bits, experts.weights)
 
@@ -121,8 +127,9 @@ def _observe_tiles(experts, x, row_weight, dispatch, keep):
         squares=jnp.zeros((4, num_experts, pool.width)),
         projections=(blank, blank) if keep else None,
     )
-    out, seen = walk_tiles(dispatch, pool, step, (jnp.zeros(x.shape, jnp.float32), seen))
-    return out.astype(x.dtype), seen
+    start = jnp.zeros(x.shape, jnp.float32) if onto is None else onto
+    out, seen = walk_tiles(dispatch, pool, step, (start, seen))
+    return out.astype(x.dtype) if onto is None else out, seen
 
 
 def _output_tiles(experts, hidden, row_weight, dispatch, q, y):
@@ -150,7 +157,7 @@ def _output_tiles(experts, hidden, row_weight, dispatch, q, y):
 
 
 def observe_by_rows(
-    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch
+    experts: Experts, x: Array, row_weight: Array, dispatch: Dispatch, onto: Array | None = None
 ) -> tuple[Array, Observed]:
     """`observe_experts` as products of whole arrays; same arguments and result."""
     rows = expert_rows(x, experts.weights, dispatch, experts.pool)
@@ -165,7 +172,8 @@ def observe_by_rows(
         out_square=jnp.sum(jnp.square(rows.out.astype(jnp.float32)), axis=-1),
         squares=jnp.stack([both[0], up, gate, both[1]]),
     )
-    return combine(rows.out, row_weight, x.shape[0], dispatch), kept
+    start = jnp.zeros_like(x) if onto is None else onto
+    return combine(rows.out, row_weight, start, dispatch), kept
 
 
 def output_sums_by_rows(

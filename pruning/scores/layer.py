@@ -73,19 +73,37 @@ def scored_experts(probe: Array, projections: Projections | None) -> RunExperts:
     return run
 
 
-def _layer_sums(moe: MoE, out: Array, trace: MoETrace) -> dict[str, Array]:
-    """Forward sums of one batch: `out` [N, D] is the block output H."""
+def token_weights(out: Array, valid: Array) -> Array:
+    """q = 1 / (|H|^2 + eps) of each token, 0 where it is not valid.
+
+    Args:
+      out: [N, D], the block output H.
+      valid: bool [N].
+
+    Returns:
+      float32 [N].
+    """
+    return valid.astype(jnp.float32) / (jnp.sum(jnp.square(out.astype(jnp.float32)), axis=-1) + EPS)
+
+
+def expert_sums(
+    experts: Experts, trace: MoETrace, q: Array, y: Array, own: Own = ()
+) -> dict[str, Array]:
+    """Forward sums of one batch over each expert's tokens, float32 [E, ...].
+
+    Args:
+      experts: of a layer, or of a group of one.
+      trace: of a run of `observe_experts`.
+      q: float32 [N], `token_weights`.
+      y: float32 [N, D], the routed output of all experts of the layer.
+      own: items of `STATISTICS` to add.
+    """
     d, w, seen = trace.dispatch, trace.row_weight, trace.kept
-    y = trace.routed.astype(jnp.float32)
-    valid = trace.valid.astype(jnp.float32)
-    q = valid / (jnp.sum(jnp.square(out.astype(jnp.float32)), axis=-1) + EPS)  # [N]
-    energy, shapley = output_sums(moe.experts, seen.hidden, w, d, q, y)
+    energy, shapley = output_sums(experts, seen.hidden, w, d, q, y)
     names = ("hidden_square", "up_square", "gate_square", "weighted_square")
     phi = shapley.sum(axis=1)  # <z, y> is the sum of h <v, y> over the channels
-    if moe.experts.b_down is not None:  # and <b, y>: the bias is the expert's, not a channel's
-        phi += _bias_attribution(moe.experts.b_down, trace, q, y)
-    probability = trace.probability
-    entropy = jnp.sum(jax.scipy.special.entr(probability), axis=-1)
+    if experts.b_down is not None:  # and <b, y>: the bias is the expert's, not a channel's
+        phi += _bias_attribution(experts.b_down, trace, q, y)
     norm = jnp.sqrt(seen.out_square)
     by_expert = {
         "kappa": gather_rows(q, d, d.copies) * jnp.square(w) * seen.out_square,
@@ -102,10 +120,25 @@ def _layer_sums(moe: MoE, out: Array, trace: MoETrace) -> dict[str, Array]:
         "unit_energy": energy,  # of channels whose vector has norm 1
         "shapley": shapley,
         "phi": phi,
+        **(own_sums(own, _rows(trace), d, trace.expert.size) if own else {}),
+    }
+
+
+def block_sums(trace: MoETrace, q: Array, y: Array) -> dict[str, Array]:
+    """Forward sums of one batch that are no single expert's; arguments as of `expert_sums`."""
+    valid = trace.valid.astype(jnp.float32)
+    probability = trace.probability
+    entropy = jnp.sum(jax.scipy.special.entr(probability), axis=-1)
+    return {
         "probability_mass": jnp.sum(valid[:, None] * probability, axis=0),
         "layer_energy": jnp.sum(q * jnp.sum(jnp.square(y), axis=-1)),
         "router_entropy": jnp.sum(valid * entropy),
     }
+
+
+def _rows(trace: MoETrace) -> HiddenRows:
+    seen = trace.kept
+    return HiddenRows(seen.hidden.astype(jnp.float32), trace.row_weight, seen.out_square)
 
 
 def _bias_attribution(bias: Array, trace: MoETrace, q: Array, y: Array) -> Array:
@@ -130,11 +163,9 @@ def layer_statistics(
     if trace is None or not isinstance(layer.mlp, MoE):
         return middle, out, {}, None
     kept = Kept(expert=trace.expert, projections=trace.kept.projections) if keep else None
-    sums = _layer_sums(layer.mlp, out.reshape(-1, out.shape[-1]), trace)
-    if own:
-        seen = trace.kept
-        rows = HiddenRows(seen.hidden.astype(jnp.float32), trace.row_weight, seen.out_square)
-        sums |= own_sums(own, rows, trace.dispatch, trace.expert.size)
+    q = token_weights(out.reshape(-1, out.shape[-1]), trace.valid)
+    y = trace.routed.astype(jnp.float32)
+    sums = expert_sums(layer.mlp.experts, trace, q, y, own) | block_sums(trace, q, y)
     return middle, out, sums, kept
 
 

@@ -1,5 +1,7 @@
 """The sums of one layer over the parts of a text, empty and with a batch more; facts beside."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from moe_jax.experts.moe import MoE
@@ -48,7 +50,13 @@ def no_gradient_sums(layer: DecoderLayer, parts: int) -> Sums:
     return {name: np.zeros((parts, moe.num_experts, moe.d_expert)) for name in GRADIENT_SCORES}
 
 
-def add_batch(sums: Sums, part: int, batch: dict[str, np.ndarray], norm: np.ndarray) -> None:
+def add_batch(
+    sums: Sums,
+    part: int,
+    batch: Mapping[str, np.ndarray],
+    norm: np.ndarray,
+    own: slice | None = None,
+) -> None:
     """Add the sums of a batch.
 
     Args:
@@ -56,8 +64,10 @@ def add_batch(sums: Sums, part: int, batch: dict[str, np.ndarray], norm: np.ndar
       part: whose batch it is.
       batch: what `layer_statistics` found, float32.
       norm: [E, F] of the channels' vectors.
+      own: experts whose sums they are, [g, ...], and norms; None for all that a layer has.
     """
-    values = {name: value.astype(np.float64) for name, value in batch.items()}
-    values["energy"] = values.pop("unit_energy") * np.square(norm)
+    values = {name: np.asarray(value, np.float64) for name, value in batch.items()}
+    if "unit_energy" in values:
+        values["energy"] = values.pop("unit_energy") * np.square(norm)
     for name, value in values.items():
-        sums[name][part] += value
+        sums[name][part if own is None else (part, own)] += value

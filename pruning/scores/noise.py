@@ -34,7 +34,7 @@ def noise_worth(layer: DecoderLayer, noise: np.ndarray) -> Array:
     are; biases of the experts act as they do on tokens.
 
     Args:
-      layer: with dense experts; weights of any kind.
+      layer: with dense experts, or a group of one; weights of any kind.
       noise: float32 [N, D].
 
     Returns:
@@ -42,9 +42,13 @@ def noise_worth(layer: DecoderLayer, noise: np.ndarray) -> Array:
       its column of W_down and the expert's output. Negative where the channel works against it.
     """
     assert isinstance(layer.mlp, MoE)
-    experts, count, sent = layer.mlp.experts, layer.mlp.config.num_experts, len(noise) // SHARE
+    experts, sent = layer.mlp.experts, len(noise) // SHARE
+    count, first = experts.count.shape[0], layer.mlp.first
     x = rms_norm(jnp.asarray(noise), layer.mlp_norm, layer.norm_eps)
-    liked = jax.lax.top_k(linear(x, layer.mlp.router).T, sent)[1]  # [E, sent]
+    logits = linear(x, layer.mlp.router).T  # [E, N]
+    if first is not None:
+        logits = jax.lax.dynamic_slice_in_dim(logits, first, count)
+    liked = jax.lax.top_k(logits, sent)[1]  # [E, sent]
     owner = jnp.repeat(jnp.arange(count, dtype=jnp.int32), sent)
     dispatch = make_dispatch(owner, count, tile_height(count * sent, count))
     weights, pool = experts.weights, experts.pool

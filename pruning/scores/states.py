@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,6 +114,25 @@ class States:
     def _place(self, slot: int, rows: slice) -> int:
         windows = slot * self._shape[0] + rows.start
         return windows * math.prod(self._shape[1:]) * self._dtype.itemsize
+
+
+class InSlot:
+    """The states of a text's batches in one slot, as `moe_jax.stream.PerBatch`.
+
+    Args:
+      states: where they lie.
+      slot: which.
+      rows: of each batch.
+    """
+
+    def __init__(self, states: States, slot: int, rows: Sequence[slice]):
+        self._states, self._slot, self._rows = states, slot, rows
+
+    def __getitem__(self, batch: int, /) -> np.ndarray:
+        return self._states.get(self._slot, self._rows[batch])
+
+    def __setitem__(self, batch: int, value: np.ndarray, /) -> None:
+        self._states.put(self._slot, self._rows[batch], value)
 
 
 @contextmanager

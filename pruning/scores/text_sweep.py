@@ -7,6 +7,7 @@ that one which was killed can be done again.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from moe_jax.stream import LayerSource, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter
 from pruning.scores.details import add_details, wanda_sums
+from pruning.scores.grouped import Text, statistics_in_groups
 from pruning.scores.layer import (
     GRADIENT_SCORES,
     Kept,
@@ -79,7 +81,7 @@ class TextSweep:
     """A sweep over a text in parts.
 
     Args:
-      source: the dense model; at most two of its layers are held.
+      source: the dense model; at most two of its layers, or of its groups of experts, are held.
       text: the windows.
       asked: what is collected.
       dtype: of the activations; sums are float32 inside a batch, float64 across batches.
@@ -88,6 +90,8 @@ class TextSweep:
       on_step: receives (layer visits done, layer visits in all).
       spread: the devices, and the processes that share the text: each gives its windows, and has
         the sums of all.
+      scratch: folder of what lies beside the states while a layer is taken in groups of experts,
+        where that does not fit in memory; default the system's.
     """
 
     def __init__(
@@ -100,9 +104,10 @@ class TextSweep:
         log: SweepLog,
         on_step: OnStep | None = None,
         spread: Spread = ALONE,
+        scratch: Path | None = None,
     ):
         self.source, self.text, self.asked, self.log = source, text, asked, log
-        self._spread = spread
+        self._spread, self._scratch = spread, scratch
         self._dtype, self._states = dtype, states
         self._slots, self._own = slots_of(source), tuple(STATISTICS.items())
         batches, c = text.batches, source.config
@@ -119,7 +124,12 @@ class TextSweep:
     def forward(self) -> None:
         """Go up through the layers that are left."""
         layers = range(min(self.log.done, len(self.source)), len(self.source))
-        sweep(self.source, None, self._up, layers=layers, on_layer=lambda _: self._count(1))
+        # What else is asked for takes all experts of a layer together, and so do several devices.
+        plain = not self.asked.groups and self._spread.mesh is None
+        sweep(
+            self.source, None, self._up, layers=layers, on_layer=lambda _: self._count(1),
+            in_groups=self._up_in_groups if plain else None,
+        )  # fmt: skip
 
     def backward(self) -> None:
         """Go down through the layers that are left, if gradients are asked for."""
@@ -181,6 +191,16 @@ class TextSweep:
         if self.asked.expert_details and slot is not None:
             self._add_wanda(sums, layer)
         self._end_step(sums | facts)
+
+    def _up_in_groups(self, index: int, _: None) -> None:
+        text = Text(
+            self.text,
+            lambda rows: self._entering(index, rows),
+            lambda rows, out: self._leave(index, rows, out, out),
+            self._dtype,
+        )
+        sums, facts = statistics_in_groups(self.source, index, text, self._own, self._scratch)
+        self._end_step(self._spread.total(sums) | facts)
 
     def _statistics(self, keep: bool) -> Any:
         out = (ROWS, ROWS, SUMS, ROWS)

@@ -20,6 +20,14 @@ from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.experts.run import run_experts
+from moe_jax.groups import (
+    GroupStep,
+    Halfway,
+    added_group,
+    group_forward,
+    own_experts,
+    through_groups,
+)
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
@@ -51,9 +59,39 @@ def masked_forward(
     is returned as well.
     """
     assert isinstance(layer.mlp, MoE)
-    renormalize = layer.mlp.config.renormalize
+    run = _masking(keep, constants, fewer, renormalize=layer.mlp.config.renormalize)
+    out, trace = layer.feed_forward(layer.attend(x, context)[0], context, run)
+    assert trace is not None
+    return out, trace.kept
 
-    def run(experts: Experts, tokens: Array, row_weight: Array, dispatch: Dispatch):
+
+@jax.jit
+def masked_group(
+    group: DecoderLayer,
+    halfway: Halfway,
+    context: Context,
+    keep: Array,  # bool [g, F]
+    constants: Array | None = None,  # [g, D]
+) -> Array:  # float32 [B, T, D]
+    """The same of a group, whose experts are added to those before them; tokens go to all."""
+    run = _masking(keep, constants)
+    return added_group(group, halfway, context, run).routed.reshape(halfway.routed.shape)
+
+
+def _masking(
+    keep: Array,
+    constants: Array | None,
+    fewer: tuple[Array, Array] | None = None,
+    *,
+    renormalize: bool = False,
+) -> Callable[..., tuple[Array, Array | None]]:
+    def run(
+        experts: Experts,
+        tokens: Array,
+        row_weight: Array,
+        dispatch: Dispatch,
+        onto: Array | None = None,
+    ):
         down = dequantize(experts.w_down)
         down = jnp.where(keep.reshape(-1, 1), down, jnp.zeros((), down.dtype))
         bias = output_bias(experts, keep, constants)
@@ -62,11 +100,9 @@ def masked_forward(
             row_weight, left = fewer_rows(
                 row_weight, dispatch, len(tokens), fewer, renormalize=renormalize
             )
-        return run_experts(masked, tokens, row_weight, dispatch)[0], left
+        return run_experts(masked, tokens, row_weight, dispatch, onto=onto)[0], left
 
-    out, trace = layer.feed_forward(layer.attend(x, context)[0], context, run)
-    assert trace is not None
-    return out, trace.kept
+    return run
 
 
 def masked_hidden(
@@ -141,8 +177,19 @@ def masked_hidden(
             text.each(x, run)
         return variants
 
+    def in_groups(index: int, variants: Variants) -> Variants:
+        steps = (_masked_step(index, plan) for plan in plans)
+        through_groups(
+            source, index, [(text, x, step) for x, step in zip(variants, steps, strict=True)]
+        )
+        return variants
+
+    plain = sample is None and {*stored} <= {PLAIN} and not any(choices)
     first = text.embedded(source, dtype)
-    last = sweep(source, [list(first) for _ in plans], step, on_layer=on_layer)
+    last = sweep(
+        source, [list(first) for _ in plans], step, on_layer=on_layer,
+        in_groups=in_groups if plain else None,
+    )  # fmt: skip
     hidden = np.empty((len(plans), *tokens.shape, source.config.d_model), dtype)
     for x, out in zip(last, hidden, strict=True):
         text.joined(x, out)
@@ -198,11 +245,24 @@ def _numbers(choice: Fewer) -> tuple[Array, Array]:
     return jnp.int32(choice.top_k), jnp.float32(choice.skip_below)
 
 
+def _masked_step(index: int, plan: PruningPlan) -> GroupStep:
+    """What a plan makes of the groups of a layer."""
+
+    def step(group: DecoderLayer, halfway: Halfway, place: Context, rows: slice) -> Array:
+        masks = _masks(group, index, plan)
+        if masks is None:
+            return group_forward(group, halfway, place)
+        return masked_group(group, halfway, place, *masks)
+
+    return step
+
+
 def _masks(layer: DecoderLayer, index: int, plan: PruningPlan) -> tuple[Array, Array | None] | None:
     if index not in plan.layer_indices:
         return None
     slot = plan.layer_indices.index(index)
-    keep = plan.keep[slot]
+    own = own_experts(layer) if isinstance(layer.mlp, MoE) else slice(None)
+    keep = plan.keep[slot, own]
     rows = layer.mlp.experts.w_down.shape[0] if isinstance(layer.mlp, MoE) else 0
     if rows != keep.size:
         raise InputError(
@@ -210,4 +270,4 @@ def _masks(layer: DecoderLayer, index: int, plan: PruningPlan) -> tuple[Array, A
             f"{rows}; the plan was made for another model"
         )
     constants = plan.added(slot)
-    return jnp.asarray(keep), None if constants is None else jnp.asarray(constants)
+    return jnp.asarray(keep), None if constants is None else jnp.asarray(constants[own])

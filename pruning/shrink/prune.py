@@ -9,6 +9,7 @@ from jax import Array
 from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts, pooled_experts
+from moe_jax.groups import own_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
@@ -117,21 +118,25 @@ def PrunedSource(base: LayerSource, plan: PruningPlan, block: int = BLOCK) -> La
     Returns:
       The source, all of whose pruned layers have pools of one size and share one compilation.
     """
-    return mapped(base, lambda index, layer: pruned_layer(index, layer, plan, block))
+    return mapped(base, lambda index, layer: pruned_layer(index, layer, plan, block), by_group=True)
 
 
 def pruned_layer(
     index: int, layer: DecoderLayer, plan: PruningPlan, block: int = BLOCK
 ) -> DecoderLayer:
-    """Layer `index` of `PrunedSource`, from that of the dense model."""
+    """Layer `index` of `PrunedSource`, or a group of it, from that of the dense model."""
     if index not in plan.layer_indices:
         return layer
     slot = plan.layer_indices.index(index)
+    is_moe = isinstance(layer.mlp, MoE)  # others are refused below
+    own = own_experts(layer) if is_moe else slice(0, plan.keep.shape[1])
     counts = plan.keep.sum(axis=2)  # [L, E]
     widest = max(1, int(counts.max()))  # a plan may empty every expert
     step = min(block, widest)
     width = -(-widest // step) * step
-    rows = int(counts.sum(axis=1).max()) + step
-    return prune_layer(
-        layer, plan.keep[slot], width=width, rows=rows, block=step, constants=plan.added(slot)
-    )
+    groups = np.arange(0, counts.shape[1], own.stop - own.start)
+    rows = int(np.add.reduceat(counts, groups, axis=1).max()) + step
+    added = plan.added(slot)
+    constants = None if added is None else added[own]
+    keep = plan.keep[slot, own]
+    return prune_layer(layer, keep, width=width, rows=rows, block=step, constants=constants)

@@ -32,7 +32,9 @@ def QuantizedSource(base: LayerSource, group_size: int, storage: str = "int4") -
       The source.
     """
 
-    return mapped(base, lambda index, layer: rounded_layer(layer, group_size, storage))
+    return mapped(
+        base, lambda index, layer: rounded_layer(layer, group_size, storage), by_group=True
+    )
 
 
 def rounded_layer(layer: DecoderLayer, group_size: int, storage: str) -> DecoderLayer:
@@ -140,7 +142,7 @@ def compared(
                 on_rounded(np.asarray(dequantize(old)), np.asarray(dequantize(new)))
         return layer
 
-    return mapped(rounding(mapped(base, remember)), compare)
+    return mapped(rounding(mapped(base, remember, by_group=True)), compare, by_group=True)
 
 
 def bfloat16_experts(base: LayerSource) -> LayerSource:
@@ -155,4 +157,4 @@ def bfloat16_experts(base: LayerSource) -> LayerSource:
         mlp = dataclasses.replace(layer.mlp, experts=dataclasses.replace(experts, **narrow))
         return dataclasses.replace(layer, mlp=mlp)
 
-    return mapped(base, change)
+    return mapped(base, change, by_group=True)

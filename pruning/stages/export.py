@@ -10,6 +10,7 @@ from convert.mtp_export import MtpSource
 from convert.native import with_native_codes
 from convert.native_float8 import with_native_blocks
 from convert.view import OnRounded
+from moe_jax.groups import own_experts
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
@@ -71,9 +72,12 @@ def _with_own_codes(
     kept = dict(zip(plan.layer_indices, plan.keep, strict=True))
 
     def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        return own(base, index, layer, kept.get(index), on_rounded)
+        keep = kept.get(index)
+        if keep is not None:
+            keep = keep[own_experts(layer)]
+        return own(base, index, layer, keep, on_rounded)
 
-    return mapped(pruned, change)
+    return mapped(pruned, change, by_group=True)
 
 
 def codes_folder(recipe: CompressionRecipe) -> Path | None:

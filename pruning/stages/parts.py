@@ -107,7 +107,8 @@ def _swept(job: Job, identity: dict, parts: list[np.ndarray], steps: Steps) -> T
         steps.bar("score text") as on_step,
     ):
         states = None if file is None else States(slots, shape, job.dtype, file)
-        found = TextSweep(base, text, asked, job.dtype, states, log, on_step, spread)
+        beside = recipe.scratch_folder
+        found = TextSweep(base, text, asked, job.dtype, states, log, on_step, spread, beside)
         # The first reading is also that which finds bad weights and identifies the model.
         is_read = base.weights_hash is not None and log.done >= len(base)
         is_read |= not spread.leads

@@ -5,7 +5,7 @@ import math
 from convert.description import Description
 from pruning.kit.memory import allowance
 from pruning.recipe.recipe import ResolvedRecipe
-from pruning.scores import states
+from pruning.scores import grouped, states
 from pruning.scores.end_to_end import ig_chunk
 from pruning.scores.parts import rows_of_parts, windows_at_work
 from pruning.scores.statistics import field_shapes
@@ -30,7 +30,11 @@ def scratch_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> in
         parts = rows_of_parts(windows, recipe.until_stable is not None)
         _, padded = windows_at_work(parts, recipe.batch)
         slots = Asked(recipe.gradients).slots(c)
-        sizes.append(_state_bytes(base, recipe, slots, padded))
+        size = _state_bytes(base, recipe, slots, padded)
+        if allowance().experts:  # and what lies between the groups of a layer
+            between = grouped.SLOTS * padded * recipe.window * c.d_model * 4
+            size += between if between > allowance().of(states.MEMORY_STATES) else 0
+        sizes.append(size)
     texts = []  # (windows, copies) whose states are held at once
     if recipe.weight_gradients:
         texts.append((windows, 1))

@@ -136,7 +136,8 @@ def _compare(
     expected: LayerSource,
     probe: Probe,
 ) -> Logits:
-    """Compare all tensors; the logits of the model that they come from. Each layer is made once."""
+    """Compare all tensors; the logits of the model that they come from. Each layer is made once, or
+    each group of its experts."""
 
     def compare(index: int, layer: DecoderLayer) -> DecoderLayer:
         comparison.add(export.layer_arrays(layer, index))
@@ -144,7 +145,7 @@ def _compare(
 
     comparison.add(export.outer_arrays(expected))
     comparison.add(export.mtp_arrays(mtp))
-    return _logits(mapped(expected, compare), probe)
+    return _logits(mapped(expected, compare, export.by_group), probe)
 
 
 def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
@@ -165,7 +166,7 @@ def _stored_logits(
 ) -> Logits:
     """Logits of a folder as we read it."""
     export = open_checkpoint(folder, dtype=jnp.float32)
-    export.read_ahead = allowance().read_ahead
+    export.read_ahead, export.experts_at_once = allowance().reading
     return _logits(change(export), probe)
 
 

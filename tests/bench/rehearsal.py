@@ -1,11 +1,14 @@
 """A full-size model rehearsed with a few of its layers: every stage under a memory limit.
 
-`python tests/bench/rehearsal.py [--layers 8] [--memory-limit 6GB] [--home DIR]`
+`python tests/bench/rehearsal.py [--shape qwen3|deepseek-v3] [--layers 8] [--experts 256]
+[--memory-limit 6GB] [--tokens 8192] [--home DIR]`
 
-Random weights in layers of Qwen3-30B-A3B (604 M weights, 1.2 GB each, a vocabulary of 1,024) go
-through estimate, score, plan, export to 4 bits and verify, as commands of their own with the files'
-pages dropped before each. One line a stage: seconds, seconds a layer, peak memory beside what
-`estimate` foretells without a limit, bytes read from the disk; then the minutes of all 48 layers.
+Random weights go through estimate, score, plan, export to 4 bits and verify, as commands of their
+own with the files' pages dropped before each: layers of Qwen3-30B-A3B (604 M weights, 1.2 GB each),
+or a dense layer of DeepSeek-V3 and one with experts, in 8-bit floats (of all 256 experts 11.5 G
+weights, which no limit of some GB holds: they are taken in groups); a vocabulary of 1,024. One line
+a stage: seconds, seconds a layer, peak memory beside what `estimate` foretells (of Qwen3 without a
+limit), bytes read from the disk; then the minutes of all layers of the model.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-LAYERS = 48  # of the model
+LAYERS = {"qwen3": 48, "deepseek-v3": 61}  # of the models
 FORETOLD = {"score": "scoring", "plan": "plan", "export": "export", "verify": "verify"}
 
 
@@ -63,31 +66,35 @@ def command(*words: str) -> Measured:
     return Measured(seconds, peak, read)
 
 
-def written(home: Path, layers: int) -> tuple[Path, Path]:
+def written(home: Path, shape: str, layers: int, experts: int) -> tuple[Path, Path]:
     """The model and a text, unless an earlier run left them."""
-    model, text = home / f"model-{layers}", home / "text.txt"
+    model, text = home / f"model-{layers}-{experts}", home / "text.txt"
     if not (model / "config.json").is_file():
         # In a process of its own, whose memory is not counted with that of the commands.
-        code = (
-            "import sys; from pathlib import Path; from tests.bench.bench_score import checkpoint;"
-            "checkpoint(Path(sys.argv[1]), int(sys.argv[2]), 128)"
-        )
-        words = [sys.executable, "-c", code, str(model), str(layers)]
-        subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        code = "import sys; from pathlib import Path; from tests.{} import checkpoint; "
+        code += "checkpoint(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
+        if shape == "qwen3":
+            words = [code.format("bench.bench_score"), str(model), str(layers), str(experts)]
+        else:
+            words = [code.format("support.deepseek"), str(model), str(experts)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", *words], check=True, env=environment)
     text.write_text(" ".join(f"{word * 7919 % 4096:x}" for word in range(40_000)))
     return model, text
 
 
-def rehearse(home: Path, layers: int, limit: str, tokens: int) -> None:
+def rehearse(home: Path, shape: str, layers: int, experts: int, limit: str, tokens: int) -> None:
     """Run all stages and print a line for each."""
-    model, text = written(home, layers)
+    model, text = written(home, shape, layers, experts)
     out, said = home / "out", home / "estimate.json"
     given = ["--calibration", str(text), "--max-tokens", str(tokens), "--window", "512"]
     given += ["--planner", "fair", "--repair", "none", "--output", str(out)]
     capped = ["--memory-limit", limit]
     form = ["--export", "ragged-int4"]
-    # Without the limit: under it `estimate` is of a run that does all stages with one allowance.
-    command("estimate", str(model), "--probe", *given, *form, "--json", str(said))
+    # Without the limit, if layers are taken whole: under it `estimate` is of a run that does all
+    # stages with one allowance, and measures a text besides.
+    within = [] if shape == "qwen3" else [*capped, "--batch", "1"]
+    command("estimate", str(model), "--probe", *given, *form, *within, "--json", str(said))
     (foretold,) = json.loads(said.read_text())
     stages = {
         "score": ("score", str(model), *given, *capped, "--overwrite"),
@@ -96,7 +103,10 @@ def rehearse(home: Path, layers: int, limit: str, tokens: int) -> None:
         "verify": ("verify", str(out), *capped),
     }
     print(f"scoring foretold in {foretold['scoring_seconds']:.0f} s\n")
-    print("| stage | s | s a layer | peak, GB | foretold, GB | read, GB | 48 layers, min |")
+    print(
+        "| stage | s | s a layer | peak, GB | foretold, GB | read, GB "
+        f"| {LAYERS[shape]} layers, min |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, words in stages.items():
         drop_pages(home)
@@ -106,7 +116,7 @@ def rehearse(home: Path, layers: int, limit: str, tokens: int) -> None:
             f"| {name} | {found.seconds:.0f} | {found.seconds / layers:.1f} "
             f"| {found.peak_bytes / 1e9:.2f} "
             f"| {'' if foretold_bytes is None else f'{foretold_bytes / 1e9:.2f}'} "
-            f"| {found.read_bytes / 1e9:.2f} | {found.seconds / layers * LAYERS / 60:.1f} |",
+            f"| {found.read_bytes / 1e9:.2f} | {found.seconds / layers * LAYERS[shape] / 60:.1f} |",
             flush=True,
         )
 
@@ -114,12 +124,16 @@ def rehearse(home: Path, layers: int, limit: str, tokens: int) -> None:
 def main() -> None:
     """Rehearse in a folder that stays, if one is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--shape", choices=LAYERS, default="qwen3")
+    parser.add_argument("--layers", type=int, default=8, help="of qwen3; deepseek-v3 has 2")
+    parser.add_argument("--experts", type=int, help="of a layer; default all")
     parser.add_argument("--memory-limit", default="6GB")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--home", type=Path, help="keeps model and output; default: a new folder")
     options = parser.parse_args()
-    arguments = options.layers, options.memory_limit, options.tokens
+    layers, experts = (options.layers, 128) if options.shape == "qwen3" else (2, 256)
+    experts = options.experts or experts
+    arguments = options.shape, layers, experts, options.memory_limit, options.tokens
     if options.home is not None:
         options.home.mkdir(parents=True, exist_ok=True)
         return rehearse(options.home, *arguments)

@@ -35,6 +35,7 @@ LARGE = {
     "max_position_embeddings": 40960, "tie_word_embeddings": False,
 }  # fmt: skip
 GB = 10**9
+WHOLE = dataclasses.replace(THRIFTIEST, experts=None)
 
 
 @pytest.fixture
@@ -61,9 +62,8 @@ def test_what_is_kept_shrinks_before_a_layer_is_no_longer_read_ahead(large):
     assert allowance_within(ample, large) == AMPLE
     assert allowance_within(ample - 1, large) == Allowance(room=1 << 30)
     assert allowance_within(scratch - 1, large) == Allowance(room=1 << 30, read_ahead=False)
-    assert (
-        allowance_within(thrifty - 1, large) == THRIFTIEST
-    )  # too much still, as whoever asks finds
+    # Too much still, as whoever asks finds; groups of experts are of no use to weight gradients.
+    assert allowance_within(thrifty - 1, large, 128) == WHOLE
 
 
 @pytest.fixture
@@ -119,7 +119,8 @@ def test_a_run_with_the_least_memory_gives_the_same_bytes(
                    "--evaluation", text, "--export", "ragged-int4") == 0  # fmt: skip
         rates = evaluate(out, [text], [0.5, 0.75], window=64, steps=Steps(quiet=True))
         is_least = name == "least"
-        assert set(found) == ({THRIFTIEST} if is_least else set())
+        # In `evaluate` the logits take most, and groups of experts would change nothing.
+        assert set(found) == ({WHOLE, THRIFTIEST} if is_least else set())
         assert any(ahead) != is_least and (None in kept) == is_least and kept
         done.append(len(files))
         report = json.loads((out / "report.json").read_text())
@@ -130,8 +131,8 @@ def test_a_run_with_the_least_memory_gives_the_same_bytes(
         ])  # fmt: skip
     assert written[0] == written[1]
     # Of the sweep; then of weight gradients, of one chunk of nll-ig, of four models that compress
-    # measures, and of three in `evaluate`.
-    assert done == [1, 1 + 1 + 1 + 4 + 3]
+    # measures, with what lies between groups of experts beside, and of three in `evaluate`.
+    assert done == [1, 1 + 1 + 1 + 2 * 4 + 3]
     assert allowance() == AMPLE
 
 
@@ -154,8 +155,8 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_the_least_that_can(
     out = tmp_path / "out"
     arguments = ("score", models / "single", *given(texts, out), "--window", 64)
     shown = refused(capsys, tmp_path, *arguments, "--memory-limit", "300MB")
-    said = r"memory_limit=300\.0 MB is too little to score, which takes about ([\d,]+) MB with a "
-    said += r"single layer .* choose --memory-limit (\d+)MB"
+    said = r"memory_limit=300\.0 MB is too little to score, which takes about ([\d,]+) MB with "
+    said += r"as little of a layer .* choose --memory-limit (\d+)MB"
     ((least, chosen),) = re.findall(said, shown)
     assert least == chosen and int(least) > 600
     refused(capsys, tmp_path, *arguments, "--memory-limit", f"{int(least) - 1}MB")
@@ -189,13 +190,17 @@ def test_an_estimate_says_what_stages_take_within_the_limit(tmp_path):
     # What scoring takes without gradients is of one layer: more of them are more tensors to list.
     (tmp_path / "config.json").write_text(json.dumps(LARGE | {"num_hidden_layers": 4}))
     recipe = CompressionRecipe(model=str(tmp_path), output="-", planner="fair", repair="none")
-    (ample,), (within,) = (
-        estimate(dataclasses.replace(recipe, memory_limit=limit)) for limit in (None, "11GB")
+    (ample,), (within,), (grouped,) = (
+        estimate(dataclasses.replace(recipe, memory_limit=limit)) for limit in (None, "11GB", "8GB")
     )
     assert ample["memory_limit"] is None and within["memory_limit"] == 11 * GB
-    assert ample["memory"]["scoring"] > 11 * GB > within["memory"]["scoring"]
+    assert ample["memory"]["scoring"] > 11 * GB > within["memory"]["scoring"] > 8 * GB
+    assert max(grouped["memory"][stage] for stage in ("scoring", "export", "verify")) < 8 * GB
     with pytest.raises(InputError, match=r"is too little to score.*--batch 1 .*, with which"):
-        estimate(dataclasses.replace(recipe, memory_limit="10GB"))
+        estimate(dataclasses.replace(recipe, memory_limit="7GB"))
+    # What takes layers whole says so, and what would not.
+    with pytest.raises(InputError, match=r"to score.*or no --gradients, with which it takes"):
+        estimate(dataclasses.replace(recipe, memory_limit="8GB", gradients=True))
 
 
 def test_a_limit_decides_nothing_about_a_result_so_a_run_goes_on_with_another(

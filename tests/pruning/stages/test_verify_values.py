@@ -47,6 +47,7 @@ class World:
         self.export: Any = SimpleNamespace(
             form=self.form, base=about, mtp_specs={}, stored_name=lambda name: name,
             outer_arrays=lambda source: [("outer", source)], mtp_arrays=lambda mtp: [("mtp", mtp)],
+            by_group=True,
             layer_arrays=lambda layer, index: [(f"layer {index}", layer)],
         )  # fmt: skip
         self.files: list[str] = []
@@ -93,7 +94,7 @@ def world(monkeypatch):
             w.made.append((codes, repair))
             return "pruned"
 
-        def mapped(source, change):
+        def mapped(source, change, by_group):
             assert source in ("pruned", "the model")
             return [change(index, f"weights {index}") for index in range(2)]
 

@@ -1,0 +1,192 @@
+"""Statistics of a layer that is taken in groups of its experts.
+
+They weigh what an expert gives by what all give together, which is known once every group has run.
+So each group is taken twice, upwards for the output of the layer and back down for the sums; the
+last one stays in between. A layer of G groups is read 2 - 1 / G times.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.attention.context import Context
+from moe_jax.experts.moe import MoE
+from moe_jax.groups import (
+    Between,
+    Halfway,
+    added_group,
+    group_trace,
+    keep,
+    layer_begin,
+    layer_end,
+    own_experts,
+    rest_of,
+    taken,
+)
+from moe_jax.source import LayerSource, group_of, groups_of
+from moe_jax.transformer import DecoderLayer
+from pruning.scores.expert_sums import observe_experts
+from pruning.scores.layer import block_sums, expert_sums, token_weights
+from pruning.scores.layer_sums import add_batch, layer_facts, no_sums
+from pruning.scores.own import Own
+from pruning.scores.parts import Parts
+from pruning.scores.states import InSlot, temporary_states
+from pruning.scores.sweep_log import Sums
+
+SLOTS = 2  # float32 states of the text that lie beside those of the sweep
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text on its way through a layer.
+
+    Attributes:
+      parts: its batches.
+      entering: rows of a batch -> its states before the layer, [b, T, D].
+      leave: takes the rows of a batch and its states behind the layer.
+      dtype: of the states.
+    """
+
+    parts: Parts
+    entering: Callable[[slice], Array]
+    leave: Callable[[slice, Array], None]
+    dtype: Any
+
+
+def statistics_in_groups(
+    source: LayerSource, index: int, text: Text, own: Own = (), scratch: Path | None = None
+) -> tuple[Sums, Sums]:
+    """Take a text through a layer, and add up its forward sums.
+
+    Args:
+      source: the dense model.
+      index: of a layer with experts.
+      text: what goes through.
+      own: items of `STATISTICS` to add.
+      scratch: folder of states that do not fit in memory; default the system's.
+
+    Returns:
+      (sums of each part, [parts, ...], facts of the weights [1, ...]), as a sweep logs them.
+
+    Raises:
+      FullDiskError: there is no room in the scratch folder.
+    """
+    shape = (*text.parts.batches.tokens.shape, source.config.d_model)
+    with temporary_states(SLOTS, shape, jnp.float32, scratch) as states:
+        rows = text.parts.batches.rows
+        visit = _Visit(text, own, (InSlot(states, 0, rows), InSlot(states, 1, rows)))
+        count = groups_of(source, index)
+        group = group_of(source, index, 0)
+        rest = rest_of(group)
+        visit.begin(rest, no_sums(group, source.config.d_model, len(text.parts.tokens), ()))
+        visit.run(group)
+        for number in range(1, count):
+            del group  # before the next one is read
+            group = group_of(source, index, number)
+            visit.run(group)
+        visit.end(rest)
+        visit.add(group)
+        for number in reversed(range(count - 1)):
+            del group
+            group = group_of(source, index, number)
+            visit.add(group)
+        return visit.sums, visit.facts
+
+
+class _Visit:
+    """What is known of a layer while its groups come and go.
+
+    Args:
+      text: what goes through it.
+      own: items of `STATISTICS` to add.
+      between: where the text lies between groups.
+    """
+
+    def __init__(self, text: Text, own: Own, between: Between):
+        self.sums: Sums = {}
+        self.facts: Sums = {}
+        self._text, self._own, self._between = text, own, between
+        self._weights: list[Array] = []  # of the tokens of each batch
+
+    def begin(self, rest: DecoderLayer, sums: Sums) -> None:
+        """Do what comes before the experts; `sums` of all are zero."""
+        self.sums = sums
+        for number, rows, place in self._batches():
+            keep(self._between, number, layer_begin(rest, self._text.entering(rows), place))
+
+    def run(self, group: DecoderLayer) -> None:
+        """Add what the experts of a group give."""
+        assert isinstance(group.mlp, MoE)
+        own, experts = own_experts(group), group.mlp.config.num_experts
+        for name, value in layer_facts(group).items():  # [1, g, F]
+            shape = (1, experts, value.shape[2])
+            self.facts.setdefault(name, np.zeros(shape))[:, own] = value
+        for number, _, place in self._batches():
+            self._between[1][number] = np.asarray(_observed(group, self._at(number), place))
+
+    def end(self, rest: DecoderLayer) -> None:
+        """Do what comes behind the experts."""
+        for number, rows, place in self._batches():
+            out, weights = _ended(rest, self._at(number), place)
+            self._weights.append(weights)
+            self._text.leave(rows, out)
+
+    def add(self, group: DecoderLayer) -> None:
+        """Add the sums over a group's tokens."""
+        own, owners = own_experts(group), self._text.parts.owner
+        norm = self.facts["down_norm"][0, own]
+        for number, _, place in self._batches():
+            if number >= len(owners):
+                continue  # padding of a process that has fewer batches than others
+            given = self._at(number), place, self._weights[number]
+            found = _sums(group, *given, is_first=not own.start, own=self._own)
+            add_batch(self.sums, owners[number], found[0], norm, own)
+            add_batch(self.sums, owners[number], found[1], norm)
+
+    def _batches(self) -> Iterator[tuple[int, slice, Context]]:
+        batches = self._text.parts.batches
+        return zip(itertools.count(), batches.rows, batches.places)
+
+    def _at(self, number: int) -> Halfway:
+        return taken(self._between, number, self._text.dtype)
+
+
+@jax.jit
+def _observed(group: DecoderLayer, halfway: Halfway, context: Context) -> Array:
+    """Add a group's experts by the program that is also to sum, whose last bits may differ from
+    those of `group_forward`; float32 [B, T, D]."""
+    trace = added_group(group, halfway, context, observe_experts)
+    return trace.routed.reshape(halfway.routed.shape)
+
+
+@jax.jit
+def _ended(rest: DecoderLayer, halfway: Halfway, context: Context) -> tuple[Array, Array]:
+    """The output of a layer [B, T, D], and `token_weights` [N]."""
+    out = layer_end(rest, halfway)
+    return out, token_weights(out.reshape(-1, out.shape[-1]), context.valid.reshape(-1))
+
+
+@partial(jax.jit, static_argnames=("is_first", "own"))
+def _sums(
+    group: DecoderLayer,
+    halfway: Halfway,
+    context: Context,
+    weights: Array,
+    is_first: bool,
+    own: Own,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Sums of a group's experts and, with the first group, those of the layer."""
+    assert isinstance(group.mlp, MoE)
+    trace = group_trace(group, halfway, context, observe_experts)
+    routed = halfway.routed.astype(halfway.dtype)  # as a whole layer's are
+    y = routed.astype(jnp.float32).reshape(-1, routed.shape[-1])
+    sums = expert_sums(group.mlp.experts, trace, weights, y, own)
+    return sums, block_sums(trace, weights, y) if is_first else {}

@@ -1,0 +1,95 @@
+"""Statistics, quality and logits of layers in groups of experts beside those of whole layers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert import open_checkpoint
+from moe_jax.groups import each_group
+from pruning.budget.plan import PruningPlan
+from pruning.measure.settled import settled_logits
+from pruning.scores.collect import collect_statistics, collect_weights
+from pruning.shrink.masked import masked_hidden
+from pruning.shrink.prune import PrunedSource
+from tests.support import tiny
+
+TOKENS = np.random.default_rng(1).integers(0, 96, (5, 12)).astype(np.int32)
+VALID = np.arange(12)[None] < np.array([[12], [7], [12], [3], [12]])
+# Layers without experts, shared experts and routing within groups of experts; biases.
+FAMILIES = {
+    "deepseek_v3": {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+    "gpt_oss": {},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def sources(request, tmp_path_factory):
+    """A model whose layers are taken whole, and in groups of three of its eight experts."""
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    tiny.save(tiny.tiny_model(request.param, **FAMILIES[request.param]), folder)
+    whole, grouped = open_checkpoint(folder), open_checkpoint(folder)
+    grouped.experts_at_once = 3
+    return whole, grouped
+
+
+def test_groups_are_the_experts_of_a_layer_and_the_first_has_the_rest(sources):
+    whole, grouped = sources
+    layer, groups = whole.layer(1), [*each_group(grouped, 1)]
+    assert [(g.mlp.own.start, g.mlp.own.stop) for g in groups] == [(0, 3), (3, 6), (6, 8)]
+    for name in ("w_gate", "w_down"):
+        parts = [np.asarray(getattr(group.mlp.experts, name)) for group in groups]
+        np.testing.assert_array_equal(np.concatenate(parts), getattr(layer.mlp.experts, name))
+    assert groups[0].attention is not None
+    assert all(group.attention is None and group.mlp.shared is None for group in groups[1:])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_statistics_of_groups_have_the_bits_of_whole_layers(sources, dtype):
+    wanted, found = (
+        collect_statistics(source, TOKENS, VALID, batch=2, dtype=dtype).arrays()
+        for source in sources
+    )
+    # Norms of weights, and what has them as a factor, are summed in another order.
+    sized = {name for name in wanted if name.endswith(("_norm", "_l1")) and "output" not in name}
+    for name, value in wanted.items():
+        if name in {*sized, "energy"}:
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_what_the_weights_alone_say_is_the_same(sources):
+    wanted, found = (collect_weights(source).arrays() for source in sources)
+    for name, value in wanted.items():
+        size = np.abs(value).max()
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6 * size, err_msg=name)
+
+
+def test_pruned_and_masked_models_compute_the_same(sources):
+    config = sources[0].config
+    shape = len(config.moe_layers), config.moe.num_experts, config.moe.d_expert
+    keep = np.random.default_rng(0).random(shape) < 0.6
+    keep[0, 2] = False  # an emptied expert
+    plan = PruningPlan(keep, config.moe_layers)
+    # Sums of biases are those of each group: equal to rounding.
+    near = {"rtol": 2e-5, "atol": 2e-5} if config.moe.expert_bias else {"rtol": 0, "atol": 0}
+    wanted, found = (masked_hidden(one, TOKENS, VALID, [plan, plan], batch=2) for one in sources)
+    np.testing.assert_allclose(found, wanted, **near)
+    (wanted, settled), (found, as_settled) = (
+        settled_logits(PrunedSource(one, plan), [TOKENS], 12)[0] for one in sources
+    )
+    np.testing.assert_array_equal(as_settled, settled)
+    np.testing.assert_allclose(found, wanted, **near)
+
+
+def test_the_next_group_is_read_ahead_up_and_down_and_none_beyond_the_layer(sources):
+    grouped = sources[1]
+    for number in (0, 1, 2, 1, 0):
+        grouped.group(1, number)
+    assert grouped._ahead is None
+    grouped.group(1, 0)
+    assert (grouped._ahead[0].first, grouped._ahead[0].stop) == (3, 6)
+    grouped.group(1, 1), grouped.group(1, 2)
+    assert grouped._ahead is None
+    grouped.group(1, 1)
+    assert (grouped._ahead[0].first, grouped._ahead[0].stop) == (0, 3)
