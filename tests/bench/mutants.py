@@ -88,6 +88,13 @@ TESTS = {
     "pruning/runs/places.py": "runs/test_places -k 'not killed'",
     "pruning/recipe/place_options.py": "runs/test_places -k 'not killed'",
     "pruning/scores/states.py": "scores/test_state_slots",
+    "pruning/scores/grouped.py": "scores/test_grouped",
+    "moe_jax/groups.py": "scores/test_grouped",
+    "convert/layer_reader.py": "scores/test_grouped",
+    "pruning/shrink/fewer_experts.py": "shrink/test_fewer_experts",
+    "pruning/runs/calibration_sets.py": "runs/test_calibration_sets",
+    "pruning/runs/layers_alone.py": "runs/test_layers_alone",
+    "pruning/report/comparison_*.py": "report/test_{stem}",
     "pruning/scores/elimination.py": "scores/test_elimination -k 'not plans'",
     "pruning/scores/grams.py": "scores/test_gram_values scores/test_elimination"
     " -k 'gram_values or sums'",
