@@ -156,9 +156,11 @@ def test_repairs_own_selection_is_taken_where_it_loses_least_and_nowhere_else(fi
     """Of doubled channels it keeps one each, and all other rules lose far more."""
     plan, said = PruningPlan.load(finished / "out"), choice_of(finished / "out")
     added = {one["rule"]: one["mean"] for one in said["candidates"]}
-    assert taken(said) == "hull-fair-obs" and plan.provenance["criterion"] == "obs"
     if finished.name.startswith("doubled"):
+        assert taken(said) == "hull-fair-obs" and plan.provenance["criterion"] == "obs"
         assert added.pop("hull-fair-obs") < 0.7 * min(added.values())
+    else:
+        assert taken(said) == min(added, key=added.__getitem__) != "hull-fair-obs"
     for where in ("out/report.html", "out/exports/ragged-bf16/README.md"):
         assert "+nats, repaired" in (finished / where).read_text()
     out = shutil.copytree(finished / "out", tmp_path / "out")

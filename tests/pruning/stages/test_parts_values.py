@@ -172,7 +172,8 @@ def sweeping(monkeypatch, tmp_path):
                                    dtype="bfloat16", spread=ALONE)  # fmt: skip
 
         class Sweep:
-            def __init__(self, source, parts_, asked, dtype, states, log, on_step, spread):
+            def __init__(self, source, parts_, asked, dtype, states, log, on_step, spread, scratch):
+                assert scratch == tmp_path / "s"
                 size = None if states is None else states.state_size
                 happened.append((source is base, parts_.owner, asked, dtype, size, log.done))
                 self.log, self.left = log, asked.steps(base.config) - log.done

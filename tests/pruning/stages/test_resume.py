@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import open_checkpoint
+from convert.layer_reader import LayerReader
 from moe_jax.files import remove_leftovers
 from pruning.budget.plan import PruningPlan
 from pruning.stages import folder as output_folder
@@ -126,7 +127,7 @@ def test_overwriting_scores_again_what_is_finished_and_goes_on_with_what_is_not(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert statistics.stat().st_mtime_ns != first and not (out / "statistics.json").exists()
     with monkeypatch.context() as patch:
-        patch.delattr(Checkpoint, "layer")  # all are through
+        patch.delattr(LayerReader, "layer")  # all are through
         assert run(*arguments, "--overwrite") == 0
     assert statistics.read_bytes() == content and (out / "statistics.json").exists()
     assert not [*out.glob("scoring*")]
