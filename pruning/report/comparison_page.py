@@ -1,7 +1,7 @@
 """A comparison as one self-contained page: loss against prune rate, and the ranking."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,10 +68,10 @@ def comparison_page(found: Comparison) -> str:
     has_front = found.sizes and any(line.bits == 16 for line in found.lines())
     parts = [
         text_html("Which rule loses least?", "h1"),
-        *_by_bytes(found),
-        *_by_compute(found),
-        *_by_tasks(found),
-        *_by_set(found),
+        *_section(found, size_tables, plot_sizes, CAPTION),
+        *_section(found, compute_tables, plot_compute, COMPUTE),
+        *_section(found, task_tables, plot_tasks, TASKS),
+        *_section(found, set_tables, plot_sets, SETS),
         *([figure_html(plot_rates(found), RATES)] if found.rates else []),
         *(
             part
@@ -89,32 +89,15 @@ def comparison_page(found: Comparison) -> str:
     return document("Comparison of pruning rules", parts)
 
 
-def _by_bytes(found: Comparison) -> list[Markup]:
-    tables = size_tables(found)
-    if not tables:
-        return []
-    return [figure_html(plot_sizes(found), CAPTION), *map(long_section, tables)]
-
-
-def _by_compute(found: Comparison) -> list[Markup]:
-    tables = compute_tables(found)
-    if not tables:
-        return []
-    return [figure_html(plot_compute(found), COMPUTE), *map(long_section, tables)]
-
-
-def _by_tasks(found: Comparison) -> list[Markup]:
-    tables = task_tables(found)
-    if not tables:
-        return []
-    return [figure_html(plot_tasks(found), TASKS), *map(long_section, tables)]
-
-
-def _by_set(found: Comparison) -> list[Markup]:
-    tables = set_tables(found)
-    if not tables:
-        return []
-    return [figure_html(plot_sets(found), SETS), *map(long_section, tables)]
+def _section(
+    found: Comparison,
+    tables: Callable[[Comparison], list[TextTable]],
+    plot: Callable[[Comparison], "Figure"],
+    caption: str,
+) -> list[Markup]:
+    """A figure and its tables; nothing where there are none."""
+    shown = tables(found)
+    return [figure_html(plot(found), caption), *map(long_section, shown)] if shown else []
 
 
 def plot_rates(found: Comparison) -> "Figure":

@@ -138,13 +138,7 @@ def _compare(
                   "several times as long as for the standard rules, once")  # fmt: skip
     check_needs(names, recipe.groups)
     with steps.bar("open"):
-        # Of 16-bit weights no group restricts the widths.
-        plain = dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner,
-                                    repair="none")  # fmt: skip
-        job, sets = _open(plain, controls.sets)
-        job = dataclasses.replace(job, spread=spread)
-        if controls.rounds:
-            job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
+        job, sets = _opened(recipe, controls, spread)
     loaded = open_tasks(judged, steps) if judged else {}
     controls.fewer(job.base.config.moe.experts_per_token)  # before the weights are read
     if spread.leads:
@@ -179,6 +173,20 @@ def _compare(
     if spread.leads:
         comparison_page.save(shown, job.output)
     return shown
+
+
+def _opened(
+    recipe: CompressionRecipe, controls: Controls, spread: Spread
+) -> tuple[Job, Mapping[str, TokenBatch]]:
+    """The job of a recipe, whose groups and blocks suit all of the bits, and the sets of text."""
+    # Of 16-bit weights no group restricts the widths.
+    plain = dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner,
+                                repair="none")  # fmt: skip
+    job, sets = _open(plain, controls.sets)
+    job = dataclasses.replace(job, spread=spread)
+    if controls.rounds:
+        job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
+    return job, sets
 
 
 def _open(

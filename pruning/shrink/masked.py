@@ -157,10 +157,10 @@ def masked_hidden(
         for number, (x, plan, how, choice) in enumerate(each):
             masks = _masks(layer, index, plan)
             kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
-            if how in rounded and masks is None:
-                kept = rounded[how]
-            elif how in rounded and masks is not None:
-                kept = rounded_as_cut(rounded[how], kept, np.asarray(masks[0]), group_size, how)
+            if how in rounded:
+                whole = rounded[how]
+                keep = None if masks is None else np.asarray(masks[0])
+                kept = whole if keep is None else rounded_as_cut(whole, kept, keep, group_size, how)
             numbers = None if choice is None else _numbers(choice)
 
             def run(
@@ -178,10 +178,8 @@ def masked_hidden(
         return variants
 
     def in_groups(index: int, variants: Variants) -> Variants:
-        steps = (_masked_step(index, plan) for plan in plans)
-        through_groups(
-            source, index, [(text, x, step) for x, step in zip(variants, steps, strict=True)]
-        )
+        each = zip(variants, plans, strict=True)
+        through_groups(source, index, [(text, x, _masked_step(index, plan)) for x, plan in each])
         return variants
 
     plain = sample is None and {*stored} <= {PLAIN} and not any(choices)
