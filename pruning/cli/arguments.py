@@ -6,13 +6,12 @@ A function here takes the parser of the command of its name.
 import argparse
 from pathlib import Path
 
-from moe_jax.errors import InputError
+from pruning.cli.control_flags import add_controls
 from pruning.cli.flags import add_group, value_of
-from pruning.cli.parser import LIST_ENDS, Parser
+from pruning.cli.parser import Parser
 from pruning.recipe.health_options import HealthOptions
 from pruning.recipe.options import (
     BUDGETS,
-    COMPARED_BITS,
     TEXT_FILES,
     WHOLE_TEXT,
     ExportOptions,
@@ -25,7 +24,6 @@ from pruning.recipe.options import (
 from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 from pruning.recipe.task_options import TaskOptions
-from pruning.recipe.values import parse_amount
 
 MODEL = (
     "checkpoint folder (config.json, safetensors, tokenizer.json), OWNER/NAME[@REVISION] in the "
@@ -70,13 +68,6 @@ def _rates(place: argparse._ActionsContainer, words: str) -> None:
         "--prune-rate", dest="rates", type=value_of(float, is_list=True), nargs="+",
         action="extend", metavar="RATE", help=words,
     )  # fmt: skip
-
-
-def _size(word: str) -> int:
-    try:
-        return parse_amount("target_bytes", word)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(f"{error}; {LIST_ENDS}") from None
 
 
 def _memory(command: Parser) -> None:
@@ -276,52 +267,7 @@ def compare(command: Parser) -> None:
         "patterns such as 'fair*'; all also collects gradients, which takes several times as long",
     )  # fmt: skip
     _rates(place, "fractions of the expert channels to remove, in (0, 1) (default 0.25 0.5)")
-    place.add_argument(
-        "--repair", dest="repaired", nargs="?", const="layer", choices=("expert", "layer"),
-        help="measure every plan with repair without training as well, as compress repairs by "
-        "default (layer) or each expert for itself; takes a repair for every rule and rate",
-    )  # fmt: skip
-    place.add_argument(
-        "--bits", dest="compared_bits", nargs="+", action="extend", metavar="N",
-        type=value_of(int, COMPARED_BITS, is_list=True),
-        help="measure every plan with weights of so many bits, and each of the bits without "
-        "pruning (default 16); fewer are rounded to nearest as the plan's export is; one of "
-        + ", ".join(map(str, COMPARED_BITS)),
-    )  # fmt: skip
-    place.add_argument(
-        "--target-bytes", dest="compared_bytes", nargs="+", action="extend", metavar="SIZE",
-        type=_size,
-        help="also, or without --prune-rate only, compare at equal bytes: in each of the bits "
-        "every rule removes just so much that the written weights are no larger, e.g. 8GB",
-    )  # fmt: skip
-    place.add_argument(
-        "--target-factor", dest="compared_factors", nargs="+", action="extend", metavar="X",
-        type=value_of(float, is_list=True),
-        help="the same by how many times smaller than the model's files, e.g. 4",
-    )  # fmt: skip
-    place.add_argument(
-        "--draws", type=value_of(int), metavar="N",
-        help="draw the calibration text so often, windows with replacement, and plan and measure "
-        "all rules again: errors of losses and differences, and how far what is kept is alike; "
-        "each takes as long as all the rest",
-    )  # fmt: skip
-    place.add_argument(
-        "--calibration-sets", nargs="+", action="extend", metavar="NAME=FILE,NAME=FILE",
-        help="score up to --max-tokens of each of these texts alone and measure what each keeps on "
-        "a part of every one that none has shown, and on --evaluation; FILE as of --calibration, a "
-        "name given twice has two files; without --calibration all else is of equal parts of all",
-    )  # fmt: skip
-    place.add_argument(
-        "--top-k", nargs="+", action="extend", metavar="K", type=value_of(int, is_list=True),
-        help="also measure the whole model with K experts per token, fewer than it has: what a "
-        "token reads and computes shrinks, the folder does not",
-    )  # fmt: skip
-    place.add_argument(
-        "--skip-below", nargs="+", action="extend", metavar="X",
-        type=value_of(float, is_list=True),
-        help="the same, skipping experts whose routing weight is below X times that of the "
-        "token's best expert, e.g. 0.1",
-    )  # fmt: skip
+    add_controls(place)
     title = "Tasks of lm-evaluation-harness, beside the texts"
     add_group(command, TaskOptions, *_others(TaskOptions, "output"), title=title)
     add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
