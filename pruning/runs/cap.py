@@ -13,7 +13,14 @@ from typing import Any
 from convert.checkpoint import Checkpoint
 from convert.description import Description
 from moe_jax.errors import InputError
-from pruning.kit.memory import AMPLE, Allowance, allowing, free_memory, own_memory
+from pruning.kit.memory import (
+    AMPLE,
+    Allowance,
+    allowing,
+    free_memory,
+    keep_no_large_block,
+    own_memory,
+)
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
@@ -100,6 +107,7 @@ def capped(
     cap = own_memory() + free_memory()
     if limit is not None:
         require_within(limit, foretold, cures)
+        keep_no_large_block()
         cap = min(cap, limit)
     experts = base.config.moe.num_experts
     found = dataclasses.replace(allowance_within(cap, foretold, experts), limit=limit)
