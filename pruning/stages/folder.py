@@ -184,7 +184,9 @@ def clear_leftovers(output: Path) -> None:
     """Remove what writes that were killed left in an output folder; its writer is the caller."""
     for plan in (output / "plans").glob("*/"):
         clear_leftovers(plan)
-    for folder in (output, *(output / name for name in FOLDERS)):
+    # Cards are written again in exports that are whole.
+    exports = (output / "exports" / name for name in FORMATS)
+    for folder in (output, *(output / name for name in FOLDERS), *exports):
         remove_leftovers(folder)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.model_card import CARD
 from moe_jax.errors import InputError
-from moe_jax.files import replace_text
+from moe_jax.files import remove_leftovers, replace_text
 from moe_jax.json_files import read_json
 from pruning.kit.fitting import misfits
 from pruning.measure.paired import Paired
@@ -41,6 +41,7 @@ def keep_compared(results: Path, export: Path, rows: Sequence[Paired]) -> None:
     if card.is_file():
         section = card_section(export.name, told[export.name]["rows"])
         before = card.read_text(encoding="utf-8")
+        remove_leftovers(export)
         replace_text(card, ON_CARD.sub(lambda _: section, before, count=1))
 
 

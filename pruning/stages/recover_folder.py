@@ -104,8 +104,8 @@ class RecoverFolder:
             replace_text(self.output / IDENTITY, "{}\n")
             self._remove(OURS)
         self.output.mkdir(parents=True, exist_ok=True)
-        for folder in (self.output, self.output / "exports"):
-            remove_leftovers(folder)
+        for name in (".", "exports", *EXPORTS):  # cards are written again in exports
+            remove_leftovers(self.output / name)
         replace_text(self.output / IDENTITY, yaml.safe_dump(self.identity, sort_keys=False))
 
     def predictions(self, identity: Any = None) -> Path:

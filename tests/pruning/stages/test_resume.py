@@ -190,3 +190,18 @@ def test_what_killed_writers_left_is_cleaned_up_and_nothing_else(tmp_path):
     # b was set aside and its successor never came: it is the only copy
     kept = {"b", "c", "notes.tmp-old", "d.tmp-12", f"d.tmp-{random}0"}
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_what_a_card_that_was_written_again_left_goes_too(tmp_path):
+    half = "README.md.tmp-0123456789abcdef"
+    places = [tmp_path / place / "exports" / EXPORT for place in (".", "plans/0.5")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / half).write_text("half")
+        (place / "README.md").write_text("whole")
+    (tmp_path / "exports" / "mine").mkdir()
+    (tmp_path / "exports" / "mine" / half).write_text("of somebody else")
+    output_folder.clear_leftovers(tmp_path)
+    for place in places:
+        assert [path.name for path in place.iterdir()] == ["README.md"]
+    assert (tmp_path / "exports" / "mine" / half).exists()
