@@ -10,7 +10,7 @@ from typing import Any
 from convert.export_format import why_not_written
 from moe_jax.errors import InputError
 from pruning.cli.parser import LIST_ENDS, OpenNames, near
-from pruning.recipe.group import About, Options, about
+from pruning.recipe.group import About, Options, about, kinds
 from pruning.recipe.options import fields_of
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.recipe.values import AMOUNTS
@@ -41,7 +41,7 @@ def add_group(
             _add_flag(
                 place,
                 field,
-                typing.get_type_hints(group)[field.name],
+                kinds(group)[field.name],
                 about(group, field.name),
                 hidden,
             )

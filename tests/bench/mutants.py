@@ -143,6 +143,7 @@ TESTS = {
     "pruning/measure/quality.py": "measure/test_quality -k 'states or broken or by_hand'",
     "pruning/measure/settled.py": "measure/test_settled -k 'tie or settled_token or is_gone'",
     "pruning/measure/*.py": "measure/test_{stem}",
+    "pruning/runs/compared_tasks.py": "runs/test_compared_tasks",
     "pruning/runs/compare*.py": "runs/test_compare_values",
     "pruning/runs/plan_groups.py": "runs/test_compare_values",
     "pruning/report/comparison.py": "report/test_comparison",
