@@ -1,6 +1,9 @@
 """Layers that are pruned alone, and what the concentration of their scores foretells of it."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +83,22 @@ def test_tables_and_figure_show_every_layer():
         wanted = [[one[name], one["masked"]] for one in found["rows"]]
         np.testing.assert_allclose(axes.collections[0].get_offsets(), wanted)
         assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4", "5"]
+
+
+def test_losses_are_of_a_token_that_is_predicted(monkeypatch):
+    lost = np.array([3.0, 6.0])
+    monkeypatch.setattr(layers_alone, "losses_alone", lambda *given: lost)
+    monkeypatch.setattr(layers_alone, "concentration_report", lambda *given: {"given": given})
+    # The first of a window is not predicted, nor what follows padding.
+    valid = np.array([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 0]], bool)
+    base = SimpleNamespace(config=SimpleNamespace(moe_layers=(1, 2)))
+    job: Any = SimpleNamespace(recipe=SimpleNamespace(used_criterion="act"), base=base)
+    steps: Any = None
+    channel = np.arange(24.0).reshape(2, 3, 4)
+    text = (np.zeros((3, 4), np.int32), valid)
+    found = layers_alone.report_alone(job, channel, 0.5, text, Path("there"), steps)
+    assert (found["rate"], found["criterion"]) == (0.5, "act")
+    assert found["given"][2].tolist() == [0.75, 1.5] and found["given"][3] == (1, 2)
 
 
 def test_each_layer_is_pruned_alone_and_measured_once(scored, models, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Statistics, quality and logits of layers in groups of experts beside those of whole layers."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,3 +95,27 @@ def test_the_next_group_is_read_ahead_up_and_down_and_none_beyond_the_layer(sour
     assert grouped._ahead is None
     grouped.group(1, 1)
     assert (grouped._ahead[0].first, grouped._ahead[0].stop) == (0, 3)
+
+
+def test_the_layer_read_ahead_is_the_next_one_of_a_sweep_up_or_down(tmp_path):
+    tiny.save(tiny.tiny_model("mixtral", num_hidden_layers=4), tmp_path / "model")
+    source: Any = open_checkpoint(tmp_path / "model")
+
+    def ahead(*indices: int) -> list[int | None]:
+        found = []
+        for index in indices:
+            source.layer(index)
+            found.append(source._ahead and source._ahead[0].index)
+        return found
+
+    assert ahead(0, 1, 2, 3) == [1, 2, 3, None]
+    assert ahead(2, 1, 0) == [1, 0, None]
+    assert ahead(3, 1, 3) == [None, None, None]  # no sweep
+    assert ahead(2, 3, 0) == [1, None, 1]
+    source.experts_at_once = 3
+    source.layer(0)  # taken whole all the same, and so is the next one
+    assert (source._ahead[0].first, source._ahead[0].stop) == (0, 8)
+    source.group(0, 0)
+    assert (source._ahead[0].index, source._ahead[0].first, source._ahead[0].stop) == (0, 3, 6)
+    source.experts_at_once = None
+    assert ahead(0) == [1]
