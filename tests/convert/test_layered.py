@@ -136,6 +136,7 @@ def test_a_layered_folder_exports_as_any_other_source(exported, tmp_path, name):
         }
 
 
+@pytest.mark.slow
 def test_the_command_plans_one_width_per_layer_and_pads_nothing(models, texts, tmp_path):
     out = tmp_path / "out"
     options = ("--layer-rate", "0=0.25", "--prune-rate", 0.5, "--block", 16, "--bits", 16,

@@ -128,6 +128,7 @@ FORMATS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # every format of one family, every family in one of each width
     ("checkpoint", "name"),
     [("deepseek_v3", name) for name in FORMATS]
@@ -344,6 +345,7 @@ def drafting(tmp_path_factory):
     return tiny.add_tokenizer(folder)
 
 
+@pytest.mark.slow
 def test_the_commands_write_verify_and_describe_what_was_chosen(drafting, tmp_path, capsys):
     assert run("inspect", drafting, "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)

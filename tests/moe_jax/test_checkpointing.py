@@ -158,6 +158,7 @@ def assert_same(ours, theirs):
 logits = jax.jit(lambda model, tokens: model(tokens))
 
 
+@pytest.mark.slow
 @each_model
 def test_a_model_comes_back_bit_for_bit_and_computes_the_same(name, tmp_path):
     model = MODELS[name]()
@@ -397,6 +398,7 @@ def on_eight_devices(tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.slow
 def test_restored_over_devices_each_holds_its_part_and_no_more(on_eight_devices):
     model, folder = on_eight_devices
     placed = json.loads((folder / "placed.json").read_text())

@@ -39,6 +39,7 @@ def model():
     return random_model(CONFIG)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_generation_equals_repeated_full_forwards_for_prompts_of_unequal_length(name):
     model = random_model(CONFIGS[name])

@@ -53,6 +53,7 @@ def their_generation(reference, *, stop: int | None = None) -> list[list[int]]:
     return [row[: row.index(stop) + 1] if stop in row else row for row in out]
 
 
+@pytest.mark.slow
 def test_greedy_generation_equals_transformers_for_prompts_of_unequal_length(model, reference):
     theirs = their_generation(reference)
     assert generate(model, PROMPTS, max_new_tokens=NEW) == theirs
@@ -67,6 +68,7 @@ def test_generation_stops_where_transformers_stops(model, reference):
     assert len(theirs[1]) <= 3 < NEW
 
 
+@pytest.mark.slow
 def test_top_k_sampling_draws_all_of_the_k_likeliest_tokens_and_no_other(model, reference):
     prompt = PROMPTS[0]
     tokens = np.array([prompt], np.int32)
@@ -92,6 +94,7 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(folder, referenc
     assert error(ours, theirs) < 0.02 * np.abs(exact).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("padding", [1, 5, 20])
 def test_padding_changes_no_logit(model, reference, side, padding):

@@ -66,6 +66,7 @@ class Reading:
         return self.model.layer(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 3, 8])
 def test_streamed_states_equal_those_of_the_whole_model(model, text, batch):
     tokens, valid = text

@@ -166,6 +166,7 @@ def test_reading_and_writing_back_returns_every_byte_and_every_name(base):
     assert all(written[name].tobytes() == value.tobytes() for name, value in original.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n in find_family("deepseek").formats if ExportFormat(n).bits != 8]
 )

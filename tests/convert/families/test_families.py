@@ -54,6 +54,7 @@ def test_every_stock_family_of_transformers_is_here():
     assert stock == VARIANTS.keys() == EXPORTED.keys()
 
 
+@pytest.mark.slow
 @each_variant
 def test_logits_equal_transformers(family, variant, tmp_path):
     model = tiny.tiny_model(family, **VARIANTS[family][variant])
@@ -289,6 +290,7 @@ def check_codes(folder, base, plan, *, shared_down_doubled: bool = False) -> Non
     assert len(parts) >= 6  # three of experts, and attention at least
 
 
+@pytest.mark.slow
 @each_export
 def test_an_export_is_the_pruned_model_in_jax_and_in_stock_transformers(pruned, tmp_path, name):
     base, plan, reference = pruned

@@ -23,6 +23,7 @@ SIZES = {"hidden_size": 128, "num_experts_per_tok": 2}
 WIDTH = {"mixtral": "intermediate_size", "olmoe": "intermediate_size"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [f for f in EXPORTED if FLOAT8 in find_family(f).formats])
 def test_the_pruned_model_in_8_bits_is_the_same_everywhere(family, tmp_path):
     sizes = EXPORTED[family] | SIZES | {WIDTH.get(family, "moe_intermediate_size"): 256}

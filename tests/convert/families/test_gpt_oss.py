@@ -397,6 +397,7 @@ def folder(tmp_path_factory):
     return tiny.add_tokenizer(folder)
 
 
+@pytest.mark.slow
 def test_the_command_compresses_to_four_bit_floats_by_default(folder, tmp_path, capsys):
     assert run("inspect", folder, "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)

@@ -233,6 +233,7 @@ def coded(plan, tmp_path_factory):
     return base, pruned, with_codes(pruned, path / "codes", 32), found
 
 
+@pytest.mark.slow
 def test_gptq_rounds_all_but_linear_attention(coded, plan):
     base, _, source, errors = coded
     for index, error in enumerate(errors):
@@ -276,6 +277,7 @@ def test_untouched_tensors_are_exported_byte_for_byte(coded, plan, tmp_path, nam
 # --- the command, and who loads what it writes ---
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_leaves_out_and_its_folders_load_in_transformers(
     folder, tmp_path, capsys
 ):
@@ -303,6 +305,7 @@ NEXT = QWEN | {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "parallel", "vllm", "sglang", "llama"),
     [

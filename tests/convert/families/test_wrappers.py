@@ -148,6 +148,7 @@ def test_a_format_that_no_multimodal_class_reads_is_refused(checkpoint, name):
         export.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["glm4v_moe", "kimi_k25"], indirect=True)
 def test_a_text_model_in_4_bits_is_verified_inside_the_whole(checkpoint, tmp_path):
     base, plan, reference = checkpoint
@@ -291,6 +292,7 @@ def test_without_a_format_named_those_of_the_family_are_estimated(checkpoint, ca
     assert list(told["exports"]) == ["padded-bf16", *packed] and told["memory"]["export"] > 0
 
 
+@pytest.mark.slow
 @each_wrapper
 def test_the_command_line_applies_a_plan_and_verifies_it_in_the_multimodal_class(
     checkpoint, tmp_path, capsys

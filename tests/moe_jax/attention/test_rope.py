@@ -64,6 +64,7 @@ def their_logits(model, tokens) -> np.ndarray:
     return tiny.torch_logits(model, tokens, np.ones(tokens.shape, bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_transformers(family, kind, tmp_path):

@@ -148,6 +148,7 @@ def test_gradients_of_a_gated_expert_equal_those_of_masked_dense_products(layout
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("form", ["kernels", "ragged_dot"])
 @pytest.mark.parametrize("of_rows", [jnp.float32, jnp.bfloat16])
@@ -164,6 +165,7 @@ def test_every_form_equals_the_loops_over_tiles(layout, form, of_rows, of_weight
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [16, 128])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_kernels_of_many_blocks_steps_and_tiles_equal_numpy(tile, dtype):

@@ -94,6 +94,7 @@ def dense_output(x, weight, gates, dense, chosen, valid):
     return jnp.einsum("nke,ned->nd", share, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [routed_experts, routed_experts_by_rows])
 def test_output_and_every_gradient_equal_a_dense_einsum(problem, form):
     p, d = problem, problem["dispatch"]
@@ -154,6 +155,7 @@ def gate_magnitudes(p, pull):
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not on_cpu(), reason="only the loops of a CPU take kept projections")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_known_projections_give_the_gradient_of_computed_ones(problem, dtype):

@@ -64,6 +64,7 @@ def changed_torch(model, plan) -> np.ndarray:
     return tiny.torch_logits(model, TOKENS, np.ones(TOKENS.shape, bool))
 
 
+@pytest.mark.slow
 def test_a_pruned_model_adds_the_constants(model):
     base, plan, wanted = model
     ours = logits(PrunedSource(base, plan), TOKENS)
@@ -80,6 +81,7 @@ def test_a_pruned_model_adds_the_constants(model):
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ragged-bf16", "ragged-int4"])
 def test_a_ragged_folder_keeps_the_constants(model, tmp_path, name):
     base, plan, wanted = model
@@ -160,6 +162,7 @@ def compressed(models, texts, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_compress_puts_the_mean_output_in_the_place_of_experts(compressed):
     statistics, _ = load_statistics(compressed / "statistics.safetensors")
     plan = PruningPlan.load(compressed)

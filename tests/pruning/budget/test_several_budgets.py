@@ -111,6 +111,7 @@ def size(counts):
     return 30.0 * counts.sum() + 10.0 * (counts > 0).sum() + 1000.0
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([1, 3, 4]), st.floats(1.0, 1.2 * 3960.0))
 def test_the_plan_is_within_the_target_and_one_step_more_would_not_be(block, target):

@@ -49,6 +49,7 @@ def made(models, tmp_path_factory):
             "native": kimi(folder / "four")}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "flags", "cures"),
     [

@@ -167,6 +167,7 @@ def fetch(tmp_path, *arguments, **changes) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_download_brings_what_we_read_and_is_found_without_a_network(models, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(models / "sharded", source)

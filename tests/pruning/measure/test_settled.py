@@ -93,6 +93,7 @@ def test_a_model_of_which_an_expert_is_gone_is_settled_where_the_others_are(mode
         assert settled.all() == all_settled == settled.any()
 
 
+@pytest.mark.slow
 def test_positions_behind_a_near_tie_in_their_window_are_not_settled(models):
     source = open_checkpoint(models / "single", dtype=jnp.float32)
     tokens = np.random.default_rng(0).integers(0, 300, (5, 12)).astype(np.int32)
@@ -212,6 +213,7 @@ def test_a_model_whose_router_is_nearly_undecided_passes(models, texts, tmp_path
     assert "logits in transformers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_padded_four_bit_folder_is_compared_with_the_experts_that_transformers_makes_of_it(
     models, texts, tmp_path
 ):

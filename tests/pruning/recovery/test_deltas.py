@@ -45,6 +45,7 @@ def spans(index: int):
     return [(e, slice(ends[e] - n, ends[e])) for e, n in enumerate(COUNTS[index])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_changes_begin_as_nothing_bit_for_bit(student, kind):
     np.testing.assert_array_equal(logits(with_merged(student, KINDS[kind])), logits(student))
@@ -107,6 +108,7 @@ def test_a_pruned_student_gets_no_channel_back(student):
             np.testing.assert_array_equal(getattr(found, name)[sum(COUNTS[0]) :], 0)
 
 
+@pytest.mark.slow
 def test_the_magnitudes_have_a_gradient_and_change_the_output(student):
     config = KINDS["dora"]
     layer = student.layers[1]

@@ -67,6 +67,7 @@ def test_a_long_text_is_predicted_part_by_part(texts, tmp_path, monkeypatch):
     np.testing.assert_allclose(found["logp"], text.predictions["logp"][:10], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_experts_and_router_are_those_of_torch(tmp_path):
     theirs = tiny.tiny_model("qwen3_moe")
     ours = load_model(tiny.save(theirs, tmp_path / "model"))
@@ -118,6 +119,7 @@ def test_gradients_of_experts_and_router_are_those_of_torch(tmp_path):
         np.testing.assert_allclose(gradient["router"][str(index)], router, atol=limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "rate"),
     [

@@ -39,6 +39,7 @@ def error(dense, student) -> float:
     return float(np.mean(np.square(found - wanted).sum(-1) / np.square(wanted).sum(-1)))
 
 
+@pytest.mark.slow
 def test_each_layer_comes_nearer_to_the_dense_one_and_so_does_the_model(models):
     dense, student = models
     told = {}
@@ -57,6 +58,7 @@ def test_a_student_that_is_the_dense_model_has_nothing_to_learn(models):
     assert error(dense, same) < 1e-8
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_where_an_undisturbed_one_does(models, tmp_path):
     told, killed = {}, {}
     straight = fit_layers(*models, COURSE, on_layer=told.__setitem__)

@@ -142,6 +142,7 @@ def test_padding_is_told_apart_from_parameters(scored, padded):
     assert "The folder stores" not in ragged
 
 
+@pytest.mark.slow
 def test_the_lines_for_transformers_run_in_a_padded_and_in_a_ragged_folder(
     scored, padded, tmp_path
 ):

@@ -471,6 +471,7 @@ def test_what_was_not_run_says_why():
     assert checks_table(whole(verification=failed)).rows[0][1] == "1 FAILED"
 
 
+@pytest.mark.slow
 def test_a_check_of_an_export_is_ok_failed_or_not_done_and_says_why():
     name, row = "logits in transformers", "every export computes the same in transformers"
     said = {"export": "ragged-int4", "check": name, "ok": True, "detail": "not done: 1 GB is free"}

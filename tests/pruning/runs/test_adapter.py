@@ -47,6 +47,7 @@ def read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     return config, changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trained",
     [("--train", "lora", "--rank", 5, "--attention-rank", 3),

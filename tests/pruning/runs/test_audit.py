@@ -184,6 +184,7 @@ def test_an_audit_writes_numbers_rows_and_a_page(audited):
     assert "@TITLE@" not in page and not re.search(r'(src|href)="(?!data:)', page)
 
 
+@pytest.mark.slow
 def test_an_interrupted_audit_goes_on_where_it_stopped(audited, models, texts, monkeypatch):
     record = audited / RECORD
     lines = record.read_text().splitlines(keepends=True)
@@ -238,6 +239,7 @@ def test_a_sample_that_measures_nothing_is_refused(scored, capsys, flags, messag
     assert message in command.refused(capsys, scored, "audit", scored, *flags)
 
 
+@pytest.mark.slow
 def test_a_record_keeps_what_was_measured_under_every_key(scored, tmp_path, capsys):
     out = tmp_path / "out"
 

@@ -88,6 +88,7 @@ def thrifty(monkeypatch):
 FLAGS = ("--gradients", "--weight-gradients", "--nll-ig", 2, "--nll-ablate", "--window", 64)
 
 
+@pytest.mark.slow
 def test_a_run_with_the_least_memory_gives_the_same_bytes(
     models, texts, tmp_path, monkeypatch, thrifty
 ):
@@ -186,6 +187,7 @@ def test_every_command_refuses_too_little(scored, models, texts, tmp_path, capsy
             command(recipe, steps=Steps(quiet=True))
 
 
+@pytest.mark.slow
 def test_an_estimate_says_what_stages_take_within_the_limit(tmp_path):
     # What scoring takes without gradients is of one layer: more of them are more tensors to list.
     (tmp_path / "config.json").write_text(json.dumps(LARGE | {"num_hidden_layers": 4}))
@@ -224,6 +226,7 @@ def test_other_processes_have_what_the_limit_leaves():
         assert free_memory() == 0
 
 
+@pytest.mark.slow
 def test_under_a_limit_no_process_waits_for_the_next_question(scored):
     client._end()
     for limit, waiting in (("100GB", 0), (None, 1)):

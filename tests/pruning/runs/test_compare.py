@@ -222,6 +222,7 @@ def repairable(recipe, tmp_path) -> CompressionRecipe:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
     rules, steps = ["uniform-act", "fair-energy"], Steps(quiet=True)
     plain = comparing.compare(repairable, [0.5], rules, steps=steps)

@@ -57,6 +57,7 @@ def output(tmp_path_factory, text) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_output_folder_keeps_its_contract(output):
     names = {path.name for path in output.iterdir()}
     assert {"recipe.yaml", "model.json", "statistics.safetensors", "statistics.json", "plan.json",

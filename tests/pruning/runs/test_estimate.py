@@ -70,6 +70,7 @@ def estimated(folder, tmp_path, *arguments) -> list[dict]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EXPORTED)
 def test_sizes_are_within_one_percent_of_what_is_written(family, tmp_path):
     folder = saved(family, tmp_path / "model")

@@ -41,6 +41,7 @@ def test_continuations_and_their_entropy_are_those_of_transformers(models, texts
     assert health["followed"] is None
 
 
+@pytest.mark.slow
 def test_a_pruned_model_stands_beside_the_dense_one(scored, texts, tmp_path, capsys):
     export, out = scored / "exports" / "ragged-bf16", tmp_path / "found.json"
     arguments = ("--generate", 3, "--new-tokens", NEW, "--json", out)

@@ -81,6 +81,7 @@ def experts(plan):
                 yield f"model.layers.{layer}.mlp.experts.{expert}.", keep
 
 
+@pytest.mark.slow
 def test_channels_are_cut_on_the_grid_and_codes_copied(model, compressed):
     report, folder = compressed
     plan = PruningPlan.load(folder)

@@ -68,6 +68,7 @@ def test_an_export_that_says_nothing_is_judged_by_its_content(out, capsys):
     assert run("--quiet", "verify", out) != 0
 
 
+@pytest.mark.slow
 def test_a_report_of_an_older_plan_is_marked_and_unmarked(models, texts, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--quiet", "compress", models / "single", *given(texts, out), "--bits", 16) == 0

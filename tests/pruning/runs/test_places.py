@@ -26,6 +26,7 @@ from tests.support.processes import run_in_all
 README = Path(__file__).parents[3] / "moe_jax" / "README.md"
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one_also_after_one_of_them_was_killed(
     models, texts, scored, tmp_path
 ):

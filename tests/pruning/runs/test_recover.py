@@ -56,6 +56,7 @@ def trained(scored, recovered):
     return student, deltas, recovered_source(student.source, deltas, FULL)
 
 
+@pytest.mark.slow
 def test_the_16_bit_export_computes_what_the_trained_student_does(recovered, trained):
     student, _, model = trained
     wanted, found = logits(model), logits(load_model(recovered / "exports/ragged-bf16"))
@@ -139,6 +140,7 @@ class Stopping(Steps):
             yield step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["model", "layer"])
 def test_a_killed_run_equals_an_undisturbed_one_bit_for_bit(scored, texts, tmp_path, mode):
     def train(name: str, stop: int = -1) -> Path:
@@ -230,6 +232,7 @@ def repaired(models, tmp_path_factory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_an_export_that_was_not_repaired_is_trained_as_it_is(repaired):
     steps = Steps(quiet=True)
     plain = Path(shutil.copytree(repaired, repaired.parent / "plain"))
@@ -252,6 +255,7 @@ def weights(export: Path) -> dict[str, np.ndarray]:
     return {name: one for name, one in found.items() if not name.endswith("mlp.gate.weight")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "mode"), [(".", "model"), (".", "layer"), ("exports/ragged-bf16", "model")]
 )

@@ -46,6 +46,7 @@ def by_hand(model, tokens: np.ndarray, valid: np.ndarray, counted: np.ndarray) -
     return float(np.mean(spent))
 
 
+@pytest.mark.slow
 def test_prompts_are_neither_learnt_nor_measured(student, tmp_path):
     text, output = student / "chat.jsonl", tmp_path / "out"
     how = {"tokens": 2048, "window": 64, "batch": 4, "train": "router", "next_token": 1.0}

@@ -70,6 +70,7 @@ def stored(folder) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_repairs_by_default_and_says_so(out, models, text, tmp_path):
     report = CompressionReport.load(out / "report.json")
     found = report.repair

@@ -98,6 +98,7 @@ def ours(folder: Path, output: Path, limit: int, *options) -> tuple[dict, dict]:
     return json.loads(results.read_text()), samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["with <s>", "without"])
 def test_answers_and_measures_are_those_of_the_harness_own_model(folder, tmp_path, first):
     limit, how = (40, {}) if first else (5, {"add_bos_token": False})

@@ -78,6 +78,7 @@ def expected(model, text) -> tuple[float, list[float]]:
     return float(whole_loss(model, *text)), losses
 
 
+@pytest.mark.slow
 def test_every_ablated_loss_is_that_of_a_model_changed_by_hand(model, text, expected):
     dense, losses = ablate(model, *text, ABLATIONS, batch=2)
     # Losses of some 100 nats in float32.

@@ -17,6 +17,7 @@ def source(tmp_path_factory):
     return open_checkpoint(tiny.save(tiny.tiny_model("gpt_oss"), folder))
 
 
+@pytest.mark.slow
 def test_statistics_of_experts_with_biases(source):
     tokens, valid = tiny.tokens_and_mask(2, 12)
     how = {"gradients": True, "expert_details": True, "batch": 1}
@@ -33,6 +34,7 @@ def test_statistics_of_experts_with_biases(source):
     assert max(far.values()) < 0.1, far
 
 
+@pytest.mark.slow
 def test_ablations_of_experts_with_biases(source):
     tokens, valid = tiny.tokens_and_mask(2, 12)
     chosen = [Ablation(0, 1), Ablation(1, 2, reroute=True), Ablation(1, 0, 3)]

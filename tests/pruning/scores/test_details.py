@@ -56,6 +56,7 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_vectors_and_pairs_equal_loops_over_tokens(statistics, routed):
     for slot, (_, rows) in enumerate(routed):
         inputs, outputs, squares = (np.zeros((E, D)) for _ in range(3))
@@ -142,6 +143,7 @@ def whole_loss(model, tokens, valid, counted):  # noqa: F811
     return jnp.sum(jnp.where(valid[:, 1:] & valid[:, :-1] & counted[:, 1:], nll, 0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [False, True], ids=["all", "without prompts"])
 def test_weight_times_gradient_equals_autograd_of_the_whole_model(model, batch, prompts):  # noqa: F811
     tokens, valid = map(jnp.asarray, batch)

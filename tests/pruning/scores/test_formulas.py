@@ -494,6 +494,7 @@ def test_every_entry_has_its_formula():
     assert set(EXPERTS) == set(EXPERT_CRITERIA)
 
 
+@pytest.mark.slow
 def test_the_text_leaves_no_expert_unrouted_and_reaches_none_with_all(model):
     for block in model.blocks:
         routed = [len(rows) for rows in block.rows]
@@ -505,6 +506,7 @@ def test_a_statistic_is_its_sum_over_tokens(model, name):
     close(model.found[name], FIELDS[name](model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "collect"),
     [

@@ -233,6 +233,7 @@ def test_abs_and_squared_scores_sum_over_single_tokens(model, batch, statistics)
     assert (statistics.abs_taylor >= np.abs(statistics.taylor) - 1e-6).all()
 
 
+@pytest.mark.slow
 def test_order_batch_size_and_padding_change_nothing(model, batch, statistics):
     tokens, valid = batch
     order = np.array([4, 1, 5, 0, 3, 2])
@@ -246,6 +247,7 @@ def test_order_batch_size_and_padding_change_nothing(model, batch, statistics):
     assert other.total_tokens == statistics.total_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not on_cpu(), reason="only the loops of a CPU take kept projections")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_projections_kept_within_their_budget_change_no_score(model, batch, monkeypatch, dtype):
@@ -304,6 +306,7 @@ def test_tile_sums_ignore_padding_rows():
     np.testing.assert_array_equal(dispatch.tokens, [2, 3, 0])
 
 
+@pytest.mark.slow
 def test_the_way_back_ends_at_the_lowest_layer_with_experts():
     config = dataclasses.replace(CONFIG, dense_layers=(0,))
     found, visits, read = init(config, jax.random.key(0)), [], []

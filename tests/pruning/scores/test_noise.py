@@ -80,6 +80,7 @@ def worth_by_hand(
     return np.stack(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_worth_equals_loops_over_rows_and_experts_and_is_the_same_twice(family, tmp_path):
     model = tiny.tiny_model(family, **VARIANTS[family][FAMILIES[family]])

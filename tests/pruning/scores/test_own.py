@@ -28,6 +28,7 @@ def routed():
     return HiddenRows(*rows), dispatch, owner, own
 
 
+@pytest.mark.slow
 def test_sums_are_those_of_a_loop_over_tokens(routed):
     rows, dispatch, owner, (hidden, weight, square) = routed
     given = (

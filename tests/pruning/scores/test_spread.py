@@ -40,6 +40,7 @@ def on_four(models, texts, batch, tmp_path_factory):  # noqa: F811
         return dict(found), folder
 
 
+@pytest.mark.slow
 def test_sums_on_four_devices_are_those_of_one(model, batch, on_four):  # noqa: F811
     # Two batches, each on two devices, which have half of the experts each.
     wanted = collect_statistics(model, *batch, gradients=True, batch=3).arrays()

@@ -57,6 +57,7 @@ def weights(layer) -> dict[str, np.ndarray]:
     return {name: np.asarray(dequantize(w)).astype(np.float32) for name, w in parts.items()}
 
 
+@pytest.mark.slow
 def test_on_the_shipped_model_outputs_are_nearer_and_weights_farther_than_by_rounding(demo):
     layer, seen, (held, context) = demo
     quantised, coverage = gptq_layer(layer, seen, 32)
@@ -151,6 +152,7 @@ def coded(request, tmp_path_factory):
     return base, plan, folder / "codes", tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ragged-int4", "layered-int4", "padded-int4"])
 def test_an_export_holds_the_codes_bit_for_bit(coded, tmp_path, name):
     base, plan, codes, tokens = coded
@@ -211,6 +213,7 @@ def test_one_window_is_too_little_text(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
     models, texts, tmp_path
 ):
@@ -234,6 +237,7 @@ def test_the_command_line_runs_gptq_and_exports_again_without_running_it_twice(
     assert all(first[name].tobytes() == again[name].tobytes() for name in first)
 
 
+@pytest.mark.slow
 def test_damaged_codes_are_named_by_verify_and_chosen_again_by_export(
     models, texts, tmp_path, capsys
 ):
@@ -274,6 +278,7 @@ def test_damaged_codes_are_named_by_verify_and_chosen_again_by_export(
             assert written.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_codes_are_those_of_a_text_wherever_it_lies(models, texts, tmp_path, capsys):
     out, text = tmp_path / "out", tmp_path / "text.txt"
     shutil.copy(texts / "good.txt", text)
@@ -289,6 +294,7 @@ def test_codes_are_those_of_a_text_wherever_it_lies(models, texts, tmp_path, cap
     assert {path.name: path.stat().st_mtime_ns for path in (out / "gptq").iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_run_that_dies_goes_on_at_the_next_layer_and_ends_the_same(tmp_path, dtype):
     source, random = init(CONFIG, jax.random.key(0)), np.random.default_rng(0)

@@ -104,6 +104,7 @@ def experts_of(layer):
     return layer.mlp.experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["expert", "layer"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_repaired_model_is_nearer_to_the_dense_one_on_text_that_it_did_not_see(

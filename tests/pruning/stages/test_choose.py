@@ -72,6 +72,7 @@ def masked(folder, plan) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_the_choice_is_that_of_brute_force(models, finished, choice, tmp_path):
     """Every rule planned by its own name, masked by hand, and run by transformers."""
     job = open_job(load_recipe(finished / "recipe.yaml"))

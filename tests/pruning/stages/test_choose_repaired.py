@@ -127,6 +127,7 @@ def refitted(place, plan: PruningPlan) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_the_choice_is_that_of_brute_force(finished):
     """Every rule planned by its own name, refitted row by row, and run by transformers."""
     out, said = finished / "out", choice_of(finished / "out")

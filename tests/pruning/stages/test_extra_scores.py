@@ -44,6 +44,7 @@ def test_every_attribution_is_stored_and_serves_a_plan(folder, capsys):
     assert np.corrcoef(flat).min() > 0.3
 
 
+@pytest.mark.slow
 def test_prompts_are_in_none_of_them_where_answers_alone_count(models, tmp_path):
     model = shutil.copytree(models / "single", tmp_path / "model")
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

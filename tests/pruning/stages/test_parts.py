@@ -60,6 +60,7 @@ DETAILS, GRADIENTS = ("--expert-details",), ("--gradients",)
 
 
 # Of two layers: up, up, and with gradients the loss, down, down.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "flags", "left"),
     [
@@ -141,6 +142,7 @@ def test_overwriting_an_interrupted_sweep_with_other_options_leaves_nothing_of_i
     assert not [*scratch.iterdir()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "layers"),
     [(DETAILS, [0, 1]), (GRADIENTS, [0, 1, 1, 0])],

@@ -194,6 +194,7 @@ def test_an_export_that_saves_nothing_says_so_and_what_would(scored, tmp_path, c
     assert "an expert of every layer keeps all 64 channels" in shown and "--width layer" in shown
 
 
+@pytest.mark.slow
 def test_little_text_and_nothing_to_evaluate_are_said_before_the_work(
     models, texts, tmp_path, capsys
 ):
@@ -232,6 +233,7 @@ def test_of_a_large_file_the_part_that_is_read_is_said(models, texts, capsys):
         assert words in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [[], ["--width", "free"], ["--width", "uniform"]])
 @pytest.mark.parametrize("block", [[], ["--block", "32"], ["--minimum", "32"]])
 def test_plans_and_exports_agree_under_every_mix_of_flags(scored, tmp_path, width, block):

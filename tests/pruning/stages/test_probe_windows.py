@@ -147,6 +147,7 @@ def written(folder, out) -> list[Check]:
     return apply_plan(out, str(folder), out.with_name("out"), export=["padded-bf16"])
 
 
+@pytest.mark.slow
 def test_a_rope_stretched_at_32768_positions_is_compared_there(stretched, tmp_path, monkeypatch):
     checks = written(stretched, tmp_path / "plan")
     apart = [check for check in checks if "far apart" in check.check]
