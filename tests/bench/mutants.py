@@ -117,7 +117,8 @@ TESTS = {
     "pruning/budget/whole_experts.py": "budget/test_whole_experts budget/test_values",
     "pruning/budget/candidates.py": "budget/test_candidates",
     "pruning/budget/outliers.py": "budget/test_outliers",
-    "pruning/budget/decide.py": "budget/test_record budget/test_decide budget/test_widths",
+    "pruning/budget/decide.py": "budget/test_record budget/test_decide budget/test_widths"
+    " budget/test_outliers",
     "pruning/budget/record.py": "budget/test_record budget/test_plan budget/test_values",
     "pruning/budget/rule.py": "budget/test_rules",
     "pruning/budget/rules.py": "budget/test_rules",

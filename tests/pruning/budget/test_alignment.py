@@ -7,6 +7,7 @@ from pruning.budget.alignment import (
     best_channels,
     check_block,
     legal_minimum,
+    of_groups,
     redistribute,
     uniform_counts,
 )
@@ -211,3 +212,22 @@ def test_best_channels_are_those_of_a_stable_sort(values, counts):
     for place in np.ndindex(2, 2):
         order = sorted(range(6), key=lambda c: (-scores[place][c], c))
         assert np.flatnonzero(keep[place]).tolist() == sorted(order[: counts[place]])
+
+
+def test_what_a_layer_frees_it_hands_out_itself_if_asked():
+    counts = np.array([[5, 5, 5, 5], [7, 7, 7, 7]])
+    given = {"d_expert": 12, "block": 4, "attribution": np.zeros((2, 4))}
+    alone = redistribute(counts, **given, per_layer=True)
+    assert alone.tolist() == [[8, 4, 4, 4], [8, 8, 8, 4]]
+    # Together those that lost most come first, wherever they are.
+    assert redistribute(counts, **given).tolist() == [[4, 4, 4, 4], [8, 8, 8, 8]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 12])
+def test_groups_score_their_mean(size):
+    scores = np.random.default_rng(0).random((2, 3, 12))
+    found = of_groups(scores, size)
+    for layer, expert, channel in np.ndindex(*scores.shape):
+        first = channel // size * size
+        wanted = sum(scores[layer, expert, first : first + size]) / size
+        assert found[layer, expert, channel] == pytest.approx(wanted, rel=1e-15)

@@ -130,6 +130,13 @@ def test_a_rate_of_its_own_holds_for_the_only_layer_too():
         assert found.counts.sum() == (1 - rate) * E * F
 
 
+def test_layers_share_whole_blocks():
+    # 6 blocks and 3 channels that are none: 4.47 and 1.53 blocks, not 5.03 and 1.72
+    given = {"channels": 27, "block": 4, "experts_per_token": 1, "planner": "fair"}
+    plan = plan_of(statistics(2, 4, 8), layer_shares=np.array([0.745, 0.255]), **given)
+    assert plan.keep.sum(axis=(1, 2)).tolist() == [16, 8]
+
+
 def test_experts_that_go_leave_their_mean_output_if_asked():
     stats, unseen = statistics(L, E, F), statistics(L, E, F, expert_details=False)
     found = plan(stats, width="experts", experts_per_token=1, emptied="mean")
