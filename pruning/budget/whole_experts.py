@@ -14,8 +14,8 @@ def keep_experts(
     value: np.ndarray,  # [L, E]
     kept: int,
     *,
+    per_layer: bool,
     reserved: np.ndarray | None = None,  # [L, E]
-    per_layer: bool = False,
 ) -> np.ndarray:  # [L, E]
     """The experts of largest value.
 

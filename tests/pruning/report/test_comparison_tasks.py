@@ -9,6 +9,7 @@ from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
 from pruning.report.comparison_page import comparison_page
 from pruning.report.comparison_tasks import answered, plot_tasks, task_tables, tasks_csv
+from pruning.report.drawing import GREY
 
 
 def row(task: str, metric: str, first: float, second: float, error: float | None) -> dict:
@@ -90,6 +91,15 @@ def test_the_figure_joins_what_answers_best_at_each_size(found):
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert lines["16 bits"] == [[5.0, pytest.approx(55)]]
     assert lines["4 bits"] == [[2.0, pytest.approx(53)]]
+    dense = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_color() == GREY]
+    assert dense == [[[0, pytest.approx(60)], [1, pytest.approx(60)]], [[10, pytest.approx(60)]]]
+    bars = [bar.tolist() for one in axes.collections for bar in one.get_segments()]
+    assert bars == [
+        [[size, pytest.approx(mean - 2.5)], [size, pytest.approx(mean + 2.5)]]
+        for size, mean in ((5, 55), (5, 22.5), (2, 53))
+    ]
+    said = [(one.get_text(), one.xy) for one in axes.texts]
+    assert said == [("smart", (5, pytest.approx(55))), ("smart", (2, pytest.approx(53)))]
     assert "What the models still answer" in comparison_page(found)
 
 
