@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, forward_hidden
+from pruning.budget.merging import FAMILY, MERGES
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
@@ -208,6 +209,8 @@ def _described(task: Task) -> tuple[str, str]:
     """Family and one line of what is measured."""
     if rule := RULES.get(task.rule):
         return rule.family, rule.about
+    if merge := MERGES.get(task.rule):
+        return FAMILY, merge.about
     if task.skip_below:
         return "fewer experts", "experts of little weight skipped, after arXiv 2402.14800"
     if task.top_k:

@@ -12,6 +12,7 @@ import numpy as np
 from convert.export import Export
 from convert.export_format import FORMATS, ExportFormat, FormatName
 from moe_jax.errors import InputError
+from pruning.budget.merging import MERGES
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import Rule, common_budget
 from pruning.budget.rules import RULES
@@ -31,6 +32,8 @@ STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
 class Task:
     """One rule at one rate with one seed, repaired or not, its weights of so many bits.
 
+    The rule is one of `RULES`, or of `MERGES`, or `UNPRUNED`.
+
     `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
     draw of the calibration text decides what is kept, 0 for the text itself. `top_k` and
     `skip_below` are those of `Fewer`, `top_k` 0 where tokens go to all experts of the router.
@@ -47,6 +50,11 @@ class Task:
     top_k: int = 0
     skip_below: float = 0.0
     calibration: str = ""
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether experts are merged, and no channels removed."""
+        return self.rule in MERGES
 
     @property
     def is_of_other_text(self) -> bool:
@@ -78,6 +86,7 @@ class Controls:
       top_k: experts per token, fewer than the model's, of whole models in each of the bits.
       skip_below: the same, experts that weigh less than these shares of a token's best skipped.
       sets: other calibration texts, the files of each by its name.
+      merges: names of `MERGES`, at the same rates.
     """
 
     rates: Sequence[float] = ()
@@ -89,6 +98,7 @@ class Controls:
     top_k: Sequence[int] = ()
     skip_below: Sequence[float] = ()
     sets: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    merges: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for rate in self.rates:
@@ -114,6 +124,8 @@ class Controls:
             if not share:
                 raise InputError("skip_below=0 skips no expert; choose e.g. 0.1")
             Fewer(1, share)
+        if self.merges and not self.rates:
+            raise InputError("experts are merged at prune rates; add --prune-rate, e.g. 0.25 0.5")
 
     @property
     def rounds(self) -> bool:
@@ -233,6 +245,9 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
     others: list[dict[str, Any]] = [{"draw": 1 + number} for number in range(controls.draws)]
     for text in (*others, *({"calibration": name} for name in controls.sets)):
         found |= {dataclasses.replace(one, **text): budget for one, budget in again.items()}
+    for rate, budget in budgets.items():
+        for name in controls.merges:
+            found |= {Task(name, rate, bits=bits): budget for bits in controls.bits}
     return found
 
 

@@ -20,6 +20,7 @@ from pruning.runs.compared import (
     with_overlap,
 )
 from pruning.runs.controls import STORAGES, Task
+from pruning.runs.merged import run_merges
 from pruning.shrink.masked import masked_hidden
 from pruning.stages.job import Job
 from pruning.stages.sizes import token_shares
@@ -70,10 +71,15 @@ def run_groups(
 
 
 def _groups(tasks: Sequence[Task], size: int) -> list[list[Task]]:
-    """Tasks that run together: masked ones share readings of the model, and a repair is that of
-    one plan, whatever its bits."""
-    masked = [task for task in tasks if not task.repair]
-    groups = [masked[start : start + size] for start in range(0, len(masked), size)]
+    """Tasks that run together: masked ones share readings of the model, merged ones others, and a
+    repair is that of one plan, whatever its bits."""
+    merged = [task for task in tasks if task.is_merged]
+    masked = [task for task in tasks if not task.repair and not task.is_merged]
+    groups = [
+        kind[start : start + size]
+        for kind in (masked, merged)
+        for start in range(0, len(kind), size)
+    ]
     repairs: dict[Task, list[Task]] = {}
     for task in (task for task in tasks if task.repair):
         repairs.setdefault(dataclasses.replace(task, bits=16), []).append(task)
@@ -95,6 +101,8 @@ def _run_group(
     references: Mapping[str, Reference],
     on_layer: Callable[[int], None],
 ) -> tuple[list[Result], list[Result]]:
+    if group[0].is_merged:
+        return run_merges(job, scored[0], group, budgets, texts, references, on_layer)
     planned: list[tuple[Task, PruningPlan]] = []
     refused = []
     for task in group:
