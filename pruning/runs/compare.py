@@ -92,8 +92,8 @@ def compare(
         is not scored but measured on, beside the recipe's evaluation texts. Of each, rules are
         scored, planned and measured as well; where the recipe names no calibration text, that is
         equal parts of all sets.
-      merges: names of `MERGES`, patterns, or "all": at every prune rate, in all of the bits, experts
-        are merged into as many as have the channels that rules keep; not for draws and sets.
+      merges: names of `MERGES`, patterns, or "all": at every prune rate, in all of the bits, the
+        experts are merged into as many as have what rules keep; not for draws and sets.
       judged: tasks of lm-evaluation-harness, which the dense model and that of every plan of the
         calibration text are asked after the rest; its `output` is not read, answers are in the
         recipe's. A plan that is repaired is repaired once more for it.

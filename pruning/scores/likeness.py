@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are: what they make of a text, and what the router sends them."""
+"""How alike the experts of a layer are, by what they make of a text and what is sent to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
