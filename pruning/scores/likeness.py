@@ -116,9 +116,10 @@ def _made(
     cosines between them [E, E], how many these tokens are; and hidden rows [E, F, `KEPT`]."""
     assert isinstance(layer.mlp, MoE)
     hidden, out = all_rows(layer, middle)
-    out = out.astype(jnp.float32) * real[:, None].astype(jnp.float32)
+    there = real[None, :, None]
+    out = jnp.where(there, out.astype(jnp.float32), 0.0)
     norm = jnp.linalg.norm(out, axis=2, keepdims=True)
     unit = jnp.where(norm > 0, out / jnp.where(norm > 0, norm, 1.0), 0.0)
     cosine = jnp.einsum("esd,fsd->ef", unit, unit, precision=HIGHEST)
-    kept = hidden[:, :KEPT].astype(jnp.float32) * real[:KEPT, None].astype(jnp.float32)
+    kept = jnp.where(there[:, :KEPT], hidden[:, :KEPT].astype(jnp.float32), 0.0)
     return (out.sum(axis=1), cosine, real.sum()), jnp.swapaxes(kept, 1, 2)
