@@ -17,7 +17,6 @@ from moe_jax.errors import choose
 from pruning.kit.errors import BudgetError
 from pruning.scores.likeness import Likeness
 
-FAMILY = "merged experts"
 Align = Literal["", "weights", "activations"]
 # (what a text shows of a layer, each expert's share of the tokens [E], groups) -> leaders [E]
 Group = Callable[[Likeness, np.ndarray, int], np.ndarray]

@@ -7,6 +7,11 @@ from pruning.kit.words import megabytes
 
 Repaired = Literal["", "expert", "layer"]
 UNPRUNED = "unpruned"  # in the place of a rule: fewer bits alone
+MERGED = "merged experts"  # the family of rows that merge experts
+COPIES = (
+    "Merged experts count once: a class of models whose experts share no weights holds copies of "
+    "them, unless the router is cut as well."
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Result:
       rule, rate, seed: what was run; `rate` is the one really kept.
       repair: how what is kept was repaired without training; empty if it was not.
       kept: channels, equal for all rules at a rate.
-      emptied: experts without channels.
+      emptied: experts without channels, or merged into others.
       quality: text -> nll, perplexity, tokens, kl, top1.
       reason: why there is no plan; empty if there is one.
       family, about: of the rule, see `pruning.budget.rule.Rule`; empty in a file of an earlier

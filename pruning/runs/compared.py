@@ -10,13 +10,13 @@ import numpy as np
 
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, forward_hidden
-from pruning.budget.merging import FAMILY, MERGES
+from pruning.budget.merging import MERGES
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
-from pruning.report.compared import UNPRUNED, Result
+from pruning.report.compared import MERGED, UNPRUNED, Result
 from pruning.runs.controls import STORAGES, Task, whole_plan, written
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
@@ -210,7 +210,7 @@ def _described(task: Task) -> tuple[str, str]:
     if rule := RULES.get(task.rule):
         return rule.family, rule.about
     if merge := MERGES.get(task.rule):
-        return FAMILY, merge.about
+        return MERGED, merge.about
     if task.skip_below:
         return "fewer experts", "experts of little weight skipped, after arXiv 2402.14800"
     if task.top_k:

@@ -37,7 +37,9 @@ def averaged_linkage(points: np.ndarray, groups: int) -> set[frozenset[int]]:
     while len(clusters) > groups:
 
         def distance(pair) -> float:
-            return np.mean([np.linalg.norm(points[a] - points[b]) for a in pair[0] for b in pair[1]])
+            return np.mean(
+                [np.linalg.norm(points[a] - points[b]) for a in pair[0] for b in pair[1]]
+            )
 
         one, other = min(itertools.combinations(clusters, 2), key=distance)
         clusters = [c for c in clusters if c not in (one, other)] + [one | other]

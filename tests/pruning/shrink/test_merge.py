@@ -125,6 +125,7 @@ def experts_of(rng, count: int, width: int, d: int = 6, dtype=jnp.float32):
 
 def permuted(experts, orders: np.ndarray):
     """Experts that all are the first one, their channels in other orders."""
+
     def change(pool):
         return jnp.concatenate([pool[order] for order in orders])
 
