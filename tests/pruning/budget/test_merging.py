@@ -32,7 +32,7 @@ def seen(experts: int, **given) -> Likeness:
 
 
 def averaged_linkage(points: np.ndarray, groups: int) -> set[frozenset[int]]:
-    """The two clusters with the least mean distance of their members become one, again and again."""
+    """The two clusters of the least mean distance between members become one, again and again."""
     clusters = [frozenset([one]) for one in range(len(points))]
     while len(clusters) > groups:
 

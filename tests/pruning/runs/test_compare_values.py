@@ -142,11 +142,11 @@ class Job:
 
 
 def run(asked, rates=(0.5,), rules=("uniform-act", "random"), steps=None, repair=None, top_k=(),
-        **changes):  # fmt: skip
+        merges=(), **changes):  # fmt: skip
     given = {"model": "m", "output": str(asked.job.output), "batch": 3, "window": 8, "block": 2,
              "planner": "auto", "dtype": "float32", **changes}  # fmt: skip
     return compare(CompressionRecipe(**given), rates, rules, repair=repair, top_k=top_k,
-                   steps=steps or Told())  # fmt: skip
+                   merges=merges, steps=steps or Told())  # fmt: skip
 
 
 def test_the_recipe_is_opened_for_16_bits_with_one_window_more_than_is_measured(asked):
@@ -239,6 +239,35 @@ def test_fewer_experts_are_rows_of_the_same_reading_with_what_their_tokens_went_
         np.testing.assert_allclose(shares, np.full((2, 4), wanted), rtol=1e-12)
     with pytest.raises(InputError, match=r"top_k=2 must lie in \[1, 1\], because a token of this"):
         run(asked, top_k=(2,))
+
+
+def test_merged_experts_are_rows_of_their_own_readings_in_all_bits(asked, monkeypatch):
+    merged, told = [], Told()
+
+    def run_merges(job, statistics, tasks, budgets, texts, references, on_layer):
+        assert job.base is asked.job.base and statistics == "statistics"
+        assert texts.keys() == references.keys() == {"one", "two"}
+        merged.append([(task, budgets[task]) for task in tasks])
+        on_layer(LAYERS - 1)
+        return [Result(**dataclasses.asdict(tasks[0]), kept=budgets[tasks[0]],
+                       quality=dict.fromkeys(texts, QUALITY))], [
+            Result(**dataclasses.asdict(task), reason="too few") for task in tasks[1:]
+        ]  # fmt: skip
+
+    monkeypatch.setattr(plan_groups, "run_merges", run_merges)
+    found = run(asked, rules=("uniform-act",), merges=("m-smoe", "re*"), steps=told)
+    assert merged == [[(Task("m-smoe", 0.5), 32), (Task("ream", 0.5), 32)]]
+    assert [group[0] for group in asked.groups] == [1]
+    assert [r.name for r in found.results] == ["uniform-act", "m-smoe"]
+    assert told.bars["compare 3 plans"][-1] == (9, 9)
+    assert told.lines == ["at 0.5: too few (refused: ream)"]
+    run(asked, rules=("uniform-act",), merges=("m-smoe", "ream"))
+    assert len(merged) == 1  # what is there or was refused is not planned again
+    with pytest.raises(InputError, match="merge='reem' is unknown; did you mean 'ream'"):
+        run(asked, merges=("reem",))
+    asked.job.calibration.valid = asked.job.calibration.valid & False
+    with pytest.raises(InputError, match="merging compares 4 experts"):
+        run(asked, merges=("ream",), overwrite=True)
 
 
 def test_a_rule_that_cannot_is_said_with_its_reason_and_the_others_go_on(asked):

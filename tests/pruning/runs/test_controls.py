@@ -78,6 +78,10 @@ def test_every_rule_has_a_row_for_each_of_the_bits_and_one_without_pruning_for_f
         Task("unpruned", 0.0, bits=bits, top_k=k, skip_below=share): whole
         for k, share in ((0, 0.0), (1, 0.0), (2, 0.5)) for bits in (16, 4)
     }  # fmt: skip
+    merging = Controls(rates=(0.5,), bits=(16, 4), merges=("ream", "hc-smoe"), draws=2)
+    merges = {task: kept for task, kept in tasks(job, (), merging).items() if task.is_merged}
+    assert merges == {Task(name, 0.5, bits=bits): half  # of the calibration text itself alone
+                      for name in ("ream", "hc-smoe") for bits in (16, 4)}  # fmt: skip
     seeds = {task.seed for task in tasks(job, ("random",), Controls(rates=(0.5,)))}
     assert seeds == set(RULES["random"].seeds)
 
@@ -135,6 +139,7 @@ def test_a_draw_has_as_many_windows_some_of_them_twice(job, tmp_path):
     ({"target_factors": (float("nan"),)}, r"target_factor=nan must lie in \[1, 1000\]"),
     ({"rates": (1.0,)}, r"prune_rate=1\.0"), ({"skip_below": (0.0,)}, "skip_below=0 skips no"),
     ({"top_k": (1, 0)}, "top_k=0 must be at least 1"),
+    ({"merges": ("ream",), "target_bytes": (9,)}, "merged at prune rates; add --prune-rate"),
     ({"skip_below": (0.5, 2.0)}, r"skip_below=2\.0 must lie in \(0, 1\]"),
 ])  # fmt: skip
 def test_what_is_out_of_range_is_refused(given, message):

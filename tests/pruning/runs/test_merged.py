@@ -1,6 +1,6 @@
 """Merged experts as rows of a comparison: what they are, what they take, when they are refused."""
 
-import json
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,94 +8,74 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert.checkpoint import open_checkpoint
-from moe_jax.stream import forward_hidden
+from moe_jax.errors import InputError
 from pruning.budget.merging import MERGES
 from pruning.cli import control_flags
 from pruning.measure.quality import measure_quality
-from pruning.report.comparison import Comparison
-from pruning.runs import compared_tasks, merged, plan_groups
+from pruning.recipe.recipe import load_recipe
+from pruning.runs import compared_tasks, merged
 from pruning.runs.controls import Task
 from pruning.scores.statistics import load_statistics
 from pruning.shrink.merge import MergedLayer, MergedSource, Merging
-from pruning.stages.measure import first_tokens
-from tests.support import command
-
-
-def asked(models, texts, out, *more) -> tuple:
-    good = texts / "good.txt"
-    return ("--quiet", "compare", models / "single", "--calibration", good, "--evaluation", good,
-            "--evaluation-tokens", 60, "--batch", 4, "--block", 32, "--output", out, "--rules",
-            "experts-usage", "--prune-rate", 0.5, *more)  # fmt: skip
+from pruning.stages.job import open_job
 
 
 @pytest.fixture(scope="module")
-def out(models, texts, tmp_path_factory):
-    out = tmp_path_factory.mktemp("merged") / "out"
-    assert command.run(*asked(models, texts, out, "--merge", "m-smoe", "ream")) == 0
-    return out
+def rows(scored, models):
+    """Two rules on the scored model without a comparison around them."""
+    recipe = dataclasses.replace(load_recipe(scored / "recipe.yaml"), planner="fair", repair="none")
+    job = open_job(recipe)
+    statistics, _ = load_statistics(scored / "statistics.safetensors")
+    tasks = [Task("m-smoe", 0.5), Task("ream", 0.5)]
+    budgets, references, visited = dict.fromkeys(tasks, 8 * 64), {}, []
+    ((name, windows),) = job.evaluation.items()
+    dense, references[name] = measure_quality(job.base, windows, batch=4)
+    given = (job, statistics, tasks, budgets, job.evaluation, references, visited.append)
+    found, refused = merged.run_merges(*given)
+    assert not refused and visited == sorted(visited) and visited[-1] == len(job.base) - 1
+    return job, statistics, budgets, found, dense
 
 
-def test_merged_experts_are_rows_beside_the_rules_at_their_size(out, models):
-    found = Comparison.load(out / "compare.json")
-    rows = {result.rule: result for result in found.results}
-    assert list(rows) == ["experts-usage", "m-smoe", "ream"] and not found.refused
-    dropped = rows.pop("experts-usage")
+def test_a_row_is_the_loss_of_the_model_that_its_rule_merges(rows):
+    job, statistics, budgets, found, dense = rows
+    (task, _) = budgets
+    merging = merged.mergings(job, statistics, [task], budgets)[0][task]
+    leads = merging.plan.keep.any(axis=2)
+    most = np.sort(statistics.tokens.ravel())[-8:]
+    assert sorted(statistics.tokens[leads].tolist()) == most.tolist()
+    source = MergedSource(job.base, merging)
+    ((name, windows),) = job.evaluation.items()
+    quality, _ = measure_quality(source, windows, batch=4)
+    assert found[0].quality[name]["nll"] == pytest.approx(quality.nll, rel=1e-5)
+    assert min(abs(one.quality[name]["nll"] - dense.nll) for one in found) > 1e-3
+
+
+def test_sizes_of_a_row_are_those_of_unique_experts(rows, models):
+    found = rows[3]
     sizes = {n: t.size for n, t in load_file(models / "single" / "model.safetensors").items()}
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
     always = sum(sizes.values()) - routed - sizes["model.embed_tokens.weight"]
     whole, one = always + routed // 4, always + routed // 8  # a token goes to two of eight
-    for result in rows.values():
-        assert (result.kept, result.emptied) == (dropped.kept, 8) == (8 * 64, 8)
-        assert (result.bytes, result.parameters) == (
-            dropped.bytes,
-            sum(sizes.values()) - routed // 2,
-        )
-        assert result.family == "merged experts" and result.about == MERGES[result.rule].about
-        assert result.active_bytes == pytest.approx(2 * result.active)
-    assert rows["ream"].active == whole and one < rows["m-smoe"].active < whole
-    page = (out / "compare.html").read_text()
-    assert "m-smoe" in page and "Merged experts count once: a class of models" in page
-    assert (out / "compare.csv").read_text().count("\nream,merged experts,0.5,0,512,8,good,") == 1
+    for row in found:
+        assert (row.kept, row.emptied, row.family) == (8 * 64, 8, "merged experts")
+        assert row.about == MERGES[row.rule].about
+        assert row.parameters == sum(sizes.values()) - routed // 2
+        assert row.active_bytes == pytest.approx(2 * row.active)
+        assert 0 < row.bytes - 2 * row.parameters < 10_000
+    # Of a group that is met twice there is one; a cut router sends a token to two different ones.
+    assert found[1].active == whole and one < found[0].active < whole
 
 
-def test_a_row_is_the_loss_of_the_model_that_its_rule_merges(out, models, texts, capsys):
-    found = Comparison.load(out / "compare.json")
-    job = merged_job(models, texts, out)
-    statistics, _ = load_statistics(out / "statistics.safetensors")
-    task = Task("m-smoe", 0.5)
-    ((_, merging),), refused = (lambda m, r: (m.items(), r))(
-        *merged.mergings(job, statistics, [task], {task: 512})
+def test_fewer_tokens_than_experts_say_nothing_of_them(models):
+    moe = SimpleNamespace(num_experts=9)
+    text = SimpleNamespace(valid=np.arange(12) % 3 > 0)
+    job: Any = SimpleNamespace(
+        base=SimpleNamespace(config=SimpleNamespace(moe=moe)), calibration=text
     )
-    assert not refused
-    usage = np.sort(statistics.tokens.ravel())[-8:]
-    leads = merging.plan.keep.any(axis=2)
-    assert sorted(statistics.tokens[leads].tolist()) == usage.tolist()
-    windows = first_tokens(job.evaluation["good"], 60)
-    source = MergedSource(job.base, merging)
-    hidden = forward_hidden(source, windows.tokens, windows.valid, batch=4)
-    quality = measure_quality(job.base.head, hidden, windows)
-    (row,) = (r for r in found.results if r.rule == "m-smoe")
-    assert row.quality["good"]["nll"] == pytest.approx(quality.nll, rel=1e-5)
-
-
-def test_what_was_measured_is_not_planned_again(out, models, texts, monkeypatch):
-    monkeypatch.setattr(plan_groups, "_run_group", None)
-    before = (out / "compare.json").read_bytes()
-    assert command.run(*asked(models, texts, out, "--merge", "m-smoe", "ream")) == 0
-    assert (out / "compare.json").read_bytes() == before
-
-
-def test_what_cannot_be_merged_is_refused_before_anything_is_scored(
-    models, texts, tmp_path, capsys
-):
-    def said(*more) -> str:
-        return command.refused(capsys, tmp_path, *asked(models, texts, tmp_path / "out", *more))
-
-    assert "merge='reem' is unknown; did you mean 'ream'" in said("--merge", "reem")
-    little = said("--merge", "all", "--max-tokens", 5)
-    assert "merging compares 8 experts by what they do on at least as many tokens, there" in little
-    assert "or leave --merge away" in little
+    with pytest.raises(InputError, match=r"compares 9 experts .* there are 8; give more --calib"):
+        merged.require_tokens(job)
+    moe.num_experts = 8
+    merged.require_tokens(job)
 
 
 def test_every_rule_is_named_by_the_help():
