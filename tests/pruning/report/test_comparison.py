@@ -1,6 +1,7 @@
 """The results of a comparison against numbers worked out by hand, one loop over all of them."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -10,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from moe_jax.errors import InputError
-from pruning.report.compared import Result
+from pruning.report.compared import COPIES, MERGED, Result
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_page import comparison_page
+from pruning.report.comparison_sizes import size_tables
 
 TOKENS = {"wiki": 1200, "code": 300}
 DENSE = {"wiki": 2.0, "code": 1.0}
@@ -116,6 +119,16 @@ def test_tables_hold_every_rule_at_every_rate(comparison):
         [str(place), rule, *known[rule, 0.5], f"about {rule}"]
         for place, rule in enumerate(["random", "late", "smart[2]", "better"], 1)
     ]
+
+
+def test_sizes_of_merged_experts_say_that_they_count_each_once(comparison):
+    row = dataclasses.replace(comparison.results[3], rule="ream", family=MERGED, bits=4, bytes=9)
+    merged = comparison.with_results([row], ())
+    for found, said in ((comparison, False), (merged, True)):
+        tables = [found.table(), found.rate_table(0.25)]
+        assert all(table.note.endswith(COPIES) == said for table in tables)
+    assert all(table.note.endswith(COPIES) for table in size_tables(merged))
+    assert len(size_tables(merged)) == 1 and COPIES in comparison_page(merged)
 
 
 def test_a_terminal_shows_the_columns_that_fit_and_rules_whole(comparison):
