@@ -62,6 +62,11 @@ def add_controls(place: argparse._ActionsContainer) -> None:
         help="at each prune rate also merge experts, so that as many are left as the rules pay "
         "for: hc-smoe, hc-smoe-aligned, m-smoe, ream, patterns, or all",
     )  # fmt: skip
+    place.add_argument(
+        "--cut-router", action="store_true",
+        help="measure rules that drop whole experts also without the dropped ones' rows of the "
+        "router, NAME+cut: their tokens go to other experts, as many for each as before",
+    )  # fmt: skip
 
 
 def _size(word: str) -> int:

@@ -252,7 +252,7 @@ class Comparison:
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
                       "added", "kl", "top1", "repair", "bits", "target", "bytes",
                       "draw", "overlap", "top_k", "skip_below", "calibration", "parameters",
-                      "active", "active_bytes"])  # fmt: skip
+                      "active", "active_bytes", "cut"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
@@ -260,7 +260,7 @@ class Comparison:
                 out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
                               r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap, r.top_k,
                               r.skip_below, r.calibration, r.parameters, r.active,
-                              r.active_bytes])  # fmt: skip
+                              r.active_bytes, r.cut])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

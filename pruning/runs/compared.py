@@ -17,7 +17,8 @@ from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
 from pruning.report.compared import MERGED, UNPRUNED, Result
-from pruning.runs.controls import STORAGES, Task, whole_plan, written
+from pruning.runs.compared_task import Task
+from pruning.runs.controls import STORAGES, whole_plan, written
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
@@ -67,10 +68,21 @@ def task_plan(
         seed=job.recipe.seed + task.seed,
         notes={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
     )
+    if task.cut:
+        check_router(plan, c.moe.experts_per_token)
     # Constants in the place of experts are not foreseen.
     if task.target and (size := written(job, plan, task.bits).nbytes) > task.target:
         raise BudgetError(f"its constants make it {size - task.target} bytes too large")
     return plan
+
+
+def check_router(plan: PruningPlan, experts_per_token: int) -> None:
+    """Raise BudgetError where a router without the rows of emptied experts has too few left."""
+    if (fewest := int((plan.counts > 0).sum(axis=1).min())) < experts_per_token:
+        raise BudgetError(
+            f"a router without rows of dropped experts would know {fewest} in some layer, fewer "
+            f"than the {experts_per_token} that a token goes to"
+        )
 
 
 def with_overlap(

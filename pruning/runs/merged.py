@@ -11,7 +11,8 @@ from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference
 from pruning.report.compared import Result
 from pruning.runs.compared import joined, task_result
-from pruning.runs.controls import STORAGES, Task
+from pruning.runs.compared_task import Task
+from pruning.runs.controls import STORAGES
 from pruning.scores.grams import sampled
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.merge import Merging

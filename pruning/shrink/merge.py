@@ -20,6 +20,7 @@ from moe_jax.transformer import DecoderLayer
 from pruning.budget.merging import Align, MergeRule, shares
 from pruning.budget.plan import PruningPlan
 from pruning.scores.likeness import Likeness
+from pruning.shrink.prune import cut_router
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,7 @@ def merged_layer(layer: DecoderLayer, merge: MergedLayer) -> DecoderLayer:
 
     Returns:
       The layer; a group of one is to the bit what it was. The router, its biases and a shared
-      expert stay; where it is cut, experts that do not lead are not `alive`.
+      expert stay; where it is to be cut, those that lead are `alive` alone.
     """
     moe = layer.mlp
     assert isinstance(moe, MoE)
@@ -142,9 +143,9 @@ def merged_layer(layer: DecoderLayer, merge: MergedLayer) -> DecoderLayer:
     if experts.b_down is not None:
         whole = np.zeros((len(merge.leaders), 1), int)
         rows["b_down"] = _averaged(experts.b_down, merge, whole)
-    alive = jnp.asarray(merge.is_leader) if merge.cut else moe.alive
-    moe = dataclasses.replace(moe, experts=dataclasses.replace(experts, **rows), alive=alive)
-    return dataclasses.replace(layer, mlp=moe)
+    moe = dataclasses.replace(moe, experts=dataclasses.replace(experts, **rows))
+    merged = dataclasses.replace(layer, mlp=moe)
+    return cut_router(merged, merge.is_leader) if merge.cut else merged
 
 
 def _averaged(pool, merge: MergedLayer, order: np.ndarray) -> Array:

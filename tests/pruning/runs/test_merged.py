@@ -14,7 +14,7 @@ from pruning.cli import control_flags
 from pruning.measure.quality import measure_quality
 from pruning.recipe.recipe import load_recipe
 from pruning.runs import compared_tasks, merged
-from pruning.runs.controls import Task
+from pruning.runs.compared_task import Task
 from pruning.scores.statistics import load_statistics
 from pruning.shrink.merge import MergedLayer, MergedSource, Merging
 from pruning.stages.job import open_job
