@@ -260,7 +260,7 @@ class Comparison:
                 out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
                               r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap, r.top_k,
                               r.skip_below, r.calibration, r.parameters, r.active,
-                              r.active_bytes, r.cut])  # fmt: skip
+                              r.active_bytes, int(r.cut)])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

@@ -121,6 +121,11 @@ def test_tables_hold_every_rule_at_every_rate(comparison):
     ]
 
 
+def test_a_row_without_rows_of_the_router_says_so():
+    row = Result("experts-reap", 0.5, cut=True, bits=4)
+    assert row.name == "experts-reap+cut 4-bit"
+
+
 def test_sizes_of_merged_experts_say_that_they_count_each_once(comparison):
     row = dataclasses.replace(comparison.results[3], rule="ream", family=MERGED, bits=4, bytes=9)
     merged = comparison.with_results([row], ())
@@ -176,7 +181,8 @@ def test_the_csv_has_a_row_per_result_and_text_and_the_json_all_of_it(comparison
                   "bytes": one.bytes, "draw": one.draw, "overlap": one.overlap,
                   "top_k": one.top_k, "skip_below": one.skip_below,
                   "calibration": one.calibration, "parameters": one.parameters,
-                  "active": one.active, "active_bytes": one.active_bytes}  # fmt: skip
+                  "active": one.active, "active_bytes": one.active_bytes,
+                      "cut": int(one.cut)}  # fmt: skip
         assert row == {name: str(value) for name, value in wanted.items()}
     assert (tmp_path / "compare.csv").read_text().endswith("\n")
     assert (tmp_path / "compare.json").read_text().endswith("}\n")

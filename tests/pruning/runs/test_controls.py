@@ -83,6 +83,9 @@ def test_every_rule_has_a_row_for_each_of_the_bits_and_one_without_pruning_for_f
     merges = {task: kept for task, kept in tasks(job, (), merging).items() if task.is_merged}
     assert merges == {Task(name, 0.5, bits=bits): half  # of the calibration text itself alone
                       for name in ("ream", "hc-smoe") for bits in (16, 4)}  # fmt: skip
+    names, cut = ("fair-act", "experts-ala", "mone"), Controls(rates=(0.5,), repair="layer",
+                                                               cut_router=True)  # fmt: skip
+    assert [(t.rule, t.repair) for t in tasks(job, names, cut) if t.cut] == [("experts-ala", "")]
     seeds = {task.seed for task in tasks(job, ("random",), Controls(rates=(0.5,)))}
     assert seeds == set(RULES["random"].seeds)
 
