@@ -18,7 +18,7 @@ from pruning.kit.errors import BudgetError
 from pruning.scores.likeness import Likeness
 
 Align = Literal["", "weights", "activations"]
-# (what a text shows of a layer, each expert's share of the tokens [E], groups) -> leaders [E]
+# (what a text shows of a layer, tokens of each expert [E], groups) -> leaders [E]
 Group = Callable[[Likeness, np.ndarray, int], np.ndarray]
 
 
@@ -182,7 +182,7 @@ MERGES: dict[str, MergeRule] = {
         counts=evenly, group=hierarchical, weight=_usage,
     ),
     "hc-smoe-aligned": MergeRule(
-        about="the same, channels brought into one order before",
+        about="hc-smoe, channels brought into one order before, ours",
         counts=evenly, group=hierarchical, weight=_usage, align="weights",
     ),
     "m-smoe": MergeRule(
