@@ -32,7 +32,7 @@ def rows(scored, models):
     dense, references[name] = measure_quality(job.base, windows, batch=4)
     given = (job, statistics, tasks, budgets, job.evaluation, references, visited.append)
     found, refused = merged.run_merges(*given)
-    assert not refused and visited == sorted(visited) and visited[-1] == len(job.base) - 1
+    assert not refused and visited == [-1, 0, 1, 1]  # half of the work is planning
     return job, statistics, budgets, found, dense
 
 
@@ -110,6 +110,7 @@ def made_up(monkeypatch, experts_per_token: int = 2) -> Any:
 
 def test_all_bits_of_a_rule_at_a_rate_are_one_merging_and_refusals_stop_no_other(monkeypatch):
     job = made_up(monkeypatch)
+    assert merged.SAMPLE == 32_768
     tasks = [Task(name, rate, bits=bits) for rate in (0.5, 0.875) for name in ("ream", "hc-smoe")
              for bits in (16, 4)]  # fmt: skip
     budgets = {task: 12 if task.rate == 0.5 else 6 for task in tasks}

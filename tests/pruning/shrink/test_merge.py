@@ -97,7 +97,7 @@ def test_a_cut_router_is_that_of_a_model_with_fewer_experts(tmp_path):
     )  # fmt: skip
     source = open_checkpoint(tiny.save(model, tmp_path / "model"))
     merge_in_torch(model, merging)
-    leads = np.flatnonzero(merging.layers[0].is_leader)
+    leads = np.array([0, 4, 5, 7])
     smaller = tiny.tiny_model("qwen3_moe", norm_topk_prob=True, num_experts=len(leads))
     with torch.no_grad():
         for name, parameter in smaller.named_parameters():
