@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pruning.budget.candidates import CANDIDATES
     from pruning.budget.decide import plan_pruning
     from pruning.budget.importance import IMPORTANCE, PlannerOptions, smooth_layer_loss
+    from pruning.budget.merging import MERGES, MergeRule
     from pruning.budget.plan import PruningPlan
     from pruning.budget.planners import PLANNERS
     from pruning.budget.problem import Limits, Objective, Planner, Problem
@@ -73,6 +74,7 @@ __all__ = [
     "CHANNEL_CRITERIA",
     "EXPERT_CRITERIA",
     "IMPORTANCE",
+    "MERGES",
     "PLANNERS",
     "RULES",
     "STATISTICS",
@@ -86,6 +88,7 @@ __all__ = [
     "HiddenRows",
     "InputError",
     "Limits",
+    "MergeRule",
     "Objective",
     "PlaceOptions",
     "PlanOptions",
@@ -157,6 +160,7 @@ _HOMES = {
     "budget.several_budgets": ("nested_plans", "plan_for_target"),
     "budget.decide": ("plan_pruning",),
     "budget.importance": ("IMPORTANCE", "PlannerOptions", "smooth_layer_loss"),
+    "budget.merging": ("MERGES", "MergeRule"),
     "budget.plan": ("PruningPlan",),
     "budget.planners": ("PLANNERS",),
     "budget.problem": ("Limits", "Objective", "Planner", "Problem"),

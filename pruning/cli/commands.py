@@ -236,7 +236,8 @@ def compare(options: Options) -> Outcome:
         "rates": options.rates, "rules": options.rules, "bits": options.compared_bits,
         "target_bytes": options.compared_bytes, "target_factors": options.compared_factors,
         "repair": options.repaired, "draws": options.draws, "top_k": options.top_k,
-        "skip_below": options.skip_below,
+        "skip_below": options.skip_below, "merges": options.merge,
+        "cut_router": options.cut_router,
         "calibration_sets": parse_sets(options.calibration_sets or ()),
     }  # fmt: skip
     asked: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions) | {"output": None}

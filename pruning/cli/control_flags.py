@@ -1,4 +1,4 @@
-"""What `compare` measures beside its rules: repairs, bits, sizes, draws, sets, fewer experts."""
+"""What `compare` measures beside its rules: repairs, bits, sizes, draws, sets, other baselines."""
 
 import argparse
 
@@ -56,6 +56,16 @@ def add_controls(place: argparse._ActionsContainer) -> None:
         type=value_of(float, is_list=True),
         help="the same, skipping experts whose routing weight is below X times that of the "
         "token's best expert, e.g. 0.1",
+    )  # fmt: skip
+    place.add_argument(
+        "--merge", nargs="+", action="extend", metavar="NAME",
+        help="at each prune rate also merge experts, so that as many are left as the rules pay "
+        "for: hc-smoe, hc-smoe-aligned, m-smoe, ream, patterns, or all",
+    )  # fmt: skip
+    place.add_argument(
+        "--cut-router", action="store_true",
+        help="measure rules that drop whole experts also without the dropped ones' rows of the "
+        "router, NAME+cut: their tokens go to other experts, as many for each as before",
     )  # fmt: skip
 
 

@@ -100,6 +100,9 @@ EXAMPLES = {
     "--top-k 4 2 and --skip-below 0.1 measure the whole model with fewer experts for each token,\n"
     "and the page sets all rows against the weights that a token reads: narrower experts save\n"
     "memory and some reading, fewer of them reading alone.\n\n"
+    "--merge all adds the baselines that merge experts and drop none: hc-smoe, hc-smoe-aligned,\n"
+    "m-smoe and ream, at the prune rates of the rules; --cut-router adds NAME+cut for each rule\n"
+    "that drops whole experts: tokens go to others instead, as publications have it.\n\n"
     "--calibration-sets web=web.txt,code=code.jsonl,maths=maths.jsonl scores each text alone and\n"
     "measures what it keeps on all of them: what a model loses that is pruned for other work.\n\n"
     "--draws 3 says what chance in the calibration text does: errors of losses and differences.",

@@ -7,6 +7,11 @@ from pruning.kit.words import megabytes
 
 Repaired = Literal["", "expert", "layer"]
 UNPRUNED = "unpruned"  # in the place of a rule: fewer bits alone
+MERGED = "merged experts"  # the family of rows that merge experts
+COPIES = (
+    "Merged experts count once: a class of models whose experts share no weights holds copies of "
+    "them, unless the router is cut as well."
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Result:
       rule, rate, seed: what was run; `rate` is the one really kept.
       repair: how what is kept was repaired without training; empty if it was not.
       kept: channels, equal for all rules at a rate.
-      emptied: experts without channels.
+      emptied: experts without channels, or merged into others.
       quality: text -> nll, perplexity, tokens, kl, top1.
       reason: why there is no plan; empty if there is one.
       family, about: of the rule, see `pruning.budget.rule.Rule`; empty in a file of an earlier
@@ -31,6 +36,7 @@ class Result:
       top_k, skip_below: to which of their experts tokens go, see `shrink.fewer_experts.Fewer`; 0
         and 0 where they go to all that the router picks.
       calibration: the set of calibration text that the plan is of; "" is the text itself.
+      cut: whether the router knows but the experts that keep something.
       parameters: weights of the model, padding not counted.
       tasks: what `measure.paired.Paired` says of each task and metric, beside the dense model;
         empty if no task was asked.
@@ -56,6 +62,7 @@ class Result:
     top_k: int = 0
     skip_below: float = 0.0
     calibration: str = ""
+    cut: bool = False
     parameters: int = 0
     active: int = 0
     active_bytes: int = 0
@@ -73,10 +80,11 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Of the rule, or of what tokens go to, the repair behind it, and bits if they are few."""
+        """Of the rule, or of what tokens go to, what is done beside it, and bits if few."""
         rule = self.rule
         if self.has_fewer:
             rule = f"skip-{self.skip_below:g}" if self.skip_below else f"top-{self.top_k}"
+        rule = f"{rule}+cut" if self.cut else rule
         repaired = f"{rule}+{self.repair}" if self.repair else rule
         return repaired if self.bits == 16 else f"{repaired} {self.bits}-bit"
 

@@ -20,7 +20,7 @@ from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from pruning.kit.fitting import misfits
 from pruning.kit.words import percent
-from pruning.report.compared import UNPRUNED, Line, Result
+from pruning.report.compared import COPIES, MERGED, UNPRUNED, Line, Result
 from pruning.report.html import section_html
 from pruning.report.table import TextTable
 from pruning.text.held_out import not_held_out
@@ -145,6 +145,11 @@ class Comparison:
         """Bits of the weights, rising."""
         return sorted({result.bits for result in (*self.results, *self.refused)})
 
+    @property
+    def of_copies(self) -> str:
+        """What sizes of merged experts leave out; empty if none were merged."""
+        return COPIES if any(result.family == MERGED for result in self.results) else ""
+
     def lines(self) -> list[Line]:
         """Every rule at every rate with a result, the least loss at each rate first."""
         pruned = (r for r in self.results if not r.target and r.rule != UNPRUNED)
@@ -236,8 +241,8 @@ class Comparison:
             f"Mean over {len(self.dense)} texts, {tokens:,} tokens in all. +nats: loss per token "
             "above the dense model; ÷ random: divided by the loss that random channels add; KL: "
             "nats per token from the dense model; top-1: how often both prefer the same token. "
-            "All rules keep the same number of channels; -: the rule cannot."
-        )
+            f"All rules keep the same number of channels; -: the rule cannot. {self.of_copies}"
+        ).rstrip()
         return f"{not_held_out(self.seen)} {note}".lstrip()
 
     def csv(self) -> str:
@@ -247,7 +252,7 @@ class Comparison:
         out.writerow(["rule", "family", "rate", "seed", "kept", "emptied", "text", "tokens", "nll",
                       "added", "kl", "top1", "repair", "bits", "target", "bytes",
                       "draw", "overlap", "top_k", "skip_below", "calibration", "parameters",
-                      "active", "active_bytes"])  # fmt: skip
+                      "active", "active_bytes", "cut"])  # fmt: skip
         for r in self.results:
             what = [r.rule, r.family, r.rate, r.seed, r.kept, r.emptied]
             for text, q in r.quality.items():
@@ -255,7 +260,7 @@ class Comparison:
                 out.writerow([*what, text, q["tokens"], q["nll"], added, q["kl"], q["top1"],
                               r.repair, r.bits, r.target, r.bytes, r.draw, r.overlap, r.top_k,
                               r.skip_below, r.calibration, r.parameters, r.active,
-                              r.active_bytes])  # fmt: skip
+                              r.active_bytes, int(r.cut)])  # fmt: skip
         return buffer.getvalue()
 
     def terminal_table(self, width: int = 80) -> Table:

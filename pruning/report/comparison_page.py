@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
-from pruning.report.compared import Line
+from pruning.report.compared import MERGED, Line
 from pruning.report.comparison import Comparison
 from pruning.report.comparison_compute import CAPTION as COMPUTE
 from pruning.report.comparison_compute import compute_tables, plot_compute
@@ -24,6 +24,7 @@ from pruning.report.drawing import (
     GOLD,
     GREEN,
     GREY,
+    ORANGE,
     PURPLE,
     RED,
     figure_html,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 PAGE = "compare.html"  # the last file that a comparison writes
 FAMILY_COLOURS = {
     "paper's rule": BLUE, "one level": RED, "top-k": PURPLE, "uniform": GOLD,
-    "whole experts": GREEN, "random": GREY,
+    "whole experts": GREEN, MERGED: ORANGE, "random": GREY,
 }  # fmt: skip
 OTHER = "#222222"  # of families that are not ours, and of rules that do not say theirs
 RANKING = (

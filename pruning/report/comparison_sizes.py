@@ -36,7 +36,7 @@ def size_tables(found: Comparison) -> list[TextTable]:
         ordered = sorted(others, key=lambda line: (line.bytes, line.added))
         shown["By bytes written, smallest first"] = ordered
     ahead = front(lines)
-    return [_table(title, own, ahead) for title, own in shown.items()]
+    return [_table(title, own, ahead, found.of_copies) for title, own in shown.items()]
 
 
 def plot_sizes(found: Comparison) -> "Figure":
@@ -81,7 +81,7 @@ def _places(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
     return [line.bytes / 1e6 for line in lines], [line.added for line in lines]
 
 
-def _table(title: str, lines: Sequence[Line], ahead: Sequence[Line]) -> TextTable:
+def _table(title: str, lines: Sequence[Line], ahead: Sequence[Line], more: str) -> TextTable:
     marks = [FRONT if any(line is one for one in ahead) else "" for line in lines]
     rows = [
         [
@@ -96,6 +96,6 @@ def _table(title: str, lines: Sequence[Line], ahead: Sequence[Line]) -> TextTabl
     note = (
         "MB: weights as they would be written, one width per expert where the family has that; "
         "met: by a token on average, without its row of the embedding. Fewer bits are rounded to "
-        "nearest. front: nothing that was measured is as small and loses less."
+        f"nearest. front: nothing that was measured is as small and loses less. {more}"
     )
-    return TextTable(title, header, rows, note)
+    return TextTable(title, header, rows, note.rstrip())

@@ -8,6 +8,7 @@ from typing import Any
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.spread import Spread
+from pruning.budget.merging import select_merges
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference
@@ -22,8 +23,10 @@ from pruning.report.comparison_tasks import tasks_csv
 from pruning.runs.calibration_sets import most_seen, source_of, with_sets
 from pruning.runs.cap import refuse_limit
 from pruning.runs.compared import Scored, require_windows
+from pruning.runs.compared_task import Task, task_of
 from pruning.runs.compared_tasks import ask_plans
-from pruning.runs.controls import Controls, Task, rounded_recipe, task_of, tasks
+from pruning.runs.controls import Controls, rounded_recipe, tasks
+from pruning.runs.merged import require_tokens
 from pruning.runs.places import working
 from pruning.runs.plan_groups import run_groups
 from pruning.runs.score import scored
@@ -55,6 +58,8 @@ def compare(
     top_k: Sequence[int] = (),
     skip_below: Sequence[float] = (),
     calibration_sets: Mapping[str, Sequence[str]] | None = None,
+    merges: Sequence[str] = (),
+    cut_router: bool = False,
     judged: TaskOptions | None = None,
     steps: Steps | None = None,
     where: PlaceOptions | None = None,
@@ -89,6 +94,10 @@ def compare(
         is not scored but measured on, beside the recipe's evaluation texts. Of each, rules are
         scored, planned and measured as well; where the recipe names no calibration text, that is
         equal parts of all sets.
+      merges: names of `MERGES`, patterns, or "all": at every prune rate, in all of the bits, the
+        experts are merged into as many as have what rules keep; not for draws and sets.
+      cut_router: rules that drop whole experts are also measured with the dropped ones' rows of the
+        router gone, so that their tokens go to others, as publications do it; top-k stays.
       judged: tasks of lm-evaluation-harness, which the dense model and that of every plan of the
         calibration text are asked after the rest; its `output` is not read, answers are in the
         recipe's. A plan that is repaired is repaired once more for it.
@@ -109,6 +118,7 @@ def compare(
         rates=rates or (() if sizes else RATES), bits=tuple(dict.fromkeys(bits)),
         target_bytes=target_bytes, target_factors=target_factors, repair=repair or "",
         draws=draws, top_k=top_k, skip_below=skip_below, sets=calibration_sets or {},
+        merges=select_merges(merges), cut_router=cut_router,
     )  # fmt: skip
     with working(recipe.output, where, steps) as (spread, steps):
         return _compare(recipe, rules, controls, judged, steps, spread)
@@ -148,6 +158,8 @@ def _compare(
         raise InputError("there is no text to evaluate on; name one with --evaluation")
     if controls.repair:
         require_windows(job)
+    if controls.merges:
+        require_tokens(job)
     budgets = tasks(job, names, controls)
     key = _key(job, sets, texts)
     earlier = _earlier(job, key) if spread.leads else None

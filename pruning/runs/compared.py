@@ -10,13 +10,15 @@ import numpy as np
 
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, forward_hidden
+from pruning.budget.merging import MERGES
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
-from pruning.report.compared import UNPRUNED, Result
-from pruning.runs.controls import STORAGES, Task, whole_plan, written
+from pruning.report.compared import MERGED, UNPRUNED, Result
+from pruning.runs.compared_task import Task
+from pruning.runs.controls import STORAGES, whole_plan, written
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
@@ -66,10 +68,21 @@ def task_plan(
         seed=job.recipe.seed + task.seed,
         notes={"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]},
     )
+    if task.cut:
+        check_router(plan, c.moe.experts_per_token)
     # Constants in the place of experts are not foreseen.
     if task.target and (size := written(job, plan, task.bits).nbytes) > task.target:
         raise BudgetError(f"its constants make it {size - task.target} bytes too large")
     return plan
+
+
+def check_router(plan: PruningPlan, experts_per_token: int) -> None:
+    """Raise BudgetError where a router without the rows of emptied experts has too few left."""
+    if (fewest := int((plan.counts > 0).sum(axis=1).min())) < experts_per_token:
+        raise BudgetError(
+            f"a router without rows of dropped experts would know {fewest} in some layer, fewer "
+            f"than the {experts_per_token} that a token goes to"
+        )
 
 
 def with_overlap(
@@ -208,6 +221,8 @@ def _described(task: Task) -> tuple[str, str]:
     """Family and one line of what is measured."""
     if rule := RULES.get(task.rule):
         return rule.family, rule.about
+    if merge := MERGES.get(task.rule):
+        return MERGED, merge.about
     if task.skip_below:
         return "fewer experts", "experts of little weight skipped, after arXiv 2402.14800"
     if task.top_k:

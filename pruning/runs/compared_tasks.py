@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from moe_jax.stream import LayerSource
@@ -14,9 +14,11 @@ from pruning.report.compared import UNPRUNED, Result
 from pruning.report.comparison import Comparison
 from pruning.runs.asked_models import DENSE, AskedModel
 from pruning.runs.compared import Scored, repaired, rounded, task_plan
-from pruning.runs.controls import Task, task_of
+from pruning.runs.compared_task import Task, task_of
+from pruning.runs.merged import mergings
 from pruning.runs.tasks import ask
-from pruning.shrink.prune import PrunedSource
+from pruning.shrink.merge import MergedSource
+from pruning.shrink.prune import PrunedSource, without_rows
 from pruning.stages.job import Job
 from pruning.stages.judged import RESULTS
 
@@ -65,10 +67,13 @@ def ask_plans(
     dense = results_of(DENSE, job.base, "")
     for result in left:
         task = task_of(result)
-        plan = task_plan(job, *whole, task, budgets[task])
+        plan, model = _model_of(job, whole, task, budgets)
         what = f"{plan.content_hash} {task.bits} {recipe.group_size}"
-        what += f" {task.repair} {found.key['calibration']}" if task.repair else ""
-        with _model_of(job, plan, task) as source:
+        what += " cut" * task.cut
+        if how_made := task.rule if task.is_merged else task.repair:
+            what += f" {how_made} {found.key['calibration']}"
+        with model as made:
+            source = rounded(made, job, task.bits)
             rows = compare_results(dense, results_of(_name(result), source, what))
         found = found.with_tasks(result, [row.to_dict() for row in rows])
         yield found
@@ -86,9 +91,15 @@ def _name(result: Result) -> str:
     return f"{result.name} at {result.place}{seed}"
 
 
-@contextmanager
-def _model_of(job: Job, plan: PruningPlan, task: Task) -> Iterator[LayerSource]:
-    """The model of a plan, repaired anew where it is, its weights rounded."""
-    bare = nullcontext(PrunedSource(job.base, plan))
-    with repaired(job, plan, task.repair) if task.repair else bare as pruned:
-        yield rounded(pruned, job, task.bits)
+def _model_of(
+    job: Job, whole: Scored, task: Task, budgets: Mapping[Task, int]
+) -> tuple[PruningPlan, AbstractContextManager[LayerSource]]:
+    """What a folder would hold, and the model before rounding, repaired or merged anew."""
+    if task.is_merged:
+        merging = mergings(job, whole[0], [task], budgets)[0][task]
+        return merging.plan, nullcontext(MergedSource(job.base, merging))
+    plan = task_plan(job, *whole, task, budgets[task])
+    if task.repair:
+        return plan, repaired(job, plan, task.repair)
+    pruned = PrunedSource(job.base, plan)
+    return plan, nullcontext(without_rows(pruned, plan) if task.cut else pruned)

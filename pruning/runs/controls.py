@@ -18,50 +18,14 @@ from pruning.budget.rules import RULES
 from pruning.recipe.options import PlanOptions
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import check_rate, check_whole
-from pruning.report.compared import UNPRUNED, Repaired, Result
+from pruning.report.compared import UNPRUNED, Repaired
+from pruning.runs.compared_task import Task
 from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
 MOST_DRAWS = 100  # each is scored
 STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One rule at one rate with one seed, repaired or not, its weights of so many bits.
-
-    `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
-    draw of the calibration text decides what is kept, 0 for the text itself. `top_k` and
-    `skip_below` are those of `Fewer`, `top_k` 0 where tokens go to all experts of the router.
-    `calibration` names the set whose text decides what is kept, "" is the calibration text.
-    """
-
-    rule: str
-    rate: float
-    seed: int = 0
-    repair: Repaired = ""
-    bits: int = 16
-    target: int = 0
-    draw: int = 0
-    top_k: int = 0
-    skip_below: float = 0.0
-    calibration: str = ""
-
-    @property
-    def is_of_other_text(self) -> bool:
-        """Whether a draw of the calibration text, or a set beside it, decides what is kept."""
-        return self.draw > 0 or self.calibration != ""
-
-    @property
-    def fewer(self) -> Fewer | None:
-        """To which of their experts tokens go; None for all."""
-        return Fewer(self.top_k, self.skip_below) if self.top_k else None
-
-
-def task_of(result: Result) -> Task:
-    """What a result is of."""
-    return Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +42,9 @@ class Controls:
       top_k: experts per token, fewer than the model's, of whole models in each of the bits.
       skip_below: the same, experts that weigh less than these shares of a token's best skipped.
       sets: other calibration texts, the files of each by its name.
+      merges: names of `MERGES`, at the same rates.
+      cut_router: measure rules that drop whole experts with the dropped ones' rows of the router
+        gone as well.
     """
 
     rates: Sequence[float] = ()
@@ -89,6 +56,8 @@ class Controls:
     top_k: Sequence[int] = ()
     skip_below: Sequence[float] = ()
     sets: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    merges: Sequence[str] = ()
+    cut_router: bool = False
 
     def __post_init__(self) -> None:
         for rate in self.rates:
@@ -114,6 +83,8 @@ class Controls:
             if not share:
                 raise InputError("skip_below=0 skips no expert; choose e.g. 0.1")
             Fewer(1, share)
+        if self.merges and not self.rates:
+            raise InputError("experts are merged at prune rates; add --prune-rate, e.g. 0.25 0.5")
 
     @property
     def rounds(self) -> bool:
@@ -233,6 +204,34 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
     others: list[dict[str, Any]] = [{"draw": 1 + number} for number in range(controls.draws)]
     for text in (*others, *({"calibration": name} for name in controls.sets)):
         found |= {dataclasses.replace(one, **text): budget for one, budget in again.items()}
+    if controls.cut_router:
+        dropping = droppers(names)
+        of_text = {task: budget for task, budget in again.items() if not task.repair}
+        found |= {
+            dataclasses.replace(task, cut=True): budget
+            for task, budget in of_text.items() if task.rule in dropping
+        }  # fmt: skip
+    for rate, budget in budgets.items():
+        for name in controls.merges:
+            found |= {Task(name, rate, bits=bits): budget for bits in controls.bits}
+    return found
+
+
+def droppers(names: Sequence[str]) -> list[str]:
+    """The rules that drop whole experts and put nothing in their place.
+
+    Raises:
+      InputError: none does.
+    """
+    found = [
+        name for name in names
+        if (own := RULES[name].options).width == "experts" and own.emptied == "zero"
+    ]  # fmt: skip
+    if not found:
+        raise InputError(
+            "--cut-router removes the router's rows of dropped experts, and none of the --rules "
+            "drops whole experts; name one, such as experts-reap-layer, or leave it away"
+        )
     return found
 
 

@@ -19,7 +19,9 @@ from pruning.runs.compared import (
     task_result,
     with_overlap,
 )
-from pruning.runs.controls import STORAGES, Task
+from pruning.runs.compared_task import Task
+from pruning.runs.controls import STORAGES
+from pruning.runs.merged import run_merges
 from pruning.shrink.masked import masked_hidden
 from pruning.stages.job import Job
 from pruning.stages.sizes import token_shares
@@ -70,10 +72,15 @@ def run_groups(
 
 
 def _groups(tasks: Sequence[Task], size: int) -> list[list[Task]]:
-    """Tasks that run together: masked ones share readings of the model, and a repair is that of
-    one plan, whatever its bits."""
-    masked = [task for task in tasks if not task.repair]
-    groups = [masked[start : start + size] for start in range(0, len(masked), size)]
+    """Tasks that run together: masked ones share readings of the model, merged ones others, and a
+    repair is that of one plan, whatever its bits."""
+    merged = [task for task in tasks if task.is_merged]
+    masked = [task for task in tasks if not task.repair and not task.is_merged]
+    groups = [
+        kind[start : start + size]
+        for kind in (masked, merged)
+        for start in range(0, len(kind), size)
+    ]
     repairs: dict[Task, list[Task]] = {}
     for task in (task for task in tasks if task.repair):
         repairs.setdefault(dataclasses.replace(task, bits=16), []).append(task)
@@ -95,6 +102,8 @@ def _run_group(
     references: Mapping[str, Reference],
     on_layer: Callable[[int], None],
 ) -> tuple[list[Result], list[Result]]:
+    if group[0].is_merged:
+        return run_merges(job, scored[0], group, budgets, texts, references, on_layer)
     planned: list[tuple[Task, PruningPlan]] = []
     refused = []
     for task in group:
@@ -116,15 +125,27 @@ def _run_group(
         routed = np.zeros(len(plans))
         hidden = masked_hidden(
             job.base, *text, plans, storages=[STORAGES[one] for one in bits], fewer=fewer,
-            routed=routed, group_size=job.recipe.group_size,
+            cut=[task.cut for task, _ in planned], routed=routed, group_size=job.recipe.group_size,
             batch=min(job.recipe.batch, len(text[0])), dtype=job.dtype, on_layer=on_layer,
         )  # fmt: skip
         shares = [
             usual if one is None else np.full(usual.shape, count / text[1].sum() / usual.size)
             for usual, one, count in zip(shares, fewer, routed, strict=True)
         ]
+        per_token = job.base.config.moe.experts_per_token
+        shares = [
+            _among_kept(plan, per_token) if task.cut else own
+            for (task, plan), own in zip(planned, shares, strict=True)
+        ]
     results = [
         task_result(task, plan, job, states, texts, references, own)
         for (task, plan), states, own in zip(planned, hidden, shares, strict=True)
     ]
     return with_overlap(results, planned, job, whole, budgets), refused
+
+
+def _among_kept(plan: PruningPlan, experts_per_token: int) -> np.ndarray:  # [L, E]
+    """Share of tokens at each expert when all go to as many as before, of those that are left;
+    which of them they are is not known before, and does not matter where they are of one width."""
+    left = plan.counts > 0
+    return left * (experts_per_token / left.sum(axis=1, keepdims=True))

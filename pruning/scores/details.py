@@ -117,6 +117,11 @@ def all_outputs(layer: DecoderLayer, middle: Array) -> Array:  # [S, D] -> [E, S
     Returns:
       Expert outputs before any routing weight.
     """
+    return all_rows(layer, middle)[1]
+
+
+def all_rows(layer: DecoderLayer, middle: Array) -> tuple[Array, Array]:
+    """The same with the hidden rows behind them: ([E, S, F], [E, S, D])."""
     assert isinstance(layer.mlp, MoE)
     experts: Experts = layer.mlp.experts
     count, sample = layer.mlp.config.num_experts, middle.shape[0]
@@ -124,9 +129,13 @@ def all_outputs(layer: DecoderLayer, middle: Array) -> Array:  # [S, D] -> [E, S
     owner = jnp.tile(jnp.arange(count, dtype=jnp.int32), sample)
     dispatch = make_dispatch(owner, count, tile_height(sample * count, count), count)
     rows = expert_rows(x, experts.weights, dispatch, experts.pool)
-    empty = jnp.zeros((sample * count, x.shape[1]), rows.out.dtype)
-    placed = empty.at[dispatch.row_copy].set(rows.out, mode="drop")
-    return jnp.swapaxes(placed.reshape(sample, count, -1), 0, 1)
+
+    def by_expert(found: Array) -> Array:
+        empty = jnp.zeros((sample * count, found.shape[1]), found.dtype)
+        placed = empty.at[dispatch.row_copy].set(found, mode="drop")
+        return jnp.swapaxes(placed.reshape(sample, count, -1), 0, 1)
+
+    return by_expert(rows.hidden), by_expert(rows.out)
 
 
 def wanda_sums(layer: DecoderLayer, input_square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.scores.grams import Sample, Seen
 from pruning.shrink.fewer_experts import Fewer, fewer_rows
-from pruning.shrink.prune import output_bias
+from pruning.shrink.prune import cut_router, output_bias
 from pruning.shrink.rounding import rounded_as_cut, rounded_layer
 
 PLAIN = "bf16"  # weights that are not rounded
@@ -113,6 +113,7 @@ def masked_hidden(
     *,
     storages: Sequence[str] = (),
     fewer: Sequence[Fewer | None] = (),
+    cut: Sequence[bool] = (),
     routed: np.ndarray | None = None,
     group_size: int = 32,
     sample: Sample | None = None,
@@ -131,6 +132,8 @@ def masked_hidden(
         all in 16 bits. A layer is rounded once however many plans there are, but for the
         down-projections of its experts.
       fewer: to which of their experts tokens go under each plan; () for all to all.
+      cut: whether tokens are routed among the experts alone that keep something, see `cut_router`;
+        () for no plan.
       routed: float64 [V], to which is added, where there is a `Fewer`, how often tokens of the text
         go to an expert in all layers of the plan.
       group_size: weights per scale of integers.
@@ -149,18 +152,21 @@ def masked_hidden(
     text = in_batches(source, tokens, valid, batch)
     stored = tuple(storages) or (PLAIN,) * len(plans)
     choices = tuple(fewer) or (None,) * len(plans)
+    cuts = tuple(cut) or (False,) * len(plans)
 
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
         seen = None if sample is None else sample.through(index, layer)
         rounded = {how: rounded_layer(layer, group_size, how) for how in set(stored) - {PLAIN}}
-        each = zip(variants, plans, stored, choices, strict=True)
-        for number, (x, plan, how, choice) in enumerate(each):
+        each = zip(variants, plans, stored, choices, cuts, strict=True)
+        for number, (x, plan, how, choice, is_cut) in enumerate(each):
             masks = _masks(layer, index, plan)
             kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
             if how in rounded:
                 whole = rounded[how]
                 keep = None if masks is None else np.asarray(masks[0])
                 kept = whole if keep is None else rounded_as_cut(whole, kept, keep, group_size, how)
+            if is_cut and masks is not None:
+                kept = cut_router(kept, np.asarray(masks[0]).any(axis=1))
             numbers = None if choice is None else _numbers(choice)
 
             def run(
@@ -182,7 +188,7 @@ def masked_hidden(
         through_groups(source, index, [(text, x, _masked_step(index, plan)) for x, plan in each])
         return variants
 
-    plain = sample is None and {*stored} <= {PLAIN} and not any(choices)
+    plain = sample is None and {*stored} <= {PLAIN} and not any(choices) and not any(cuts)
     first = text.embedded(source, dtype)
     last = sweep(
         source, [list(first) for _ in plans], step, on_layer=on_layer,

@@ -95,6 +95,30 @@ def output_bias(
     return jnp.where(keep.any(axis=1, keepdims=True), own, jnp.asarray(constants).astype(dtype))
 
 
+def cut_router(layer: DecoderLayer, alive: np.ndarray) -> DecoderLayer:
+    """A layer that routes tokens among some experts alone, as if the others' rows of the router,
+    and of its biases, were gone.
+
+    Args:
+      layer: with experts.
+      alive: bool [E], at least as many as a token goes to.
+    """
+    assert isinstance(layer.mlp, MoE)
+    mlp = dataclasses.replace(layer.mlp, alive=jnp.asarray(alive))
+    return dataclasses.replace(layer, mlp=mlp)
+
+
+def without_rows(source: LayerSource, plan: PruningPlan) -> LayerSource:
+    """A model whose routers know but the experts that a plan leaves something, see `cut_router`."""
+
+    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
+        if index not in plan.layer_indices:
+            return layer
+        return cut_router(layer, plan.counts[plan.layer_indices.index(index)] > 0)
+
+    return mapped(source, change)
+
+
 def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
     if not isinstance(layer.mlp, MoE):
         raise InputError("the layer has no experts; prune only the model's expert layers")

@@ -1,6 +1,7 @@
 """The results of a comparison against numbers worked out by hand, one loop over all of them."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -10,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from moe_jax.errors import InputError
-from pruning.report.compared import Result
+from pruning.report.compared import COPIES, MERGED, Result
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_page import comparison_page
+from pruning.report.comparison_sizes import size_tables
 
 TOKENS = {"wiki": 1200, "code": 300}
 DENSE = {"wiki": 2.0, "code": 1.0}
@@ -118,6 +121,21 @@ def test_tables_hold_every_rule_at_every_rate(comparison):
     ]
 
 
+def test_a_row_without_rows_of_the_router_says_so():
+    row = Result("experts-reap", 0.5, cut=True, bits=4)
+    assert row.name == "experts-reap+cut 4-bit"
+
+
+def test_sizes_of_merged_experts_say_that_they_count_each_once(comparison):
+    row = dataclasses.replace(comparison.results[3], rule="ream", family=MERGED, bits=4, bytes=9)
+    merged = comparison.with_results([row], ())
+    for found, said in ((comparison, False), (merged, True)):
+        tables = [found.table(), found.rate_table(0.25)]
+        assert all(table.note.endswith(COPIES) == said for table in tables)
+    assert all(table.note.endswith(COPIES) for table in size_tables(merged))
+    assert len(size_tables(merged)) == 1 and COPIES in comparison_page(merged)
+
+
 def test_a_terminal_shows_the_columns_that_fit_and_rules_whole(comparison):
     table = comparison.table()
     wide = [max(len(row[c]) for row in (table.header, *table.rows)) + 2
@@ -163,7 +181,8 @@ def test_the_csv_has_a_row_per_result_and_text_and_the_json_all_of_it(comparison
                   "bytes": one.bytes, "draw": one.draw, "overlap": one.overlap,
                   "top_k": one.top_k, "skip_below": one.skip_below,
                   "calibration": one.calibration, "parameters": one.parameters,
-                  "active": one.active, "active_bytes": one.active_bytes}  # fmt: skip
+                  "active": one.active, "active_bytes": one.active_bytes,
+                      "cut": int(one.cut)}  # fmt: skip
         assert row == {name: str(value) for name, value in wanted.items()}
     assert (tmp_path / "compare.csv").read_text().endswith("\n")
     assert (tmp_path / "compare.json").read_text().endswith("}\n")

@@ -21,7 +21,7 @@ from pruning.report.compared import Result
 from pruning.runs import compare as comparing
 from pruning.runs import compared, plan_groups
 from pruning.runs.compare import compare
-from pruning.runs.compared import Task
+from pruning.runs.compared_task import Task
 from pruning.text.windows import make_windows, text_hashes
 from tests.support.told import Told
 
@@ -67,7 +67,7 @@ def asked(monkeypatch, tmp_path):
         calibration=SimpleNamespace(tokens=tokens, valid=tokens % 3 > 0, sources=SOURCES),
     )  # fmt: skip
     found = SimpleNamespace(job=job, opened=[], plans=[], groups=[], repaired=[], refuse=set(),
-                            stored=[], prepared=[], saved=[], shares={})  # fmt: skip
+                            stored=[], cut=[], prepared=[], saved=[], shares={})  # fmt: skip
 
     def open_job(recipe, *, measures):
         assert measures
@@ -84,9 +84,10 @@ def asked(monkeypatch, tmp_path):
         keep = np.arange(64).reshape(SHAPE) < budget
         return PruningPlan(keep, (0, 2))
 
-    def masked_hidden(base, tokens, valid, plans, *, storages, fewer, routed, group_size, batch,
-                      dtype, on_layer):  # fmt: skip
+    def masked_hidden(base, tokens, valid, plans, *, storages, fewer, cut, routed, group_size,
+                      batch, dtype, on_layer):  # fmt: skip
         found.stored.append(storages)
+        found.cut.append(cut)
         routed += [0 if one is None else one.top_k * 6 for one in fewer]
         found.groups.append((len(plans), batch, tokens, valid))
         for layer in range(LAYERS):
@@ -142,11 +143,11 @@ class Job:
 
 
 def run(asked, rates=(0.5,), rules=("uniform-act", "random"), steps=None, repair=None, top_k=(),
-        **changes):  # fmt: skip
+        merges=(), cut_router=False, **changes):  # fmt: skip
     given = {"model": "m", "output": str(asked.job.output), "batch": 3, "window": 8, "block": 2,
              "planner": "auto", "dtype": "float32", **changes}  # fmt: skip
     return compare(CompressionRecipe(**given), rates, rules, repair=repair, top_k=top_k,
-                   steps=steps or Told())  # fmt: skip
+                   merges=merges, cut_router=cut_router, steps=steps or Told())  # fmt: skip
 
 
 def test_the_recipe_is_opened_for_16_bits_with_one_window_more_than_is_measured(asked):
@@ -241,6 +242,50 @@ def test_fewer_experts_are_rows_of_the_same_reading_with_what_their_tokens_went_
         run(asked, top_k=(2,))
 
 
+def test_rules_that_drop_experts_have_a_row_without_their_rows_of_the_router(asked):
+    found = run(asked, (0.25,), ("uniform-act", "experts-usage"), cut_router=True)
+    names = ["uniform-act", "experts-usage", "experts-usage+cut"]
+    assert [r.name for r in found.results] == names and asked.cut == [[False, False, True]]
+    # What is kept, 48 of 64 channels, are the four experts of one layer and two of the other.
+    shares = {task.cut: one for task, one in asked.shares.items() if task.rule == "experts-usage"}
+    np.testing.assert_array_equal(shares[False], np.full((2, 4), 0.5))
+    np.testing.assert_array_equal(shares[True], [[0.5] * 4, [1.0, 1.0, 0.0, 0.0]])
+    run(asked, (0.25,), ("experts-usage",), cut_router=True)
+    assert len(asked.groups) == 1
+    with pytest.raises(InputError, match="none of the --rules drops whole experts; name one"):
+        run(asked, rules=("uniform-act", "mone"), cut_router=True, expert_details=True,
+            overwrite=True)  # fmt: skip
+
+
+def test_merged_experts_are_rows_of_their_own_readings_in_all_bits(asked, monkeypatch):
+    merged, told = [], Told()
+
+    def run_merges(job, statistics, tasks, budgets, texts, references, on_layer):
+        assert job.base is asked.job.base and statistics == "statistics"
+        assert texts.keys() == references.keys() == {"one", "two"}
+        merged.append([(task, budgets[task]) for task in tasks])
+        on_layer(LAYERS - 1)
+        return [Result(**dataclasses.asdict(tasks[0]), kept=budgets[tasks[0]],
+                       quality=dict.fromkeys(texts, QUALITY))], [
+            Result(**dataclasses.asdict(task), reason="too few") for task in tasks[1:]
+        ]  # fmt: skip
+
+    monkeypatch.setattr(plan_groups, "run_merges", run_merges)
+    found = run(asked, rules=("uniform-act",), merges=("m-smoe", "re*"), steps=told)
+    assert merged == [[(Task("m-smoe", 0.5), 32), (Task("ream", 0.5), 32)]]
+    assert [group[0] for group in asked.groups] == [1]
+    assert [r.name for r in found.results] == ["uniform-act", "m-smoe"]
+    assert told.bars["compare 3 plans"][-1] == (9, 9)
+    assert told.lines == ["at 0.5: too few (refused: ream)"]
+    run(asked, rules=("uniform-act",), merges=("m-smoe", "ream"))
+    assert len(merged) == 1  # what is there or was refused is not planned again
+    with pytest.raises(InputError, match="merge='reem' is unknown; did you mean 'ream'"):
+        run(asked, merges=("reem",))
+    asked.job.calibration.valid = asked.job.calibration.valid & False
+    with pytest.raises(InputError, match="merging compares 4 experts"):
+        run(asked, merges=("ream",), overwrite=True)
+
+
 def test_a_rule_that_cannot_is_said_with_its_reason_and_the_others_go_on(asked):
     asked.refuse = {"uniform-act", "uniform-weight"}
     steps = Told()
@@ -325,6 +370,21 @@ def test_a_plan_is_made_by_its_rule_seed_and_budget(monkeypatch):
         "experts_per_token": 2, "layer_indices": (0, 2), "seed": 13,
         "notes": {"model_hash": "abc", "tokens": 9},
     }  # fmt: skip
+
+
+def test_a_cut_router_knows_as_many_experts_as_a_token_goes_to(monkeypatch):
+    keep = np.zeros(SHAPE, bool)
+    keep[0, :2], keep[1, 3] = True, True
+    plan = PruningPlan(keep, (0, 2))
+    monkeypatch.setattr(compared, "make_plan", lambda *given, **options: plan)
+    job: Any = SimpleNamespace(base=Base(), recipe=SimpleNamespace(block=2, seed=10))
+    given = (job, None, {"model_hash": "abc", "tokens": 9})
+    assert compared.task_plan(*given, Task("experts-usage", 0.5), 32) is plan
+    cut = Task("experts-usage", 0.5, cut=True)
+    with pytest.raises(BudgetError, match="would know 1 in some layer, fewer than the 2 that a"):
+        compared.task_plan(*given, cut, 32)
+    keep[1, 0, 0] = True
+    assert compared.task_plan(*given, cut, 32) is plan
 
 
 def test_every_text_is_measured_on_its_own_rows(monkeypatch):

@@ -14,7 +14,8 @@ from moe_jax.errors import InputError
 from pruning.budget.rules import RULES
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.runs.calibration_sets import drawn
-from pruning.runs.controls import Controls, Task, most_channels, rounded_recipe, tasks
+from pruning.runs.compared_task import Task
+from pruning.runs.controls import Controls, most_channels, rounded_recipe, tasks
 from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import folder_bytes
@@ -78,6 +79,13 @@ def test_every_rule_has_a_row_for_each_of_the_bits_and_one_without_pruning_for_f
         Task("unpruned", 0.0, bits=bits, top_k=k, skip_below=share): whole
         for k, share in ((0, 0.0), (1, 0.0), (2, 0.5)) for bits in (16, 4)
     }  # fmt: skip
+    merging = Controls(rates=(0.5,), bits=(16, 4), merges=("ream", "hc-smoe"), draws=2)
+    merges = {task: kept for task, kept in tasks(job, (), merging).items() if task.is_merged}
+    assert merges == {Task(name, 0.5, bits=bits): half  # of the calibration text itself alone
+                      for name in ("ream", "hc-smoe") for bits in (16, 4)}  # fmt: skip
+    names, cut = ("fair-act", "experts-ala", "mone"), Controls(rates=(0.5,), repair="layer",
+                                                               cut_router=True)  # fmt: skip
+    assert [(t.rule, t.repair) for t in tasks(job, names, cut) if t.cut] == [("experts-ala", "")]
     seeds = {task.seed for task in tasks(job, ("random",), Controls(rates=(0.5,)))}
     assert seeds == set(RULES["random"].seeds)
 
@@ -135,6 +143,7 @@ def test_a_draw_has_as_many_windows_some_of_them_twice(job, tmp_path):
     ({"target_factors": (float("nan"),)}, r"target_factor=nan must lie in \[1, 1000\]"),
     ({"rates": (1.0,)}, r"prune_rate=1\.0"), ({"skip_below": (0.0,)}, "skip_below=0 skips no"),
     ({"top_k": (1, 0)}, "top_k=0 must be at least 1"),
+    ({"merges": ("ream",), "target_bytes": (9,)}, "merged at prune rates; add --prune-rate"),
     ({"skip_below": (0.5, 2.0)}, r"skip_below=2\.0 must lie in \(0, 1\]"),
 ])  # fmt: skip
 def test_what_is_out_of_range_is_refused(given, message):

@@ -14,7 +14,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.scores.grams import Seen
 from pruning.shrink import masked
 from pruning.shrink.masked import masked_hidden, moved, taken_over
-from pruning.shrink.prune import PrunedSource, mask_layer
+from pruning.shrink.prune import PrunedSource, mask_layer, without_rows
 from pruning.shrink.rounding import QuantizedSource
 from tests.pruning.scores.test_layer import CONFIG
 
@@ -79,6 +79,31 @@ def test_plans_in_fewer_bits_give_what_their_rounded_models_give(model):
         wanted = forward_hidden(source, TEXT, VALID, batch=5)
         np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
     assert min(np.abs(found[0] - other)[VALID].max() for other in found[1:]) > 0.01
+
+
+def test_a_cut_router_is_that_of_a_model_which_never_had_the_dropped_experts(model):
+    plan = plan_of(2)
+    left = {index: np.flatnonzero(plan.counts[slot]) for slot, index in enumerate((0, 2))}
+
+    def slim(index, layer):
+        if index not in left:
+            return layer
+        layer, mine = mask_layer(layer, plan.keep[(0, 2).index(index)]), left[index]
+        moe, old = layer.mlp, layer.mlp.experts
+        rows = (mine[:, None] * 12 + np.arange(12)).ravel()
+        pools = {name: getattr(old, name)[rows] for name in ("w_gate", "w_up", "w_down")}
+        experts = dataclasses.replace(old, **pools, count=old.count[mine])
+        config = dataclasses.replace(moe.config, num_experts=len(mine))
+        moe = dataclasses.replace(moe, config=config, router=moe.router[mine], experts=experts)
+        return dataclasses.replace(layer, mlp=moe)
+
+    plain, cut = masked_hidden(model, TEXT, VALID, [plan, plan], cut=[False, True], batch=5)
+    assert [len(mine) for mine in left.values()] == [5, 5]
+    wanted = forward_hidden(mapped(model, slim), TEXT, VALID, batch=5)
+    np.testing.assert_allclose(cut[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
+    assert np.abs(cut - plain)[VALID].max() > 0.1
+    found = forward_hidden(without_rows(PrunedSource(model, plan), plan), TEXT, VALID, batch=5)
+    np.testing.assert_allclose(found[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
 
 
 def test_a_plan_of_other_layers_or_widths_is_refused(model):
