@@ -11,8 +11,8 @@ from pruning.recipe.task_options import TaskOptions
 from pruning.report.compared import UNPRUNED, Result
 from pruning.report.comparison import Comparison
 from pruning.runs import compared_tasks
+from pruning.runs.compared_task import task_of
 from pruning.runs.compared_tasks import ask_plans
-from pruning.runs.controls import task_of
 
 PLAIN = Result("fair", 0.5)
 RESULTS = {
@@ -21,6 +21,8 @@ RESULTS = {
     "repaired in 4 bits": dataclasses.replace(PLAIN, repair="layer", bits=4),
     "at a size": dataclasses.replace(PLAIN, target=5_000_000),
     "whole in 4 bits": Result(UNPRUNED, 0.0, bits=4),
+    "router cut": dataclasses.replace(PLAIN, cut=True),
+    "merged": Result("ream", 0.5, bits=8),
     # of these nothing is asked
     "dense": Result(UNPRUNED, 0.0),
     "draw": dataclasses.replace(PLAIN, draw=1),
@@ -28,7 +30,7 @@ RESULTS = {
     "fewer": Result(UNPRUNED, 0.0, top_k=2),
     "no budget": Result("unplanned", 0.5),
 }
-ASKED = tuple(RESULTS)[:5]
+ASKED = tuple(RESULTS)[:7]
 HOW = {"window": None, "first_tokens": "model's", "batch": 4, "dtype": "f32"}
 
 
@@ -53,6 +55,12 @@ def world(monkeypatch, tmp_path):
         assert (statistics, provenance) == ("statistics", {"noted": 1})
         return SimpleNamespace(content_hash=f"{task.rule}-{task.seed}-{budget}")
 
+    def mergings(job, statistics, tasks, budgets):
+        (task,) = tasks
+        assert statistics == "statistics" and budgets[task] == 7
+        plan = SimpleNamespace(content_hash="leaders")
+        return {task: SimpleNamespace(plan=plan)}, []
+
     def compare_results(dense, other):
         row = {"dense": dense["of"], "other": other["of"]}
         return [SimpleNamespace(to_dict=lambda: row)]
@@ -63,6 +71,11 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(compared_tasks, "compare_results", compare_results)
     monkeypatch.setattr(
         compared_tasks, "PrunedSource", lambda base, plan: f"{base}/{plan.content_hash}"
+    )
+    monkeypatch.setattr(compared_tasks, "mergings", mergings)
+    monkeypatch.setattr(compared_tasks, "MergedSource", lambda base, how: f"{base} merged")
+    monkeypatch.setattr(
+        compared_tasks, "without_rows", lambda source, plan: f"{source} {plan.content_hash} cut"
     )
     monkeypatch.setattr(compared_tasks, "rounded", lambda source, job, bits: f"{source}:{bits}")
 
@@ -85,10 +98,12 @@ def test_every_plan_of_the_calibration_text_is_asked_after_the_dense_model(world
     assert len(before) + 1 == len(ASKED)
     # What is yielded is kept: one more is answered each time.
     answered = [sum(bool(one.tasks) for one in some.results) for some in (*before, found)]
-    assert answered == [1, 2, 3, 4, 5]
+    assert answered == [1, 2, 3, 4, 5, 6, 7]
     rows = {name: one.tasks for name, one in zip(RESULTS, found.results, strict=True)}
     others = dict(zip(ASKED, ["base/fair-0-7:16", "base/fair-3-7:16", "layer of fair-0-7:4",
-                              "base/fair-0-7:16", "base/unpruned-0-7:4"], strict=True))  # fmt: skip
+                              "base/fair-0-7:16", "base/unpruned-0-7:4",
+                              "base/fair-0-7 fair-0-7 cut:16", "base merged:8"],
+                      strict=True))  # fmt: skip
     assert rows == {
         name: [{"dense": "base", "other": others[name]}] if name in others else []
         for name in RESULTS
@@ -101,6 +116,8 @@ def test_every_plan_of_the_calibration_text_is_asked_after_the_dense_model(world
         ("fair+layer 4-bit at 0.5", "fair-0-7 4 32 layer text"),
         ("fair at 5.0 MB", "fair-0-7 16 32"),
         ("unpruned 4-bit at 0", "unpruned-0-7 4 32"),
+        ("fair+cut at 0.5", "fair-0-7 16 32 cut"),
+        ("ream 8-bit at 0.5", "leaders 8 32 ream text"),
     ]
 
 
