@@ -209,6 +209,10 @@ def test_plans_share_a_reading_of_the_model_as_far_as_their_states_fit(asked, mo
     assert steps.bars[f"compare {total} plans"] == [(step, total * LAYERS) for step in done]
 
 
+def test_without_a_rate_or_a_size_rules_are_compared_at_a_quarter_and_at_half(asked):
+    assert {result.rate for result in run(asked, rates=()).results} == {0.25, 0.5}
+
+
 def test_a_batch_is_never_wider_than_the_text(asked):
     asked.job.evaluation = {"one": words(5), "two": words(5)}
     run(asked)

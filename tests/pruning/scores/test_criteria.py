@@ -141,6 +141,25 @@ def test_norm_averages_divide_by_routed_tokens():
         np.testing.assert_allclose(channel_scores(stats, attribution=name).expert, expected)
 
 
+def test_one_output_does_not_vary():
+    output = np.array([[[3.0, -1.0], [2.0, 4.0]]])
+    stats = statistics(
+        1, 2, 4, tokens=np.array([[1.0, 2.0]]), output_sum=output, total_tokens=3.0,
+        output_coordinate_square=np.array([[[9.0, 1.0], [4.0, 16.0]]]),
+        probability_mass=np.array([[0.5, 1.5]]),
+    )  # fmt: skip
+    # Of two tokens the means are 1 and 2, of their squares 2 and 8: variances of 1 and 4.
+    expected = [[0.0, np.sqrt(5.0) * 1.5 / 3.0]]
+    np.testing.assert_allclose(EXPERT_CRITERIA["mone"](stats), expected, rtol=1e-12)
+
+
+def test_without_any_routed_channel_weights_rank_all():
+    stats = unrouted(statistics(1, 1, 4), 0, 0)
+    channel = channel_scores(stats, criterion="act").channel[0, 0]
+    weight = (stats.down_norm + stats.up_norm + stats.gate_norm)[0, 0]
+    np.testing.assert_allclose(channel, weight / weight.max())
+
+
 def test_gate_gradient_is_minus_the_sum_of_signed_taylor_terms_clamped_at_zero():
     stats = statistics(1, 2, 2, taylor=np.array([[[1.0, -4.0], [3.0, 2.0]]]))
     np.testing.assert_allclose(EXPERT_CRITERIA["nll_grad"](stats), [[0.03, -0.05]])
