@@ -8,6 +8,7 @@ may be rounded as an export of each plan rounds them, and tokens may go to fewer
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def masked_hidden(
     valid: np.ndarray,
     plans: Sequence[PruningPlan],
     *,
-    storages: Sequence[str] = (),
+    storages: Sequence[str | Sequence[str]] = (),
     fewer: Sequence[Fewer | None] = (),
     routed: np.ndarray | None = None,
     group_size: int = 32,
@@ -127,9 +128,9 @@ def masked_hidden(
       tokens: int32 [B, T].
       valid: bool [B, T].
       plans: V plans of this model.
-      storages: how the weights under each plan are stored, "bf16" or as of `rounded_layer`; () for
-        all in 16 bits. A layer is rounded once however many plans there are, but for the
-        down-projections of its experts.
+      storages: how the weights under each plan are stored, "bf16" or as of `rounded_layer`, or so
+        for each layer of the model; () for all in 16 bits. A layer is rounded once however many
+        plans there are, but for the down-projections of its experts.
       fewer: to which of their experts tokens go under each plan; () for all to all.
       routed: float64 [V], to which is added, where there is a `Fewer`, how often tokens of the text
         go to an expert in all layers of the plan.
@@ -147,13 +148,17 @@ def masked_hidden(
       InputError: a plan is of another shape than the model's experts.
     """
     text = in_batches(source, tokens, valid, batch)
-    stored = tuple(storages) or (PLAIN,) * len(plans)
+    stored = [
+        [how] * len(source) if isinstance(how, str) else list(how)
+        for how in storages or (PLAIN,) * len(plans)
+    ]
     choices = tuple(fewer) or (None,) * len(plans)
 
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
         seen = None if sample is None else sample.through(index, layer)
-        rounded = {how: rounded_layer(layer, group_size, how) for how in set(stored) - {PLAIN}}
-        each = zip(variants, plans, stored, choices, strict=True)
+        here = [how[index] for how in stored]
+        rounded = {how: rounded_layer(layer, group_size, how) for how in set(here) - {PLAIN}}
+        each = zip(variants, plans, here, choices, strict=True)
         for number, (x, plan, how, choice) in enumerate(each):
             masks = _masks(layer, index, plan)
             kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
@@ -182,7 +187,7 @@ def masked_hidden(
         through_groups(source, index, [(text, x, _masked_step(index, plan)) for x, plan in each])
         return variants
 
-    plain = sample is None and {*stored} <= {PLAIN} and not any(choices)
+    plain = sample is None and {*chain(*stored)} <= {PLAIN} and not any(choices)
     first = text.embedded(source, dtype)
     last = sweep(
         source, [list(first) for _ in plans], step, on_layer=on_layer,
