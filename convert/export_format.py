@@ -129,7 +129,7 @@ class ExportFormat:
 
     @property
     def is_integer(self) -> bool:
-        """Whether linear layers are stored in integers of 4 or 8 bits, at least those of a layer."""
+        """Whether linear layers are stored in integers of 4 or 8 bits, at least of a layer."""
         return self.is_packed and self.storage in ("int4", "int8", "mixed")
 
     @property

@@ -80,8 +80,8 @@ def quantization_config(
       dense: exact module names of all linear layers that stay 16-bit; a missing one would load as
         garbage.
       group_size: weights per scale.
-      targets: bits of a weight -> the class of linear layers, or a pattern of module names "re:...",
-        that have so many.
+      targets: bits of a weight -> the class of modules that have so many, or a pattern "re:..." of
+        their names.
 
     Returns:
       The JSON value.

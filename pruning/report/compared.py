@@ -7,6 +7,7 @@ from pruning.kit.words import megabytes
 
 Repaired = Literal["", "expert", "layer"]
 UNPRUNED = "unpruned"  # in the place of a rule: fewer bits alone
+AUTO = 0  # in the place of bits: each layer has its own
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Result:
       reason: why there is no plan; empty if there is one.
       family, about: of the rule, see `pruning.budget.rule.Rule`; empty in a file of an earlier
         version.
-      bits: of the weights; fewer than 16 are rounded to nearest.
+      bits: of the weights; fewer than 16 are rounded to nearest. `AUTO` where each layer has its
+        own, which `layer_bits` are for every layer of the model; `layer_shares` are those of its
+        channels that are kept.
       target: bytes that the folder may take, where the rate comes from; 0 if a rate was asked for.
       bytes: of the folder that the plan would be written as; 0 in a file of an earlier version.
       draw: which draw of the calibration text the plan is of; 0 is the text itself.
@@ -60,6 +63,8 @@ class Result:
     active: int = 0
     active_bytes: int = 0
     tasks: list[dict[str, Any]] = field(default_factory=list)
+    layer_bits: list[int] = field(default_factory=list)
+    layer_shares: list[float] = field(default_factory=list)
 
     @property
     def is_of_text(self) -> bool:
@@ -78,12 +83,17 @@ class Result:
         if self.has_fewer:
             rule = f"skip-{self.skip_below:g}" if self.skip_below else f"top-{self.top_k}"
         repaired = f"{rule}+{self.repair}" if self.repair else rule
-        return repaired if self.bits == 16 else f"{repaired} {self.bits}-bit"
+        return repaired if self.bits == 16 else f"{repaired} {bits_word(self.bits)}-bit"
 
     @property
     def place(self) -> str:
         """The prune rate or the size that it was to keep."""
         return f"{megabytes(self.target)} MB" if self.target else f"{self.rate:.4g}"
+
+
+def bits_word(bits: int) -> str:
+    """How many bits, in tables."""
+    return "auto" if bits == AUTO else str(bits)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pruning.recipe.task_options import TaskOptions
 from pruning.report.compared import UNPRUNED, Result
 from pruning.report.comparison import Comparison
 from pruning.runs.asked_models import DENSE, AskedModel
-from pruning.runs.compared import Scored, repaired, rounded, task_plan
-from pruning.runs.controls import Task, task_of
+from pruning.runs.compared import Kept, Scored, repaired, rounded, task_plan
+from pruning.runs.task import Task, task_of
 from pruning.runs.tasks import ask
 from pruning.shrink.prune import PrunedSource
 from pruning.stages.job import Job
@@ -24,7 +24,7 @@ from pruning.stages.judged import RESULTS
 def ask_plans(
     job: Job,
     whole: Scored,
-    budgets: Mapping[Task, int],
+    budgets: Mapping[Task, Kept],
     found: Comparison,
     asked: TaskOptions,
     loaded: dict[str, Any],
@@ -91,4 +91,4 @@ def _model_of(job: Job, plan: PruningPlan, task: Task) -> Iterator[LayerSource]:
     """The model of a plan, repaired anew where it is, its weights rounded."""
     bare = nullcontext(PrunedSource(job.base, plan))
     with repaired(job, plan, task.repair) if task.repair else bare as pruned:
-        yield rounded(pruned, job, task.bits)
+        yield rounded(pruned, job, plan, task.bits)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert.export import Export
-from convert.export_format import FORMATS, ExportFormat, FormatName
+from convert.export_format import FORMATS, MIXED, STORAGES, ExportFormat, FormatName
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import Rule, common_budget
@@ -18,50 +18,13 @@ from pruning.budget.rules import RULES
 from pruning.recipe.options import PlanOptions
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import check_rate, check_whole
-from pruning.report.compared import UNPRUNED, Repaired, Result
+from pruning.report.compared import AUTO, UNPRUNED, Repaired
+from pruning.runs.task import Task
 from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
 MOST_DRAWS = 100  # each is scored
-STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One rule at one rate with one seed, repaired or not, its weights of so many bits.
-
-    `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
-    draw of the calibration text decides what is kept, 0 for the text itself. `top_k` and
-    `skip_below` are those of `Fewer`, `top_k` 0 where tokens go to all experts of the router.
-    `calibration` names the set whose text decides what is kept, "" is the calibration text.
-    """
-
-    rule: str
-    rate: float
-    seed: int = 0
-    repair: Repaired = ""
-    bits: int = 16
-    target: int = 0
-    draw: int = 0
-    top_k: int = 0
-    skip_below: float = 0.0
-    calibration: str = ""
-
-    @property
-    def is_of_other_text(self) -> bool:
-        """Whether a draw of the calibration text, or a set beside it, decides what is kept."""
-        return self.draw > 0 or self.calibration != ""
-
-    @property
-    def fewer(self) -> Fewer | None:
-        """To which of their experts tokens go; None for all."""
-        return Fewer(self.top_k, self.skip_below) if self.top_k else None
-
-
-def task_of(result: Result) -> Task:
-    """What a result is of."""
-    return Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +33,8 @@ class Controls:
 
     Attributes:
       rates: prune rates; all rules keep the same number of channels at one.
-      bits: of weights, 16 or fewer; of fewer there is a row without pruning too.
+      bits: of weights, 16 or fewer; of fewer there is a row without pruning too. `AUTO` is, at the
+        sizes, a choice for each layer.
       target_bytes: sizes that each rule, in each of the bits, comes as near to as it can.
       target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well.
@@ -93,9 +57,18 @@ class Controls:
     def __post_init__(self) -> None:
         for rate in self.rates:
             check_rate("prune_rate", rate)
-        if not self.bits or (wrong := [one for one in self.bits if one not in STORAGES]):
+        known = (*STORAGES, AUTO)
+        if not self.bits or (wrong := [one for one in self.bits if one not in known]):
+            raise InputError(f"bits={wrong if self.bits else []} must be some of 16, 8, 4 and auto")
+        if self.has_auto and not (self.target_bytes or self.target_factors):
             raise InputError(
-                f"bits={wrong if self.bits else []} must be some of {', '.join(map(str, STORAGES))}"
+                "bits 'auto' are those of the least loss within a size; give one with "
+                "--target-bytes or --target-factor"
+            )
+        if self.has_auto and (self.draws or self.sets):
+            raise InputError(
+                "bits 'auto' are measured on one calibration text; leave out --draws and "
+                "--calibration-sets"
             )
         if self.draws == 1 or not 0 <= self.draws <= MOST_DRAWS:
             raise InputError(
@@ -116,9 +89,19 @@ class Controls:
             Fewer(1, share)
 
     @property
+    def has_auto(self) -> bool:
+        """Whether each layer gets bits of its own."""
+        return AUTO in self.bits
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Bits of weights that are stored by some plan."""
+        return tuple(STORAGES) if self.has_auto else tuple(self.bits)
+
+    @property
     def rounds(self) -> bool:
         """Whether some weights are rounded."""
-        return any(bits < 16 for bits in self.bits)
+        return any(bits < 16 for bits in self.stored)
 
     def fewer(self, experts_per_token: int) -> list[Fewer]:
         """All that is asked of where tokens go.
@@ -152,9 +135,9 @@ def rounded_recipe(job: Job, recipe: CompressionRecipe, controls: Controls) -> R
       InputError: the model has no such format, stores codes that exports would take over, or a
         group of weights would be incomplete.
     """
-    base, names = job.base.about, formats(job, controls.bits)
+    base, names = job.base.about, formats(job, controls.stored)
     given = dataclasses.replace(
-        recipe, model=job.recipe.model, bits=min(controls.bits), export=tuple(names.values()),
+        recipe, model=job.recipe.model, bits=min(controls.stored), export=tuple(names.values()),
         planner=job.recipe.planner, repair="none",
     )  # fmt: skip
     found = resolved(given, base)
@@ -199,7 +182,7 @@ def whole_plan(job: Job) -> PruningPlan:
 
 def written(job: Job, plan: PruningPlan, bits: int) -> Export:
     """The folder that a plan would be written as."""
-    name = formats(job, [bits])[bits]
+    name = MIXED if plan.layer_bits else formats(job, [bits])[bits]
     return export_of(job.base.about, plan, form_of(job.recipe, name, plan))
 
 
@@ -218,17 +201,21 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
     whole, budgets = _channels(job), _budgets(job, controls.rates)
     choices = controls.fewer(job.base.config.moe.experts_per_token)
     # What the dense model loses is known, but not what a token reads of it.
-    found = {Task(UNPRUNED, 0.0, bits=one): whole for one in controls.bits if one < 16 or choices}
+    equal = [one for one in controls.bits if one != AUTO]
+    found = {Task(UNPRUNED, 0.0, bits=one): whole for one in equal if one < 16 or choices}
     for choice in map(dataclasses.asdict, choices):
-        found |= {Task(UNPRUNED, 0.0, bits=bits, **choice): whole for bits in controls.bits}
+        found |= {Task(UNPRUNED, 0.0, bits=bits, **choice): whole for bits in equal}
     for how in repairs:
         for rate, budget in budgets.items():
             for name in names:
                 for seed in RULES[name].seeds:
-                    found |= {Task(name, rate, seed, how, bits): budget for bits in controls.bits}
+                    found |= {Task(name, rate, seed, how, bits): budget for bits in equal}
         for target in controls.targets(job):
-            for bits in controls.bits:
+            for bits in equal:
                 found |= _at_target(job, names, target, bits, how)
+            if controls.has_auto:
+                alone = [name for name in names if len(RULES[name].seeds) == 1]
+                found |= {Task(name, 0.0, 0, how, AUTO, target): 0 for name in alone}
     again = {task: budget for task, budget in found.items() if task.rule != UNPRUNED}
     others: list[dict[str, Any]] = [{"draw": 1 + number} for number in range(controls.draws)]
     for text in (*others, *({"calibration": name} for name in controls.sets)):
@@ -249,7 +236,7 @@ def _at_target(
         return {Task(UNPRUNED, 0.0, 0, "", bits, target): whole}
     found = {}
     for name in names:
-        budget = most(_step(job, RULES[name]))
+        budget = most(budget_step(job, RULES[name]))
         rate = round(1.0 - budget / whole, 6)
         for seed in RULES[name].seeds:
             found[Task(name, rate, seed, how, bits, target)] = budget
@@ -266,7 +253,7 @@ def most_channels(job: Job, form: FormatName, target: int, step: int) -> int:
     return step * bisect.bisect_left(counts, True, key=is_too_large)
 
 
-def _step(job: Job, rule: Rule) -> int:
+def budget_step(job: Job, rule: Rule) -> int:
     """Channels by which a rule's budgets differ."""
     c, options = job.base.config, rule.options
     layers, experts = len(c.moe_layers), c.moe.num_experts

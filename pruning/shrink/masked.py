@@ -7,7 +7,7 @@ may be rounded as an export of each plan rounds them, and tokens may go to fewer
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
 
 import jax
@@ -123,6 +123,8 @@ def masked_hidden(
 ) -> np.ndarray:
     """Hidden states before the head of several pruned models.
 
+    As far up as plans keep the same and store it alike, one is run for all of them.
+
     Args:
       source: the dense model; every layer is read once.
       tokens: int32 [B, T].
@@ -157,10 +159,18 @@ def masked_hidden(
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
         seen = None if sample is None else sample.through(index, layer)
         here = [how[index] for how in stored]
+        before = [tuple(x) for x in variants]  # held, so that what is alike is the same object
+        done: dict[Hashable, int] = {}
         rounded = {how: rounded_layer(layer, group_size, how) for how in set(here) - {PLAIN}}
         each = zip(variants, plans, here, choices, strict=True)
         for number, (x, plan, how, choice) in enumerate(each):
             masks = _masks(layer, index, plan)
+            if choice is None and plan.constants is None:
+                keep = b"" if masks is None else np.asarray(masks[0]).tobytes()
+                alike = done.setdefault((*map(id, before[number]), how, keep), number)
+                if alike != number:
+                    x[:] = variants[alike]
+                    continue
             kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
             if how in rounded:
                 whole = rounded[how]

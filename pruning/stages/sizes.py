@@ -10,7 +10,7 @@ import numpy as np
 from convert.assemble import pool_shape
 from convert.description import Description
 from convert.export import Export
-from convert.export_format import ExportFormat, Widths
+from convert.export_format import MIXED, ExportFormat, Widths
 from convert.families import find_family
 from convert.layout import nbytes
 from convert.rules import EMBEDDING
@@ -37,7 +37,8 @@ def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = Non
     """The export format of this name under a resolved recipe and, once there is one, its plan."""
     constants = recipe.emptied == "mean" if plan is None else plan.constants is not None
     group = recipe.group_size or 32
-    return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize)
+    bits = plan.layer_bits if name == MIXED and plan is not None else ()
+    return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize, bits)
 
 
 def _is_float32(base: Description) -> bool:

@@ -30,7 +30,9 @@ def folders(tmp_path_factory):
     """One model, the second of its layers dense, in each of the bits and in all of them."""
     folder = tmp_path_factory.mktemp("mixed")
     sizes = EXPORTED["qwen2_moe"] | {
-        "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 64,
         "moe_intermediate_size": 64,
     }
     tiny.save(tiny.half(tiny.tiny_model("qwen2_moe", **sizes)), folder / "base")

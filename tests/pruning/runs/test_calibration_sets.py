@@ -13,7 +13,7 @@ from pruning.runs import compare as comparing
 from pruning.runs import plan_groups
 from pruning.runs.calibration_sets import mixed, parse_sets
 from pruning.runs.compared import task_plan
-from pruning.runs.controls import Task
+from pruning.runs.task import Task
 from pruning.scores.statistics import load_statistics
 from pruning.stages.job import open_job
 from pruning.text.calibration import TokenBatch

@@ -29,7 +29,7 @@ from pruning.report.comparison import Comparison
 from pruning.runs import compare as comparing
 from pruning.runs import plan_groups
 from pruning.runs.compared import task_plan
-from pruning.runs.controls import Task
+from pruning.runs.task import Task
 from pruning.scores.statistics import load_statistics
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource

@@ -14,7 +14,8 @@ from moe_jax.errors import InputError
 from pruning.budget.rules import RULES
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.runs.calibration_sets import drawn
-from pruning.runs.controls import Controls, Task, most_channels, rounded_recipe, tasks
+from pruning.runs.controls import Controls, most_channels, rounded_recipe, tasks
+from pruning.runs.task import Task
 from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import folder_bytes

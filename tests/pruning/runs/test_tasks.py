@@ -26,7 +26,7 @@ from pruning.kit.progress import Steps
 from pruning.measure import answers, harness
 from pruning.recipe.recipe import load_recipe
 from pruning.runs.compared import task_plan
-from pruning.runs.controls import Task
+from pruning.runs.task import Task
 from pruning.scores.statistics import load_statistics
 from pruning.stages.job import open_job
 from pruning.stages.judged import compared
