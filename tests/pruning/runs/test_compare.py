@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
-from convert.export_format import ExportFormat
+from convert.export_format import MIXED, ExportFormat
 from moe_jax.errors import InputError
 from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, in_batches, layer_forward
@@ -26,10 +26,12 @@ from pruning.kit.progress import Steps
 from pruning.measure.quality import measure_quality
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_sizes import size_tables
 from pruning.runs import compare as comparing
 from pruning.runs import plan_groups
+from pruning.runs.auto_bits import auto_plans
 from pruning.runs.compared import task_plan
-from pruning.runs.task import Task
+from pruning.runs.task import Task, task_of
 from pruning.scores.statistics import load_statistics
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
@@ -38,10 +40,12 @@ from pruning.stages.export import pruned_source
 from pruning.stages.job import open_job
 from pruning.stages.measure import first_tokens
 from pruning.stages.sizes import export_of, folder_bytes
+from pruning.text.kept_out import keep_out, kept_out_note
 from tests.support import command, tiny
 
 KINDS = ("bits", "target_bytes", "draws", "top_k", "skip_below")  # beside rates and rules
 INT4 = ExportFormat("ragged-int4", 32)
+MIDDLE = 160_000  # more than 4 bits take, less than all of 8
 LITTLE = 130_000  # bytes: more than 4 bits take, less than 16 do without half of the channels
 RULES = ["random", "uniform-act", "fair-energy", "experts-usage"]
 
@@ -296,6 +300,46 @@ def test_rows_by_bytes_are_what_exports_of_their_plans_take_and_lose(recipe, tmp
     plain = run(asked, ["uniform-act"], [0.5])
     assert file_of(asked).read_bytes() == before
     assert plain.results == (rows["uniform-act", 0],)
+
+
+def test_layers_with_bits_of_their_own_lose_what_their_folder_does(recipe, tmp_path):
+    asked = dataclasses.replace(recipe, output=str(tmp_path / "out"), block=32, window=32)
+    kinds: dict[str, Any] = {"bits": ("auto",), "target_bytes": [MIDDLE, 1000]}
+    found = run(asked, ["fair-energy"], (), **kinds)
+    (auto,) = found.results
+    assert (auto.name, auto.target) == ("fair-energy auto-bit", MIDDLE)
+    assert auto.bytes <= MIDDLE and len(set(auto.layer_bits)) > 1
+    assert {(r.name, r.reason) for r in found.refused} == {
+        ("fair-energy auto-bit", "no plan is as small in auto bits")
+    }
+    # The folder of that plan, which the run did not write.
+    same = dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 32)
+    job = open_job(same)
+    calibration, kept_out = keep_out(job.calibration)
+    job = dataclasses.replace(job, calibration=calibration, kept_out=kept_out)
+    statistics, provenance = load_statistics(tmp_path / "out" / "statistics.safetensors")
+    assert provenance["kept_out"] == kept_out_note(kept_out)
+    job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, block=32, group_size=32))
+    (plan,) = auto_plans(job, statistics, provenance, [task_of(auto)], Steps(quiet=True)).values()
+    assert list(plan.layer_bits) == auto.layer_bits
+    assert auto.layer_shares == pytest.approx(plan.keep.mean(axis=(1, 2)))
+    assert auto.rate == pytest.approx(1 - plan.keep.mean())
+    form = ExportFormat(MIXED, 32, layer_bits=plan.layer_bits)
+    folder = export_of(job.base.about, plan, form).write(
+        pruned_source(job.base, plan, form), tmp_path / "written"
+    )
+    text = first_tokens(job.evaluation["good"], 60)
+    quality, _ = measure_quality(open_checkpoint(folder), text, batch=4)
+    assert auto.bytes == folder_bytes(folder)
+    assert auto.quality["good"]["nll"] == pytest.approx(quality.nll, rel=1e-5)
+    (table,) = (t for t in size_tables(found) if t.title.startswith("Channels and bits"))
+    ((name, place, bits, _),) = table.rows
+    assert (name, place) == (auto.name, "0.2 MB")
+    assert bits == " ".join(map(str, auto.layer_bits))
+    # It goes on without measuring anything again.
+    before = file_of(asked).read_bytes()
+    assert run(asked, ["fair-energy"], (), **kinds) == found
+    assert file_of(asked).read_bytes() == before
 
 
 def met_bytes(folder: Path, shares: np.ndarray) -> float:
