@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.description import Description
 from convert.disk_layer import outer_tensors
-from convert.export_format import ExportFormat, Widths
+from convert.export_format import MIXED, ExportFormat, Widths
 from convert.few_bits import quantization_config
 from convert.formats import compressed_tensors, float8, mxfp4, padded, ragged
 from convert.formats.wrapped import wrapped_config
@@ -159,15 +159,17 @@ class Export:
             would be incomplete, or layers that predict further tokens are missing or do not fit.
         """
         form, config = self.form, self.base.config
-        if form.layer_bits and len(form.layer_bits) != len(self.base):
-            raise InputError(
-                f"layer_bits={form.layer_bits} must say those of {len(self.base)} layers"
-            )
-        named = {form.of_layer(index).name for index in range(len(self.base))}
-        if not named <= {*self.base.family.formats}:
+        if form.name not in self.base.family.formats:
             raise InputError(
                 f"export={form.name!r} does not exist for {self.base.family.model_type}, because "
                 f"no program would read it; choose from {', '.join(self.base.family.formats)}"
+            )
+        if form.name == MIXED and len(form.layer_bits) != len(self.base):
+            raise InputError(
+                f"export={MIXED!r} stores each layer in the bits that a plan says, and this one "
+                f"says those of {len(form.layer_bits)} layers of {len(self.base)}; plan with "
+                "`moe-compress compare --bits auto --target-bytes SIZE`, and write that plan with "
+                "`moe-compress apply`"
             )
         if form.constants and not form.holds_constants(config.moe.expert_bias):
             raise InputError(

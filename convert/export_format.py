@@ -15,12 +15,12 @@ from moe_jax.errors import InputError
 # What folders are made as; only those that some program reads.
 FormatName = Literal[
     "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
-    "padded-mxfp4", "padded-fp8", "ragged-int8", "padded-int8",
+    "padded-mxfp4", "padded-fp8", "ragged-int8", "padded-int8", "ragged-mixed",
 ]  # fmt: skip
 FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
 # With bits of its own for each layer, which a plan says and no name does. Ragged alone: of several
 # schemes transformers takes one for the experts of all layers, where it holds a layer's as one.
-MIXED = "ragged-mixed"
+MIXED: FormatName = "ragged-mixed"
 MIXED_BITS = (4, 8, 16)
 # Asked for by part of a name, and why no folder is made so.
 NOT_WRITTEN = {
@@ -53,7 +53,7 @@ class ExportFormat:
     """A folder layout: a width per expert, per layer or per model, 16, 8 or 4 bits.
 
     Attributes:
-      name: one of `FORMATS`, its layout and its storage, or `MIXED`.
+      name: one of `FORMATS`, its layout and its storage.
       group_size: weights per scale of integers; MXFP4 knows 32 only, 8-bit floats have blocks.
       constants: whether experts without channels add constants (ragged folders, or in the place of
         the output's bias), or nothing.
@@ -61,7 +61,8 @@ class ExportFormat:
       requantize: whether weights that the base stores in few bits are rounded a second time, and
         linear layers that it stores in 16 bits are rounded too; else codes are taken over, where
         the two formats are alike.
-      layer_bits: of `MIXED`, 4, 8 or 16 for each layer of the model: bits of its linear layers.
+      layer_bits: of `MIXED`, 4, 8 or 16 for each layer of the model: bits of its linear layers; ()
+        before there is a plan that says them, which counts as 4 throughout.
 
     Raises:
       InputError: a value is none of those.
@@ -75,12 +76,13 @@ class ExportFormat:
     layer_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.name == MIXED) != bool(self.layer_bits) or {*self.layer_bits} - {*MIXED_BITS}:
+        wrong = self.layer_bits and self.name != MIXED
+        if wrong or {*self.layer_bits} - {*MIXED_BITS}:
             raise InputError(
                 f"layer_bits={self.layer_bits} must be 4, 8 or 16 for each layer with {MIXED}, and "
                 f"() with other formats, not with {self.name}"
             )
-        if self.name not in (*FORMATS, MIXED):
+        if self.name not in FORMATS:
             raise InputError(f"export={self.name!r} is unknown; choose among {', '.join(FORMATS)}")
         if self.mtp not in MTP:
             raise InputError(f"mtp={self.mtp!r} is unknown; choose among {', '.join(MTP)}")

@@ -246,7 +246,12 @@ class ExportOptions(Options):
         Literal[4, 8, 16],
         About(
             "bits of the weights; 8 is padded-fp8, floats in blocks, unless --export names "
-            "ragged-int8 or padded-int8"
+            "ragged-int8 or padded-int8",
+            elsewhere=(
+                "auto",
+                "bits of each layer are chosen by `moe-compress compare --bits auto --target-bytes "
+                "SIZE`, whose plan `moe-compress apply` writes; here",
+            ),
         ),
     ] = 4
     group_size: Annotated[

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.export_format import ExportFormat
+from convert.export_format import MIXED, ExportFormat
 from pruning.budget.record import recorded_options
 from pruning.kit.words import percent
 from pruning.recipe.plan_options import RULE
@@ -264,7 +264,8 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values |= {"mtp": folder.mtp} if folder.mtp else {}
     if facts.repair or said.get("repair"):
         values["repair"] = facts.repair.get("mode", "none")
-    values |= {"export": [folder.form], "bits": ExportFormat(folder.form).bits}
+    values |= {"export": [folder.form]}
+    values |= {} if folder.form == MIXED else {"bits": ExportFormat(folder.form).bits}
     if folder.group_size is not None:
         values |= {"group_size": folder.group_size, "quantizer": folder.quantizer}
     return values | ({"requantize": True} if folder.requantize and folder.bits != "bf16" else {})

@@ -83,7 +83,8 @@ class Result:
         if self.has_fewer:
             rule = f"skip-{self.skip_below:g}" if self.skip_below else f"top-{self.top_k}"
         repaired = f"{rule}+{self.repair}" if self.repair else rule
-        return repaired if self.bits == 16 else f"{repaired} {bits_word(self.bits)}-bit"
+        words = {16: "", AUTO: " auto bits"}
+        return repaired + words.get(self.bits, f" {self.bits}-bit")
 
     @property
     def place(self) -> str:

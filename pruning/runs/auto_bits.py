@@ -14,6 +14,9 @@ from pruning.runs.task import Task
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages.bit_curves import joint_plan, measured_curves
 from pruning.stages.job import Job
+from pruning.stages.plan import recorded_notes
+
+PLANS = "auto"  # folder of their plans, which `apply` takes
 
 
 def auto_plans(
@@ -32,7 +35,8 @@ def auto_plans(
       steps: where progress goes.
 
     Returns:
-      The plan of each task with bits `AUTO`; none where nothing is as small.
+      The plan of each task with bits `AUTO`, which is in the output folder too; none where nothing
+      is as small.
 
     Raises:
       InputError: no window was kept out.
@@ -56,7 +60,7 @@ def _of_rule(
 ) -> dict[Task, PruningPlan]:
     rule, c = RULES[tasks[0].rule], job.base.config
     step = budget_step(job, rule)
-    notes = {"model_hash": provenance["model_hash"], "tokens": provenance["tokens"]}
+    notes = recorded_notes(job.recipe, statistics, dict(provenance))
 
     def plan_at(channels: int) -> PruningPlan:
         return make_plan(
@@ -77,4 +81,5 @@ def _of_rule(
             )  # fmt: skip
         except BudgetError:
             continue  # said where the task is to be measured
+        found[task].save(job.output / PLANS / f"{task.rule}-{task.target}")
     return found

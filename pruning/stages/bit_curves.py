@@ -41,6 +41,9 @@ RECORD = "bit-curves.json"
 REMOVED = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)  # shares of all channels of which curves are measured
 LEVELS = 64  # plans of a rule between those, among which each layer chooses
 GROUP = 64  # plans that share a reading at most: divergences are remembered after each
+# What the plan of one size says of its rule, which holds of the layers of several.
+OF_RULE = ("criterion", "attribution", "planner", "planner_options", "width", "block", "minimum",
+           "align", "emptied", "seed")  # fmt: skip
 CORRECTIONS = 8  # bytes of headers are told of the whole, a layer's choice by its own
 
 PlanAt = Callable[[int], PruningPlan]  # channels -> the plan of a rule that keeps so many
@@ -154,8 +157,15 @@ def joint_plan(
         plan = _joined(plans, [taken[index][0] for index in whole.layer_indices])
         plan = dataclasses.replace(plan, layer_bits=tuple(bits for _, bits in taken))
         if (more := written(plan).nbytes - target) <= 0:
-            told = float(error[np.arange(layers), chosen].sum())
-            said = {**(notes or {}), "foretold_divergence": told, "target_bytes": target}
+            said = {
+                **{n: v for n, v in plans[-1].provenance.items() if n in OF_RULE},
+                **(notes or {}),
+                "foretold_divergence": float(error[np.arange(layers), chosen].sum()),
+                "prune_rate": 1.0 - plan.keep.mean().item(),
+                "target": target,
+                "target_unit": "bytes",
+                "cost": target + more,
+            }
             return dataclasses.replace(plan, provenance=said)
         room -= more
     raise BudgetError(f"no channels and bits of all layers take at most {target} bytes")

@@ -53,17 +53,24 @@ def export_of(base: Description, plan: PruningPlan, form: ExportFormat) -> Expor
 def export_sizes(
     base: Description, plan: PruningPlan, recipe: CompressionRecipe
 ) -> dict[str, dict]:
-    """Bytes and parameters of each requested export, and of its padded twin, before it is made."""
+    """Bytes and parameters of each requested export, and bytes of its padded twin if it has one,
+    before it is made."""
     found = {}
     for name in recipe.export:
         export = export_of(base, plan, form_of(recipe, name, plan))
-        twin = dataclasses.replace(export, form=export.form.like(layout="padded"))
         found[name] = {
             "bytes": export.nbytes,
             "parameters": export.parameters,
-            "padded_bytes": twin.nbytes,
+            "padded_bytes": _padded(export),
         }
     return found
+
+
+def _padded(export: Export) -> int | None:
+    """Bytes of a folder's padded twin; none of layers with bits of their own, which has none."""
+    if export.form.name == MIXED:
+        return None
+    return dataclasses.replace(export, form=export.form.like(layout="padded")).nbytes
 
 
 def folder_bytes(folder: Path) -> int:

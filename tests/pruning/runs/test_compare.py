@@ -307,10 +307,10 @@ def test_layers_with_bits_of_their_own_lose_what_their_folder_does(recipe, tmp_p
     kinds: dict[str, Any] = {"bits": ("auto",), "target_bytes": [MIDDLE, 1000]}
     found = run(asked, ["fair-energy"], (), **kinds)
     (auto,) = found.results
-    assert (auto.name, auto.target) == ("fair-energy auto-bit", MIDDLE)
+    assert (auto.name, auto.target) == ("fair-energy auto bits", MIDDLE)
     assert auto.bytes <= MIDDLE and len(set(auto.layer_bits)) > 1
     assert {(r.name, r.reason) for r in found.refused} == {
-        ("fair-energy auto-bit", "no plan is as small in auto bits")
+        ("fair-energy auto bits", "no plan is as small in auto bits")
     }
     # The folder of that plan, which the run did not write.
     same = dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 32)
