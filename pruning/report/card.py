@@ -1,5 +1,6 @@
 """The README.md of an exported folder: facts in, a Hugging Face model card out (card.md)."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,7 @@ class FolderFacts:
       requantize: whether that was refused.
       rounded_again: relative squared error of rounding weights that the base stores in few bits, 0
         if none was; None if it stores 16 bits, or the folder does.
+      layer_bits: of the linear layers of each layer, if these have bits of their own.
     """
 
     written_as: str
@@ -110,6 +112,7 @@ class FolderFacts:
     native: bool
     requantize: bool
     rounded_again: float | None
+    layer_bits: tuple[int, ...] = ()
 
     @property
     def shape(self) -> str:
@@ -118,8 +121,13 @@ class FolderFacts:
 
     @property
     def bits(self) -> str:
-        """bf16, int4, int8, mxfp4 or fp8."""
+        """bf16, int4, int8, mxfp4, fp8 or mixed."""
         return self.form.partition("-")[2]
+
+    @property
+    def layers_by_bits(self) -> list[tuple[int, int]]:
+        """Bits, and how many layers have them, fewest bits first; of layers that differ."""
+        return sorted(Counter(self.layer_bits).items())
 
     @property
     def twin(self) -> str:

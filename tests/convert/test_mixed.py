@@ -93,6 +93,6 @@ def test_bits_of_layers_are_said_of_the_one_format_that_has_them():
     assert not wide.is_packed and not wide.is_integer and wide.step == 1
     plain = ExportFormat("ragged-int8")
     assert plain.of_layer(3) is plain
-    for name, bits in ((MIXED, ()), ("ragged-int4", (4, 4)), (MIXED, (4, 5))):
+    for name, bits in (("ragged-int4", (4, 4)), (MIXED, (4, 5))):
         with pytest.raises(InputError, match=r"layer_bits=\(.*must be 4, 8 or 16 for each layer"):
             ExportFormat(name, layer_bits=bits)
