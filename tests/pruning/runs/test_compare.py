@@ -29,9 +29,9 @@ from pruning.report.comparison import Comparison
 from pruning.report.comparison_sizes import size_tables
 from pruning.runs import compare as comparing
 from pruning.runs import plan_groups
-from pruning.runs.auto_bits import auto_plans
+from pruning.runs.apply import apply_plan
 from pruning.runs.compared import task_plan
-from pruning.runs.task import Task, task_of
+from pruning.runs.task import Task
 from pruning.scores.statistics import load_statistics
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
@@ -312,22 +312,23 @@ def test_layers_with_bits_of_their_own_lose_what_their_folder_does(recipe, tmp_p
     assert {(r.name, r.reason) for r in found.refused} == {
         ("fair-energy auto bits", "no plan is as small in auto bits")
     }
-    # The folder of that plan, which the run did not write.
-    same = dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 32)
-    job = open_job(same)
-    calibration, kept_out = keep_out(job.calibration)
-    job = dataclasses.replace(job, calibration=calibration, kept_out=kept_out)
-    statistics, provenance = load_statistics(tmp_path / "out" / "statistics.safetensors")
-    assert provenance["kept_out"] == kept_out_note(kept_out)
-    job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, block=32, group_size=32))
-    (plan,) = auto_plans(job, statistics, provenance, [task_of(auto)], Steps(quiet=True)).values()
+    # Its plan is there, and is written as any other.
+    kept = tmp_path / "out" / "auto" / f"fair-energy-{MIDDLE}"
+    checks = apply_plan(kept, asked.model, tmp_path / "applied", steps=Steps(quiet=True))
+    assert {check.export for check in checks} == {MIXED} and all(check.ok for check in checks)
+    assert {"logits in JAX", "logits in transformers"} <= {one.check for one in checks if one.done}
+    plan, folder = PruningPlan.load(kept), tmp_path / "applied" / "exports" / MIXED
     assert list(plan.layer_bits) == auto.layer_bits
     assert auto.layer_shares == pytest.approx(plan.keep.mean(axis=(1, 2)))
-    assert auto.rate == pytest.approx(1 - plan.keep.mean())
-    form = ExportFormat(MIXED, 32, layer_bits=plan.layer_bits)
-    folder = export_of(job.base.about, plan, form).write(
-        pruned_source(job.base, plan, form), tmp_path / "written"
-    )
+    assert auto.rate == pytest.approx(1 - plan.keep.mean(), abs=1e-6)
+    said = plan.provenance
+    assert (said["target"], said["cost"], said["planner"]) == (MIDDLE, auto.bytes, "fair")
+    card = " ".join((folder / "README.md").read_text().split())
+    for own in set(auto.layer_bits):
+        assert f"{own} bits in {auto.layer_bits.count(own)} layers" in card
+    job = open_job(dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 32))
+    noted = load_statistics(tmp_path / "out" / "statistics.safetensors")[1]["kept_out"]
+    assert noted == kept_out_note(keep_out(job.calibration)[1])  # not what it was planned by
     text = first_tokens(job.evaluation["good"], 60)
     quality, _ = measure_quality(open_checkpoint(folder), text, batch=4)
     assert auto.bytes == folder_bytes(folder)
