@@ -21,7 +21,6 @@ FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
 # With bits of its own for each layer, which a plan says and no name does. Ragged alone: of several
 # schemes transformers takes one for the experts of all layers, where it holds a layer's as one.
 MIXED: FormatName = "ragged-mixed"
-MIXED_BITS = (4, 8, 16)
 # Asked for by part of a name, and why no folder is made so.
 NOT_WRITTEN = {
     "nf4": "bitsandbytes NF4 is not written, because transformers leaves fused experts in 16 bits "
@@ -77,7 +76,7 @@ class ExportFormat:
 
     def __post_init__(self) -> None:
         wrong = self.layer_bits and self.name != MIXED
-        if wrong or {*self.layer_bits} - {*MIXED_BITS}:
+        if wrong or {*self.layer_bits} - {*STORAGES}:
             raise InputError(
                 f"layer_bits={self.layer_bits} must be 4, 8 or 16 for each layer with {MIXED}, and "
                 f"() with other formats, not with {self.name}"

@@ -1,19 +1,22 @@
 """The rows of a comparison whose layers have bits of their own: planned before any is measured."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from convert.export_format import STORAGES
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
 from pruning.report.compared import AUTO
-from pruning.runs.controls import STORAGES, budget_step, formats, most_channels, written
+from pruning.runs.controls import budget_step, formats, most_channels, written
 from pruning.runs.task import Task
 from pruning.scores.statistics import ChannelStatistics
-from pruning.stages.bit_curves import joint_plan, measured_curves
+from pruning.stages.bit_curves import measured_curves
 from pruning.stages.job import Job
+from pruning.stages.joint_plan import joint_plan
 from pruning.stages.plan import recorded_notes
 
 PLANS = "auto"  # folder of their plans, which `apply` takes
@@ -62,6 +65,7 @@ def _of_rule(
     step = budget_step(job, rule)
     notes = recorded_notes(job.recipe, statistics, dict(provenance))
 
+    @functools.cache  # sizes have most of their plans in common
     def plan_at(channels: int) -> PruningPlan:
         return make_plan(
             rule, statistics, budget=channels, block=job.recipe.block,

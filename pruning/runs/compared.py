@@ -16,13 +16,13 @@ from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
 from pruning.report.compared import AUTO, UNPRUNED, Result, bits_word
-from pruning.runs.controls import whole_plan, written
+from pruning.runs.controls import written
 from pruning.runs.task import Task
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
 from pruning.shrink.rounding import QuantizedSource
-from pruning.stages.bit_curves import storages
+from pruning.stages.bit_curves import storages, whole_plan
 from pruning.stages.job import Job
 from pruning.stages.layers import provenance as of_plan
 from pruning.stages.sizes import active_bytes, active_parameters

@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from convert.export import Export
 from convert.export_format import FORMATS, MIXED, STORAGES, ExportFormat, FormatName
 from moe_jax.errors import InputError
@@ -21,6 +19,7 @@ from pruning.recipe.values import check_rate, check_whole
 from pruning.report.compared import AUTO, UNPRUNED, Repaired
 from pruning.runs.task import Task
 from pruning.shrink.fewer_experts import Fewer
+from pruning.stages.bit_curves import whole_plan
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
@@ -171,13 +170,6 @@ def formats(job: Job, bits: Sequence[int]) -> dict[int, FormatName]:
             )
         found[one] = fitting[0]
     return found
-
-
-def whole_plan(job: Job) -> PruningPlan:
-    """The plan that keeps everything."""
-    c = job.base.config
-    shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
-    return PruningPlan(np.ones(shape, bool), tuple(c.moe_layers))
 
 
 def written(job: Job, plan: PruningPlan, bits: int) -> Export:

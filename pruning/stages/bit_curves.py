@@ -1,4 +1,4 @@
-"""What every layer loses alone, by its channels and by its bits, and the plan of both at once.
+"""What every layer loses alone, by its channels and by its bits.
 
 Of each layer some shares of its channels are removed, as a rule removes them, and its weights are
 rounded, while all other layers are dense and in 16 bits. What that does is the divergence of the
@@ -16,15 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.export import Export
-from convert.export_format import MIXED_BITS, STORAGES
-from convert.layout import Spec, weight_bytes
-from convert.rules import layer_number
+from convert.export_format import STORAGES
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
 from moe_jax.stream import even_batch
-from pruning.budget.joint import cheapest, error_between
 from pruning.budget.plan import PruningPlan
 from pruning.kit.errors import BudgetError
 from pruning.kit.memory import allowance
@@ -33,18 +29,12 @@ from pruning.measure.quality import Reference, measure_quality, quality_of
 from pruning.shrink.masked import masked_hidden
 from pruning.stages.job import Job
 from pruning.stages.rule_losses import STATE_BYTES
-from pruning.stages.sizes import expert_widths
 from pruning.text.calibration import TokenBatch
 from pruning.text.kept_out import FEWEST, kept_out_note
 
 RECORD = "bit-curves.json"
 REMOVED = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)  # shares of all channels of which curves are measured
-LEVELS = 64  # plans of a rule between those, among which each layer chooses
 GROUP = 64  # plans that share a reading at most: divergences are remembered after each
-# What the plan of one size says of its rule, which holds of the layers of several.
-OF_RULE = ("criterion", "attribution", "planner", "planner_options", "width", "block", "minimum",
-           "align", "emptied", "seed")  # fmt: skip
-CORRECTIONS = 8  # bytes of headers are told of the whole, a layer's choice by its own
 
 PlanAt = Callable[[int], PruningPlan]  # channels -> the plan of a rule that keeps so many
 
@@ -91,12 +81,12 @@ def measured_curves(job: Job, plan_at: PlanAt, step: int, steps: Steps) -> Curve
     Raises:
       InputError: nothing was kept out, the calibration text is too short for that.
     """
-    text, whole = require_kept_out(job), _whole(job)
-    plans = [whole, *(plan for _, plan in _made(plan_at, whole.keep.size, REMOVED, step))]
+    text, whole = require_kept_out(job), whole_plan(job)
+    plans = [whole, *(plan for _, plan in made_plans(plan_at, whole.keep.size, REMOVED, step))]
     alone = [[_alone(plan, slot, whole) for plan in plans[1:]] for slot in range(len(whole.keep))]
     rounded = {
-        bits: [_in_bits(whole, index, bits, len(job.base)) for index in range(len(job.base))]
-        for bits in MIXED_BITS if bits < 16
+        bits: [in_bits(whole, index, bits, len(job.base)) for index in range(len(job.base))]
+        for bits in STORAGES if bits < 16
     }  # fmt: skip
     every = [plan for some in (*alone, *rounded.values()) for plan in some]
     found = _divergences(job, text, every, steps)
@@ -108,70 +98,7 @@ def measured_curves(job: Job, plan_at: PlanAt, step: int, steps: Steps) -> Curve
     )  # fmt: skip
 
 
-def joint_plan(
-    job: Job,
-    curves: Curves,
-    plan_at: PlanAt,
-    written: Callable[[PruningPlan], Export],
-    target: int,
-    step: int,
-    *,
-    also: Sequence[int] = (),
-    notes: Mapping[str, Any] | None = None,
-) -> PruningPlan:
-    """Channels and bits of every layer, so that the errors of all add up to the least.
-
-    Each layer takes what the rule leaves it at one of many sizes, and 4, 8 or 16 bits for all of
-    its linear layers; so a plan of one size in the same bits throughout is among the choices.
-
-    Args:
-      job: with the dense model.
-      curves, plan_at, step: of the rule.
-      written: the folder that a plan would be written as.
-      target: most bytes of that.
-      also: further sizes to choose among, such as those of plans in one of the bits.
-      notes: what the plan's provenance says beside what it is thought to lose.
-
-    Returns:
-      The plan, with its `layer_bits`.
-
-    Raises:
-      BudgetError: nothing is as small.
-    """
-    whole, layers = _whole(job), len(job.base)
-    shares = [number / LEVELS for number in range(1, LEVELS)]
-    made = _made(plan_at, whole.keep.size, shares, step, also)
-    plans = [whole, *(plan for _, plan in made)]
-    dense = written(_in_bits(whole, 0, 16, layers))
-    costs = {bits: _costs(dense, bits, plans) for bits in MIXED_BITS}  # [N, M] each
-    options = [(number, bits) for number in range(len(plans)) for bits in MIXED_BITS]
-    cost = np.array([costs[bits][:, number] for number, bits in options]).T  # [N, O]
-    lost = _lost(curves, plans, layers)
-    error = np.array([lost[:, number] + curves.rounding[bits] for number, bits in options]).T
-    room = target - (dense.nbytes - int(costs[16][:, 0].sum()))
-    for _ in range(CORRECTIONS):
-        chosen = cheapest(list(cost), list(error), room) if room > 0 else []
-        if not chosen:
-            break
-        taken = [options[place] for place in chosen]
-        plan = _joined(plans, [taken[index][0] for index in whole.layer_indices])
-        plan = dataclasses.replace(plan, layer_bits=tuple(bits for _, bits in taken))
-        if (more := written(plan).nbytes - target) <= 0:
-            said = {
-                **{n: v for n, v in plans[-1].provenance.items() if n in OF_RULE},
-                **(notes or {}),
-                "foretold_divergence": float(error[np.arange(layers), chosen].sum()),
-                "prune_rate": 1.0 - plan.keep.mean().item(),
-                "target": target,
-                "target_unit": "bytes",
-                "cost": target + more,
-            }
-            return dataclasses.replace(plan, provenance=said)
-        room -= more
-    raise BudgetError(f"no channels and bits of all layers take at most {target} bytes")
-
-
-def _made(
+def made_plans(
     plan_at: PlanAt, channels: int, shares: Sequence[float], step: int, also: Sequence[int] = ()
 ) -> list[tuple[int, PruningPlan]]:
     """Plans without these shares of all channels, most channels first; without those that the rule
@@ -184,44 +111,8 @@ def _made(
     return found
 
 
-def _lost(curves: Curves, plans: Sequence[PruningPlan], layers: int) -> np.ndarray:  # [N, M]
-    """What each layer of the model loses by the channels that each plan removes."""
-    found = np.zeros((layers, len(plans)))
-    for slot, index in enumerate(plans[0].layer_indices):
-        kept = np.array([plan.counts[slot].sum() for plan in plans])
-        found[index] = error_between(kept, curves.kept[slot], curves.error[slot])
-    return found
-
-
-def _costs(dense: Export, bits: int, plans: Sequence[PruningPlan]) -> np.ndarray:  # int64 [N, M]
-    """Bytes of every layer under each plan, all of it in so many bits.
-
-    Channels take the same space wherever they are, and every expert that has any the same beside.
-    """
-    base, indices = dense.base, plans[0].layer_indices
-    experts, width = plans[0].keep.shape[1:]
-    form = dense.form.like(storage=STORAGES[bits])
-    narrow = min(form.step, width)
-
-    def layer_bytes(count: int) -> np.ndarray:  # [N], all experts so wide
-        counts = np.full((len(indices), experts), count)
-        export = Export(base, expert_widths(counts, indices, base), form)
-        specs: list[dict[str, Spec]] = [{} for _ in range(len(base))]
-        for name, stored in export.tensors.items():
-            if (layer := layer_number(name)) is not None:
-                specs[layer] |= stored.specs(name, form)
-        return np.array([weight_bytes(own) for own in specs])
-
-    none, some, every = (layer_bytes(count)[:, None] for count in (0, narrow, width))
-    of_channel = (every - some) / (experts * max(1, width - narrow))
-    of_expert = (some - none) / experts - narrow * of_channel
-    channels, opened = np.zeros((2, len(base), len(plans)))
-    channels[list(indices)] = np.array([plan.counts.sum(axis=1) for plan in plans]).T
-    opened[list(indices)] = np.array([(plan.counts > 0).sum(axis=1) for plan in plans]).T
-    return np.ceil(none + of_expert * opened + of_channel * channels).astype(np.int64)
-
-
-def _whole(job: Job) -> PruningPlan:
+def whole_plan(job: Job) -> PruningPlan:
+    """The plan that keeps everything."""
     c = job.base.config
     shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
     return PruningPlan(np.ones(shape, bool), tuple(c.moe_layers))
@@ -229,10 +120,10 @@ def _whole(job: Job) -> PruningPlan:
 
 def _alone(plan: PruningPlan, slot: int, whole: PruningPlan) -> PruningPlan:
     """What a plan does to one layer, the others left as they are."""
-    return _joined([whole, plan], [int(own == slot) for own in range(len(whole.keep))])
+    return joined_plan([whole, plan], [int(own == slot) for own in range(len(whole.keep))])
 
 
-def _joined(plans: Sequence[PruningPlan], numbers: Sequence[int]) -> PruningPlan:
+def joined_plan(plans: Sequence[PruningPlan], numbers: Sequence[int]) -> PruningPlan:
     """A plan that does to each layer with experts what that of a number does."""
     taken = [(plans[number], slot) for slot, number in enumerate(numbers)]
     keep = np.stack([plan.keep[slot] for plan, slot in taken])
@@ -245,7 +136,7 @@ def _joined(plans: Sequence[PruningPlan], numbers: Sequence[int]) -> PruningPlan
     return PruningPlan(keep, plans[0].layer_indices, constants=constants)
 
 
-def _in_bits(whole: PruningPlan, index: int, bits: int, layers: int) -> PruningPlan:
+def in_bits(whole: PruningPlan, index: int, bits: int, layers: int) -> PruningPlan:
     """Nothing removed, one layer in so many bits."""
     own = tuple(bits if layer == index else 16 for layer in range(layers))
     return dataclasses.replace(whole, layer_bits=own)

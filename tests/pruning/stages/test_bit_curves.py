@@ -20,7 +20,8 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages import bit_curves
-from pruning.stages.bit_curves import RECORD, Curves, joint_plan, measured_curves
+from pruning.stages import joint_plan as joint
+from pruning.stages.bit_curves import RECORD, Curves, measured_curves
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import export_of, form_of
 from pruning.text.calibration import TokenBatch
@@ -105,7 +106,7 @@ def test_curves_are_the_divergence_of_models_of_which_one_layer_is_changed(job, 
 
 
 def test_no_channels_and_bits_of_layers_within_the_bytes_err_less(job, monkeypatch):
-    monkeypatch.setattr(bit_curves, "LEVELS", 4)
+    monkeypatch.setattr(joint, "LEVELS", 4)
     rng = np.random.default_rng(1)
     kept = np.array([[512, 384, 256, 128]] * 2)
     levels = {512: 1024, 384: 768, 256: 512, 128: 256}  # of a layer -> of the plan
@@ -126,7 +127,7 @@ def test_no_channels_and_bits_of_layers_within_the_bytes_err_less(job, monkeypat
                 every.append((written(job, plan).nbytes, lost, plan))
         sizes = sorted(size for size, *_ in every)
         for target in (sizes[3], sizes[40] + 100, sizes[90] + 100, sizes[-1]):
-            found = joint_plan(job, curves, plan_at, lambda p: written(job, p), target, 256)
+            found = joint.joint_plan(job, curves, plan_at, lambda p: written(job, p), target, 256)
             size, best = written(job, found).nbytes, min(x[1] for x in every if x[0] <= target)
             assert size <= target
             # Headers are not known to the byte before all is chosen.
@@ -136,11 +137,11 @@ def test_no_channels_and_bits_of_layers_within_the_bytes_err_less(job, monkeypat
             (same,) = (x[1] for x in every if x[2].content_hash == found.content_hash)
             assert same == pytest.approx(told)
         with pytest.raises(BudgetError):
-            joint_plan(job, curves, plan_at, lambda p: written(job, p), sizes[0] - 1, 256)
+            joint.joint_plan(job, curves, plan_at, lambda p: written(job, p), sizes[0] - 1, 256)
 
 
 def test_constants_in_the_place_of_experts_come_from_the_plan_of_each_layer(job, monkeypatch):
-    monkeypatch.setattr(bit_curves, "LEVELS", 2)
+    monkeypatch.setattr(joint, "LEVELS", 2)
 
     def with_constants(channels: int) -> PruningPlan:
         plan = plan_at(channels)
@@ -152,7 +153,7 @@ def test_constants_in_the_place_of_experts_come_from_the_plan_of_each_layer(job,
                     {4: np.zeros(2), 8: np.zeros(2), 16: np.zeros(2)})  # fmt: skip
     whole = PruningPlan(np.ones(SHAPE, bool), (0, 1), layer_bits=(4, 4))
     target = written(job, whole).nbytes - 1
-    found = joint_plan(job, curves, with_constants, lambda p: written(job, p), target, 256)
+    found = joint.joint_plan(job, curves, with_constants, lambda p: written(job, p), target, 256)
     assert found.counts.sum(axis=1).tolist() == [512, 256] and found.layer_bits == (4, 4)
     assert found.constants is not None
     assert [c.shape for c in found.constants] == [(0, 32), (4, 32)]
