@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.export_format import STORAGES
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, forward_hidden
 from pruning.budget.plan import PruningPlan
@@ -144,7 +145,8 @@ def repaired(
 def rounded(source: LayerSource, job: Job, plan: PruningPlan, bits: int) -> LayerSource:
     """A model under a plan with its weights in so many bits, as an export rounds them, unless the
     plan says it of each layer; 16 changes nothing."""
-    return QuantizedSource(source, job.recipe.group_size, storages(plan, bits))
+    how = storages(plan, bits)
+    return source if how == STORAGES[16] else QuantizedSource(source, job.recipe.group_size, how)
 
 
 def repaired_hidden(
