@@ -8,7 +8,7 @@ may be rounded as an export of each plan rounds them, and tokens may go to fewer
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from itertools import chain
+from itertools import chain, count
 
 import jax
 import jax.numpy as jnp
@@ -156,20 +156,25 @@ def masked_hidden(
     ]
     choices = tuple(fewer) or (None,) * len(plans)
 
+    # What the states of each plan are: of equal numbers they are the same.
+    fresh = count(1)
+    states = [0] * len(plans)
+
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
         seen = None if sample is None else sample.through(index, layer)
         here = [how[index] for how in stored]
-        before = [tuple(x) for x in variants]  # held, so that what is alike is the same object
         done: dict[Hashable, int] = {}
+        before = states[:]
         rounded = {how: rounded_layer(layer, group_size, how) for how in set(here) - {PLAIN}}
         each = zip(variants, plans, here, choices, strict=True)
         for number, (x, plan, how, choice) in enumerate(each):
             masks = _masks(layer, index, plan)
+            states[number] = next(fresh)
             if choice is None and plan.constants is None:
                 keep = b"" if masks is None else np.asarray(masks[0]).tobytes()
-                alike = done.setdefault((*map(id, before[number]), how, keep), number)
+                alike = done.setdefault((before[number], how, keep), number)
                 if alike != number:
-                    x[:] = variants[alike]
+                    x[:], states[number] = variants[alike], states[alike]
                     continue
             kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
             if how in rounded:
@@ -193,6 +198,7 @@ def masked_hidden(
         return variants
 
     def in_groups(index: int, variants: Variants) -> Variants:
+        states[:] = (next(fresh) for _ in plans)
         each = zip(variants, plans, strict=True)
         through_groups(source, index, [(text, x, _masked_step(index, plan)) for x, plan in each])
         return variants
