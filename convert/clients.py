@@ -61,6 +61,10 @@ def _ragged(case: Case) -> bool:
     return case.form.is_ragged
 
 
+def _mixed(case: Case) -> bool:
+    return bool(case.form.layer_bits)
+
+
 def _custom(case: Case) -> bool:
     return not case.form.is_padded
 
@@ -186,6 +190,8 @@ FACTS: tuple[Fact, ...] = (
          "parallelism"),
     Fact((VLLM,), "slower", lambda c: _custom(c) and _latent(c),
          "trust_remote_code and VLLM_MLA_DISABLE=1: whole keys and values are cached, not latents"),
+    Fact((VLLM,), "slower", _mixed,
+         "trust_remote_code and enforce_eager; layers of several bits were never run there"),
     Fact((VLLM,), "slower", _ragged,
          "trust_remote_code and enforce_eager; a loop over experts, no fused kernel"),
     Fact(TORCH, "slower", _custom, "trust_remote_code; a loop over experts, no fused kernel"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.description import Description
 from convert.disk_layer import outer_tensors
-from convert.export_format import ExportFormat, Widths
+from convert.export_format import MIXED, ExportFormat, Widths
 from convert.few_bits import quantization_config
 from convert.formats import compressed_tensors, float8, mxfp4, padded, ragged
 from convert.formats.wrapped import wrapped_config
@@ -21,7 +21,7 @@ from convert.mtp_export import MtpSource, check_mtp_width, mtp_arrays, mtp_specs
 from convert.portable import portable_config
 from convert.quantized.config import Scheme
 from convert.reader import SafetensorsFolder
-from convert.rules import TensorRule, expert_number, ruled_tensors
+from convert.rules import TensorRule, expert_number, layer_number, ruled_tensors
 from convert.stored import Stored, stored_layer
 from convert.writer import Content, write_folder
 from convert.written import Written, as_written
@@ -53,16 +53,17 @@ class Export:
         config = ragged.emptied_model(source.config, form.constants)
         if form.is_padded:
             config = padded.padded_model(config, source.family, form.padded_width(self.widths))
-        packs, experts_only = form.is_packed, form.is_float4
+        experts_only = form.is_float4
         scale = FLOAT32 if self.native is None else self.base.scale
 
         def stored(name: str, shape: tuple[int, ...], rule: TensorRule | None) -> Stored:
             if rule is None:
                 return Stored(shape, BFLOAT16, packed=False, of_expert=False)
-            packed = packs and rule.is_linear and (rule.is_of_expert or not experts_only)
+            own = form.of_layer(layer_number(name) or 0)
+            packed = own.is_packed and rule.is_linear and (rule.is_of_expert or not experts_only)
             packed = packed and (self.native is None or self.base.is_native(name))
             dtype = FLOAT32 if rule.precise else BFLOAT16
-            return Stored(shape, dtype, packed, rule.is_of_expert, scale)
+            return Stored(shape, dtype, packed, rule.is_of_expert, scale, own.bits)
 
         found = ruled_tensors(source.family, config, form.stored_widths(self.widths))
         return {name: stored(name, shape, rule) for name, shape, rule in found}
@@ -162,6 +163,13 @@ class Export:
             raise InputError(
                 f"export={form.name!r} does not exist for {self.base.family.model_type}, because "
                 f"no program would read it; choose from {', '.join(self.base.family.formats)}"
+            )
+        if form.name == MIXED and len(form.layer_bits) != len(self.base):
+            raise InputError(
+                f"export={MIXED!r} stores each layer in the bits that a plan says, and this one "
+                f"says those of {len(form.layer_bits)} layers of {len(self.base)}; plan with "
+                "`moe-compress compare --bits auto --target-bytes SIZE`, and write that plan with "
+                "`moe-compress apply`"
             )
         if form.constants and not form.holds_constants(config.moe.expert_bias):
             raise InputError(
@@ -264,7 +272,7 @@ class Export:
         own = own_experts(layer) if isinstance(layer.mlp, MoE) else slice(0, 0)
         here = {name: stored for name, stored in tensors.items() if _is_of(name, own)}
         written = layer if own.start else source.layer(layer)
-        parts = stored_layer(source.family, written, index, here, self.form)
+        parts = stored_layer(source.family, written, index, here, self.form.of_layer(index))
         if self._is_fused:
             parts = fuse_experts(parts, self.base.config.moe.num_experts, source.family.together)
         return ((self.stored_name(name), array) for name, array in parts)

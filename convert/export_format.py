@@ -15,9 +15,12 @@ from moe_jax.errors import InputError
 # What folders are made as; only those that some program reads.
 FormatName = Literal[
     "ragged-bf16", "ragged-int4", "layered-bf16", "layered-int4", "padded-bf16", "padded-int4",
-    "padded-mxfp4", "padded-fp8", "ragged-int8", "padded-int8",
+    "padded-mxfp4", "padded-fp8", "ragged-int8", "padded-int8", "ragged-mixed",
 ]  # fmt: skip
 FORMATS: tuple[FormatName, ...] = typing.get_args(FormatName)
+# With bits of its own for each layer, which a plan says and no name does. Ragged alone: of several
+# schemes transformers takes one for the experts of all layers, where it holds a layer's as one.
+MIXED: FormatName = "ragged-mixed"
 # Asked for by part of a name, and why no folder is made so.
 NOT_WRITTEN = {
     "nf4": "bitsandbytes NF4 is not written, because transformers leaves fused experts in 16 bits "
@@ -26,8 +29,9 @@ NOT_WRITTEN = {
 FLOAT4: FormatName = "padded-mxfp4"
 FLOAT8: FormatName = "padded-fp8"
 Layout = Literal["ragged", "layered", "padded"]  # a width per expert, per layer or per model
-# Of linear layers, or with mxfp4 of experts alone.
-Storage = Literal["bf16", "int4", "mxfp4", "fp8", "int8"]
+# Of linear layers, or with mxfp4 of experts alone; "mixed" has those of `STORAGES`.
+Storage = Literal["bf16", "int4", "mxfp4", "fp8", "int8", "mixed"]
+STORAGES: dict[int, Storage] = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
 
 GROUP_SIZES = (128, 64, 32)  # weights per scale of integers to choose from
 FLOAT4_GROUP = 32  # of MXFP4, which knows no other
@@ -56,6 +60,8 @@ class ExportFormat:
       requantize: whether weights that the base stores in few bits are rounded a second time, and
         linear layers that it stores in 16 bits are rounded too; else codes are taken over, where
         the two formats are alike.
+      layer_bits: of `MIXED`, 4, 8 or 16 for each layer of the model: bits of its linear layers; ()
+        before there is a plan that says them, which counts as 4 throughout.
 
     Raises:
       InputError: a value is none of those.
@@ -66,8 +72,15 @@ class ExportFormat:
     constants: bool = False
     mtp: str = "drop"
     requantize: bool = False
+    layer_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        wrong = self.layer_bits and self.name != MIXED
+        if wrong or {*self.layer_bits} - {*STORAGES}:
+            raise InputError(
+                f"layer_bits={self.layer_bits} must be 4, 8 or 16 for each layer with {MIXED}, and "
+                f"() with other formats, not with {self.name}"
+            )
         if self.name not in FORMATS:
             raise InputError(f"export={self.name!r} is unknown; choose among {', '.join(FORMATS)}")
         if self.mtp not in MTP:
@@ -90,7 +103,9 @@ class ExportFormat:
 
     @property
     def bits(self) -> int:
-        """Bits of a stored weight: 4, 8 or 16."""
+        """Bits of a stored weight, of the layer with the fewest: 4, 8 or 16."""
+        if self.layer_bits:
+            return min(self.layer_bits)
         return {"bf16": 16, "fp8": 8, "int8": 8}.get(self.storage, 4)
 
     @property
@@ -111,12 +126,12 @@ class ExportFormat:
     @property
     def is_packed(self) -> bool:
         """Whether linear layers are stored in few bits."""
-        return self.storage != "bf16"
+        return self.bits < 16
 
     @property
     def is_integer(self) -> bool:
-        """Whether linear layers are stored in integers of 4 or 8 bits."""
-        return self.storage in ("int4", "int8")
+        """Whether linear layers are stored in integers of 4 or 8 bits, at least of a layer."""
+        return self.is_packed and self.storage in ("int4", "int8", "mixed")
 
     @property
     def is_int4(self) -> bool:
@@ -152,7 +167,11 @@ class ExportFormat:
     ) -> "ExportFormat":
         """The same format but for its layout or its storage."""
         name = f"{layout or self.layout}-{storage or self.storage}"
-        return dataclasses.replace(self, name=name)
+        return dataclasses.replace(self, name=name, layer_bits=() if storage else self.layer_bits)
+
+    def of_layer(self, index: int) -> "ExportFormat":
+        """How the folder holds a layer: as itself unless each has bits of its own."""
+        return self.like(storage=STORAGES[self.layer_bits[index]]) if self.layer_bits else self
 
     def stored_widths(self, widths: Widths) -> Widths:
         """Channels that the folder stores per layer and expert."""

@@ -52,7 +52,18 @@ def quantization_config(
         # Not by exact names: vLLM asks for some of these modules under the name of several.
         prefixes = (re.escape(prefix) for prefix in mtp_prefixes(base.family, base.hf_config))
         plain += [f"re:{'.*' * wrapped}{name.removeprefix('model' * wrapped)}" for name in prefixes]
-    return compressed_tensors.quantization_config(plain, form.group_size, form.bits)
+    return compressed_tensors.quantization_config(plain, form.group_size, _targets(form))
+
+
+def _targets(form: ExportFormat) -> dict[int, str]:
+    """Which linear layers have how many bits; those of layers in 16 are named as dense ones."""
+    if not form.layer_bits:
+        return {form.bits: "Linear"}
+    layers: dict[int, list[str]] = {}
+    for index, bits in enumerate(form.layer_bits):
+        layers.setdefault(bits, []).append(str(index))
+    own = {bits: rf"re:(.*\.)?layers\.({'|'.join(layers[bits])})\." for bits in sorted(layers)}
+    return {bits: pattern for bits, pattern in own.items() if bits < 16}
 
 
 def _anywhere(plain: Iterable[str]) -> list[str]:

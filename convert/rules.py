@@ -238,6 +238,12 @@ def expert_number(name: str) -> int | None:
     return None if found is None else int(found[0])
 
 
+def layer_number(name: str) -> int | None:
+    """Of which decoder layer a tensor of this name is, if of any."""
+    found = _LAYER_NUMBER.search(name)
+    return None if found is None else int(found[0])
+
+
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"

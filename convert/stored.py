@@ -27,6 +27,7 @@ class Stored:
       packed: whether codes in few bits, and their scales, stand for it.
       of_expert: whether it is one routed expert's.
       scale: dtype of the file's scales of 8-bit floats.
+      bits: of its codes, if it is packed.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +35,7 @@ class Stored:
     packed: bool
     of_expert: bool
     scale: np.dtype = FLOAT32
+    bits: int = 4
 
     def specs(self, name: str, form: ExportFormat) -> dict[str, Spec]:
         """Names, dtypes and shapes of the tensors that stand for it."""
@@ -45,7 +47,7 @@ class Stored:
         elif form.is_float8:
             found = float8.packed_specs(rows, columns, self.scale)
         else:
-            found = compressed_tensors.packed_specs(rows, columns, form.group_size, form.bits)
+            found = compressed_tensors.packed_specs(rows, columns, form.group_size, self.bits)
         stem = name.removesuffix("weight")
         return {stem + suffix: spec for suffix, spec in found.items()}
 

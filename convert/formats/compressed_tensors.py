@@ -1,6 +1,6 @@
 """Symmetric weights of 4 and 8 bits in the compressed-tensors `pack-quantized` layout, in numpy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -71,14 +71,17 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:  # int8 [rows, columns] -
     return np.ascontiguousarray(raised).view("<i4")
 
 
-def quantization_config(dense: Sequence[str], group_size: int, bits: int) -> dict[str, Any]:
+def quantization_config(
+    dense: Sequence[str], group_size: int, targets: Mapping[int, str]
+) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
       dense: exact module names of all linear layers that stay 16-bit; a missing one would load as
         garbage.
       group_size: weights per scale.
-      bits: of a weight.
+      targets: bits of a weight -> the class of modules that have so many, or a pattern "re:..." of
+        their names.
 
     Returns:
       The JSON value.
@@ -90,8 +93,8 @@ def quantization_config(dense: Sequence[str], group_size: int, bits: int) -> dic
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
+            f"group_{number}": {
+                "targets": [target],
                 "weights": {
                     "num_bits": bits,
                     "type": "int",
@@ -104,6 +107,7 @@ def quantization_config(dense: Sequence[str], group_size: int, bits: int) -> dic
                 "input_activations": None,
                 "output_activations": None,
             }
+            for number, (bits, target) in enumerate(targets.items())
         },
         "ignore": sorted(ignore),
         "kv_cache_scheme": None,

@@ -18,6 +18,8 @@ from moe_jax.json_files import read_json
 from pruning.kit.fitting import fits, misfits
 
 FORMAT_VERSION = 1
+LAYER_BITS = (4, 8, 16)
+BITS = "layer_bits"  # a tensor of plan.safetensors, if the plan decides them
 
 
 class PlannedText(TypedDict):
@@ -59,13 +61,15 @@ class PruningPlan:
     `layer_indices` are the positions of the L MoE layers in the model; `provenance` says which
     statistics, criterion, planner and budget led here. `constants` hold, layer by layer, what the
     experts without channels add instead, in ascending order of experts; without them it is zero,
-    or the output's bias where there is one.
+    or the output's bias where there is one. `layer_bits` are 4, 8 or 16 for each layer of the
+    model, those without experts too, where the plan decides how many its weights are stored in.
     """
 
     keep: np.ndarray  # [L, E, F], bool
     layer_indices: tuple[int, ...]
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: tuple[np.ndarray, ...] | None = None  # float32 [emptied, D] each
+    layer_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.keep.ndim != 3 or self.keep.dtype != np.bool_ or 0 in self.keep.shape:
@@ -81,6 +85,12 @@ class PruningPlan:
             )
         if self.constants is not None:
             self._check_constants(self.constants)
+        wrong = {*self.layer_bits} - {*LAYER_BITS}
+        if self.layer_bits and (wrong or len(self.layer_bits) <= indices[-1]):
+            raise InputError(
+                f"layer_bits={self.layer_bits} must be one of {LAYER_BITS} for each layer of the "
+                "model"
+            )
 
     def _check_constants(self, constants: tuple[np.ndarray, ...]) -> None:
         emptied = (self.counts == 0).sum(axis=1).tolist()
@@ -124,7 +134,8 @@ class PruningPlan:
 
     def _named(self) -> dict[str, np.ndarray]:
         parts = {"keep": self.keep, **({"constant": self.constants} if self.constants else {})}
-        return {
+        bits = {BITS: np.array(self.layer_bits, np.int32)} if self.layer_bits else {}
+        return bits | {
             f"{name}.{index}": np.ascontiguousarray(value)
             for name, values in parts.items()
             for index, value in zip(self.layer_indices, values, strict=True)
@@ -208,6 +219,7 @@ class PruningPlan:
             if wrong := misfits(Said, provenance):
                 raise InputError(f"{', '.join(wrong)} in its provenance hold something else")
             named = load_file(tensors)
+            bits = tuple(named.pop(BITS, np.zeros(0, int)).ravel().tolist())
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             told = str(error)[:1000]
             raise InputError(
@@ -227,7 +239,7 @@ class PruningPlan:
             )
         keep = np.stack([named[f"keep.{index}"] for index in indices])
         constants = tuple(named[f"constant.{i}"] for i in indices) if more <= set(named) else None
-        plan = cls(keep, tuple(indices), provenance, constants)
+        plan = cls(keep, tuple(indices), provenance, constants, bits)
         if not np.array_equal(plan.counts, counts):
             raise InputError(f"{description} and {tensors} are of different plans; plan again")
         return plan

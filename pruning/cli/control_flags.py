@@ -18,10 +18,11 @@ def add_controls(place: argparse._ActionsContainer) -> None:
     )  # fmt: skip
     place.add_argument(
         "--bits", dest="compared_bits", nargs="+", action="extend", metavar="N",
-        type=value_of(int, COMPARED_BITS, is_list=True),
+        type=_bits,
         help="measure every plan with weights of so many bits, and each of the bits without "
-        "pruning (default 16); fewer are rounded to nearest as the plan's export is; one of "
-        + ", ".join(map(str, COMPARED_BITS)),
+        "pruning (default 16); fewer are rounded to nearest as the plan's export is; auto chooses "
+        "channels and bits for each layer, at the sizes of --target-bytes or --target-factor; one "
+        "of " + ", ".join(COMPARED_BITS),
     )  # fmt: skip
     place.add_argument(
         "--target-bytes", dest="compared_bytes", nargs="+", action="extend", metavar="SIZE",
@@ -67,6 +68,11 @@ def add_controls(place: argparse._ActionsContainer) -> None:
         help="measure rules that drop whole experts also without the dropped ones' rows of the "
         "router, NAME+cut: their tokens go to other experts, as many for each as before",
     )  # fmt: skip
+
+
+def _bits(word: str) -> int | str:
+    found = value_of(str, COMPARED_BITS, is_list=True)(word)
+    return found if found == "auto" else int(found)
 
 
 def _size(word: str) -> int:

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 EVALUATION_TOKENS = 16384  # of each text, beside other work
-COMPARED_BITS = (4, 8, 16)  # of weights, under the same plans
+COMPARED_BITS = ("4", "8", "16", "auto")  # of weights, under the same plans
 COMPARED_TOKENS = 4096  # of each text, under many plans
 MOST_BATCH = 4096  # windows a step: a batch is filled up to so many
 TEXT_FILES = "prose, or rows of JSON, CSV, TSV or parquet, as their content says; .gz, .zst too"
@@ -246,7 +246,12 @@ class ExportOptions(Options):
         Literal[4, 8, 16],
         About(
             "bits of the weights; 8 is padded-fp8, floats in blocks, unless --export names "
-            "ragged-int8 or padded-int8"
+            "ragged-int8 or padded-int8",
+            elsewhere=(
+                "auto",
+                "bits of each layer are chosen by `moe-compress compare --bits auto --target-bytes "
+                "SIZE`, whose plan `moe-compress apply` writes; here",
+            ),
         ),
     ] = 4
     group_size: Annotated[

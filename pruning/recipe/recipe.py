@@ -37,7 +37,7 @@ from pruning.recipe.options import (
 from pruning.recipe.plan_options import AUTO
 from pruning.recipe.values import NEEDS_TEXT, window_within
 
-GROUPED: Set[Storage] = {"int4", "int8", "mxfp4"}  # whose scales are of groups of a row
+GROUPED: Set[Storage] = {"int4", "int8", "mixed", "mxfp4"}  # whose scales are of groups of a row
 TEXTS = ("calibration", "evaluation")  # options that name files
 GROUPS = (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions)
 

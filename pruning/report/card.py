@@ -1,10 +1,11 @@
 """The README.md of an exported folder: facts in, a Hugging Face model card out (card.md)."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.export_format import ExportFormat
+from convert.export_format import MIXED, ExportFormat
 from pruning.budget.record import recorded_options
 from pruning.kit.words import percent
 from pruning.recipe.plan_options import RULE
@@ -96,6 +97,7 @@ class FolderFacts:
       requantize: whether that was refused.
       rounded_again: relative squared error of rounding weights that the base stores in few bits, 0
         if none was; None if it stores 16 bits, or the folder does.
+      layer_bits: of the linear layers of each layer, if these have bits of their own.
     """
 
     written_as: str
@@ -110,6 +112,7 @@ class FolderFacts:
     native: bool
     requantize: bool
     rounded_again: float | None
+    layer_bits: tuple[int, ...] = ()
 
     @property
     def shape(self) -> str:
@@ -118,8 +121,13 @@ class FolderFacts:
 
     @property
     def bits(self) -> str:
-        """bf16, int4, int8, mxfp4 or fp8."""
+        """bf16, int4, int8, mxfp4, fp8 or mixed."""
         return self.form.partition("-")[2]
+
+    @property
+    def layers_by_bits(self) -> list[tuple[int, int]]:
+        """Bits, and how many layers have them, fewest bits first; of layers that differ."""
+        return sorted(Counter(self.layer_bits).items())
 
     @property
     def twin(self) -> str:
@@ -264,7 +272,8 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     values |= {"mtp": folder.mtp} if folder.mtp else {}
     if facts.repair or said.get("repair"):
         values["repair"] = facts.repair.get("mode", "none")
-    values |= {"export": [folder.form], "bits": ExportFormat(folder.form).bits}
+    values |= {"export": [folder.form]}
+    values |= {} if folder.form == MIXED else {"bits": ExportFormat(folder.form).bits}
     if folder.group_size is not None:
         values |= {"group_size": folder.group_size, "quantizer": folder.quantizer}
     return values | ({"requantize": True} if folder.requantize and folder.bits != "bf16" else {})

@@ -12,6 +12,7 @@ COPIES = (
     "Merged experts count once: a class of models whose experts share no weights holds copies of "
     "them, unless the router is cut as well."
 )
+AUTO = 0  # in the place of bits: each layer has its own
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Result:
       reason: why there is no plan; empty if there is one.
       family, about: of the rule, see `pruning.budget.rule.Rule`; empty in a file of an earlier
         version.
-      bits: of the weights; fewer than 16 are rounded to nearest.
+      bits: of the weights; fewer than 16 are rounded to nearest. `AUTO` where each layer has its
+        own, which `layer_bits` are for every layer of the model; `layer_shares` are those of its
+        channels that are kept.
       target: bytes that the folder may take, where the rate comes from; 0 if a rate was asked for.
       bytes: of the folder that the plan would be written as; 0 in a file of an earlier version.
       draw: which draw of the calibration text the plan is of; 0 is the text itself.
@@ -67,6 +70,8 @@ class Result:
     active: int = 0
     active_bytes: int = 0
     tasks: list[dict[str, Any]] = field(default_factory=list)
+    layer_bits: list[int] = field(default_factory=list)
+    layer_shares: list[float] = field(default_factory=list)
 
     @property
     def is_of_text(self) -> bool:
@@ -86,12 +91,18 @@ class Result:
             rule = f"skip-{self.skip_below:g}" if self.skip_below else f"top-{self.top_k}"
         rule = f"{rule}+cut" if self.cut else rule
         repaired = f"{rule}+{self.repair}" if self.repair else rule
-        return repaired if self.bits == 16 else f"{repaired} {self.bits}-bit"
+        words = {16: "", AUTO: " auto bits"}
+        return repaired + words.get(self.bits, f" {self.bits}-bit")
 
     @property
     def place(self) -> str:
         """The prune rate or the size that it was to keep."""
         return f"{megabytes(self.target)} MB" if self.target else f"{self.rate:.4g}"
+
+
+def bits_word(bits: int) -> str:
+    """How many bits, in tables."""
+    return "auto" if bits == AUTO else str(bits)
 
 
 @dataclass(frozen=True)

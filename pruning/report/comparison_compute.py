@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pruning.kit.words import megabytes, percent
-from pruning.report.compared import Line
+from pruning.report.compared import Line, bits_word
 from pruning.report.comparison import Comparison
 from pruning.report.comparison_sizes import COLOURS, FRONT, front
 from pruning.report.drawing import GREY, limit_height, new_figure, plain
@@ -30,7 +30,7 @@ def compute_tables(found: Comparison) -> list[TextTable]:
     ahead = front(lines, _read)
     rows = [
         [
-            line.rule, str(line.bits), percent(line.rate), _count(line.parameters),
+            line.rule, bits_word(line.bits), percent(line.rate), _count(line.parameters),
             megabytes(line.bytes), _count(line.active), megabytes(line.active_bytes),
             f"{line.added:.4f}" + (f" ±{line.spread:.3f}" if line.spread else ""),
             f"{line.kl:.4f}", percent(line.top1), FRONT * any(line is one for one in ahead),
@@ -56,7 +56,7 @@ def plot_compute(found: Comparison) -> "Figure":
         colour = COLOURS.get(bits, GREY)
         rules = [line for line in others if line.bits == bits]
         axes.scatter(*_places(rules), s=24, facecolors="none", edgecolors=colour, linewidths=0.9,
-                     label=f"rules, {bits} bits")  # fmt: skip
+                     label=f"rules, {bits_word(bits)} bits")  # fmt: skip
         own = sorted((line for line in found.fewer() if line.bits == bits), key=_read)
         whole = [line for line in rules if not line.rate]
         for kind, style, side in (("top", "-", "right"), ("skip", "--", "left")):

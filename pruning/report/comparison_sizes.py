@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pruning.kit.words import megabytes, percent
-from pruning.report.compared import Line
+from pruning.report.compared import AUTO, Line, bits_word
 from pruning.report.comparison import Comparison
-from pruning.report.drawing import BLUE, GOLD, GREY, RED, limit_height, new_figure, plain
+from pruning.report.drawing import BLUE, GOLD, GREEN, GREY, RED, limit_height, new_figure, plain
 from pruning.report.table import TextTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {16: BLUE, 8: GOLD, 4: RED}  # by bits
+COLOURS = {16: BLUE, 8: GOLD, 4: RED, AUTO: GREEN}  # by bits
 FRONT = "front"
 ALIKE = 1.002  # names of emptied experts are not in the header, which is no gain
 CAPTION = (
@@ -36,7 +36,8 @@ def size_tables(found: Comparison) -> list[TextTable]:
         ordered = sorted(others, key=lambda line: (line.bytes, line.added))
         shown["By bytes written, smallest first"] = ordered
     ahead = front(lines)
-    return [_table(title, own, ahead, found.of_copies) for title, own in shown.items()]
+    tables = (_table(title, own, ahead, found.of_copies) for title, own in shown.items())
+    return [*tables, *_layer_tables(found)]
 
 
 def plot_sizes(found: Comparison) -> "Figure":
@@ -51,7 +52,9 @@ def plot_sizes(found: Comparison) -> "Figure":
         axes.scatter(*_places(alone), s=60, facecolors="none", edgecolors=colour, linewidths=1.6)
         dense = [(found.sizes["dense"] / 1e6, 0.0)] if bits == 16 and found.sizes else []
         best = [*zip(*_places(front(own)), strict=True), *dense]
-        axes.plot(*zip(*best, strict=True), "o-", color=colour, markersize=4, label=f"{bits} bits")
+        if best:
+            axes.plot(*zip(*best, strict=True), "o-", color=colour, markersize=4,
+                      label=f"{bits_word(bits)} bits")  # fmt: skip
     if found.sizes:
         axes.plot([found.sizes["dense"] / 1e6], [0.0], "s", color=GREY, markersize=6)
     for target in found.targets:
@@ -62,6 +65,21 @@ def plot_sizes(found: Comparison) -> "Figure":
     axes.set_title("Loss against bytes: fewer bits, fewer channels, both", loc="left")
     axes.legend(frameon=False)
     return figure
+
+
+def _layer_tables(found: Comparison) -> list[TextTable]:
+    """What was chosen for each layer, where layers have bits of their own."""
+    rows = [
+        [one.name, one.place, " ".join(map(str, one.layer_bits)),
+         " ".join(f"{100 * share:.0f}" for share in one.layer_shares)]
+        for one in found.results if one.layer_bits
+    ]  # fmt: skip
+    note = (
+        "Bits of a layer's linear layers and the share of its experts' channels that is kept, in "
+        "percent, from the first layer up. The embedding and the head stay in 16 bits."
+    )
+    header = ["rule", "at", "bits", "kept"]
+    return [TextTable("Channels and bits of each layer", header, rows, note)] if rows else []
 
 
 def _written(line: Line) -> float:
@@ -85,7 +103,7 @@ def _table(title: str, lines: Sequence[Line], ahead: Sequence[Line], more: str) 
     marks = [FRONT if any(line is one for one in ahead) else "" for line in lines]
     rows = [
         [
-            line.rule, str(line.bits), percent(line.rate), megabytes(line.bytes),
+            line.rule, bits_word(line.bits), percent(line.rate), megabytes(line.bytes),
             megabytes(line.active_bytes) if line.active_bytes else "-",
             f"{line.added:.4f}" + (f" ±{line.spread:.3f}" if line.spread else ""),
             f"{line.kl:.4f}", percent(line.top1), mark,

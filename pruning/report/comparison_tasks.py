@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruning.kit.words import megabytes, percent
 from pruning.measure.paired import NOISE
-from pruning.report.compared import Result
+from pruning.report.compared import Result, bits_word
 from pruning.report.comparison import Comparison
 from pruning.report.comparison_sizes import ALIKE, COLOURS
 from pruning.report.drawing import GREY, new_figure, plain
@@ -85,8 +85,8 @@ def task_tables(found: Comparison) -> list[TextTable]:
         sure = "" if math.isnan(line.error) else "within noise" if line.is_noise else "yes"
         factor = f"{dense / line.bytes:.2f}" if line.bytes else ""
         rows.append([
-            line.first.name, str(line.first.bits), percent(line.first.rate), megabytes(line.bytes),
-            factor, *cells, _share(line.mean), _difference(line), sure,
+            line.first.name, bits_word(line.first.bits), percent(line.first.rate),
+            megabytes(line.bytes), factor, *cells, _share(line.mean), _difference(line), sure,
         ])  # fmt: skip
     header = ["rule", "bits", "pruned", "MB", "factor", *names, "mean", "difference", "real?"]
     note = (
@@ -111,7 +111,7 @@ def plot_tasks(found: Comparison) -> "Figure":
                       elinewidth=0.8)  # fmt: skip
         front = best_at_each_size(own)
         axes.plot([line.bytes / 1e6 for line in front], [100 * line.mean for line in front], "-",
-                  color=colour, label=f"{bits} bits")  # fmt: skip
+                  color=colour, label=f"{bits_word(bits)} bits")  # fmt: skip
         if front:
             axes.annotate(front[0].first.rule, (front[0].bytes / 1e6, 100 * front[0].mean),
                           xytext=(6, -10), textcoords="offset points", fontsize=8)  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 # Programs by the names of `convert.clients`, which decides who loads what.
 T5, T4, VLLM, SGLANG, LLAMA = "transformers 5", "transformers 4.57", "vLLM", "SGLang", "llama.cpp"
-INTEGERS = ("int4", "int8")
+INTEGERS = ("int4", "int8", "mixed")
 SLOWER = "yes, slowly"
 VLLM_FLAGS = {
     "ragged": " --trust-remote-code --enforce-eager",
@@ -117,8 +117,9 @@ class Loading:
             blocks.append(Block("", modelling))
         blocks.append(Block("python", "\n".join(lines)))
         if self.form.endswith(INTEGERS):
+            few = "packed" if self.form.endswith("mixed") else f"{self.form[-1]}-bit"
             memory = (
-                f"transformers turns {self.form[-1]}-bit weights back into 16 bits when they are "
+                f"transformers turns {few} weights back into 16 bits when they are "
                 "used, so they save disk there and no memory. Copy the folder rather than saving "
                 "the loaded model again."
             )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.export_format import FormatName
+from convert.export_format import MIXED, FormatName
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.record import recorded_options
@@ -68,7 +68,7 @@ def apply_plan(
       model: the dense checkpoint that the plan was made for, or "demo".
       output: folder to make.
       export: formats to write; default ragged-int4, ragged-bf16 where `bits` is 16, and padded-fp8
-        where it is 8.
+        where it is 8; ragged-mixed of a plan that has bits of its own for each layer.
       bits: 4, 8 or 16; weights in few bits are rounded to nearest.
       group_size: weights per 4-bit scale; default as in a recipe.
       requantize, mtp: as in a recipe.
@@ -109,6 +109,8 @@ def _apply(
         with steps.bar("identify the model") as on_step:
             base.hash_weights(on_step)
         found = found.moved_to(base.fingerprint)
+    if found.layer_bits and not given["export"]:
+        given = given | {"export": (MIXED,)}
     recipe = _recipe(source, found, base, given)
     foretold = Foretold(base.about, recipe, plan=found)
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
@@ -17,12 +17,13 @@ from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.task_options import TaskOptions
 from pruning.report import comparison_page
-from pruning.report.compared import Result
+from pruning.report.compared import AUTO, Result
 from pruning.report.comparison import Comparison
 from pruning.report.comparison_tasks import tasks_csv
+from pruning.runs.auto_bits import auto_plans
 from pruning.runs.calibration_sets import most_seen, source_of, with_sets
 from pruning.runs.cap import refuse_limit
-from pruning.runs.compared import Scored, require_windows
+from pruning.runs.compared import Kept, Scored, require_windows
 from pruning.runs.compared_task import Task, task_of
 from pruning.runs.compared_tasks import ask_plans
 from pruning.runs.controls import Controls, rounded_recipe, tasks
@@ -34,11 +35,13 @@ from pruning.runs.tasks import open_tasks
 from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
 from pruning.stages import score as scoring
+from pruning.stages.bit_curves import require_kept_out
 from pruning.stages.job import Job, open_job
 from pruning.stages.measure import first_tokens, measure
 from pruning.stages.model_record import identify
 from pruning.stages.plan import TEXT_CHOICES
 from pruning.text.calibration import TokenBatch
+from pruning.text.kept_out import keep_out
 from pruning.text.windows import Windows, text_hashes
 
 RATES = (0.25, 0.5)
@@ -50,7 +53,7 @@ def compare(
     rates: Sequence[float] = (),
     rules: Sequence[str] = ("standard",),
     *,
-    bits: Sequence[int] = (16,),
+    bits: Sequence[int | Literal["auto"]] = (16,),
     target_bytes: Sequence[int] = (),
     target_factors: Sequence[float] = (),
     repair: Mode | None = None,
@@ -77,7 +80,8 @@ def compare(
         0.5, or none where sizes are given.
       rules: names of `RULES`, patterns, "standard" or "all".
       bits: of the weights, 16, or fewer, rounded to nearest as an export of each plan rounds them;
-        of fewer there is a result without pruning as well.
+        of fewer there is a result without pruning as well. "auto" gives each layer, at the sizes,
+        channels and bits by what they cost alone on windows kept out of the calibration text.
       target_bytes: sizes of the folder, weights alone: in all of the bits every rule removes just
         so much that its plan is no larger.
       target_factors: the same by how many times smaller than the model's files.
@@ -114,8 +118,9 @@ def compare(
       LostProcess: another process has ended; what is finished stays.
     """
     sizes = bool(target_bytes or target_factors)
+    numbers = [AUTO if one == "auto" else one for one in bits]
     controls = Controls(
-        rates=rates or (() if sizes else RATES), bits=tuple(dict.fromkeys(bits)),
+        rates=rates or (() if sizes else RATES), bits=tuple(dict.fromkeys(numbers)),
         target_bytes=target_bytes, target_factors=target_factors, repair=repair or "",
         draws=draws, top_k=top_k, skip_below=skip_below, sets=calibration_sets or {},
         merges=select_merges(merges), cut_router=cut_router,
@@ -134,7 +139,8 @@ def _compare(
 ) -> Comparison:
     refuse_limit(recipe, "compare")
     single = {"--repair": controls.repair, "--draws": controls.draws,
-              "--calibration-sets": controls.sets, "--tasks": judged}  # fmt: skip
+              "--calibration-sets": controls.sets, "--tasks": judged,
+              "--bits auto": controls.has_auto}  # fmt: skip
     alone = next((flag for flag, asked in single.items() if asked), "")
     if alone and spread.processes > 1:
         raise InputError(
@@ -160,7 +166,7 @@ def _compare(
         require_windows(job)
     if controls.merges:
         require_tokens(job)
-    budgets = tasks(job, names, controls)
+    budgets: dict[Task, Kept] = dict(tasks(job, names, controls))
     key = _key(job, sets, texts)
     earlier = _earlier(job, key) if spread.leads else None
     asked = [list(dataclasses.astuple(task)) for task in budgets]
@@ -174,6 +180,8 @@ def _compare(
     left = spread.led(lambda: [number for number, one in enumerate(budgets) if one not in done])
     missing = [task for number, task in enumerate(budgets) if number in left]
     found = dataclasses.replace(found, sizes=_sizes(job), seen=most_seen(job, sets, texts))
+    if missing or judged:
+        budgets |= auto_plans(job, *whole, missing if not judged else budgets, steps)
     if missing:
         found = _measure(job, whole, sets, missing, budgets, texts, found, steps)
     if judged:
@@ -198,6 +206,10 @@ def _opened(
     job = dataclasses.replace(job, spread=spread)
     if controls.rounds:
         job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
+    if controls.has_auto:
+        calibration, kept_out = keep_out(job.calibration)
+        job = dataclasses.replace(job, calibration=calibration, kept_out=kept_out)
+        require_kept_out(job)
     return job, sets
 
 
@@ -267,7 +279,7 @@ def _measure(
     whole: Scored,
     sets: Mapping[str, TokenBatch],
     tasks: list[Task],
-    budgets: Mapping[Task, int],
+    budgets: Mapping[Task, Kept],
     texts: dict[str, Windows],
     found: Comparison,
     steps: Steps,

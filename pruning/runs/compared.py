@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.export_format import STORAGES
 from moe_jax.errors import InputError
 from moe_jax.stream import LayerSource, forward_hidden
 from pruning.budget.merging import MERGES
@@ -16,18 +17,20 @@ from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
-from pruning.report.compared import MERGED, UNPRUNED, Result
+from pruning.report.compared import AUTO, MERGED, UNPRUNED, Result, bits_word
 from pruning.runs.compared_task import Task
-from pruning.runs.controls import STORAGES, whole_plan, written
+from pruning.runs.controls import written
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
 from pruning.shrink.rounding import QuantizedSource
+from pruning.stages.bit_curves import storages, whole_plan
 from pruning.stages.job import Job
 from pruning.stages.layers import provenance as of_plan
 from pruning.stages.sizes import active_bytes, active_parameters
 from pruning.text.windows import Windows
 
+Kept = int | PruningPlan  # channels that a rule keeps for a task, or what is kept
 Scored = tuple[ChannelStatistics, Mapping[str, Any]]  # sums, and what is noted beside them
 FOLDER = "compare-repair"  # of the plan that is being repaired
 
@@ -46,7 +49,7 @@ def task_plan(
     statistics: ChannelStatistics,
     provenance: Mapping[str, Any],
     task: Task,
-    budget: int,
+    budget: Kept,
 ) -> PruningPlan:
     """The plan of a task.
 
@@ -55,8 +58,10 @@ def task_plan(
     """
     if task.rule == UNPRUNED:
         return whole_plan(job)
+    if isinstance(budget, PruningPlan):
+        return budget
     if not budget:
-        raise BudgetError(f"no plan is as small in {task.bits} bits")
+        raise BudgetError(f"no plan is as small in {bits_word(task.bits)} bits")
     rule, c = RULES[task.rule], job.base.config
     plan = make_plan(
         rule,
@@ -90,7 +95,7 @@ def with_overlap(
     planned: Sequence[tuple[Task, PruningPlan]],
     job: Job,
     whole: Scored,
-    budgets: Mapping[Task, int],
+    budgets: Mapping[Task, Kept],
 ) -> list[Result]:
     """Results that say how far their plans keep what those of the whole text do.
 
@@ -149,11 +154,11 @@ def repaired(
     shutil.rmtree(folder)
 
 
-def rounded(source: LayerSource, job: Job, bits: int) -> LayerSource:
-    """A model with its weights in so many bits, as an export rounds them; 16 changes nothing."""
-    if bits == 16:
-        return source
-    return QuantizedSource(source, job.recipe.group_size, STORAGES[bits])
+def rounded(source: LayerSource, job: Job, plan: PruningPlan, bits: int) -> LayerSource:
+    """A model under a plan with its weights in so many bits, as an export rounds them, unless the
+    plan says it of each layer; 16 changes nothing."""
+    how = storages(plan, bits)
+    return source if how == STORAGES[16] else QuantizedSource(source, job.recipe.group_size, how)
 
 
 def repaired_hidden(
@@ -176,7 +181,7 @@ def repaired_hidden(
     """
     how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     with repaired(job, plan, mode, on_layer) as model:
-        return [forward_hidden(rounded(model, job, one), *text, **how) for one in bits]
+        return [forward_hidden(rounded(model, job, plan, one), *text, **how) for one in bits]
 
 
 def task_result(
@@ -213,7 +218,11 @@ def task_result(
         quality=quality,
         family=family,
         about=about,
+        layer_bits=list(plan.layer_bits),
+        layer_shares=_shares(plan),
     )
+    if task.bits == AUTO:
+        found = dataclasses.replace(found, rate=round(1.0 - plan.keep.mean().item(), 6))
     return dataclasses.replace(found, **_sizes(job, plan, task.bits, shares))
 
 
@@ -228,6 +237,15 @@ def _described(task: Task) -> tuple[str, str]:
     if task.top_k:
         return "fewer experts", "each token's best experts, nothing removed"
     return "bits alone", "rounded to nearest, nothing removed" if task.bits < 16 else "as it is"
+
+
+def _shares(plan: PruningPlan) -> list[float]:
+    """Of each layer's channels, those kept, if the plan gives layers bits of their own."""
+    found = [1.0] * len(plan.layer_bits)
+    if found:
+        for index, keep in zip(plan.layer_indices, plan.keep, strict=True):
+            found[index] = round(keep.mean().item(), 6)
+    return found
 
 
 def _sizes(job: Job, plan: PruningPlan, bits: int, shares: np.ndarray) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from pruning.budget.merging import MERGES
-from pruning.report.compared import Repaired, Result
+from pruning.report.compared import AUTO, Repaired, Result
 from pruning.shrink.fewer_experts import Fewer
 
 
@@ -11,7 +11,8 @@ from pruning.shrink.fewer_experts import Fewer
 class Task:
     """One rule at one rate with one seed, repaired or not, its weights of so many bits.
 
-    The rule is one of `RULES`, or of `MERGES`, or `UNPRUNED`.
+    The rule is one of `RULES`, or of `MERGES`, or `UNPRUNED`. With bits `AUTO` the rate is
+    0, whatever comes of it, for that is found with the bits.
 
     `target` are the bytes that its rate comes from, 0 if a rate was asked for; `draw` says which
     draw of the calibration text decides what is kept, 0 for the text itself. `top_k` and
@@ -50,4 +51,5 @@ class Task:
 
 def task_of(result: Result) -> Task:
     """What a result is of."""
-    return Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
+    found = Task(*(getattr(result, field.name) for field in dataclasses.fields(Task)))
+    return dataclasses.replace(found, rate=0.0) if found.bits == AUTO else found

@@ -13,7 +13,7 @@ from pruning.recipe.task_options import TaskOptions
 from pruning.report.compared import UNPRUNED, Result
 from pruning.report.comparison import Comparison
 from pruning.runs.asked_models import DENSE, AskedModel
-from pruning.runs.compared import Scored, repaired, rounded, task_plan
+from pruning.runs.compared import Kept, Scored, repaired, rounded, task_plan
 from pruning.runs.compared_task import Task, task_of
 from pruning.runs.merged import mergings
 from pruning.runs.tasks import ask
@@ -26,7 +26,7 @@ from pruning.stages.judged import RESULTS
 def ask_plans(
     job: Job,
     whole: Scored,
-    budgets: Mapping[Task, int],
+    budgets: Mapping[Task, Kept],
     found: Comparison,
     asked: TaskOptions,
     loaded: dict[str, Any],
@@ -73,7 +73,7 @@ def ask_plans(
         if how_made := task.rule if task.is_merged else task.repair:
             what += f" {how_made} {found.key['calibration']}"
         with model as made:
-            source = rounded(made, job, task.bits)
+            source = rounded(made, job, plan, task.bits)
             rows = compare_results(dense, results_of(_name(result), source, what))
         found = found.with_tasks(result, [row.to_dict() for row in rows])
         yield found
@@ -92,7 +92,7 @@ def _name(result: Result) -> str:
 
 
 def _model_of(
-    job: Job, whole: Scored, task: Task, budgets: Mapping[Task, int]
+    job: Job, whole: Scored, task: Task, budgets: Mapping[Task, Kept]
 ) -> tuple[PruningPlan, AbstractContextManager[LayerSource]]:
     """What a folder would hold, and the model before rounding, repaired or merged anew."""
     if task.is_merged:

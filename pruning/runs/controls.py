@@ -7,10 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from convert.export import Export
-from convert.export_format import FORMATS, ExportFormat, FormatName
+from convert.export_format import FORMATS, MIXED, STORAGES, ExportFormat, FormatName
 from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import Rule, common_budget
@@ -18,14 +16,14 @@ from pruning.budget.rules import RULES
 from pruning.recipe.options import PlanOptions
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import check_rate, check_whole
-from pruning.report.compared import UNPRUNED, Repaired
+from pruning.report.compared import AUTO, UNPRUNED, Repaired
 from pruning.runs.compared_task import Task
 from pruning.shrink.fewer_experts import Fewer
+from pruning.stages.bit_curves import whole_plan
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
 
 MOST_DRAWS = 100  # each is scored
-STORAGES = {16: "bf16", 8: "int8", 4: "int4"}  # by bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,8 @@ class Controls:
 
     Attributes:
       rates: prune rates; all rules keep the same number of channels at one.
-      bits: of weights, 16 or fewer; of fewer there is a row without pruning too.
+      bits: of weights, 16 or fewer; of fewer there is a row without pruning too. `AUTO` is, at the
+        sizes, a choice for each layer.
       target_bytes: sizes that each rule, in each of the bits, comes as near to as it can.
       target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well.
@@ -62,9 +61,18 @@ class Controls:
     def __post_init__(self) -> None:
         for rate in self.rates:
             check_rate("prune_rate", rate)
-        if not self.bits or (wrong := [one for one in self.bits if one not in STORAGES]):
+        known = (*STORAGES, AUTO)
+        if not self.bits or (wrong := [one for one in self.bits if one not in known]):
+            raise InputError(f"bits={wrong if self.bits else []} must be some of 16, 8, 4 and auto")
+        if self.has_auto and not (self.target_bytes or self.target_factors):
             raise InputError(
-                f"bits={wrong if self.bits else []} must be some of {', '.join(map(str, STORAGES))}"
+                "bits 'auto' are those of the least loss within a size; give one with "
+                "--target-bytes or --target-factor"
+            )
+        if self.has_auto and (self.draws or self.sets):
+            raise InputError(
+                "bits 'auto' are measured on one calibration text; leave out --draws and "
+                "--calibration-sets"
             )
         if self.draws == 1 or not 0 <= self.draws <= MOST_DRAWS:
             raise InputError(
@@ -87,9 +95,19 @@ class Controls:
             raise InputError("experts are merged at prune rates; add --prune-rate, e.g. 0.25 0.5")
 
     @property
+    def has_auto(self) -> bool:
+        """Whether each layer gets bits of its own."""
+        return AUTO in self.bits
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Bits of weights that are stored by some plan."""
+        return tuple(STORAGES) if self.has_auto else tuple(self.bits)
+
+    @property
     def rounds(self) -> bool:
         """Whether some weights are rounded."""
-        return any(bits < 16 for bits in self.bits)
+        return any(bits < 16 for bits in self.stored)
 
     def fewer(self, experts_per_token: int) -> list[Fewer]:
         """All that is asked of where tokens go.
@@ -123,9 +141,9 @@ def rounded_recipe(job: Job, recipe: CompressionRecipe, controls: Controls) -> R
       InputError: the model has no such format, stores codes that exports would take over, or a
         group of weights would be incomplete.
     """
-    base, names = job.base.about, formats(job, controls.bits)
+    base, names = job.base.about, formats(job, controls.stored)
     given = dataclasses.replace(
-        recipe, model=job.recipe.model, bits=min(controls.bits), export=tuple(names.values()),
+        recipe, model=job.recipe.model, bits=min(controls.stored), export=tuple(names.values()),
         planner=job.recipe.planner, repair="none",
     )  # fmt: skip
     found = resolved(given, base)
@@ -161,16 +179,9 @@ def formats(job: Job, bits: Sequence[int]) -> dict[int, FormatName]:
     return found
 
 
-def whole_plan(job: Job) -> PruningPlan:
-    """The plan that keeps everything."""
-    c = job.base.config
-    shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
-    return PruningPlan(np.ones(shape, bool), tuple(c.moe_layers))
-
-
 def written(job: Job, plan: PruningPlan, bits: int) -> Export:
     """The folder that a plan would be written as."""
-    name = formats(job, [bits])[bits]
+    name = MIXED if plan.layer_bits else formats(job, [bits])[bits]
     return export_of(job.base.about, plan, form_of(job.recipe, name, plan))
 
 
@@ -189,31 +200,38 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
     whole, budgets = _channels(job), _budgets(job, controls.rates)
     choices = controls.fewer(job.base.config.moe.experts_per_token)
     # What the dense model loses is known, but not what a token reads of it.
-    found = {Task(UNPRUNED, 0.0, bits=one): whole for one in controls.bits if one < 16 or choices}
+    equal = [one for one in controls.bits if one != AUTO]
+    found = {Task(UNPRUNED, 0.0, bits=one): whole for one in equal if one < 16 or choices}
     for choice in map(dataclasses.asdict, choices):
-        found |= {Task(UNPRUNED, 0.0, bits=bits, **choice): whole for bits in controls.bits}
+        found |= {Task(UNPRUNED, 0.0, bits=bits, **choice): whole for bits in equal}
     for how in repairs:
         for rate, budget in budgets.items():
             for name in names:
                 for seed in RULES[name].seeds:
-                    found |= {Task(name, rate, seed, how, bits): budget for bits in controls.bits}
+                    found |= {Task(name, rate, seed, how, bits): budget for bits in equal}
         for target in controls.targets(job):
-            for bits in controls.bits:
+            for bits in equal:
                 found |= _at_target(job, names, target, bits, how)
+            if controls.has_auto:
+                alone = [name for name in names if len(RULES[name].seeds) == 1]
+                found |= {Task(name, 0.0, 0, how, AUTO, target): 0 for name in alone}
     again = {task: budget for task, budget in found.items() if task.rule != UNPRUNED}
     others: list[dict[str, Any]] = [{"draw": 1 + number} for number in range(controls.draws)]
     for text in (*others, *({"calibration": name} for name in controls.sets)):
         found |= {dataclasses.replace(one, **text): budget for one, budget in again.items()}
     if controls.cut_router:
         dropping = droppers(names)
-        of_text = {task: budget for task, budget in again.items() if not task.repair}
+        of_text = {
+            task: budget
+            for task, budget in again.items() if not task.repair and task.bits != AUTO
+        }  # fmt: skip
         found |= {
             dataclasses.replace(task, cut=True): budget
             for task, budget in of_text.items() if task.rule in dropping
         }  # fmt: skip
     for rate, budget in budgets.items():
         for name in controls.merges:
-            found |= {Task(name, rate, bits=bits): budget for bits in controls.bits}
+            found |= {Task(name, rate, bits=bits): budget for bits in equal}
     return found
 
 
@@ -248,7 +266,7 @@ def _at_target(
         return {Task(UNPRUNED, 0.0, 0, "", bits, target): whole}
     found = {}
     for name in names:
-        budget = most(_step(job, RULES[name]))
+        budget = most(budget_step(job, RULES[name]))
         rate = round(1.0 - budget / whole, 6)
         for seed in RULES[name].seeds:
             found[Task(name, rate, seed, how, bits, target)] = budget
@@ -265,7 +283,7 @@ def most_channels(job: Job, form: FormatName, target: int, step: int) -> int:
     return step * bisect.bisect_left(counts, True, key=is_too_large)
 
 
-def _step(job: Job, rule: Rule) -> int:
+def budget_step(job: Job, rule: Rule) -> int:
     """Channels by which a rule's budgets differ."""
     c, options = job.base.config, rule.options
     layers, experts = len(c.moe_layers), c.moe.num_experts

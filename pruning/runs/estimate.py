@@ -9,7 +9,7 @@ from typing import Any
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.clients import client_table
 from convert.description import Description, describe
-from convert.export_format import ExportFormat, Widths
+from convert.export_format import MIXED, ExportFormat, Widths
 from convert.rules import EMBEDDING, LM_HEAD, ruled_tensors
 from convert.writer import SPARE_BYTES
 from moe_jax.errors import InputError
@@ -138,7 +138,7 @@ def _estimate(
         jobs = {
             name: resolved(dataclasses.replace(recipe, export=(name,), bits=bits), base)
             for name in base.family.formats
-            if (bits := ExportFormat(name).bits) in shown
+            if name != MIXED and (bits := ExportFormat(name).bits) in shown
         }
         jobs = {name: one for name, one in jobs.items() if _holds(base, one, name)}
     windows = 0 if whole.weights_only else math.ceil(whole.max_tokens / whole.window)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from convert.export_format import STORAGES
 from moe_jax.errors import InputError
 from pruning.budget.merging import MERGES, check_counts
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference
 from pruning.report.compared import Result
-from pruning.runs.compared import joined, task_result
+from pruning.runs.compared import Kept, joined, task_result
 from pruning.runs.compared_task import Task
-from pruning.runs.controls import STORAGES
 from pruning.scores.grams import sampled
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.merge import Merging
@@ -38,7 +38,7 @@ def mergings(
     job: Job,
     statistics: ChannelStatistics,
     tasks: Sequence[Task],
-    budgets: Mapping[Task, int],
+    budgets: Mapping[Task, Kept],
     on_layer: Callable[[int], None] | None = None,
 ) -> tuple[dict[Task, Merging], list[Result]]:
     """How the experts are merged for tasks; all of them are planned in one reading of the weights.
@@ -56,7 +56,9 @@ def mergings(
     c, counts, refused = job.base.config, {}, []
     for task in tasks:
         rule, plain = MERGES[task.rule], dataclasses.replace(task, bits=16)
-        found = rule.counts(statistics.tokens, budgets[task] // c.moe.d_expert)
+        channels = budgets[task]
+        assert isinstance(channels, int)  # a plan is of channels, which no merging removes
+        found = rule.counts(statistics.tokens, channels // c.moe.d_expert)
         try:
             check_counts(rule, found, c.moe.experts_per_token)
             counts[plain] = found
@@ -80,7 +82,7 @@ def run_merges(
     job: Job,
     statistics: ChannelStatistics,
     tasks: Sequence[Task],
-    budgets: Mapping[Task, int],
+    budgets: Mapping[Task, Kept],
     texts: Mapping[str, Windows],
     references: Mapping[str, Reference],
     on_layer: Callable[[int], None],

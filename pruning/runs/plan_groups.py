@@ -12,6 +12,7 @@ from pruning.kit.progress import OnStep
 from pruning.measure.quality import Reference
 from pruning.report.compared import Result
 from pruning.runs.compared import (
+    Kept,
     Scored,
     joined,
     repaired_hidden,
@@ -20,9 +21,9 @@ from pruning.runs.compared import (
     with_overlap,
 )
 from pruning.runs.compared_task import Task
-from pruning.runs.controls import STORAGES
 from pruning.runs.merged import run_merges
 from pruning.shrink.masked import masked_hidden
+from pruning.stages.bit_curves import storages
 from pruning.stages.job import Job
 from pruning.stages.sizes import token_shares
 from pruning.text.windows import Windows
@@ -36,7 +37,7 @@ def run_groups(
     own: Scored,
     whole: Scored,
     tasks: Sequence[Task],
-    budgets: Mapping[Task, int],
+    budgets: Mapping[Task, Kept],
     texts: Mapping[str, Windows],
     references: Mapping[str, Reference],
     on_step: OnStep,
@@ -97,7 +98,7 @@ def _run_group(
     scored: Scored,
     whole: Scored,
     group: Sequence[Task],
-    budgets: Mapping[Task, int],
+    budgets: Mapping[Task, Kept],
     texts: Mapping[str, Windows],
     references: Mapping[str, Reference],
     on_layer: Callable[[int], None],
@@ -124,7 +125,8 @@ def _run_group(
         fewer = [task.fewer for task, _ in planned]
         routed = np.zeros(len(plans))
         hidden = masked_hidden(
-            job.base, *text, plans, storages=[STORAGES[one] for one in bits], fewer=fewer,
+            job.base, *text, plans,
+            storages=[storages(plan, task.bits) for task, plan in planned], fewer=fewer,
             cut=[task.cut for task, _ in planned], routed=routed, group_size=job.recipe.group_size,
             batch=min(job.recipe.batch, len(text[0])), dtype=job.dtype, on_layer=on_layer,
         )  # fmt: skip

@@ -7,7 +7,8 @@ may be rounded as an export of each plan rounds them, and tokens may go to fewer
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain, count
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def masked_hidden(
     valid: np.ndarray,
     plans: Sequence[PruningPlan],
     *,
-    storages: Sequence[str] = (),
+    storages: Sequence[str | Sequence[str]] = (),
     fewer: Sequence[Fewer | None] = (),
     cut: Sequence[bool] = (),
     routed: np.ndarray | None = None,
@@ -123,14 +124,16 @@ def masked_hidden(
 ) -> np.ndarray:
     """Hidden states before the head of several pruned models.
 
+    As far up as plans keep the same and store it alike, one is run for all of them.
+
     Args:
       source: the dense model; every layer is read once.
       tokens: int32 [B, T].
       valid: bool [B, T].
       plans: V plans of this model.
-      storages: how the weights under each plan are stored, "bf16" or as of `rounded_layer`; () for
-        all in 16 bits. A layer is rounded once however many plans there are, but for the
-        down-projections of its experts.
+      storages: how the weights under each plan are stored, "bf16" or as of `rounded_layer`, or so
+        for each layer of the model; () for all in 16 bits. A layer is rounded once however many
+        plans there are, but for the down-projections of its experts.
       fewer: to which of their experts tokens go under each plan; () for all to all.
       cut: whether tokens are routed among the experts alone that keep something, see `cut_router`;
         () for no plan.
@@ -150,16 +153,33 @@ def masked_hidden(
       InputError: a plan is of another shape than the model's experts.
     """
     text = in_batches(source, tokens, valid, batch)
-    stored = tuple(storages) or (PLAIN,) * len(plans)
+    stored = [
+        [how] * len(source) if isinstance(how, str) else list(how)
+        for how in storages or (PLAIN,) * len(plans)
+    ]
     choices = tuple(fewer) or (None,) * len(plans)
     cuts = tuple(cut) or (False,) * len(plans)
 
+    # What the states of each plan are: of equal numbers they are the same.
+    fresh = count(1)
+    states = [0] * len(plans)
+
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
         seen = None if sample is None else sample.through(index, layer)
-        rounded = {how: rounded_layer(layer, group_size, how) for how in set(stored) - {PLAIN}}
-        each = zip(variants, plans, stored, choices, cuts, strict=True)
+        here = [how[index] for how in stored]
+        done: dict[Hashable, int] = {}
+        before = states[:]
+        rounded = {how: rounded_layer(layer, group_size, how) for how in set(here) - {PLAIN}}
+        each = zip(variants, plans, here, choices, cuts, strict=True)
         for number, (x, plan, how, choice, is_cut) in enumerate(each):
             masks = _masks(layer, index, plan)
+            states[number] = next(fresh)
+            if choice is None and plan.constants is None:
+                keep = b"" if masks is None else np.asarray(masks[0]).tobytes()
+                alike = done.setdefault((before[number], how, is_cut, keep), number)
+                if alike != number:
+                    x[:], states[number] = variants[alike], states[alike]
+                    continue
             kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
             if how in rounded:
                 whole = rounded[how]
@@ -184,11 +204,12 @@ def masked_hidden(
         return variants
 
     def in_groups(index: int, variants: Variants) -> Variants:
+        states[:] = (next(fresh) for _ in plans)
         each = zip(variants, plans, strict=True)
         through_groups(source, index, [(text, x, _masked_step(index, plan)) for x, plan in each])
         return variants
 
-    plain = sample is None and {*stored} <= {PLAIN} and not any(choices) and not any(cuts)
+    plain = sample is None and {*chain(*stored)} <= {PLAIN} and not any(choices) and not any(cuts)
     first = text.embedded(source, dtype)
     last = sweep(
         source, [list(first) for _ in plans], step, on_layer=on_layer,

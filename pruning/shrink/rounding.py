@@ -1,7 +1,7 @@
 """Models rounded as they are read: what an export will hold, and what a program makes of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,28 @@ ROWS_AT_ONCE = 4096
 INTEGER_BITS = {"int4": 4, "int8": 8}
 
 
-def QuantizedSource(base: LayerSource, group_size: int, storage: str = "int4") -> LayerSource:
+def QuantizedSource(
+    base: LayerSource, group_size: int, storage: str | Sequence[str] = "int4"
+) -> LayerSource:
     """A model whose layers are rounded to few bits as they are read; embedding and head are not.
 
     Args:
       base: the model.
       group_size: weights per scale of integers.
       storage: as of an export: all linear layers to "int4" or "int8", or to "fp8" in blocks of 128
-        x 128, or the experts to "mxfp4", as float values.
+        x 128, or the experts to "mxfp4", as float values; or so for each layer, which "bf16"
+        leaves as it is.
 
     Returns:
       The source.
     """
+    each = [storage] * len(base) if isinstance(storage, str) else storage
 
-    return mapped(
-        base, lambda index, layer: rounded_layer(layer, group_size, storage), by_group=True
-    )
+    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
+        how = each[index]
+        return layer if how == "bf16" else rounded_layer(layer, group_size, how)
+
+    return mapped(base, change, by_group=True)
 
 
 def rounded_layer(layer: DecoderLayer, group_size: int, storage: str) -> DecoderLayer:

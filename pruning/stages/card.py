@@ -217,6 +217,7 @@ def _folder_facts(
         native=export.native is not None,
         requantize=form.requantize,
         rounded_again=None,
+        layer_bits=form.layer_bits,
     )
 
 

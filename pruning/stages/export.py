@@ -56,9 +56,8 @@ def pruned_source(
     if codes is not None and form.is_int4:
         rounding = functools.partial(with_codes, folder=codes, group_size=form.group_size)
     else:
-        rounding = functools.partial(
-            QuantizedSource, group_size=form.group_size, storage=form.storage
-        )
+        each = [form.of_layer(index).storage for index in range(len(base))]
+        rounding = functools.partial(QuantizedSource, group_size=form.group_size, storage=each)
     return rounding(pruned) if on_rounded is None else compared(pruned, rounding, on_rounded)
 
 

@@ -35,7 +35,7 @@ def plan(
     Raises:
       InputError: an option is infeasible; for a target the message has the nearest feasible size.
     """
-    notes = _notes(recipe, statistics, provenance)
+    notes = recorded_notes(recipe, statistics, provenance)
     made = functools.partial(
         plan_pruning,
         statistics,
@@ -75,11 +75,11 @@ def plans_of_rates(
         part_of(recipe, PlanOptions),
         experts_per_token=base.config.moe.experts_per_token,
         layer_indices=base.config.moe_layers,
-        notes=_notes(recipe, statistics, provenance),
+        notes=recorded_notes(recipe, statistics, provenance),
     )
 
 
-def _notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: dict) -> dict:
+def recorded_notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: dict) -> dict:
     """What a plan records about the model and the text behind it.
 
     Texts go by their file names and hashes: a plan travels, and their folders mean nothing there.

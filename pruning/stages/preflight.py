@@ -218,7 +218,7 @@ def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:
     """One line per export with its exact size."""
     for name, size in sizes.items():
         line = f"{name}: {amount(size['bytes'])}"
-        if not ExportFormat(name).is_padded:
+        if not ExportFormat(name).is_padded and size["padded_bytes"] is not None:
             line += f" (padded to one width for stock clients: {amount(size['padded_bytes'])})"
         steps.say(line)
 

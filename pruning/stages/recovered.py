@@ -195,8 +195,9 @@ def recovered_source(
         changed = _merged(layer, layer_deltas(deltas, index), config=plain)
         if form is None:
             return changed
-        if form.is_packed:
-            changed = rounded_layer(changed, form.group_size, form.storage)
+        own = form.of_layer(index)
+        if own.is_packed:
+            changed = rounded_layer(changed, own.group_size, own.storage)
         return _narrowed(changed, layer)
 
     return mapped(source, change)

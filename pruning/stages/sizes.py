@@ -10,7 +10,7 @@ import numpy as np
 from convert.assemble import pool_shape
 from convert.description import Description
 from convert.export import Export
-from convert.export_format import ExportFormat, Widths
+from convert.export_format import MIXED, ExportFormat, Widths
 from convert.families import find_family
 from convert.layout import nbytes
 from convert.rules import EMBEDDING
@@ -37,7 +37,8 @@ def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = Non
     """The export format of this name under a resolved recipe and, once there is one, its plan."""
     constants = recipe.emptied == "mean" if plan is None else plan.constants is not None
     group = recipe.group_size or 32
-    return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize)
+    bits = plan.layer_bits if name == MIXED and plan is not None else ()
+    return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize, bits)
 
 
 def _is_float32(base: Description) -> bool:
@@ -52,17 +53,24 @@ def export_of(base: Description, plan: PruningPlan, form: ExportFormat) -> Expor
 def export_sizes(
     base: Description, plan: PruningPlan, recipe: CompressionRecipe
 ) -> dict[str, dict]:
-    """Bytes and parameters of each requested export, and of its padded twin, before it is made."""
+    """Bytes and parameters of each requested export, and bytes of its padded twin if it has one,
+    before it is made."""
     found = {}
     for name in recipe.export:
         export = export_of(base, plan, form_of(recipe, name, plan))
-        twin = dataclasses.replace(export, form=export.form.like(layout="padded"))
         found[name] = {
             "bytes": export.nbytes,
             "parameters": export.parameters,
-            "padded_bytes": twin.nbytes,
+            "padded_bytes": _padded(export),
         }
     return found
+
+
+def _padded(export: Export) -> int | None:
+    """Bytes of a folder's padded twin; none of layers with bits of their own, which has none."""
+    if export.form.name == MIXED:
+        return None
+    return dataclasses.replace(export, form=export.form.like(layout="padded")).nbytes
 
 
 def folder_bytes(folder: Path) -> int:

@@ -18,6 +18,7 @@ SAID = {
     "padded-fp8": ("padded", "fp8", 8, True, False, False, True, 128),
     "ragged-int8": ("ragged", "int8", 8, True, True, False, False, 64),
     "padded-int8": ("padded", "int8", 8, True, True, False, False, 64),
+    "ragged-mixed": ("ragged", "mixed", 4, True, True, False, False, 64),
 }
 
 

@@ -41,7 +41,7 @@ def test_three_tensors_stand_for_a_weight_and_what_is_left_of_a_word_is_zero(col
 
 
 def test_the_settings_of_integers_are_those_of_the_format():
-    found = compressed_tensors.quantization_config(["model.norm", "lm_head"], 64, 4)
+    found = compressed_tensors.quantization_config(["model.norm", "lm_head"], 64, {4: "Linear"})
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
                "group_size": 64, "dynamic": False, "actorder": None}  # fmt: skip
     assert found == {

@@ -1,5 +1,6 @@
 """A plan as a value and as two files: what it says of itself, and what is refused."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -112,6 +113,25 @@ def test_a_plan_is_read_as_it_was_written(tmp_path, constants, name):
     assert one.is_same(plan_of(constants, rate=0.25))
     assert not one.is_same(plan_of(constants, rate=0.5))
     assert not one.is_same(plan_of(not constants, rate=0.25))
+
+
+def test_bits_of_layers_are_a_part_of_what_a_plan_does(tmp_path):
+    plain = plan_of(True)
+    plan = dataclasses.replace(plain, layer_bits=(16, 4, 16, 16, 8))
+    other = dataclasses.replace(plan, layer_bits=(16, 4, 16, 16, 4))
+    assert len({one.content_hash for one in (plan, plain, other)}) == 3
+    plan.save(tmp_path)
+    found = PruningPlan.load(tmp_path)
+    assert found.layer_bits == plan.layer_bits and found.content_hash == plan.content_hash
+    for bits in ((4, 4, 4, 4), (4, 4, 4, 4, 5)):  # the last layer of the plan is the fifth
+        with pytest.raises(
+            InputError, match=r"layer_bits=\(4, 4, 4, 4.* for each layer of the mod"
+        ):
+            dataclasses.replace(plain, layer_bits=bits)
+    named = load_file(tmp_path / "plan.safetensors")
+    save_file(named | {"layer_bits": np.array([4.5])}, tmp_path / "plan.safetensors")
+    with pytest.raises(InputError, match="layer_bits"):
+        PruningPlan.load(tmp_path)
 
 
 def rewritten(folder: Path, change) -> Path:

@@ -16,7 +16,9 @@ from tests.support.command import (
     change_tensor,
     given,
     poison,
+    read,
     refused,
+    run,
 )
 
 SHARD = "model-00002-of"
@@ -159,3 +161,19 @@ def test_an_already_pruned_model_is_refused(scored, texts, tmp_path, capsys):
     folder = scored / "exports" / "ragged-bf16"
     shown = refused(capsys, tmp_path, "compress", folder, *given(texts, tmp_path / "out"))
     assert "is already pruned; give the dense model that it came from" in shown
+
+
+def test_bits_of_layers_are_chosen_by_compare_within_a_size(models, texts, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("compress", models / "single", "--output", tmp_path / "out", "--bits", "auto")
+    shown = capsys.readouterr().err
+    assert "compare --bits auto --target-bytes SIZE`, whose plan `moe-compress apply` w" in shown
+    out = read(texts, tmp_path / "out")
+    shown = refused(capsys, tmp_path, "compare", models / "single", *out, "--bits", 4, "auto")
+    assert "'auto' are those of the least loss within a size; give one with --target-byt" in shown
+    few = (*out, "--bits", "auto", "--target-bytes", "1MB", "--max-tokens", 150)
+    shown = refused(capsys, tmp_path, "compare", models / "single", *few)
+    assert "out of the calibration text, which has 3, fewer than 4; give more text" in shown
+    mixed = ("--export", "ragged-mixed", "--target-bytes", "1MB")
+    shown = refused(capsys, tmp_path, "compress", models / "single", *out, *mixed)
+    assert "in the bits that a plan says, and this one says those of 0 layers of 2" in shown

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
-from convert.export_format import ExportFormat
+from convert.export_format import MIXED, ExportFormat
 from moe_jax.errors import InputError
 from moe_jax.norm import rms_norm
 from moe_jax.stream import forward_hidden, in_batches, layer_forward
@@ -26,8 +26,10 @@ from pruning.kit.progress import Steps
 from pruning.measure.quality import measure_quality
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.comparison import Comparison
+from pruning.report.comparison_sizes import size_tables
 from pruning.runs import compare as comparing
 from pruning.runs import plan_groups
+from pruning.runs.apply import apply_plan
 from pruning.runs.compared import task_plan
 from pruning.runs.compared_task import Task
 from pruning.scores.statistics import load_statistics
@@ -38,10 +40,12 @@ from pruning.stages.export import pruned_source
 from pruning.stages.job import open_job
 from pruning.stages.measure import first_tokens
 from pruning.stages.sizes import export_of, folder_bytes
+from pruning.text.kept_out import keep_out, kept_out_note
 from tests.support import command, tiny
 
 KINDS = ("bits", "target_bytes", "draws", "top_k", "skip_below")  # beside rates and rules
 INT4 = ExportFormat("ragged-int4", 32)
+MIDDLE = 160_000  # more than 4 bits take, less than all of 8
 LITTLE = 130_000  # bytes: more than 4 bits take, less than 16 do without half of the channels
 RULES = ["random", "uniform-act", "fair-energy", "experts-usage"]
 
@@ -297,6 +301,47 @@ def test_rows_by_bytes_are_what_exports_of_their_plans_take_and_lose(recipe, tmp
     plain = run(asked, ["uniform-act"], [0.5])
     assert file_of(asked).read_bytes() == before
     assert plain.results == (rows["uniform-act", 0],)
+
+
+def test_layers_with_bits_of_their_own_lose_what_their_folder_does(recipe, tmp_path):
+    asked = dataclasses.replace(recipe, output=str(tmp_path / "out"), block=32, window=32)
+    kinds: dict[str, Any] = {"bits": ("auto",), "target_bytes": [MIDDLE, 1000]}
+    found = run(asked, ["fair-energy"], (), **kinds)
+    (auto,) = found.results
+    assert (auto.name, auto.target) == ("fair-energy auto bits", MIDDLE)
+    assert auto.bytes <= MIDDLE and len(set(auto.layer_bits)) > 1
+    assert {(r.name, r.reason) for r in found.refused} == {
+        ("fair-energy auto bits", "no plan is as small in auto bits")
+    }
+    # Its plan is there, and is written as any other.
+    kept = tmp_path / "out" / "auto" / f"fair-energy-{MIDDLE}"
+    checks = apply_plan(kept, asked.model, tmp_path / "applied", steps=Steps(quiet=True))
+    assert {check.export for check in checks} == {MIXED} and all(check.ok for check in checks)
+    assert {"logits in JAX", "logits in transformers"} <= {one.check for one in checks if one.done}
+    plan, folder = PruningPlan.load(kept), tmp_path / "applied" / "exports" / MIXED
+    assert list(plan.layer_bits) == auto.layer_bits
+    assert auto.layer_shares == pytest.approx(plan.keep.mean(axis=(1, 2)))
+    assert auto.rate == pytest.approx(1 - plan.keep.mean(), abs=1e-6)
+    said = plan.provenance
+    assert (said["target"], said["cost"], said["planner"]) == (MIDDLE, auto.bytes, "fair")
+    card = " ".join((folder / "README.md").read_text().split())
+    for own in set(auto.layer_bits):
+        assert f"{own} bits in {auto.layer_bits.count(own)} layers" in card
+    job = open_job(dataclasses.replace(asked, bits=16, planner="fair", evaluation_tokens=60 + 32))
+    noted = load_statistics(tmp_path / "out" / "statistics.safetensors")[1]["kept_out"]
+    assert noted == kept_out_note(keep_out(job.calibration)[1])  # not what it was planned by
+    text = first_tokens(job.evaluation["good"], 60)
+    quality, _ = measure_quality(open_checkpoint(folder), text, batch=4)
+    assert auto.bytes == folder_bytes(folder)
+    assert auto.quality["good"]["nll"] == pytest.approx(quality.nll, rel=1e-5)
+    (table,) = (t for t in size_tables(found) if t.title.startswith("Channels and bits"))
+    ((name, place, bits, _),) = table.rows
+    assert (name, place) == (auto.name, "0.2 MB")
+    assert bits == " ".join(map(str, auto.layer_bits))
+    # It goes on without measuring anything again.
+    before = file_of(asked).read_bytes()
+    assert run(asked, ["fair-energy"], (), **kinds) == found
+    assert file_of(asked).read_bytes() == before
 
 
 def met_bytes(folder: Path, shares: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
 from pruning.budget.rules import RULES
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.report.compared import AUTO
 from pruning.runs.calibration_sets import drawn
 from pruning.runs.compared_task import Task
 from pruning.runs.controls import Controls, most_channels, rounded_recipe, tasks
@@ -90,6 +91,17 @@ def test_every_rule_has_a_row_for_each_of_the_bits_and_one_without_pruning_for_f
     assert seeds == set(RULES["random"].seeds)
 
 
+def test_each_layer_has_bits_of_its_own_at_sizes_alone_and_of_rules_that_are_not_of_chance(job):
+    controls = Controls(rates=(0.5,), bits=(AUTO, 16), target_bytes=[7], repair="layer")
+    assert controls.stored == (16, 8, 4)
+    found = tasks(job, ("uniform-act", "random"), controls)
+    assert {task for task in found if task.bits == AUTO} == {
+        Task("uniform-act", 0.0, 0, how, AUTO, 7) for how in ("", "layer")
+    }
+    assert {task.target for task in found if task.bits == AUTO} == {7}
+    assert Task("uniform-act", 0.5) in found
+
+
 def test_at_a_size_each_rule_removes_what_its_bits_leave_it_to_remove(job):
     dense = folder_bytes(job.base.about.folder)
     empty = np.zeros((2, 8), int)
@@ -137,6 +149,8 @@ def test_a_draw_has_as_many_windows_some_of_them_twice(job, tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [
+    ({"bits": (4, AUTO)}, "'auto' are those of the least loss within a size; give one with --targ"),
+    ({"bits": (AUTO,), "target_bytes": (9,), "draws": 3}, "measured on one calibration text"),
     ({"draws": 1}, r"draws=1 must lie in \[2, 100\]"), ({"draws": -1}, "draws=-1 must lie"),
     ({"bits": (5,)}, r"bits=\[5\] must be some of"), ({"bits": ()}, "must be some of"),
     ({"target_bytes": (0,)}, "target_bytes=0 must be at least 1"),
