@@ -77,7 +77,9 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(
         compared_tasks, "without_rows", lambda source, plan: f"{source} {plan.content_hash} cut"
     )
-    monkeypatch.setattr(compared_tasks, "rounded", lambda source, job, bits: f"{source}:{bits}")
+    monkeypatch.setattr(
+        compared_tasks, "rounded", lambda source, job, plan, bits: f"{source}:{bits}"
+    )
 
     def run(found: Comparison, **options) -> list[Comparison]:
         budgets = {task_of(one): 7 for one in found.results if one.rule != "unplanned"}
