@@ -37,12 +37,12 @@ def folders(tmp_path_factory):
     }
     tiny.save(tiny.half(tiny.tiny_model("qwen2_moe", **sizes)), folder / "base")
     base = open_checkpoint(folder / "base", dtype=jnp.bfloat16)
-    for bits in (4, 8, 16, MIXED):
-        name = MIXED if bits == MIXED else f"ragged-{STORAGES[bits]}"
-        form = ExportFormat(name, 32, layer_bits=BITS if name == MIXED else ())
+    forms = {str(bits): ExportFormat(f"ragged-{how}", 32) for bits, how in STORAGES.items()}
+    forms[MIXED] = ExportFormat(MIXED, 32, layer_bits=BITS)
+    for name, form in forms.items():
         export = Export(base.about, base.about.widths, form)
-        export.write(base, folder / str(bits))
-        assert export.nbytes == folder_bytes(folder / str(bits))
+        export.write(base, folder / name)
+        assert export.nbytes == folder_bytes(folder / name)
     return folder
 
 
