@@ -138,15 +138,7 @@ def _compare(
     spread: Spread,
 ) -> Comparison:
     refuse_limit(recipe, "compare")
-    single = {"--repair": controls.repair, "--draws": controls.draws,
-              "--calibration-sets": controls.sets, "--tasks": judged,
-              "--bits auto": controls.has_auto}  # fmt: skip
-    alone = next((flag for flag, asked in single.items() if asked), "")
-    if alone and spread.processes > 1:
-        raise InputError(
-            f"{alone} is done by one process, a model after the other; leave out {alone} or "
-            "--coordinator"
-        )
+    _require_one_process(controls, judged, spread)
     names = select_rules(rules, RULES)
     if "all" in rules:
         recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))
@@ -193,6 +185,19 @@ def _compare(
     if spread.leads:
         comparison_page.save(shown, job.output)
     return shown
+
+
+def _require_one_process(controls: Controls, judged: TaskOptions | None, spread: Spread) -> None:
+    """Raise InputError if several processes are asked for what one of them does."""
+    single = {"--repair": controls.repair, "--draws": controls.draws,
+              "--calibration-sets": controls.sets, "--tasks": judged,
+              "--bits auto": controls.has_auto}  # fmt: skip
+    alone = next((flag for flag, asked in single.items() if asked), "")
+    if alone and spread.processes > 1:
+        raise InputError(
+            f"{alone} is done by one process, a model after the other; leave out {alone} or "
+            "--coordinator"
+        )
 
 
 def _opened(

@@ -7,8 +7,8 @@ may be rounded as an export of each plan rounds them, and tokens may go to fewer
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Sequence
-from itertools import chain, count
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,10 @@ from pruning.scores.grams import Sample, Seen
 from pruning.shrink.fewer_experts import Fewer, fewer_rows
 from pruning.shrink.prune import cut_router, output_bias
 from pruning.shrink.rounding import rounded_as_cut, rounded_layer
+from pruning.shrink.taken_over import taken_over
 
 PLAIN = "bf16"  # weights that are not rounded
 Variants = list[list[np.ndarray]]  # of each plan, an array per batch
-# Pull toward the weights as they are, of the mean diagonal of a Gram: least, and for each kept
-# channel per token. Over 225 to 16,000 tokens it is near the best there is, by held-out text.
-PULL, PULL_OF_TOKENS = 1e-2, 4
 
 
 @jax.jit
@@ -153,41 +151,21 @@ def masked_hidden(
       InputError: a plan is of another shape than the model's experts.
     """
     text = in_batches(source, tokens, valid, batch)
-    stored = [
-        [how] * len(source) if isinstance(how, str) else list(how)
-        for how in storages or (PLAIN,) * len(plans)
-    ]
-    choices = tuple(fewer) or (None,) * len(plans)
-    cuts = tuple(cut) or (False,) * len(plans)
-
-    # What the states of each plan are: of equal numbers they are the same.
-    fresh = count(1)
-    states = [0] * len(plans)
+    ways = _ways(len(source), plans, storages, fewer, cut)
+    alike = _Alike(len(plans))
 
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
         seen = None if sample is None else sample.through(index, layer)
-        here = [how[index] for how in stored]
-        done: dict[Hashable, int] = {}
-        before = states[:]
-        rounded = {how: rounded_layer(layer, group_size, how) for how in set(here) - {PLAIN}}
-        each = zip(variants, plans, here, choices, cuts, strict=True)
-        for number, (x, plan, how, choice, is_cut) in enumerate(each):
-            masks = _masks(layer, index, plan)
-            states[number] = next(fresh)
-            if choice is None and plan.constants is None:
-                keep = b"" if masks is None else np.asarray(masks[0]).tobytes()
-                alike = done.setdefault((before[number], how, is_cut, keep), number)
-                if alike != number:
-                    x[:], states[number] = variants[alike], states[alike]
-                    continue
-            kept = layer if seen is None or masks is None else taken_over(layer, seen, masks[0])
-            if how in rounded:
-                whole = rounded[how]
-                keep = None if masks is None else np.asarray(masks[0])
-                kept = whole if keep is None else rounded_as_cut(whole, kept, keep, group_size, how)
-            if is_cut and masks is not None:
-                kept = cut_router(kept, np.asarray(masks[0]).any(axis=1))
-            numbers = None if choice is None else _numbers(choice)
+        stored = {way.stored[index] for way in ways} - {PLAIN}
+        rounded = {how: rounded_layer(layer, group_size, how) for how in stored}
+        alike.next_layer()
+        for number, (x, way) in enumerate(zip(variants, ways, strict=True)):
+            masks, how = _masks(layer, index, way.plan), way.stored[index]
+            if (same := alike.to(number, way.does(masks, how))) != number:
+                x[:] = variants[same]
+                continue
+            kept = _kept_layer(layer, rounded.get(how), seen, way, masks, group_size, how)
+            numbers = None if way.choice is None else _numbers(way.choice)
 
             def run(
                 x: Array, place: Context, rows: slice, masks=masks, layer=kept, numbers=numbers,
@@ -204,12 +182,12 @@ def masked_hidden(
         return variants
 
     def in_groups(index: int, variants: Variants) -> Variants:
-        states[:] = (next(fresh) for _ in plans)
+        alike.forget()
         each = zip(variants, plans, strict=True)
         through_groups(source, index, [(text, x, _masked_step(index, plan)) for x, plan in each])
         return variants
 
-    plain = sample is None and {*chain(*stored)} <= {PLAIN} and not any(choices) and not any(cuts)
+    plain = sample is None and all(way.is_plain for way in ways)
     first = text.embedded(source, dtype)
     last = sweep(
         source, [list(first) for _ in plans], step, on_layer=on_layer,
@@ -221,49 +199,86 @@ def masked_hidden(
     return hidden
 
 
-def taken_over(layer: DecoderLayer, seen: Seen, keep: Array | np.ndarray) -> DecoderLayer:
-    """A layer whose kept channels give what each expert gave with all, as near as they can.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Way:
+    """How one of the models differs from the dense one, see `masked_hidden`; `stored` by layer."""
 
-    By least squares with a pull toward the weights as they are, each expert for itself.
+    plan: PruningPlan
+    stored: Sequence[str]
+    choice: Fewer | None
+    cut: bool
 
-    Args:
-      layer: the dense layer.
-      seen: of a sample behind the dense layers before it.
-      keep: bool [E, F].
+    @property
+    def is_plain(self) -> bool:
+        """Whether channels are removed and nothing else is done."""
+        return {*self.stored} <= {PLAIN} and self.choice is None and not self.cut
 
-    Returns:
-      The layer with other rows of `w_down` where channels are kept and not all of them.
-    """
-    assert isinstance(layer.mlp, MoE)
-    experts, keep = layer.mlp.experts, np.asarray(keep)
-    stored = dequantize(experts.w_down)
-    down = np.array(stored, np.float32).reshape(*keep.shape, -1)
-    found = (seen.tokens > 0) & keep.any(axis=1) & ~keep.all(axis=1)
-    for expert in np.flatnonzero(found).tolist():
-        own = keep[expert]
-        down[expert, own] += moved(seen.gram(expert), down[expert], own, seen.tokens[expert])
-    other = jnp.asarray(down.reshape(stored.shape)).astype(stored.dtype)
-    mlp = dataclasses.replace(layer.mlp, experts=dataclasses.replace(experts, w_down=other))
-    return dataclasses.replace(layer, mlp=mlp)
+    def does(self, masks: tuple | None, how: str) -> Hashable | None:
+        """What is done to a layer, equal for ways that do the same; None if that is not told."""
+        if self.choice is not None or self.plan.constants is not None:
+            return None
+        return how, self.cut, b"" if masks is None else np.asarray(masks[0]).tobytes()
 
 
-def moved(gram: np.ndarray, down: np.ndarray, keep: np.ndarray, tokens: int) -> np.ndarray:
-    """By how much the rows of an expert's kept channels move to take over those of the others.
+def _ways(
+    layers: int,
+    plans: Sequence[PruningPlan],
+    storages: Sequence[str | Sequence[str]],
+    fewer: Sequence[Fewer | None],
+    cut: Sequence[bool],
+) -> list[_Way]:
+    stored = [
+        [how] * layers if isinstance(how, str) else how for how in storages or [PLAIN] * len(plans)
+    ]
+    each = zip(
+        plans, stored, fewer or [None] * len(plans), cut or [False] * len(plans), strict=True
+    )
+    return [_Way(*one) for one in each]
 
-    Args:
-      gram: float64 [F, F], sum of h h^T.
-      down: [F, D], a row per channel.
-      keep: bool [F], K of them.
-      tokens: that the Gram is of; of fewer it is trusted less.
 
-    Returns:
-      float64 [K, D].
-    """
-    among, size = gram[np.ix_(keep, keep)], int(keep.sum())
-    pull = max(PULL, PULL_OF_TOKENS * size / tokens) * np.diagonal(among).mean()
-    if not pull > 0:
-        return np.zeros((size, down.shape[1]))
-    return np.linalg.solve(among + pull * np.eye(size), gram[np.ix_(keep, ~keep)] @ down[~keep])
+class _Alike:
+    """Which of the models have been the same so far: one is run for all of them."""
+
+    def __init__(self, models: int):
+        self._fresh = itertools.count(1)
+        self._states = [0] * models  # of equal numbers they are the same
+        self.next_layer()
+
+    def next_layer(self) -> None:
+        """Begin with a layer."""
+        self._before, self._done = self._states[:], {}
+
+    def to(self, number: int, does: Hashable | None) -> int:
+        """The first model that is the same behind the layer, to which a model `does` something."""
+        same = number
+        if does is not None:
+            same = self._done.setdefault((self._before[number], does), number)
+        self._states[number] = next(self._fresh) if same == number else self._states[same]
+        return same
+
+    def forget(self) -> None:
+        """A layer was taken otherwise, and nothing is known to be the same."""
+        self._states = [next(self._fresh) for _ in self._states]
+
+
+def _kept_layer(
+    layer: DecoderLayer,
+    rounded: DecoderLayer | None,
+    seen: Seen | None,
+    way: _Way,
+    masks: tuple | None,
+    group_size: int,
+    how: str,
+) -> DecoderLayer:
+    """The layer that a way runs under its mask: what is kept has taken over what is gone, weights
+    are rounded, the router is cut."""
+    if masks is None:
+        return layer if rounded is None else rounded
+    keep = np.asarray(masks[0])
+    kept = layer if seen is None else taken_over(layer, seen, keep)
+    if rounded is not None:
+        kept = rounded_as_cut(rounded, kept, keep, group_size, how)
+    return cut_router(kept, keep.any(axis=1)) if way.cut else kept
 
 
 def _numbers(choice: Fewer) -> tuple[Array, Array]:

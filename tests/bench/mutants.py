@@ -141,6 +141,7 @@ TESTS = {
     "pruning/shrink/repair.py": "shrink/test_repair",
     "pruning/shrink/repair*.py": "shrink/test_repair shrink/test_repair_model",
     "pruning/shrink/masked.py": "shrink/test_masked",
+    "pruning/shrink/taken_over.py": "shrink/test_taken_over",
     "pruning/shrink/rounding.py": "shrink/test_rounding",
     "pruning/measure/agreement.py": "runs/test_audit"
     " -k 'correlation or agreement or spread or report_ranks or rows_of or sample_of'",

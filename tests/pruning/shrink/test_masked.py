@@ -1,4 +1,4 @@
-"""Plans that run masked beside models whose channels are cut out, and what is taken over."""
+"""Plans that run masked beside models whose channels are cut out."""
 
 import dataclasses
 
@@ -13,9 +13,10 @@ from moe_jax.transformer import abstract
 from pruning.budget.plan import PruningPlan
 from pruning.scores.grams import Seen
 from pruning.shrink import masked
-from pruning.shrink.masked import masked_hidden, moved, taken_over
+from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource, mask_layer, without_rows
 from pruning.shrink.rounding import QuantizedSource
+from pruning.shrink.taken_over import taken_over
 from tests.pruning.scores.test_layer import CONFIG
 
 SHAPE = (2, 6, 12)  # layers with experts, experts, channels
@@ -62,6 +63,26 @@ def test_every_plan_gives_what_its_own_model_gives(model):
         wanted = forward_hidden(mapped(model, masked_layer), TEXT, VALID, batch=5)
         np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
     assert np.abs(found[0] - found[1])[VALID].max() > 0.1
+
+
+def test_one_model_is_run_for_plans_as_far_up_as_they_are_the_same(model, monkeypatch):
+    """And no further, be they the same again in a layer above."""
+    one, other = plan_of(2), plan_of(3)
+    joined = [PruningPlan(np.stack([a.keep[0], b.keep[1]]), (0, 2))
+              for a, b in ((one, one), (one, other), (other, one), (one, one))]  # fmt: skip
+    run, ways = masked.masked_forward, []
+
+    def masked_forward(layer, *given):
+        ways.append(id(layer))
+        return run(layer, *given)
+
+    monkeypatch.setattr(masked, "masked_forward", masked_forward)
+    found = masked_hidden(model, TEXT, VALID, joined, batch=5)
+    assert len(ways) == 2 + 3  # of four plans in each of two layers
+    for plan, states in zip(joined, found, strict=True):
+        wanted = forward_hidden(PrunedSource(model, plan), TEXT, VALID, batch=5)
+        np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
+    assert all(np.abs(found[0] - states)[VALID].max() > 0.01 for states in found[1:3])
 
 
 def test_plans_in_fewer_bits_give_what_their_rounded_models_give(model):
@@ -145,46 +166,3 @@ def test_with_a_sample_kept_channels_take_over_what_is_gone(model):
     for one, states in zip((plan, part), found, strict=True):
         wanted = forward_hidden(refitted(one), TEXT, VALID, batch=5)
         np.testing.assert_allclose(states[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("tokens", "pull"), [(4000, 1e-2), (1600, 1e-2), (800, 2e-2), (40, 0.4)])
-def test_kept_rows_move_to_where_least_squares_with_a_pull_has_them(tokens, pull):
-    assert (masked.PULL, masked.PULL_OF_TOKENS) == (1e-2, 4)
-    rng = np.random.default_rng(0)
-    hidden, down = rng.normal(size=(30, 7)) @ rng.normal(size=(7, 7)), rng.normal(size=(7, 3))
-    keep = np.array([True, False, True, True, False, False, True])
-    found = moved(hidden.T @ hidden, down, keep, tokens)
-    size = np.sqrt(pull * (hidden[:, keep] ** 2).sum(axis=0).mean())
-    rows = np.concatenate([hidden[:, keep], size * np.eye(4)])
-    wanted = np.concatenate([hidden[:, ~keep] @ down[~keep], np.zeros((4, 3))])
-    np.testing.assert_allclose(found, np.linalg.lstsq(rows, wanted, rcond=None)[0], rtol=1e-8)
-
-
-def test_nothing_moves_of_channels_that_were_never_seen():
-    keep = np.array([True, False, True])
-    gram = np.diag([0.0, 3.0, 0.0])
-    np.testing.assert_array_equal(moved(gram, np.ones((3, 2)), keep, 9), np.zeros((2, 2)))
-
-
-def test_experts_take_over_what_they_can_each_for_itself(model):
-    layer = model.layers[0]
-    rng = np.random.default_rng(4)
-    hidden = rng.normal(size=(6, 40, 12)) @ rng.normal(size=(12, 12))
-    grams = np.einsum("erf,erg->efg", hidden, hidden).astype(np.float32)
-    seen = Seen(grams, np.einsum("erf,erf->ef", hidden, hidden), np.array([40, 40, 0, 40, 40, 40]))
-    keep = rng.random((6, 12)) < 0.5
-    keep[1], keep[3] = False, True  # emptied, and whole; the third no token reached
-    before = np.asarray(layer.mlp.experts.w_down).reshape(6, 12, D)
-    found = taken_over(layer, seen, jnp.asarray(keep))
-    after = np.asarray(found.mlp.experts.w_down).reshape(6, 12, D)
-    for expert in range(6):
-        wanted = before[expert].copy()
-        if expert not in (1, 2, 3):
-            own = keep[expert]
-            wanted[own] += moved(seen.gram(expert), before[expert], own, 40)
-            assert np.abs(wanted - before[expert])[own].max() > 0.01
-        np.testing.assert_allclose(after[expert], wanted, rtol=1e-5, atol=1e-6)
-    same = dataclasses.replace(
-        found, mlp=dataclasses.replace(found.mlp, experts=layer.mlp.experts)
-    )  # fmt: skip
-    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, same, layer))
