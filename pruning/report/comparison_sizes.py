@@ -76,7 +76,8 @@ def _layer_tables(found: Comparison) -> list[TextTable]:
     ]  # fmt: skip
     note = (
         "Bits of a layer's linear layers and the share of its experts' channels that is kept, in "
-        "percent, from the first layer up. The embedding and the head stay in 16 bits."
+        "percent, from the first layer up. The embedding and the head stay in 16 bits. "
+        "`moe-compress apply` writes such a plan, which is in the folder auto beside this page."
     )
     header = ["rule", "at", "bits", "kept"]
     return [TextTable("Channels and bits of each layer", header, rows, note)] if rows else []

@@ -19,7 +19,7 @@ from pruning.measure.choice import take
 from pruning.recipe.recipe import CompressionRecipe, load_recipe
 from pruning.runs.estimate import estimate
 from pruning.scores.grams import sampled
-from pruning.shrink.masked import PULL, PULL_OF_TOKENS
+from pruning.shrink.taken_over import PULL, PULL_OF_TOKENS
 from pruning.stages import rule_losses
 from pruning.stages.job import open_job
 from pruning.stages.score import stored_statistics
