@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,9 +192,10 @@ class _Process:
 
     def __init__(self):
         self._printed = tempfile.TemporaryFile()
+        self._modules = tempfile.mkdtemp(prefix="moe-client-")
         pipe = subprocess.PIPE
         # -P: the folder we are in may hold a torch.py.
-        command = [sys.executable, "-P", str(PROGRAM)]
+        command = [sys.executable, "-P", str(PROGRAM), self._modules]
         self._running = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._printed)
         atexit.register(self.end)
 
@@ -229,6 +231,7 @@ class _Process:
         self._running.kill()
         with contextlib.suppress(BrokenPipeError), self._running, self._printed:
             pass
+        shutil.rmtree(self._modules, ignore_errors=True)
 
 
 _process = functools.cache(_Process)

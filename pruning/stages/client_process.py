@@ -25,15 +25,16 @@ or, for token ids:
 
 Each line of standard output is the exit code of a fork, negative for a signal. The program ends
 with its standard input, which is with the process that started it, or after five minutes without
-work.
+work. Its argument is a folder for code of checkpoints that is imported. Whoever ends last of the
+two processes removes that folder and the exchange: either may be killed.
 """
 
 import contextlib
 import json
 import os
 import select
+import shutil
 import sys
-import tempfile
 import threading
 import traceback
 import warnings
@@ -51,8 +52,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     sys.addaudithook(_no_network)
-    with tempfile.TemporaryDirectory(prefix="moe-client-") as modules:
-        # Code of a checkpoint is copied there to be imported.
+    modules = sys.argv[1]
+    try:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
         # Once for all forks: what every folder needs, and what those of 4 bits do.
         import transformers.generation
@@ -65,7 +66,11 @@ def serve() -> None:
             child = os.fork()
             if not child:
                 _run(json.loads(line))
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            with contextlib.suppress(BrokenPipeError):  # the next line of input is its end
+                print(code, file=answers)
+    finally:
+        shutil.rmtree(modules, ignore_errors=True)
 
 
 def _no_network(event: str, arguments: tuple) -> None:
@@ -81,7 +86,7 @@ def _run(request: dict) -> None:
     os.dup2(log, 2)
     with contextlib.suppress(OSError):  # if memory ends, this process goes and not the run
         Path("/proc/self/oom_score_adj").write_text("1000")
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    threading.Thread(target=_end_with_input, args=(exchange,), daemon=True).start()
     try:
         warnings.simplefilter("ignore")
         answer = _tokenize if "texts" in request else _answer
@@ -104,9 +109,10 @@ def _run(request: dict) -> None:
         os._exit(code)
 
 
-def _end_with_input() -> None:
+def _end_with_input(exchange: Path) -> None:
     """The caller writes nothing while it waits: its pipe only ends, with the caller."""
     os.read(0, 1)
+    shutil.rmtree(exchange, ignore_errors=True)
     os._exit(1)
 
 

@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -326,12 +331,15 @@ def scripted_answer(folder, monkeypatch, name, export) -> Answer:
     program = folder / "client.py"
     program.write_text(CLIENT.format(program=str(client.PROGRAM)))
     monkeypatch.setattr(client, "PROGRAM", program)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+    (folder / "temporary").mkdir()
     client._process.cache_clear()
     try:
         windows = ProbeWindows(np.zeros((1, 4), np.int32))
         return client_answer(folder / name, export, (windows,))
     finally:
         client._end()
+        assert os.listdir(folder / "temporary") == []
 
 
 @pytest.mark.parametrize("name", ["gpu", "wrong"])
@@ -355,6 +363,37 @@ def test_a_process_that_dies_is_the_end_of_a_check_and_not_of_the_run(
     where, words = ENDS[name]
     assert re.search(words, getattr(found, where)) and found.logits is None
     assert not (found.undone if where == "fault" else found.fault)
+
+
+CALLER = """
+import sys
+from pathlib import Path
+from pruning.stages import client
+
+client.PROGRAM = Path(sys.argv[1])
+exchange = Path(client.tempfile.mkdtemp(prefix="moe-client-"))
+client._ask(client.json.dumps({"folder": "silent", "exchange": str(exchange)}), 100)
+"""
+
+
+def test_of_a_killed_run_transformers_leaves_nothing(tmp_path):
+    program, temporary = tmp_path / "client.py", tmp_path / "temporary"
+    program.write_text(CLIENT.format(program=str(client.PROGRAM)))
+    temporary.mkdir()
+    caller = subprocess.Popen(
+        [sys.executable, "-c", CALLER, str(program)], env=os.environ | {"TMPDIR": str(temporary)}
+    )
+    for _ in range(600):
+        if list(temporary.glob("*/log.txt")):  # it works
+            break
+        time.sleep(0.1)
+    caller.kill()
+    caller.wait()
+    for _ in range(100):
+        if not (left := os.listdir(temporary)):
+            break
+        time.sleep(0.1)
+    assert left == []
 
 
 def test_a_killed_process_leaves_a_check_that_is_not_done(one, monkeypatch):
