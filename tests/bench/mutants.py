@@ -202,7 +202,7 @@ TESTS = {
     "convert/quantized/gptq.py": "../convert/quantized/test_formats -k gptq",
     "convert/quantized/normal_float.py": "../convert/quantized/test_normal_float",
     "convert/quantized/found.py": "../convert/quantized/test_normal_float"
-    " ../convert/quantized/test_formats -k 'normal_float or awq or axis'",
+    " ../convert/quantized/test_formats -k 'normal_float or awq or axis or do_not_fit'",
     "convert/quantized/compressed.py": "../convert/quantized/test_formats"
     " -k 'int or fp8 or scheme'",
     "convert/quantized/float8.py": "../convert/quantized/test_formats"

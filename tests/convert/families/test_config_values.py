@@ -254,6 +254,7 @@ def test_what_one_value_changes(family, said, wanted):
     ("family", "said", "message"),
     [
         ("deepseek_v2", {"num_key_value_heads": 3}, "num_key_value_heads=3 must equal"),
+        ("deepseek_v2", {"num_key_value_heads": 12}, "num_key_value_heads=12 must equal"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True must be False"),
         ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid' must be 'softmax'"),
         ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2 must be 1"),
@@ -399,6 +400,29 @@ def test_a_deepseek_of_the_first_kind_is_written_as_a_qwen2_moe_that_computes_th
         attention=dataclasses.replace(ours.attention, qkv_bias=True, norm_eps=3e-5),
         moe=dataclasses.replace(ours.moe, shared_gate=True),
     )
+
+
+def test_a_head_is_the_embedding_only_where_the_config_of_deepseek_says_so():
+    said = {key: value for key, value in SAID.items() if key != "tie_word_embeddings"}
+    assert not find_family("deepseek").config_from_hf({**said, **SHARED}).tie_embeddings
+    assert read("deepseek").tie_embeddings
+
+
+def test_what_another_program_is_told_of_kimi_is_that_it_is_deepseek_v3():
+    said = {"model_type": "kimi_k2", "architectures": ["KimiK2ForCausalLM"], "vocab_size": 5}
+    assert find_family("kimi_k2").twin.config(said) == {
+        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 5,
+    }  # fmt: skip
+
+
+def test_tensors_of_mixtral_have_names_on_disk_and_in_memory():
+    called = find_family("mixtral").canonical
+    for part, letters in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        on_disk = f"model.layers.12.block_sparse_moe.experts.7.{letters}.weight"
+        assert called(f"model.layers.12.mlp.experts.7.{part}_proj.weight") == on_disk
+        assert called(on_disk) == on_disk
+    router = "model.layers.3.block_sparse_moe.gate.weight"
+    assert called("model.layers.3.mlp.gate.weight") == called(router) == router
 
 
 def test_the_layers_of_that_twin_have_biases_of_zero_and_a_shared_expert_of_twice_the_weight():

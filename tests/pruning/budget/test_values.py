@@ -571,6 +571,7 @@ def test_aligned_widths_are_the_best_of_all_by_what_the_planner_maximises(name):
     scores = channel_scores(stats, criterion="act")
     weights = np.broadcast_to(WEIGHTS[OBJECTIVES[name]](scores), (L, E)).ravel()
     utility = UTILITIES[DEGREES[name]]
+    assert PLANNERS[name].objective.degree == DEGREES[name]
     worth = [
         {n: w * utility(c[n]) for n in (0, *range(LEAST, WIDE + 1, BLOCK))}
         for w, c in zip(weights, map(coverages, scores.channel.reshape(L * E, -1)), strict=True)

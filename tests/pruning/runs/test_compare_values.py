@@ -173,7 +173,7 @@ def test_texts_end_with_the_window_of_the_last_token_wanted(asked):
 
 def test_every_rule_and_seed_at_every_rate_is_a_task_with_a_budget_of_whole_experts(asked):
     seeds = RULES["random"].seeds
-    assert len(seeds) > 1
+    assert len(set(seeds)) == len(seeds) > 1
     found = run(asked, rates=(0.25, 0.5, 0.51))
     # 64 channels: of 48 and 32; the last rate is the one before.
     rates = {0.25: 48, 0.5: 32}

@@ -221,6 +221,9 @@ def test_non_finite_sums_are_refused_with_their_place():
     stats.hidden_square[1, 2, 3] = np.nan
     with pytest.raises(ValueError, match=r"channel score at \(1, 2, 3\).*not finite"):
         channel_scores(stats, criterion="act")
+    stats.hidden_square[0, 1, 2:] = np.inf  # of several the first
+    with pytest.raises(ValueError, match=r"channel score at \(0, 1, 2\)"):
+        channel_scores(stats, criterion="act")
 
 
 def test_statistics_without_tokens_are_refused():

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
 from pruning.scores.collect import collect_weights
-from pruning.scores.noise import worthiest_on_noise
+from pruning.scores.noise import ROWS_PER_EXPERT, worthiest_on_noise
 from tests.support import tiny
 from tests.support.variants import VARIANTS
 
@@ -94,3 +94,7 @@ def test_worth_equals_loops_over_rows_and_experts_and_is_the_same_twice(family, 
         best = np.sort(np.argsort(-expected, axis=1)[:, :5], axis=1)
         np.testing.assert_array_equal(worthiest_on_noise(base.layer(layer), 5), best)
     np.testing.assert_array_equal(collect_weights(base).noise, found.noise)
+
+
+def test_an_expert_meets_an_eighth_of_the_2048_rows():
+    assert ROWS_PER_EXPERT == 2048 // 8

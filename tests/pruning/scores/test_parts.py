@@ -97,6 +97,18 @@ def test_batches_are_dealt_and_what_is_missing_is_padding(processes, devices, ow
             np.testing.assert_array_equal(place.cos[: len(windows)], cos[windows])
 
 
+def test_a_process_for_which_no_batch_is_left_has_padding_alone():
+    tokens, source = np.ones((2, 4), np.int32), SimpleNamespace(config=CONFIG)
+    valid = tokens > 0
+    one, two = (
+        in_parts(source, tokens, valid, None, [np.arange(2)], 2, Devices(1, process, 2))  # type: ignore[arg-type]
+        for process in (0, 1)
+    )
+    assert one.owner == (0,) and two.owner == () and one.tokens == two.tokens == (8,)
+    np.testing.assert_array_equal(one.batches.tokens, tokens)
+    assert two.batches.tokens.shape == (2, 4) and not two.batches.valid.any()
+
+
 class Devices(Spread):
     """So many devices, whose arrays all lie on the one there is."""
 

@@ -442,6 +442,11 @@ def test_kept_out_windows_are_few_and_of_every_file():
         assert set(held.files) == set(range(len(windows)))
         assert len(held.tokens) <= len(windows) + sum(windows) / 20
     assert keep_out(batch(3))[1] is None
+    # of a file of one window nothing would be left
+    whole = np.arange(41)[:, None].repeat(8, 1)
+    files = np.repeat([0, 1], [40, 1])
+    left, held = keep_out(TokenBatch(whole, np.ones(whole.shape, bool), files=files))
+    assert held is not None and list(held.files) == [0, 0] and left.files[-1] == 1
     # one of every file would be half of the text
     _, held = keep_out(batch(*[2] * 10))
     assert held is not None and len(held.tokens) == 1

@@ -29,13 +29,14 @@ OTHER = PruningPlan(np.array([[[False, True]]]), (0,))
 BASE: Any = SimpleNamespace(fingerprint="abc")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """An output folder with a plan and a repair."""
-    PLAN.save(tmp_path)
-    (tmp_path / "repair").mkdir()
-    (tmp_path / "repair" / SUMMARY).write_text("{}")
-    return tmp_path
+@pytest.fixture(params=["a/out", "out"])
+def folder(tmp_path, request):
+    """An output folder with a plan and a repair, in a folder that sorts before "exports" or not."""
+    out = tmp_path / request.param
+    (out / "repair").mkdir(parents=True)
+    PLAN.save(out)
+    (out / "repair" / SUMMARY).write_text("{}")
+    return out
 
 
 def export(folder, name: str, text: str | bytes):

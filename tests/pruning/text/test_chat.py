@@ -154,6 +154,8 @@ def test_today_is_the_same_day_in_every_run(tmp_path):
         ("{{ messages.append(1) }}", Conversation(TALK), "refuses a conversation"),
         (None, Conversation(TALK), "has no chat template, .* with --text-field"),
         ([{"name": "rag", "template": "x"}], Conversation(TALK), r"'default' \(found: rag\)"),
+        ([{"name": "default"}], Conversation(TALK), r"'default' \(found: \)"),
+        (["default"], Conversation(TALK), r"'default' \(found: \)"),
     ],
 )  # fmt: skip
 def test_what_a_template_cannot_do_is_refused_with_a_cure(tmp_path, template, talk, message):

@@ -104,6 +104,7 @@ def test_what_is_between_values_is_refused(text, message):
         ("", 100, "", ""),
         ("prose", 100, "", ""),
         ("5\n6\n", 100, "", ""),
+        ('5{"a": 1}', 100, "", ""),
         ('[{"a": 1}, {"a": 2}]', 100, "JSON", "JSON"),
         ('[\n{"a": 1}]', 100, "JSON", "JSON"),
         ('[{"a": 1}', 100, "JSON", "JSON"),

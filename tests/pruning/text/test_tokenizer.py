@@ -118,6 +118,7 @@ CODE = "import os\nos.abort()  # nobody may run this\npat_str = [\n    r'''"
 def kimi_folder(folder, pattern=MOONSHOT, *, code="tokenization_kimi"):
     """A folder in the manner of Kimi; returns what the original tokenizer makes of a text."""
     ranks = pair_merges(CORPUS, 120)
+    ranks[b"qxj"] = len(ranks)  # whole in the file, but no two pieces of it are
     lines = [base64.b64encode(piece) + b" %d" % rank for piece, rank in ranks.items()]
     (folder / "tiktoken.model").write_bytes(b"\n".join(lines) + b"\n")
     (folder / f"{code}.py").write_text(CODE + "''',\n    r'''".join(pattern) + "''',\n]\n")
@@ -144,7 +145,8 @@ def test_ranks_of_tiktoken_give_the_ids_of_the_original(tmp_path):
         assert codec.encode(text) == wanted
         assert codec.tokenizer.decode(wanted, skip_special_tokens=False) == text
 
-    for text in [*SCRIPTS, "end[EOS]<|im_end|> [BOS]next"]:
+    assert codec.encode("qxj") == [ranks[b"qxj"]]
+    for text in [*SCRIPTS, "end[EOS]<|im_end|> [BOS]next", "qxj aqxj qxjs"]:
         assert codec.encode(text) == original.encode(text, allowed_special="all")
     assert max(map(len, map(original.decode_single_token_bytes, codec.encode(SCRIPTS[0])))) > 2
     same()
