@@ -58,6 +58,12 @@ def test_a_rule_needs_no_statistics_but_those_it_names(name):
     assert plan.keep.sum() == 72
 
 
+def test_a_rule_of_chance_is_drawn_several_times_and_each_differs():
+    assert {name: rule.seeds for name, rule in RULES.items() if len(rule.seeds) > 1} == {
+        "random": (0, 1, 2)
+    }
+
+
 def test_all_that_rules_need_is_switched_on_but_no_rule_turns_the_text_off(monkeypatch):
     assert switches(RULES) == ["expert_details", "gradients", "obs", "weight_gradients"]
     assert switches(["random", "uniform-wg"]) == ["weight_gradients"]

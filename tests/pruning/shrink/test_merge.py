@@ -185,6 +185,17 @@ def test_channels_are_matched_as_the_best_of_all_permutations_has_them(align):
         assert by_weights[0].tolist() != list(best)
 
 
+def test_those_lead_who_are_their_own_leaders():
+    nothing = np.zeros((8, F))
+    merging = Merging({3: MergedLayer(LEADERS[0], nothing, nothing.astype(int), False)})
+    leads = [True, False, False, False, True, True, False, True]
+    assert merging.layers[3].is_leader.tolist() == leads
+    assert merging.plan.layer_indices == (3,)
+    np.testing.assert_array_equal(
+        merging.plan.keep, np.array(leads)[None, :, None] & np.ones(F, bool)
+    )
+
+
 def test_groups_of_one_keep_their_bits_and_silent_experts_make_no_nan(tmp_path):
     model = tiny.half(tiny.tiny_model("qwen2_moe"))
     layer = open_checkpoint(tiny.save(model, tmp_path / "model")).layer(0)
