@@ -15,8 +15,10 @@ from moe_jax.errors import InputError
 from pruning import CompressionRecipe, apply_plan, compress
 from pruning.budget.plan import PruningPlan
 from pruning.report.compression_page import page
+from pruning.scores.collect import collect_statistics
 from pruning.stages.export import pruned_source
 from pruning.stages.job import resolved
+from pruning.stages.sizes import export_of
 from tests.support import quantized, tiny
 from tests.support.command import run
 
@@ -236,3 +238,23 @@ def test_the_group_size_of_the_model_is_that_of_exports_and_its_channels_stay_or
     # Measured on the demo in native 4 bits: single channels add less loss (README).
     assert (found.grid, found.block, found.group_size) == (None, GROUP, GROUP)
     assert resolved(CompressionRecipe(**ours, grid=GROUP), about).grid == GROUP
+
+
+def test_in_groups_of_experts_codes_and_statistics_are_those_of_whole_layers(model, compressed):
+    plan = PruningPlan.load(compressed[1])
+    form = ExportFormat("ragged-int4", group_size=GROUP)
+    tokens = np.arange(48, dtype=np.int32).reshape(4, 12)
+
+    def of(at_once):
+        base = open_checkpoint(model, dtype=jnp.bfloat16)
+        base.experts_at_once = at_once
+        export = export_of(base.about, plan, form)
+        statistics = collect_statistics(base, tokens, tokens > 0, batch=4).arrays()
+        return dict(export.arrays(pruned_source(base, plan, None))), statistics
+
+    (whole, wanted), (grouped, found) = of(None), of(3)
+    assert whole.keys() == grouped.keys() and any("packed" in name for name in whole)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(grouped[name], value, err_msg=name)
+    for name in ("hidden_square", "shapley", "tokens"):
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)

@@ -1,5 +1,7 @@
 """Statistics, quality and logits of layers in groups of experts beside those of whole layers."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 
 from convert import open_checkpoint
 from moe_jax.groups import each_group
+from moe_jax.spread import Spread
 from pruning.budget.plan import PruningPlan
 from pruning.measure.settled import settled_logits
 from pruning.scores.collect import collect_statistics, collect_weights
@@ -58,6 +61,37 @@ def test_statistics_of_groups_have_the_bits_of_whole_layers(sources, dtype):
             np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
         else:
             np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+class Together(Spread):
+    """A process of several, each a thread here."""
+
+    met, given = threading.Barrier(2, timeout=60), {}  # noqa: RUF012
+
+    def total(self, sums):
+        self.given[self.process] = dict(sums)
+        self.met.wait()
+        found = {name: self.given[0][name] + self.given[1][name] for name in sums}
+        self.met.wait()  # all have read
+        return found
+
+
+def test_processes_that_take_layers_in_groups_have_the_sums_of_one(sources):
+    """Of three batches the second process has one, and a batch of padding beside it."""
+    folder = sources[1].about.folder
+
+    def of(process):
+        source = open_checkpoint(folder)
+        source.experts_at_once = 3
+        spread = Together(None, process, 2)
+        return collect_statistics(source, TOKENS, VALID, batch=2, spread=spread).arrays()
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(of, (0, 1))
+    wanted = collect_statistics(sources[1], TOKENS, VALID, batch=2).arrays()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+        np.testing.assert_allclose(one[name], value, rtol=1e-12, err_msg=name)
 
 
 def test_what_the_weights_alone_say_is_the_same(sources):
