@@ -66,7 +66,7 @@ def test_statistics_of_groups_have_the_bits_of_whole_layers(sources, dtype):
 class Together(Spread):
     """A process of several, each a thread here."""
 
-    met, given = threading.Barrier(2, timeout=60), {}  # noqa: RUF012
+    met, given = threading.Barrier(2, timeout=60), {}
 
     def total(self, sums):
         self.given[self.process] = dict(sums)
