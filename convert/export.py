@@ -167,8 +167,8 @@ class Export:
         if form.name == MIXED and len(form.layer_bits) != len(self.base):
             raise InputError(
                 f"export={MIXED!r} stores each layer in the bits that a plan says, and this one "
-                f"says those of {len(form.layer_bits)} layers of {len(self.base)}; plan with "
-                "`moe-compress compare --bits auto --target-bytes SIZE`, and write that plan with "
+                f"says those of {len(form.layer_bits)} layers of {len(self.base)}; add --bits auto "
+                "--target-bytes SIZE to compress, or write a plan of compare --bits auto with "
                 "`moe-compress apply`"
             )
         if form.constants and not form.holds_constants(config.moe.expert_bias):

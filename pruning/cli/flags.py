@@ -63,7 +63,7 @@ def _add_flag(place: Any, field: dataclasses.Field, kind: Any, words: About, hid
         options["choices"] = names
     closed = "{" + ",".join(map(str, choices)) + "}" if choices and not is_list else None
     options["metavar"] = words.shown or closed or KINDS[inner][1]
-    options["type"] = value_of(inner, choices, is_list=is_list, elsewhere=words.elsewhere)
+    options["type"] = value_of(inner, choices, is_list=is_list)
     text = _help(words, field.default, choices if is_list else words.names, hidden)
     place.add_argument(spelled, help=text, **options)
     if words.flag:  # recipes call it by its field's name, and scripts may still
@@ -82,25 +82,16 @@ def _help(words: About, default: Any, names: tuple[str, ...], hidden: bool) -> s
     return text.replace("%", "%%")
 
 
-def value_of(
-    kind: type,
-    choices: tuple = (),
-    *,
-    is_list: bool = False,
-    elsewhere: tuple[str, str] = ("", ""),
-) -> Callable[[str], Any]:
-    """A converter of one word of the command line, whose errors say what would be right;
-    `elsewhere` as of `About`."""
+def value_of(kind: type, choices: tuple = (), *, is_list: bool = False) -> Callable[[str], Any]:
+    """A converter of one word of the command line, whose errors say what would be right."""
     cure = f"; {LIST_ENDS}" if is_list else ""
 
     def convert(word: str) -> Any:
         try:
             value = kind(word)
         except ValueError:
-            told, hint = elsewhere
-            if word == told:
-                listed = ", ".join(map(str, choices))
-                raise argparse.ArgumentTypeError(f"{hint} choose among {listed}") from None
+            if word in choices:  # a name among numbers
+                return word
             raise argparse.ArgumentTypeError(f"{word!r} is not {KINDS[kind][0]}{cure}") from None
         if choices and value not in choices:
             listed = ", ".join(map(str, choices))

@@ -1,9 +1,20 @@
 """Which formats a recipe exports: those asked for, if the model's family and the bits allow."""
 
 from collections.abc import Sequence
+from typing import Literal
 
-from convert.export_format import FLOAT4, FLOAT4_GROUP, FLOAT8, FORMATS, ExportFormat, FormatName
+from convert.export_format import (
+    FLOAT4,
+    FLOAT4_GROUP,
+    FLOAT8,
+    FORMATS,
+    MIXED,
+    ExportFormat,
+    FormatName,
+)
 from moe_jax.errors import InputError
+
+Bits = Literal[4, 8, 16, "auto"]
 
 
 def bits_of(export: str) -> int:
@@ -22,7 +33,7 @@ def width_policy(exports: Sequence[str]) -> str:
 def choose_exports(
     asked: Sequence[FormatName],
     formats: Sequence[str],
-    bits: int,
+    bits: Bits,
     group_size: int | None,
     quantizer: str,
 ) -> tuple[FormatName, ...]:
@@ -31,7 +42,7 @@ def choose_exports(
     Args:
       asked: names of `FORMATS`, () for the default.
       formats: those the model's family has.
-      bits: 4, 8 or 16; 4, the default, takes 16 where the family has no 4.
+      bits: 4, 8 or 16; 4, the default, takes 16 where the family has no 4; "auto" is one format.
       group_size: weights per scale, None if left open.
       quantizer: "rtn" or "gptq".
 
@@ -46,6 +57,8 @@ def choose_exports(
             f"export={lacking[0]!r} does not exist for this model's family, because no "
             f"program would read it; choose from {', '.join(formats)}"
         )
+    if bits == "auto":
+        return _of_each_layer(asked, formats, quantizer)
     least = min((bits_of(name) for name in asked), default=bits)
     if least < bits or (bits == 8 and least > bits):
         raise InputError(
@@ -72,3 +85,24 @@ def choose_exports(
             "rtn"
         )
     return exports
+
+
+def _of_each_layer(
+    asked: Sequence[FormatName], formats: Sequence[str], quantizer: str
+) -> tuple[FormatName, ...]:
+    if wrong := [name for name in asked if name != MIXED]:
+        raise InputError(
+            f"bits='auto' gives each layer bits of its own, which export={wrong[0]!r} has no place "
+            f"for; leave --export away, or choose --bits {bits_of(wrong[0])}"
+        )
+    if MIXED not in formats:
+        raise InputError(
+            f"bits='auto' is the format {MIXED}, which this model's family has not; choose from "
+            f"{', '.join(formats)}"
+        )
+    if quantizer == "gptq":
+        raise InputError(
+            "quantizer='gptq' chooses integers of 4 bits, and bits='auto' may give a layer others; "
+            "use rtn"
+        )
+    return (MIXED,)

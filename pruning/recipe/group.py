@@ -19,7 +19,6 @@ class About:
       names: values that help lists; others, registered from outside, are known when a run starts.
       shown: what stands for a value in help, such as FILE.
       flag: its flag without dashes, where that has another name than the field.
-      elsewhere: a word that another command takes here, and how to go about it.
     """
 
     help: str
@@ -28,7 +27,6 @@ class About:
     names: tuple[str, ...] = ()
     shown: str | None = None
     flag: str | None = None
-    elsewhere: tuple[str, str] = ("", "")
 
 
 @functools.cache

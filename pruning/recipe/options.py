@@ -243,15 +243,11 @@ class ExportOptions(Options):
         ),
     ] = ()
     bits: Annotated[
-        Literal[4, 8, 16],
+        Literal[4, 8, 16, "auto"],
         About(
             "bits of the weights; 8 is padded-fp8, floats in blocks, unless --export names "
-            "ragged-int8 or padded-int8",
-            elsewhere=(
-                "auto",
-                "bits of each layer are chosen by `moe-compress compare --bits auto --target-bytes "
-                "SIZE`, whose plan `moe-compress apply` writes; here",
-            ),
+            "ragged-int8 or padded-int8; auto chooses channels and 4, 8 or 16 bits of each layer "
+            "within --target-bytes or --target-factor, as ragged-mixed"
         ),
     ] = 4
     group_size: Annotated[

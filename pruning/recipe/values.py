@@ -148,7 +148,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             else typed(name, one, inner[0]) for one in value
         )  # fmt: skip
     if origin is Literal:
-        if type(value) is not type(inner[0]) or value not in inner:
+        if not any(type(value) is type(one) and value == one for one in inner):
             near = difflib.get_close_matches(str(value), [one for one in inner if type(one) is str])
             like = f"did you mean {near[0]!r}? " if near else ""
             hint = why_not_written(str(value)) or like

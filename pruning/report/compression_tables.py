@@ -1,5 +1,6 @@
 """Tables of the parts of report.json: what the terminal prints and the page shows."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -201,6 +202,9 @@ def allocation_table(plan: Part, sizes: Part, model: Part, concentration: Part) 
     score is; unusual experts."""
     policy = str(plan.get("width", "free"))
     rows = [*_parameters(sizes, model), ["width policy", policy, POLICIES.get(policy, "")]]
+    if bits := plan.get("layer_bits"):
+        each = ", ".join(f"{n} with {one}" for one, n in sorted(Counter(bits).items()))
+        rows.append(["bits of layers", each, f"from the first up: {' '.join(map(str, bits))}"])
     if "coverage_optimum" in plan:
         before, aligned, optimum = (
             plan[f"coverage_{name}"] for name in ("before", "aligned", "optimum")

@@ -51,6 +51,7 @@ class Plan(TypedDict):
 
     width: NotRequired[str]
     align: NotRequired[str]
+    layer_bits: NotRequired[list[int]]
     coverage_before: NotRequired[float]
     coverage_aligned: NotRequired[float]
     coverage_optimum: NotRequired[float]

@@ -46,7 +46,7 @@ def apply_plan(
     output: str | os.PathLike,
     *,
     export: Sequence[FormatName] = (),
-    bits: Literal[4, 8, 16] = 4,
+    bits: Literal[4, 8, 16, "auto"] = 4,
     group_size: int | None = None,
     requantize: bool = False,
     mtp: Literal["drop", "keep", "prune"] = "drop",
@@ -69,7 +69,7 @@ def apply_plan(
       output: folder to make.
       export: formats to write; default ragged-int4, ragged-bf16 where `bits` is 16, and padded-fp8
         where it is 8; ragged-mixed of a plan that has bits of its own for each layer.
-      bits: 4, 8 or 16; weights in few bits are rounded to nearest.
+      bits: 4, 8 or 16; weights in few bits are rounded to nearest. "auto" are those of the plan.
       group_size: weights per 4-bit scale; default as in a recipe.
       requantize, mtp: as in a recipe.
       calibration: text files to repair on, as in a recipe; without any, nothing is repaired.
@@ -109,6 +109,13 @@ def _apply(
         with steps.bar("identify the model") as on_step:
             base.hash_weights(on_step)
         found = found.moved_to(base.fingerprint)
+    if given["bits"] == "auto":
+        if not found.layer_bits:
+            raise InputError(
+                "bits='auto' are those that a plan says of each layer, and this one says none; "
+                "choose among 4, 8, 16"
+            )
+        given = given | {"bits": 4}  # of the layer with the fewest, as of the format
     if found.layer_bits and not given["export"]:
         given = given | {"export": (MIXED,)}
     recipe = _recipe(source, found, base, given)

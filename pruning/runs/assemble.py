@@ -94,7 +94,11 @@ def assemble(found: Outcome) -> CompressionReport:
         recipe=_plain(dataclasses.asdict(recipe)),
         environment=_environment(),
         calibration=_calibration(found),
-        plan={**plan.provenance, "content_hash": plan.content_hash},
+        plan={
+            **plan.provenance,
+            "content_hash": plan.content_hash,
+            **({"layer_bits": list(plan.layer_bits)} if plan.layer_bits else {}),
+        },
         layer_indices=list(plan.layer_indices),
         d_expert=int(plan.keep.shape[2]),
         counts=plan.counts.tolist(),

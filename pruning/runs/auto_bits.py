@@ -1,25 +1,93 @@
-"""The rows of a comparison whose layers have bits of their own: planned before any is measured."""
+"""Plans whose layers have bits of their own: of a run, and of the rows of a comparison."""
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from convert.export_format import STORAGES
+from convert.export_format import MIXED, STORAGES
+from moe_jax.errors import InputError
+from pruning.budget.decide import plan_pruning
 from pruning.budget.plan import PruningPlan
 from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
+from pruning.recipe.options import BUDGETS, PlanOptions, part_of
 from pruning.report.compared import AUTO
 from pruning.runs.compared_task import Task
 from pruning.runs.controls import budget_step, formats, most_channels, written
 from pruning.scores.statistics import ChannelStatistics
-from pruning.stages.bit_curves import measured_curves
+from pruning.stages.bit_curves import (
+    least_diverging,
+    measured_curves,
+    require_kept_out,
+    whole_plan,
+)
 from pruning.stages.job import Job
-from pruning.stages.joint_plan import joint_plan
-from pruning.stages.plan import recorded_notes
+from pruning.stages.joint_plan import even_plans, joint_plan
+from pruning.stages.plan import budget_range, recorded_notes
+from pruning.stages.sizes import export_of, foreseen_form
 
-PLANS = "auto"  # folder of their plans, which `apply` takes
+# Shares of its channels that a layer keeps at least in the plans that are measured: divergences of
+# layers alone are noisy and do not add up where a few layers lose nearly all.
+LEAST = (0.0, 0.5, 0.75)
+PLANS = "auto"  # folder of a comparison's plans, which `apply` takes
+
+
+def require_auto(job: Job) -> None:
+    """Raise InputError if the text or the model of a run leaves no bits of layers to be chosen."""
+    recipe, base = job.recipe, job.base.about
+    require_kept_out(job)
+    if export_of(base, whole_plan(job), foreseen_form(recipe, MIXED, base)).native is not None:
+        raise InputError(
+            f"{base.folder} stores its weights in few bits already, whose codes {MIXED} takes "
+            "over; leave --bits auto out"
+        )
+
+
+def recipe_plan(
+    job: Job,
+    plan: PruningPlan,
+    statistics: ChannelStatistics,
+    provenance: Mapping[str, Any],
+    steps: Steps,
+) -> PruningPlan:
+    """Channels and bits of every layer of a run, within the bytes of its recipe.
+
+    Args:
+      job: one that `require_auto` lets pass, with the rule that was taken.
+      plan: of that rule, all layers in 4 bits.
+      statistics, provenance: of scoring.
+      steps: where progress goes.
+
+    Raises:
+      BudgetError: nothing is as small.
+    """
+    recipe, c = job.recipe, job.base.config
+    assert recipe.target_bytes is not None
+    options = dataclasses.replace(part_of(recipe, PlanOptions), **dict.fromkeys(BUDGETS))
+    notes = recorded_notes(recipe, statistics, dict(provenance))
+    fewest, most, step = budget_range(recipe, job.base.about)
+
+    @functools.cache
+    def plan_at(channels: int) -> PruningPlan:
+        if not fewest <= channels <= most:
+            raise BudgetError(f"{channels} channels are not in [{fewest}, {most}]")
+        return plan_pruning(
+            statistics, options, experts_per_token=c.moe.experts_per_token,
+            layer_indices=c.moe_layers, channels=channels, notes=notes,
+        )  # fmt: skip
+
+    (found,) = _joint(job, plan_at, step, [recipe.target_bytes], notes, steps).values()
+    if found is None:
+        raise BudgetError(
+            f"target={recipe.target_bytes} bytes cannot be met, whatever channels and bits each "
+            "layer has; raise the target"
+        )
+    chosen = {n: plan.provenance[n] for n in ("choice",) if n in plan.provenance}
+    return dataclasses.replace(found, provenance={**found.provenance, **chosen})
 
 
 def auto_plans(
@@ -73,17 +141,37 @@ def _of_rule(
             seed=job.recipe.seed, notes=notes,
         )  # fmt: skip
 
+    made = _joint(job, plan_at, step, [task.target for task in tasks], notes, steps)
+    # Of those that have none the reason is said where the task is to be measured.
+    found = {task: plan for task in tasks if (plan := made[task.target]) is not None}
+    for task, plan in found.items():
+        plan.save(job.output / PLANS / f"{task.rule}-{task.target}")
+    return found
+
+
+def _joint(
+    job: Job,
+    plan_at: Callable[[int], PruningPlan],
+    step: int,
+    targets: Iterable[int],
+    notes: Mapping[str, Any],
+    steps: Steps,
+) -> dict[int, PruningPlan | None]:
+    """The plan of each size; None where nothing is as small."""
     curves = measured_curves(job, plan_at, step, steps)
-    forms, found = formats(job, tuple(STORAGES)), {}
-    for task in tasks:
-        # Those of one number of bits throughout, so that each is among the choices.
-        also = [most_channels(job, form, task.target, step) for form in forms.values()]
-        try:
-            found[task] = joint_plan(
-                job, curves, plan_at, lambda plan: written(job, plan, AUTO), task.target, step,
-                also=also, notes=notes,
-            )  # fmt: skip
-        except BudgetError:
-            continue  # said where the task is to be measured
-        found[task].save(job.output / PLANS / f"{task.rule}-{task.target}")
+    forms = formats(job, tuple(STORAGES))
+    found: dict[int, PruningPlan | None] = {}
+    for target in targets:
+        # Those of one number of bits throughout are among the choices, and measured beside.
+        most = {bits: most_channels(job, form, target, step) for bits, form in forms.items()}
+        given = (lambda plan: written(job, plan, AUTO)), target
+        plans = []
+        for least in LEAST:
+            with contextlib.suppress(BudgetError):
+                plans.append(joint_plan(
+                    job, curves, plan_at, *given, step, also=list(most.values()), least=least,
+                    notes=notes,
+                ))  # fmt: skip
+        plans += even_plans(job, plan_at, *given, most, notes=notes)
+        found[target] = least_diverging(job, plans, steps) if plans else None
     return found

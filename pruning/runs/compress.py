@@ -20,6 +20,7 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
 from pruning.runs.assemble import Outcome, Qualities, assemble
+from pruning.runs.auto_bits import recipe_plan, require_auto
 from pruning.runs.cap import capped_recipe
 from pruning.runs.score import open_for
 from pruning.scores.statistics import ChannelStatistics
@@ -80,6 +81,8 @@ def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
     job = open_for(recipe, steps)
     if output_folder.is_finished(job):
         return _finished(job, steps)
+    if job.recipe.bits == "auto":
+        require_auto(job)
     with capped_recipe(job.base, job.recipe, steps):
         return _run(recipe, job, steps)
 
@@ -89,6 +92,8 @@ def _run(recipe: CompressionRecipe, job: Job, steps: Steps) -> CompressionReport
     preflight.prepare(job, steps)
     statistics, provenance = scoring.score(job, steps)
     job, plan = choosing.job_plan(job, statistics, provenance, steps)
+    if job.recipe.bits == "auto":
+        plan = recipe_plan(job, plan, statistics, provenance, steps)
     output_folder.drop_stale_exports(job.output, plan)
     plan.save(job.output)
     sizes = export_sizes(job.base.about, plan, job.recipe)

@@ -40,6 +40,7 @@ from pruning.stages.sizes import (
     byte_range,
     dense_bytes,
     export_of,
+    foreseen_form,
     form_of,
 )
 
@@ -185,7 +186,7 @@ def _holds(base: Description, recipe: ResolvedRecipe, name: str) -> bool:
 def _export(
     base: Description, recipe: ResolvedRecipe, name: str, tensor_parallel: int
 ) -> dict[str, Any]:
-    plan, form = rehearsed_plan(recipe, base), form_of(recipe, name)
+    plan, form = rehearsed_plan(recipe, base), foreseen_form(recipe, name, base)
     export = export_of(base, plan, form)
     export.check()
     fewest, most = byte_range(base, recipe, name, int(plan.counts.sum()))

@@ -95,7 +95,7 @@ def open_job(recipe: CompressionRecipe, *, measures: bool = True) -> Job:
         if held.scored.any():
             texts["held-out calibration"] = held.windows()
     kept_out = None
-    if recipe.planner == AUTO:
+    if recipe.planner == AUTO or recipe.bits == "auto":
         calibration, kept_out = keep_out(calibration)
     return Job(recipe, base, codec, calibration, texts, notes, kept_out)
 
@@ -113,6 +113,16 @@ def require_possible(recipe: ResolvedRecipe, base: Description) -> None:
     if base.widths != uniform_widths(c):
         raise InputError(f"{base.folder} is already pruned; give the dense model that it came from")
     check_mtp(base, recipe.mtp)
+    if recipe.bits == "auto" and recipe.target_bytes is None:
+        raise InputError(
+            "bits='auto' are those of the least loss within a size; give one with --target-bytes "
+            "or --target-factor, and no other budget"
+        )
+    if recipe.bits == "auto" and recipe.weights_only:
+        raise InputError(
+            "bits='auto' are chosen by what layers lose on calibration text; leave out "
+            "--weights-only"
+        )
     choose(CHANNEL_CRITERIA, recipe.used_criterion, "criterion")
     expert_criterion(recipe.used_attribution)
     if recipe.weights_only:

@@ -1,5 +1,6 @@
 """The plan of channels and bits of all layers at once, by what each of them loses alone."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ def joint_plan(
     step: int,
     *,
     also: Sequence[int] = (),
+    least: float = 0.0,
     notes: Mapping[str, Any] | None = None,
 ) -> PruningPlan:
     """Channels and bits of every layer, so that the errors of all add up to the least.
@@ -53,6 +55,7 @@ def joint_plan(
       written: the folder that a plan would be written as.
       target: most bytes of that.
       also: further sizes to choose among, such as those of plans in one of the bits.
+      least: share of a layer's channels that it keeps at least.
       notes: what the plan's provenance says beside what it is thought to lose.
 
     Returns:
@@ -70,6 +73,8 @@ def joint_plan(
     options = [(number, bits) for number in range(len(plans)) for bits in STORAGES]
     cost = np.array([costs[bits][:, number] for number, bits in options]).T  # [N, O]
     lost = _lost(curves, plans, layers)
+    counts = np.array([plan.counts.sum(axis=1) for plan in plans]).T  # [L, M]
+    lost[list(whole.layer_indices)] += np.where(counts < least * counts[:, :1], np.inf, 0.0)
     error = np.array([lost[:, number] + curves.rounding[bits] for number, bits in options]).T
     room = target - (dense.nbytes - int(costs[16][:, 0].sum()))
     for _ in range(CORRECTIONS):
@@ -80,18 +85,50 @@ def joint_plan(
         plan = joined_plan(plans, [taken[index][0] for index in whole.layer_indices])
         plan = dataclasses.replace(plan, layer_bits=tuple(bits for _, bits in taken))
         if (more := written(plan).nbytes - target) <= 0:
-            said = {
-                **{n: v for n, v in plans[-1].provenance.items() if n in OF_RULE},
-                **(notes or {}),
-                "foretold_divergence": float(error[np.arange(layers), chosen].sum()),
-                "prune_rate": 1.0 - plan.keep.mean().item(),
-                "target": target,
-                "target_unit": "bytes",
-                "cost": target + more,
-            }
-            return dataclasses.replace(plan, provenance=said)
+            foretold = float(error[np.arange(layers), chosen].sum())
+            said = {**_told(plans[-1], notes), "foretold_divergence": foretold}
+            return _within(plan, target, target + more, said)
         room -= more
     raise BudgetError(f"no channels and bits of all layers take at most {target} bytes")
+
+
+def even_plans(
+    job: Job,
+    plan_at: PlanAt,
+    written: Callable[[PruningPlan], Export],
+    target: int,
+    most: Mapping[int, int],
+    *,
+    notes: Mapping[str, Any] | None = None,
+) -> list[PruningPlan]:
+    """Plans of all layers in the same bits, which a joint one is to be better than.
+
+    Args:
+      job, plan_at, written, target, notes: as of `joint_plan`.
+      most: bits -> channels that fit the target in them; 0 for none.
+    """
+    whole, layers, found = whole_plan(job), len(job.base), []
+    for bits, channels in most.items():
+        with contextlib.suppress(BudgetError):  # its rule does not keep that many
+            plan = whole if channels == whole.keep.size else plan_at(channels) if channels else None
+            if plan is None:
+                continue
+            said = _told(plan, notes)
+            plan = dataclasses.replace(plan, layer_bits=(bits,) * layers)
+            if (cost := written(plan).nbytes) <= target:
+                found.append(_within(plan, target, cost, said))
+    return found
+
+
+def _told(plan: PruningPlan, notes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a plan of several takes over from one of them."""
+    return {**{n: v for n, v in plan.provenance.items() if n in OF_RULE}, **(notes or {})}
+
+
+def _within(plan: PruningPlan, target: int, cost: int, said: dict[str, Any]) -> PruningPlan:
+    about = {"prune_rate": 1.0 - plan.keep.mean().item(), "target": target,
+             "target_unit": "bytes", "cost": cost}  # fmt: skip
+    return dataclasses.replace(plan, provenance={**said, **about})
 
 
 def _lost(curves: Curves, plans: Sequence[PruningPlan], layers: int) -> np.ndarray:  # [N, M]

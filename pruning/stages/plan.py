@@ -46,7 +46,7 @@ def plan(
     )
     if recipe.prune_rate is not None:
         return made()
-    fewest, most, step = _budget_range(recipe, base)
+    fewest, most, step = budget_range(recipe, base)
     unit = "bytes" if recipe.target_bytes is not None else "parameters"
     target = recipe.target_bytes or recipe.target_parameters
     assert target is not None
@@ -112,8 +112,8 @@ def _parameters(base: Description):
     return lambda counts: base.weights(expert_widths(counts, base.config.moe_layers, base))
 
 
-def _budget_range(recipe: ResolvedRecipe, base: Description) -> tuple[int, int, int]:
-    """(fewest, most, step) channels that a recipe's width policy and layer rates allow."""
+def budget_range(recipe: ResolvedRecipe, base: Description) -> tuple[int, int, int]:
+    """(fewest, most, step) channels that a resolved recipe's width policy and layer rates allow."""
     moe, layers = base.config.moe, base.config.moe_layers
     least = -(-recipe.minimum // recipe.block) * recipe.block
     size = moe.num_experts * moe.d_expert

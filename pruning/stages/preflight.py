@@ -31,6 +31,7 @@ from pruning.stages.sizes import (
     equal_export,
     export_of,
     export_sizes,
+    foreseen_form,
     form_of,
     gptq_bytes,
     mean_width,
@@ -67,7 +68,7 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True, last: str = "report
     plan = rehearsed_plan(job.recipe, base)
     if exports:
         for name in job.recipe.export:
-            form = form_of(job.recipe, name)
+            form = foreseen_form(job.recipe, name, base)
             Export(base, base.widths, form).check()
             _require_known_width(job.recipe, form)
             export_of(base, plan, form).check_mtp()

@@ -41,6 +41,14 @@ def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = Non
     return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize, bits)
 
 
+def foreseen_form(recipe: CompressionRecipe, name: str, base: Description) -> ExportFormat:
+    """The same before there is a plan; bits that it is to choose for each layer count as 4."""
+    form = form_of(recipe, name)
+    if name != MIXED or recipe.bits != "auto":
+        return form
+    return dataclasses.replace(form, layer_bits=(4,) * len(base))
+
+
 def _is_float32(base: Description) -> bool:
     return "float32" in (base.hf_config.get("dtype"), base.hf_config.get("torch_dtype"))
 
@@ -215,7 +223,7 @@ def most_bytes(base: Description, recipe: ResolvedRecipe, name: str) -> int:
         emptied = len(base.config.moe_layers) * (moe.num_experts - moe.experts_per_token)
         most += emptied * (2 * base.config.d_model + 256)
     if recipe.target_bytes is not None and name == recipe.export[0]:
-        return min(most, recipe.target_bytes)
+        return recipe.target_bytes if name == MIXED else min(most, recipe.target_bytes)
     return most
 
 

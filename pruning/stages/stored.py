@@ -63,6 +63,11 @@ def stored_plans(
     Returns:
       (recipe resolved, plan) per rate, and the statistics.
     """
+    if recipe.bits == "auto":
+        raise InputError(
+            f"{folder} chooses bits of each layer with its channels, which `moe-compress compress` "
+            "does: give it its options again with another --target-bytes and another --output"
+        )
     for rate in rates:
         check_rate("prune_rate", rate)
     one = dataclasses.replace(recipe, **dict.fromkeys(BUDGETS)) if rates else recipe

@@ -136,6 +136,15 @@ def test_no_channels_and_bits_of_layers_within_the_bytes_err_less(job, monkeypat
             assert best - 1e-12 <= told <= spare + 1e-12
             (same,) = (x[1] for x in every if x[2].content_hash == found.content_hash)
             assert same == pytest.approx(told)
+            # Of those that leave every layer more than half.
+            few = [x for x in every if (x[2].counts.sum(axis=1) > 256).all()]
+            if min(x[0] for x in few) <= target - 90:
+                given = job, curves, plan_at, lambda p: written(job, p), target, 256
+                found = joint.joint_plan(*given, least=0.7)
+                assert (found.counts.sum(axis=1) >= 0.7 * 512).all()
+                told = found.provenance["foretold_divergence"]
+                assert min(x[1] for x in few if x[0] <= target) - 1e-12 <= told
+                assert told <= min(x[1] for x in few if x[0] <= target - 90) + 1e-12
         with pytest.raises(BudgetError):
             joint.joint_plan(job, curves, plan_at, lambda p: written(job, p), sizes[0] - 1, 256)
 
@@ -158,3 +167,30 @@ def test_constants_in_the_place_of_experts_come_from_the_plan_of_each_layer(job,
     assert found.constants is not None
     assert [c.shape for c in found.constants] == [(0, 32), (4, 32)]
     assert (found.constants[1] == 2.0).all()
+
+
+def test_plans_of_the_same_bits_throughout_fit_and_the_least_diverging_is_taken(job):
+    whole = PruningPlan(np.ones(SHAPE, bool), (0, 1))
+    size = {bits: written(job, dataclasses.replace(whole, layer_bits=(bits, bits))).nbytes
+            for bits in (4, 8, 16)}  # fmt: skip
+    target = size[8] - 1
+    most = {4: WHOLE, 8: 768, 16: 256}
+    assert size[16] > target > size[4]
+    plans = joint.even_plans(job, plan_at, lambda p: written(job, p), target, {**most, 16: 0})
+    assert [(plan.layer_bits, int(plan.counts.sum())) for plan in plans] == [
+        ((4, 4), WHOLE), ((8, 8), 768)
+    ]  # fmt: skip
+    assert all(plan.provenance["cost"] == written(job, plan).nbytes <= target for plan in plans)
+    none = joint.even_plans(job, plan_at, lambda p: written(job, p), target, {8: 700, 16: WHOLE})
+    assert none == []  # no rule keeps 700, and 16 bits do not fit
+    gone = dataclasses.replace(plan_at(512), layer_bits=(16, 16))
+    alone = {}
+    for plan in (gone, *plans):
+        pruned = PrunedSource(job.base, dataclasses.replace(plan, layer_bits=()))
+        names = [{4: "int4", 8: "int8", 16: "bf16"}[bits] for bits in plan.layer_bits]
+        alone[plan.content_hash] = divergence(job, QuantizedSource(pruned, 32, names))
+    best = min(alone.values())
+    for order in ((gone, *plans), (*plans, gone)):
+        found = bit_curves.least_diverging(job, order, Steps(quiet=True))
+        assert alone[found.content_hash] == best
+        assert found.provenance["measured_divergence"] == pytest.approx(best, rel=2e-3, abs=1e-6)
