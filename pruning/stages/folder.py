@@ -32,13 +32,14 @@ OURS = (
     "gptq/gptq.json", "gptq/states", "gptq/layer-[0-9]*.safetensors",
     "scoring/step-[0-9]*.safetensors", "scoring/progress.json", "scoring-[0-9a-f]*.states",
     "plan.json", "plan.safetensors",
-    "compare.json", "compare.csv", "compare.html",
+    "compare.json", "compare.csv", "compare.html", "compare-tasks.csv",
+    "bit-curves.json", "auto/*/plan.json", "auto/*/plan.safetensors",
     "choice.json", "statistics.json", "statistics.safetensors",
     "report.html", "report.json", "model.json",
     "ablations.jsonl", "layers-alone.json", "audit.json", "audit.csv", "audit.html",
     "sweep.csv", "sweep.html",
 )  # fmt: skip
-FOLDERS = ("exports", "repair", "compare-repair", "gptq", "scoring")  # that hold some of them
+FOLDERS = ("exports", "repair", "compare-repair", "gptq", "scoring", "auto")  # that hold some of them
 
 
 def is_interrupted(job: Job, last: str) -> bool:
@@ -158,8 +159,8 @@ def _remove_ours(output: Path) -> None:
     SweepFolder(output / SCORING).clear()  # knows a file that may lie elsewhere
     for path in _ours(output):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name in FOLDERS:
-        _remove_empty(output / name)
+    for folder in (*output.glob("auto/*"), *(output / name for name in FOLDERS)):
+        _remove_empty(folder)
 
 
 def _ours(output: Path) -> list[Path]:

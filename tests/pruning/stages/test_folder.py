@@ -12,7 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from pruning.recipe.recipe import CompressionRecipe
 from pruning.runs import export as exporting
+from pruning.stages.folder import make_output
 from tests.support.command import given, poison, refused, run
 
 
@@ -282,3 +284,13 @@ def test_bad_evaluation_options_are_refused(models, scored, texts, capsys, argum
     folder = scored if "--prune-rate" in arguments else models / "single"
     shown = refused(capsys, scored, "eval", folder, "--text", texts / "good.txt", *arguments)
     assert re.search(message, shown), shown
+
+
+def test_what_bits_of_layers_left_goes_with_the_run_and_what_others_put_there_stays(tmp_path):
+    for name in ("bit-curves.json", "auto/one-5/plan.json", "auto/one-5/plan.safetensors",
+                 "auto/two-6/plan.json", "auto/two-6/mine.txt", "compare-tasks.csv"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    make_output(CompressionRecipe(model="demo", output=str(tmp_path)), resumed=False)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"recipe.yaml", "auto", "auto/two-6", "auto/two-6/mine.txt"}
