@@ -157,7 +157,8 @@ class Export:
 
         Raises:
           InputError: the family lacks the format, something has no place in it, the router cannot
-            be cut so, a group of 4 bits would be incomplete, or layers that predict further tokens are missing or do not fit.
+            be cut so, a group of 4 bits would be incomplete, or layers that predict further tokens
+            are missing or do not fit.
         """
         form, config = self.form, self.base.config
         if form.name not in self.base.family.formats:

@@ -135,7 +135,9 @@ class LayerReader(ABC):
         else:
             arrays = self._read_layer(place)
         counts, alive = self._counts(place)
-        layer = build_layer(arrays, self.config, place.index, counts, place.pool, place.first, alive)
+        layer = build_layer(
+            arrays, self.config, place.index, counts, place.pool, place.first, alive
+        )
         # only now: reading on while this layer is copied would hold a third one
         if self.read_ahead and following is not None:
             self._ahead = following, self._thread.submit(self._read_layer, following)

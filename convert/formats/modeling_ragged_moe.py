@@ -200,8 +200,7 @@ def _cut_block(config: Any, layer: int, block: Any) -> Any:
     for key in COUNTS:
         if hasattr(config, key):
             setattr(fewer, key, count)
-    with torch.device(next(block.parameters()).device):
-        return type(block)(fewer)
+    return type(block)(fewer)
 
 
 def _model_class(stock: Any, config_class: type, names: tuple[str, str, str]) -> type:

@@ -20,6 +20,7 @@ from pruning.kit.fitting import fits, misfits
 FORMAT_VERSION = 1
 LAYER_BITS = (4, 8, 16)
 BITS = "layer_bits"  # a tensor of plan.safetensors, if the plan decides them
+CUT = "cut_router"  # another, if it is cut: experts per token, 0 for as many as in the model
 
 
 class PlannedText(TypedDict):
@@ -52,6 +53,8 @@ class Said(TypedDict, total=False):
     evaluation: list[str]
     repair: str
     choice: dict[str, Any]
+    cut_router: bool
+    top_k: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +66,8 @@ class PruningPlan:
     experts without channels add instead, in ascending order of experts; without them it is zero,
     or the output's bias where there is one. `layer_bits` are 4, 8 or 16 for each layer of the
     model, those without experts too, where the plan decides how many its weights are stored in.
+    With `cut_router` the experts without channels are gone for the router, too, and their tokens go
+    to others; `top_k` is to how many a token goes then, None for as many as in the model.
     """
 
     keep: np.ndarray  # [L, E, F], bool
@@ -70,6 +75,8 @@ class PruningPlan:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: tuple[np.ndarray, ...] | None = None  # float32 [emptied, D] each
     layer_bits: tuple[int, ...] = ()
+    cut_router: bool = False
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         if self.keep.ndim != 3 or self.keep.dtype != np.bool_ or 0 in self.keep.shape:
@@ -85,11 +92,25 @@ class PruningPlan:
             )
         if self.constants is not None:
             self._check_constants(self.constants)
+        if self.cut_router:
+            self._check_cut()
         wrong = {*self.layer_bits} - {*LAYER_BITS}
         if self.layer_bits and (wrong or len(self.layer_bits) <= indices[-1]):
             raise InputError(
                 f"layer_bits={self.layer_bits} must be one of {LAYER_BITS} for each layer of the "
                 "model"
+            )
+
+    def _check_cut(self) -> None:
+        if self.constants is not None:
+            raise InputError(
+                "emptied='mean' puts constants in the place of emptied experts, whose rows of the "
+                "router cut_router removes; choose one of the two"
+            )
+        if self.counts.all():
+            raise InputError(
+                "cut_router removes the router's rows of emptied experts, and the plan empties "
+                "none; plan with --width experts, or leave --cut-router away"
             )
 
     def _check_constants(self, constants: tuple[np.ndarray, ...]) -> None:
@@ -119,6 +140,18 @@ class PruningPlan:
         added[self.counts[slot] == 0] = vectors
         return added
 
+    def with_cut_router(self, top_k: int | None = None) -> "PruningPlan":
+        """The same plan, experts without channels being gone for the router, too.
+
+        Args:
+          top_k: experts per token, None for as many as in the model.
+
+        Raises:
+          InputError: the plan empties no expert, or puts constants in their place.
+        """
+        said = {**self.provenance, "cut_router": True, "top_k": top_k}
+        return dataclasses.replace(self, provenance=said, cut_router=True, top_k=top_k)
+
     def expert_coverage(self, channel: np.ndarray) -> np.ndarray:  # [L, E, F] -> [L, E]
         """Share of each expert's channel score that the plan keeps, in [0, 1]."""
         return _share(channel, self.keep, axis=(2,))
@@ -135,11 +168,16 @@ class PruningPlan:
     def _named(self) -> dict[str, np.ndarray]:
         parts = {"keep": self.keep, **({"constant": self.constants} if self.constants else {})}
         bits = {BITS: np.array(self.layer_bits, np.int32)} if self.layer_bits else {}
-        return bits | {
-            f"{name}.{index}": np.ascontiguousarray(value)
-            for name, values in parts.items()
-            for index, value in zip(self.layer_indices, values, strict=True)
-        }
+        cut = {CUT: np.array(self.top_k or 0, np.int32)} if self.cut_router else {}
+        return (
+            bits
+            | cut
+            | {
+                f"{name}.{index}": np.ascontiguousarray(value)
+                for name, values in parts.items()
+                for index, value in zip(self.layer_indices, values, strict=True)
+            }
+        )
 
     def is_same(self, other: "PruningPlan") -> bool:
         """Whether both keep the same, put the same in place of the rest, and say the same of it."""
@@ -220,6 +258,7 @@ class PruningPlan:
                 raise InputError(f"{', '.join(wrong)} in its provenance hold something else")
             named = load_file(tensors)
             bits = tuple(named.pop(BITS, np.zeros(0, int)).ravel().tolist())
+            cut, top_k = CUT in named, int(named.pop(CUT, 0)) or None
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             told = str(error)[:1000]
             raise InputError(
@@ -239,7 +278,7 @@ class PruningPlan:
             )
         keep = np.stack([named[f"keep.{index}"] for index in indices])
         constants = tuple(named[f"constant.{i}"] for i in indices) if more <= set(named) else None
-        plan = cls(keep, tuple(indices), provenance, constants, bits)
+        plan = cls(keep, tuple(indices), provenance, constants, bits, cut, top_k)
         if not np.array_equal(plan.counts, counts):
             raise InputError(f"{description} and {tensors} are of different plans; plan again")
         return plan

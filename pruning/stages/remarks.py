@@ -75,7 +75,7 @@ def say_nothing_saved(plan: PruningPlan, recipe: CompressionRecipe, steps: Steps
     widest = plan.counts.max(axis=1)  # [L]
     for form in map(ExportFormat, recipe.export):
         stored = widest.min() if form.is_layered else widest.max()
-        if form.is_ragged or plan.keep.all() or stored < plan.keep.shape[2]:
+        if form.is_ragged or plan.keep.all() or plan.cut_router or stored < plan.keep.shape[2]:
             continue
         of, cure = ("every layer", "layer") if form.is_layered else ("the model", "uniform")
         steps.say(

@@ -54,6 +54,11 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
         )
     if folder is None or plan.keep.all():
         return None
+    if plan.cut_router:
+        raise InputError(
+            f"repair={recipe.repair!r} reckons with each token's experts as they were, and the "
+            "plan has another router; leave --repair away"
+        )
     if (windows := len(job.calibration.tokens)) < LEAST_WINDOWS:
         steps.say(
             f"not repaired: that takes {LEAST_WINDOWS} windows of calibration text, there are "

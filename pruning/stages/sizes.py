@@ -38,7 +38,10 @@ def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = Non
     constants = recipe.emptied == "mean" if plan is None else plan.constants is not None
     group = recipe.group_size or 32
     bits = plan.layer_bits if name == MIXED and plan is not None else ()
-    return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize, bits)
+    routed = recipe if plan is None else plan
+    return ExportFormat(
+        name, group, constants, recipe.mtp, recipe.requantize, routed.cut_router, routed.top_k, bits
+    )
 
 
 def _is_float32(base: Description) -> bool:
@@ -117,6 +120,14 @@ def token_shares(base: Description, statistics: ChannelStatistics) -> np.ndarray
     return statistics.tokens / total if total else even
 
 
+def shares_among_kept(plan: PruningPlan, experts_per_token: int) -> np.ndarray:  # [L, E]
+    """Share of tokens at each expert when all go to so many of those that are left, the others
+    being gone for the router; which of them they are is not known before, and does not matter where
+    they are of one width."""
+    left = plan.counts > 0
+    return left * (experts_per_token / left.sum(axis=1, keepdims=True))
+
+
 def active_parameters(base: Description, counts: np.ndarray, shares: np.ndarray) -> int:
     """Weights that a token meets on average.
 
@@ -157,6 +168,8 @@ def active_bytes(export: Export, shares: np.ndarray) -> int:
         elif name != EMBEDDING or export.base.config.tie_embeddings:
             others += size
     widths = np.array([row for row in form.stored_widths(export.widths) if row])  # [L, E]
+    if form.cut_router:
+        widths *= np.array([row for row in export.widths if row]) > 0
     return others + round(float((shares * widths).sum()) * experts / max(int(widths.sum()), 1))
 
 
