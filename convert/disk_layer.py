@@ -89,7 +89,8 @@ def _named_parts(
     experts = _lookup(layer, rule.ours.rpartition(".")[0])
     assert isinstance(experts, Experts)
     if rule.layout in ("expert_vector", "emptied_vector"):
-        counts, cut = np.asarray(experts.count), layer.mlp.config.emptied_cut
+        counts = np.asarray(experts.count)
+        cut = isinstance(layer.mlp, MoE) and layer.mlp.config.emptied_cut
         for expert, (part, count) in enumerate(zip(array, counts, strict=True), first):
             if rule.has_expert(int(count), cut):
                 yield name.replace("{expert}", str(expert)), part
