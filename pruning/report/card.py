@@ -55,6 +55,8 @@ class PlanFacts:
       fewest, most: channels that an expert keeps.
       experts, emptied: how many there are, and how many of them keep no channel.
       has_constants: whether those add a constant.
+      cut_router: whether the router knows them no more.
+      top_k: experts per token then, None for as many as in the base.
     """
 
     hash: str
@@ -66,6 +68,8 @@ class PlanFacts:
     experts: int
     emptied: int
     has_constants: bool
+    cut_router: bool = False
+    top_k: int | None = None
 
     @property
     def removed(self) -> float:

@@ -33,6 +33,7 @@ from pruning.stages.sizes import (
     export_sizes,
     form_of,
     gptq_bytes,
+    keeps_even_experts,
     mean_width,
     most_bytes,
     pads,
@@ -99,10 +100,10 @@ def _require_known_width(recipe: ResolvedRecipe, form: ExportFormat) -> None:
 
 
 def _require_even_cut(recipe: ResolvedRecipe, form: ExportFormat) -> None:
-    if form.renumbers and not recipe.per_layer:
+    if form.renumbers and not keeps_even_experts(recipe):
         raise InputError(
-            f"cut_router makes {form.name} need as many experts in every layer, which only "
-            "--per-layer keeps; add it, or choose a ragged format"
+            f"{form.name} has one number of experts for all layers, and cut_router leaves as many "
+            "of each with --width experts --per-layer; add these, or choose a ragged format"
         )
 
 

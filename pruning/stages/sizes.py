@@ -239,6 +239,11 @@ def pads(recipe: ResolvedRecipe, form: ExportFormat) -> bool:
     return recipe.width not in (("uniform", "layer") if form.is_layered else ("uniform",))
 
 
+def keeps_even_experts(recipe: ResolvedRecipe) -> bool:
+    """Whether plans of a recipe keep whole experts, as many in every layer if that divides."""
+    return recipe.width == "experts" and recipe.per_layer
+
+
 def byte_range(
     base: Description, recipe: ResolvedRecipe, name: str, channels: int
 ) -> tuple[int, int]:
@@ -246,7 +251,8 @@ def byte_range(
 
     The tensors of a ragged folder take the same space wherever the channels are, but an emptied
     expert has no tensors and so no header entries: what varies is in how many experts they sit.
-    In a padded folder it is how wide the widest expert is, in a layered one that of each layer.
+    In a padded folder it is how wide the widest expert is, in a layered one that of each layer;
+    where experts are numbered anew, all of them are whole.
 
     Args:
       base: the dense model.
@@ -256,6 +262,11 @@ def byte_range(
     """
     form, c, block = form_of(recipe, name), base.config, recipe.block
     layers, experts, widest = len(c.moe_layers), c.moe.num_experts, c.moe.d_expert
+    if form.renumbers:
+        left = np.arange(experts) < -(-channels // (layers * widest))
+        counts = np.tile(widest * left, (layers, 1))
+        exactly = Export(base, expert_widths(counts, c.moe_layers, base), form).nbytes
+        return exactly, exactly
     if form.is_layered:
         # The sum of the layers' widths: least if all experts of a layer keep as many channels.
         least = max(-(-channels // (experts * block)), layers) * block
