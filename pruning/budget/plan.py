@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save, save_file
 from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
 from moe_jax.json_files import read_json
+from pruning.budget.merged_layer import ARRAYS, MergedLayer
 from pruning.kit.fitting import fits, misfits
 
 FORMAT_VERSION = 1
@@ -55,6 +56,7 @@ class Said(TypedDict, total=False):
     choice: dict[str, Any]
     cut_router: bool
     top_k: int | None
+    merge: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,8 +68,10 @@ class PruningPlan:
     experts without channels add instead, in ascending order of experts; without them it is zero,
     or the output's bias where there is one. `layer_bits` are 4, 8 or 16 for each layer of the
     model, those without experts too, where the plan decides how many its weights are stored in.
-    With `cut_router` the experts without channels are gone for the router, too, and their tokens go
-    to others; `top_k` is to how many a token goes then, None for as many as in the model.
+    `merged` says how the experts of each of the L layers are merged before anything is removed, ()
+    that none are. With `cut_router` the experts without channels are gone for the router, too, and
+    their tokens go to others; `top_k` is to how many a token goes then, None for as many as in the
+    model.
     """
 
     keep: np.ndarray  # [L, E, F], bool
@@ -75,6 +79,7 @@ class PruningPlan:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: tuple[np.ndarray, ...] | None = None  # float32 [emptied, D] each
     layer_bits: tuple[int, ...] = ()
+    merged: tuple[MergedLayer, ...] = ()
     cut_router: bool = False
     top_k: int | None = None
 
@@ -94,6 +99,10 @@ class PruningPlan:
             self._check_constants(self.constants)
         if self.cut_router:
             self._check_cut()
+        if self.merged and len(self.merged) != len(self.keep):
+            raise InputError(f"merged={len(self.merged)} layers must be all {len(self.keep)}")
+        for layer in self.merged:
+            layer.check(self.keep.shape[1:])
         wrong = {*self.layer_bits} - {*LAYER_BITS}
         if self.layer_bits and (wrong or len(self.layer_bits) <= indices[-1]):
             raise InputError(
@@ -167,6 +176,8 @@ class PruningPlan:
 
     def _named(self) -> dict[str, np.ndarray]:
         parts = {"keep": self.keep, **({"constant": self.constants} if self.constants else {})}
+        for name in ARRAYS if self.merged else ():
+            parts[name] = [layer.arrays[name] for layer in self.merged]
         bits = {BITS: np.array(self.layer_bits, np.int32)} if self.layer_bits else {}
         cut = {CUT: np.array(self.top_k or 0, np.int32)} if self.cut_router else {}
         return (
@@ -258,6 +269,7 @@ class PruningPlan:
                 raise InputError(f"{', '.join(wrong)} in its provenance hold something else")
             named = load_file(tensors)
             bits = tuple(named.pop(BITS, np.zeros(0, int)).ravel().tolist())
+            merged = _merged(named, indices, CUT in named)
             cut, top_k = CUT in named, int(named.pop(CUT, 0)) or None
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             told = str(error)[:1000]
@@ -278,10 +290,19 @@ class PruningPlan:
             )
         keep = np.stack([named[f"keep.{index}"] for index in indices])
         constants = tuple(named[f"constant.{i}"] for i in indices) if more <= set(named) else None
-        plan = cls(keep, tuple(indices), provenance, constants, bits, cut, top_k)
+        plan = cls(keep, tuple(indices), provenance, constants, bits, merged, cut, top_k)
         if not np.array_equal(plan.counts, counts):
             raise InputError(f"{description} and {tensors} are of different plans; plan again")
         return plan
+
+
+def _merged(named: dict[str, np.ndarray], indices: list[int], cut: bool) -> tuple[MergedLayer, ...]:
+    """The merged layers of a plan's arrays, which are taken out of them."""
+    names = [f"{name}.{index}" for name in ARRAYS for index in indices]
+    if not set(names) <= named.keys():
+        return ()
+    found = [{name: named.pop(f"{name}.{index}") for name in ARRAYS} for index in indices]
+    return tuple(MergedLayer(**arrays, cut=cut) for arrays in found)
 
 
 def _share(channel: np.ndarray, keep: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:

@@ -39,8 +39,10 @@ def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = Non
     group = recipe.group_size or 32
     bits = plan.layer_bits if name == MIXED and plan is not None else ()
     routed = recipe if plan is None else plan
+    # What is merged has no codes of the model's.
+    rounds = recipe.requantize or (plan is not None and bool(plan.merged))
     return ExportFormat(
-        name, group, constants, recipe.mtp, recipe.requantize, routed.cut_router, routed.top_k, bits
+        name, group, constants, recipe.mtp, rounds, routed.cut_router, routed.top_k, bits
     )
 
 
