@@ -197,6 +197,7 @@ def _plan_facts(plan: PruningPlan) -> PlanFacts:
         has_constants=plan.constants is not None,
         cut_router=plan.cut_router,
         top_k=plan.top_k,
+        merged=bool(plan.merged),
     )
 
 
