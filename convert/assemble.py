@@ -77,6 +77,7 @@ def read_arrays(
     rows: int,
     read: Callable[[str], np.ndarray],
     first: int = 0,
+    alive: np.ndarray | None = None,
 ) -> Arrays:
     """Arrays of a layer or group; experts are read straight into their pool, one at a time.
 
@@ -89,20 +90,23 @@ def read_arrays(
       read: name on disk -> array.
       first: number of the first expert; of a group that does not begin with expert 0, `REST` is
         left out.
+      alive: bool, which experts of the layer the router has rows for, if not all.
 
     Returns:
-      The arrays.
+      The arrays; rows that the router lacks are zero.
     """
     arrays: Arrays = {}
+    cut = alive is not None
     for rule, name in layer_rules(rules, config, index):
         if rule.layout == "identity":
             if not (first and rule.ours.startswith(REST)):
-                arrays[rule.ours] = read(name)
+                found = read(name)
+                arrays[rule.ours] = _spread(found, alive) if cut and "E" in rule.shape else found
             continue
         if rule.layout in ("expert_vector", "emptied_vector"):
             vectors = np.zeros((len(counts), config.d_model), arrays["mlp.router"].dtype)
             for expert, count in enumerate(counts):
-                if rule.has_expert(count):
+                if rule.has_expert(count, cut):
                     vectors[expert] = read(name.replace("{expert}", str(first + expert)))
             arrays[rule.ours] = vectors
             continue
@@ -123,6 +127,13 @@ def read_arrays(
     return arrays
 
 
+def _spread(rows: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """Rows of some experts at the places of these among all."""
+    full = np.zeros((len(alive), *rows.shape[1:]), rows.dtype)
+    full[alive] = rows
+    return full
+
+
 def build_layer(
     arrays: Arrays,
     config: ModelConfig,
@@ -130,9 +141,10 @@ def build_layer(
     counts: tuple[int, ...],
     pool: PoolShape,
     first: int = 0,
+    alive: np.ndarray | None = None,
 ) -> DecoderLayer:
     """Make a layer, or of fewer experts a group, consuming `arrays`: where memory is shared with
-    JAX, no weight is copied. `first` is the number of its first expert."""
+    JAX, no weight is copied. `first` and `alive` as of `read_arrays`."""
     values: dict[str, Any] = {}
     for path in list(arrays):
         value = jax.device_put(arrays.pop(path), may_alias=True)
@@ -163,6 +175,7 @@ def build_layer(
             logit_bias=values.get("mlp.logit_bias"),
             experts=experts,
             shared=shared,
+            alive=None if alive is None else jnp.asarray(alive),
             first=None if len(counts) == config.moe.num_experts else jnp.asarray(first, jnp.int32),
             config=config.moe,
         )

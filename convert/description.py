@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.export_format import Widths
 from convert.families import find_family
-from convert.formats.ragged import emptied_model, widths_from_hf
+from convert.formats.ragged import Emptied, emptied_model, widths_from_hf
 from convert.layout import BFLOAT16, FLOAT32, Spec
 from convert.matching import hints
 from convert.model_card import original_model
@@ -78,14 +78,14 @@ class Description:
         said = None if self.quantization is None else self.quantization.options.get("scale_fmt")
         return said == "ue8m0"
 
-    def weights(self, widths: Widths | None = None, *, constants: bool = False) -> int:
+    def weights(self, widths: Widths | None = None, emptied: Emptied = "zero") -> int:
         """Weights of the model, those of `mtp` not counted.
 
         Args:
           widths: channels per layer and expert, default its own.
-          constants: whether experts without channels have what they add instead.
+          emptied: what becomes of experts without channels.
         """
-        config = emptied_model(self.config, constants)
+        config = emptied_model(self.config, emptied)
         found = ruled_tensors(self.family, config, widths or self.widths)
         return sum(math.prod(shape) for _, shape, _ in found)
 

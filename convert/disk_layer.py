@@ -90,8 +90,9 @@ def _named_parts(
     assert isinstance(experts, Experts)
     if rule.layout in ("expert_vector", "emptied_vector"):
         counts = np.asarray(experts.count)
+        cut = isinstance(layer.mlp, MoE) and layer.mlp.config.emptied_cut
         for expert, (part, count) in enumerate(zip(array, counts, strict=True), first):
-            if rule.has_expert(int(count)):
+            if rule.has_expert(int(count), cut):
                 yield name.replace("{expert}", str(expert)), part
         return
     ends = np.concatenate([[0], np.cumsum(np.asarray(experts.count))]) // channels_per_row

@@ -13,6 +13,7 @@ from convert.description import Description
 from convert.disk_layer import outer_tensors
 from convert.export_format import MIXED, ExportFormat, Widths
 from convert.few_bits import quantization_config
+from convert.fewer_experts import check_cut, cut_layer, left_experts, with_fewer_experts
 from convert.formats import compressed_tensors, float8, mxfp4, padded, ragged
 from convert.formats.wrapped import wrapped_config
 from convert.interleaved import check_shape, fuse_experts, fuse_specs
@@ -50,7 +51,7 @@ class Export:
     def tensors(self) -> dict[str, Stored]:
         """The tensors of the model by public name, in file order; those that draft are apart."""
         source, form = self._source, self.form
-        config = ragged.emptied_model(source.config, form.constants)
+        config = ragged.emptied_model(source.config, self._emptied)
         if form.is_padded:
             config = padded.padded_model(config, source.family, form.padded_width(self.widths))
         experts_only = form.is_float4
@@ -65,7 +66,7 @@ class Export:
             dtype = FLOAT32 if rule.precise else BFLOAT16
             return Stored(shape, dtype, packed, rule.is_of_expert, scale, own.bits)
 
-        found = ruled_tensors(source.family, config, form.stored_widths(self.widths))
+        found = ruled_tensors(source.family, config, form.stored_widths(self._left))
         return {name: stored(name, shape, rule) for name, shape, rule in found}
 
     @property
@@ -84,7 +85,7 @@ class Export:
         for name, stored in self.tensors.items():
             specs |= stored.specs(name, self.form)
         if self._is_fused:
-            specs = fuse_specs(specs, self.base.config.moe.num_experts)
+            specs = fuse_specs(specs, self._source.config.moe.num_experts)
         specs = {self.stored_name(name): spec for name, spec in (specs | self.mtp_specs).items()}
         return specs | dict(self.base.beside)
 
@@ -101,7 +102,7 @@ class Export:
     @cached_property
     def parameters(self) -> int:
         """Weights of the pruned model and of its layers that draft, padding not counted."""
-        return self.base.weights(self.widths, constants=self.form.constants) + self.mtp_parameters
+        return self._counted.weights(self._left, self._emptied) + self.mtp_parameters
 
     @cached_property
     def mtp_parameters(self) -> int:
@@ -138,7 +139,7 @@ class Export:
         pruned = self.mtp_width if form.mtp == "prune" else None
         if form.is_ragged:
             counts = [list(row) for row in self.widths]
-            config = ragged.ragged_config(config, source.family, counts, form.constants, pruned)
+            config = ragged.ragged_config(config, source.family, counts, self._emptied, pruned)
         elif form.is_layered:
             layers = form.layer_widths(self.widths)
             config = ragged.layered_config(config, source.family, layers, pruned)
@@ -155,8 +156,9 @@ class Export:
         """Refuse what no folder can hold.
 
         Raises:
-          InputError: the family lacks the format, something has no place in it, a group of 4 bits
-            would be incomplete, or layers that predict further tokens are missing or do not fit.
+          InputError: the family lacks the format, something has no place in it, the router cannot
+            be cut so, a group of 4 bits would be incomplete, or layers that predict further tokens
+            are missing or do not fit.
         """
         form, config = self.form, self.base.config
         if form.name not in self.base.family.formats:
@@ -178,6 +180,8 @@ class Export:
                 "--emptied zero"
             )
         self.check_mtp()
+        if form.cut_router:
+            check_cut(self.base, self.widths, form)
         if self._is_fused:
             check_shape(self.base.family.together, form.padded_width(self.widths), config.d_model)
         kept = {count for counts in self.widths for count in counts}
@@ -269,12 +273,14 @@ class Export:
           InputError: the layer is another than the one planned.
         """
         source, tensors = self._source, self._by_layer[f"model.layers.{index}"]
+        if self.form.cut_router:
+            layer = cut_layer(layer, self.form.renumbers)
         own = own_experts(layer) if isinstance(layer.mlp, MoE) else slice(0, 0)
         here = {name: stored for name, stored in tensors.items() if _is_of(name, own)}
         written = layer if own.start else source.layer(layer)
         parts = stored_layer(source.family, written, index, here, self.form.of_layer(index))
         if self._is_fused:
-            parts = fuse_experts(parts, self.base.config.moe.num_experts, source.family.together)
+            parts = fuse_experts(parts, source.config.moe.num_experts, source.family.together)
         return ((self.stored_name(name), array) for name, array in parts)
 
     def mtp_arrays(self, mtp: MtpSource) -> Iterator[tuple[str, np.ndarray]]:
@@ -288,7 +294,28 @@ class Export:
 
     @cached_property
     def _source(self) -> Written:
-        return as_written(self.base)
+        return as_written(self._counted)
+
+    @property
+    def _emptied(self) -> ragged.Emptied:
+        """What becomes of experts without channels where they are numbered at all."""
+        if self.form.cut_router and self.form.is_ragged:
+            return "cut"
+        return "constant" if self.form.constants else "zero"
+
+    @cached_property
+    def _left(self) -> Widths:
+        """Channels of the experts that the folder numbers, per layer."""
+        return left_experts(self.widths) if self.form.renumbers else self.widths
+
+    @cached_property
+    def _counted(self) -> Description:
+        """The dense model with as many experts, and experts per token, as the folder says."""
+        if not self.form.cut_router:
+            return self.base
+        # Before a plan is known to fit, layers may differ.
+        most = max(map(len, self._left)) if self.form.renumbers else None
+        return with_fewer_experts(self.base, most, self.form.top_k)
 
     @cached_property
     def _by_layer(self) -> dict[str, dict[str, Stored]]:
@@ -299,8 +326,9 @@ class Export:
 
     @property
     def by_group(self) -> bool:
-        """Whether a layer can be written in groups of its experts; not if one tensor holds all."""
-        return not self._is_fused
+        """Whether a layer can be written in groups of its experts; not if one tensor holds all, or
+        numbers depend on those before."""
+        return not (self._is_fused or self.form.renumbers)
 
     @property
     def _is_fused(self) -> bool:

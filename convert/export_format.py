@@ -60,6 +60,9 @@ class ExportFormat:
       requantize: whether weights that the base stores in few bits are rounded a second time, and
         linear layers that it stores in 16 bits are rounded too; else codes are taken over, where
         the two formats are alike.
+      cut_router: whether experts without channels are gone for the router, too: those that are left
+        are numbered anew, or in ragged folders keep their numbers.
+      top_k: experts per token, if these are fewer than the model's.
       layer_bits: of `MIXED`, 4, 8 or 16 for each layer of the model: bits of its linear layers; ()
         before there is a plan that says them, which counts as 4 throughout.
 
@@ -72,6 +75,8 @@ class ExportFormat:
     constants: bool = False
     mtp: str = "drop"
     requantize: bool = False
+    cut_router: bool = False
+    top_k: int | None = None
     layer_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -157,6 +162,12 @@ class ExportFormat:
         if self.is_packed:
             return self.group_size
         return GROUPED_STEP if self.is_padded else 1
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether the experts that are left have other numbers than in the model: where a class
+        has one number of experts for all layers."""
+        return self.cut_router and not self.is_ragged
 
     def holds_constants(self, expert_bias: bool) -> bool:
         """Whether there is a place for what emptied experts add, in a family with biases or not."""

@@ -134,13 +134,22 @@ class LayerReader(ABC):
             arrays = ahead[1].result()
         else:
             arrays = self._read_layer(place)
-        counts = self.about.widths[place.index][place.first : place.stop]
-        layer = build_layer(arrays, self.config, place.index, counts, place.pool, place.first)
+        counts, alive = self._counts(place)
+        layer = build_layer(
+            arrays, self.config, place.index, counts, place.pool, place.first, alive
+        )
         # only now: reading on while this layer is copied would hold a third one
         if self.read_ahead and following is not None:
             self._ahead = following, self._thread.submit(self._read_layer, following)
         self._last = place
         return layer
+
+    def _counts(self, place: _Place) -> tuple[tuple[int, ...], np.ndarray | None]:
+        """Channels of the experts at a place, and which of the layer's the router knows if not
+        all."""
+        whole = self.about.widths[place.index]
+        alive = np.array(whole) > 0 if self.config.moe.emptied_cut and whole else None
+        return whole[place.first : place.stop], alive
 
     def _read_layer(self, place: _Place) -> Arrays:
         problems: list[str] = []
@@ -152,9 +161,10 @@ class LayerReader(ABC):
                 problems.extend(error.problems)
                 return np.zeros(self._shape(name), np.float32)
 
-        counts = self.about.widths[place.index][place.first : place.stop]
+        counts, alive = self._counts(place)
         rules, rows = self.about.family.rules, place.pool.rows_of(counts)
-        arrays = read_arrays(rules, self.config, place.index, counts, rows, read, place.first)
+        given = (rules, self.config, place.index, counts, rows, read, place.first, alive)
+        arrays = read_arrays(*given)
         if problems:
             raise CheckpointError(self.about.folder, problems)
         return arrays

@@ -59,9 +59,10 @@ class TensorRule:
         """Whether each routed expert has one."""
         return self.layout != "identity"
 
-    def has_expert(self, count: int) -> bool:
-        """Whether an expert of `count` channels has this tensor."""
-        return {"expert_vector": True, "emptied_vector": not count}.get(self.layout, count > 0)
+    def has_expert(self, count: int, cut: bool) -> bool:
+        """Whether an expert of `count` channels has this tensor; `cut` as of `emptied_cut`."""
+        beside = {"expert_vector": not cut, "emptied_vector": True}.get(self.layout, False)
+        return beside if not count else self.layout != "emptied_vector"
 
 
 @dataclass(frozen=True)
@@ -279,9 +280,10 @@ def ruled_tensors(
     Yields:
       (name, shape on disk, rule; None outside the decoder layers).
     """
-    sizes = axis_sizes(config)
+    sizes, cut = axis_sizes(config), config.moe.emptied_cut
     yield EMBEDDING, (sizes["V"], sizes["D"]), None
     for layer, counts in enumerate(widths or uniform_widths(config)):
+        sizes["E"] = sum(map(bool, counts)) if cut else config.moe.num_experts
         for rule, name in layer_rules(family.rules, config, layer):
             if not rule.is_of_expert:
                 yield name, tuple(sizes[axis] for axis in rule.shape), rule
@@ -290,7 +292,7 @@ def ruled_tensors(
             shapes = {
                 count: tuple(count if axis == "F" else sizes[axis] for axis in rule.shape)
                 for count in set(counts)
-                if rule.has_expert(count)
+                if rule.has_expert(count, cut)
             }
             for expert, count in enumerate(counts):
                 if count in shapes:

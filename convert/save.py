@@ -43,18 +43,21 @@ def save_pretrained(
       FileExistsError: the folder exists.
       OSError: the disk is too small.
     """
-    widths, vectors = shapes_of(model)
+    widths, vectors, cut = shapes_of(model)
     constants = vectors and not base.config.moe.expert_bias  # what vectors are without biases
-    export = Export(base.about, widths, ExportFormat(form, group_size, constants))
+    written = ExportFormat(form, group_size, constants, cut_router=cut)
+    export = Export(base.about, widths, written)
     return export.write(model, folder, overwrite=overwrite)
 
 
-def shapes_of(model: LayerSource) -> tuple[Widths, bool]:
-    """(channels per layer and expert, () for dense layers; whether experts add vectors)."""
-    widths, vectors = [], False
+def shapes_of(model: LayerSource) -> tuple[Widths, bool, bool]:
+    """(channels per layer and expert, () for dense layers; whether experts add vectors; whether
+    routers know but some experts)."""
+    widths, vectors, cut = [], False, False
     for index in range(len(model)):
         mlp = model.layer(index).mlp
         counts = np.asarray(mlp.experts.count) if isinstance(mlp, MoE) else np.zeros(0, int)
         widths.append(tuple(counts.tolist()))
         vectors |= isinstance(mlp, MoE) and mlp.experts.b_down is not None
-    return tuple(widths), vectors
+        cut |= isinstance(mlp, MoE) and mlp.alive is not None
+    return tuple(widths), vectors, cut

@@ -193,7 +193,7 @@ class MoEConfig:
     or the sum of their two best. `float32_router` computes logits in float32 whatever the
     activations' dtype. `logit_bias` adds a constant per expert to the logits; `expert_bias` gives
     every expert biases of its three matrices, `emptied_bias` one of its output to each expert that
-    pruning left no channel.
+    pruning left no channel; with `emptied_cut` the router has no row for those.
     """
 
     num_experts: int
@@ -212,6 +212,7 @@ class MoEConfig:
     logit_bias: bool = False
     expert_bias: bool = False
     emptied_bias: bool = False
+    emptied_cut: bool = False
     activation: Activation = SWIGLU
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from convert.families import (
     qwen3_next,
     qwen3_vl_moe,
 )
-from convert.formats.ragged import emptied_model, has_constants, stock_config
+from convert.formats.ragged import emptied_experts, emptied_model, stock_config
 from convert.rules import RAGGED, Family
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
@@ -47,7 +47,7 @@ _STOCK = (
 
 def _ragged(family: Family) -> Family:
     def config_from_hf(hf: dict) -> ModelConfig:
-        return emptied_model(family.config_from_hf(stock_config(hf, family)), has_constants(hf))
+        return emptied_model(family.config_from_hf(stock_config(hf, family)), emptied_experts(hf))
 
     return dataclasses.replace(
         family,

@@ -6,7 +6,8 @@ This file travels inside every ragged and layered checkpoint that moe-jax writes
 whose widths the config lists.
 
 - Ragged: `config.expert_intermediate_sizes[layer][expert]`. An expert of width 0 adds nothing, or
-  the vector `constant` if `config.emptied_experts` says so, or in gpt-oss the bias of its output.
+  the vector `constant` if `config.emptied_experts` says so, or in gpt-oss the bias of its output;
+  if that says `cut`, the router has no row for it, and those that are left keep their numbers.
 - Layered: `config.moe_intermediate_size[layer]` is the width of all experts of a layer, 0 where a
   layer has none, and `config.unpruned_intermediate_size` what it was before pruning, of which the
   width of shared experts is a multiple. vLLM fuses the experts of such layers.
@@ -16,6 +17,7 @@ Routers, shared experts and all else are the stock ones.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as families call them
 FAMILIES = {  # model type: stem of the class names, names of an expert's gate, up and down
     "qwen2_moe": ("Qwen2Moe", PROJECTIONS),
     "qwen3_moe": ("Qwen3Moe", PROJECTIONS),
@@ -118,18 +121,26 @@ class RaggedExperts(nn.Module):
     expert_class: type[nn.Module] = RaggedExpert
 
     def __init__(
-        self, config: Any, widths: list[int], names: tuple[str, str, str], constants: bool
+        self,
+        config: Any,
+        widths: list[int],
+        names: tuple[str, str, str],
+        constants: bool = False,
+        cut: bool = False,
     ):
         super().__init__()
-        self.num_experts = len(widths)
-        for number, width in enumerate(widths):
-            self.add_module(str(number), self.expert_class(config, width, names, constants))
+        # The expert of each row of the router.
+        self.alive = [number for number, width in enumerate(widths) if width or not cut]
+        self.num_experts = len(self.alive)
+        for number in self.alive:
+            expert = self.expert_class(config, widths[number], names, constants)
+            self.add_module(str(number), expert)
 
     def __len__(self) -> int:
         return self.num_experts
 
     def __getitem__(self, number: int) -> RaggedExpert:
-        return getattr(self, str(int(number)))
+        return getattr(self, str(self.alive[int(number)]))
 
     forward = _loop
 
@@ -174,9 +185,22 @@ def _experts(config: Any, layer: int, block: Any, names: tuple[str, str, str]) -
     if _is_layered(config):
         width, count = config.moe_intermediate_size[layer], len(block.gate.weight)
         return LayeredExperts(RaggedExpert(config, width, names, False) for _ in range(count))
-    constants = getattr(config, "emptied_experts", "zero") == "constant"
+    emptied = getattr(config, "emptied_experts", "zero")
     kind = RaggedGptOssExperts if config.model_type == "ragged_gpt_oss" else RaggedExperts
-    return kind(config, config.expert_intermediate_sizes[layer], names, constants)
+    widths = config.expert_intermediate_sizes[layer]
+    return kind(config, widths, names, emptied == "constant", emptied == "cut")
+
+
+def _cut_block(config: Any, layer: int, block: Any) -> Any:
+    """The block of a layer, made anew where its router has rows for some experts alone."""
+    if getattr(config, "emptied_experts", "zero") != "cut":
+        return block
+    fewer = copy(config)
+    count = sum(map(bool, config.expert_intermediate_sizes[layer]))
+    for key in COUNTS:
+        if hasattr(config, key):
+            setattr(fewer, key, count)
+    return type(block)(fewer)
 
 
 def _model_class(stock: Any, config_class: type, names: tuple[str, str, str]) -> type:
@@ -186,9 +210,12 @@ def _model_class(stock: Any, config_class: type, names: tuple[str, str, str]) ->
         with _stock_width(config):
             stock.__init__(self, config)
         for number, layer in enumerate(getattr(self, "model", self).layers):
-            block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+            name = "mlp" if hasattr(layer, "mlp") else "block_sparse_moe"
+            block = getattr(layer, name)
             if hasattr(block, "experts"):
+                block = _cut_block(config, number, block)
                 block.experts = _experts(config, number, block, names)
+                setattr(layer, name, block)
 
     members = {
         "__module__": __name__,

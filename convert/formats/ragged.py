@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from convert.export_format import Widths
 from convert.rules import RAGGED, Family
@@ -16,32 +16,37 @@ MODELLING_FILE = Path(__file__).with_name("modeling_ragged_moe.py")
 PER_EXPERT, PER_LAYER = "expert_intermediate_sizes", "moe_intermediate_size"
 UNPRUNED = "unpruned_intermediate_size"
 MTP = "mtp_expert_intermediate_size"  # width of pruned experts that predict further tokens
-_EMPTIED = "emptied_experts"  # what experts without channels add
+_EMPTIED = "emptied_experts"  # what experts without channels add, or that the router lacks them
+Emptied = Literal["zero", "constant", "cut"]
 
 
-def has_constants(hf_config: dict[str, Any]) -> bool:
-    """Whether the experts without channels of a ragged folder have tensors `constant`.
+def emptied_experts(hf_config: dict[str, Any]) -> Emptied:
+    """What becomes of experts without channels in a ragged folder: they add nothing, or a tensor
+    `constant`, or the router has no rows for them.
 
     Raises:
-      InputError: config.json says something else than "zero" or "constant" of them.
+      InputError: config.json says something else.
     """
     said = hf_config.get(_EMPTIED, "zero")
-    if not isinstance(said, str) or said not in ("zero", "constant"):
-        raise InputError(f"{_EMPTIED}={said!r} must be 'zero' or 'constant'")
-    return said == "constant"
+    known = get_args(Emptied)
+    if not isinstance(said, str) or said not in known:
+        raise InputError(f"{_EMPTIED}={said!r} must be one of {', '.join(map(repr, known))}")
+    return cast(Emptied, said)
 
 
-def emptied_model(config: ModelConfig, constants: bool) -> ModelConfig:
-    """The architecture where experts without channels add constants, if no bias of theirs does."""
-    added = constants and not config.moe.expert_bias
-    return config.replace(moe=dataclasses.replace(config.moe, emptied_bias=added))
+def emptied_model(config: ModelConfig, emptied: Emptied) -> ModelConfig:
+    """The architecture where experts without channels add constants, if no bias of theirs does, or
+    have no rows of the router and no such bias."""
+    added = emptied == "constant" and not config.moe.expert_bias
+    moe = dataclasses.replace(config.moe, emptied_bias=added, emptied_cut=emptied == "cut")
+    return config.replace(moe=moe)
 
 
 def ragged_config(
     hf_config: dict[str, Any],
     family: Family,
     counts: list[list[int]],
-    constants: bool,
+    emptied: Emptied,
     mtp_width: int | None,
 ) -> dict[str, Any]:
     """config.json of a ragged folder.
@@ -50,14 +55,14 @@ def ragged_config(
       hf_config: the source's config.json, of the stock family; not changed.
       family: of the source.
       counts: channels per layer and expert, [] for dense layers.
-      constants: whether experts without channels add constants.
+      emptied: what becomes of experts without channels.
       mtp_width: that of the experts that predict further tokens, if they were pruned.
 
     Returns:
       A new dict.
     """
     config = _with_code(hf_config, family, mtp_width) | {PER_EXPERT: counts}
-    return config | ({_EMPTIED: "constant"} if constants else {})
+    return config | ({} if emptied == "zero" else {_EMPTIED: emptied})
 
 
 def layered_config(

@@ -15,11 +15,13 @@ from safetensors.numpy import load_file, save, save_file
 from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
 from moe_jax.json_files import read_json
+from pruning.budget.merged_layer import ARRAYS, MergedLayer
 from pruning.kit.fitting import fits, misfits
 
 FORMAT_VERSION = 1
 LAYER_BITS = (4, 8, 16)
 BITS = "layer_bits"  # a tensor of plan.safetensors, if the plan decides them
+CUT = "cut_router"  # another, if it is cut: experts per token, 0 for as many as in the model
 
 
 class PlannedText(TypedDict):
@@ -52,6 +54,9 @@ class Said(TypedDict, total=False):
     evaluation: list[str]
     repair: str
     choice: dict[str, Any]
+    cut_router: bool
+    top_k: int | None
+    merge: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +68,10 @@ class PruningPlan:
     experts without channels add instead, in ascending order of experts; without them it is zero,
     or the output's bias where there is one. `layer_bits` are 4, 8 or 16 for each layer of the
     model, those without experts too, where the plan decides how many its weights are stored in.
+    `merged` says how the experts of each of the L layers are merged before anything is removed, ()
+    that none are. With `cut_router` the experts without channels are gone for the router, too, and
+    their tokens go to others; `top_k` is to how many a token goes then, None for as many as in the
+    model.
     """
 
     keep: np.ndarray  # [L, E, F], bool
@@ -70,6 +79,9 @@ class PruningPlan:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: tuple[np.ndarray, ...] | None = None  # float32 [emptied, D] each
     layer_bits: tuple[int, ...] = ()
+    merged: tuple[MergedLayer, ...] = ()
+    cut_router: bool = False
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         if self.keep.ndim != 3 or self.keep.dtype != np.bool_ or 0 in self.keep.shape:
@@ -85,11 +97,29 @@ class PruningPlan:
             )
         if self.constants is not None:
             self._check_constants(self.constants)
+        if self.cut_router:
+            self._check_cut()
+        if self.merged and len(self.merged) != len(self.keep):
+            raise InputError(f"merged={len(self.merged)} layers must be all {len(self.keep)}")
+        for layer in self.merged:
+            layer.check(self.keep.shape[1:])
         wrong = {*self.layer_bits} - {*LAYER_BITS}
         if self.layer_bits and (wrong or len(self.layer_bits) <= indices[-1]):
             raise InputError(
                 f"layer_bits={self.layer_bits} must be one of {LAYER_BITS} for each layer of the "
                 "model"
+            )
+
+    def _check_cut(self) -> None:
+        if self.constants is not None:
+            raise InputError(
+                "emptied='mean' puts constants in the place of emptied experts, whose rows of the "
+                "router cut_router removes; choose one of the two"
+            )
+        if self.counts.all():
+            raise InputError(
+                "cut_router removes the router's rows of emptied experts, and the plan empties "
+                "none; plan with --width experts, or leave --cut-router away"
             )
 
     def _check_constants(self, constants: tuple[np.ndarray, ...]) -> None:
@@ -119,6 +149,18 @@ class PruningPlan:
         added[self.counts[slot] == 0] = vectors
         return added
 
+    def with_cut_router(self, top_k: int | None = None) -> "PruningPlan":
+        """The same plan, experts without channels being gone for the router, too.
+
+        Args:
+          top_k: experts per token, None for as many as in the model.
+
+        Raises:
+          InputError: the plan empties no expert, or puts constants in their place.
+        """
+        said = {**self.provenance, "cut_router": True, "top_k": top_k}
+        return dataclasses.replace(self, provenance=said, cut_router=True, top_k=top_k)
+
     def expert_coverage(self, channel: np.ndarray) -> np.ndarray:  # [L, E, F] -> [L, E]
         """Share of each expert's channel score that the plan keeps, in [0, 1]."""
         return _share(channel, self.keep, axis=(2,))
@@ -134,12 +176,19 @@ class PruningPlan:
 
     def _named(self) -> dict[str, np.ndarray]:
         parts = {"keep": self.keep, **({"constant": self.constants} if self.constants else {})}
+        for name in ARRAYS if self.merged else ():
+            parts[name] = [layer.arrays[name] for layer in self.merged]
         bits = {BITS: np.array(self.layer_bits, np.int32)} if self.layer_bits else {}
-        return bits | {
-            f"{name}.{index}": np.ascontiguousarray(value)
-            for name, values in parts.items()
-            for index, value in zip(self.layer_indices, values, strict=True)
-        }
+        cut = {CUT: np.array(self.top_k or 0, np.int32)} if self.cut_router else {}
+        return (
+            bits
+            | cut
+            | {
+                f"{name}.{index}": np.ascontiguousarray(value)
+                for name, values in parts.items()
+                for index, value in zip(self.layer_indices, values, strict=True)
+            }
+        )
 
     def is_same(self, other: "PruningPlan") -> bool:
         """Whether both keep the same, put the same in place of the rest, and say the same of it."""
@@ -220,6 +269,8 @@ class PruningPlan:
                 raise InputError(f"{', '.join(wrong)} in its provenance hold something else")
             named = load_file(tensors)
             bits = tuple(named.pop(BITS, np.zeros(0, int)).ravel().tolist())
+            merged = _merged(named, indices, CUT in named)
+            cut, top_k = CUT in named, int(named.pop(CUT, 0)) or None
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             told = str(error)[:1000]
             raise InputError(
@@ -239,10 +290,19 @@ class PruningPlan:
             )
         keep = np.stack([named[f"keep.{index}"] for index in indices])
         constants = tuple(named[f"constant.{i}"] for i in indices) if more <= set(named) else None
-        plan = cls(keep, tuple(indices), provenance, constants, bits)
+        plan = cls(keep, tuple(indices), provenance, constants, bits, merged, cut, top_k)
         if not np.array_equal(plan.counts, counts):
             raise InputError(f"{description} and {tensors} are of different plans; plan again")
         return plan
+
+
+def _merged(named: dict[str, np.ndarray], indices: list[int], cut: bool) -> tuple[MergedLayer, ...]:
+    """The merged layers of a plan's arrays, which are taken out of them."""
+    names = [f"{name}.{index}" for name in ARRAYS for index in indices]
+    if not set(names) <= named.keys():
+        return ()
+    found = [{name: named.pop(f"{name}.{index}") for name in ARRAYS} for index in indices]
+    return tuple(MergedLayer(**arrays, cut=cut) for arrays in found)
 
 
 def _share(channel: np.ndarray, keep: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:

@@ -33,6 +33,7 @@ SHELLS = ("bash", "zsh", "fish")
 # Of the planning options those that people give when they score: the others keep their defaults
 # until `plan`, which decides all of them anew.
 DECIDING = (*BUDGETS, "criterion", "attribution", "planner", "seed")
+CUT = ("cut_router", "top_k")  # of a plan that is there
 NOT_ESTIMATED = ("calibration", "calibration_field", "evaluation", "evaluation_tokens",
                  "first_tokens", "loss_on")  # fmt: skip
 
@@ -140,6 +141,7 @@ def export(command: Parser) -> None:
     """Arguments of `export`."""
     _folder(command, "folder with plan.json")
     add_group(command, ExportOptions, "export", "mtp", "repair")
+    add_group(command, PlanOptions, *CUT, title="Router")
     add_group(command, RunOptions, "overwrite", title="Output")
     _memory(command)
 
@@ -158,6 +160,7 @@ def apply(command: Parser) -> None:
     _memory(command)
     names = ("export", "bits", "group_size", "requantize", "mtp", "repair")
     add_group(command, ExportOptions, *names)
+    add_group(command, PlanOptions, *CUT, title="Router")
     add_group(command, TextOptions, "calibration", title="Text: what the plan was repaired on")
 
 

@@ -141,7 +141,7 @@ def plan(options: Options) -> Outcome:
 
 def export(options: Options) -> Outcome:
     """The exports of the plan in a folder."""
-    given = given_options(options, ExportOptions) | limit_of(options)
+    given = given_options(options, ExportOptions, PlanOptions) | limit_of(options)
     folders = exporting.export_folder(
         options.folder,
         overwrite=getattr(options, "overwrite", False),
@@ -166,6 +166,8 @@ def apply(options: Options) -> Outcome:
         mtp=recipe.mtp,
         calibration=recipe.calibration,
         repair=recipe.repair,
+        cut_router=recipe.cut_router,
+        top_k=recipe.top_k,
         allow_other_model=options.allow_other_model,
         overwrite=recipe.overwrite,
         memory_limit=recipe.memory_limit,
@@ -235,9 +237,9 @@ def compare(options: Options) -> Outcome:
     given = {
         "rates": options.rates, "rules": options.rules, "bits": options.compared_bits,
         "target_bytes": options.compared_bytes, "target_factors": options.compared_factors,
-        "repair": options.repaired, "draws": options.draws, "top_k": options.top_k,
+        "repair": options.repaired, "draws": options.draws, "top_k": options.compared_top_k,
         "skip_below": options.skip_below, "merges": options.merge,
-        "cut_router": options.cut_router,
+        "cut_router": options.compared_cut,
         "calibration_sets": parse_sets(options.calibration_sets or ()),
     }  # fmt: skip
     asked: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions) | {"output": None}

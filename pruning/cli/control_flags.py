@@ -48,7 +48,8 @@ def add_controls(place: argparse._ActionsContainer) -> None:
         "name given twice has two files; without --calibration all else is of equal parts of all",
     )  # fmt: skip
     place.add_argument(
-        "--top-k", nargs="+", action="extend", metavar="K", type=value_of(int, is_list=True),
+        "--top-k", dest="compared_top_k", nargs="+", action="extend", metavar="K",
+        type=value_of(int, is_list=True),
         help="also measure the whole model with K experts per token, fewer than it has: what a "
         "token reads and computes shrinks, the folder does not",
     )  # fmt: skip
@@ -64,7 +65,7 @@ def add_controls(place: argparse._ActionsContainer) -> None:
         "for: hc-smoe, hc-smoe-aligned, m-smoe, ream, patterns, or all",
     )  # fmt: skip
     place.add_argument(
-        "--cut-router", action="store_true",
+        "--cut-router", dest="compared_cut", action="store_true",
         help="measure rules that drop whole experts also without the dropped ones' rows of the "
         "router, NAME+cut: their tokens go to other experts, as many for each as before",
     )  # fmt: skip

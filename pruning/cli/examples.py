@@ -36,12 +36,17 @@ EXAMPLES = {
     "plans of one planner need the statistics alone and lie within each other.\n"
     "Several rates also write out/sweep.csv and out/sweep.html: the size of every export format\n"
     "against the share of the channel score that goes. `eval` with them measures the loss.",
-    "export": "moe-compress export out --export ragged-int4 padded-bf16",
+    "export": "moe-compress export out --export ragged-int4 padded-bf16\n"
+    "  moe-compress export out --cut-router --export ragged-int4\n\n"
+    "--cut-router takes experts that the plan empties out of the router, too: their tokens go to\n"
+    "others, which is another model than the one measured before. plan.json says so afterwards.",
     "apply": "moe-compress apply plans/0.25 ./Qwen3-30B-A3B --export ragged-int4 --output out\n\n"
     "A plan is two small files, plan.json and plan.safetensors, so that one machine can choose\n"
     "the channels and another one, which has the weights, can cut them. Nothing is scored: 4-bit\n"
     "weights are rounded to nearest. Sizes and free space are checked first, every export is read\n"
-    "back and verified; `verify out` and `eval out/exports/ragged-int4` take the result.",
+    "back and verified; `verify out` and `eval out/exports/ragged-int4` take the result.\n"
+    "Plans with bits of each layer (compare --bits auto) and of merged experts (compare --merge)\n"
+    "are written in the same way.",
     "verify": "moe-compress verify out",
     "recover": "moe-compress recover out --text train.jsonl --tokens 10M --output recovered\n"
     "  moe-compress recover out --text train.jsonl --quantize-aware \\\n"
@@ -103,7 +108,8 @@ EXAMPLES = {
     "and the page sets all rows against the weights that a token reads: narrower experts save\n"
     "memory and some reading, fewer of them reading alone.\n\n"
     "--merge all adds the baselines that merge experts and drop none: hc-smoe, hc-smoe-aligned,\n"
-    "m-smoe and ream, at the prune rates of the rules; --cut-router adds NAME+cut for each rule\n"
+    "m-smoe and ream, at the prune rates of the rules, as plans under merged/ that apply writes;\n"
+    "--cut-router adds NAME+cut for each rule\n"
     "that drops whole experts: tokens go to others instead, as publications have it.\n\n"
     "--calibration-sets web=web.txt,code=code.jsonl,maths=maths.jsonl scores each text alone and\n"
     "measures what it keeps on all of them: what a model loses that is pruned for other work.\n\n"

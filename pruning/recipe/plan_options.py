@@ -170,6 +170,18 @@ class PlanOptions(Options):
             "text, which needs --expert-details and a ragged export"
         ),
     ] = "zero"
+    cut_router: Annotated[
+        bool,
+        About(
+            "emptied experts are gone for the router, too: their tokens go to other experts, as "
+            "many for each as before; padded formats, which stock classes load, need as many left "
+            "in every layer (--width experts --per-layer), ragged ones do not"
+        ),
+    ] = False
+    top_k: Annotated[
+        int | None,
+        About("with --cut-router, experts per token, fewer than the model has", least=1),
+    ] = None
     seed: Annotated[int, About("seed of whatever is random", least=0)] = 0
 
     def check(self) -> None:
@@ -197,6 +209,16 @@ class PlanOptions(Options):
             raise InputError(
                 f"width={self.width!r} removes whole experts, keep_experts forbids it; leave out "
                 "one of the two"
+            )
+        if self.top_k is not None and not self.cut_router:
+            raise InputError(
+                f"top_k={self.top_k} needs cut_router, after which fewer experts may be left than "
+                "a token goes to; add --cut-router, or leave --top-k away"
+            )
+        if self.cut_router and self.emptied != "zero":
+            raise InputError(
+                f"emptied={self.emptied!r} puts constants in the place of emptied experts, whose "
+                "rows of the router cut_router removes; choose one of the two"
             )
         _ = self.layer_rates
 

@@ -59,6 +59,11 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 f"weights_only reads no calibration text, which {', '.join(asked)} needs; leave "
                 "out one or the other"
             )
+        if self.cut_router and self.repair not in (None, "none"):
+            raise InputError(
+                f"repair={self.repair!r} reckons with each token's experts as they were, which "
+                "cut_router changes; leave out one or the other"
+            )
         if self.weights_only and self.repair not in (None, "none"):
             raise InputError(
                 f"weights_only reads no calibration text, which repair={self.repair!r} needs; "
@@ -98,9 +103,11 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
                 f"block={block} must be a multiple of grid={self.grid}, in which channels stay or "
                 f"go; choose --block {self.grid}, or --grid 1"
             )
-        # Weights that the model stores in few bits would be rounded a second time.
-        kept = bool(copied) or FLOAT4 in exports
+        # Weights that the model stores in few bits would be rounded a second time, and behind a
+        # cut router tokens meet other experts.
+        kept = bool(copied) or FLOAT4 in exports or self.cut_router
         repair = self.repair or ("none" if kept or self.weights_only else "layer")
+        width = "experts" if self.cut_router else width_policy(exports)
         given = {name: getattr(self, name) for name in fields_of(CompressionRecipe)}
         rule = self._rule()
         filled = {
@@ -112,7 +119,7 @@ class CompressionRecipe(ExportOptions, PlanOptions, ScoreOptions, TextOptions, R
             "block": block,
             "minimum": self.minimum or block,
             "prune_rate": self.prune_rate if self.has_budget else 0.25,
-            "width": self.width or width_policy(exports),
+            "width": self.width or width,
             "repair": repair,
             "window": window_within(self.window, max_position),
             "evaluation_tokens": self.evaluation_tokens or EVALUATION_TOKENS,

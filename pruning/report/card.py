@@ -55,6 +55,9 @@ class PlanFacts:
       fewest, most: channels that an expert keeps.
       experts, emptied: how many there are, and how many of them keep no channel.
       has_constants: whether those add a constant.
+      cut_router: whether the router knows them no more.
+      top_k: experts per token then, None for as many as in the base.
+      merged: whether weights of experts were averaged in groups.
     """
 
     hash: str
@@ -66,6 +69,9 @@ class PlanFacts:
     experts: int
     emptied: int
     has_constants: bool
+    cut_router: bool = False
+    top_k: int | None = None
+    merged: bool = False
 
     @property
     def removed(self) -> float:
@@ -244,6 +250,8 @@ def _made(facts: CardFacts) -> list[list[str]]:
         planner = said.get("planner") or f"none (width {said.get('width')})"
         rule = f"criterion {said['criterion']}, attribution {said.get('attribution')}"
         rows.append(["rule", f"{rule}, planner {planner}"])
+    if said.get("merge"):
+        rows.append(["experts merged by", f"`{said['merge']}` of `moe-compress compare --merge`"])
     if said.get("width"):
         rows.append(["width policy", str(said["width"])])
     if facts.plan.is_nested:

@@ -94,7 +94,8 @@ def _clients(found: dict[str, Any]) -> TextTable:
 def _rules(found: dict[str, Any]) -> TextTable:
     rows = [[f"({number})", rule] for rule, number in _numbers(found).items()]
     note = (
-        "No export takes experts out of the router, an emptied one adds zero: expert counts, "
+        "Without --cut-router no export takes experts out of the router, an emptied one adds zero: "
+        "expert counts, "
         "groups of experts (n_group) and router biases stay as the programs know them. 4-bit "
         "integers are symmetric, since transformers loads no asymmetric experts."
     )

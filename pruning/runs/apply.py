@@ -52,6 +52,8 @@ def apply_plan(
     mtp: Literal["drop", "keep", "prune"] = "drop",
     calibration: Sequence[str] = (),
     repair: Literal["none", "expert", "layer"] | None = None,
+    cut_router: bool = False,
+    top_k: int | None = None,
     allow_other_model: bool = False,
     overwrite: bool = False,
     memory_limit: int | str | None = None,
@@ -74,6 +76,7 @@ def apply_plan(
       requantize, mtp: as in a recipe.
       calibration: text files to repair on, as in a recipe; without any, nothing is repaired.
       repair: how, as in a recipe; default as the plan says.
+      cut_router, top_k: as in a recipe, of a plan that empties experts; default as the plan says.
       allow_other_model: apply it to another model of the same shape, such as the base of the one
         that it was made for; the exports' cards say so.
       overwrite, memory_limit: as in a recipe.
@@ -91,7 +94,7 @@ def apply_plan(
     given = {"model": pinned(model), "output": os.fspath(output), "export": tuple(export)}
     given |= {"bits": bits, "mtp": mtp, "overwrite": overwrite, "requantize": requantize}
     optional = {"group_size": group_size, "calibration": tuple(calibration), "repair": repair}
-    optional |= {"memory_limit": memory_limit}
+    optional |= {"memory_limit": memory_limit, "cut_router": cut_router, "top_k": top_k}
     given |= {name: value for name, value in optional.items() if value}
     with only_writer(output):
         return _apply(Path(plan), model, given, allow_other_model, steps or Steps())
@@ -102,6 +105,8 @@ def _apply(
 ) -> list[Check]:
     with steps.bar("open"):
         found = PruningPlan.load(source)
+        if given.get("cut_router"):
+            found = found.with_cut_router(given.get("top_k"))
         # 16-bit weights, as in every other stage: the exports store these.
         base = open_checkpoint(model_folder(model), dtype=jnp.bfloat16)
         _require_shape(found, base)
@@ -211,7 +216,8 @@ def _recipe(
     told |= {"quantizer": "rtn", "block": None, "minimum": None, "repair": "none"}
     if given.get("calibration"):
         told |= {n: v for n, v in (said.get("scoring") or {}).items() if n in READING}
-        told |= {"repair": said["repair"] if said.get("repair") in ("expert", "layer") else None}
+        repairs = said.get("repair") in ("expert", "layer") and not plan.cut_router
+        told |= {"repair": said["repair"] if repairs else None}
     elif given.get("repair") in ("expert", "layer"):
         raise InputError(
             f"repair={given['repair']!r} needs text; give that of the plan with --calibration"

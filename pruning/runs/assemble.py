@@ -32,6 +32,7 @@ from pruning.stages.sizes import (
     export_of,
     folder_bytes,
     form_of,
+    shares_among_kept,
     token_shares,
 )
 from pruning.text.held_out import seen_shares
@@ -200,6 +201,8 @@ def _sizes(found: Outcome) -> dict[str, Any]:
     """What was written and what is left."""
     job, statistics, plan, exports = found.job, found.statistics, found.plan, {}
     shares = token_shares(job.base.about, statistics)
+    if plan.cut_router:
+        shares = shares_among_kept(plan, plan.top_k or job.base.config.moe.experts_per_token)
     for name, size in found.sizes.items():
         written = folder_bytes(job.output / "exports" / name)
         bits = written * 8 / size["parameters"]

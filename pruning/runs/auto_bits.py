@@ -39,6 +39,11 @@ PLANS = "auto"  # folder of a comparison's plans, which `apply` takes
 def require_auto(job: Job) -> None:
     """Raise InputError if the text or the model of a run leaves no bits of layers to be chosen."""
     recipe, base = job.recipe, job.base.about
+    if recipe.cut_router or recipe.top_k is not None:
+        raise InputError(
+            "bits='auto' keep the router as it is; leave --cut-router and --top-k out, or choose "
+            "one number of --bits"
+        )
     require_kept_out(job)
     if export_of(base, whole_plan(job), foreseen_form(recipe, MIXED, base)).native is not None:
         raise InputError(

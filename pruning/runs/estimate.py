@@ -42,6 +42,7 @@ from pruning.stages.sizes import (
     export_of,
     foreseen_form,
     form_of,
+    keeps_even_experts,
 )
 
 PROBED_BYTES = 6  # of each weight of the layer that is timed, with what is made of it
@@ -173,9 +174,12 @@ def _estimate(
 
 
 def _holds(base: Description, recipe: ResolvedRecipe, name: str) -> bool:
-    """Whether a format has a place for constants, and for layers that are kept as they are."""
+    """Whether a format has a place for constants, for layers that are kept as they are, and for as
+    many experts as are left of each layer."""
     form, moe = form_of(recipe, name), base.config.moe
     if form.constants and not form.holds_constants(moe.expert_bias):
+        return False
+    if form.renumbers and not keeps_even_experts(recipe):
         return False
     if form.mtp != "keep" or not form.is_padded:
         return True

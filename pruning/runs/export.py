@@ -18,6 +18,7 @@ from pruning.recipe.recipe import CompressionRecipe
 from pruning.runs.cap import capped
 from pruning.runs.held import export_bytes
 from pruning.runs.memory import Foretold
+from pruning.runs.report import report
 from pruning.stages import folder as output_folder
 from pruning.stages import gptq as gptq_stage
 from pruning.stages import preflight
@@ -47,7 +48,8 @@ def export_folder(
       overwrite: replace exports that are there.
       steps: where progress goes; default stderr.
       options: `export`, `mtp` and `repair` of `ExportOptions`, and `memory_limit`, on top of the
-        stored recipe; without `repair`, weights are repaired if they were for this plan.
+        stored recipe; without `repair`, weights are repaired if they were for this plan. With
+        `cut_router`, and `top_k`, the plan is changed so, and stored.
 
     Returns:
       The folders, in the order of the recipe.
@@ -64,9 +66,13 @@ def export_folder(
 def _export_folder(
     folder: Path, overwrite: bool, steps: Steps, options: dict[str, Any]
 ) -> list[Path]:
+    plan = PruningPlan.load(folder)
+    if options.get("cut_router"):
+        plan = plan.with_cut_router(options.get("top_k"))
+        options = {"repair": "none", **options}
     recipe = stored_recipe(folder, **options)
     output_folder.clear_leftovers(folder)
-    plan, base = PruningPlan.load(folder), stored_base(recipe, steps)
+    base = stored_base(recipe, steps)
     exports, begun = folder / "exports", folder / BEGUN
     asked = {"plan": plan.content_hash, "export": list(recipe.export), "mtp": recipe.mtp}
     asked |= {"repair": options.get("repair")}
@@ -89,6 +95,7 @@ def _takes(
     """What the stages take, by the allowance; arguments as of `_changed`."""
     if codes_folder(recipe) is None and mode in (None, "none"):
         by_group = mode == "none" or stored_repair(recipe, plan) is None
+        by_group &= not plan.merged
         forms = (form_of(recipe, name, plan) for name in recipe.export)
         by_group &= all(export_of(base.about, plan, form).by_group for form in forms)
         return lambda found: {"export": export_bytes(base.about, found, by_group)}
@@ -114,6 +121,7 @@ def _write(
     exports = Path(recipe.output) / "exports"
     preflight.check_exports(base, plan, recipe, exports, steps, overwrite=overwrite)
     begun.unlink(missing_ok=True)
+    _store(plan, Path(recipe.output), steps)
     if not overwrite:
         exports.mkdir(exist_ok=True)
         replace_text(begun, json.dumps(asked) + "\n")
@@ -124,6 +132,16 @@ def _write(
     finally:
         if not any(path.exists() for path in wanted):  # there is nothing to go on from
             begun.unlink(missing_ok=True)
+
+
+def _store(plan: PruningPlan, folder: Path, steps: Steps) -> None:
+    """Make a plan that of the folder, if it is another; a report that is there says of which."""
+    if PruningPlan.load(folder).content_hash == plan.content_hash:
+        return
+    plan.save(folder)
+    steps.say(f"{folder}/plan.json removes the router's rows of emptied experts from now on")
+    if (folder / "report.json").is_file():
+        report(folder, steps)
 
 
 def _changed(

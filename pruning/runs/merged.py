@@ -20,6 +20,7 @@ from pruning.shrink.merge_model import merged_hidden, plan_merges
 from pruning.stages.job import Job
 from pruning.text.windows import Windows
 
+PLANS = "merged"  # folder of the plans, which `apply` takes
 SAMPLE = 1 << 15  # tokens of the calibration text, about, by which experts are compared
 
 
@@ -103,6 +104,7 @@ def run_merges(
     planned, refused = mergings(*given, lambda layer: on_layer((layer - 1) // 2))
     if not planned:
         return [], refused
+    _save(job, statistics, planned)
     text, met = joined(texts), np.zeros(len(planned))
     hidden = merged_hidden(
         job.base, *text, list(planned.values()), storages=[STORAGES[task.bits] for task in planned],
@@ -116,3 +118,13 @@ def run_merges(
         shares = leads * (count / text[1].sum() / leads.sum())
         results.append(task_result(task, plan, job, states, texts, references, shares))
     return results, refused
+
+
+def _save(job: Job, statistics: ChannelStatistics, planned: Mapping[Task, Merging]) -> None:
+    """Keep how experts are merged as plans for `apply`, one for all bits of a rule at a rate."""
+    for task, merging in planned.items():
+        notes = {
+            "merge": task.rule, "prune_rate": task.rate, "planner": None, "repair": "none",
+            "model_hash": job.base.fingerprint, "tokens": int(statistics.total_tokens),
+        }  # fmt: skip
+        merging.written(notes).save(job.output / PLANS / f"{task.rule}-{task.rate}")

@@ -25,7 +25,7 @@ from pruning.runs.merged import run_merges
 from pruning.shrink.masked import masked_hidden
 from pruning.stages.bit_curves import storages
 from pruning.stages.job import Job
-from pruning.stages.sizes import token_shares
+from pruning.stages.sizes import shares_among_kept, token_shares
 from pruning.text.windows import Windows
 
 STATE_BYTES = 1 << 30  # hidden states of a group of plans on the host
@@ -136,7 +136,7 @@ def _run_group(
         ]
         per_token = job.base.config.moe.experts_per_token
         shares = [
-            _among_kept(plan, per_token) if task.cut else own
+            shares_among_kept(plan, per_token) if task.cut else own
             for (task, plan), own in zip(planned, shares, strict=True)
         ]
     results = [
@@ -144,10 +144,3 @@ def _run_group(
         for (task, plan), states, own in zip(planned, hidden, shares, strict=True)
     ]
     return with_overlap(results, planned, job, whole, budgets), refused
-
-
-def _among_kept(plan: PruningPlan, experts_per_token: int) -> np.ndarray:  # [L, E]
-    """Share of tokens at each expert when all go to as many as before, of those that are left;
-    which of them they are is not known before, and does not matter where they are of one width."""
-    left = plan.counts > 0
-    return left * (experts_per_token / left.sum(axis=1, keepdims=True))

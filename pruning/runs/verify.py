@@ -54,7 +54,9 @@ def verify(
 
     forms = (form_of(recipe, path.name, plan) for path in folders)
     by_group = all(export_of(base.about, plan, form).by_group for form in forms)
-    by_group &= codes_folder(recipe) is None and not any(map(is_repaired, folders))
+    by_group &= (
+        not plan.merged and codes_folder(recipe) is None and not any(map(is_repaired, folders))
+    )
 
     def takes(found: Allowance) -> dict[str, int]:
         return {"verify": verify_bytes(base.about, found, by_group)}

@@ -132,9 +132,9 @@ def masked_hidden(
       storages: how the weights under each plan are stored, "bf16" or as of `rounded_layer`, or so
         for each layer of the model; () for all in 16 bits. A layer is rounded once however many
         plans there are, but for the down-projections of its experts.
-      fewer: to which of their experts tokens go under each plan; () for all to all.
+      fewer: to which of their experts tokens go under each plan; () for those that the plan says.
       cut: whether tokens are routed among the experts alone that keep something, see `cut_router`;
-        () for no plan.
+        () for what each plan says.
       routed: float64 [V], to which is added, where there is a `Fewer`, how often tokens of the text
         go to an expert in all layers of the plan.
       group_size: weights per scale of integers.
@@ -230,9 +230,8 @@ def _ways(
     stored = [
         [how] * layers if isinstance(how, str) else how for how in storages or [PLAIN] * len(plans)
     ]
-    each = zip(
-        plans, stored, fewer or [None] * len(plans), cut or [False] * len(plans), strict=True
-    )
+    own = [None if plan.top_k is None else Fewer(plan.top_k) for plan in plans]
+    each = zip(plans, stored, fewer or own, cut or [plan.cut_router for plan in plans], strict=True)
     return [_Way(*one) for one in each]
 
 

@@ -5,7 +5,9 @@ experts as before, some of them copies: the same function as fewer experts that 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,32 +19,11 @@ from moe_jax.experts.pool import Experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
+from pruning.budget.merged_layer import MergedLayer
 from pruning.budget.merging import Align, MergeRule, shares
 from pruning.budget.plan import PruningPlan
 from pruning.scores.likeness import Likeness
 from pruning.shrink.prune import cut_router
-
-
-@dataclass(frozen=True, eq=False)
-class MergedLayer:
-    """How the experts of one layer are merged.
-
-    Attributes:
-      leaders: int [E], the expert whose channels' order its group has; leaders lead themselves.
-      share: float64 [E], how much of the merged expert is of each; one in all over a group.
-      order: int [E, F], which of an expert's channels stands beside each of its leader's.
-      cut: whether tokens are routed among leaders alone.
-    """
-
-    leaders: np.ndarray
-    share: np.ndarray
-    order: np.ndarray
-    cut: bool
-
-    @property
-    def is_leader(self) -> np.ndarray:  # bool [E]
-        """Which experts lead a group."""
-        return self.leaders == np.arange(len(self.leaders))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +39,15 @@ class Merging:
             np.broadcast_to(one.is_leader[:, None], one.order.shape) for one in self.layers.values()
         ]
         return PruningPlan(np.stack(keep), tuple(self.layers))
+
+    def written(self, provenance: Mapping[str, Any]) -> PruningPlan:
+        """The plan of a folder that programs load: where the router is cut, leaders whole and no
+        others, else every expert, those of a group all with the merged weights."""
+        cut = all(one.cut for one in self.layers.values())
+        keep = self.plan.keep if cut else np.ones_like(self.plan.keep)
+        merged = tuple(self.layers.values())
+        said = {**provenance, "cut_router": True} if cut else provenance
+        return PruningPlan(keep, tuple(self.layers), said, merged=merged, cut_router=cut)
 
 
 def merge_of(

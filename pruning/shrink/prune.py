@@ -95,17 +95,23 @@ def output_bias(
     return jnp.where(keep.any(axis=1, keepdims=True), own, jnp.asarray(constants).astype(dtype))
 
 
-def cut_router(layer: DecoderLayer, alive: np.ndarray) -> DecoderLayer:
+def cut_router(layer: DecoderLayer, alive: np.ndarray, top_k: int | None = None) -> DecoderLayer:
     """A layer that routes tokens among some experts alone, as if the others' rows of the router,
     and of its biases, were gone.
 
     Args:
       layer: with experts.
       alive: bool [E], at least as many as a token goes to.
+      top_k: experts per token, None for as many as before.
     """
-    assert isinstance(layer.mlp, MoE)
-    mlp = dataclasses.replace(layer.mlp, alive=jnp.asarray(alive))
-    return dataclasses.replace(layer, mlp=mlp)
+    moe = layer.mlp
+    assert isinstance(moe, MoE)
+    config = dataclasses.replace(
+        moe.config, experts_per_token=top_k or moe.config.experts_per_token
+    )
+    return dataclasses.replace(
+        layer, mlp=dataclasses.replace(moe, alive=jnp.asarray(alive), config=config)
+    )
 
 
 def without_rows(source: LayerSource, plan: PruningPlan) -> LayerSource:
@@ -163,4 +169,5 @@ def pruned_layer(
     added = plan.added(slot)
     constants = None if added is None else added[own]
     keep = plan.keep[slot, own]
-    return prune_layer(layer, keep, width=width, rows=rows, block=step, constants=constants)
+    pruned = prune_layer(layer, keep, width=width, rows=rows, block=step, constants=constants)
+    return cut_router(pruned, counts[slot] > 0, plan.top_k) if plan.cut_router else pruned

@@ -195,6 +195,9 @@ def _plan_facts(plan: PruningPlan) -> PlanFacts:
         experts=int(counts.size),
         emptied=int((counts == 0).sum()),
         has_constants=plan.constants is not None,
+        cut_router=plan.cut_router,
+        top_k=plan.top_k,
+        merged=bool(plan.merged),
     )
 
 

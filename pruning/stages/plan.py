@@ -5,6 +5,7 @@ from pathlib import Path
 
 from convert.description import Description
 from convert.export import Export
+from moe_jax.errors import InputError
 from pruning.budget.decide import plan_pruning
 from pruning.budget.plan import PruningPlan
 from pruning.budget.several_budgets import nested_plans, plan_for_target
@@ -40,17 +41,17 @@ def plan(
         plan_pruning,
         statistics,
         part_of(recipe, PlanOptions),
-        experts_per_token=base.config.moe.experts_per_token,
+        experts_per_token=routed_experts(recipe, base),
         layer_indices=base.config.moe_layers,
         notes=notes,
     )
     if recipe.prune_rate is not None:
-        return made()
+        return _cut(made(), recipe)
     fewest, most, step = budget_range(recipe, base)
     unit = "bytes" if recipe.target_bytes is not None else "parameters"
     target = recipe.target_bytes or recipe.target_parameters
     assert target is not None
-    return plan_for_target(
+    found = plan_for_target(
         lambda channels: made(channels=channels),
         _bytes(recipe, base) if unit == "bytes" else _parameters(base),
         target,
@@ -59,6 +60,31 @@ def plan(
         step=step,
         unit=unit,
     )
+    return _cut(found, recipe)
+
+
+def routed_experts(recipe: ResolvedRecipe, base: Description) -> int:
+    """To how many experts a token goes under the plans of a recipe.
+
+    Raises:
+      InputError: more than in the model, or a router is to be cut of experts that stay.
+    """
+    most = base.config.moe.experts_per_token
+    if recipe.top_k is not None and recipe.top_k > most:
+        raise InputError(
+            f"top_k={recipe.top_k} must lie in [1, {most}], to how many experts a token of this "
+            "model goes"
+        )
+    if recipe.cut_router and recipe.width not in ("experts", "combined"):
+        raise InputError(
+            f"cut_router removes the router's rows of emptied experts, and width={recipe.width!r} "
+            "does not remove whole experts; choose --width experts or combined"
+        )
+    return recipe.top_k or most
+
+
+def _cut(plan: PruningPlan, recipe: ResolvedRecipe) -> PruningPlan:
+    return plan.with_cut_router(recipe.top_k) if recipe.cut_router else plan
 
 
 def plans_of_rates(
@@ -69,14 +95,15 @@ def plans_of_rates(
     base: Description,
 ) -> list[PruningPlan]:
     """One plan per prune rate, each within the next larger one; the recipe's own rate is unused."""
-    return nested_plans(
+    plans = nested_plans(
         statistics,
         rates,
         part_of(recipe, PlanOptions),
-        experts_per_token=base.config.moe.experts_per_token,
+        experts_per_token=routed_experts(recipe, base),
         layer_indices=base.config.moe_layers,
         notes=recorded_notes(recipe, statistics, provenance),
     )
+    return [_cut(plan, recipe) for plan in plans]
 
 
 def recorded_notes(recipe: ResolvedRecipe, statistics: ChannelStatistics, provenance: dict) -> dict:
@@ -117,10 +144,11 @@ def budget_range(recipe: ResolvedRecipe, base: Description) -> tuple[int, int, i
     moe, layers = base.config.moe, base.config.moe_layers
     least = -(-recipe.minimum // recipe.block) * recipe.block
     size = moe.num_experts * moe.d_expert
-    steps = {"experts": moe.d_expert, "layer": moe.num_experts * recipe.block}
+    even = len(layers) if recipe.cut_router and recipe.per_layer else 1
+    steps = {"experts": even * moe.d_expert, "layer": moe.num_experts * recipe.block}
     steps["uniform"] = len(layers) * moe.num_experts * recipe.block
     step = steps.get(recipe.width, recipe.block)
-    narrow, opened = least, moe.experts_per_token
+    narrow, opened = least, routed_experts(recipe, base)
     if recipe.width in ("uniform", "layer") or recipe.keep_experts:
         opened = moe.num_experts
     elif recipe.width == "experts":

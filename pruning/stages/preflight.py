@@ -34,6 +34,7 @@ from pruning.stages.sizes import (
     foreseen_form,
     form_of,
     gptq_bytes,
+    keeps_even_experts,
     mean_width,
     most_bytes,
     pads,
@@ -71,7 +72,8 @@ def prepare(job: Job, steps: Steps, *, exports: bool = True, last: str = "report
             form = foreseen_form(job.recipe, name, base)
             Export(base, base.widths, form).check()
             _require_known_width(job.recipe, form)
-            export_of(base, plan, form).check_mtp()
+            _require_even_cut(job.recipe, form)
+            (Export.check if form.cut_router else Export.check_mtp)(export_of(base, plan, form))
         _say_padding(base, job.recipe, steps)
         say_mtp(base, job.recipe, steps)
     check_disk(job, resumed=resumed, exports=exports)
@@ -95,6 +97,14 @@ def _require_known_width(recipe: ResolvedRecipe, form: ExportFormat) -> None:
             f"mtp='keep' asks {form.name} to stay as wide as the model, which with --width "
             f"{recipe.width} only the plan can tell; choose mtp='prune' or 'drop', or a ragged "
             "format"
+        )
+
+
+def _require_even_cut(recipe: ResolvedRecipe, form: ExportFormat) -> None:
+    if form.renumbers and not keeps_even_experts(recipe):
+        raise InputError(
+            f"{form.name} has one number of experts for all layers, and cut_router leaves as many "
+            "of each with --width experts --per-layer; add these, or choose a ragged format"
         )
 
 
@@ -233,7 +243,7 @@ def _say_padding(base: Description, recipe: ResolvedRecipe, steps: Steps) -> Non
     unpruned = ", as without pruning" if widest == base.config.moe.d_expert else ""
     for name in recipe.export:
         form = form_of(recipe, name)
-        if not pads(recipe, form):
+        if form.cut_router or not pads(recipe, form):
             continue
         mean, most = (amount(equal_export(base, form, w).nbytes) for w in (width, widest))
         of, one, cure = ("the widest", "one expert", "uniform")

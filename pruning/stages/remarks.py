@@ -72,10 +72,15 @@ def say_source(source: Mapping[str, Any], steps: Steps) -> None:
 
 def say_nothing_saved(plan: PruningPlan, recipe: CompressionRecipe, steps: Steps) -> None:
     """Say which exports of a plan are as large as without pruning, and what makes them smaller."""
+    if plan.merged and plan.keep.all():
+        steps.say(
+            "the router stays, so every expert of a group is written with the merged weights: no "
+            "export is smaller than without merging, but all programs load it"
+        )
     widest = plan.counts.max(axis=1)  # [L]
     for form in map(ExportFormat, recipe.export):
         stored = widest.min() if form.is_layered else widest.max()
-        if form.is_ragged or plan.keep.all() or stored < plan.keep.shape[2]:
+        if form.is_ragged or plan.keep.all() or plan.cut_router or stored < plan.keep.shape[2]:
             continue
         of, cure = ("every layer", "layer") if form.is_layered else ("the model", "uniform")
         steps.say(

@@ -12,6 +12,7 @@ from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.report.phrases import repair_words
 from pruning.shrink.gptq_model import progress_bytes
+from pruning.shrink.merge import MergedSource, Merging
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import (
     LEAST_WINDOWS,
@@ -54,6 +55,11 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
         )
     if folder is None or plan.keep.all():
         return None
+    if plan.cut_router:
+        raise InputError(
+            f"repair={recipe.repair!r} reckons with each token's experts as they were, and the "
+            "plan has another router; leave --repair away"
+        )
     if (windows := len(job.calibration.tokens)) < LEAST_WINDOWS:
         steps.say(
             f"not repaired: that takes {LEAST_WINDOWS} windows of calibration text, there are "
@@ -109,8 +115,10 @@ def stored_repair(recipe: CompressionRecipe, plan: PruningPlan) -> Path | None:
 
 
 def repaired_source(base: LayerSource, plan: PruningPlan, repair: Path | None) -> LayerSource:
-    """The pruned model, repaired if there is a folder of `repair`, before any rounding."""
-    pruned = PrunedSource(base, plan)
+    """The pruned model, its experts merged before if the plan says so, and repaired if there is a
+    folder of `repair`, before any rounding."""
+    merging = Merging(dict(zip(plan.layer_indices, plan.merged, strict=bool(plan.merged))))
+    pruned = PrunedSource(MergedSource(base, merging) if plan.merged else base, plan)
     return pruned if repair is None else with_repair(pruned, repair)
 
 

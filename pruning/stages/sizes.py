@@ -38,7 +38,12 @@ def form_of(recipe: CompressionRecipe, name: str, plan: PruningPlan | None = Non
     constants = recipe.emptied == "mean" if plan is None else plan.constants is not None
     group = recipe.group_size or 32
     bits = plan.layer_bits if name == MIXED and plan is not None else ()
-    return ExportFormat(name, group, constants, recipe.mtp, recipe.requantize, bits)
+    routed = recipe if plan is None else plan
+    # What is merged has no codes of the model's.
+    rounds = recipe.requantize or (plan is not None and bool(plan.merged))
+    return ExportFormat(
+        name, group, constants, recipe.mtp, rounds, routed.cut_router, routed.top_k, bits
+    )
 
 
 def foreseen_form(recipe: CompressionRecipe, name: str, base: Description) -> ExportFormat:
@@ -125,6 +130,14 @@ def token_shares(base: Description, statistics: ChannelStatistics) -> np.ndarray
     return statistics.tokens / total if total else even
 
 
+def shares_among_kept(plan: PruningPlan, experts_per_token: int) -> np.ndarray:  # [L, E]
+    """Share of tokens at each expert when all go to so many of those that are left, the others
+    being gone for the router; which of them they are is not known before, and does not matter where
+    they are of one width."""
+    left = plan.counts > 0
+    return left * (experts_per_token / left.sum(axis=1, keepdims=True))
+
+
 def active_parameters(base: Description, counts: np.ndarray, shares: np.ndarray) -> int:
     """Weights that a token meets on average.
 
@@ -165,6 +178,8 @@ def active_bytes(export: Export, shares: np.ndarray) -> int:
         elif name != EMBEDDING or export.base.config.tie_embeddings:
             others += size
     widths = np.array([row for row in form.stored_widths(export.widths) if row])  # [L, E]
+    if form.cut_router:
+        widths *= np.array([row for row in export.widths if row]) > 0
     return others + round(float((shares * widths).sum()) * experts / max(int(widths.sum()), 1))
 
 
@@ -234,6 +249,11 @@ def pads(recipe: ResolvedRecipe, form: ExportFormat) -> bool:
     return recipe.width not in (("uniform", "layer") if form.is_layered else ("uniform",))
 
 
+def keeps_even_experts(recipe: ResolvedRecipe) -> bool:
+    """Whether plans of a recipe keep whole experts, as many in every layer if that divides."""
+    return recipe.width == "experts" and recipe.per_layer
+
+
 def byte_range(
     base: Description, recipe: ResolvedRecipe, name: str, channels: int
 ) -> tuple[int, int]:
@@ -241,7 +261,8 @@ def byte_range(
 
     The tensors of a ragged folder take the same space wherever the channels are, but an emptied
     expert has no tensors and so no header entries: what varies is in how many experts they sit.
-    In a padded folder it is how wide the widest expert is, in a layered one that of each layer.
+    In a padded folder it is how wide the widest expert is, in a layered one that of each layer;
+    where experts are numbered anew, all of them are whole.
 
     Args:
       base: the dense model.
@@ -251,6 +272,11 @@ def byte_range(
     """
     form, c, block = form_of(recipe, name), base.config, recipe.block
     layers, experts, widest = len(c.moe_layers), c.moe.num_experts, c.moe.d_expert
+    if form.renumbers:
+        left = np.arange(experts) < -(-channels // (layers * widest))
+        counts = np.tile(widest * left, (layers, 1))
+        exactly = Export(base, expert_widths(counts, c.moe_layers, base), form).nbytes
+        return exactly, exactly
     if form.is_layered:
         # The sum of the layers' widths: least if all experts of a layer keep as many channels.
         least = max(-(-channels // (experts * block)), layers) * block

@@ -145,16 +145,18 @@ def with_code(**changes):
 
 def test_folders_of_several_widths_say_so_and_can_be_told_what_they_were():
     family = find_family("qwen2_moe")
-    found = ragged.ragged_config(STOCK, family, COUNTS, False, None)
+    found = ragged.ragged_config(STOCK, family, COUNTS, "zero", None)
     assert found == with_code(expert_intermediate_sizes=COUNTS)
     assert ragged.stock_config(found, family) == STOCK | {
         "model_type": "ragged_qwen2_moe", "architectures": ["RaggedQwen2MoeForCausalLM"],
     }  # fmt: skip
     assert ragged.widths_from_hf(found, CONFIG) == ((5, 7), (), (0, 96))
-    assert not ragged.has_constants(found)
-    more = ragged.ragged_config(STOCK, family, COUNTS, True, 32)
+    assert ragged.emptied_experts(found) == "zero"
+    more = ragged.ragged_config(STOCK, family, COUNTS, "constant", 32)
     assert more == found | {"emptied_experts": "constant", "mtp_expert_intermediate_size": 32}
-    assert ragged.has_constants(more)
+    assert ragged.emptied_experts(more) == "constant"
+    cut = ragged.ragged_config(STOCK, family, COUNTS, "cut", None)
+    assert cut == found | {"emptied_experts": "cut"} and ragged.emptied_experts(cut) == "cut"
     assert ragged.stock_config(more, family) == ragged.stock_config(found, family)
     layered = ragged.layered_config(STOCK, family, [32, 0, 64], None)
     assert layered == with_code(unpruned_intermediate_size=96, moe_intermediate_size=[32, 0, 64])
@@ -166,17 +168,18 @@ def test_folders_of_several_widths_say_so_and_can_be_told_what_they_were():
 @pytest.mark.parametrize("bias", [False, True])
 def test_constants_are_a_bias_where_experts_have_none(bias):
     config = CONFIG.replace(moe=dataclasses.replace(CONFIG.moe, expert_bias=bias))
-    for constants in (False, True):
-        found = ragged.emptied_model(config, constants)
-        assert found.moe.emptied_bias == (constants and not bias)
+    for emptied in ("zero", "constant", "cut"):
+        found = ragged.emptied_model(config, emptied)
+        assert found.moe.emptied_bias == (emptied == "constant" and not bias)
+        assert found.moe.emptied_cut == (emptied == "cut")
         assert found.replace(moe=config.moe) == config
 
 
 @pytest.mark.parametrize("said", [1, "some", ["zero"], None])
-def test_what_emptied_experts_add_is_zero_or_a_constant(said):
-    assert ragged.has_constants({}) is False
-    with pytest.raises(InputError, match="must be 'zero' or 'constant'"):
-        ragged.has_constants({"emptied_experts": said})
+def test_what_becomes_of_emptied_experts_is_one_of_three(said):
+    assert ragged.emptied_experts({}) == "zero"
+    with pytest.raises(InputError, match="must be one of 'zero', 'constant', 'cut'"):
+        ragged.emptied_experts({"emptied_experts": said})
 
 
 PER_EXPERT = "one list per layer with one width per expert"

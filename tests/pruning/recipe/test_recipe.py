@@ -105,7 +105,8 @@ def test_every_field_has_a_flag_that_sets_it():
     }  # fmt: skip
     alone = [("expert_rate", 0.5, ["--width", "combined"]), ("target_bytes", 6 * 10**9, []),
              ("target_parameters", 7, []), ("target_factor", 5.27, []),
-             ("weights_only", True, [])]  # fmt: skip
+             ("weights_only", True, []), ("cut_router", True, []),
+             ("top_k", 2, ["--cut-router"])]  # fmt: skip
     for name, value, needed in alone:
         flag = "--" + name.replace("_", "-")
         given = parsed(

@@ -1,6 +1,5 @@
 """Merged experts as rows of a comparison: what they are, what they take, when they are refused."""
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,20 +9,23 @@ from safetensors.numpy import load_file
 
 from moe_jax.errors import InputError
 from pruning.budget.merging import MERGES
+from pruning.budget.plan import PruningPlan
 from pruning.cli import control_flags
 from pruning.measure.quality import measure_quality
 from pruning.recipe.recipe import load_recipe
 from pruning.runs import compared_tasks, merged
 from pruning.runs.compared_task import Task
 from pruning.scores.statistics import load_statistics
-from pruning.shrink.merge import MergedLayer, MergedSource, Merging
+from pruning.shrink.merge import MergedLayer, Merging
+from pruning.stages.export import pruned_source
 from pruning.stages.job import open_job
 
 
 @pytest.fixture(scope="module")
-def rows(scored, models):
+def rows(scored, models, tmp_path_factory):
     """Two rules on the scored model without a comparison around them."""
-    recipe = dataclasses.replace(load_recipe(scored / "recipe.yaml"), planner="fair", repair="none")
+    output = str(tmp_path_factory.mktemp("merged"))
+    recipe = load_recipe(scored / "recipe.yaml", planner="fair", repair="none", output=output)
     job = open_job(recipe)
     statistics, _ = load_statistics(scored / "statistics.safetensors")
     tasks = [Task("m-smoe", 0.5), Task("ream", 0.5)]
@@ -43,7 +45,15 @@ def test_a_row_is_the_loss_of_the_model_that_its_rule_merges(rows):
     leads = merging.plan.keep.any(axis=2)
     most = np.sort(statistics.tokens.ravel())[-8:]
     assert sorted(statistics.tokens[leads].tolist()) == most.tolist()
-    source = MergedSource(job.base, merging)
+    # What is left for `apply` is the model of the row.
+    plans = {rule: PruningPlan.load(job.output / "merged" / f"{rule}-0.5") for rule in
+             ("m-smoe", "ream")}  # fmt: skip
+    assert plans["m-smoe"].keep.all() and not plans["m-smoe"].cut_router
+    assert plans["ream"].cut_router and plans["ream"].counts.tolist() == [
+        [64 if expert in np.unique(one.leaders) else 0 for expert in range(8)]
+        for one in plans["ream"].merged
+    ]
+    source = pruned_source(job.base, plans["m-smoe"], None)
     ((name, windows),) = job.evaluation.items()
     quality, _ = measure_quality(source, windows, batch=4)
     assert found[0].quality[name]["nll"] == pytest.approx(quality.nll, rel=1e-5)
