@@ -7,6 +7,7 @@ from pruning.kit.words import megabytes
 
 Repaired = Literal["", "expert", "layer"]
 UNPRUNED = "unpruned"  # in the place of a rule: fewer bits alone
+CHOSEN = "auto"  # the same: whichever rule planner auto takes
 MERGED = "merged experts"  # the family of rows that merge experts
 COPIES = (
     "Merged experts count once: a class of models whose experts share no weights holds copies of "
@@ -40,6 +41,7 @@ class Result:
         and 0 where they go to all that the router picks.
       calibration: the set of calibration text that the plan is of; "" is the text itself.
       cut: whether the router knows but the experts that keep something.
+      trained: what `recover` then trained, its option `train`; "" if nothing, as always of `compare`.
       parameters: weights of the model, padding not counted.
       tasks: what `measure.paired.Paired` says of each task and metric, beside the dense model;
         empty if no task was asked.
@@ -72,6 +74,7 @@ class Result:
     tasks: list[dict[str, Any]] = field(default_factory=list)
     layer_bits: list[int] = field(default_factory=list)
     layer_shares: list[float] = field(default_factory=list)
+    trained: str = ""
 
     @property
     def is_of_text(self) -> bool:
@@ -90,7 +93,7 @@ class Result:
         if self.has_fewer:
             rule = f"skip-{self.skip_below:g}" if self.skip_below else f"top-{self.top_k}"
         rule = f"{rule}+cut" if self.cut else rule
-        repaired = f"{rule}+{self.repair}" if self.repair else rule
+        repaired = "+".join(filter(None, (rule, self.repair, self.trained)))
         words = {16: "", AUTO: " auto bits"}
         return repaired + words.get(self.bits, f" {self.bits}-bit")
 
