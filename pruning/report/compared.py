@@ -41,7 +41,6 @@ class Result:
         and 0 where they go to all that the router picks.
       calibration: the set of calibration text that the plan is of; "" is the text itself.
       cut: whether the router knows but the experts that keep something.
-      trained: what `recover` then trained, its option `train`; "" if nothing, as always of `compare`.
       parameters: weights of the model, padding not counted.
       tasks: what `measure.paired.Paired` says of each task and metric, beside the dense model;
         empty if no task was asked.
@@ -74,7 +73,6 @@ class Result:
     tasks: list[dict[str, Any]] = field(default_factory=list)
     layer_bits: list[int] = field(default_factory=list)
     layer_shares: list[float] = field(default_factory=list)
-    trained: str = ""
 
     @property
     def is_of_text(self) -> bool:
@@ -93,7 +91,7 @@ class Result:
         if self.has_fewer:
             rule = f"skip-{self.skip_below:g}" if self.skip_below else f"top-{self.top_k}"
         rule = f"{rule}+cut" if self.cut else rule
-        repaired = "+".join(filter(None, (rule, self.repair, self.trained)))
+        repaired = f"{rule}+{self.repair}" if self.repair else rule
         words = {16: "", AUTO: " auto bits"}
         return repaired + words.get(self.bits, f" {self.bits}-bit")
 

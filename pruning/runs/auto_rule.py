@@ -59,7 +59,5 @@ def chosen_plans(
     found = choose(recipes, statistics, dict(provenance), job.base, lambda: job, steps)
     plans = dict(zip(kept, (plan for _, plan in found), strict=True))
     return {
-        task: plans[task.rate]
-        for task in asked
-        if plans[task.rate].keep.sum() == kept[task.rate]
+        task: plans[task.rate] for task in asked if plans[task.rate].keep.sum() == kept[task.rate]
     }

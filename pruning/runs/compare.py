@@ -168,7 +168,7 @@ def _compare(
     if controls.merges:
         require_tokens(job)
     budgets: dict[Task, Kept] = dict(tasks(job, names, controls))
-    key = key_of(job, sets)
+    key = _key(job, sets, texts)
     earlier = _earlier(job, key) if spread.leads else None
     asked = [list(dataclasses.astuple(task)) for task in budgets]
     whole = scored(
@@ -255,10 +255,8 @@ def _sizes(job: Job) -> dict[str, int]:
     return {"dense": 2 * dense, "experts": 2 * (dense - base.weights(empty))}
 
 
-def key_of(job: Job, sets: Mapping[str, TokenBatch] | None = None) -> dict[str, Any]:
-    """What results of an opened comparison depend on; contents alone, so that texts and a model
-    that have moved are the same."""
-
+def _key(job: Job, sets: Mapping[str, TokenBatch], texts: Mapping[str, Windows]) -> dict[str, Any]:
+    # Contents alone: texts and a model that have moved are the same.
     def digest(text: TokenBatch) -> str:
         return sha256(text.tokens.tobytes() + text.valid.tobytes()).hexdigest()
 
@@ -272,7 +270,7 @@ def key_of(job: Job, sets: Mapping[str, TokenBatch] | None = None) -> dict[str, 
         "calibration": digest(job.calibration),
         **({"sets": {name: digest(text) for name, text in sets.items()}} if sets else {}),
         **{n: s[n] for s in job.calibration.sources[:1] for n in TEXT_CHOICES if n in s},
-        "evaluation": text_hashes(job.evaluation),
+        "evaluation": text_hashes(texts),
     }
 
 

@@ -25,6 +25,7 @@ from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.bit_curves import storages, whole_plan
+from pruning.stages.choose import taken_candidate
 from pruning.stages.job import Job
 from pruning.stages.layers import provenance as of_plan
 from pruning.stages.sizes import active_bytes, active_parameters
@@ -231,7 +232,8 @@ def task_result(
 def _described(task: Task, plan: PruningPlan) -> tuple[str, str]:
     """Family and one line of what is measured."""
     if task.rule == CHOSEN:
-        return "chosen", f"{taken_rule(plan)}: loses least on calibration windows kept out"
+        taken = taken_candidate(plan)["rule"]
+        return "chosen", f"{taken}, which loses least on calibration windows kept out"
     if rule := RULES.get(task.rule):
         return rule.family, rule.about
     if merge := MERGES.get(task.rule):

@@ -263,7 +263,8 @@ def droppers(names: Sequence[str]) -> list[str]:
     """
     found = [
         name for name in names
-        if name in RULES and (own := RULES[name].options).width == "experts" and own.emptied == "zero"
+        if name != CHOSEN
+        and (own := RULES[name].options).width == "experts" and own.emptied == "zero"
     ]  # fmt: skip
     if not found:
         raise InputError(

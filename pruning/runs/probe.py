@@ -83,7 +83,7 @@ def _taking_over(source: LayerSource) -> float:
 
 def _sweep(source: LayerSource, recipe: ResolvedRecipe) -> float:
     """Seconds in which a token goes through all layers for the statistics, by one of them."""
-    x, context = some_tokens(source, recipe)
+    x, context = _step(source, recipe)
     layer, times = _probed(source)
     seconds = times * _seconds(layer_statistics, layer, x, context)
     return seconds / (x.shape[0] * x.shape[1]) * len(source)
@@ -105,7 +105,7 @@ def forward_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     layer, times = _probed(source)
     own = own_experts(layer)
     keep = jnp.ones((own.stop - own.start, source.config.moe.d_expert), bool)
-    x, context = some_tokens(source, recipe)
+    x, context = _step(source, recipe)
     seconds = times * _seconds(masked_forward, layer, x, context, keep)
     return seconds / (x.shape[0] * x.shape[1]) * len(source)
 
@@ -119,12 +119,10 @@ def kept_out_tokens(recipe: ResolvedRecipe) -> int:
     return math.prod(kept_out_size(windows, recipe.window, len(files)))
 
 
-def some_tokens(
-    source: LayerSource, recipe: ResolvedRecipe, most: int = PROBE_TOKENS
-) -> tuple[Array, Context]:
-    """At most so many tokens [B, T, D] at their places, the recipe's batch if that is fewer."""
-    length = min(recipe.window, most)
-    rows = max(1, min(recipe.batch, most // length))
+def _step(source: LayerSource, recipe: ResolvedRecipe) -> tuple[Array, Context]:
+    """A few hundred tokens [B, T, D] at their places."""
+    length = min(recipe.window, PROBE_TOKENS)
+    rows = max(1, min(recipe.batch, PROBE_TOKENS // length))
     valid = np.ones((rows, length), bool)
     (context,) = in_batches(source, np.zeros(valid.shape, np.int32), valid, rows).places
     x = jax.random.normal(jax.random.key(0), (*valid.shape, source.config.d_model), jnp.float32)

@@ -33,7 +33,6 @@ OURS = (
     "scoring/step-[0-9]*.safetensors", "scoring/progress.json", "scoring-[0-9a-f]*.states",
     "plan.json", "plan.safetensors",
     "compare.json", "compare.csv", "compare.html",
-    "paper.html", "paper.md", "paper.csv", "figure-9.png", "figure-10.png", "speed.json",
     "choice.json", "statistics.json", "statistics.safetensors",
     "report.html", "report.json", "model.json",
     "ablations.jsonl", "layers-alone.json", "audit.json", "audit.csv", "audit.html",
