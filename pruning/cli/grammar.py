@@ -70,7 +70,7 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
     ),
     "paper": (
         "MODEL --output FOLDER [--calibration FILE ...] [--tasks TASK ...] [options]",
-        "Run the paper's protocol: its tables, before and after recovery, and its figures.",
+        "Run the paper's protocol: its tables with and without recovery, its figures.",
         arguments.paper,
     ),
     "completion": (

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ from pruning.report.compared import CHOSEN, UNPRUNED, Result
 from pruning.report.comparison import Comparison
 from pruning.report.comparison_tasks import (
     Answers,
+    Row,
     answers_of,
     cell,
     difference_word,
+    is_share,
     share_word,
 )
 from pruning.report.html import render
@@ -139,8 +141,8 @@ class Paper:
             known = [answers_of([one]) for _, one in self.lines(self.pruned) if one.tasks]
             for name in names:
                 row = next(line.rows[name][0] for line in known if name in line.rows)
-                cells.append(_with_error(cell([{**row, "second": row["first"], "difference": 0.0}]),
-                                         row["first_error"]))  # fmt: skip
+                as_dense = {**row, "second": row["first"], "difference": 0.0}
+                cells.append(_with_error(cell([as_dense]), row, "first_error"))  # fmt: skip
             cells += [share_word(known[0].mean + known[0].lost), "", ""]
         size = megabytes(self.pruned.sizes["dense"])
         return [WHOLE, "0.0%", "16", *cells, "0.0000", "0.0000", size, "1.00", "1.00"]
@@ -274,7 +276,7 @@ def best_of(found: Comparison, names: Sequence[str]) -> str:
     return min(whole, key=lambda name: whole[name], default="")
 
 
-def _tasks(answers: Sequence[Answers] | Any) -> list[str]:
+def _tasks(answers: Iterable[Answers]) -> list[str]:
     return list(dict.fromkeys(name for one in answers for name in one.rows))
 
 
@@ -285,10 +287,14 @@ def _task_cells(found: Answers | None, names: Sequence[str]) -> list[str]:
     cells = []
     for name in names:
         rows = found.rows.get(name, [])
-        cells.append(_with_error(cell(rows), rows[0]["second_error"]) if rows else "")
+        cells.append(_with_error(cell(rows), rows[0], "second_error") if rows else "")
     sure = "" if math.isnan(found.error) else "within noise" if found.is_noise else "yes"
     return [*cells, share_word(found.mean), difference_word(found), sure]
 
 
-def _with_error(value: str, error: float | None) -> str:
-    return value if error is None else f"{value} ± {100 * error:.1f}"
+def _with_error(value: str, row: Row, name: str) -> str:
+    """A value with the error of that name, a share's in percent too."""
+    error = row[name]
+    if error is None:
+        return value
+    return f"{value} ± {100 * error:.1f}" if is_share(row) else f"{value} ± {error:.2g}"

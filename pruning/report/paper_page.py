@@ -30,12 +30,12 @@ FIXED = {"the paper's rule": BLUE, "ours": RED, "ours, not repaired": ORANGE,
          "best expert removal": GREEN, "uniform widths": PURPLE}  # fmt: skip
 JUDGED = (
     "Figure 9: mean share of right answers over tasks against the share of expert channels that is "
-    "gone; higher is better. Solid in 16 bits, dashed in fewer; a bar is one standard error of the "
-    "difference from the dense model over the same questions."
+    "gone; higher is better. Solid in the most bits, dashed in fewer; a bar is one standard error "
+    "of the difference from the dense model over the same questions."
 )
 LOST = (
     "Figure 9, without tasks: nats per token that a plan adds against the share of expert channels "
-    "that is gone; lower is better. Solid in 16 bits, dashed in fewer."
+    "that is gone; lower is better. Solid in the most bits, dashed in fewer."
 )
 TIMED = (
     "Figure 10: left, tokens per second through the experts of one layer of the paper's rule when "
@@ -68,7 +68,8 @@ def plot_rates(found: Paper) -> "Figure":
         for number, method in enumerate(found.methods):
             for bits in sorted({one.bits for one in lines}, reverse=True):
                 own = [one for one in lines if one.bits == bits and _is_of(one, method)]
-                shown += _draw(axes, found, own, bits, _colour(method, number), method.label)
+                label = method.label if bits == max(one.bits for one in lines) else ""
+                shown += _draw(axes, found, own, bits, _colour(method, number), label)
         plain(axes, "x")
         axes.set(xlabel="expert channels removed")
         axes.set_title(title.partition(":")[0], loc="left")
@@ -90,7 +91,7 @@ def _is_of(result: Result, method: Method) -> bool:
 def _draw(
     axes: "Axes", found: Paper, own: list[Result], bits: int, colour: str, label: str
 ) -> list[float]:
-    """One method in one number of bits; the heights of its points."""
+    """One method in one number of bits, the most with a label; the heights of its points."""
     points = [point for one in own if (point := _point(found, one)) is not None]
     if not points:
         return []
@@ -98,8 +99,7 @@ def _draw(
     rates, heights, errors = zip(*([begin] if begin else []), *points, strict=True)
     axes.errorbar(
         rates, heights, yerr=errors, marker="o", markersize=4, capsize=2, color=colour,
-        linestyle="-" if bits == 16 else "--", linewidth=1.4 if bits == 16 else 1.0,
-        label=label if bits == 16 else None,
+        linestyle="-" if label else "--", linewidth=1.4 if label else 1.0, label=label or None,
     )  # fmt: skip
     return list(heights)
 
