@@ -265,7 +265,8 @@ def compare(command: Parser) -> None:
     place.add_argument(
         "--rules", nargs="+", action="extend", metavar="RULE",
         help="standard (default; some 20 rules, forward statistics only), all, or names and "
-        "patterns such as 'fair*'; all also collects gradients, which takes several times as long",
+        "patterns such as 'fair*'; all also collects gradients, which takes several times as long; "
+        "auto beside them is what planner auto takes at each rate",
     )  # fmt: skip
     _rates(place, "fractions of the expert channels to remove, in (0, 1) (default 0.25 0.5)")
     add_controls(place)

@@ -133,6 +133,8 @@ class _Run:
         best = "".join(dropping[:1])
         if len(dropping) > 1:
             best = best_of(self._compare(self.names, None), dropping)
+            if not best:
+                self.steps.say("no rule that drops whole experts has a plan at each of the rates")
         names = [name for name in self.names if name not in dropping or name == best]
         found = self._compare(names, self.judged)
         methods = labelled(names, best, self.controls.repair)

@@ -1,15 +1,26 @@
 """The paper's tables by one command: rows are those of `compare` and of `recover`'s exports."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
+from pruning.recipe.paper_options import PaperOptions
+from pruning.recipe.task_options import TaskOptions
+from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
+from pruning.report.paper import Method
+from pruning.runs import paper_recovery
+from pruning.runs.paper_folder import begin
+from pruning.runs.paper_recovery import Trainer
 from tests.support.command import read, refused, run
 
 RULES = ("auto", "experts-reap", "experts-usage")
@@ -33,6 +44,8 @@ def made(models, texts, tmp_path_factory) -> Path:
 def test_rows_are_those_of_the_comparison_and_of_the_recovered_exports(made, texts):
     found = Comparison.load(made / "compare/compare.json")
     measured = {(one.rule, one.repair): one.quality["good"]["nll"] for one in found.results}
+    plain = {(name, "") for name in ("unpruned", *RULES)}
+    assert set(measured) == plain | {("auto", "layer")}  # of the others nothing is repaired
     best = min(RULES[1:], key=lambda name: measured[name, ""])
     rows = csv.DictReader(io.StringIO((made / "paper.csv").read_text()))
     shown = {(row["rule"], row["repair"], row["recovery"]): float(row["value"]) for row in rows}
@@ -117,3 +130,99 @@ def test_a_chosen_rule_is_compared_at_rates_of_one_text_alone(
 ):
     given = ("compare", models / "single", *read(texts, tmp_path / "out"), "--rules", "auto", *more)
     assert "rule 'auto' is chosen" in refused(capsys, tmp_path, *given)
+
+
+def test_another_run_in_the_folder_is_replaced_only_if_asked_and_nothing_else_goes(tmp_path):
+    begun = begin(tmp_path, {"model": "a/b", "seed": 1}, overwrite=False)
+    assert begun["model"] == "b"
+    (tmp_path / "compare").mkdir()
+    for name in ("compare/compare.json", "paper.md", "mine.txt"):
+        (tmp_path / name).write_text(name)
+    before = (tmp_path / "paper.yaml").read_bytes()
+    # An unfinished run goes on, with --overwrite too.
+    for overwrite in (False, True):
+        assert begin(tmp_path, {"model": "a/b", "seed": 1}, overwrite=overwrite) == begun
+    assert (tmp_path / "paper.yaml").read_bytes() == before
+    with pytest.raises(InputError, match="holds tables of another seed; name another folder or"):
+        begin(tmp_path, {"model": "a/b", "seed": 2}, overwrite=False)
+    assert (tmp_path / "paper.md").is_file()
+    begin(tmp_path, {"model": "a/b", "seed": 2}, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "paper.yaml"}
+    (tmp_path / "paper.html").write_text("finished")
+    assert begin(tmp_path, {"model": "a/b", "seed": 2}, overwrite=False)
+    assert (tmp_path / "paper.html").is_file()
+    begin(tmp_path, {"model": "a/b", "seed": 2}, overwrite=True)
+    assert not (tmp_path / "paper.html").exists()
+
+
+@pytest.fixture
+def trainer(monkeypatch, tmp_path):
+    """A trainer that trains nothing, and the plans that it was to train."""
+    recipe = SimpleNamespace(first_tokens=True, batch=2, dtype="float32")
+    job: Any = SimpleNamespace(recipe=recipe, output=tmp_path / "compare", base="base")
+    judged, made = TaskOptions(tasks=("t",)), []
+    steps: Any = None
+    (tmp_path / "recovered").mkdir()
+    found = Trainer(job, tmp_path, PaperOptions(), (16, 4), judged, {"t": "loaded"}, steps)
+
+    def trained(self, group, plan, references):
+        made.append((group[0].name, [one.bits for one in group], plan))
+        quality = {"x": {"nll": 0.5, "tokens": 3, "kl": 0.1, "top1": 0.9}}
+        tasks = [{"of": group[0].rate}] if self.judged else []
+        return [dataclasses.replace(one, quality=quality, tasks=tasks)
+                for one in group]  # fmt: skip
+
+    monkeypatch.setattr(Trainer, "_trained", trained)
+    return found, made
+
+
+def pruned(*results: Result, asked: tuple = ()) -> Comparison:
+    dense = {"x": {"nll": 0.0, "tokens": 3, "kl": None, "top1": None}}
+    quality = {"x": {"nll": 1.0, "tokens": 3, "kl": 0.1, "top1": 0.9}}
+    own = (dataclasses.replace(one, quality=quality) for one in results)
+    return Comparison({"model": 1}, dense, tuple(own), (), {"dense": 9, "experts": 3},
+                      asked={"tasks": list(asked)})  # fmt: skip
+
+
+def test_each_plan_is_trained_once_for_all_bits_and_what_is_there_is_not_trained_again(trainer):
+    found, made = trainer
+    rows = [Result(rule, rate, bits=bits, repair=repair) for rule, repair in
+            (("auto", "layer"), ("auto", ""), ("uniform", ""))
+            for rate in (0.25, 0.5) for bits in (16, 4)]  # fmt: skip
+    methods = [Method("ours", "auto", "layer"), Method("u", "uniform")]
+    given = pruned(*rows, Result("unpruned", 0.0, bits=4), asked=("t",))
+    out = found.results(given, methods, lambda one: f"plan of {one.name} {one.rate}")
+    names = [("auto+layer", 0.25), ("auto+layer", 0.5), ("uniform", 0.25), ("uniform", 0.5)]
+    assert made == [(name, [16, 4], f"plan of {name} {rate}") for name, rate in names]
+    assert [(one.rule, one.repair, one.rate, one.bits) for one in out.results] == [
+        (one.rule, one.repair, one.rate, one.bits) for one in rows if (one.rule, one.repair) !=
+        ("auto", "")]  # fmt: skip
+    assert {one.quality["x"]["nll"] for one in out.results} == {0.5}
+    made.clear()
+    # Fewer rates show less and train nothing; other tasks are asked anew.
+    fewer = pruned(*(one for one in rows if one.rate == 0.5), asked=("t",))
+    again = found.results(fewer, methods, lambda one: "")
+    assert {one.rate for one in again.results} == {0.5} and not made
+    found.results(pruned(*rows[:2], asked=("other",)), methods, lambda one: "plan")
+    assert made == [("auto+layer", [16, 4], "plan")]
+
+
+def test_recovered_exports_are_asked_what_the_dense_model_was_with_answers_kept(
+    trainer, monkeypatch, tmp_path
+):
+    found, _ = trainer
+    calls = []
+
+    def ask(model, loaded, place, asked, how, steps):
+        calls.append((model.name, model.source, place, loaded, asked.names, how["window"]))
+        return {"results": model.source}
+
+    row = SimpleNamespace(to_dict=lambda: {"a": "row"})
+    monkeypatch.setattr(paper_recovery, "ask", ask)
+    monkeypatch.setattr(
+        paper_recovery, "compare_results",
+        lambda dense, other: [row] if (dense, other) == ("base", "export") else [],
+    )  # fmt: skip
+    assert found._answers("export", "name") == [{"a": "row"}]
+    same = (tmp_path / "compare/tasks", {"t": "loaded"}, ["t"], None)
+    assert calls == [("dense", "base", *same), ("name", "export", *same)]
