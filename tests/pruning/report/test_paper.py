@@ -2,6 +2,7 @@
 
 import csv
 import io
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,14 @@ def paper(results: list[Result], recovered: list[Result] = [], **more) -> Paper:
     told = {"moe-jax": "1", "device": "abacus", "date": "then", "model": "m", "layer": 7,
             "timed_tokens": 2048, "repeats": 3}  # fmt: skip
     return Paper(pruned, trained, methods, "dora", more.pop("timed", ()), {**told, **more})
+
+
+def axes_of(figure: Any) -> list[Any]:
+    return figure.axes
+
+
+def places(line: Any) -> list[tuple[float, float]]:
+    return [(round(x, 6), round(y, 6)) for x, y in line.get_xydata().tolist()]
 
 
 RESULTS = [
@@ -84,8 +93,8 @@ def test_spreadsheet_and_markdown_hold_the_same_rows():
 
 def test_lines_of_figure_9_begin_at_the_whole_model_in_their_bits():
     judged = plot_rates(paper(RESULTS, RESULTS[2:3]))
-    left, right = judged.axes
-    points = [[*map(tuple, line.lines[0].get_xydata().round(6))] for line in left.containers]
+    left, right = axes_of(judged)
+    points = [places(line.lines[0]) for line in left.containers]
     assert sorted(points) == sorted([
         [(0, 80), (0.25, 75)], [(0, 80), (0.5, 79)], [(0, 80), (0.5, 70)], [(0, 80), (0.5, 60)],
     ])  # fmt: skip
@@ -93,10 +102,9 @@ def test_lines_of_figure_9_begin_at_the_whole_model_in_their_bits():
         "uniform widths", "ours", "best expert removal",
     ]  # fmt: skip
     assert right.get_title(loc="left") == "With recovery"
-    (lost,) = plot_rates(
-        paper([result("unpruned", 0.0, 1.125, 4), result("auto", 0.5, 1.5, 4)])
-    ).axes
-    assert [*map(tuple, lost.containers[0].lines[0].get_xydata())] == [(0, 0.125), (0.5, 0.5)]
+    alone = paper([result("unpruned", 0.0, 1.125, 4), result("auto", 0.5, 1.5, 4)])
+    (lost,) = axes_of(plot_rates(alone))
+    assert places(lost.containers[0].lines[0]) == [(0, 0.125), (0.5, 0.5)]
 
 
 def test_figure_10_has_a_line_for_each_rate_and_one_for_the_dense_layer():
@@ -107,11 +115,11 @@ def test_figure_10_has_a_line_for_each_rate_and_one_for_the_dense_layer():
         ["dense", "", "90", "80 to 99", "4.0"], ["50.0%", "64", "60", "50 to 80", "2.5"],
         ["50.0%", "1", "40", "35 to 45", "2.0"],
     ]  # fmt: skip
-    speed, memory = plot_blocks(found).axes
+    speed, memory = axes_of(plot_blocks(found))
     (dense,) = [line for line in speed.lines if line.get_color() == GREY]
     assert set(dense.get_ydata()) == {90}
-    assert [*map(tuple, speed.containers[0].lines[0].get_xydata())] == [(1, 40), (64, 60)]
-    assert [*map(tuple, memory.lines[-1].get_xydata())] == [(1, 2), (64, 2.5)]
+    assert places(speed.containers[0].lines[0]) == [(1, 40), (64, 60)]
+    assert places(memory.lines[-1]) == [(1, 2), (64, 2.5)]
     page = paper_page(found)
     assert page.count("<img") == 2 and "http" not in page and "Layer 7" not in page
     assert paper_page(paper(RESULTS)).count("<img") == 1

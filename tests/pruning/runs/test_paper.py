@@ -15,7 +15,7 @@ from moe_jax.errors import InputError
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.paper_options import PaperOptions
 from pruning.recipe.task_options import TaskOptions
-from pruning.report.compared import Result
+from pruning.report.compared import Repaired, Result
 from pruning.report.comparison import Comparison
 from pruning.report.paper import Method
 from pruning.runs import paper_recovery
@@ -186,8 +186,8 @@ def pruned(*results: Result, asked: tuple = ()) -> Comparison:
 
 def test_each_plan_is_trained_once_for_all_bits_and_what_is_there_is_not_trained_again(trainer):
     found, made = trainer
-    rows = [Result(rule, rate, bits=bits, repair=repair) for rule, repair in
-            (("auto", "layer"), ("auto", ""), ("uniform", ""))
+    kinds: tuple[tuple[str, Repaired], ...] = (("auto", "layer"), ("auto", ""), ("uniform", ""))
+    rows = [Result(rule, rate, bits=bits, repair=repair) for rule, repair in kinds
             for rate in (0.25, 0.5) for bits in (16, 4)]  # fmt: skip
     methods = [Method("ours", "auto", "layer"), Method("u", "uniform")]
     given = pruned(*rows, Result("unpruned", 0.0, bits=4), asked=("t",))
