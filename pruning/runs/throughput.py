@@ -13,7 +13,7 @@ from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
 from pruning.budget.decide import plan_pruning
 from pruning.budget.rules import RULES
-from pruning.kit.progress import Steps
+from pruning.kit.progress import OnStep, Steps
 from pruning.report.paper import Timed
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import pruned_layer
@@ -46,32 +46,30 @@ def timed_blocks(
       steps: where progress goes.
 
     Returns:
-      The dense layer, then each rate and block. Attention is not timed: it is as it was.
+      The dense layer, then each rate and block; all are in memory at once. Attention is not
+      timed: it is as it was.
     """
     index, c = timed_layer(job), job.base.config
     layer = job.base.layer(index)
     states = jax.random.normal(jax.random.key(0), (TOKENS, c.d_model), jnp.float32)
     states = states.astype(job.dtype)  # [N, D], as behind a norm
-    total = 1 + len(rates) * len(blocks)
+    assert isinstance(layer.mlp, MoE)
+    experts = {(0.0, 0): layer.mlp}
+    for rate, block in ((rate, block) for rate in rates for block in blocks):
+        options = dataclasses.replace(RULES[RULE].options, prune_rate=rate, block=block)
+        try:
+            plan = plan_pruning(
+                statistics, options, experts_per_token=c.moe.experts_per_token,
+                layer_indices=c.moe_layers,
+            )  # fmt: skip
+        except InputError as error:
+            steps.say(f"block {block} at {rate:.4g} is left out of figure 10: {error}")
+            continue
+        pruned = pruned_layer(index, layer, plan).mlp
+        assert isinstance(pruned, MoE)
+        experts[rate, block] = pruned
     with steps.bar("time a layer") as on_step:
-        assert isinstance(layer.mlp, MoE)
-        found = [_timed(layer.mlp, states, 0.0, 0)]
-        on_step(1, total)
-        for number, (rate, block) in enumerate((r, b) for r in rates for b in blocks):
-            options = dataclasses.replace(RULES[RULE].options, prune_rate=rate, block=block)
-            try:
-                plan = plan_pruning(
-                    statistics, options, experts_per_token=c.moe.experts_per_token,
-                    layer_indices=c.moe_layers,
-                )  # fmt: skip
-            except InputError as error:
-                steps.say(f"block {block} at {rate:.4g} is left out of figure 10: {error}")
-                continue
-            pruned = pruned_layer(index, layer, plan).mlp
-            assert isinstance(pruned, MoE)
-            found.append(_timed(pruned, states, rate, block))
-            on_step(2 + number, total)
-    return found
+        return _timed(experts, states, on_step)
 
 
 @jax.jit
@@ -79,13 +77,21 @@ def _experts(moe: MoE, states: Array) -> Array:
     return moe(states, jnp.ones(len(states), bool))[0]
 
 
-def _timed(moe: MoE, states: Array, rate: float, block: int) -> Timed:
-    jax.block_until_ready(_experts(moe, states))  # compiles
-    speeds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        jax.block_until_ready(_experts(moe, states))
-        speeds.append(len(states) / (time.perf_counter() - started))
-    low, middle, high = numbers.quantiles(speeds, n=4, method="inclusive")
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(moe.experts))
-    return Timed(rate, block, (round(middle, 1), round(low, 1), round(high, 1)), int(size))
+def _timed(experts: dict[tuple[float, int], MoE], states: Array, on_step: OnStep) -> list[Timed]:
+    """Time all in turns, so that what else the machine does meets each of them alike."""
+    speeds: dict[tuple[float, int], list[float]] = {place: [] for place in experts}
+    for moe in experts.values():
+        jax.block_until_ready(_experts(moe, states))  # compiles
+    for turn in range(REPEATS):
+        for place, moe in experts.items():
+            started = time.perf_counter()
+            jax.block_until_ready(_experts(moe, states))
+            speeds[place].append(len(states) / (time.perf_counter() - started))
+        on_step(turn + 1, REPEATS)
+    found = []
+    for (rate, block), own in speeds.items():
+        low, middle, high = numbers.quantiles(own, n=4, method="inclusive")
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(experts[rate, block].experts))
+        three = round(middle, 1), round(low, 1), round(high, 1)
+        found.append(Timed(rate, block, three, int(size)))
+    return found
