@@ -1,6 +1,6 @@
 """Attribution-guided channel pruning of Mixture-of-Experts models.
 
-What a user of Python calls: `compress`, `score`, `evaluate`, `verify`, `audit`, `compare`,
+What a user of Python calls: `compress`, `score`, `evaluate`, `verify`, `audit`, `compare`, `paper`,
 `estimate`, `apply`, `recover`, each the command of its name; `CompressionRecipe` says what to do.
 The registries, in capitals, are open: add a name.
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pruning.measure.quality import Quality, measure_quality
     from pruning.measure.tokens import TokenView, view_tokens
     from pruning.recipe.options import PlanOptions
+    from pruning.recipe.paper_options import PaperOptions
     from pruning.recipe.place_options import PlaceOptions
     from pruning.recipe.recipe import CompressionRecipe, load_recipe
     from pruning.recipe.recover_options import RecoverOptions
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from pruning.runs.evaluate import evaluate
     from pruning.runs.export import export_folder
     from pruning.runs.health import generation_health
+    from pruning.runs.paper import paper
     from pruning.runs.plan import plan_folder
     from pruning.runs.recover import recover
     from pruning.runs.score import score
@@ -90,6 +92,7 @@ __all__ = [
     "Limits",
     "MergeRule",
     "Objective",
+    "PaperOptions",
     "PlaceOptions",
     "PlanOptions",
     "Planner",
@@ -136,6 +139,7 @@ __all__ = [
     "nested_plans",
     "objectives",
     "open_job",
+    "paper",
     "plan_folder",
     "plan_for_target",
     "plan_pruning",
@@ -173,6 +177,7 @@ _HOMES = {
     "measure.quality": ("Quality", "measure_quality"),
     "measure.tokens": ("TokenView", "view_tokens"),
     "recipe.options": ("PlanOptions",),
+    "recipe.paper_options": ("PaperOptions",),
     "recipe.place_options": ("PlaceOptions",),
     "recipe.recipe": ("CompressionRecipe", "load_recipe"),
     "report.comparison": ("Comparison",),
@@ -186,6 +191,7 @@ _HOMES = {
     "runs.estimate": ("estimate",),
     "runs.evaluate": ("evaluate",),
     "runs.export": ("export_folder",),
+    "runs.paper": ("paper",),
     "runs.plan": ("plan_folder",),
     "runs.recover": ("recover",),
     "runs.score": ("score",),

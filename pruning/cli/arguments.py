@@ -21,6 +21,7 @@ from pruning.recipe.options import (
     TextOptions,
     fields_of,
 )
+from pruning.recipe.paper_options import PaperOptions
 from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recover_options import DEFAULT_TOKENS, RecoverOptions
 from pruning.recipe.task_options import TaskOptions
@@ -267,7 +268,8 @@ def compare(command: Parser) -> None:
     place.add_argument(
         "--rules", nargs="+", action="extend", metavar="RULE",
         help="standard (default; some 20 rules, forward statistics only), all, or names and "
-        "patterns such as 'fair*'; all also collects gradients, which takes several times as long",
+        "patterns such as 'fair*'; all also collects gradients, which takes several times as long; "
+        "auto beside them is what planner auto takes at each rate",
     )  # fmt: skip
     _rates(place, "fractions of the expert channels to remove, in (0, 1) (default 0.25 0.5)")
     add_controls(place)
@@ -288,6 +290,35 @@ def compare(command: Parser) -> None:
     add_group(command, PlanOptions, "block", "seed", title="Plans")
     add_group(command, ExportOptions, "group_size", title="Fewer bits")
     add_group(command, PlaceOptions)
+
+
+def paper(command: Parser) -> None:
+    """Arguments of `paper`."""
+    _model(command)
+    place = command.add_argument_group("Protocol")
+    place.add_argument(
+        "--rules", nargs="+", action="extend", metavar="RULE",
+        help="names and patterns of rules of compare, and auto for what planner auto takes "
+        "(default paper-act, auto, those that drop whole experts, uniform-act); of those that drop "
+        "whole experts the one that loses least has rows",
+    )  # fmt: skip
+    _rates(place, "fractions of the expert channels to remove, in (0, 1) (default 0.25 0.5)")
+    place.add_argument(
+        "--bits", dest="compared_bits", nargs="+", action="extend", metavar="N",
+        type=value_of(int, (4, 8, 16), is_list=True),
+        help="bits of the weights (default 16 4); one of 4, 8, 16",
+    )  # fmt: skip
+    title = "Tasks of lm-evaluation-harness; without them the tables have losses alone"
+    add_group(command, TaskOptions, *_others(TaskOptions, "output"), title=title)
+    add_group(command, PaperOptions)
+    add_group(command, RunOptions, *_others(RunOptions, "memory_limit"))
+    add_group(command, TextOptions)
+    add_group(
+        command, ScoreOptions, "gradients", "expert_details", "weight_gradients", "obs", "batch",
+        "dtype",
+    )  # fmt: skip
+    add_group(command, PlanOptions, "block", "seed", title="Plans")
+    add_group(command, ExportOptions, "group_size", title="Fewer bits")
 
 
 def completion(command: Parser) -> None:

@@ -24,6 +24,7 @@ from pruning.cli.tables import (
 )
 from pruning.demo import model_folder
 from pruning.recipe.options import ExportOptions, PlanOptions
+from pruning.recipe.paper_options import PaperOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.recipe.task_options import TaskOptions
@@ -41,6 +42,7 @@ from pruning.runs import compare as comparing
 from pruning.runs import compress as compressing
 from pruning.runs import estimate as estimating
 from pruning.runs import export as exporting
+from pruning.runs import paper as papering
 from pruning.runs import plan as planning
 from pruning.runs import recover as recovering
 from pruning.runs import report as reporting
@@ -242,8 +244,7 @@ def compare(options: Options) -> Outcome:
         "cut_router": options.compared_cut,
         "calibration_sets": parse_sets(options.calibration_sets or ()),
     }  # fmt: skip
-    asked: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions) | {"output": None}
-    judged = TaskOptions(**asked) if any(asked.values()) else None
+    judged = _judged(options)
     found = comparing.compare(
         recipe, **{name: value for name, value in given.items() if value},
         judged=judged, steps=steps_of(options), where=places_of(options),
@@ -255,3 +256,22 @@ def compare(options: Options) -> Outcome:
         tables += of(found)
     page = Path(recipe.output) / "compare.html"
     return Outcome(dataclasses.asdict(found), [*tables, ""], [page])
+
+
+def paper(options: Options) -> Outcome:
+    """The paper's tables of a model."""
+    recipe = options.made
+    found = papering.paper(
+        recipe, options.rates or (), options.rules or (), bits=options.compared_bits or (),
+        judged=_judged(options), options=PaperOptions(**given_options(options, PaperOptions)),
+        steps=steps_of(options),
+    )  # fmt: skip
+    return Outcome(
+        dataclasses.asdict(found), [*found.tables(), ""], [Path(recipe.output) / "paper.html"]
+    )
+
+
+def _judged(options: Options) -> TaskOptions | None:
+    """The tasks that models are asked beside texts; their results go to the recipe's folder."""
+    asked: dict[str, Any] = {"tasks": ()} | given_options(options, TaskOptions) | {"output": None}
+    return TaskOptions(**asked) if any(asked.values()) else None

@@ -114,6 +114,20 @@ EXAMPLES = {
     "--calibration-sets web=web.txt,code=code.jsonl,maths=maths.jsonl scores each text alone and\n"
     "measures what it keeps on all of them: what a model loses that is pruned for other work.\n\n"
     "--draws 3 says what chance in the calibration text does: errors of losses and differences.",
+    "paper": "moe-compress paper demo --recover-tokens 30K --tasks 'demo_*' --task-path demo \\\n"
+    "      --output paper\n"
+    "  moe-compress paper Qwen/Qwen1.5-MoE-A2.7B --download --calibration c4.jsonl \\\n"
+    "      --evaluation wikitext.txt --tasks arc_challenge,arc_easy,hellaswag,piqa,winogrande \\\n"
+    "      --recover-text train.jsonl --output paper\n\n"
+    "The protocol of arXiv 2606.18304: a quarter and half of the channels gone, 16 and 4 bits;\n"
+    "its rule, ours (what planner auto takes, repaired), the best rule that drops whole experts,\n"
+    "one width for all; each as it is pruned and after training. Read paper/paper.html first: the\n"
+    "tables, accuracy or loss over rate (figure 9), and how fast a layer of the model is on this\n"
+    "machine at widths that are multiples of 1 to 128 (figure 10). paper.md and paper.csv have\n"
+    "the same numbers. One pass over the calibration text serves all rows; paper/compare is a\n"
+    "folder of `compare`, paper/recovered/RULE-RATE are those of `recover`, with exports.\n"
+    "The same command goes on after an interruption; more --rules, rates or tasks add to what is\n"
+    "there. Before a large model: `estimate` with the same options, and --recover none.",
     "completion": "source <(moe-compress completion bash)  # this bash; also in ~/.bashrc\n"
     "  moe-compress completion zsh > ~/.zfunc/_moe-compress  # a folder of your $fpath\n"
     "  moe-compress completion fish > ~/.config/fish/completions/moe-compress.fish",

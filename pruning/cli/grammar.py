@@ -68,6 +68,11 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
         "Rank pruning rules at equal size on held-out text.",
         arguments.compare,
     ),
+    "paper": (
+        "MODEL --output FOLDER [--calibration FILE ...] [--tasks TASK ...] [options]",
+        "Run the paper's protocol: its tables with and without recovery, its figures.",
+        arguments.paper,
+    ),
     "completion": (
         "SHELL",
         "Print a script that completes commands and flags.",

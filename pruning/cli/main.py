@@ -14,7 +14,7 @@ from pruning.cli.grammar import build_parser
 from pruning.kit.errors import VerificationError
 from pruning.kit.hub import download
 
-WITH_RECIPE = ("compress", "score", "estimate", "apply", "compare")
+WITH_RECIPE = ("compress", "score", "estimate", "apply", "compare", "paper")
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
 FAULTY = (
     "this is a fault of the program, not of what you gave it; please report it with your command "

@@ -13,10 +13,10 @@ from convert.export_format import why_not_written
 from moe_jax.errors import InputError, choose
 
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
-TEXTS = ("calibration", "evaluation", "text")
+TEXTS = ("calibration", "evaluation", "text", "recover_text")
 LONGEST = 500  # characters of a value that an error shows
 SIZES = ("target_bytes", "memory_limit")  # in bytes
-AMOUNTS = (*SIZES, "target_parameters", "tokens")
+AMOUNTS = (*SIZES, "target_parameters", "tokens", "recover_tokens")
 # What asks for calibration text, with the value that asks for none.
 NEEDS_TEXT: dict[str, Any] = {
     "calibration": (), "gradients": False, "expert_details": False, "weight_gradients": False,

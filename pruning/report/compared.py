@@ -7,6 +7,7 @@ from pruning.kit.words import megabytes
 
 Repaired = Literal["", "expert", "layer"]
 UNPRUNED = "unpruned"  # in the place of a rule: fewer bits alone
+CHOSEN = "auto"  # the same: whichever rule planner auto takes
 MERGED = "merged experts"  # the family of rows that merge experts
 COPIES = (
     "Merged experts count once: a class of models whose experts share no weights holds copies of "

@@ -65,7 +65,7 @@ def answered(found: Comparison) -> list[Answers]:
         if result.tasks:
             place = result.target or result.rate
             groups.setdefault((result.name, result.bits, place), []).append(result)
-    lines = [_answers(group) for group in groups.values()]
+    lines = [answers_of(group) for group in groups.values()]
     return sorted(lines, key=lambda one: (-one.bytes, math.isnan(one.lost), one.lost))
 
 
@@ -78,15 +78,16 @@ def task_tables(found: Comparison) -> list[TextTable]:
     dense = found.sizes.get("dense", 0)
     known = [next(line.rows[name][0] for line in lines if name in line.rows) for name in names]
     whole = [_value(one, one["first"]) for one in known]
-    mean = _share(lines[0].mean + lines[0].lost)
+    mean = share_word(lines[0].mean + lines[0].lost)
     rows = [["dense", "16", "", megabytes(dense), "1.00", *whole, mean, "", ""]]
     for line in lines:
-        cells = [_cell(line.rows.get(name, ())) for name in names]
+        cells = [cell(line.rows.get(name, ())) for name in names]
         sure = "" if math.isnan(line.error) else "within noise" if line.is_noise else "yes"
         factor = f"{dense / line.bytes:.2f}" if line.bytes else ""
         rows.append([
             line.first.name, bits_word(line.first.bits), percent(line.first.rate),
-            megabytes(line.bytes), factor, *cells, _share(line.mean), _difference(line), sure,
+            megabytes(line.bytes), factor, *cells, share_word(line.mean), difference_word(line),
+            sure,
         ])  # fmt: skip
     header = ["rule", "bits", "pruned", "MB", "factor", *names, "mean", "difference", "real?"]
     note = (
@@ -155,12 +156,13 @@ def tasks_csv(found: Comparison) -> str:
     return buffer.getvalue()
 
 
-def _answers(group: Sequence[Result]) -> Answers:
+def answers_of(group: Sequence[Result]) -> Answers:
+    """What results of one rule at one rate, which differ in their seeds, answer together."""
     rows: dict[str, list[Row]] = {}
     for result in group:
         for name, row in _one_each(result.tasks).items():
             rows.setdefault(name, []).append(row)
-    shares = [own for own in rows.values() if _is_share(own[0])]
+    shares = [own for own in rows.values() if is_share(own[0])]
     if not shares:
         return Answers(group[0], rows, math.nan, math.nan, math.nan)
     means, lost = (
@@ -186,7 +188,8 @@ def _rank(row: Row) -> int:
     return SHARES.index(metric) if metric in SHARES else len(SHARES)
 
 
-def _is_share(row: Row) -> bool:
+def is_share(row: Row) -> bool:
+    """Whether a measure is a share of right answers."""
     return _rank(row) < len(SHARES)
 
 
@@ -196,7 +199,8 @@ def _error(rows: Sequence[Row]) -> float:
     return math.nan if None in known else sum(known) / len(known)
 
 
-def _cell(rows: Sequence[Row]) -> str:
+def cell(rows: Sequence[Row]) -> str:
+    """A measure of a task over seeds, with * where it is surely off the dense model's."""
     if not rows:
         return ""
     value, difference = (
@@ -208,14 +212,16 @@ def _cell(rows: Sequence[Row]) -> str:
 
 
 def _value(row: Row, value: float) -> str:
-    return _share(value) if _is_share(row) else f"{value:.4g}"
+    return share_word(value) if is_share(row) else f"{value:.4g}"
 
 
-def _share(value: float) -> str:
+def share_word(value: float) -> str:
+    """A share in percent without the sign, "" if it is nan."""
     return "" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _difference(line: Answers) -> str:
+def difference_word(line: Answers) -> str:
+    """How far the mean is off the dense model's, in points, with its error."""
     if math.isnan(line.lost):
         return ""
     return f"{-100 * line.lost:+.1f}" + (

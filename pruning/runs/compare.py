@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
-from moe_jax.spread import Spread
+from moe_jax.spread import ALONE, Spread
 from pruning.budget.merging import select_merges
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import Steps
@@ -17,10 +17,11 @@ from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.task_options import TaskOptions
 from pruning.report import comparison_page
-from pruning.report.compared import AUTO, Result
+from pruning.report.compared import AUTO, CHOSEN, Result
 from pruning.report.comparison import Comparison
 from pruning.report.comparison_tasks import tasks_csv
 from pruning.runs.auto_bits import auto_plans
+from pruning.runs.auto_rule import chosen_plans
 from pruning.runs.calibration_sets import most_seen, source_of, with_sets
 from pruning.runs.cap import refuse_limit
 from pruning.runs.compared import Kept, Scored, require_windows
@@ -57,6 +58,7 @@ def compare(
     target_bytes: Sequence[int] = (),
     target_factors: Sequence[float] = (),
     repair: Mode | None = None,
+    repaired: Sequence[str] = (),
     draws: int = 0,
     top_k: Sequence[int] = (),
     skip_below: Sequence[float] = (),
@@ -78,7 +80,8 @@ def compare(
         `evaluation_tokens` are scored, rounded up to whole windows.
       rates: prune rates, each rounded to a budget that all rules can keep exactly; default 0.25 and
         0.5, or none where sizes are given.
-      rules: names of `RULES`, patterns, "standard" or "all".
+      rules: names of `RULES`, patterns, "standard" or "all"; "auto" is at each rate the rule that
+        planner auto takes, by windows kept out of the calibration text.
       bits: of the weights, 16, or fewer, rounded to nearest as an export of each plan rounds them;
         of fewer there is a result without pruning as well. "auto" gives each layer, at the sizes,
         channels and bits by what they cost alone on windows kept out of the calibration text.
@@ -87,6 +90,7 @@ def compare(
       target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well; each takes a repair of the model on
         all of the calibration text.
+      repaired: those of the rules whose plans are; default all.
       draws: so often as many windows of the calibration text are drawn with replacement, scored,
         and every rule planned and measured again: what chance in that text does to losses, to
         differences of rules and to what is kept. Each takes as long as all the rest.
@@ -122,6 +126,7 @@ def compare(
     controls = Controls(
         rates=rates or (() if sizes else RATES), bits=tuple(dict.fromkeys(numbers)),
         target_bytes=target_bytes, target_factors=target_factors, repair=repair or "",
+        repaired=repaired, chooses=CHOSEN in rules,
         draws=draws, top_k=top_k, skip_below=skip_below, sets=calibration_sets or {},
         merges=select_merges(merges), cut_router=cut_router,
     )  # fmt: skip
@@ -139,14 +144,18 @@ def _compare(
 ) -> Comparison:
     refuse_limit(recipe, "compare")
     _require_one_process(controls, judged, spread)
-    names = select_rules(rules, RULES)
+    names = select_rules([name for name in rules if name != CHOSEN], RULES)
     if "all" in rules:
         recipe = dataclasses.replace(recipe, **dict.fromkeys(switches(names), True))
         steps.say("all rules need gradients, expert details and weight gradients: scoring takes "
                   "several times as long as for the standard rules, once")  # fmt: skip
     check_needs(names, recipe.groups)
+    if controls.chooses:
+        names.append(CHOSEN)
+        # As where `compress` repairs: repair's own selection is among the rules that are measured.
+        recipe = dataclasses.replace(recipe, obs=recipe.obs or bool(controls.repair))
     with steps.bar("open"):
-        job, sets = _opened(recipe, controls, spread)
+        job, sets = opened(recipe, controls, spread)
     loaded = open_tasks(judged, steps) if judged else {}
     controls.fewer(job.base.config.moe.experts_per_token)  # before the weights are read
     if spread.leads:
@@ -173,7 +182,9 @@ def _compare(
     missing = [task for number, task in enumerate(budgets) if number in left]
     found = dataclasses.replace(found, sizes=_sizes(job), seen=most_seen(job, sets, texts))
     if missing or judged:
-        budgets |= auto_plans(job, *whole, missing if not judged else budgets, steps)
+        wanted = list(budgets) if judged else missing
+        budgets |= auto_plans(job, *whole, wanted, steps)
+        budgets |= chosen_plans(job, *whole, budgets, wanted, controls.repair, steps)
     if missing:
         found = _measure(job, whole, sets, missing, budgets, texts, found, steps)
     if judged:
@@ -191,7 +202,7 @@ def _require_one_process(controls: Controls, judged: TaskOptions | None, spread:
     """Raise InputError if several processes are asked for what one of them does."""
     single = {"--repair": controls.repair, "--draws": controls.draws,
               "--calibration-sets": controls.sets, "--tasks": judged,
-              "--bits auto": controls.has_auto}  # fmt: skip
+              "--bits auto": controls.has_auto, "--rules auto": controls.chooses}  # fmt: skip
     alone = next((flag for flag, asked in single.items() if asked), "")
     if alone and spread.processes > 1:
         raise InputError(
@@ -200,8 +211,8 @@ def _require_one_process(controls: Controls, judged: TaskOptions | None, spread:
         )
 
 
-def _opened(
-    recipe: CompressionRecipe, controls: Controls, spread: Spread
+def opened(
+    recipe: CompressionRecipe, controls: Controls, spread: Spread = ALONE
 ) -> tuple[Job, Mapping[str, TokenBatch]]:
     """The job of a recipe, whose groups and blocks suit all of the bits, and the sets of text."""
     # Of 16-bit weights no group restricts the widths.
@@ -211,7 +222,7 @@ def _opened(
     job = dataclasses.replace(job, spread=spread)
     if controls.rounds:
         job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
-    if controls.has_auto:
+    if controls.keeps_out:
         calibration, kept_out = keep_out(job.calibration)
         job = dataclasses.replace(job, calibration=calibration, kept_out=kept_out)
         require_kept_out(job)

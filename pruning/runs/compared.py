@@ -17,7 +17,7 @@ from pruning.budget.rule import make_plan
 from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
-from pruning.report.compared import AUTO, MERGED, UNPRUNED, Result, bits_word
+from pruning.report.compared import AUTO, CHOSEN, MERGED, UNPRUNED, Result, bits_word
 from pruning.runs.compared_task import Task
 from pruning.runs.controls import written
 from pruning.scores.statistics import ChannelStatistics
@@ -25,6 +25,7 @@ from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
 from pruning.shrink.rounding import QuantizedSource
 from pruning.stages.bit_curves import storages, whole_plan
+from pruning.stages.choose import taken_candidate
 from pruning.stages.job import Job
 from pruning.stages.layers import provenance as of_plan
 from pruning.stages.sizes import active_bytes, active_parameters
@@ -62,6 +63,8 @@ def task_plan(
         return budget
     if not budget:
         raise BudgetError(f"no plan is as small in {bits_word(task.bits)} bits")
+    if task.rule == CHOSEN:
+        raise BudgetError("the rule that was chosen keeps another number of channels")
     rule, c = RULES[task.rule], job.base.config
     plan = make_plan(
         rule,
@@ -210,7 +213,7 @@ def task_result(
         start += len(windows.tokens)
         found = quality_of(Reference(job.base.head, rows), windows, references[name])
         quality[name] = found.to_dict()
-    family, about = _described(task)
+    family, about = _described(task, plan)
     found = Result(
         **dataclasses.asdict(task),
         kept=int(plan.keep.sum()),
@@ -226,8 +229,11 @@ def task_result(
     return dataclasses.replace(found, **_sizes(job, plan, task.bits, shares))
 
 
-def _described(task: Task) -> tuple[str, str]:
+def _described(task: Task, plan: PruningPlan) -> tuple[str, str]:
     """Family and one line of what is measured."""
+    if task.rule == CHOSEN:
+        taken = taken_candidate(plan)["rule"]
+        return "chosen", f"{taken}, which loses least on calibration windows kept out"
     if rule := RULES.get(task.rule):
         return rule.family, rule.about
     if merge := MERGES.get(task.rule):

@@ -16,7 +16,7 @@ from pruning.budget.rules import RULES
 from pruning.recipe.options import PlanOptions
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import check_rate, check_whole
-from pruning.report.compared import AUTO, UNPRUNED, Repaired
+from pruning.report.compared import AUTO, CHOSEN, UNPRUNED, Repaired
 from pruning.runs.compared_task import Task
 from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.bit_curves import whole_plan
@@ -37,6 +37,8 @@ class Controls:
       target_bytes: sizes that each rule, in each of the bits, comes as near to as it can.
       target_factors: the same by how many times smaller than the model's files.
       repair: measure every plan repaired in this way as well.
+      repaired: the rules whose plans are; () for all.
+      chooses: whether what planner auto takes is among the rules.
       draws: how often the calibration text is drawn anew, for plans of their own.
       top_k: experts per token, fewer than the model's, of whole models in each of the bits.
       skip_below: the same, experts that weigh less than these shares of a token's best skipped.
@@ -51,6 +53,8 @@ class Controls:
     target_bytes: Sequence[int] = ()
     target_factors: Sequence[float] = ()
     repair: Repaired = ""
+    repaired: Sequence[str] = ()
+    chooses: bool = False
     draws: int = 0
     top_k: Sequence[int] = ()
     skip_below: Sequence[float] = ()
@@ -73,6 +77,16 @@ class Controls:
             raise InputError(
                 "bits 'auto' are measured on one calibration text; leave out --draws and "
                 "--calibration-sets"
+            )
+        if self.chooses and (self.draws or self.sets):
+            raise InputError(
+                f"rule {CHOSEN!r} is chosen on one calibration text; leave out --draws and "
+                "--calibration-sets"
+            )
+        if self.chooses and (self.target_bytes or self.target_factors):
+            raise InputError(
+                f"rule {CHOSEN!r} is chosen at prune rates, not at sizes; leave out --target-bytes "
+                "and --target-factor"
             )
         if self.draws == 1 or not 0 <= self.draws <= MOST_DRAWS:
             raise InputError(
@@ -98,6 +112,11 @@ class Controls:
     def has_auto(self) -> bool:
         """Whether each layer gets bits of its own."""
         return AUTO in self.bits
+
+    @property
+    def keeps_out(self) -> bool:
+        """Whether something is decided on windows that are kept out of the calibration text."""
+        return self.has_auto or self.chooses
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -205,15 +224,16 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
     for choice in map(dataclasses.asdict, choices):
         found |= {Task(UNPRUNED, 0.0, bits=bits, **choice): whole for bits in equal}
     for how in repairs:
+        own = [name for name in names if not how or name in (controls.repaired or names)]
         for rate, budget in budgets.items():
-            for name in names:
-                for seed in RULES[name].seeds:
+            for name in own:
+                for seed in _seeds(name):
                     found |= {Task(name, rate, seed, how, bits): budget for bits in equal}
         for target in controls.targets(job):
             for bits in equal:
-                found |= _at_target(job, names, target, bits, how)
+                found |= _at_target(job, own, target, bits, how)
             if controls.has_auto:
-                alone = [name for name in names if len(RULES[name].seeds) == 1]
+                alone = [name for name in own if len(_seeds(name)) == 1]
                 found |= {Task(name, 0.0, 0, how, AUTO, target): 0 for name in alone}
     again = {task: budget for task, budget in found.items() if task.rule != UNPRUNED}
     others: list[dict[str, Any]] = [{"draw": 1 + number} for number in range(controls.draws)]
@@ -243,7 +263,8 @@ def droppers(names: Sequence[str]) -> list[str]:
     """
     found = [
         name for name in names
-        if (own := RULES[name].options).width == "experts" and own.emptied == "zero"
+        if name != CHOSEN
+        and (own := RULES[name].options).width == "experts" and own.emptied == "zero"
     ]  # fmt: skip
     if not found:
         raise InputError(
@@ -251,6 +272,10 @@ def droppers(names: Sequence[str]) -> list[str]:
             "drops whole experts; name one, such as experts-reap-layer, or leave it away"
         )
     return found
+
+
+def _seeds(name: str) -> tuple[int, ...]:
+    return (0,) if name == CHOSEN else RULES[name].seeds
 
 
 def _at_target(

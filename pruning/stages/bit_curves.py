@@ -62,7 +62,7 @@ def require_kept_out(job: Job) -> TokenBatch:
     """
     if job.kept_out is None:
         raise InputError(
-            "bits 'auto' are measured on windows kept out of the calibration text, which has "
+            "what is 'auto' is measured on windows kept out of the calibration text, which has "
             f"{len(job.calibration.tokens)}, fewer than {FEWEST}; give more text, or a shorter "
             "--window"
         )

@@ -101,13 +101,18 @@ def choose(
     pairs = zip(tables, recipes, strict=True)
     found = [_taken(table, measured, provenance, recipe) for table, recipe in pairs]
     for asked, (recipe, plan) in zip(recipes, found, strict=True):
-        taken = next(c for c in plan.provenance["choice"]["candidates"] if c["taken"])
+        taken = taken_candidate(plan)
         of = f"prune rate {asked.prune_rate}: " if len(recipes) > 1 else ""
         steps.say(
             f"{of}rule {taken['rule']} is taken, {taken['mean']:+.4f} nats per token on text kept "
             f"out{' once repaired' if is_repaired(asked) else ''}: {_words(recipe, asked)}"
         )
     return found
+
+
+def taken_candidate(plan: PruningPlan) -> dict[str, Any]:
+    """What the table of all rules says of the one that a chosen plan is of."""
+    return next(one for one in plan.provenance["choice"]["candidates"] if one["taken"])
 
 
 def _words(recipe: ResolvedRecipe, asked: ResolvedRecipe) -> str:

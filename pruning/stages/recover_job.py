@@ -151,6 +151,26 @@ def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> Recove
     codec = open_codec(
         student.base.about.folder, config.vocab_size, first_tokens=student.recipe.first_tokens
     )
+    text, held = training_text(options, codec, window)
+    forms = forms_of(student, options)
+    if options.adapter:
+        check_adapter(student, options)
+    # The rest of a prediction is an outcome of its own, so that one token at least must be left.
+    options = dataclasses.replace(options, top=min(options.top, config.vocab_size - 1))
+    return RecoverJob(
+        options, student, codec, text, held, _evaluation(student, codec, held, window), forms,
+        delta_config(options, forms), fit_options(options, student.source), window,
+    )  # fmt: skip
+
+
+def training_text(
+    options: RecoverOptions, codec: TextCodec, window: int
+) -> tuple[TokenBatch, TokenBatch]:
+    """Windows of so many tokens to train on, and those that are only measured on.
+
+    Raises:
+      InputError: a file cannot be read, or holds too little.
+    """
     batch = calibration_batch(
         [TextSource.parse(file, options.text_field) for file in options.text],
         codec.encode,
@@ -163,15 +183,7 @@ def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> Recove
     text, held = hold_out(batch)
     if not predicted(text.valid, text.counted).any():
         raise InputError("the text has no token to learn: no answer is in the part that is read")
-    forms = forms_of(student, options)
-    if options.adapter:
-        check_adapter(student, options)
-    # The rest of a prediction is an outcome of its own, so that one token at least must be left.
-    options = dataclasses.replace(options, top=min(options.top, config.vocab_size - 1))
-    return RecoverJob(
-        options, student, codec, text, held, _evaluation(student, codec, held, window), forms,
-        delta_config(options, forms), fit_options(options, student.source), window,
-    )  # fmt: skip
+    return text, held
 
 
 def _evaluation(
