@@ -23,6 +23,7 @@ from pruning.text.windows import text_hashes
 
 RECIPE = "recipe.yaml"
 BEGUN = "exports/.begun.json"  # while `export` writes: its plan and options
+PLANS = ("auto", "merged")  # folders of a comparison's plans, which `apply` takes
 # All that a run writes but its recipe, in the order of removal: while a report is there a folder
 # counts as finished, so what a killed removal leaves is never taken for an interrupted run.
 OURS = (
@@ -33,13 +34,15 @@ OURS = (
     "scoring/step-[0-9]*.safetensors", "scoring/progress.json", "scoring-[0-9a-f]*.states",
     "plan.json", "plan.safetensors",
     "compare.json", "compare.csv", "compare.html", "compare-tasks.csv",
-    "bit-curves.json", "auto/*/plan.json", "auto/*/plan.safetensors",
+    "bit-curves.json",
+    *(f"{name}/*/plan.{kind}" for name in PLANS for kind in ("json", "safetensors")),
     "choice.json", "statistics.json", "statistics.safetensors",
     "report.html", "report.json", "model.json",
     "ablations.jsonl", "layers-alone.json", "audit.json", "audit.csv", "audit.html",
     "sweep.csv", "sweep.html",
 )  # fmt: skip
-FOLDERS = ("exports", "repair", "compare-repair", "gptq", "scoring", "auto")  # that hold some of them
+# Folders that hold some of them.
+FOLDERS = ("exports", "repair", "compare-repair", "gptq", "scoring")
 
 
 def is_interrupted(job: Job, last: str) -> bool:
@@ -159,8 +162,11 @@ def _remove_ours(output: Path) -> None:
     SweepFolder(output / SCORING).clear()  # knows a file that may lie elsewhere
     for path in _ours(output):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in (*output.glob("auto/*"), *(output / name for name in FOLDERS)):
-        _remove_empty(folder)
+    for name in PLANS:
+        for folder in output.glob(f"{name}/*"):
+            _remove_empty(folder)
+    for name in (*PLANS, *FOLDERS):
+        _remove_empty(output / name)
 
 
 def _ours(output: Path) -> list[Path]:
