@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
@@ -175,7 +173,7 @@ class Trainer:
         for one in group:
             form = formats(job, [one.bits])[one.bits]
             export = Path(options.output) / "exports" / form
-            model = open_checkpoint(export, dtype=jnp.bfloat16)
+            model = open_checkpoint(export)  # as `eval` reads it
             quality = measure(model, job.evaluation, references, self.steps, form, **how)
             told = {text: value.to_dict() for text, value in quality.items()}
             tasks = self._answers(model, f"recovered {name} {form}") if self.judged else []
