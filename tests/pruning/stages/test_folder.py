@@ -288,7 +288,8 @@ def test_bad_evaluation_options_are_refused(models, scored, texts, capsys, argum
 
 def test_what_bits_of_layers_left_goes_with_the_run_and_what_others_put_there_stays(tmp_path):
     for name in ("bit-curves.json", "auto/one-5/plan.json", "auto/one-5/plan.safetensors",
-                 "auto/two-6/plan.json", "auto/two-6/mine.txt", "merged/ream-0.5/plan.json", "compare-tasks.csv"):  # fmt: skip
+                 "auto/two-6/plan.json", "auto/two-6/mine.txt",
+                 "merged/ream-0.5/plan.json", "compare-tasks.csv"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     make_output(CompressionRecipe(model="demo", output=str(tmp_path)), resumed=False)
