@@ -21,7 +21,8 @@ from pruning.runs.compared_task import Task
 from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.bit_curves import whole_plan
 from pruning.stages.job import Job, resolved
-from pruning.stages.sizes import byte_range, dense_bytes, export_of, form_of
+from pruning.stages.size_bounds import byte_range
+from pruning.stages.sizes import dense_bytes, export_of, form_of
 
 MOST_DRAWS = 100  # each is scored
 

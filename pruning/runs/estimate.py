@@ -36,14 +36,8 @@ from pruning.stages.preflight import (
     rehearsed_plan,
     written_bytes,
 )
-from pruning.stages.sizes import (
-    byte_range,
-    dense_bytes,
-    export_of,
-    foreseen_form,
-    form_of,
-    keeps_even_experts,
-)
+from pruning.stages.size_bounds import byte_range, keeps_even_experts
+from pruning.stages.sizes import dense_bytes, export_of, foreseen_form, form_of
 
 PROBED_BYTES = 6  # of each weight of the layer that is timed, with what is made of it
 TIMES = ("scoring_seconds", "choosing_seconds", "recovery_seconds")

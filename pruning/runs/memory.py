@@ -51,7 +51,8 @@ from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import probe_shapes
 from pruning.stages.rule_losses import SHARE, STATE_BYTES, is_repaired
 from pruning.stages.scoring_sizes import statistics_bytes
-from pruning.stages.sizes import equal_export, export_of, form_of, sample_memory
+from pruning.stages.size_bounds import equal_export
+from pruning.stages.sizes import export_of, form_of, sample_memory
 
 LATE_BYTES = 300 << 20  # programs of all stages before the last ones, which stay
 SAMPLE_PROGRAMS = 200 << 20  # that write on: of two models, for a prompt and for one more token

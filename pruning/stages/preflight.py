@@ -27,18 +27,14 @@ from pruning.stages.remarks import say_left_out, say_nothing_saved, say_texts
 from pruning.stages.repair import repair_bytes
 from pruning.stages.score import STATISTICS
 from pruning.stages.scoring_sizes import scratch_bytes, statistics_bytes
-from pruning.stages.sizes import (
+from pruning.stages.size_bounds import (
     equal_export,
-    export_of,
-    export_sizes,
-    foreseen_form,
-    form_of,
-    gptq_bytes,
     keeps_even_experts,
     mean_width,
     most_bytes,
     pads,
 )
+from pruning.stages.sizes import export_of, export_sizes, foreseen_form, form_of, gptq_bytes
 from pruning.text.held_out import not_held_out, seen_shares
 
 SCRATCH = "scratch files"

@@ -23,7 +23,7 @@ from pruning.shrink.repair_model import (
 )
 from pruning.stages.job import Job
 from pruning.stages.layers import already_made, provenance
-from pruning.stages.sizes import mean_width
+from pruning.stages.size_bounds import mean_width
 
 FOLDER = "repair"
 

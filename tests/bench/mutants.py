@@ -155,6 +155,7 @@ TESTS = {
     "pruning/runs/plan_groups.py": "runs/test_compare_values",
     "pruning/report/comparison.py": "report/test_comparison",
     "pruning/stages/sizes.py": "stages/test_sizes",
+    "pruning/stages/size_bounds.py": "stages/test_sizes",
     "pruning/stages/verify.py": "stages/test_verify_values",
     "pruning/stages/choose.py": "stages/test_choose_values",
     "pruning/stages/checks.py": "stages/test_checks measure/test_settled"

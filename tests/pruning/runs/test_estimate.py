@@ -29,7 +29,8 @@ from pruning.stages.job import resolved
 from pruning.stages.probe_windows import random_probe
 from pruning.stages.recover_job import open_recovery
 from pruning.stages.recovery_sizes import needed_memory
-from pruning.stages.sizes import active_parameters, byte_range, form_of, token_shares
+from pruning.stages.size_bounds import byte_range
+from pruning.stages.sizes import active_parameters, form_of, token_shares
 from tests.support import tiny
 from tests.support.command import refused, run
 from tests.support.synthetic import statistics

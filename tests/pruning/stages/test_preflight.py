@@ -25,7 +25,7 @@ from pruning.stages import preflight
 from pruning.stages.job import open_job, resolved
 from pruning.stages.remarks import say_texts
 from pruning.stages.scoring_sizes import statistics_bytes
-from pruning.stages.sizes import most_bytes
+from pruning.stages.size_bounds import most_bytes
 from tests.support.command import given, run
 
 LAYERS, EXPERTS, WIDTH = 2, 8, 64

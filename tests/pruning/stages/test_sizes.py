@@ -21,7 +21,7 @@ from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.stages import scoring_sizes, sizes
+from pruning.stages import scoring_sizes, size_bounds, sizes
 from pruning.stages.export import export
 from pruning.stages.job import resolved
 from pruning.stages.repair import repair_bytes
@@ -84,7 +84,7 @@ def test_the_range_of_an_export_is_that_of_all_plans(base, name, width):
         size, widest = Export(base, widths, form).nbytes, max(map(max, filter(None, widths)))
         found.setdefault(sum(map(sum, widths)), []).append((size, widest))
     for channels, plans in found.items():
-        fewest, most = sizes.byte_range(base, options, name, channels)
+        fewest, most = size_bounds.byte_range(base, options, name, channels)
         # Headers are padded to eight bytes, and bounded by the digits of the widest numbers.
         assert 0 <= min(plans)[0] - fewest <= 16 and most >= max(plans)[0]
         # A padded folder's bound asks for a whole expert, whether or not channels are left for it.
@@ -93,14 +93,14 @@ def test_the_range_of_an_export_is_that_of_all_plans(base, name, width):
     for rate in (0, 1 / 3):
         plans = [one for channels, some in found.items() if channels <= (1 - rate) * 4 * F
                  for one in some]  # fmt: skip
-        bound = sizes.most_bytes(base, recipe(base, name, width=width, prune_rate=rate), name)
+        bound = size_bounds.most_bytes(base, recipe(base, name, width=width, prune_rate=rate), name)
         assert 0 <= bound - max(plans)[0] <= 48
-    most = sizes.most_bytes(base, recipe(base, name, width=width, prune_rate=0.0), name)
+    most = size_bounds.most_bytes(base, recipe(base, name, width=width, prune_rate=0.0), name)
     other = "padded-bf16" if name == "ragged-bf16" else "ragged-bf16"
     for target in (100_000, 10**6):
         options = recipe(base, name, other, width=width, target_bytes=target)
-        assert sizes.most_bytes(base, options, name) == min(most, target)
-        assert sizes.most_bytes(base, options, other) > 200_000
+        assert size_bounds.most_bytes(base, options, name) == min(most, target)
+        assert size_bounds.most_bytes(base, options, other) > 200_000
 
 
 def test_widths_of_the_whole_model_have_none_for_dense_layers(base):
@@ -138,7 +138,7 @@ def test_a_form_has_constants_where_the_plan_has_or_may_have_them(base):
     )
     # What a means' tensor and its entries take is bounded from above.
     plain, more = (
-        sizes.most_bytes(base, recipe(base, "ragged-bf16", emptied=e), "ragged-bf16")
+        size_bounds.most_bytes(base, recipe(base, "ragged-bf16", emptied=e), "ragged-bf16")
         for e in ("zero", "mean")
     )
     assert more - plain == 2 * (2 - 1) * (2 * D + 256)
@@ -265,7 +265,7 @@ def test_gptq_keeps_the_codes_of_the_smallest_packed_export_and_two_states(base)
 def test_the_mean_width_is_in_whole_blocks_or_whole_experts(base):
     def mean(rate, rounding=math.ceil, **changes):
         options = recipe(base, "ragged-bf16", prune_rate=rate, **changes)
-        return sizes.mean_width(base, options, rounding)
+        return size_bounds.mean_width(base, options, rounding)
 
     assert [mean(rate, block=8) for rate in (0.0, 0.5, 0.55, 0.9, 0.99)] == [96, 48, 48, 16, 8]
     assert [mean(rate, math.floor, block=8) for rate in (0.55, 0.9, 0.99)] == [40, 8, 8]
@@ -276,7 +276,7 @@ def test_the_mean_width_is_in_whole_blocks_or_whole_experts(base):
 
 def test_a_format_fills_widths_up_where_it_has_one_for_several_experts(base):
     pads = {
-        (width, name): sizes.pads(
+        (width, name): size_bounds.pads(
             recipe(base, name, width=width, cap=64 if width == "capped" else None),
             ExportFormat(name),
         )
@@ -313,10 +313,11 @@ def test_shared_experts_fill_a_padded_folder_up_at_some_widths(tmp_path):
     assert list(by_width.values()) != sorted(by_width.values())
     for channels in (32, 160, 200, 264):
         possible = [size for w, size in by_width.items() if 4 * w >= channels]
-        assert sizes.byte_range(base, options, "padded-bf16", channels) == (
+        assert size_bounds.byte_range(base, options, "padded-bf16", channels) == (
             min(possible), max(possible),
         )  # fmt: skip
-    most = sizes.most_bytes(base, recipe(base, "padded-bf16", width="free", block=8), "padded-bf16")
+    free = recipe(base, "padded-bf16", width="free", block=8)
+    most = size_bounds.most_bytes(base, free, "padded-bf16")
     assert 0 <= most - max(by_width.values()) <= 16
 
 
