@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from pruning.cli import arguments
+from pruning.cli import arguments, measuring_arguments
 from pruning.cli.examples import EXAMPLES, OUTCOMES
 from pruning.cli.parser import Parser, Program
 
@@ -51,12 +51,12 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
     "eval": (
         "FOLDER --text FILE ... | --tasks TASK ... [options]",
         "Measure likelihood on text, or tasks; with --prune-rate, over plans.",
-        arguments.evaluate,
+        measuring_arguments.evaluate,
     ),
     "audit": (
         "MODEL_OR_FOLDER [options]",
         "Measure how well each score ranks the true worth of experts.",
-        arguments.audit,
+        measuring_arguments.audit,
     ),
     "report": (
         "FOLDER",
@@ -66,12 +66,12 @@ COMMANDS: dict[str, Command] = {  # usage, summary, arguments
     "compare": (
         "MODEL --output FOLDER [--rules RULE ...] [options]",
         "Rank pruning rules at equal size on held-out text.",
-        arguments.compare,
+        measuring_arguments.compare,
     ),
     "paper": (
         "MODEL --output FOLDER [--calibration FILE ...] [--tasks TASK ...] [options]",
         "Run the paper's protocol: its tables with and without recovery, its figures.",
-        arguments.paper,
+        measuring_arguments.paper,
     ),
     "completion": (
         "SHELL",
