@@ -66,11 +66,12 @@ def export_folder(
 def _export_folder(
     folder: Path, overwrite: bool, steps: Steps, options: dict[str, Any]
 ) -> list[Path]:
-    plan = PruningPlan.load(folder)
-    if options.get("cut_router"):
-        plan = plan.with_cut_router(options.get("top_k"))
+    cuts = bool(options.get("cut_router"))
+    if cuts:
         options = {"repair": "none", **options}
-    recipe = stored_recipe(folder, **options)
+    recipe, plan = stored_recipe(folder, **options), PruningPlan.load(folder)
+    if cuts:
+        plan = plan.with_cut_router(options.get("top_k"))
     output_folder.clear_leftovers(folder)
     base = stored_base(recipe, steps)
     exports, begun = folder / "exports", folder / BEGUN
