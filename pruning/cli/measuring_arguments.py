@@ -118,20 +118,7 @@ def compare(command: Parser) -> None:
     add_controls(place)
     title = "Tasks of lm-evaluation-harness, beside the texts"
     add_group(command, TaskOptions, *other_fields(TaskOptions, "output"), title=title)
-    add_group(command, RunOptions, *other_fields(RunOptions, "memory_limit"))
-    add_group(command, TextOptions)
-    add_group(
-        command,
-        ScoreOptions,
-        "gradients",
-        "expert_details",
-        "weight_gradients",
-        "obs",
-        "batch",
-        "dtype",
-    )
-    add_group(command, PlanOptions, "block", "seed", title="Plans")
-    add_group(command, ExportOptions, "group_size", title="Fewer bits")
+    _compared_options(command)
     add_group(command, PlaceOptions)
 
 
@@ -154,6 +141,11 @@ def paper(command: Parser) -> None:
     title = "Tasks of lm-evaluation-harness; without them the tables have losses alone"
     add_group(command, TaskOptions, *other_fields(TaskOptions, "output"), title=title)
     add_group(command, PaperOptions)
+    _compared_options(command)
+
+
+def _compared_options(command: Parser) -> None:
+    """Options of the recipe that rules are compared under."""
     add_group(command, RunOptions, *other_fields(RunOptions, "memory_limit"))
     add_group(command, TextOptions)
     add_group(
