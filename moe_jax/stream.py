@@ -45,6 +45,9 @@ def layer_feed_forward(layer: DecoderLayer, middle: Array, context: Context) -> 
 
 # --- a text in batches ---
 
+# Tokens of padding that take longer than the compilation of another shape.
+WORTH_A_SHAPE = 1024
+
 
 class PerBatch(Protocol):
     """An array of each batch of a text, such as a list of them, wherever they lie."""
@@ -123,7 +126,7 @@ def in_batches(
       source: the model that will run it.
       tokens: int32 [B, T].
       valid: bool [B, T]; other positions are padding.
-      batch: rows per batch.
+      batch: rows per batch at most; fewer, alike in all, where that saves much padding.
       counted: bool [B, T], tokens whose prediction counts in a loss; default all.
       stride: positions from a token to the next in rotations, as of `make_context`.
 
@@ -132,6 +135,8 @@ def in_batches(
     """
     chex.assert_rank(tokens, 2)
     chex.assert_equal_shape([tokens, valid])
+    if -len(tokens) % batch * tokens.shape[1] > WORTH_A_SHAPE:
+        batch = even_batch(len(tokens), batch)
     tokens, valid = pad_rows(tokens, batch), pad_rows(valid, batch)
     rows = row_slices(len(tokens), batch)
     c = source.config

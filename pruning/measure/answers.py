@@ -142,13 +142,14 @@ def _parts(rows: list[_Row], most: int) -> list[list[_Row]]:
 
 
 def _batches(source: LayerSource, texts: list[tuple[int, ...]], length: int, batch: int) -> Batches:
-    tokens = np.zeros((len(texts), length), np.int32)
+    most = _most(length, source.config.max_position, batch)
+    rows = min(most, power_of_two(len(texts)))  # whatever is left of them: few shapes for all
+    tokens = np.zeros((-(-len(texts) // rows) * rows, length), np.int32)
     valid = np.zeros(tokens.shape, bool)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
         valid[row, : len(text)] = True
-    most = _most(length, source.config.max_position, batch)
-    return in_batches(source, tokens, valid, min(most, power_of_two(len(texts))))
+    return in_batches(source, tokens, valid, rows)
 
 
 # --- through the model ---

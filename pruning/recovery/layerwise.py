@@ -102,7 +102,7 @@ def fit_layers(
         layer = layer if config.group_size is None else rounded(layer, own, config.group_size)
         every.each(streams[0], lambda x, place, _, it=teacher: layer_forward(it, x, place))
         if own:
-            pairs = _Pairs(streams, valid, options.batch)
+            pairs = _Pairs(streams, valid, every.rows[0].stop)
             part = _of_layer(course, index, len(student))
             own, losses = _fit_layer(layer, own, pairs, part, student.config)
             if on_layer and losses:

@@ -78,6 +78,7 @@ def task_plan(
     )
     if task.cut:
         check_router(plan, c.moe.experts_per_token)
+        plan = plan.with_cut_router()
     # Constants in the place of experts are not foreseen.
     if task.target and (size := written(job, plan, task.bits).nbytes) > task.target:
         raise BudgetError(f"its constants make it {size - task.target} bytes too large")

@@ -18,7 +18,7 @@ from pruning.runs.compared_task import Task, task_of
 from pruning.runs.merged import mergings
 from pruning.runs.tasks import ask
 from pruning.shrink.merge import MergedSource
-from pruning.shrink.prune import PrunedSource, without_rows
+from pruning.shrink.prune import PrunedSource
 from pruning.stages.job import Job
 from pruning.stages.judged import RESULTS
 
@@ -69,7 +69,6 @@ def ask_plans(
         task = task_of(result)
         plan, model = _model_of(job, whole, task, budgets)
         what = f"{plan.content_hash} {task.bits} {recipe.group_size}"
-        what += " cut" * task.cut
         if how_made := task.rule if task.is_merged else task.repair:
             what += f" {how_made} {found.key['calibration']}"
         with model as made:
@@ -101,5 +100,4 @@ def _model_of(
     plan = task_plan(job, *whole, task, budgets[task])
     if task.repair:
         return plan, repaired(job, plan, task.repair)
-    pruned = PrunedSource(job.base, plan)
-    return plan, nullcontext(without_rows(pruned, plan) if task.cut else pruned)
+    return plan, nullcontext(PrunedSource(job.base, plan))

@@ -127,8 +127,8 @@ def _run_group(
         hidden = masked_hidden(
             job.base, *text, plans,
             storages=[storages(plan, task.bits) for task, plan in planned], fewer=fewer,
-            cut=[task.cut for task, _ in planned], routed=routed, group_size=job.recipe.group_size,
-            batch=min(job.recipe.batch, len(text[0])), dtype=job.dtype, on_layer=on_layer,
+            routed=routed, group_size=job.recipe.group_size, dtype=job.dtype,
+            batch=min(job.recipe.batch, len(text[0])), on_layer=on_layer,
         )  # fmt: skip
         shares = [
             usual if one is None else np.full(usual.shape, count / text[1].sum() / usual.size)
@@ -136,8 +136,8 @@ def _run_group(
         ]
         per_token = job.base.config.moe.experts_per_token
         shares = [
-            shares_among_kept(plan, per_token) if task.cut else own
-            for (task, plan), own in zip(planned, shares, strict=True)
+            shares_among_kept(plan, per_token) if plan.cut_router else own
+            for plan, own in zip(plans, shares, strict=True)
         ]
     results = [
         task_result(task, plan, job, states, texts, references, own)

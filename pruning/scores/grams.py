@@ -16,7 +16,7 @@ from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import gather_rows
 from moe_jax.experts.grouped_matmul import add_slice, dot, walk_tiles
 from moe_jax.experts.moe import MoE
-from moe_jax.stream import LayerSource, even_batch, in_batches, layer_attend, layer_forward
+from moe_jax.stream import LayerSource, in_batches, layer_attend, layer_forward
 from moe_jax.transformer import DecoderLayer
 from pruning.scores.expert_sums import observe_experts
 from pruning.scores.layer import EPS
@@ -96,7 +96,7 @@ class Sample:
           batch: windows per step, at most.
           dtype: of the activations.
         """
-        self._text = in_batches(source, tokens, valid, even_batch(len(tokens), batch))
+        self._text = in_batches(source, tokens, valid, batch)
         self._x = self._text.embedded(source, dtype)
         norms = np.square(statistics.down_norm)
         self._squares = np.divide(

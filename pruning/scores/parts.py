@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moe_jax.spread import ALONE, Spread
-from moe_jax.stream import Batches, LayerSource, in_batches, pad_rows, row_slices
+from moe_jax.stream import Batches, LayerSource, even_batch, in_batches, pad_rows, row_slices
 
 PARTS, PARTS_UNTIL_STABLE = 4, 16
 PART_WINDOWS = 64  # at most: the stability of a longer text is told at more places
@@ -32,9 +32,9 @@ def rows_of_parts(windows: int, until_stable: bool) -> list[np.ndarray]:
 def windows_at_work(parts: Sequence[np.ndarray], batch: int) -> tuple[int, int]:
     """(windows per step, windows in all), those of padding to whole batches included.
 
-    A text of few windows is not padded to whole batches in every part.
+    All parts share one shape, that which pads the longest of them least.
     """
-    batch = min(batch, max(map(len, parts), default=batch))
+    batch = even_batch(max(map(len, parts), default=batch), batch)
     return batch, batch * sum(-(-len(rows) // batch) for rows in parts)
 
 
@@ -78,12 +78,17 @@ def in_parts(
       The parts; the last batch of each is filled with rows of padding, the last step of a process
       with such batches.
     """
+
+    def padded(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return pad_rows(values[rows], batch)
+
     cut = [
         in_batches(
-            source, tokens[rows], valid[rows], batch, None if counted is None else counted[rows]
+            source, padded(tokens, rows), padded(valid, rows), batch,
+            None if counted is None else padded(counted, rows),
         )
         for rows in parts
-    ]
+    ]  # fmt: skip
     owner = tuple(number for number, part in enumerate(cut) for _ in part.rows)
     marks = [part.counted for part in cut if part.counted is not None]
     batches = Batches(

@@ -112,7 +112,6 @@ def masked_hidden(
     *,
     storages: Sequence[str | Sequence[str]] = (),
     fewer: Sequence[Fewer | None] = (),
-    cut: Sequence[bool] = (),
     routed: np.ndarray | None = None,
     group_size: int = 32,
     sample: Sample | None = None,
@@ -133,8 +132,6 @@ def masked_hidden(
         for each layer of the model; () for all in 16 bits. A layer is rounded once however many
         plans there are, but for the down-projections of its experts.
       fewer: to which of their experts tokens go under each plan; () for those that the plan says.
-      cut: whether tokens are routed among the experts alone that keep something, see `cut_router`;
-        () for what each plan says.
       routed: float64 [V], to which is added, where there is a `Fewer`, how often tokens of the text
         go to an expert in all layers of the plan.
       group_size: weights per scale of integers.
@@ -151,7 +148,7 @@ def masked_hidden(
       InputError: a plan is of another shape than the model's experts.
     """
     text = in_batches(source, tokens, valid, batch)
-    ways = _ways(len(source), plans, storages, fewer, cut)
+    ways = _ways(len(source), plans, storages, fewer)
     alike = _Alike(len(plans))
 
     def step(index: int, layer: DecoderLayer, variants: Variants) -> Variants:
@@ -206,18 +203,17 @@ class _Way:
     plan: PruningPlan
     stored: Sequence[str]
     choice: Fewer | None
-    cut: bool
 
     @property
     def is_plain(self) -> bool:
         """Whether channels are removed and nothing else is done."""
-        return {*self.stored} <= {PLAIN} and self.choice is None and not self.cut
+        return {*self.stored} <= {PLAIN} and self.choice is None and not self.plan.cut_router
 
     def does(self, masks: tuple | None, how: str) -> Hashable | None:
         """What is done to a layer, equal for ways that do the same; None if that is not told."""
         if self.choice is not None or self.plan.constants is not None:
             return None
-        return how, self.cut, b"" if masks is None else np.asarray(masks[0]).tobytes()
+        return how, self.plan.cut_router, b"" if masks is None else np.asarray(masks[0]).tobytes()
 
 
 def _ways(
@@ -225,14 +221,12 @@ def _ways(
     plans: Sequence[PruningPlan],
     storages: Sequence[str | Sequence[str]],
     fewer: Sequence[Fewer | None],
-    cut: Sequence[bool],
 ) -> list[_Way]:
     stored = [
         [how] * layers if isinstance(how, str) else how for how in storages or [PLAIN] * len(plans)
     ]
     own = [None if plan.top_k is None else Fewer(plan.top_k) for plan in plans]
-    each = zip(plans, stored, fewer or own, cut or [plan.cut_router for plan in plans], strict=True)
-    return [_Way(*one) for one in each]
+    return [_Way(*one) for one in zip(plans, stored, fewer or own, strict=True)]
 
 
 class _Alike:
@@ -277,7 +271,7 @@ def _kept_layer(
     kept = layer if seen is None else taken_over(layer, seen, keep)
     if rounded is not None:
         kept = rounded_as_cut(rounded, kept, keep, group_size, how)
-    return cut_router(kept, keep.any(axis=1)) if way.cut else kept
+    return cut_router(kept, keep.any(axis=1)) if way.plan.cut_router else kept
 
 
 def _numbers(choice: Fewer) -> tuple[Array, Array]:

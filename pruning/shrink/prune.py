@@ -114,17 +114,6 @@ def cut_router(layer: DecoderLayer, alive: np.ndarray, top_k: int | None = None)
     )
 
 
-def without_rows(source: LayerSource, plan: PruningPlan) -> LayerSource:
-    """A model whose routers know but the experts that a plan leaves something, see `cut_router`."""
-
-    def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        if index not in plan.layer_indices:
-            return layer
-        return cut_router(layer, plan.counts[plan.layer_indices.index(index)] > 0)
-
-    return mapped(source, change)
-
-
 def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
     if not isinstance(layer.mlp, MoE):
         raise InputError("the layer has no experts; prune only the model's expert layers")

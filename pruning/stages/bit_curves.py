@@ -20,7 +20,6 @@ from convert.export_format import STORAGES
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
-from moe_jax.stream import even_batch
 from pruning.budget.plan import PruningPlan
 from pruning.kit.errors import BudgetError
 from pruning.kit.memory import allowance
@@ -175,8 +174,7 @@ def _divergences(
     if not missing:
         return known
     windows, names, layers = text.windows(), list(missing), len(base)
-    how: dict[str, Any] = {"batch": even_batch(len(text.tokens), job.recipe.batch),
-                           "dtype": job.dtype}  # fmt: skip
+    how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
     _, dense = measure_quality(base, windows, **how)
     state = text.tokens.size * base.config.d_model * np.dtype(job.dtype).itemsize
     size = max(1, min(GROUP, allowance().of(STATE_BYTES) // state))

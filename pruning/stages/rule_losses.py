@@ -13,7 +13,6 @@ from convert.checkpoint import Checkpoint
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
-from moe_jax.stream import even_batch
 from pruning.budget.plan import PruningPlan
 from pruning.kit.fitting import misfits
 from pruning.kit.memory import allowance
@@ -149,7 +148,7 @@ def _losses(
             hidden = masked_hidden(
                 base, text.tokens, text.valid, [plans[name] for name in group],
                 sample=seen and _sample(base, *seen, recipe),
-                batch=even_batch(len(text.tokens), recipe.batch), dtype=dtype, on_layer=visited,
+                batch=recipe.batch, dtype=dtype, on_layer=visited,
             )  # fmt: skip
             for name, states in zip(group, hidden, strict=True):
                 found[name] = window_losses(Reference(base.head, states), windows).tolist()

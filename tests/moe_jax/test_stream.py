@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.stream import forward_hidden, in_batches, layer_forward, mapped, pad_rows, sweep
+from moe_jax.stream import (
+    WORTH_A_SHAPE,
+    forward_hidden,
+    in_batches,
+    layer_forward,
+    mapped,
+    pad_rows,
+    sweep,
+)
 from moe_jax.transformer import Transformer, init
 
 CONFIG = ModelConfig(
@@ -157,6 +165,20 @@ def test_batches_say_where_their_tokens_stand_and_join_without_the_padding(model
     joined = batches.joined(x, np.empty((5, 9, 16), np.float32))
     np.testing.assert_array_equal(joined, model.embedding.weight[tokens] + 1)
     assert x == []  # so that the text was never held twice
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "shape"),
+    [(3, 2 * WORTH_A_SHAPE, [3]), (11, 2 * WORTH_A_SHAPE, [6, 6]), (16, 2 * WORTH_A_SHAPE, [8, 8]),
+     (7, WORTH_A_SHAPE, [8]), (7, WORTH_A_SHAPE + 1, [7])],
+)  # fmt: skip
+def test_batches_are_no_larger_than_a_text_needs_where_padding_costs_more_than_a_shape(
+    model, count, length, shape
+):
+    tokens = np.zeros((count, length), np.int32)
+    batches = in_batches(model, tokens, np.ones(tokens.shape, bool), 8)
+    assert [rows.stop - rows.start for rows in batches.rows] == shape
+    assert len(batches.tokens) == sum(shape)
 
 
 def test_a_mapped_source_changes_layers_as_they_are_read_and_nothing_else(model):

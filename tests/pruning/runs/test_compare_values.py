@@ -82,12 +82,13 @@ def asked(monkeypatch, tmp_path):
         if task.rule in found.refuse:
             raise BudgetError("too small")
         keep = np.arange(64).reshape(SHAPE) < budget
-        return PruningPlan(keep, (0, 2))
+        plan = PruningPlan(keep, (0, 2))
+        return plan.with_cut_router() if task.cut else plan
 
-    def masked_hidden(base, tokens, valid, plans, *, storages, fewer, cut, routed, group_size,
+    def masked_hidden(base, tokens, valid, plans, *, storages, fewer, routed, group_size,
                       batch, dtype, on_layer):  # fmt: skip
         found.stored.append(storages)
-        found.cut.append(cut)
+        found.cut.append([plan.cut_router for plan in plans])
         routed += [0 if one is None else one.top_k * 6 for one in fewer]
         found.groups.append((len(plans), batch, tokens, valid))
         for layer in range(LAYERS):
@@ -388,7 +389,8 @@ def test_a_cut_router_knows_as_many_experts_as_a_token_goes_to(monkeypatch):
     with pytest.raises(BudgetError, match="would know 1 in some layer, fewer than the 2 that a"):
         compared.task_plan(*given, cut, 32)
     keep[1, 0, 0] = True
-    assert compared.task_plan(*given, cut, 32) is plan
+    found = compared.task_plan(*given, cut, 32)
+    assert found.cut_router and found.keep is plan.keep
 
 
 def test_every_text_is_measured_on_its_own_rows(monkeypatch):

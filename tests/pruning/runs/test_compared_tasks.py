@@ -53,7 +53,7 @@ def world(monkeypatch, tmp_path):
     def plan(job, *given):
         statistics, provenance, task, budget = given
         assert (statistics, provenance) == ("statistics", {"noted": 1})
-        return SimpleNamespace(content_hash=f"{task.rule}-{task.seed}-{budget}")
+        return SimpleNamespace(content_hash=f"{task.rule}-{task.seed}-{budget}" + " cut" * task.cut)
 
     def mergings(job, statistics, tasks, budgets):
         (task,) = tasks
@@ -74,9 +74,6 @@ def world(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(compared_tasks, "mergings", mergings)
     monkeypatch.setattr(compared_tasks, "MergedSource", lambda base, how: f"{base} merged")
-    monkeypatch.setattr(
-        compared_tasks, "without_rows", lambda source, plan: f"{source} {plan.content_hash} cut"
-    )
     monkeypatch.setattr(
         compared_tasks, "rounded", lambda source, job, plan, bits: f"{source}:{bits}"
     )
@@ -104,7 +101,7 @@ def test_every_plan_of_the_calibration_text_is_asked_after_the_dense_model(world
     rows = {name: one.tasks for name, one in zip(RESULTS, found.results, strict=True)}
     others = dict(zip(ASKED, ["base/fair-0-7:16", "base/fair-3-7:16", "layer of fair-0-7:4",
                               "base/fair-0-7:16", "base/unpruned-0-7:4",
-                              "base/fair-0-7 fair-0-7 cut:16", "base merged:8"],
+                              "base/fair-0-7 cut:16", "base merged:8"],
                       strict=True))  # fmt: skip
     assert rows == {
         name: [{"dense": "base", "other": others[name]}] if name in others else []
@@ -118,7 +115,7 @@ def test_every_plan_of_the_calibration_text_is_asked_after_the_dense_model(world
         ("fair+layer 4-bit at 0.5", "fair-0-7 4 32 layer text"),
         ("fair at 5.0 MB", "fair-0-7 16 32"),
         ("unpruned 4-bit at 0", "unpruned-0-7 4 32"),
-        ("fair+cut at 0.5", "fair-0-7 16 32 cut"),
+        ("fair+cut at 0.5", "fair-0-7 cut 16 32"),
         ("ream 8-bit at 0.5", "leaders 8 32 ream text"),
     ]
 

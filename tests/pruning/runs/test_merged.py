@@ -164,12 +164,3 @@ def test_tasks_are_asked_of_the_merged_model(monkeypatch):
     assert plan.keep.all(axis=2).sum() == 4 and plan.layer_indices == (1, 4)
     with model as source:
         assert source == ("base", merging)
-
-    # And of the plan whose experts are gone from the router.
-    monkeypatch.setattr(compared_tasks, "task_plan", lambda *given: plan)
-    monkeypatch.setattr(compared_tasks, "PrunedSource", lambda *given: given)
-    monkeypatch.setattr(compared_tasks, "without_rows", lambda *given: given)
-    for cut, wanted in ((False, ("base", plan)), (True, (("base", plan), plan))):
-        task = Task("experts-usage", 0.5, cut=cut)
-        with compared_tasks._model_of(job, whole, task, {task: 12})[1] as source:
-            assert source == wanted

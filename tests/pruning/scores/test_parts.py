@@ -26,7 +26,7 @@ def test_windows_are_dealt_like_cards(windows, until_stable, parts):
 @pytest.mark.parametrize(
     ("windows", "batch", "expected"),
     [(10, 8, (3, 12)), (10, 2, (2, 12)), (10, 3, (3, 12)), (10, 1, (1, 10)), (4, 8, (1, 4)),
-     (40, 8, (8, 64)), (40, 10, (10, 40))],
+     (40, 8, (5, 40)), (40, 10, (10, 40))],
 )  # fmt: skip
 def test_the_windows_of_all_steps_include_what_fills_batches_up(windows, batch, expected):
     assert windows_at_work(rows_of_parts(windows, False), batch) == expected

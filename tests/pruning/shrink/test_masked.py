@@ -14,7 +14,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.scores.grams import Seen
 from pruning.shrink import masked
 from pruning.shrink.masked import masked_hidden
-from pruning.shrink.prune import PrunedSource, mask_layer, without_rows
+from pruning.shrink.prune import PrunedSource, mask_layer
 from pruning.shrink.rounding import QuantizedSource
 from pruning.shrink.taken_over import taken_over
 from tests.pruning.scores.test_layer import CONFIG
@@ -118,12 +118,12 @@ def test_a_cut_router_is_that_of_a_model_which_never_had_the_dropped_experts(mod
         moe = dataclasses.replace(moe, config=config, router=moe.router[mine], experts=experts)
         return dataclasses.replace(layer, mlp=moe)
 
-    plain, cut = masked_hidden(model, TEXT, VALID, [plan, plan], cut=[False, True], batch=5)
+    plain, cut = masked_hidden(model, TEXT, VALID, [plan, plan.with_cut_router()], batch=5)
     assert [len(mine) for mine in left.values()] == [5, 5]
     wanted = forward_hidden(mapped(model, slim), TEXT, VALID, batch=5)
     np.testing.assert_allclose(cut[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
     assert np.abs(cut - plain)[VALID].max() > 0.1
-    found = forward_hidden(without_rows(PrunedSource(model, plan), plan), TEXT, VALID, batch=5)
+    found = forward_hidden(PrunedSource(model, plan.with_cut_router()), TEXT, VALID, batch=5)
     np.testing.assert_allclose(found[VALID], wanted[VALID], rtol=1e-4, atol=1e-4)
 
 
