@@ -16,8 +16,8 @@ from pruning.kit.errors import BudgetError
 from pruning.kit.progress import Steps
 from pruning.recipe.options import BUDGETS, PlanOptions, part_of
 from pruning.report.compared import AUTO
+from pruning.runs.compared_sizes import budget_step, formats, most_channels, written
 from pruning.runs.compared_task import Task
-from pruning.runs.controls import budget_step, formats, most_channels, written
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages.bit_curves import (
     least_diverging,

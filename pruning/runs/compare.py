@@ -7,12 +7,11 @@ from typing import Any, Literal
 
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
-from moe_jax.spread import ALONE, Spread
+from moe_jax.spread import Spread
 from pruning.budget.merging import select_merges
 from pruning.budget.rules import RULES, check_needs, select_rules, switches
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference
-from pruning.recipe.options import COMPARED_TOKENS
 from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.task_options import TaskOptions
@@ -22,12 +21,13 @@ from pruning.report.comparison import Comparison
 from pruning.report.comparison_tasks import tasks_csv
 from pruning.runs.auto_bits import auto_plans
 from pruning.runs.auto_rule import chosen_plans
-from pruning.runs.calibration_sets import most_seen, source_of, with_sets
+from pruning.runs.calibration_sets import most_seen, source_of
 from pruning.runs.cap import refuse_limit
 from pruning.runs.compared import Kept, Scored, require_windows
+from pruning.runs.compared_job import opened
 from pruning.runs.compared_task import Task, task_of
 from pruning.runs.compared_tasks import ask_plans
-from pruning.runs.controls import Controls, rounded_recipe, tasks
+from pruning.runs.controls import Controls, tasks
 from pruning.runs.merged import require_tokens
 from pruning.runs.places import working
 from pruning.runs.plan_groups import run_groups
@@ -36,13 +36,11 @@ from pruning.runs.tasks import open_tasks
 from pruning.shrink.repair_model import Mode
 from pruning.stages import preflight
 from pruning.stages import score as scoring
-from pruning.stages.bit_curves import require_kept_out
-from pruning.stages.job import Job, open_job
-from pruning.stages.measure import first_tokens, measure
+from pruning.stages.job import Job
+from pruning.stages.measure import measure
 from pruning.stages.model_record import identify
 from pruning.stages.plan import TEXT_CHOICES
 from pruning.text.calibration import TokenBatch
-from pruning.text.kept_out import keep_out
 from pruning.text.windows import Windows, text_hashes
 
 RATES = (0.25, 0.5)
@@ -164,7 +162,7 @@ def _compare(
     if not texts:
         raise InputError("there is no text to evaluate on; name one with --evaluation")
     if controls.repair:
-        require_windows(job)
+        require_windows(job, "leave --repair away")
     if controls.merges:
         require_tokens(job)
     budgets: dict[Task, Kept] = dict(tasks(job, names, controls))
@@ -209,43 +207,6 @@ def _require_one_process(controls: Controls, judged: TaskOptions | None, spread:
             f"{alone} is done by one process, a model after the other; leave out {alone} or "
             "--coordinator"
         )
-
-
-def opened(
-    recipe: CompressionRecipe, controls: Controls, spread: Spread = ALONE
-) -> tuple[Job, Mapping[str, TokenBatch]]:
-    """The job of a recipe, whose groups and blocks suit all of the bits, and the sets of text."""
-    # Of 16-bit weights no group restricts the widths.
-    plain = dataclasses.replace(recipe, bits=16, export=(), planner=recipe.used_planner,
-                                repair="none")  # fmt: skip
-    job, sets = _open(plain, controls.sets)
-    job = dataclasses.replace(job, spread=spread)
-    if controls.rounds:
-        job = dataclasses.replace(job, recipe=rounded_recipe(job, plain, controls))
-    if controls.keeps_out:
-        calibration, kept_out = keep_out(job.calibration)
-        job = dataclasses.replace(job, calibration=calibration, kept_out=kept_out)
-        require_kept_out(job)
-    return job, sets
-
-
-def _open(
-    recipe: CompressionRecipe, files: Mapping[str, Sequence[str]]
-) -> tuple[Job, Mapping[str, TokenBatch]]:
-    """The job of a recipe, its texts ending with the window that has the last token wanted, and
-    the sets of calibration text, by the files of each."""
-    mix = bool(files) and not recipe.calibration
-    if mix:
-        every = tuple(file for own in files.values() for file in own)
-        recipe = dataclasses.replace(recipe, calibration=every)
-    wanted = recipe.evaluation_tokens or COMPARED_TOKENS
-    read = wanted + (recipe.window or 2048)
-    asked = dataclasses.replace(recipe, evaluation_tokens=read)
-    job = open_job(asked, measures=not files)
-    texts = {name: first_tokens(windows, wanted) for name, windows in job.evaluation.items()}
-    stored = dataclasses.replace(job.recipe, evaluation_tokens=wanted)
-    job = dataclasses.replace(job, recipe=stored, evaluation=texts)
-    return with_sets(job, files, wanted, mix=mix) if files else (job, {})
 
 
 def _sizes(job: Job) -> dict[str, int]:

@@ -18,8 +18,8 @@ from pruning.budget.rules import RULES
 from pruning.kit.errors import BudgetError
 from pruning.measure.quality import Reference, quality_of
 from pruning.report.compared import AUTO, CHOSEN, MERGED, UNPRUNED, Result, bits_word
+from pruning.runs.compared_sizes import written
 from pruning.runs.compared_task import Task
-from pruning.runs.controls import written
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import LEAST_WINDOWS, Mode, repair_model, with_repair
@@ -36,12 +36,12 @@ Scored = tuple[ChannelStatistics, Mapping[str, Any]]  # sums, and what is noted 
 FOLDER = "compare-repair"  # of the plan that is being repaired
 
 
-def require_windows(job: Job) -> None:
-    """Raise InputError if there is too little calibration text to repair on."""
+def require_windows(job: Job, otherwise: str) -> None:
+    """Raise InputError, `otherwise` its last cure, if there is too little text to repair on."""
     if (windows := len(job.calibration.tokens)) < LEAST_WINDOWS:
         raise InputError(
             f"repair takes {LEAST_WINDOWS} windows of calibration text, there are {windows}; give "
-            "more text, a shorter --window, or leave --repair away"
+            f"more text, a shorter --window, or {otherwise}"
         )
 
 

@@ -1,28 +1,27 @@
 """What a comparison measures: every rule at rates and at sizes, in 16 bits and in fewer."""
 
-import bisect
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert.export import Export
-from convert.export_format import FORMATS, MIXED, STORAGES, ExportFormat, FormatName
+from convert.export_format import STORAGES
 from moe_jax.errors import InputError
-from pruning.budget.plan import PruningPlan
-from pruning.budget.rule import Rule, common_budget
 from pruning.budget.rules import RULES
 from pruning.recipe.options import PlanOptions
-from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe
 from pruning.recipe.values import check_rate, check_whole
 from pruning.report.compared import AUTO, CHOSEN, UNPRUNED, Repaired
+from pruning.runs.compared_sizes import (
+    all_channels,
+    budget_step,
+    common_budgets,
+    formats,
+    most_channels,
+)
 from pruning.runs.compared_task import Task
 from pruning.shrink.fewer_experts import Fewer
-from pruning.stages.bit_curves import whole_plan
-from pruning.stages.job import Job, resolved
-from pruning.stages.size_bounds import byte_range
-from pruning.stages.sizes import dense_bytes, export_of, form_of
+from pruning.stages.job import Job
+from pruning.stages.sizes import dense_bytes
 
 MOST_DRAWS = 100  # each is scored
 
@@ -154,57 +153,6 @@ class Controls:
         return list(dict.fromkeys(given))
 
 
-def rounded_recipe(job: Job, recipe: CompressionRecipe, controls: Controls) -> ResolvedRecipe:
-    """The recipe of a job whose plans are rounded too: group size and blocks suit fewer bits.
-
-    Raises:
-      InputError: the model has no such format, stores codes that exports would take over, or a
-        group of weights would be incomplete.
-    """
-    base, names = job.base.about, formats(job, controls.stored)
-    given = dataclasses.replace(
-        recipe, model=job.recipe.model, bits=min(controls.stored), export=tuple(names.values()),
-        planner=job.recipe.planner, repair="none",
-    )  # fmt: skip
-    found = resolved(given, base)
-    for name in names.values():
-        if export_of(base, whole_plan(job), form_of(found, name)).native is not None:
-            raise InputError(
-                f"{base.folder} stores its weights in few bits, whose codes {name} takes over: "
-                "rounding them would be another model; compare with --bits 16"
-            )
-    return dataclasses.replace(
-        job.recipe, group_size=found.group_size, block=found.block, minimum=found.minimum
-    )
-
-
-def formats(job: Job, bits: Sequence[int]) -> dict[int, FormatName]:
-    """The format of each number of bits, that with a width per expert if there is one.
-
-    Raises:
-      InputError: the model's family has none.
-    """
-    found: dict[int, FormatName] = {}
-    known = job.base.about.family.formats
-    for one in bits:
-        fitting: list[FormatName] = [
-            n for n in FORMATS if n in known and ExportFormat(n).storage == STORAGES[one]
-        ]
-        if not fitting:
-            raise InputError(
-                f"bits={one} is no format of this model's family, which has {', '.join(known)}; "
-                "leave it out of --bits"
-            )
-        found[one] = fitting[0]
-    return found
-
-
-def written(job: Job, plan: PruningPlan, bits: int) -> Export:
-    """The folder that a plan would be written as."""
-    name = MIXED if plan.layer_bits else formats(job, [bits])[bits]
-    return export_of(job.base.about, plan, form_of(job.recipe, name, plan))
-
-
 def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]:
     """All that is measured, each with the channels that it keeps; 0 where nothing is small enough.
 
@@ -217,7 +165,7 @@ def tasks(job: Job, names: Sequence[str], controls: Controls) -> dict[Task, int]
       InputError: a rate that no budget suits, or a size that nothing comes down to.
     """
     repairs: tuple[Repaired, ...] = ("", controls.repair) if controls.repair else ("",)
-    whole, budgets = _channels(job), _budgets(job, controls.rates)
+    whole, budgets = all_channels(job), common_budgets(job, controls.rates)
     choices = controls.fewer(job.base.config.moe.experts_per_token)
     # What the dense model loses is known, but not what a token reads of it.
     equal = [one for one in controls.bits if one != AUTO]
@@ -282,7 +230,7 @@ def _seeds(name: str) -> tuple[int, ...]:
 def _at_target(
     job: Job, names: Sequence[str], target: int, bits: int, how: Repaired
 ) -> dict[Task, int]:
-    whole, form = _channels(job), formats(job, [bits])[bits]
+    whole, form = all_channels(job), formats(job, [bits])[bits]
 
     @functools.cache
     def most(step: int) -> int:
@@ -296,41 +244,4 @@ def _at_target(
         rate = round(1.0 - budget / whole, 6)
         for seed in RULES[name].seeds:
             found[Task(name, rate, seed, how, bits, target)] = budget
-    return found
-
-
-def most_channels(job: Job, form: FormatName, target: int, step: int) -> int:
-    """Most channels, in steps, that a folder of so many bytes surely holds; 0 if none."""
-
-    def is_too_large(steps: int) -> bool:
-        return byte_range(job.base.about, job.recipe, form, steps * step)[1] > target
-
-    counts = range(1, _channels(job) // step + 1)
-    return step * bisect.bisect_left(counts, True, key=is_too_large)
-
-
-def budget_step(job: Job, rule: Rule) -> int:
-    """Channels by which a rule's budgets differ."""
-    c, options = job.base.config, rule.options
-    layers, experts = len(c.moe_layers), c.moe.num_experts
-    if options.width == "uniform":
-        return layers * experts * job.recipe.block
-    if options.width == "experts":
-        return c.moe.d_expert * (layers if options.per_layer else 1)
-    return job.recipe.block
-
-
-def _channels(job: Job) -> int:
-    c = job.base.config
-    return len(c.moe_layers) * c.moe.num_experts * c.moe.d_expert
-
-
-def _budgets(job: Job, rates: Sequence[float]) -> dict[float, int]:
-    # By the rate that is really kept: two asked for may round to one.
-    c = job.base.config
-    shape = (len(c.moe_layers), c.moe.num_experts, c.moe.d_expert)
-    found = {}
-    for rate in rates:
-        budget = common_budget(shape, rate, job.recipe.block)
-        found[round(1.0 - budget / math.prod(shape), 6)] = budget
     return found

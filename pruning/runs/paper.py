@@ -21,8 +21,9 @@ from pruning.report.paper import Paper, Timed, best_of, labelled
 from pruning.report.paper_page import PAGE, paper_page
 from pruning.runs.auto_rule import chosen_plans
 from pruning.runs.cap import refuse_limit
-from pruning.runs.compare import RATES, compare, opened
+from pruning.runs.compare import RATES, compare
 from pruning.runs.compared import Kept, Scored, require_windows, task_plan
+from pruning.runs.compared_job import opened
 from pruning.runs.compared_task import Task, task_of
 from pruning.runs.controls import Controls, tasks
 from pruning.runs.paper_folder import COMPARED, ROWS, TABLES, TIMED, begin
@@ -156,7 +157,7 @@ class _Run:
         with self.steps.bar("open"):
             job, _ = opened(self.compared, self.controls)
         if self.controls.repair:
-            require_windows(job)
+            require_windows(job, "name --rules without auto")
         loaded = open_tasks(self.judged, self.steps) if self.judged else {}
         if self.options.recover == "none":
             return job, None

@@ -22,7 +22,7 @@ from pruning.report.compared import Result
 from pruning.report.comparison import Comparison
 from pruning.report.paper import Method
 from pruning.runs.asked_models import DENSE, AskedModel
-from pruning.runs.controls import formats
+from pruning.runs.compared_sizes import formats
 from pruning.runs.recover import recover
 from pruning.runs.recovery_costs import recovery_costs
 from pruning.runs.tasks import ask

@@ -19,7 +19,7 @@ from pruning.kit.errors import BudgetError
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.compared import Result
 from pruning.runs import compare as comparing
-from pruning.runs import compared, plan_groups
+from pruning.runs import compared, compared_job, plan_groups
 from pruning.runs.compare import compare
 from pruning.runs.compared_task import Task
 from pruning.text.windows import make_windows, text_hashes
@@ -112,7 +112,8 @@ def asked(monkeypatch, tmp_path):
         references |= {"one": 1, "two": 2}
         return {text: SimpleNamespace(to_dict=lambda: QUALITY) for text in texts}
 
-    opened = {"open_job": open_job, "identify": lambda *given: None, "measure": measure}
+    monkeypatch.setattr(compared_job, "open_job", open_job)
+    opened = {"identify": lambda *given: None, "measure": measure}
     run = {"task_plan": task_plan, "masked_hidden": masked_hidden,
            "repaired_hidden": repaired_hidden, "task_result": task_result,
            "token_shares": lambda about, statistics: np.full((2, 4), 0.5)}  # fmt: skip
@@ -229,7 +230,7 @@ def test_a_repair_measures_every_plan_a_second_time_and_alone(asked):
     ]  # fmt: skip
     assert steps.bars["compare 2 plans"] == [(done, 6) for done in range(1, 7)]
     asked.job.calibration.tokens = np.zeros((2, 8))
-    with pytest.raises(InputError, match=r"takes 3 windows of calibration text, there are 2"):
+    with pytest.raises(InputError, match=r"there are 2; give .* --window, or leave --repair away"):
         run(asked, repair="expert", overwrite=True)
 
 

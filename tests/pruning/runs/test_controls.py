@@ -15,8 +15,9 @@ from pruning.budget.rules import RULES
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report.compared import AUTO
 from pruning.runs.calibration_sets import drawn
+from pruning.runs.compared_sizes import most_channels, rounded_recipe
 from pruning.runs.compared_task import Task
-from pruning.runs.controls import Controls, most_channels, rounded_recipe, tasks
+from pruning.runs.controls import Controls, tasks
 from pruning.shrink.fewer_experts import Fewer
 from pruning.stages.job import Job, resolved
 from pruning.stages.sizes import folder_bytes
@@ -180,10 +181,10 @@ def test_fewer_bits_take_blocks_of_whole_groups_and_models_whose_codes_are_not_t
 ):
     recipe = CompressionRecipe(model=str(models / "single"), output="o", bits=16, planner="fair",
                                repair="none")  # fmt: skip
-    found = rounded_recipe(job, recipe, Controls(bits=(16, 4)))
+    found = rounded_recipe(job, recipe, (16, 4))
     assert (found.group_size, found.block, found.minimum, found.bits) == (32, 32, 32, 16)
     with pytest.raises(InputError, match=r"block=8 must be a multiple of group_size=32"):
-        rounded_recipe(job, dataclasses.replace(recipe, block=8), Controls(bits=(4,)))
+        rounded_recipe(job, dataclasses.replace(recipe, block=8), (4,))
     for name, folder, message in (
         ("gpt_oss", tiny.save(tiny.tiny_model("gpt_oss"), tmp_path / "oss"), "bits=4 is no format"),
         ("kimi", kimi(tmp_path / "kimi"), "whose codes ragged-int4 takes over"),
@@ -192,5 +193,5 @@ def test_fewer_bits_take_blocks_of_whole_groups_and_models_whose_codes_are_not_t
         own = dataclasses.replace(recipe, model=str(folder))
         other: Any = SimpleNamespace(base=base, recipe=resolved(own, base.about))
         with pytest.raises(InputError, match=message):
-            rounded_recipe(other, own, Controls(bits=(16, 4)))
+            rounded_recipe(other, own, (16, 4))
         assert name
