@@ -38,8 +38,8 @@ class TrainingConfig:
       end_rate: share of the learning rate that is left at the last step.
       accumulate: batches per step; each leaf of a batch then has them as its first axis, and the
         step follows the mean of their gradients.
-      group_rates: learning rates of parts of the parameters, by their key in the outermost dict,
-        as multiples of `learning_rate`; other parts have 1.
+      group_rates: learning rates of parts of the parameters, by their key in the outermost dict, or
+        of parts of such a part by their key in it, as multiples of `learning_rate`; others have 1.
     """
 
     steps: int
@@ -52,7 +52,7 @@ class TrainingConfig:
     b2: float = 0.95
     end_rate: float = 0.1
     accumulate: int = 1
-    group_rates: Mapping[str, float] = field(default_factory=dict)
+    group_rates: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
 
     def schedule(self) -> optax.Schedule:
         """The learning rate of each step."""
@@ -68,14 +68,23 @@ class TrainingConfig:
             return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
         def scaled(updates, parameters):
-            rates = {name: self.group_rates.get(name, 1.0) for name in updates}
-            return {name: optax.tree.scale(rates[name], part) for name, part in updates.items()}
+            return _scaled(updates, self.group_rates)
 
         adamw = optax.adamw(
             self.schedule(), b2=self.b2, weight_decay=self.weight_decay, mask=is_matrix
         )
         steps = [optax.clip_by_global_norm(self.clip_norm), adamw]
         return optax.chain(*steps, *([optax.stateless(scaled)] if self.group_rates else []))
+
+
+def _scaled(updates: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+    """Updates times the rates of their parts, or of the parts of these."""
+    found = {}
+    for name, part in updates.items():
+        rate = rates.get(name, 1.0)
+        within = isinstance(rate, Mapping)
+        found[name] = _scaled(part, rate) if within else optax.tree.scale(rate, part)
+    return found
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,11 @@ class RecoverOptions(Options):
               "preset paper 1e-4 and for routers 1e-6)"),
     ] = None  # fmt: skip
     router_learning_rate: Annotated[
-        float | None, About("of the routers beside experts (default the same)")
+        float | None,
+        About(
+            "of the routers beside experts (default the same, less for routers whose weights are "
+            "smaller than 0.05, as their root mean square, in proportion)"
+        ),
     ] = None
     rank: Annotated[int, About("rank of the experts' adapters", least=1, most=4096)] = 32
     alpha: Annotated[float, About("their product counts alpha / rank")] = 128.0
@@ -194,10 +198,9 @@ class RecoverOptions(Options):
             preset.pop("next_token")  # nothing is predicted there
         values = {name: value for name, value in preset.items() if getattr(self, name) is None}
         one = dataclasses.replace(self, **values)
-        given: dict[str, Any] = {
-            "tokens": one.tokens or DEFAULT_TOKENS,
-            "router_learning_rate": one.router_learning_rate or one.learning_rate,
-        }
+        given: dict[str, Any] = {"tokens": one.tokens or DEFAULT_TOKENS}
+        if train == "router" and self.learning_rate is not None:
+            given["router_learning_rate"] = one.router_learning_rate or one.learning_rate
         if one.next_token_from is None:
             given["next_token_from"] = one.next_token
         if one.router_rank is None:

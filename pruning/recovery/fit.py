@@ -1,6 +1,7 @@
 """Training a student that fits in memory end to end, on windows of text."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from moe_jax.experts.moe import MoE
 from moe_jax.stream import pad_rows
 from moe_jax.training import HeldOut, TrainingConfig, train
 from moe_jax.transformer import Transformer
 from pruning.recovery.deltas import DeltaConfig, Deltas, init_deltas
 from pruning.recovery.forward import student_loss, window_losses
+
+ROUTER_SIZE = 0.05  # root mean square of a router's weights from which it has the rate of experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +56,8 @@ class FitOptions:
 
     Attributes:
       learning_rate: of the experts' changes, or of the router's where it is trained alone.
-      router_rate, attention_rate: of their changes, as multiples of it.
+      router_rate, attention_rate: of their changes, as multiples of it. None, of routers, is 1 but
+        for those of small weights, see `router_share`.
       epochs: times that every window is seen.
       batch: windows whose gradient is taken at once.
       accumulate: such batches per step.
@@ -68,7 +74,7 @@ class FitOptions:
     """
 
     learning_rate: float
-    router_rate: float = 1.0
+    router_rate: float | None = None
     attention_rate: float = 0.5
     epochs: int = 1
     batch: int = 8
@@ -99,7 +105,7 @@ class FitOptions:
             b2=0.999,
             end_rate=0.0,
             accumulate=self.accumulate,
-            group_rates={"router": self.router_rate, "attention": self.attention_rate},
+            group_rates={"router": self.router_rate or 1.0, "attention": self.attention_rate},
         )
 
     def parts(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -145,6 +151,13 @@ class Course:
         """The schedule for its text."""
         return self.options.schedule(len(self.text))
 
+    def schedule_of(self, routers: Mapping[str, Array] | Array) -> TrainingConfig:
+        """The schedule of the layers whose routers these are, by their key among the changes."""
+        if self.options.router_rate is not None:
+            return self.schedule
+        rates = {**self.schedule.group_rates, "router": jax.tree.map(router_share, routers)}
+        return dataclasses.replace(self.schedule, group_rates=rates)
+
     def chosen(self, step: int) -> np.ndarray:
         """Windows of a step that begins."""
         if self.on_step:
@@ -154,6 +167,20 @@ class Course:
     def judge(self, loss: Callable[[int, Any], float]) -> HeldOut | None:
         """A held-out loss that says which changes are the best."""
         return HeldOut(loss, self.schedule.log_every, self.options.patience) if self.held else None
+
+
+def router_share(router: Array) -> float:
+    """The rate of a router beside that of experts: less where its weights are small, since a step
+    would else turn all of its choices over.
+
+    Args:
+      router: [E, D].
+
+    Returns:
+      Root mean square of the weights over `ROUTER_SIZE`, at most 1.
+    """
+    size = float(jnp.sqrt(jnp.mean(jnp.square(router.astype(jnp.float32)))))
+    return min(1.0, size / ROUTER_SIZE)
 
 
 def first_deltas(model: Transformer, config: DeltaConfig, seed: int) -> Deltas:
@@ -184,7 +211,11 @@ def fit(
     Returns:
       The changes with the least held-out loss.
     """
-    config, options, schedule = course.config, course.options, course.schedule
+    config, options = course.config, course.options
+    schedule = course.schedule_of(
+        {str(i): layer.mlp.router for i, layer in enumerate(model.layers)
+         if isinstance(layer.mlp, MoE)}
+    )  # fmt: skip
     how = partial(
         student_loss,
         config=config,

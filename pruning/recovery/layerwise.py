@@ -12,6 +12,7 @@ from jax import Array
 
 from moe_jax.attention.context import Context, make_context
 from moe_jax.config import ModelConfig
+from moe_jax.experts.moe import MoE
 from moe_jax.stream import LayerSource, in_batches, layer_forward, pad_rows
 from moe_jax.training import balance_loss, train
 from moe_jax.transformer import DecoderLayer
@@ -170,7 +171,7 @@ def _fit_layer(
         first,
         jax.tree_util.Partial(partial(how, balance=options.balance), layer),
         lambda step: options.parts(pairs.of(course.chosen(step))),
-        course.schedule,
+        course.schedule_of(layer.mlp.router) if isinstance(layer.mlp, MoE) else course.schedule,
         checkpoints=course.checkpoints,
         held_out=course.judge(lambda _, own: held_loss(own)),
     )

@@ -16,7 +16,7 @@ from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions
 from pruning.recipe.values import window_within
 from pruning.recovery.deltas import DeltaConfig
-from pruning.recovery.fit import FitOptions
+from pruning.recovery.fit import ROUTER_SIZE, FitOptions
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_bytes
 from pruning.report.card import Recovery
@@ -101,8 +101,7 @@ class RecoverJob:
             ["trained", f"{what[options.train]}: {training['parameters']:,} parameters"],
             ["loss", loss],
             ["text", f"{files}; {self.text.total:,} tokens, {how.epochs} times"],
-            ["learning rate", f"{how.learning_rate:g}, of routers "
-             f"{how.learning_rate * how.router_rate:g}; AdamW, cosine"],
+            ["learning rate", f"{how.learning_rate:g}, {self._router_rate}; AdamW, cosine"],
             ["took", duration(training["seconds"])],
         ]  # fmt: skip
         if options.attention_rank:
@@ -113,6 +112,13 @@ class RecoverJob:
         if seen := self.seen_words:
             rows.append(["not held out", f"training has seen at least {seen}"])
         return rows
+
+    @property
+    def _router_rate(self) -> str:
+        rate, how = self.how.router_rate, self.how
+        if rate is None:
+            return f"of routers the same, less where their weights are below {ROUTER_SIZE:g}"
+        return f"of routers {how.learning_rate * rate:g}"
 
     @cached_property
     def seen(self) -> dict[str, float | None]:

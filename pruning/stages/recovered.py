@@ -158,10 +158,11 @@ def fit_options(options: RecoverOptions, source: LayerSource) -> FitOptions:
     if balance is None:  # a bias that balances was trained without this loss
         balance = 0.0 if source.config.moe.correction_bias else BALANCE
     rate, router = options.learning_rate, options.router_learning_rate
-    assert rate and router and options.epochs
+    assert rate and options.epochs
+    rate = router or rate if options.train == "router" else rate
     return FitOptions(
-        learning_rate=router if options.train == "router" else rate,
-        router_rate=1.0 if options.train == "router" else router / rate,
+        learning_rate=rate,
+        router_rate=router and router / rate,
         epochs=options.epochs,
         batch=options.batch,
         accumulate=options.accumulate,

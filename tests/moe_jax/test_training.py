@@ -182,6 +182,21 @@ def test_a_part_of_the_parameters_has_a_learning_rate_of_its_own():
     assert np.abs(moved[0]).min() > 0
 
 
+def test_a_rate_may_be_that_of_a_part_of_a_part():
+    parameters = {"a": {"one": jnp.ones(2), "two": jnp.ones(2)}, "b": jnp.ones(2)}
+
+    def falling(parameters, batch):
+        return sum(leaf.sum() for leaf in jax.tree.leaves(parameters)), {}
+
+    rates = {"a": {"one": 0.5}, "b": 0.25}
+    config = TrainingConfig(steps=2, learning_rate=0.1, warmup_steps=1, weight_decay=0.0,
+                            group_rates=rates)  # fmt: skip
+    found = train(parameters, falling, lambda step: None, config)
+    # Adam moves by the rate against a gradient that stays the same; the first step's rate is zero.
+    moved = [1 - float(leaf[0]) for leaf in (found["a"]["one"], found["a"]["two"], found["b"])]
+    np.testing.assert_allclose(moved, [0.05, 0.1, 0.025], rtol=1e-4)
+
+
 def test_arrays_of_a_partial_loss_are_no_constants_of_the_program():
     def scaled(factor, parameters, batch):
         loss, metrics = squares(parameters, batch)

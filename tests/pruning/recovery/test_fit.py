@@ -1,5 +1,7 @@
 """Training end to end: gradients against torch, the loss falls, adapters learn beside a router."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +195,17 @@ def test_every_window_is_seen_once_in_an_epoch_in_an_order_of_its_own():
     assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
     assert seen[:8].tolist() != seen[8:].tolist()
     assert options.schedule(9).steps == 5
+
+
+def test_routers_of_small_weights_have_a_lower_rate_unless_one_is_asked_for():
+    text = TrainingText(*(np.zeros((4, 8), kind) for kind in (np.int32, bool, bool)))
+    routers = {"0": jnp.full((2, 3), 0.025), "2": jnp.full((2, 3), -0.1)}
+    asked = Course(text, text, DeltaConfig(), FitOptions(learning_rate=1e-3, router_rate=0.5))
+    usual = dataclasses.replace(asked, options=FitOptions(learning_rate=1e-3))
+    assert asked.schedule_of(routers).group_rates == {"router": 0.5, "attention": 0.5}
+    found = usual.schedule_of(routers).group_rates
+    assert found["attention"] == 0.5 and found["router"] == {"0": pytest.approx(0.5), "2": 1.0}
+    assert usual.schedule_of(routers["0"]).group_rates["router"] == pytest.approx(0.5)
 
 
 def test_the_published_schedule_warms_up_for_a_tenth_and_ends_at_zero():

@@ -342,6 +342,9 @@ def test_presets_fill_in_what_is_not_given():
     mixed = RecoverOptions(text=("a",), output="o", next_token=0.5, next_token_from=0.0).filled()
     assert mixed.needs_teacher and (mixed.train, mixed.epochs) == ("full", 3)
     assert (mixed.learning_rate, mixed.router_rank) == (1e-3, 0)
+    assert mixed.router_learning_rate is None  # by the size of each router
+    routers = RecoverOptions(text=("a",), output="o", train="router").filled()
+    assert (routers.learning_rate, routers.router_learning_rate) == (1e-3, None)
     assert (mixed.next_token_from, mixed.next_token) == (0.0, 0.5)
     assert RecoverOptions(text=("a",), output="o", tokens="10M").tokens == 10_000_000
     assert RecoverOptions(text=("a",), output="o", train="full").filled().router_rank == 0

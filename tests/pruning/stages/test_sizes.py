@@ -214,10 +214,10 @@ def test_scratch_holds_the_states_of_the_text_that_takes_most(base, monkeypatch)
         return 2 * 3 * copies * math.ceil(windows / batch) * batch * window * D * 2
 
     def swept(windows, slots):
-        # four parts or more, of 64 windows at most, each in batches of five at most
+        # four parts or more, of 64 windows at most, each in even batches of five at most
         count = min(windows, max(4, math.ceil(windows / 64)))
         parts = [len(range(start, windows, count)) for start in range(count)]
-        rows = min(batch, max(parts))
+        rows = math.ceil(max(parts) / math.ceil(max(parts) / batch))
         return slots * sum(math.ceil(part / rows) * rows for part in parts) * window * D * 2
 
     assert found(0) == 0
