@@ -158,18 +158,25 @@ class Spread:
             raise LostProcess(f"process 0 has ended: {told['error']}")
         return told["value"]
 
-    def sent(self, data: bytes) -> bytes:
-        """The bytes that process 0 gives, for all."""
+    def in_a_row(self, count: int) -> range:
+        """Which of so many things in a row are this process's: its neighbours have those beside."""
+        first, stop = (count * (self.process + more) // self.processes for more in (0, 1))
+        return range(first, stop)
+
+    def sent(self, data: bytes, process: int = 0) -> bytes:
+        """The bytes that one process gives, for all."""
         if self.processes == 1:
             return data
-        high, low = _gathered(np.array(divmod(len(data), 1 << 32), np.uint32))[0].tolist()
+        sizes = _gathered(np.array(divmod(len(data), 1 << 32), np.uint32))
+        high, low = sizes[process].tolist()
         whole, found = np.frombuffer(data, np.uint8), np.zeros((high << 32) + low, np.uint8)
         for start in range(0, len(found), 4 * PIECE):
             piece = found[start : start + 4 * PIECE]
             words = np.zeros(-(-len(piece) // 4), np.uint32)
-            if self.leads:
+            if self.process == process:
                 words.view(np.uint8)[: len(piece)] = whole[start : start + 4 * PIECE]
-            piece[:] = _broadcast(words).view(np.uint8)[: len(piece)]
+            given = _broadcast(words, self.process == process)
+            piece[:] = given.view(np.uint8)[: len(piece)]
         return found.tobytes()
 
     def sent_arrays(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -191,10 +198,14 @@ class Spread:
         for start in range(0, len(tasks), self.processes):
             now = tasks[start : start + self.processes]
             own = work(now[self.process]) if self.process < len(now) else None
-            yield from zip(now, self._told(own), strict=False)
+            yield from zip(now, self.told(own), strict=False)
 
-    def _told(self, value: Any) -> list[Any]:
-        """What each process says, in their order."""
+    def told(self, value: Any) -> list[Any]:
+        """What each process says, for all and in their order.
+
+        Args:
+          value: what JSON can hold.
+        """
         if self.processes == 1:
             return [value]
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -231,9 +242,9 @@ def _gathered(array: np.ndarray) -> np.ndarray:  # [...] -> [processes, ...]
         return multihost_utils.process_allgather(array)
 
 
-def _broadcast(words: np.ndarray) -> np.ndarray:  # uint32 [n], of process 0
+def _broadcast(words: np.ndarray, gives: bool) -> np.ndarray:  # uint32 [n], of the one that gives
     with _naming_lost():
-        return np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint32)
+        return np.asarray(multihost_utils.broadcast_one_to_all(words, is_source=gives), np.uint32)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pruning.cli.argument_parts import (
     memory_flag,
     model_argument,
     other_fields,
+    processes_flags,
     rates_flag,
     recipe_argument,
 )
@@ -101,6 +102,7 @@ def export(command: Parser) -> None:
     add_group(command, PlanOptions, *CUT, title="Router")
     add_group(command, RunOptions, "overwrite", title="Output")
     memory_flag(command)
+    processes_flags(command)
 
 
 def apply(command: Parser) -> None:

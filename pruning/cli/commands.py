@@ -148,8 +148,11 @@ def export(options: Options) -> Outcome:
         options.folder,
         overwrite=getattr(options, "overwrite", False),
         steps=steps_of(options),
+        where=places_of(options),
         **given,
     )
+    if follows(options):
+        return Outcome(None)
     sizes = {folder: folder_bytes(folder) for folder in folders}
     return Outcome([str(folder) for folder in folders], [exports_table(sizes)])
 
