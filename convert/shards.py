@@ -59,9 +59,7 @@ class _Layout:
         """Raise InputError unless each tensor was written once."""
         count = Counter(names)
         if missing := [name for name in self.places if name not in count]:
-            raise InputError(
-                f"{len(missing)} tensors never came: {', '.join(missing[:NAMED])}"
-            )
+            raise InputError(f"{len(missing)} tensors never came: {', '.join(missing[:NAMED])}")
         if twice := [name for name, times in count.items() if times > 1]:
             raise InputError(f"tensors {', '.join(twice[:NAMED])} came twice")
 

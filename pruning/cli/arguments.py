@@ -141,6 +141,7 @@ def verify(command: Parser) -> None:
     """Arguments of `verify`."""
     folder_argument(command, "folder with plan.json and exports/")
     memory_flag(command)
+    processes_flags(command)
 
 
 def completion(command: Parser) -> None:

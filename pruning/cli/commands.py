@@ -190,7 +190,10 @@ def apply(options: Options) -> Outcome:
 
 def verify(options: Options) -> Outcome:
     """Check every export of a folder."""
-    checks = verifying.verify(options.folder, steps_of(options), **limit_of(options))
+    limit, where = limit_of(options), places_of(options)
+    checks = verifying.verify(options.folder, steps_of(options), where=where, **limit)
+    if follows(options):
+        return Outcome(None)
     return Outcome([dataclasses.asdict(check) for check in checks], [checks_table(checks)])
 
 

@@ -29,8 +29,9 @@ class PlaceOptions(Options):
         About(
             "where process 0 listens, if several are given this same command: they share windows, "
             "of exports and their checks layers, of compare plans and of audit ablations too; all "
-            "read model, texts and output folder, process 0 writes. auto asks Slurm, MPI or the TPU pod, which happens unasked in a Slurm step of "
-            "several tasks and where TPU_WORKER_HOSTNAMES has several",
+            "read model, texts and output folder, process 0 writes. auto asks Slurm, MPI or the "
+            "TPU pod, which happens unasked in a Slurm step of several tasks and where "
+            "TPU_WORKER_HOSTNAMES has several",
             shown="HOST:PORT",
         ),
     ] = None

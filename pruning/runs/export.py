@@ -147,9 +147,7 @@ def _write(
         given = _changed(base, plan, recipe, asked["repair"], steps, spread)
         for name in recipe.export:
             form, target = form_of(recipe, name, plan), exports / name
-            export(
-                base, plan, form, target, steps, overwrite=overwrite, spread=spread, **given
-            )
+            export(base, plan, form, target, steps, overwrite=overwrite, spread=spread, **given)
     finally:
         # Without any there is nothing to go on from.
         if spread.leads and not any(path.exists() for path in wanted):

@@ -51,10 +51,20 @@ def working(
     Raises:
       InputError: as of `places`, or another command writes there.
     """
+    spread, steps = joined(where, steps)
+    with only_writer(output) if spread.leads else nullcontext():
+        yield spread, steps
+
+
+def joined(where: PlaceOptions | None, steps: Steps | None) -> tuple[Spread, Steps]:
+    """Where this process is, and where its progress goes: nowhere but in process 0.
+
+    Raises:
+      InputError: as of `places`.
+    """
     steps = steps or Steps()
     spread = places(where or PlaceOptions(), steps)
-    with only_writer(output) if spread.leads else nullcontext():
-        yield spread, steps if spread.leads else Steps(quiet=True)
+    return spread, steps if spread.leads else Steps(quiet=True)
 
 
 def check_places(recipe: CompressionRecipe, spread: Spread, experts: int) -> None:

@@ -23,9 +23,7 @@ def test_processes_leave_the_bytes_that_one_leaves(tmp_path, monkeypatch, shard_
     tensors = some_tensors()
     extra = {"note": lambda: "once"}
     given = {"config": {"x": 1}, "side_files": None, "shard_bytes": shard_bytes}
-    alone = write_folder(
-        tmp_path / "alone", SPECS, tensors.items(), extra_files=extra, **given
-    )
+    alone = write_folder(tmp_path / "alone", SPECS, tensors.items(), extra_files=extra, **given)
 
     def work(spread: Spread) -> Path:
         own = [
