@@ -47,13 +47,11 @@ class _Layout:
     def files(self) -> list[str]:
         return [*self._starts]
 
-    def begin(self, path: Path, file: str) -> BinaryIO:
-        """A new file, or part of one, with its header and its size."""
+    def begin(self, opened: BinaryIO, file: str) -> None:
+        """Give a new file, or part of one, its header and its size."""
         header, size = self._starts[file]
-        opened = open(path, "wb")
         opened.write(header)
         opened.truncate(size)
-        return opened
 
     def require_all(self, names: Iterable[str]) -> None:
         """Raise InputError unless each tensor was written once."""
@@ -113,8 +111,8 @@ def _streamed(layout: _Layout, tensors: Iterable[tuple[str, np.ndarray]], path_o
         for name, value in tensors:
             place = _place_of(layout, name, value)
             if place.file not in files:
-                opened = layout.begin(path_of(place.file), place.file)
-                files[place.file] = stack.enter_context(opened)
+                files[place.file] = stack.enter_context(open(path_of(place.file), "wb"))
+                layout.begin(files[place.file], place.file)
                 written[place.file] = []
             file = files[place.file]
             file.seek(place.offset)

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
@@ -53,6 +53,11 @@ class Spread:
     def leads(self) -> bool:
         """Whether this is the process that writes."""
         return self.process == 0
+
+    @property
+    def hosts(self) -> "Spread":
+        """The same processes, each with one device."""
+        return replace(self, mesh=None)
 
     # --- devices ---
 

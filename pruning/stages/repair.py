@@ -71,23 +71,20 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
     wanted = provenance(job, plan) | {"mode": mode}
     if already_made(repaired_in(folder), wanted, steps, job.spread):
         return folder
-
-    def work() -> None:
-        with steps.bar("repair") as on_step:
-            repair_model(
-                job.base,
-                plan,
-                job.calibration.tokens,
-                job.calibration.valid,
-                folder,
-                mode=mode,
-                provenance=wanted,
-                batch=recipe.batch,
-                dtype=job.dtype,
-                on_layer=lambda index: on_step(index + 1, len(job.base)),
-            )
-
-    job.spread.led(work)
+    with steps.bar("repair") as on_step:
+        repair_model(
+            job.base,
+            plan,
+            job.calibration.tokens,
+            job.calibration.valid,
+            folder,
+            mode=mode,
+            provenance=wanted,
+            batch=recipe.batch,
+            dtype=job.dtype,
+            on_layer=lambda index: on_step(index + 1, len(job.base)),
+            spread=job.spread.hosts,
+        )
     steps.say(repair_words(repair_facts(folder)))
     return folder
 
