@@ -34,23 +34,20 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps, repair: Path | None = No
     wanted |= {"repair": None if repair is None else repair_hash(repair)}
     if already_made(codes_in(folder), wanted, steps, job.spread):
         return folder
-
-    def work() -> None:
-        with steps.bar("gptq") as on_step:
-            errors = quantize_model(
-                repaired_source(job.base, plan, repair),
-                job.calibration.tokens,
-                job.calibration.valid,
-                folder,
-                group_size=recipe.group_size,
-                provenance=wanted,
-                batch=recipe.batch,
-                dtype=job.dtype,
-                on_layer=lambda index: on_step(index + 1, len(job.base)),
-            )
-        steps.say(summary_line(errors))
-
-    job.spread.led(work)
+    with steps.bar("gptq") as on_step:
+        errors = quantize_model(
+            repaired_source(job.base, plan, repair),
+            job.calibration.tokens,
+            job.calibration.valid,
+            folder,
+            group_size=recipe.group_size,
+            provenance=wanted,
+            batch=recipe.batch,
+            dtype=job.dtype,
+            on_layer=lambda index: on_step(index + 1, len(job.base)),
+            spread=job.spread.hosts,
+        )
+    steps.say(summary_line(errors))
     return folder
 
 
