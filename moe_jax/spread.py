@@ -163,6 +163,12 @@ class Spread:
             raise LostProcess(f"process 0 has ended: {told['error']}")
         return told["value"]
 
+    def led_and_read(self, work: Callable[[], T], read: Callable[[], T]) -> T:
+        """What `work` returns in process 0, which alone does it, and `read` after it in others."""
+        made: list[T] = []
+        self.led(lambda: made.append(work()))
+        return made[0] if self.leads else read()
+
     def in_a_row(self, count: int) -> range:
         """Which of so many things in a row are this process's: its neighbours have those beside."""
         first, stop = (count * (self.process + more) // self.processes for more in (0, 1))

@@ -41,7 +41,9 @@ def compress(command: Parser) -> None:
     """Arguments of `compress`."""
     model_argument(command, required=False)
     recipe_argument(command)
-    for group in (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions):
+    for group in (
+        RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions, PlaceOptions,
+    ):  # fmt: skip
         add_group(command, group)
 
 
@@ -121,6 +123,7 @@ def apply(command: Parser) -> None:
     add_group(command, ExportOptions, *names)
     add_group(command, PlanOptions, *CUT, title="Router")
     add_group(command, TextOptions, "calibration", title="Text: what the plan was repaired on")
+    processes_flags(command)
 
 
 def recover(command: Parser) -> None:

@@ -58,7 +58,9 @@ gc.freeze()  # every stage collects garbage, which what was imported never becom
 
 def compress(options: Options) -> Outcome:
     """Everything; shows the report."""
-    report = compressing.compress(options.made, steps_of(options))
+    report = compressing.compress(options.made, steps_of(options), places_of(options))
+    if follows(options):
+        return Outcome(None)
     folder = Path(options.made.output)
     sample, lines = report.sample, []
     shown = (("prompt", "prompt"), ("dense", "dense"), (sample["export"], "compressed"))
@@ -177,7 +179,10 @@ def apply(options: Options) -> Outcome:
         overwrite=recipe.overwrite,
         memory_limit=recipe.memory_limit,
         steps=steps_of(options),
+        where=places_of(options),
     )
+    if follows(options):
+        return Outcome(None)
     names = dict.fromkeys(check.export for check in checks)
     folders = [Path(recipe.output) / "exports" / name for name in names]
     sizes = {folder: folder_bytes(folder) for folder in folders}
