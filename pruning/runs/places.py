@@ -91,6 +91,19 @@ def check_places(recipe: CompressionRecipe, spread: Spread, experts: int) -> Non
         )
 
 
+def refuse_processes(work: str) -> None:
+    """Raise InputError if several processes were started for what one does.
+
+    Args:
+      work: a clause that says so.
+    """
+    if are_several() or (jax.distributed.is_initialized() and jax.process_count() > 1):
+        raise InputError(
+            f"{work} so far; start one (`srun --ntasks 1`): compress, score, compare, audit, "
+            "export, apply and verify take several"
+        )
+
+
 def say_places(spread: Spread, steps: Steps) -> None:
     """Say how many share the work, or how many more could."""
     if spread.processes > 1:
