@@ -7,8 +7,9 @@ it have the same bits wherever it went. Between layers `Spread.total` adds over 
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +22,7 @@ from moe_jax.errors import InputError, LostProcess
 from moe_jax.mesh import AXES, WINDOWS, on_mesh, specs
 
 PIECE = 1 << 22  # numbers that processes add at a time: each holds the pieces of all
+PATIENCE = 60.0  # seconds between the signs of life of a process that others wait for
 
 T = TypeVar("T")
 
@@ -152,10 +154,13 @@ class Spread:
         told: dict[str, Any] = {}
         failed: Exception | None = None
         if self.leads:
-            try:
-                told = {"value": work()}
-            except Exception as error:
-                failed, told = error, {"error": str(error)}
+            with _signs_of_life():
+                try:
+                    told = {"value": work()}
+                except Exception as error:
+                    failed, told = error, {"error": str(error)}
+        while _gathered(np.array([False]))[0, 0]:  # until process 0 is done
+            pass
         told = json.loads(self.sent(json.dumps(told).encode()))
         if failed is not None:
             raise failed
@@ -256,6 +261,26 @@ def _gathered(array: np.ndarray) -> np.ndarray:  # [...] -> [processes, ...]
 def _broadcast(words: np.ndarray, gives: bool) -> np.ndarray:  # uint32 [n], of the one that gives
     with _naming_lost():
         return np.asarray(multihost_utils.broadcast_one_to_all(words, is_source=gives), np.uint32)
+
+
+@contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """Tell those that wait for this process, now and then, to go on waiting: a collective of jax
+    on a CPU ends after half an hour."""
+    done = Event()
+
+    def tell() -> None:
+        with suppress(LostProcess):  # which whatever comes next will find, too
+            while not done.wait(PATIENCE):
+                _gathered(np.array([True]))
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 @contextmanager
