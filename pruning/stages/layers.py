@@ -31,7 +31,12 @@ def provenance(job: Job, plan: PruningPlan) -> dict[str, Any]:
 def already_made(
     files: LayerFolder, wanted: dict[str, Any], steps: Steps, spread: Spread = ALONE
 ) -> bool:
-    """Whether an earlier run made all layers of this provenance; says so if it made others."""
+    """Whether an earlier run made all layers of this provenance; says so if it made others.
+
+    Raises:
+      InputError: not all processes were given the same plan and text.
+    """
+    spread.require_same({"plan or text": wanted})
     return spread.led(lambda: _already_made(files, wanted, steps))
 
 

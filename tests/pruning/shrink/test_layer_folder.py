@@ -227,9 +227,9 @@ def test_processes_begin_anew_if_one_has_no_states_or_there_are_more(tmp_path, m
     assert shared(tmp_path, ALONE).open(SAID) is None
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_codes_of_several_processes_are_those_of_one(tmp_path, monkeypatch, count):
-    model = jax.tree.map(lambda a: a * 10 if a.ndim == 2 else a, init(CONFIG, jax.random.key(0)))
+def test_codes_of_several_processes_are_those_of_one(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, num_layers=1, dense_layers=())
+    model = jax.tree.map(lambda a: a * 10 if a.ndim == 2 else a, init(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 64, (21, 12)).astype(np.int32)
     valid = np.arange(12)[None] < rng.integers(6, 13, (21, 1))
@@ -239,15 +239,14 @@ def test_codes_of_several_processes_are_those_of_one(tmp_path, monkeypatch, coun
         return quantize_model(model, tokens, valid, folder, spread=spread, **options)
 
     expected = codes(tmp_path / "one", ALONE)
-    for found in together(monkeypatch, count, lambda spread: codes(tmp_path / "all", spread)):
+    for found in together(monkeypatch, 3, lambda spread: codes(tmp_path / "all", spread)):
         for one, other in zip(expected, found, strict=True):
             assert (one.matrices, one.fallbacks) == (other.matrices, other.fallbacks)
             assert (other.nearest, other.gptq) == pytest.approx((one.nearest, one.gptq), rel=1e-5)
-    for index in range(CONFIG.num_layers):
-        ours, theirs = (codes_in(tmp_path / name).arrays(index) for name in ("all", "one"))
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    ours, theirs = (codes_in(tmp_path / name).arrays(0) for name in ("all", "one"))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
 # --- those of GPTQ ---
