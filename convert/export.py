@@ -29,6 +29,7 @@ from convert.written import Written, as_written
 from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
 from moe_jax.groups import each_group, own_experts
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer
 
@@ -205,8 +206,12 @@ class Export:
         extra_files: Mapping[str, Content] | None = None,
         overwrite: bool = False,
         on_layer: Callable[[int], None] | None = None,
+        on_written: Callable[[], None] | None = None,
+        spread: Spread = ALONE,
     ) -> Path:
         """Write a model, one layer in memory at a time; the folder is complete or absent.
+
+        Of several processes each writes as many layers in a row, and process 0 all else.
 
         Args:
           source: the pruned model in the order of `base`'s layers, as wide as `widths` say; in a
@@ -218,6 +223,8 @@ class Export:
           extra_files: such as a model card, see `write_folder`.
           overwrite: replace an existing folder.
           on_layer: called with the index of each finished layer.
+          on_written: called in every process once its tensors are written, before `extra_files`.
+          spread: the processes.
 
         Returns:
           The folder.
@@ -231,11 +238,12 @@ class Export:
         return write_folder(
             target,
             self.specs,
-            self.arrays(source, mtp, on_layer),
+            self.arrays(source, mtp, on_layer, on_written, spread),
             self.config,
             self.base.folder,
             extra_files={**(extra_files or {}), **self.code_files},
             overwrite=overwrite,
+            spread=spread,
         )
 
     def arrays(
@@ -243,19 +251,25 @@ class Export:
         model: LayerSource,
         mtp: MtpSource | None = None,
         on_layer: Callable[[int], None] | None = None,
+        on_written: Callable[[], None] | None = None,
+        spread: Spread = ALONE,
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor of the folder, (name, array as on disk); arguments as of `write`."""
-        yield from self.outer_arrays(model)
-        for index in range(len(model)):
+        """Every tensor that this process has of the folder, (name, array as on disk); arguments as
+        of `write`."""
+        if spread.leads:
+            yield from self.outer_arrays(model)
+        for index in spread.in_a_row(len(model)):
             for layer in each_group(model, index) if self.by_group else [model.layer(index)]:
                 yield from self.layer_arrays(layer, index)
                 del layer  # before the next group is read
             if on_layer:
                 on_layer(index)
-        if self.mtp_specs:
+        if self.mtp_specs and spread.leads:
             if mtp is None:
                 raise InputError(f"mtp={self.form.mtp!r} needs the layers' weights; pass `mtp`")
             yield from self.mtp_arrays(mtp)
+        if on_written:
+            on_written()
 
     def outer_arrays(self, model: LayerSource) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of no layer, a wrapper's other parts included, (name, array as on disk)."""

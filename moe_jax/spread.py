@@ -7,8 +7,9 @@ it have the same bits wherever it went. Between layers `Spread.total` adds over 
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +22,7 @@ from moe_jax.errors import InputError, LostProcess
 from moe_jax.mesh import AXES, WINDOWS, on_mesh, specs
 
 PIECE = 1 << 22  # numbers that processes add at a time: each holds the pieces of all
+PATIENCE = 60.0  # seconds between the signs of life of a process that others wait for
 
 T = TypeVar("T")
 
@@ -53,6 +55,11 @@ class Spread:
     def leads(self) -> bool:
         """Whether this is the process that writes."""
         return self.process == 0
+
+    @property
+    def hosts(self) -> "Spread":
+        """The same processes, each with one device."""
+        return replace(self, mesh=None)
 
     # --- devices ---
 
@@ -147,10 +154,13 @@ class Spread:
         told: dict[str, Any] = {}
         failed: Exception | None = None
         if self.leads:
-            try:
-                told = {"value": work()}
-            except Exception as error:
-                failed, told = error, {"error": str(error)}
+            with _signs_of_life():
+                try:
+                    told = {"value": work()}
+                except Exception as error:
+                    failed, told = error, {"error": str(error)}
+        while _gathered(np.array([False]))[0, 0]:  # until process 0 is done
+            pass
         told = json.loads(self.sent(json.dumps(told).encode()))
         if failed is not None:
             raise failed
@@ -158,18 +168,31 @@ class Spread:
             raise LostProcess(f"process 0 has ended: {told['error']}")
         return told["value"]
 
-    def sent(self, data: bytes) -> bytes:
-        """The bytes that process 0 gives, for all."""
+    def led_and_read(self, work: Callable[[], T], read: Callable[[], T]) -> T:
+        """What `work` returns in process 0, which alone does it, and `read` after it in others."""
+        made: list[T] = []
+        self.led(lambda: made.append(work()))
+        return made[0] if self.leads else read()
+
+    def in_a_row(self, count: int) -> range:
+        """Which of so many things in a row are this process's: its neighbours have those beside."""
+        first, stop = (count * (self.process + more) // self.processes for more in (0, 1))
+        return range(first, stop)
+
+    def sent(self, data: bytes, process: int = 0) -> bytes:
+        """The bytes that one process gives, for all."""
         if self.processes == 1:
             return data
-        high, low = _gathered(np.array(divmod(len(data), 1 << 32), np.uint32))[0].tolist()
+        sizes = _gathered(np.array(divmod(len(data), 1 << 32), np.uint32))
+        high, low = sizes[process].tolist()
         whole, found = np.frombuffer(data, np.uint8), np.zeros((high << 32) + low, np.uint8)
         for start in range(0, len(found), 4 * PIECE):
             piece = found[start : start + 4 * PIECE]
             words = np.zeros(-(-len(piece) // 4), np.uint32)
-            if self.leads:
+            if self.process == process:
                 words.view(np.uint8)[: len(piece)] = whole[start : start + 4 * PIECE]
-            piece[:] = _broadcast(words).view(np.uint8)[: len(piece)]
+            given = _broadcast(words, self.process == process)
+            piece[:] = given.view(np.uint8)[: len(piece)]
         return found.tobytes()
 
     def sent_arrays(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -191,10 +214,14 @@ class Spread:
         for start in range(0, len(tasks), self.processes):
             now = tasks[start : start + self.processes]
             own = work(now[self.process]) if self.process < len(now) else None
-            yield from zip(now, self._told(own), strict=False)
+            yield from zip(now, self.told(own), strict=False)
 
-    def _told(self, value: Any) -> list[Any]:
-        """What each process says, in their order."""
+    def told(self, value: Any) -> list[Any]:
+        """What each process says, for all and in their order.
+
+        Args:
+          value: what JSON can hold.
+        """
         if self.processes == 1:
             return [value]
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -231,9 +258,29 @@ def _gathered(array: np.ndarray) -> np.ndarray:  # [...] -> [processes, ...]
         return multihost_utils.process_allgather(array)
 
 
-def _broadcast(words: np.ndarray) -> np.ndarray:  # uint32 [n], of process 0
+def _broadcast(words: np.ndarray, gives: bool) -> np.ndarray:  # uint32 [n], of the one that gives
     with _naming_lost():
-        return np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint32)
+        return np.asarray(multihost_utils.broadcast_one_to_all(words, is_source=gives), np.uint32)
+
+
+@contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """Tell those that wait for this process, now and then, to go on waiting: a collective of jax
+    on a CPU ends after half an hour."""
+    done = Event()
+
+    def tell() -> None:
+        with suppress(LostProcess):  # which whatever comes next will find, too
+            while not done.wait(PATIENCE):
+                _gathered(np.array([True]))
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 @contextmanager

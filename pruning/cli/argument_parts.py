@@ -6,6 +6,7 @@ from pathlib import Path
 from pruning.cli.flags import add_group, value_of
 from pruning.cli.parser import Parser
 from pruning.recipe.options import RunOptions, fields_of
+from pruning.recipe.place_options import PlaceOptions
 
 MODEL = (
     "checkpoint folder (config.json, safetensors, tokenizer.json), OWNER/NAME[@REVISION] in the "
@@ -54,6 +55,11 @@ def rates_flag(place: argparse._ActionsContainer, words: str) -> None:
 def memory_flag(command: Parser) -> None:
     """--memory-limit."""
     add_group(command, RunOptions, "memory_limit", title="Memory")
+
+
+def processes_flags(command: Parser) -> None:
+    """Those that name the processes of a command that works on one device of each."""
+    add_group(command, PlaceOptions, *other_fields(PlaceOptions, "mesh"), title="Hosts")
 
 
 def other_fields(group: type, *names: str) -> tuple[str, ...]:

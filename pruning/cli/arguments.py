@@ -11,6 +11,7 @@ from pruning.cli.argument_parts import (
     memory_flag,
     model_argument,
     other_fields,
+    processes_flags,
     rates_flag,
     recipe_argument,
 )
@@ -40,7 +41,9 @@ def compress(command: Parser) -> None:
     """Arguments of `compress`."""
     model_argument(command, required=False)
     recipe_argument(command)
-    for group in (RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions):
+    for group in (
+        RunOptions, TextOptions, ScoreOptions, PlanOptions, ExportOptions, PlaceOptions,
+    ):  # fmt: skip
         add_group(command, group)
 
 
@@ -101,6 +104,7 @@ def export(command: Parser) -> None:
     add_group(command, PlanOptions, *CUT, title="Router")
     add_group(command, RunOptions, "overwrite", title="Output")
     memory_flag(command)
+    processes_flags(command)
 
 
 def apply(command: Parser) -> None:
@@ -119,6 +123,7 @@ def apply(command: Parser) -> None:
     add_group(command, ExportOptions, *names)
     add_group(command, PlanOptions, *CUT, title="Router")
     add_group(command, TextOptions, "calibration", title="Text: what the plan was repaired on")
+    processes_flags(command)
 
 
 def recover(command: Parser) -> None:
@@ -139,6 +144,7 @@ def verify(command: Parser) -> None:
     """Arguments of `verify`."""
     folder_argument(command, "folder with plan.json and exports/")
     memory_flag(command)
+    processes_flags(command)
 
 
 def completion(command: Parser) -> None:

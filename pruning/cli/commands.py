@@ -58,7 +58,9 @@ gc.freeze()  # every stage collects garbage, which what was imported never becom
 
 def compress(options: Options) -> Outcome:
     """Everything; shows the report."""
-    report = compressing.compress(options.made, steps_of(options))
+    report = compressing.compress(options.made, steps_of(options), places_of(options))
+    if follows(options):
+        return Outcome(None)
     folder = Path(options.made.output)
     sample, lines = report.sample, []
     shown = (("prompt", "prompt"), ("dense", "dense"), (sample["export"], "compressed"))
@@ -148,8 +150,11 @@ def export(options: Options) -> Outcome:
         options.folder,
         overwrite=getattr(options, "overwrite", False),
         steps=steps_of(options),
+        where=places_of(options),
         **given,
     )
+    if follows(options):
+        return Outcome(None)
     sizes = {folder: folder_bytes(folder) for folder in folders}
     return Outcome([str(folder) for folder in folders], [exports_table(sizes)])
 
@@ -174,7 +179,10 @@ def apply(options: Options) -> Outcome:
         overwrite=recipe.overwrite,
         memory_limit=recipe.memory_limit,
         steps=steps_of(options),
+        where=places_of(options),
     )
+    if follows(options):
+        return Outcome(None)
     names = dict.fromkeys(check.export for check in checks)
     folders = [Path(recipe.output) / "exports" / name for name in names]
     sizes = {folder: folder_bytes(folder) for folder in folders}
@@ -187,7 +195,10 @@ def apply(options: Options) -> Outcome:
 
 def verify(options: Options) -> Outcome:
     """Check every export of a folder."""
-    checks = verifying.verify(options.folder, steps_of(options), **limit_of(options))
+    limit, where = limit_of(options), places_of(options)
+    checks = verifying.verify(options.folder, steps_of(options), where=where, **limit)
+    if follows(options):
+        return Outcome(None)
     return Outcome([dataclasses.asdict(check) for check in checks], [checks_table(checks)])
 
 

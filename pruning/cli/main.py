@@ -20,7 +20,7 @@ FAULTY = (
     "this is a fault of the program, not of what you gave it; please report it with your command "
     "and the lines above"
 )
-LOST = "the same command, given to all processes again, goes on from the last finished layer"
+LOST = "the same command, given to all processes again, goes on from what is finished"
 FAILED_CHECK, BAD_INPUT, FAULT, INTERRUPTED = 1, 2, os.EX_SOFTWARE, 130
 LOST_PROCESS = os.EX_TEMPFAIL
 

@@ -5,7 +5,7 @@ the token to the other one: its logits, and through attention those of all later
 sequence, are then another model's without anything being wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,17 @@ from moe_jax.attention.context import Context
 from moe_jax.experts.moe import MoE, MoETrace
 from moe_jax.experts.router import is_settled
 from moe_jax.groups import GroupStep, Halfway, added_group, through_groups
+from moe_jax.programs import free_programs
+from moe_jax.source import groups_of
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource, in_batches, sweep
 from moe_jax.transformer import DecoderLayer
 
 # Of router logits after many layers in float32, as a share of the largest. Measured against
 # transformers over 30 layers: 5e-6.
 ROUNDING = 2e-5
+
+States = list[list[np.ndarray]]  # of each text, an array per batch
 
 
 @jax.jit
@@ -55,6 +60,7 @@ def settled_logits(
     last: int,
     rounding: float = ROUNDING,
     strides: Sequence[int] | None = None,
+    spread: Spread = ALONE,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Logits at the ends of a few sequences, and which of them rounding cannot have changed.
 
@@ -65,6 +71,7 @@ def settled_logits(
       rounding: how far the router logits of two programs may be apart, as a share of the largest
         logit of the token.
       strides: of each of `windows`, positions from a token to the next in rotations; default 1.
+      spread: processes that take turns, each reading a layer while the others read theirs.
 
     Returns:
       For each of `windows` (float32 [B, P, V], bool [B, P]: no router is near a tie at this
@@ -76,9 +83,7 @@ def settled_logits(
     ]
     settled = [np.ones(some.shape, bool) for some in windows]
 
-    def step(
-        index: int, layer: DecoderLayer, states: list[list[np.ndarray]]
-    ) -> list[list[np.ndarray]]:
+    def step(index: int, layer: DecoderLayer, states: States) -> States:
         for text, stays, x in zip(texts, settled, states, strict=True):
 
             def run(x: Array, place: Context, rows: slice, stays=stays) -> Array:
@@ -89,7 +94,7 @@ def settled_logits(
             text.each(x, run)
         return states
 
-    def in_groups(index: int, states: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    def in_groups(index: int, states: States) -> States:
         def step_of(stays: np.ndarray) -> GroupStep:
             def add(group: DecoderLayer, x: Halfway, place: Context, rows: slice) -> Array:
                 out, settled_here = _group(group, x, place, rounding)
@@ -103,7 +108,10 @@ def settled_logits(
         return states
 
     embedded = [text.embedded(source, jnp.float32) for text in texts]
-    states = sweep(source, embedded, step, in_groups=in_groups)
+    if spread.processes == 1:
+        states = sweep(source, embedded, step, in_groups=in_groups)
+    else:
+        states = _in_turns(source, embedded, settled, step, in_groups, spread)
     head = source.head
     return [
         (
@@ -112,3 +120,40 @@ def settled_logits(
         )
         for x, stays in zip(states, settled, strict=True)
     ]
+
+
+def _in_turns(
+    source: LayerSource,
+    states: States,
+    settled: list[np.ndarray],
+    step: Callable[[int, DecoderLayer, States], States],
+    in_groups: Callable[[int, States], States],
+    spread: Spread,
+) -> States:
+    """`sweep` of processes: each reads every so many-th layer, all at once, and what comes out of
+    one is handed to whoever has the next. Of a layer in groups only one reads at a time."""
+    free_programs()
+    for first in range(0, len(source), spread.processes):
+        turns = range(first, min(first + spread.processes, len(source)))
+        own = first + spread.process
+        layer = source.layer(own) if own in turns and groups_of(source, own) == 1 else None
+        for process, index in enumerate(turns):
+            if index == own and layer is None:
+                states = in_groups(index, states)
+            elif index == own:
+                assert layer is not None
+                states = step(index, layer, states)
+                layer = None
+            _hand_on(states, settled, process, spread)
+    return states
+
+
+def _hand_on(states: States, settled: list[np.ndarray], process: int, spread: Spread) -> None:
+    """Put what a process has into the place of what the others have."""
+    gives, texts = spread.process == process, [*states, settled]
+    given = b"".join(part.tobytes() for text in texts for part in text) if gives else b""
+    data, start = bytearray(spread.sent(given, process)), 0
+    for text in texts if not gives else ():
+        for i, old in enumerate(text):
+            text[i] = np.frombuffer(data, old.dtype, old.size, start).reshape(old.shape)
+            start += old.nbytes

@@ -13,7 +13,7 @@ AXIS = re.compile(r"([a-z]+)=([1-9][0-9]*)")
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceOptions(Options):
-    """Devices and hosts (of score, compare and audit alone)."""
+    """Devices and hosts."""
 
     mesh: Annotated[
         str | None,
@@ -28,9 +28,10 @@ class PlaceOptions(Options):
         str | None,
         About(
             "where process 0 listens, if several are given this same command: they share windows, "
-            "of compare plans and of audit ablations too; all read model and texts, process 0 "
-            "writes. auto asks Slurm, MPI or the TPU pod, which happens unasked in a Slurm step of "
-            "several tasks and where TPU_WORKER_HOSTNAMES has several",
+            "of exports and their checks layers, of compare plans and of audit ablations too; all "
+            "read model, texts and output folder, process 0 writes. auto asks Slurm, MPI or the "
+            "TPU pod, which happens unasked in a Slurm step of several tasks and where "
+            "TPU_WORKER_HOSTNAMES has several",
             shown="HOST:PORT",
         ),
     ] = None

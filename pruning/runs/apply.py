@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +13,19 @@ import jax.numpy as jnp
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.export_format import MIXED, FormatName
 from moe_jax.errors import InputError
+from moe_jax.spread import Spread
 from pruning.budget.plan import PruningPlan
 from pruning.budget.record import recorded_options
 from pruning.demo import model_folder
 from pruning.kit.hub import pinned
 from pruning.kit.memory import Allowance
 from pruning.kit.progress import Steps
-from pruning.recipe.options import BUDGETS
+from pruning.recipe.options import BUDGETS, ExportOptions, fields_of
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe, ResolvedRecipe, load_recipe
 from pruning.runs.cap import capped
 from pruning.runs.memory import Foretold
+from pruning.runs.places import working
 from pruning.stages import folder as output_folder
 from pruning.stages import preflight
 from pruning.stages import repair as repair_stage
@@ -34,7 +38,6 @@ from pruning.stages.remarks import say_left_out, say_nothing_saved
 from pruning.stages.repair import repair_bytes
 from pruning.stages.sizes import export_of, export_sizes, form_of
 from pruning.stages.verify import verify_export
-from pruning.stages.writer import only_writer
 
 # How a plan's text was read, of what it says of its scoring.
 READING = ("calibration_field", "max_tokens", "window", "dtype")
@@ -58,6 +61,7 @@ def apply_plan(
     overwrite: bool = False,
     memory_limit: int | str | None = None,
     steps: Steps | None = None,
+    where: PlaceOptions | None = None,
 ) -> list[Check]:
     """Export a model under a stored plan and verify every export.
 
@@ -80,7 +84,9 @@ def apply_plan(
       allow_other_model: apply it to another model of the same shape, such as the base of the one
         that it was made for; the exports' cards say so.
       overwrite, memory_limit: as in a recipe.
-      steps: where progress goes; default stderr.
+      steps: where progress goes; default stderr, of process 0.
+      where: processes that share the layers, and the text of a repair; default those of
+        `jax.distributed` if that is initialized.
 
     Returns:
       The checks of all exports, all passed.
@@ -90,18 +96,24 @@ def apply_plan(
         the output folder is in the way, or another process writes there; nothing was written.
       OSError: the plan is missing, or the disk is too small.
       VerificationError: an export differs from the model in memory; it is kept.
+      LostProcess: another process has ended; what is finished stays.
     """
     given = {"model": pinned(model), "output": os.fspath(output), "export": tuple(export)}
     given |= {"bits": bits, "mtp": mtp, "overwrite": overwrite, "requantize": requantize}
     optional = {"group_size": group_size, "calibration": tuple(calibration), "repair": repair}
     optional |= {"memory_limit": memory_limit, "cut_router": cut_router, "top_k": top_k}
     given |= {name: value for name, value in optional.items() if value}
-    with only_writer(output):
-        return _apply(Path(plan), model, given, allow_other_model, steps or Steps())
+    with working(output, where, steps) as (spread, steps):
+        return _apply(Path(plan), model, given, allow_other_model, steps, spread)
 
 
 def _apply(
-    source: Path, model: str, given: dict[str, Any], allow_other_model: bool, steps: Steps
+    source: Path,
+    model: str,
+    given: dict[str, Any],
+    allow_other_model: bool,
+    steps: Steps,
+    spread: Spread,
 ) -> list[Check]:
     with steps.bar("open"):
         found = PruningPlan.load(source)
@@ -112,7 +124,7 @@ def _apply(
         _require_shape(found, base)
     if allow_other_model:  # before any folder is compared with the plan
         with steps.bar("identify the model") as on_step:
-            base.hash_weights(on_step)
+            base.weights_hash = spread.led(partial(base.hash_weights, on_step))
         found = found.moved_to(base.fingerprint)
     if given["bits"] == "auto":
         if not found.layer_bits:
@@ -124,17 +136,21 @@ def _apply(
     if found.layer_bits and not given["export"]:
         given = given | {"export": (MIXED,)}
     recipe = _recipe(source, found, base, given)
+    same = repr([(name, getattr(recipe, name)) for name in fields_of(ExportOptions)])
+    spread.require_same({"plan": found.content_hash, "recipe": same})
     foretold = Foretold(base.about, recipe, plan=found)
 
     def takes(some: Allowance) -> dict[str, int]:
         return foretold.peaks(("repair", "export", "verify"), some)
 
     with capped(base, recipe.memory_limit, takes, steps):
-        missing = _prepare(recipe, found, source, base, steps)
+        missing = spread.led(partial(_prepare, recipe, found, source, base, steps))
+        base.weights_hash = spread.led(base.hash_weights)
         preflight.say_mtp(base.about, recipe, steps)
-        found.save(recipe.output)
-        repair = _repair(base, found, recipe, steps)
-        checks = _write(base, found, recipe, missing, repair, steps)
+        if spread.leads:
+            found.save(recipe.output)
+        repair = _repair(base, found, recipe, steps, spread)
+        checks = _write(base, found, recipe, missing, repair, steps, spread)
     require_verified(checks)
     return checks
 
@@ -146,20 +162,22 @@ def _write(
     missing: list[str],
     repair: Path | None,
     steps: Steps,
+    spread: Spread,
 ) -> list[Check]:
     """Write the missing exports; checks of all."""
     checks = []
     for name in recipe.export:
         form, target = form_of(recipe, name, plan), Path(recipe.output) / "exports" / name
         if name in missing:
-            export(base, plan, form, target, steps, repair=repair)
+            export(base, plan, form, target, steps, repair=repair, spread=spread)
         with steps.bar(f"verify {name}"):
-            checks += verify_export(base, plan, form, target, random_probe(base), repair=repair)
+            given = {"repair": repair, "spread": spread}
+            checks += verify_export(base, plan, form, target, random_probe(base), **given)
     return checks
 
 
 def _repair(
-    base: Checkpoint, plan: PruningPlan, recipe: ResolvedRecipe, steps: Steps
+    base: Checkpoint, plan: PruningPlan, recipe: ResolvedRecipe, steps: Steps, spread: Spread
 ) -> Path | None:
     """Repeat the repair of a plan on the text that is given, or say that there is none."""
     said = plan.provenance
@@ -175,7 +193,7 @@ def _repair(
     texts = {source["sha256"] for source in job.calibration.sources}
     if texts != {source.get("sha256") for source in said.get("sources") or ()}:
         steps.say("the text is not the one that the plan was made on, so neither is the repair")
-    return repair_stage.repair(dataclasses.replace(job, base=base), plan, steps)
+    return repair_stage.repair(dataclasses.replace(job, base=base, spread=spread), plan, steps)
 
 
 apply = apply_plan  # its name on the command line

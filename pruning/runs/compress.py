@@ -4,25 +4,29 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import load_model, open_checkpoint
+from convert.checkpoint import open_checkpoint
 from moe_jax.errors import InputError
-from moe_jax.generation import generate
+from moe_jax.spread import Spread
 from moe_jax.stream import LayerSource
 from pruning.budget.plan import PruningPlan
-from pruning.kit.memory import allowance, free_memory, release_memory
+from pruning.kit.memory import allowance
 from pruning.kit.progress import Steps
-from pruning.kit.words import amount
 from pruning.measure.quality import Reference
+from pruning.recipe.options import ExportOptions, PlanOptions, fields_of
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.report import compression_page
 from pruning.report.compression import CompressionReport
 from pruning.runs.assemble import Outcome, Qualities, assemble
 from pruning.runs.auto_bits import recipe_plan, require_auto
 from pruning.runs.cap import capped_recipe
-from pruning.runs.score import open_for
+from pruning.runs.places import working
+from pruning.runs.samples import continued
+from pruning.runs.score import open_for, scored
 from pruning.scores.statistics import ChannelStatistics
 from pruning.stages import choose as choosing
 from pruning.stages import folder as output_folder
@@ -30,7 +34,6 @@ from pruning.stages import gptq as gptq_stage
 from pruning.stages import plan as planning
 from pruning.stages import preflight
 from pruning.stages import repair as repair_stage
-from pruning.stages import score as scoring
 from pruning.stages.card import write_card
 from pruning.stages.checks import Check, require_verified
 from pruning.stages.export import export, pruned_source
@@ -40,22 +43,18 @@ from pruning.stages.probe_windows import text_probe
 from pruning.stages.remarks import say_left_out, say_nothing_saved
 from pruning.stages.repair import repaired_source
 from pruning.stages.sizes import (
-    SAMPLE_BYTES,
-    export_of,
     export_sizes,
-    folder_bytes,
     form_of,
-    sample_memory,
 )
 from pruning.stages.verify import verify_export
-from pruning.stages.writer import only_writer
 
-SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS = 24, 40
-SAMPLES = 8  # texts that are continued, at most
 RANDOM_SEED = 0  # of the channels that every choice must beat
+AGREED = (*fields_of(PlanOptions), *fields_of(ExportOptions))  # options of all processes
 
 
-def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> CompressionReport:
+def compress(
+    recipe: CompressionRecipe, steps: Steps | None = None, where: PlaceOptions | None = None
+) -> CompressionReport:
     """Score, plan, repair, export, verify, evaluate and report.
 
     An interrupted run is repeated with the same recipe and goes on after its last whole stage; of
@@ -63,23 +62,28 @@ def compress(recipe: CompressionRecipe, steps: Steps | None = None) -> Compressi
 
     Args:
       recipe: what to do.
-      steps: where progress goes; default stderr.
+      steps: where progress goes; default stderr, of process 0.
+      where: devices that share the text while it is scored, and processes that share it there, in
+        repair and in GPTQ, and the layers of exports and their checks. Process 0 plans and measures
+        while the others wait. Default one device, and the processes of `jax.distributed` if that is
+        initialized.
 
     Returns:
-      The report, which is also in the output folder.
+      The report, in every process; it is also in the output folder.
 
     Raises:
       InputError: bad input, before any expensive work, or another process writes there.
       FullDiskError: the disk is full; what is finished stays.
       VerificationError: an export differs from the model in memory.
+      LostProcess: another process has ended; what is finished stays.
     """
-    with only_writer(recipe.output):
-        return _compress(recipe, steps or Steps())
+    with working(recipe.output, where, steps) as (spread, steps):
+        return _compress(recipe, steps, spread)
 
 
-def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
-    job = open_for(recipe, steps)
-    if output_folder.is_finished(job):
+def _compress(recipe: CompressionRecipe, steps: Steps, spread: Spread) -> CompressionReport:
+    job = open_for(recipe, steps, spread)
+    if spread.led(lambda: output_folder.is_finished(job)):
         return _finished(job, steps)
     if job.recipe.bits == "auto":
         require_auto(job)
@@ -89,13 +93,10 @@ def _compress(recipe: CompressionRecipe, steps: Steps) -> CompressionReport:
 
 def _run(recipe: CompressionRecipe, job: Job, steps: Steps) -> CompressionReport:
     """All of `compress` once its job is open."""
-    preflight.prepare(job, steps)
-    statistics, provenance = scoring.score(job, steps)
-    job, plan = choosing.job_plan(job, statistics, provenance, steps)
-    if job.recipe.bits == "auto":
-        plan = recipe_plan(job, plan, statistics, provenance, steps)
-    output_folder.drop_stale_exports(job.output, plan)
-    plan.save(job.output)
+    spread = job.spread
+    options = repr([(name, getattr(job.recipe, name)) for name in AGREED])
+    scores = scored(job, steps, lambda: preflight.prepare(job, steps), {"recipe": options})
+    job, plan = _planned(job, *scores, steps)
     sizes = export_sizes(job.base.about, plan, job.recipe)
     preflight.say_sizes(sizes, steps)
     say_nothing_saved(plan, job.recipe, steps)
@@ -105,29 +106,61 @@ def _run(recipe: CompressionRecipe, job: Job, steps: Steps) -> CompressionReport
     checks = []
     for name in job.recipe.export:
         form, target = form_of(job.recipe, name, plan), job.output / "exports" / name
-        if not target.exists():
-            export(job.base, plan, form, target, steps, codes=codes, repair=repair)
+        if not spread.led(target.exists):
+            given = {"codes": codes, "repair": repair, "spread": spread}
+            export(job.base, plan, form, target, steps, **given)
         with steps.bar(f"verify {name}"):
             probe = text_probe(job.base, job.calibration)
-            checks += verify_export(job.base, plan, form, target, probe, codes, repair)
+            checks += verify_export(
+                job.base, plan, form, target, probe, codes, repair, spread=spread
+            )
+
+    found = {"statistics": scores[0], "provenance": scores[1], "plan": plan, "sizes": sizes}
+    found |= {"codes": codes, "repair": repair, "checks": checks}
+    report = spread.led_and_read(
+        lambda: _reported(recipe, job, steps, **found),
+        lambda: CompressionReport.load(job.output / "report.json"),
+    )
+    require_verified(checks)
+    return report
+
+
+def _planned(
+    job: Job, statistics: ChannelStatistics, provenance: dict, steps: Steps
+) -> tuple[Job, PruningPlan]:
+    """The plan, stored, and the job with the rule that it was made by, which process 0 alone knows
+    and needs."""
+
+    def make() -> tuple[Job, PruningPlan]:
+        planned, plan = choosing.job_plan(job, statistics, provenance, steps)
+        if planned.recipe.bits == "auto":
+            plan = recipe_plan(planned, plan, statistics, provenance, steps)
+        output_folder.drop_stale_exports(job.output, plan)
+        plan.save(job.output)
+        return planned, plan
+
+    return job.spread.led_and_read(make, lambda: (job, PruningPlan.load(job.output)))
+
+
+def _reported(asked: CompressionRecipe, job: Job, steps: Steps, **found: Any) -> CompressionReport:
+    """Measure what was made, and write the report, its page and the cards."""
+    plan, repair = found["plan"], found["repair"]
     references: dict[str, Reference] = {}
     quality = _measure(job, plan, repair, references, steps)
-    random, no_random = _measure_random(job, statistics, plan, references, steps)
-    samples, no_samples = _samples(job, plan, steps)
+    random, no_random = _measure_random(job, found["statistics"], plan, references, steps)
+    samples, no_samples = continued(job, plan, steps)
     reasons = {"random": no_random, "samples": no_samples}
     report = assemble(
         Outcome(
-            asked=dataclasses.asdict(recipe), job=job, statistics=statistics,
-            provenance=provenance, plan=plan, sizes=sizes, codes=codes, repair=repair,
-            checks=checks, quality=quality, random=random, samples=samples, stages=steps.stages,
-            not_run={name: why for name, why in reasons.items() if why},
+            asked=dataclasses.asdict(asked), job=job, quality=quality, random=random,
+            samples=samples, stages=steps.stages,
+            not_run={name: why for name, why in reasons.items() if why}, **found,
         )
     )  # fmt: skip
     # Before the report, whose presence says that all else is there.
     _write_cards(job, plan, report)
     compression_page.save(report, job.output)
     report.save(job.output)
-    require_verified(checks)
     return report
 
 
@@ -238,42 +271,3 @@ def _write_cards(job: Job, plan: PruningPlan, report: CompressionReport) -> None
             quantizer=job.recipe.quantizer, repair=report.repair, quality=report.quality,
             evaluation=report.evaluation, verification=report.verification,
         )  # fmt: skip
-
-
-def _samples(job: Job, plan: PruningPlan, steps: Steps) -> tuple[list[dict[str, str]], str]:
-    """The start of every text continued by the dense model and by the smallest export; [] and the
-    reason why not for a large model or without a text."""
-    folders = [job.output / "exports" / name for name in job.recipe.export]
-    folder = min(folders, key=folder_bytes)
-    shown = dict(list(job.evaluation.items())[:SAMPLES]) or {"calibration": job.calibration}
-    starts = {
-        text: windows.tokens[0, windows.valid[0]][:SAMPLE_PROMPT_TOKENS].tolist()
-        for text, windows in shown.items()
-        if len(windows.tokens)
-    }
-    size = folder_bytes(job.base.about.folder)
-    if not starts:
-        return [], "there was no text to continue"
-    if size > SAMPLE_BYTES:
-        return [], f"the model has {amount(size)}; those above {amount(SAMPLE_BYTES)} write slowly"
-    export = export_of(job.base.about, plan, form_of(job.recipe, folder.name, plan))
-    needed, free = sample_memory(job.base.about, export), free_memory()
-    if needed > free:
-        return [], f"it takes about {amount(needed)} of memory and {amount(free)} are free"
-    stop = () if job.codec.end is None else (job.codec.end,)
-    written: dict[str, dict[str, str]] = {}
-    with steps.bar("sample"):
-        for name, path in (("dense", job.base.about.folder), ("compressed", folder)):
-            model = load_model(path)
-            for text, prompt in starts.items():
-                room = min(SAMPLE_NEW_TOKENS, job.base.config.max_position - len(prompt))
-                # One by one: in a batch the last bits of a sum, and so a token, may differ.
-                (new,) = generate(model, [prompt], max_new_tokens=room, stop=stop)
-                written.setdefault(text, {})[name] = job.codec.decode(new)
-            del model  # before the next one is read
-            release_memory()
-    samples = [
-        {"text": text, "prompt": job.codec.decode(prompt), **written[text], "export": folder.name}
-        for text, prompt in starts.items()
-    ]
-    return samples, ""

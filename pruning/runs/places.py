@@ -51,10 +51,20 @@ def working(
     Raises:
       InputError: as of `places`, or another command writes there.
     """
+    spread, steps = joined(where, steps)
+    with only_writer(output) if spread.leads else nullcontext():
+        yield spread, steps
+
+
+def joined(where: PlaceOptions | None, steps: Steps | None) -> tuple[Spread, Steps]:
+    """Where this process is, and where its progress goes: nowhere but in process 0.
+
+    Raises:
+      InputError: as of `places`.
+    """
     steps = steps or Steps()
     spread = places(where or PlaceOptions(), steps)
-    with only_writer(output) if spread.leads else nullcontext():
-        yield spread, steps if spread.leads else Steps(quiet=True)
+    return spread, steps if spread.leads else Steps(quiet=True)
 
 
 def check_places(recipe: CompressionRecipe, spread: Spread, experts: int) -> None:
@@ -78,6 +88,19 @@ def check_places(recipe: CompressionRecipe, spread: Spread, experts: int) -> Non
         raise InputError(
             "memory_limit is kept with one copy of a layer, and every device of a CPU has its "
             "own; leave out --mesh or --memory-limit"
+        )
+
+
+def refuse_processes(work: str) -> None:
+    """Raise InputError if several processes were started for what one does.
+
+    Args:
+      work: a clause that says so.
+    """
+    if are_several() or (jax.distributed.is_initialized() and jax.process_count() > 1):
+        raise InputError(
+            f"{work} so far; start one (`srun --ntasks 1`): compress, score, compare, audit, "
+            "export, apply and verify take several"
         )
 
 

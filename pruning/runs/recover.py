@@ -22,6 +22,7 @@ from pruning.recovery.layerwise import fit_layers
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import read_predictions, write_predictions
 from pruning.report.recovery import NAME, RecoveryReport
+from pruning.runs.places import refuse_processes
 from pruning.stages.adapter import FOLDER as ADAPTER
 from pruning.stages.adapter import write_adapter
 from pruning.stages.card import write_card
@@ -60,11 +61,13 @@ def recover(
       The report, which is also in the output folder, beside exports/.
 
     Raises:
-      InputError: bad input, before any expensive work, or another process writes there.
+      InputError: bad input, before any expensive work, another process writes there, or several
+        were started.
       FullDiskError: the disk is full; what is finished stays.
       VerificationError: an export differs from the model in memory.
     """
     asked = RecoverOptions(**options)
+    refuse_processes("recover trains in one process")
     with only_writer(asked.output):
         return _recover(Path(folder), asked.filled(), steps or Steps())
 

@@ -99,7 +99,7 @@ def in_parts(
         np.concatenate(marks) if marks else None,
     )
     whole = Parts(batches, owner, tuple(int(part.valid.sum()) for part in cut))
-    return whole if spread.processes * spread.devices == 1 else _dealt(whole, batch, spread)
+    return whole if spread.processes * spread.devices == 1 else _dealt(whole, spread)
 
 
 def _dealt_batches(batches: int, spread: Spread) -> int:
@@ -108,12 +108,28 @@ def _dealt_batches(batches: int, spread: Spread) -> int:
     return spread.devices * max(1, -(-batches // step))
 
 
-def _dealt(whole: Parts, batch: int, spread: Spread) -> Parts:
-    """What of a text is one process's, a step of all its devices after the other."""
-    text, windows = whole.batches, len(whole.batches.tokens)
+def _dealt(whole: Parts, spread: Spread) -> Parts:
     own = range(len(whole.owner))[spread.process :: spread.processes]
-    count = _dealt_batches(len(whole.owner), spread)
-    take = np.full((count, batch), windows)  # this one is padding
+    owner = tuple(whole.owner[number] for number in own)
+    return Parts(dealt(whole.batches, spread)[0], owner, whole.tokens)
+
+
+def dealt(text: Batches, spread: Spread) -> tuple[Batches, np.ndarray]:
+    """What of a text is one process's, a step of all its devices after the other.
+
+    Args:
+      text: as it is for one device.
+      spread: where this process is, and its devices.
+
+    Returns:
+      Its batches, one at least, and which window of the text each of its own is; the others are
+      padding, which is one beyond the last.
+    """
+    windows, batch = len(text.tokens), text.rows[0].stop
+    if spread.processes * spread.devices == 1:
+        return text, np.arange(windows)
+    own = range(len(text.rows))[spread.process :: spread.processes]
+    take = np.full((_dealt_batches(len(text.rows), spread), batch), windows)
     take[: len(own)] = np.arange(windows).reshape(-1, batch)[own]
     steps = row_slices(take.size, spread.devices * batch)
 
@@ -128,4 +144,4 @@ def _dealt(whole: Parts, batch: int, spread: Spread) -> Parts:
         tuple(spread.dealt(jax.tree.map(lambda leaf, s=step: leaf[s], place)) for step in steps),
         None if text.counted is None else taken(text.counted),
     )
-    return Parts(batches, tuple(whole.owner[number] for number in own), whole.tokens)
+    return batches, take.ravel()

@@ -6,20 +6,22 @@ scales a row's error and its output alike.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from moe_jax.attention.context import Context
 from moe_jax.experts.dense import DenseMLP, SharedExpert
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.quant import QTensor, Weight, dequantize, pack_nibbles, unpack_nibbles
 from moe_jax.quantized import quantize_layer
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import layer_attend
 from moe_jax.transformer import DecoderLayer
 from pruning.shrink.gptq_core import Coded, gptq
@@ -54,49 +56,70 @@ def gptq_layer(
     batches: Sequence[Batch],
     group_size: int,
     moment_bytes: int = MOMENT_BYTES,
+    spread: Spread = ALONE,
 ) -> tuple[DecoderLayer, Solved]:
     """Quantise a layer's linear weights in the metric of their inputs.
 
     Args:
       layer: with 16- or 32-bit weights; expert widths are multiples of the group size.
-      batches: inputs of the layer.
+      batches: inputs of the layer, those of this process.
       group_size: weights per scale, along the input of each linear layer.
       moment_bytes: second moments of routed experts to hold at a time; each further part costs
         another forward pass.
+      spread: the processes that share the text; all call alike and solve alike.
 
     Returns:
       (the layer with `QTensor` weights and float32 scales, what was done).
     """
     rounded = quantize_layer(layer, group_size)
-    tokens = sum(int(np.asarray(context.valid).sum()) for _, context in batches)
-    attention, failed = _attention(layer, rounded.attention, batches, tokens, group_size)
+    seen = Seen(batches, spread)
+    attention, failed = _attention(layer, rounded.attention, seen, group_size)
     half = dataclasses.replace(layer, attention=attention)
-    middle = [(np.asarray(layer_attend(half, jnp.asarray(x), c)), c) for x, c in batches]
+    behind = [(np.asarray(layer_attend(half, jnp.asarray(x), c)), c) for x, c in batches]
+    middle = Seen(behind, spread)
     if isinstance(layer.mlp, MoE):
         assert isinstance(rounded.mlp, MoE)
         experts, dropped = _experts(layer, rounded.mlp.experts, middle, group_size, moment_bytes)
-        shared, missed = _shared(layer, rounded.mlp.shared, middle, tokens, group_size)
+        shared, missed = _shared(layer, rounded.mlp.shared, middle, group_size)
         mlp = dataclasses.replace(rounded.mlp, experts=experts, shared=shared)
         kept = int(np.count_nonzero(np.asarray(experts.count)))
         matrices = 3 * kept + (0 if shared is None else 3)
         failed += dropped + missed
     else:
         assert isinstance(rounded.mlp, DenseMLP)
-        mlp, missed = _dense(layer, layer.mlp, rounded.mlp, middle, tokens, group_size)
+        mlp, missed = _dense(layer, layer.mlp, rounded.mlp, middle, group_size)
         matrices, failed = 3, failed + missed
     quantised = dataclasses.replace(rounded, attention=attention, mlp=mlp)
     matrices += sum(map(len, attention_groups(layer.attention)))
     return quantised, Solved(matrices=matrices, fallbacks=failed)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Inputs of a part of a layer, of which this process has some batches."""
+
+    batches: Sequence[Batch]
+    spread: Spread
+
+    @cached_property
+    def tokens(self) -> int:
+        """Valid tokens of all processes."""
+        own = sum(int(np.asarray(context.valid).sum()) for _, context in self.batches)
+        return int(self.spread.total({"tokens": np.array(float(own))})["tokens"])
+
+    def total(self, measure: Callable[[Array, Context], Moments]) -> Moments:
+        """Sum of what `measure` finds on every batch of all processes."""
+        return total(measure, self.batches, self.spread)
+
+
 def _attention(
-    layer: DecoderLayer, rounded: AnyAttention, batches: Sequence[Batch], tokens: int, group: int
+    layer: DecoderLayer, rounded: AnyAttention, seen: Seen, group: int
 ) -> tuple[AnyAttention, int]:
-    moments = total(partial(attention_moments, layer), batches)
+    moments = seen.total(partial(attention_moments, layer))
     failed = 0
     for names in attention_groups(layer.attention):
         weights = [getattr(layer.attention, name) for name in names]
-        solved = _solve(weights, moments[names[0]], tokens, group)
+        solved = _solve(weights, moments[names[0]], seen.tokens, group)
         rounded, missed = _with_solved(rounded, names, solved)
         failed += missed
     return rounded, failed
@@ -106,27 +129,25 @@ def _dense(
     layer: DecoderLayer,
     mlp: DenseMLP,
     rounded: DenseMLP,
-    batches: Sequence[Batch],
-    tokens: int,
+    seen: Seen,
     group_size: int,
 ) -> tuple[DenseMLP, int]:
-    moments = total(partial(dense_moments, layer, mlp), batches)
-    solved = _solve([mlp.w_gate, mlp.w_up], moments["w_gate_up"], tokens, group_size)
-    solved += _solve([mlp.w_down], moments["w_down"], tokens, group_size)
+    moments = seen.total(partial(dense_moments, layer, mlp))
+    solved = _solve([mlp.w_gate, mlp.w_up], moments["w_gate_up"], seen.tokens, group_size)
+    solved += _solve([mlp.w_down], moments["w_down"], seen.tokens, group_size)
     return _with_solved(rounded, ("w_gate", "w_up", "w_down"), solved)
 
 
 def _shared(
     layer: DecoderLayer,
     rounded: SharedExpert | None,
-    batches: Sequence[Batch],
-    tokens: int,
+    seen: Seen,
     group_size: int,
 ) -> tuple[SharedExpert | None, int]:
     assert isinstance(layer.mlp, MoE)
     if rounded is None or layer.mlp.shared is None:
         return None, 0
-    mlp, failed = _dense(layer, layer.mlp.shared.mlp, rounded.mlp, batches, tokens, group_size)
+    mlp, failed = _dense(layer, layer.mlp.shared.mlp, rounded.mlp, seen, group_size)
     return dataclasses.replace(rounded, mlp=mlp), failed
 
 
@@ -182,7 +203,7 @@ def _solve_experts(
 def _experts(
     layer: DecoderLayer,
     rounded: Experts,
-    batches: Sequence[Batch],
+    seen: Seen,
     group_size: int,
     moment_bytes: int,
 ) -> tuple[Experts, int]:
@@ -197,7 +218,7 @@ def _experts(
     failed = 0
     for first in range(0, number, size):
         at = jnp.asarray(first, jnp.int32)
-        moments = total(partial(expert_moments, layer, first=at, size=size), batches)
+        moments = seen.total(partial(expert_moments, layer, first=at, size=size))
         tokens = np.asarray(moments["tokens"])
         solved = jax.device_get(
             _solve_experts(moe.experts, moments, at, size=size, group_size=group_size)

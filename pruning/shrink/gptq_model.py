@@ -13,8 +13,10 @@ from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
 from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
 from moe_jax.transformer import DecoderLayer
+from pruning.scores.parts import dealt
 from pruning.shrink.gptq import Solved, gptq_layer
 from pruning.shrink.progress import LayerFolder, States, held_out
 
@@ -48,8 +50,12 @@ def quantize_model(
     batch: int = 8,
     dtype=jnp.float32,
     on_layer: Callable[[int], None] | None = None,
+    spread: Spread = ALONE,
 ) -> list[LayerErrors]:
     """Quantise every layer behind the quantised layers before it.
+
+    Processes share the windows and add their second moments up; then all solve alike, and process
+    0 writes.
 
     Args:
       source: the model, pruned if it is to be; at most one of its layers is held.
@@ -63,6 +69,7 @@ def quantize_model(
       batch: windows per step.
       dtype: of the activations.
       on_layer: called with the index of each finished layer.
+      spread: the processes.
 
     Returns:
       The errors of every layer.
@@ -72,16 +79,18 @@ def quantize_model(
       FullDiskError: the disk is full; what was finished stays.
     """
     learn, check = _windows(len(tokens))
-    codes = codes_in(folder)
-    seen = in_batches(source, tokens[learn], valid[learn], batch)
-    held = in_batches(source, tokens[check], valid[check], batch)
+    codes = codes_in(folder, spread)
+    seen, held = (
+        dealt(in_batches(source, tokens[part], valid[part], batch), spread)[0]
+        for part in (learn, check)
+    )
     found = codes.open(provenance)
     layers, x = found or ([], (seen.embedded(source, dtype), held.embedded(source, dtype)))
 
     def step(index: int, layer: DecoderLayer, x: States) -> States:
         inputs = list(zip(x[0], seen.places, strict=True))
-        quantised, solved = gptq_layer(layer, inputs, group_size)
-        errors = _errors(layer, quantised, held, x[1], solved, group_size)
+        quantised, solved = gptq_layer(layer, inputs, group_size, spread=spread)
+        errors = _errors(layer, quantised, held, x[1], solved, group_size, spread)
         layers.append(dataclasses.asdict(errors))
         x = _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
         codes.add(index, _stored(quantised), provenance, layers, x)
@@ -92,9 +101,9 @@ def quantize_model(
     return [LayerErrors(**one) for one in layers]
 
 
-def codes_in(folder: Path) -> LayerFolder:
+def codes_in(folder: Path, spread: Spread = ALONE) -> LayerFolder:
     """A folder of `quantize_model`."""
-    return LayerFolder(folder, SUMMARY, "the 4-bit codes that GPTQ chose", LayerErrors)
+    return LayerFolder(folder, SUMMARY, "the 4-bit codes that GPTQ chose", LayerErrors, spread)
 
 
 def progress_bytes(config: ModelConfig, shape: tuple[int, int], batch: int, dtype) -> int:
@@ -137,22 +146,25 @@ def _errors(
     x: list[np.ndarray],
     solved: Solved,
     group_size: int,
+    spread: Spread,
 ) -> LayerErrors:
-    """Errors of a layer whose input is `x`, left as it is."""
+    """Errors of a layer whose input is `x`, left as it is, on the windows of all processes."""
     rounded = quantize_layer(layer, group_size)
     exact, near, best = (_forward(each, held, list(x)) for each in (layer, rounded, quantised))
 
-    def square(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    def square(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
         parts = zip(a, b, held.rows, strict=True)
-        return sum(
+        found = sum(
             float(np.square(one - other, dtype=np.float64)[held.valid[rows]].sum())
             for one, other, rows in parts
         )
+        return np.array(found)
 
-    added = square(exact, x)
+    own = {"added": square(exact, x), "nearest": square(near, exact), "gptq": square(best, exact)}
+    found = {name: float(value) for name, value in spread.total(own).items()}
     return LayerErrors(
-        nearest=square(near, exact) / added,
-        gptq=square(best, exact) / added,
+        nearest=found["nearest"] / found["added"],
+        gptq=found["gptq"] / found["added"],
         **dataclasses.asdict(solved),
     )
 

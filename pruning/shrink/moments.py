@@ -19,6 +19,7 @@ from moe_jax.experts.moe import MoE
 from moe_jax.experts.run import gated_experts
 from moe_jax.linear import linear
 from moe_jax.norm import rms_norm
+from moe_jax.spread import ALONE, Spread
 from moe_jax.transformer import DecoderLayer
 
 Batch = tuple[np.ndarray, Context]  # [B, T, D] on the host, and where the tokens stand
@@ -112,10 +113,20 @@ def expert_moments(
     }
 
 
-def total(measure: Callable[[Array, Context], Moments], batches: Sequence[Batch]) -> Moments:
-    """Sum of what `measure` finds on every batch."""
+def total(
+    measure: Callable[[Array, Context], Moments], batches: Sequence[Batch], spread: Spread = ALONE
+) -> Moments:
+    """Sum of what `measure` finds on every batch, of all processes."""
     sums: Moments = {}
     for x, context in batches:
         found = measure(jnp.asarray(x), context)
         sums = found if not sums else {name: sums[name] + found[name] for name in found}
-    return sums
+    return sums if spread.processes == 1 else {n: _added_up(v, spread) for n, v in sums.items()}
+
+
+def _added_up(own: Array, spread: Spread) -> Array:
+    """The sum over processes, of many matrices one at a time: in float64 all take twice as much."""
+    whole = np.array(own)
+    for part in whole if whole.ndim == 3 else [whole]:
+        part[...] = spread.total({"sum": part.astype(np.float64)})["sum"]
+    return jnp.asarray(whole)

@@ -11,6 +11,7 @@ from jax import Array
 
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
+from moe_jax.spread import ALONE, Spread
 from moe_jax.transformer import DecoderLayer
 from pruning.scores.routed import HIGHEST, Part, Routed, grams
 from pruning.shrink.repair import HalvedRidge, Missing
@@ -54,22 +55,31 @@ class LayerRepair:
     Args:
       dense, pruned: the layer before and after pruning.
       keep: bool [E, F].
-      text: where the tokens go.
+      text: where the tokens go, those of this process.
+      spread: the processes that share the text; all call alike, and have the same changes.
 
     Attributes:
       mendable: bool [E], experts that keep something that repair can change.
       starved: how many of them fewer tokens reach than they keep channels.
     """
 
-    def __init__(self, dense: DecoderLayer, pruned: DecoderLayer, keep: np.ndarray, text: Routed):
+    def __init__(
+        self,
+        dense: DecoderLayer,
+        pruned: DecoderLayer,
+        keep: np.ndarray,
+        text: Routed,
+        spread: Spread = ALONE,
+    ):
         assert isinstance(dense.mlp, MoE) and isinstance(pruned.mlp, MoE)
-        self._text, self._keep, self._pruned = text, keep, pruned
+        self._text, self._keep, self._pruned, self._spread = text, keep, pruned, spread
         self._pools = dense.mlp.experts.weights
         self._bias = dense.mlp.experts.b_down is not None
         self._gone = _gone_bias(dense.mlp.experts, pruned.mlp.experts)
         self._ridges: dict[int, HalvedRidge] = {}
         self.mendable = keep.any(axis=1) | self._bias
-        self._reached = text.edges[:, 2] - text.edges[:, 0]
+        reached = (text.edges[:, 2] - text.edges[:, 0]).astype(np.float64)
+        self._reached = spread.total({"tokens": reached})["tokens"]
         self.starved = int((self.mendable & (self._reached < keep.sum(axis=1))).sum())
 
     def alone(self) -> Changes:
@@ -98,7 +108,8 @@ class LayerRepair:
         """What brings the layer nearest to a target, one expert after the other.
 
         Args:
-          residual: float32 [N, D], what the layer lacks of it with `changes`; used up.
+          residual: float32 [N, D], what the layer lacks of it with `changes`, at the tokens of this
+            process; used up.
           changes: where to begin.
         """
         changes = dict(changes)
@@ -106,8 +117,12 @@ class LayerRepair:
             part, before = self._part(expert, self._keep[expert]), changes.pop(expert, None)
             cross, square = _missing(part, residual, self._wide(part, before))
             own = np.r_[: int(self._keep[expert].sum()), [-1] * self._bias].astype(int)
-            cross, square = np.asarray(cross, np.float64), np.asarray(square, np.float64)
-            a, b = (Missing(cross[half][own], float(square[half])) for half in (0, 1))
+            sums = self._spread.total(
+                {"cross": np.asarray(cross, np.float64), "square": np.asarray(square, np.float64)}
+            )
+            a, b = (
+                Missing(sums["cross"][half][own], float(sums["square"][half])) for half in (0, 1)
+            )
             self._fit(expert, None, (a, b), changes)
             after = changes.get(expert)
             if after is not before:
@@ -140,7 +155,8 @@ class LayerRepair:
     def _grams(self, expert: int) -> np.ndarray:  # float64 [2, W + 1, W + 1]
         """Of all channels of an expert, in each half of the text."""
         every = np.ones(self._keep.shape[1], bool)
-        return np.asarray(grams(self._part(expert, every)), np.float64)
+        own = np.asarray(grams(self._part(expert, every)), np.float64)
+        return self._spread.total({"gram": own})["gram"]
 
     def _fit(
         self,

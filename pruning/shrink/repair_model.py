@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.experts.moe import MoE
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import (
     Batches,
     LayerSource,
@@ -23,6 +24,7 @@ from moe_jax.stream import (
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.kit.memory import release_memory
+from pruning.scores.parts import dealt
 from pruning.scores.routed import routed
 from pruning.shrink.progress import LayerFolder, States, held_out
 from pruning.shrink.prune import pruned_layer
@@ -67,11 +69,16 @@ def repair_model(
     batch: int = 8,
     dtype=jnp.float32,
     on_layer: Callable[[int], None] | None = None,
+    spread: Spread = ALONE,
 ) -> list[RepairedLayer]:
     """Refit the down-projections, and output biases, of what a plan keeps.
 
     Every layer is repaired behind the repaired layers before it, beside the dense model. Of the
     windows one in eight is held out; the others, in turns, are the halves of `HalvedRidge`.
+
+    Processes share the windows. Sums over tokens are added over them, one expert after the other,
+    and in each pass over the experts again: what one is to make up for depends on those before.
+    Then all solve alike, and process 0 writes.
 
     Args:
       source: the dense model; at most one of its layers is held.
@@ -87,6 +94,7 @@ def repair_model(
       batch: windows per step.
       dtype: of the activations.
       on_layer: called with the index of each finished layer.
+      spread: the processes.
 
     Returns:
       What became of every layer; nothing of those before the first that lacks a channel.
@@ -94,15 +102,17 @@ def repair_model(
     Raises:
       FullDiskError: the disk is full; what was finished stays.
     """
-    files, parts = repaired_in(folder), held_out(len(tokens))
-    texts = tuple(in_batches(source, tokens[part], valid[part], batch) for part in parts)
+    files, parts = repaired_in(folder, spread), held_out(len(tokens))
+    texts = tuple(
+        Text.of(in_batches(source, tokens[part], valid[part], batch), spread) for part in parts
+    )
     layers, x = files.open(provenance) or ([], _begun(source, texts, dtype))
 
     def step(index: int, dense: DecoderLayer, x: States) -> States:
         repaired, arrays, about = _repair(index, dense, plan, texts, x, mode)
         layers.append(dataclasses.asdict(about))
         for text, states in zip(texts, x[2:], strict=True):
-            text.each(states, lambda x, place, rows: layer_feed_forward(repaired, x, place))
+            text.own.each(states, lambda x, place, rows: layer_feed_forward(repaired, x, place))
         files.add(index, arrays, provenance, layers, x)
         release_memory()  # a layer's texts come in pieces, which glibc would keep for the next
         return x
@@ -112,9 +122,38 @@ def repair_model(
     return [RepairedLayer(**one) for one in layers]
 
 
-def _begun(source: LayerSource, texts: tuple[Batches, ...], dtype) -> States:
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A text of which this process has some windows.
+
+    Attributes:
+      valid: bool [B, T], of the whole text.
+      own: those windows, with others of padding.
+      rows: int [b], which of the text's windows each of these is, B for padding.
+      spread: the processes that have it together.
+    """
+
+    valid: np.ndarray
+    own: Batches
+    rows: np.ndarray
+    spread: Spread
+
+    @classmethod
+    def of(cls, whole: Batches, spread: Spread) -> "Text":
+        """This process's part of a text."""
+        return cls(whole.valid, *dealt(whole, spread), spread)
+
+    def each_token(self, values: np.ndarray) -> np.ndarray:
+        """Numbers of all valid tokens of the text, float64 [N], from those of this process's
+        windows, [b, T]."""
+        whole = np.zeros((len(self.valid) + 1, self.valid.shape[1]))
+        whole[self.rows] = values
+        return self.spread.total({"values": whole[:-1]})["values"][self.valid]
+
+
+def _begun(source: LayerSource, texts: tuple[Text, ...], dtype) -> States:
     """What enters the dense model, and the same once more for the pruned one."""
-    first = tuple(text.embedded(source, dtype) for text in texts)
+    first = tuple(text.own.embedded(source, dtype) for text in texts)
     return *first, *(list(x) for x in first)
 
 
@@ -122,27 +161,27 @@ def _repair(
     index: int,
     dense: DecoderLayer,
     plan: PruningPlan,
-    texts: tuple[Batches, ...],
+    texts: tuple[Text, ...],
     x: States,
     mode: Mode,
 ) -> tuple[DecoderLayer, dict[str, np.ndarray], RepairedLayer]:
     """One layer: x[:2] go through the dense one, x[2:] through its repaired attention."""
     pruned = pruned_layer(index, dense, plan)
     for text, wanted, states in zip(texts, x[:2], x[2:], strict=True):
-        text.each(wanted, lambda x, place, rows: layer_attend(dense, x, place))
-        text.each(wanted, lambda x, place, rows: layer_feed_forward(dense, x, place))
-        text.each(states, lambda x, place, rows: layer_attend(pruned, x, place))
+        text.own.each(wanted, lambda x, place, rows: layer_attend(dense, x, place))
+        text.own.each(wanted, lambda x, place, rows: layer_feed_forward(dense, x, place))
+        text.own.each(states, lambda x, place, rows: layer_attend(pruned, x, place))
     before = [slot for slot, layer in enumerate(plan.layer_indices) if layer <= index]
     if index not in plan.layer_indices or plan.keep[before].all():
         return pruned, {}, RepairedLayer(index, "none", 0, 0, 0, {})
     seen, held = texts
     keep = plan.keep[before[-1]]
-    first = np.arange(len(seen.tokens)) % 2 == 0
-    work = LayerRepair(dense, pruned, keep, routed(dense, x[2], seen.places, first))
+    reach = routed(dense, x[2], seen.own.places, seen.rows % 2 == 0)
+    work = LayerRepair(dense, pruned, keep, reach, seen.spread)
     changes = {"none": {}, "expert": work.alone()}
     layers = {name: work.repaired(change) for name, change in changes.items()}
     if mode == "layer":
-        lacks = _lacking(layers["expert"], seen, x[0], x[2])
+        lacks = _lacking(layers["expert"], seen.own, x[0], x[2])
         changes["layer"] = work.together(lacks, changes["expert"])
         layers["layer"] = work.repaired(changes["layer"])
     errors = {name: _errors(layer, held, x[1], x[3]) for name, layer in layers.items()}
@@ -182,15 +221,16 @@ def _lacking(
 
 
 def _errors(
-    layer: DecoderLayer, text: Batches, wanted: list[np.ndarray], middle: list[np.ndarray]
+    layer: DecoderLayer, text: Text, wanted: list[np.ndarray], middle: list[np.ndarray]
 ) -> np.ndarray:  # float64 [N]
-    """Squared error of the stream behind a layer at every token."""
-    parts = zip(wanted, _behind(layer, text, middle), text.rows, strict=True)
-    found = [
-        np.square(a.astype(np.float64) - b.astype(np.float64))[text.valid[rows]].sum(axis=1)
-        for a, b, rows in parts
-    ]
-    return np.concatenate(found)
+    """Squared error of the stream behind a layer at every token, of all processes."""
+    own, errors = text.own, np.zeros(text.own.valid.shape)
+    parts = zip(wanted, _behind(layer, own, middle), own.rows, strict=True)
+    for a, b, rows in parts:
+        valid = own.valid[rows]
+        squares = np.square(a.astype(np.float64) - b.astype(np.float64))[valid]
+        errors[rows][valid] = squares.sum(axis=1)
+    return text.each_token(errors)
 
 
 def _behind(
@@ -208,9 +248,9 @@ def _stored(layer: DecoderLayer, keep: np.ndarray) -> dict[str, np.ndarray]:
     return arrays | ({} if experts.b_down is None else {"b_down": np.asarray(experts.b_down)})
 
 
-def repaired_in(folder: Path) -> LayerFolder:
+def repaired_in(folder: Path, spread: Spread = ALONE) -> LayerFolder:
     """A folder of `repair_model`."""
-    return LayerFolder(folder, SUMMARY, "the repaired weights", RepairedLayer)
+    return LayerFolder(folder, SUMMARY, "the repaired weights", RepairedLayer, spread)
 
 
 def with_repair(pruned: LayerSource, folder: Path) -> LayerSource:

@@ -12,6 +12,7 @@ from moe_jax.experts.moe import MoE
 from moe_jax.mxfp4 import round_experts
 from moe_jax.quant import CODED, dequantize, quantize
 from moe_jax.quantized import float8_layer, quantize_layer
+from moe_jax.spread import Spread
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 
@@ -106,13 +107,26 @@ class RoundingError:
 
     def __init__(self) -> None:
         self.wrong = self.total = 0.0
+        self._added: list[tuple[float, float]] = []
 
     def __call__(self, before: np.ndarray, after: np.ndarray) -> None:
         """Add matrices of one shape; rows at a time, which bounds the temporaries."""
         for start in range(0, len(before), ROWS_AT_ONCE):
             old, new = (x[start : start + ROWS_AT_ONCE].astype(np.float64) for x in (before, after))
-            self.wrong += float(np.square(new - old).sum())
-            self.total += float(np.square(old).sum())
+            self._added.append((float(np.square(new - old).sum()), float(np.square(old).sum())))
+            self._add(*self._added[-1])
+
+    def share(self, spread: Spread) -> None:
+        """Add up what all processes were told, one after the other: who is told all of it in that
+        order has the same bits."""
+        self.wrong = self.total = 0.0
+        for added in spread.told(self._added):
+            for wrong, total in added:
+                self._add(wrong, total)
+
+    def _add(self, wrong: float, total: float) -> None:
+        self.wrong += wrong
+        self.total += total
 
     @property
     def relative(self) -> float:

@@ -13,6 +13,7 @@ from convert.layout import nbytes
 from convert.reader import INDEX, CheckpointError, SafetensorsFolder, read_json
 from convert.side_files import left_out, side_files
 from moe_jax.quant import MIN_SCALE
+from moe_jax.spread import Spread
 from pruning.kit.words import amount
 from pruning.stages.card import ROUNDING
 
@@ -111,6 +112,12 @@ class TensorComparison:
         for name, wanted in arrays:
             self._compared.add(name)
             self._problems[name] = self._problems[name] or self._value_problem(name, wanted)
+
+    def share(self, spread: Spread) -> None:
+        """Know of what every process has compared."""
+        for found in spread.told({name: self._problems[name] for name in self._compared}):
+            self._compared |= found.keys()
+            self._problems |= found
 
     def problems_of(self, names: Iterable[str]) -> list[str]:
         """A sentence for each of these tensors that is wrong, or was not compared."""

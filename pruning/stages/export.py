@@ -11,6 +11,7 @@ from convert.native import with_native_codes
 from convert.native_float8 import with_native_blocks
 from convert.view import OnRounded
 from moe_jax.groups import own_experts
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
@@ -94,17 +95,19 @@ def export(
     codes: Path | None = None,
     repair: Path | None = None,
     overwrite: bool = False,
+    spread: Spread = ALONE,
 ) -> Path:
     """Write one export of a plan with its model card; `codes`, `repair` as for `pruned_source`.
 
-    Says there, and to `steps`, whether weights that the model stores in few bits were rounded a
-    second time, and what that did to them.
+    Processes share the layers, and leave to the byte what one leaves. Says there, and to `steps`,
+    whether weights that the model stores in few bits were rounded a second time, and what that did
+    to them.
     """
     plan.require_model(base.fingerprint)
     again = RoundingError() if base.about.quantization and form.is_packed else None
     source = pruned_source(base, plan, form, codes, again, repair)
     quantizer = "gptq" if codes else "rtn"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    own = spread.in_a_row(len(base))
     with steps.bar(f"export {form.name}") as on_step:
         folder = export_of(base.about, plan, form).write(
             source,
@@ -114,7 +117,9 @@ def export(
                 base, plan, form, quantizer=quantizer, again=again, repair=repair
             ),
             overwrite=overwrite,
-            on_layer=lambda index: on_step(index + 1, len(base)),
+            on_layer=lambda index: on_step(index + 1 - own.start, len(own)),
+            on_written=None if again is None else lambda: again.share(spread),
+            spread=spread,
         )
     if again is not None:
         steps.say(f"{form.name}: {second_rounding(again.relative)}")

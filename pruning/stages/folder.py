@@ -28,9 +28,9 @@ PLANS = ("auto", "merged")  # folders of a comparison's plans, which `apply` tak
 # counts as finished, so what a killed removal leaves is never taken for an interrupted run.
 OURS = (
     BEGUN, *(f"exports/{name}" for name in FORMATS),
-    "repair/repair.json", "repair/states", "repair/layer-[0-9]*.safetensors",
-    *(f"compare-repair/{name}" for name in ("repair.json", "states", "layer-[0-9]*.safetensors")),
-    "gptq/gptq.json", "gptq/states", "gptq/layer-[0-9]*.safetensors",
+    "repair/repair.json", "repair/states*", "repair/layer-[0-9]*.safetensors",
+    *(f"compare-repair/{name}" for name in ("repair.json", "states*", "layer-[0-9]*.safetensors")),
+    "gptq/gptq.json", "gptq/states*", "gptq/layer-[0-9]*.safetensors",
     "scoring/step-[0-9]*.safetensors", "scoring/progress.json", "scoring-[0-9a-f]*.states",
     "plan.json", "plan.safetensors",
     "compare.json", "compare.csv", "compare.html", "compare-tasks.csv",

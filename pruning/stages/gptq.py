@@ -32,7 +32,7 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps, repair: Path | None = No
         return None
     wanted = provenance(job, plan) | {"group_size": recipe.group_size}
     wanted |= {"repair": None if repair is None else repair_hash(repair)}
-    if already_made(codes_in(folder), wanted, steps):
+    if already_made(codes_in(folder), wanted, steps, job.spread):
         return folder
     with steps.bar("gptq") as on_step:
         errors = quantize_model(
@@ -45,6 +45,7 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps, repair: Path | None = No
             batch=recipe.batch,
             dtype=job.dtype,
             on_layer=lambda index: on_step(index + 1, len(job.base)),
+            spread=job.spread.hosts,
         )
     steps.say(summary_line(errors))
     return folder

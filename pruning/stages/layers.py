@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moe_jax.spread import ALONE, Spread
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.shrink.progress import LayerFolder
@@ -27,8 +28,19 @@ def provenance(job: Job, plan: PruningPlan) -> dict[str, Any]:
     }
 
 
-def already_made(files: LayerFolder, wanted: dict[str, Any], steps: Steps) -> bool:
-    """Whether an earlier run made all layers of this provenance; says so if it made others."""
+def already_made(
+    files: LayerFolder, wanted: dict[str, Any], steps: Steps, spread: Spread = ALONE
+) -> bool:
+    """Whether an earlier run made all layers of this provenance; says so if it made others.
+
+    Raises:
+      InputError: not all processes were given the same plan and text.
+    """
+    spread.require_same({"plan or text": wanted})
+    return spread.led(lambda: _already_made(files, wanted, steps))
+
+
+def _already_made(files: LayerFolder, wanted: dict[str, Any], steps: Steps) -> bool:
     if fault := files.fault(**wanted):
         if files.is_closed:
             steps.say(f"{fault}; they are made again")

@@ -9,6 +9,7 @@ from convert.checkpoint import Checkpoint
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
+from moe_jax.spread import Spread
 from pruning.kit.progress import Steps
 
 MODEL = "model.json"
@@ -36,6 +37,14 @@ def identify(base: Checkpoint, output: Path, steps: Steps) -> None:
     own = any(base.fingerprint.encode() in file.read_bytes() for file in measured)
     if own and os.access(output, os.W_OK):
         remember(base, output)
+
+
+def identify_in_all(base: Checkpoint, output: Path, steps: Steps, spread: Spread) -> None:
+    """The same in every process: process 0 learns it, reading the weights if it has to."""
+    if spread.leads:
+        identify(base, output, steps)
+    if spread.processes > 1:
+        base.weights_hash = spread.led(base.hash_weights)
 
 
 def remember(base: Checkpoint, output: Path) -> None:

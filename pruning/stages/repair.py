@@ -69,7 +69,7 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
     mode = recipe.repair
     assert mode == "expert" or mode == "layer"
     wanted = provenance(job, plan) | {"mode": mode}
-    if already_made(repaired_in(folder), wanted, steps):
+    if already_made(repaired_in(folder), wanted, steps, job.spread):
         return folder
     with steps.bar("repair") as on_step:
         repair_model(
@@ -83,6 +83,7 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
             batch=recipe.batch,
             dtype=job.dtype,
             on_layer=lambda index: on_step(index + 1, len(job.base)),
+            spread=job.spread.hosts,
         )
     steps.say(repair_words(repair_facts(folder)))
     return folder

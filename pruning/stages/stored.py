@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.errors import InputError
+from moe_jax.spread import ALONE, Spread
 from pruning.budget.plan import PruningPlan
 from pruning.demo import model_folder
 from pruning.kit.progress import Steps
@@ -22,7 +23,7 @@ from pruning.stages import plan as planning
 from pruning.stages import score as scoring
 from pruning.stages.choose import choose, measurable
 from pruning.stages.job import Job, open_job, resolved
-from pruning.stages.model_record import identify
+from pruning.stages.model_record import identify_in_all
 
 
 def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
@@ -36,8 +37,10 @@ def stored_recipe(folder: Path, **given: Any) -> CompressionRecipe:
     return recipe.fixed() if is_named else recipe
 
 
-def stored_base(recipe: CompressionRecipe, steps: Steps) -> Checkpoint:
+def stored_base(recipe: CompressionRecipe, steps: Steps, spread: Spread = ALONE) -> Checkpoint:
     """The dense model that a stored recipe names, its weights read in 16 bits.
+
+    Where processes share the work, process 0 tells all what identifies it.
 
     Raises:
       InputError: it is not there any more, or damaged.
@@ -49,7 +52,7 @@ def stored_base(recipe: CompressionRecipe, steps: Steps) -> Checkpoint:
             "moved, give `score` its new place and the same options: nothing is measured again"
         )
     base = open_checkpoint(folder, dtype=jnp.bfloat16)
-    identify(base, Path(recipe.output), steps)
+    identify_in_all(base, Path(recipe.output), steps, spread)
     return base
 
 

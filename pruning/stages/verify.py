@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from convert.mtp_export import MtpSource
 from convert.reader import CheckpointError
 from moe_jax.errors import InputError
 from moe_jax.quantized import widened_layer
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
@@ -57,11 +60,14 @@ def verify_export(
     codes: Path | None = None,
     repair: Path | None = None,
     model: LayerSource | None = None,
+    spread: Spread = ALONE,
 ) -> list[Check]:
     """Compare one export with what base, plan and quantiser give, and with what it computes.
 
     Every file and every bit of every tensor is compared, a layer at a time, and nothing in the
     folder is run before. Logits then say that programs find the same model in it.
+
+    Processes take turns with layers; process 0 compares the files and asks other programs.
 
     Args:
       base: the dense model.
@@ -73,36 +79,38 @@ def verify_export(
       repair: folder of the repaired weights, None if none were.
       model: what was written, rounded as the format has it, if weights were changed; default what
         base and plan give.
+      spread: the processes.
 
     Returns:
-      The checks, in order; what cannot be done after a failure, or for want of memory, says so.
+      The checks, in order and in every process; what cannot be done after a failure, or for want
+      of memory, says so.
     """
     export = export_of(base.about, plan, form)
-    problems = file_problems(target, export)
+    problems = spread.led(lambda: file_problems(target, export))
     fine = "code, config.json, tokenizer and all else that programs read: as planned"
     fine += not_copied(base.about.folder)
     checks = [Check(form.name, "files", not problems, in_words(problems) or fine)]
-    if tokenizer := tokenizer_result(target, export, trusted=not problems):
+    if tokenizer := spread.led(lambda: tokenizer_result(target, export, trusted=not problems)):
         checks.append(Check(form.name, "tokenizer", *tokenizer))
     if not form.is_int4:
         codes = None  # GPTQ has none for it
     made_of = {"plan": plan.content_hash, "repair": None if repair is None else repair_hash(repair)}
-    lost = "" if codes is None else codes_in(codes).fault(**made_of)
+    lost = "" if codes is None else spread.led(partial(codes_in(codes).fault, **made_of))
     expected = model or pruned_source(base, plan, form, None if lost else codes, repair=repair)
     try:
         comparison = TensorComparison(target, export, with_codes=not lost)
     except CheckpointError as error:
         return [*checks, Check(form.name, TENSORS, False, str(error))]
-    wanted = _compare(comparison, export, mtp_source(base), expected, probe)
+    wanted = _compare(comparison, export, mtp_source(base), expected, probe, spread)
     checks += _tensor_checks(comparison, export)
     if problems:
         why = "its files are not those that were written, and nobody else's code is run"
         return [*checks, *(_undone(form, name, why) for name in (IN_JAX, IN_TRANSFORMERS))]
-    return checks + _logit_checks(target, export, probe, wanted, lost)
+    return checks + _logit_checks(target, export, probe, wanted, lost, spread)
 
 
 def _logit_checks(
-    target: Path, export: Export, probe: Probe, wanted: Logits, lost: str
+    target: Path, export: Export, probe: Probe, wanted: Logits, lost: str, spread: Spread
 ) -> list[Check]:
     """Whether programs compute what is wanted from a folder whose files are right; `lost` says why
     that is not known of its 4-bit codes."""
@@ -110,7 +118,7 @@ def _logit_checks(
     # What sliding windows of attention do is asked of another program alone.
     near = [number for number, some in enumerate(probe) if lost or not some.is_long]
     try:
-        found = _stored_logits(target, [probe[number] for number in near])
+        found = _stored_logits(target, [probe[number] for number in near], spread)
     except InputError as error:
         why = "JAX does not read the folder"
         return [Check(form.name, IN_JAX, False, str(error)), _undone(form, IN_TRANSFORMERS, why)]
@@ -123,10 +131,19 @@ def _logit_checks(
             logit_check(form.name, IN_JAX + _where(probe[number]), logits, *wanted[number])
             for number, (logits, _) in zip(near, found, strict=True)
         ]
-    answer = client_answer(target, export, probe)
-    if answer.logits is not None and _narrows_experts(form):
-        wanted = _stored_logits(target, probe, bfloat16_experts)
-    return checks + _client_checks(export, answer, probe, wanted)
+    answers: list[Answer] = []  # of process 0 alone
+
+    def ask() -> bool:
+        answers.append(client_answer(target, export, probe))
+        return answers[0].logits is not None and _narrows_experts(form)
+
+    if spread.led(ask):
+        wanted = _stored_logits(target, probe, spread, bfloat16_experts)
+
+    def told() -> list[dict[str, Any]]:
+        return list(map(dataclasses.asdict, _client_checks(export, answers[0], probe, wanted)))
+
+    return checks + [Check(**one) for one in spread.led(told)]
 
 
 def _compare(
@@ -135,17 +152,21 @@ def _compare(
     mtp: MtpSource,
     expected: LayerSource,
     probe: Probe,
+    spread: Spread,
 ) -> Logits:
     """Compare all tensors; the logits of the model that they come from. Each layer is made once, or
-    each group of its experts."""
+    each group of its experts, in one process."""
 
     def compare(index: int, layer: DecoderLayer) -> DecoderLayer:
         comparison.add(export.layer_arrays(layer, index))
         return widened_layer(layer)  # as the folder is read: compiled once for both
 
-    comparison.add(export.outer_arrays(expected))
-    comparison.add(export.mtp_arrays(mtp))
-    return _logits(mapped(expected, compare, export.by_group), probe)
+    if spread.leads:
+        comparison.add(export.outer_arrays(expected))
+        comparison.add(export.mtp_arrays(mtp))
+    logits = _logits(mapped(expected, compare, export.by_group), probe, spread)
+    comparison.share(spread)
+    return logits
 
 
 def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
@@ -162,17 +183,18 @@ def _tensor_checks(comparison: TensorComparison, export: Export) -> list[Check]:
 def _stored_logits(
     folder: Path,
     probe: Sequence[ProbeWindows],
+    spread: Spread,
     change: Callable[[LayerSource], LayerSource] = lambda s: s,
 ) -> Logits:
     """Logits of a folder as we read it."""
     export = open_checkpoint(folder, dtype=jnp.float32)
     export.read_ahead, export.experts_at_once = allowance().reading
-    return _logits(change(export), probe)
+    return _logits(change(export), probe, spread)
 
 
-def _logits(source: LayerSource, probe: Sequence[ProbeWindows]) -> Logits:
+def _logits(source: LayerSource, probe: Sequence[ProbeWindows], spread: Spread) -> Logits:
     tokens, strides = [some.tokens for some in probe], [some.stride for some in probe]
-    return settled_logits(source, tokens, PROBE_TOKENS, strides=strides)
+    return settled_logits(source, tokens, PROBE_TOKENS, strides=strides, spread=spread)
 
 
 def _where(windows: ProbeWindows) -> str:

@@ -1,5 +1,7 @@
 """What processes tell each other, played by threads; devices are in `tests/pruning/scores`."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -46,6 +48,55 @@ def test_process_0_works_and_all_learn_what_it_found(monkeypatch):
 
     assert together(monkeypatch, 3, work) == [({"steps": 3, "name": "ü"}, b"abcde")] * 3
     assert worked == [0]
+
+
+def test_while_process_0_works_the_others_hear_of_it(monkeypatch):
+    monkeypatch.setattr(spreading, "PATIENCE", 0.001)
+    heard, enough = [], threading.Event()
+
+    def work(spread: Spread):
+        gathered = spreading._gathered
+
+        def listening(array):
+            found = gathered(array)
+            if spread.process == 1 and found.dtype == bool:
+                heard.append(bool(found[0, 0]))
+                enough.set() if sum(heard) >= 3 else None
+            return found
+
+        if spread.process == 1:
+            monkeypatch.setattr(spreading, "_gathered", listening)
+        return spread.led(lambda: enough.wait(30))
+
+    assert together(monkeypatch, 2, work) == [True, True]
+    assert sum(heard) >= 3 and heard[-1] is False
+
+
+def test_what_process_0_made_it_has_and_the_others_read(monkeypatch):
+    made = []
+
+    def work(spread: Spread):
+        return spread.led_and_read(lambda: made.append(1) or "made", lambda: f"read {made}")
+
+    assert together(monkeypatch, 2, work) == ["made", "read [1]"]
+    assert ALONE.led_and_read(lambda: "made", lambda: "read") == "made"
+
+
+@pytest.mark.parametrize(("count", "parts"), [(7, ["01", "23", "456"]), (2, ["", "0", "1"])])
+def test_things_in_a_row_are_dealt_evenly(count, parts):
+    own = [Spread(None, process, 3).in_a_row(count) for process in range(3)]
+    assert ["".join(map(str, part)) for part in own] == parts
+    assert list(ALONE.in_a_row(count)) == list(range(count))
+
+
+def test_any_process_may_give_bytes(monkeypatch):
+    monkeypatch.setattr(spreading, "PIECE", 2)
+
+    def work(spread: Spread):
+        return [spread.sent(bytes([spread.process] * (9 + spread.process)), p) for p in range(3)]
+
+    expected = [bytes([p] * (9 + p)) for p in range(3)]
+    assert together(monkeypatch, 3, work) == [expected] * 3
 
 
 def test_bytes_and_arrays_come_whole_in_pieces(monkeypatch):

@@ -29,8 +29,23 @@ def together(monkeypatch, count: int, work: Callable[[Spread], Any]) -> list[Any
         except Exception as error:
             found[process] = error
 
+    def broadcast(words: np.ndarray, gives: bool) -> np.ndarray:
+        return gathered(words if gives else np.zeros_like(words)).sum(axis=0, dtype=words.dtype)
+
+    class OfProcess(threading.Thread):
+        """A second thread of the process that makes it."""
+
+        def __init__(self, **given: Any):
+            super().__init__(**given)
+            self._process = own.process
+
+        def run(self) -> None:
+            own.process = self._process
+            super().run()
+
+    monkeypatch.setattr(spreading, "Thread", OfProcess)
     monkeypatch.setattr(spreading, "_gathered", gathered)
-    monkeypatch.setattr(spreading, "_broadcast", lambda words: gathered(words)[0])
+    monkeypatch.setattr(spreading, "_broadcast", broadcast)
     threads = [threading.Thread(target=run, args=(process,)) for process in range(count)]
     for thread in threads:
         thread.start()

@@ -20,6 +20,7 @@ from pruning.measure.settled import settled_logits
 from pruning.stages.checks import logit_check
 from tests.support import command, tiny
 from tests.support.logits import logits
+from tests.support.threads import together
 
 E, K = 8, 3
 ROUTERS = {
@@ -121,6 +122,34 @@ def test_positions_behind_a_near_tie_in_their_window_are_not_settled(models):
     np.testing.assert_allclose(ends, found[:, -5:], atol=1e-5, rtol=1e-5)
     ((_, most),) = settled_logits(source, (tokens,), 12)
     assert most.sum() >= settled.sum()
+
+
+@pytest.mark.parametrize("at_once", [None, 3])
+def test_processes_take_turns_with_layers_and_have_the_bits_of_one(models, monkeypatch, at_once):
+    tokens = np.random.default_rng(0).integers(0, 300, (3, 6)).astype(np.int32)
+    asked = (tokens, tokens[:2, :4]), 5, 0.02, (1, 3)
+    source = open_checkpoint(models / "single", dtype=jnp.float32)
+    expected = settled_logits(source, *asked)
+    read: list[tuple[int, int]] = []
+
+    def work(spread):
+        own = open_checkpoint(models / "single", dtype=jnp.float32)
+        own.experts_at_once, own.read_ahead = at_once, False
+
+        def said(index, layer):
+            read.append((index, spread.process))
+            return layer
+
+        return settled_logits(mapped(own, said, by_group=True), *asked, spread=spread)
+
+    for found in together(monkeypatch, 3, work):
+        for (logits_, settled), (wanted, near) in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(settled, near)
+            np.testing.assert_allclose(logits_, wanted, rtol=0, atol=1e-6 if at_once else 0)
+    # Each layer, or each group of its experts, in one process.
+    groups = 1 if at_once is None else -(-source.config.moe.num_experts // at_once)
+    layers = [index for index in range(len(source)) for _ in range(groups)]
+    assert sorted(read) == [(index, index % 3) for index in layers]
 
 
 def compared(difference, settled):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 
 from moe_jax.errors import InputError
 from moe_jax.quantized import quantize_layer
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import forward_hidden, in_batches, layer_forward, mapped
-from moe_jax.transformer import abstract
+from moe_jax.transformer import abstract, init
 from pruning.shrink import gptq_model
 from pruning.shrink.gptq import Solved
 from pruning.shrink.gptq_model import (
@@ -25,6 +27,7 @@ from pruning.shrink.gptq_model import (
 )
 from pruning.shrink.progress import STATES, LayerFolder, held_out
 from tests.pruning.scores.test_layer import CONFIG
+from tests.support.threads import together
 
 SAID = {"plan": "abc", "texts": ["a"]}
 FACTS = [{"name": "first", "kept": 3}, {"name": "second", "kept": 0}]
@@ -145,6 +148,107 @@ def test_states_of_layers_that_say_something_else_are_not_gone_on_with(folder):
     assert folder.open(SAID) is None and not list(folder.path.iterdir())
 
 
+# --- of several processes ---
+
+
+def shared(tmp_path, spread: Spread) -> LayerFolder:
+    return LayerFolder(tmp_path / "layers", "done.json", "the layers", Layer, spread)
+
+
+def add_own(folder, number: int) -> None:
+    """As `add`, with other states in each process."""
+    own = states(10 * folder.spread.process + number)
+    folder.add(number, arrays(number), SAID, FACTS[: number + 1], own)
+
+
+def files_in(path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("killed", ["", "before all had written", "before all had renamed"])
+def test_processes_go_on_behind_the_last_layer_whose_states_all_have(tmp_path, monkeypatch, killed):
+    path = tmp_path / "layers"
+
+    def two_layers(spread):
+        folder = shared(tmp_path, spread)
+        assert folder.open(SAID) is None
+        add_own(folder, 0)
+        spread.everyone(True)
+        before = files_in(path)
+        spread.everyone(True)
+        add_own(folder, 1)
+        return before
+
+    before, _ = together(monkeypatch, 2, two_layers)
+    names = {"layer-00000.safetensors", "layer-00001.safetensors", "states", "states-1"}
+    assert set(files_in(path)) == names
+    if killed:  # process 1, whose rename was not done; or which had not even written
+        os.replace(path / "states-1", path / "states-1-next")
+        (path / "states-1").write_bytes(before["states-1"])
+    if killed == "before all had written":
+        (path / "states-1-next").unlink()
+        os.replace(path / "states", path / "states-next")
+        (path / "states").write_bytes(before["states"])
+    last = 0 if killed == "before all had written" else 1
+
+    def go_on(spread):
+        folder = shared(tmp_path, spread)
+        found = folder.open(SAID)
+        for number in range(last + 1, 2):
+            add_own(folder, number)
+        folder.close(SAID, FACTS)
+        return found
+
+    for process, (layers, found) in enumerate(together(monkeypatch, 2, go_on)):
+        assert layers == FACTS[: last + 1]
+        own = states(10 * process + last)
+        for ours, theirs in zip(*map(flat, (found, own)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    names = {"done.json", "layer-00000.safetensors", "layer-00001.safetensors"}
+    assert set(files_in(path)) == names
+    assert shared(tmp_path, ALONE).fault(plan="abc") == ""
+
+
+@pytest.mark.parametrize("lost", ["states", "states-1", "number"])
+def test_processes_begin_anew_if_one_has_no_states_or_there_are_more(tmp_path, monkeypatch, lost):
+    def layer(spread):
+        folder = shared(tmp_path, spread)
+        folder.open(SAID)
+        add_own(folder, 0)
+
+    together(monkeypatch, 2, layer)
+    if lost != "number":
+        file = tmp_path / "layers" / lost
+        file.write_bytes(file.read_bytes()[:-5])
+    count = 3 if lost == "number" else 2
+    found = together(monkeypatch, count, lambda spread: shared(tmp_path, spread).open(SAID))
+    assert found == [None] * count and files_in(tmp_path / "layers") == {}
+    together(monkeypatch, 2, layer)
+    assert shared(tmp_path, ALONE).open(SAID) is None
+
+
+def test_codes_of_several_processes_are_those_of_one(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, num_layers=1, dense_layers=())
+    model = jax.tree.map(lambda a: a * 10 if a.ndim == 2 else a, init(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (21, 12)).astype(np.int32)
+    valid = np.arange(12)[None] < rng.integers(6, 13, (21, 1))
+
+    def codes(folder, spread):
+        options = {"group_size": 4, "provenance": SAID, "batch": 4}
+        return quantize_model(model, tokens, valid, folder, spread=spread, **options)
+
+    expected = codes(tmp_path / "one", ALONE)
+    for found in together(monkeypatch, 3, lambda spread: codes(tmp_path / "all", spread)):
+        for one, other in zip(expected, found, strict=True):
+            assert (one.matrices, one.fallbacks) == (other.matrices, other.fallbacks)
+            assert (other.nearest, other.gptq) == pytest.approx((one.nearest, one.gptq), rel=1e-5)
+    ours, theirs = (codes_in(tmp_path / name).arrays(0) for name in ("all", "one"))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
 # --- those of GPTQ ---
 
 
@@ -185,7 +289,8 @@ def test_each_text_goes_through_the_layers_as_they_are_rounded(tmp_path, monkeyp
     model = jax.tree.map(drawn, abstract(CONFIG))
     asked = []
 
-    def rounded(layer, inputs, group_size):
+    def rounded(layer, inputs, group_size, spread):
+        assert spread == ALONE
         asked.append([np.asarray(x) for x, _ in inputs])
         return quantize_layer(layer, group_size), Solved(5, 1)
 

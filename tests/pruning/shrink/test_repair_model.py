@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.config import Activation, AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.experts.moe import MoE
+from moe_jax.spread import ALONE
 from moe_jax.stream import forward_hidden, in_batches, layer_attend
 from moe_jax.transformer import init
 from pruning.budget.plan import PruningPlan
@@ -21,6 +22,7 @@ from pruning.shrink.repair import STRENGTHS
 from pruning.shrink.repair_layer import LayerRepair
 from pruning.shrink.repair_model import chosen, repair_model, repaired_in, with_repair
 from tests.bench.bench_repair import measured
+from tests.support.threads import together
 
 EXPERTS, CHANNELS, LAYERS = 4, 8, (0, 2)
 PLAIN = ModelConfig(
@@ -102,6 +104,28 @@ def distance(a, b, text) -> float:
 def experts_of(layer):
     assert isinstance(layer.mlp, MoE)
     return layer.mlp.experts
+
+
+def test_processes_repair_as_one_to_rounding(text, plan, tmp_path, monkeypatch):
+    """Five batches of windows to learn from, of which some have more, and one of those held out."""
+    model = model_of(BIASED)
+
+    def work(folder, spread):
+        options = {"mode": "layer", "provenance": {}, "batch": 4}
+        return repair_model(model, plan, *text, folder, spread=spread, **options)
+
+    expected = work(tmp_path / "one", ALONE)
+    for found in together(monkeypatch, 3, lambda spread: work(tmp_path / "all", spread)):
+        for one, other in zip(expected, found, strict=True):
+            assert dataclasses.replace(other, errors=one.errors) == one
+            assert other.errors == pytest.approx(one.errors, rel=1e-6)
+    assert [one.choice for one in expected] == ["layer", "none", "layer"]
+    for index in range(3):
+        ours, theirs = (repaired_in(tmp_path / name).arrays(index) for name in ("all", "one"))
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            limit = 2e-6 * np.abs(value).max()
+            np.testing.assert_allclose(ours[name], value, rtol=0, atol=limit, err_msg=name)
 
 
 @pytest.mark.slow

@@ -21,6 +21,24 @@ from pruning.shrink.rounding import (
     rounded_layer,
 )
 from tests.pruning.scores.test_layer import CONFIG
+from tests.support.threads import together
+
+
+def test_what_processes_were_told_adds_up_to_the_bits_of_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=(5, 3)), rng.normal(size=(5, 3)) * 10.0**n) for n in range(7)]
+    alone = RoundingError()
+    for pair in pairs:
+        alone(*pair)
+
+    def work(spread):
+        error = RoundingError()
+        for number in spread.in_a_row(len(pairs)):
+            error(*pairs[number])
+        error.share(spread)
+        return error.wrong, error.total
+
+    assert together(monkeypatch, 3, work) == [(alone.wrong, alone.total)] * 3
 
 
 @pytest.mark.parametrize("rows", [1, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 1])

@@ -17,6 +17,7 @@ from convert.reader import CheckpointError
 from pruning.stages import content
 from pruning.stages.content import TensorComparison
 from tests.pruning.stages.test_sizes import CONFIG
+from tests.support.threads import together
 
 WIDTHS = ((32, 64), (), (96, 32))
 UP = "model.layers.0.mlp.experts.1.up_proj.weight"
@@ -91,6 +92,23 @@ def test_equal_tensors_are_equal_and_one_other_element_is_named(stored, monkeypa
             again = compared(folder, export, {tensor: other})
             old, new = wanted[tensor][place], other[place]
             assert again.problems_of([tensor]) == [f"{tensor}{list(place)} is {old}, not {new}"]
+
+
+def test_what_each_process_has_compared_all_know(stored, monkeypatch):
+    export, wanted, folder = stored("ragged-bf16")
+    other = wanted | {NORM: wanted[NORM] + 1, UP: wanted[UP] * 2}
+
+    def work(spread):
+        own = {n: v for i, (n, v) in enumerate(other.items()) if i % 3 == spread.process}
+        found = compared(folder, export, {} if spread.process == 2 else own)
+        found.share(spread)
+        return found.problems_of(found.names), found.words(found.names)
+
+    seen = {name: value for i, (name, value) in enumerate(other.items()) if i % 3 < 2}
+    alone = compared(folder, export, seen)
+    expected = alone.problems_of(alone.names), alone.words(alone.names)
+    assert together(monkeypatch, 3, work) == [expected] * 3
+    assert any(" was not compared" in one for one in expected[0])
 
 
 def test_bits_count_and_not_values(stored, base):

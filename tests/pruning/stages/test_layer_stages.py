@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_jax.spread import ALONE
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.shrink.gptq_model import LayerErrors
@@ -37,7 +38,9 @@ def job_of(out: Path, windows: int = 5, native: object = None, **options) -> Any
     base.about = SimpleNamespace(native=native)
     tokens = np.arange(windows * 4).reshape(windows, 4)
     text = SimpleNamespace(tokens=tokens, valid=tokens > 0, total=17, sources=SOURCES)
-    return SimpleNamespace(recipe=recipe, base=base, calibration=text, dtype="the dtype")
+    return SimpleNamespace(
+        recipe=recipe, base=base, calibration=text, dtype="the dtype", spread=ALONE
+    )
 
 
 @pytest.fixture

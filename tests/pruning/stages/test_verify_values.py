@@ -1,5 +1,6 @@
 """Which checks an export gets from what its parts find: no model and no program runs."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from pruning.stages.checks import Check
 from pruning.stages.client import Answer
 from pruning.stages.probe_windows import PROBE_TOKENS, ProbeWindows
 from pruning.stages.verify import verify_export, written_form
+from tests.support.threads import together
 
 PROBE = (
     ProbeWindows(np.zeros((10, PROBE_TOKENS), np.int32)),
@@ -63,6 +65,7 @@ class World:
         self.made: list = []
         self.read: list = []
         self.asked: list = []
+        self.shared: list[int] = []
 
     def check(self, **given) -> list[Check]:
         arguments: Any = {"codes": None, "repair": None, **given}
@@ -84,6 +87,9 @@ def world(monkeypatch):
             def add(self, arrays):
                 w.compared += arrays
 
+            def share(self, spread):
+                w.shared.append(spread.process)
+
             def problems_of(self, names):
                 return [w.wrong[name] for name in sorted(names) if name in w.wrong]
 
@@ -98,7 +104,7 @@ def world(monkeypatch):
             assert source in ("pruned", "the model")
             return [change(index, f"weights {index}") for index in range(2)]
 
-        def settled_logits(source, tokens, last, strides):
+        def settled_logits(source, tokens, last, strides, spread):
             assert last == PROBE_TOKENS
             stored = isinstance(source, tuple)
             w.read.append((source, len(tokens), strides))
@@ -174,6 +180,23 @@ def test_an_export_as_planned_has_all_checks_fine_and_every_tensor_compared(worl
                       (("stored", "the folder", "float32"), 2, [1, 7])]  # fmt: skip
     assert w.asked == [("the folder", w.export, PROBE)] and w.made == [(None, None)]
     assert w.with_codes
+
+
+def test_all_processes_have_the_checks_and_process_0_asks_and_compares_what_is_no_layer(
+    world, monkeypatch
+):
+    alone = world("padded-int4")
+    monkeypatch.setattr(verify, "version", lambda name: "5.1")
+    expected, own = alone.check(), [*alone.compared]
+    w = world("padded-int4")
+    assert together(monkeypatch, 2, lambda spread: w.check(spread=spread)) == [expected] * 2
+    assert len(w.asked) == 1 and sorted(w.shared) == [0, 1]
+    # Both have all layers here: who makes which one, `settled_logits` decides.
+    assert sorted(w.compared) == sorted([*own, *own[2:]])
+    assert len(w.read) == 2 * len(alone.read) == 6
+    w.lost, w.answer = "codes are gone", Answer(fault="no such class")
+    found = together(monkeypatch, 2, lambda spread: w.check(codes=Path("c"), spread=spread))
+    assert found == [w.check(codes=Path("c"))] * 2
 
 
 def test_a_model_that_is_given_is_what_is_compared(world):
