@@ -11,6 +11,7 @@ from pruning.cli.flags import recipe_from
 from pruning.cli.grammar import build_parser
 from pruning.cli.main import main
 from pruning.recipe import names
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recipe import CompressionRecipe
 
 
@@ -37,12 +38,14 @@ def flags_in(text: str) -> set[str]:
 def test_help_stands_in_the_groups_of_the_options(monkeypatch):
     shown = help_of("compress", monkeypatch)
     titles = ["Arguments", "Recipe", "Model and output", "Text: what is scored", "Scores: what is",
-              "Plan: how many", "Export: the formats", "What is shown"]  # fmt: skip
+              "Plan: how many", "Export: the formats", "Devices and hosts",
+              "What is shown"]  # fmt: skip
     places = [shown.index(f"\n{title}") for title in titles]
     assert places == sorted(places)
     hidden = {"model", "calibration_field"}  # the one has no flag, the other another spelling
     fields = {name.replace("_", "-") for name in vars(CompressionRecipe(model="m", output="o"))
               if name not in hidden}  # fmt: skip
+    fields |= {name.replace("_", "-") for name in vars(PlaceOptions())}
     assert flags_in(shown) - {"json", "quiet", "verbose", "debug", "recipe", "download"} == (
         fields | {"text-field"}
     )
