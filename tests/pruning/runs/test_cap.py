@@ -15,7 +15,7 @@ from moe_jax.errors import InputError
 from pruning import CompressionRecipe, audit, compare, estimate, evaluate, measure_quality
 from pruning.kit.memory import AMPLE, Allowance, allowance, allowing, free_memory, own_memory
 from pruning.kit.progress import Steps
-from pruning.runs import cap, compress
+from pruning.runs import cap, samples
 from pruning.runs.cap import THRIFTIEST, allowance_within
 from pruning.runs.memory import Foretold
 from pruning.runs.plan import plan_folder
@@ -76,7 +76,7 @@ def thrifty(monkeypatch):
         return allowing(found)
 
     def start() -> list[Allowance]:
-        for module in (cap, compress):  # the sample, of whole models, is not written then
+        for module in (cap, samples):  # the sample, of whole models, is not written then
             monkeypatch.setattr(module, "free_memory", lambda: 0)
         monkeypatch.setattr(cap, "own_memory", lambda: 0)
         monkeypatch.setattr(cap, "allowing", watch)
