@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Scores held at a time, elements: 4 MiB in float32. With a quarter of it attention alone is slower by
-# a third on a long sequence, more is hardly faster.
+# Scores held at a time, elements: 4 MiB in float32. With a quarter of it attention alone is slower
+# by a third on a long sequence, more is hardly faster.
 BLOCK_SCORES = 1 << 20
 # A sequence's blocks fall into at most so many groups; a group meets only the keys up to its end.
 # Four save 3/8 of the products of causal attention, and more would lengthen the compilation.
