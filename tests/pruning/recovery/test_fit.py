@@ -208,6 +208,22 @@ def test_routers_of_small_weights_have_a_lower_rate_unless_one_is_asked_for():
     assert usual.schedule_of(routers["0"]).group_rates["router"] == pytest.approx(0.5)
 
 
+def test_the_first_step_moves_each_router_by_its_own_rate(texts):
+    text, held, student, _ = texts
+    small, usual = student.layers
+    router = small.mlp.router * (0.01 / float(jnp.sqrt(jnp.square(small.mlp.router).mean())))
+    small = dataclasses.replace(small, mlp=dataclasses.replace(small.mlp, router=router))
+    student = dataclasses.replace(student, layers=(small, usual))
+    nothing = TrainingText(*(getattr(held, n)[:0] for n in ("tokens", "valid", "wanted")))
+    config = DeltaConfig(train="router", router_rank=0)
+    for rate, shares in ((None, (0.2, 1.0)), (0.5, (0.5, 0.5))):
+        options = FitOptions(learning_rate=1e-3, router_rate=rate, batch=16, remat=False)
+        deltas = fit(student, Course(text, nothing, config, options))["router"]
+        # Adam's first step is the rate, whatever the gradient.
+        moved = [float(jnp.abs(deltas[index]).max()) for index in ("0", "1")]
+        np.testing.assert_allclose(moved, 1e-3 * np.array(shares), rtol=1e-3)
+
+
 def test_the_published_schedule_warms_up_for_a_tenth_and_ends_at_zero():
     schedule = FitOptions(learning_rate=1e-4, batch=1).schedule(100)
     rates = np.array([schedule.schedule()(step) for step in range(101)])

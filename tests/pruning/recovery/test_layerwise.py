@@ -49,6 +49,22 @@ def test_each_layer_comes_nearer_to_the_dense_one_and_so_does_the_model(models):
     assert error(dense, recovered) < 0.9 * error(dense, student)
 
 
+def test_the_first_step_moves_a_router_by_the_rate_of_its_size(models):
+    dense, student = models
+    router = student.layers[0].mlp.router
+    router = router * (0.01 / float(np.sqrt(np.square(router).mean())))
+    mlp = dataclasses.replace(student.layers[0].mlp, router=router)
+    small = dataclasses.replace(student.layers[0], mlp=mlp)
+    student = dataclasses.replace(student, layers=(small, student.layers[1]))
+    options = FitOptions(learning_rate=1e-3, batch=10)
+    config = DeltaConfig(train="router", router_rank=0)
+    course = Course(text(slice(0, 10)), text(slice(0, 0)), config, options)
+    found = fit_layers(dense, student, course)["router"]
+    moved = [float(np.abs(found[index]).max()) for index in ("0", "1")]
+    # Adam's first step is the rate, whatever the gradient.
+    np.testing.assert_allclose(moved, [2e-4, 1e-3], rtol=1e-3)
+
+
 def test_a_student_that_is_the_dense_model_has_nothing_to_learn(models):
     dense, _ = models
     told = {}
