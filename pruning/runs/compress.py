@@ -42,10 +42,7 @@ from pruning.stages.measure import measure
 from pruning.stages.probe_windows import text_probe
 from pruning.stages.remarks import say_left_out, say_nothing_saved
 from pruning.stages.repair import repaired_source
-from pruning.stages.sizes import (
-    export_sizes,
-    form_of,
-)
+from pruning.stages.sizes import export_sizes, form_of
 from pruning.stages.verify import verify_export
 
 RANDOM_SEED = 0  # of the channels that every choice must beat
