@@ -17,12 +17,11 @@ from moe_jax.attention.latent import LatentAttention
 from moe_jax.config import LatentAttentionConfig, ModelConfig
 from moe_jax.experts.dense import DenseMLP, SharedExpert
 from moe_jax.experts.moe import MoE
-from moe_jax.experts.pool import Experts
+from moe_jax.experts.pool import Experts, channels_per_step
 from moe_jax.norm import Centred
 from moe_jax.transformer import DecoderLayer
 
 CENTRED = ".offset"  # ends the path of a norm that a checkpoint keeps as what it exceeds one by
-BLOCK = 128  # channels per step of the matmul loop over experts of unequal width
 
 REST = ("attention", "mlp.shared")  # paths begin so of what only the first group of a layer has
 
@@ -57,9 +56,9 @@ def pool_shape(config: ModelConfig, widths: Widths, at_once: int | None = None) 
     if widths == uniform_widths(config):
         width = config.moe.d_expert
         return PoolShape(rows=most, width=width, block=width, exact=True)
-    widest = max((count for counts in widths for count in counts), default=0)
-    block = min(BLOCK, max(widest, 1))
-    return PoolShape(rows=most + block, width=-(-max(widest, 1) // block) * block, block=block)
+    counts = np.array([count for layer in widths for count in layer], int)
+    widest, block = max(1, counts.max(initial=0)), channels_per_step(counts)
+    return PoolShape(rows=most + block, width=-(-widest // block) * block, block=block)
 
 
 def expert_groups(experts: int, at_once: int | None) -> list[slice]:

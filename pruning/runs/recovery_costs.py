@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from convert.description import Description
 from moe_jax.experts.moe import MoE
+from moe_jax.experts.pool import STEPS
 from moe_jax.transformer import DecoderLayer, abstract
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions
 from pruning.recovery.deltas import Trained
 from pruning.recovery.teacher import prediction_bytes
 from pruning.runs.held import PROCESS_BYTES
-from pruning.shrink.prune import BLOCK
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.recovered import delta_config
 from pruning.stages.recovery_sizes import CHECKPOINT, needed_memory
@@ -71,7 +71,7 @@ def _pruned(layer: DecoderLayer) -> DecoderLayer:
     if not isinstance(layer.mlp, MoE):
         return layer
     experts = layer.mlp.experts
-    spare = min(BLOCK, experts.w_gate.shape[0] // experts.count.shape[0])
+    spare = min(STEPS[0], experts.w_gate.shape[0] // experts.count.shape[0])
     pools = {
         name: jax.ShapeDtypeStruct((pool.shape[0] + spare, *pool.shape[1:]), pool.dtype)
         for name in ("w_gate", "w_up", "w_down", "b_gate", "b_up")

@@ -8,14 +8,12 @@ from jax import Array
 
 from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
-from moe_jax.experts.pool import Experts, pooled_experts
+from moe_jax.experts.pool import Experts, channels_per_step, pooled_experts
 from moe_jax.groups import own_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
-
-BLOCK = 128  # channels per step of an expert's products, at most
 
 
 def prune_layer(
@@ -126,13 +124,13 @@ def _dense_moe(layer: DecoderLayer, keep: np.ndarray) -> MoE:
     return layer.mlp
 
 
-def PrunedSource(base: LayerSource, plan: PruningPlan, block: int = BLOCK) -> LayerSource:
+def PrunedSource(base: LayerSource, plan: PruningPlan, block: int | None = None) -> LayerSource:
     """A model that is pruned layer by layer as it is read.
 
     Args:
       base: the dense model.
       plan: what each of its layers keeps; layers that it does not name stay as they are.
-      block: channels per step of the products, at most.
+      block: channels per step of the products, at most; None for `channels_per_step`.
 
     Returns:
       The source, all of whose pruned layers have pools of one size and share one compilation.
@@ -141,7 +139,7 @@ def PrunedSource(base: LayerSource, plan: PruningPlan, block: int = BLOCK) -> La
 
 
 def pruned_layer(
-    index: int, layer: DecoderLayer, plan: PruningPlan, block: int = BLOCK
+    index: int, layer: DecoderLayer, plan: PruningPlan, block: int | None = None
 ) -> DecoderLayer:
     """Layer `index` of `PrunedSource`, or a group of it, from that of the dense model."""
     if index not in plan.layer_indices:
@@ -151,7 +149,7 @@ def pruned_layer(
     own = own_experts(layer) if is_moe else slice(0, plan.keep.shape[1])
     counts = plan.keep.sum(axis=2)  # [L, E]
     widest = max(1, int(counts.max()))  # a plan may empty every expert
-    step = min(block, widest)
+    step = channels_per_step(counts) if block is None else min(block, widest)
     width = -(-widest // step) * step
     groups = np.arange(0, counts.shape[1], own.stop - own.start)
     rows = int(np.add.reduceat(counts, groups, axis=1).max()) + step
