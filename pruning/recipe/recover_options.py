@@ -13,8 +13,10 @@ from pruning.recipe.values import check_share
 
 DEFAULT_TOKENS = 1_000_000
 DEFAULT_WINDOW = 512
-# What a preset leaves to the kind of training, which needs other steps for other weights.
+# What a preset leaves to the kind of training, which needs other steps for other weights, and to
+# the model: these did best on one of this width.
 RATES = {"router": 1e-3, "lora": 2e-3, "dora": 2e-3, "full": 1e-3}
+RATED_WIDTH = 256
 PRESETS: dict[str, dict[str, Any]] = {
     "distil": {"train": "full", "epochs": 3, "next_token": 0.0},
     # arXiv:2606.18304: the adapters' rate, the router's, and instruction data twice.
@@ -92,10 +94,12 @@ class RecoverOptions(Options):
     ] = None
     learning_rate: Annotated[
         float | None,
-        About("of the experts, or of the routers alone (default 2e-3 of adapters, else 1e-3, which "
-              "suit small models; 1e-4 did better on SmolLM2-MoE; with preset paper 1e-4 and for "
-              "routers 1e-6)"),
-    ] = None  # fmt: skip
+        About(
+            "of the experts, or of the routers alone (default 1e-3, of adapters 2e-3, but for "
+            "routers alone less where the model is wider than 256, in proportion; with preset paper "
+            "1e-4 and for routers 1e-6)"
+        ),
+    ] = None
     router_learning_rate: Annotated[
         float | None,
         About(
@@ -189,10 +193,10 @@ class RecoverOptions(Options):
                 )
 
     def filled(self) -> "RecoverOptions":
-        """The options with what the preset and the kind of training decide."""
+        """The options with what the preset and the kind of training decide; a learning rate that
+        goes by the model stays None, see `usual_rate`."""
         preset = dict(PRESETS[self.preset])
         train = self.train or preset["train"]
-        preset = {"learning_rate": RATES[train], **preset}
         if train == "router" and self.learning_rate is not None:
             preset.pop("router_learning_rate", None)  # one rate is asked for, and trains alone
         if self.mode == "layer":
@@ -217,3 +221,22 @@ class RecoverOptions(Options):
     def scratch_folder(self) -> Path:
         """Where the predictions lie."""
         return Path(self.scratch or self.output)
+
+
+def usual_rate(train: str, width: int) -> float:
+    """The learning rate of a training for which none is named.
+
+    Adam moves all weights equally far, so that what a row of them gives changes with its inputs:
+    wider models take smaller steps. Routers, whose rates go by the size of their weights, do not.
+
+    Args:
+      train: kind of training.
+      width: of the model's hidden states.
+
+    Returns:
+      Two digits of it.
+
+    Source: arXiv:2203.03466, table 3.
+    """
+    narrow = 1.0 if train == "router" else min(1.0, RATED_WIDTH / width)
+    return float(f"{RATES[train] * narrow:.2g}")

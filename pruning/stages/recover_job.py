@@ -13,7 +13,7 @@ from pruning.kit.memory import free_memory
 from pruning.kit.progress import Steps
 from pruning.kit.words import amount, duration
 from pruning.recipe.options import EVALUATION_TOKENS
-from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions
+from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions, usual_rate
 from pruning.recipe.values import window_within
 from pruning.recovery.deltas import DeltaConfig
 from pruning.recovery.fit import ROUTER_SIZE, FitOptions
@@ -161,8 +161,13 @@ def open_recovery(folder: Path, options: RecoverOptions, steps: Steps) -> Recove
     forms = forms_of(student, options)
     if options.adapter:
         check_adapter(student, options)
-    # The rest of a prediction is an outcome of its own, so that one token at least must be left.
-    options = dataclasses.replace(options, top=min(options.top, config.vocab_size - 1))
+    assert options.train is not None
+    options = dataclasses.replace(
+        options,
+        # The rest of a prediction is an outcome of its own, so one token at least must be left.
+        top=min(options.top, config.vocab_size - 1),
+        learning_rate=options.learning_rate or usual_rate(options.train, config.d_model),
+    )
     return RecoverJob(
         options, student, codec, text, held, _evaluation(student, codec, held, window), forms,
         delta_config(options, forms), fit_options(options, student.source), window,

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from convert import load_model
 from moe_jax.stream import forward_hidden
 from pruning import Steps, recover
-from pruning.recipe.recover_options import RecoverOptions
+from pruning.recipe.recover_options import RecoverOptions, usual_rate
 from pruning.recovery.deltas import DeltaConfig, rounded
 from pruning.recovery.forward import layer_deltas, student_hidden
 from pruning.stages import verify as verifying
@@ -341,10 +341,19 @@ def test_presets_fill_in_what_is_not_given():
     assert RecoverOptions(text=("a",), output="o", **alone).filled().router_learning_rate == 1e-6
     mixed = RecoverOptions(text=("a",), output="o", next_token=0.5, next_token_from=0.0).filled()
     assert mixed.needs_teacher and (mixed.train, mixed.epochs) == ("full", 3)
-    assert (mixed.learning_rate, mixed.router_rank) == (1e-3, 0)
+    assert (mixed.learning_rate, mixed.router_rank) == (None, 0)
     assert mixed.router_learning_rate is None  # by the size of each router
     routers = RecoverOptions(text=("a",), output="o", train="router").filled()
-    assert (routers.learning_rate, routers.router_learning_rate) == (1e-3, None)
+    assert (routers.learning_rate, routers.router_learning_rate) == (None, None)
     assert (mixed.next_token_from, mixed.next_token) == (0.0, 0.5)
     assert RecoverOptions(text=("a",), output="o", tokens="10M").tokens == 10_000_000
     assert RecoverOptions(text=("a",), output="o", train="full").filled().router_rank == 0
+
+
+@pytest.mark.parametrize(
+    ("train", "width", "rate"),
+    [("full", 64, 1e-3), ("full", 256, 1e-3), ("full", 576, 4.4e-4), ("full", 2048, 1.3e-4),
+     ("dora", 7168, 7.1e-5), ("lora", 512, 1e-3), ("router", 2048, 1e-3)],
+)  # fmt: skip
+def test_wider_models_take_smaller_steps(train, width, rate):
+    assert usual_rate(train, width) == rate
