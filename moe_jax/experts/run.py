@@ -7,14 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe_jax.experts.dispatch import Dispatch
+from moe_jax.experts.expert_rows import combine, expert_rows, no_score
 from moe_jax.experts.pool import Experts
-from moe_jax.experts.swiglu import (
-    added_experts,
-    combine,
-    expert_rows,
-    no_score,
-    routed_experts,
-)
+from moe_jax.experts.swiglu import added_experts, routed_experts
 from moe_jax.experts.weights import ExpertWeights
 
 # Hidden rows [P, width] of the experts and their layout -> the rows that w_down sees.

@@ -1,11 +1,10 @@
 """All gated experts of a layer as one function of its tokens, with a gradient of its own.
 
 On a CPU the function and its gradient are one loop over tiles each: a tile's intermediate rows
-live in the cache and never in memory. Elsewhere they are compositions of grouped products; that
-form is also the specification of the loops.
+live in the cache and never in memory. Elsewhere they are the compositions of `expert_rows`, which
+are also the specification of the loops.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,13 +13,12 @@ from flax import struct
 from jax import Array
 
 from moe_jax.experts.activation import gated, gated_gradient
-from moe_jax.experts.dispatch import Dispatch, Pool, gather_rows, sum_by_expert
+from moe_jax.experts.dispatch import Dispatch, Pool
+from moe_jax.experts.expert_rows import ChannelScore, combine, expert_rows, routed_experts_by_rows
 from moe_jax.experts.grouped_matmul import (
     add_slice,
     channel_block,
-    contract,
     dot,
-    expand,
     live_channels,
     on_cpu,
     walk_tiles,
@@ -33,21 +31,11 @@ from moe_jax.experts.weights import (
     project,
     real_rows,
     routing_matrix,
-    row_expert,
     tile_tokens,
 )
 
-# (hidden, d hidden, gate, d gate), each [rows, channels] -> scores per row and channel, summed over
-# the rows of each expert; d is the gradient of the loss.
-ChannelScore = Callable[[Array, Array, Array, Array], tuple[Array, ...]]
-
 # Gate and up rows before the activation, each [P, width].
 Projections = tuple[Array, Array]
-
-
-def no_score(hidden, d_hidden, gate, d_gate) -> tuple[Array, ...]:
-    """Score nothing."""
-    return ()
 
 
 def routed_experts(
@@ -140,9 +128,6 @@ _routed_experts: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 _routed_experts.defvjp(lambda score, *args: (_forward(score, *args), args), _backward)
 
 
-# --- CPU: loops over tiles ---
-
-
 def _sum_tiles(onto, x, row_weight, weights, dispatch, pool):
     bits = jax.tree.map(weight_bits, weights)
 
@@ -226,98 +211,3 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool,
     sums = walk_tiles(dispatch, pool, step, _Gradients(*zeros))
     found = (sums.x, sums.row_weight, sums.weights, sums.probe)
     return jax.tree.map(lambda gradient, value: gradient.astype(value.dtype), found, inputs)
-
-
-# --- everywhere: compositions of grouped products ---
-
-
-@struct.dataclass
-class ExpertRows:
-    """What the experts computed, in dispatch order.
-
-    Attributes:
-      x: [P, D], the token of each row.
-      gate: [P, width], before the nonlinearity.
-      up: [P, width].
-      hidden: [P, width], what the activation makes of the two.
-      out: [P, D], before the routing weight.
-    """
-
-    x: Array
-    gate: Array
-    up: Array
-    hidden: Array
-    out: Array
-
-
-def expert_rows(
-    x: Array,
-    weights: ExpertWeights,
-    dispatch: Dispatch,
-    pool: Pool,
-    channel_gate: Callable[[Array, Array, Array], Array] = lambda hidden, gate, up: hidden,
-) -> ExpertRows:
-    """Run each expert on its own rows and keep every stage.
-
-    Args:
-      x: [N, D] tokens.
-      weights: the pools.
-      dispatch: the row layout.
-      pool: the channel layout.
-      channel_gate: (hidden, gate, up), each [P, width] -> the hidden rows that w_down sees.
-
-    Returns:
-      The rows; under `jit`, stages that nobody uses cost nothing.
-    """
-    with jax.named_scope("gather"):
-        rows = gather_rows(x, dispatch, dispatch.copies)
-        real = real_rows(dispatch.token, x)
-
-    def projected(weight: Array, bias: Array | None) -> Array:
-        out = expand(rows, weight, dispatch, pool)
-        # Padding has no bias: its rows stay zero.
-        return out if bias is None else out + expand(real, bias, dispatch, pool)
-
-    with jax.named_scope("gate_up"):
-        gate = projected(weights.gate, weights.gate_bias)
-        up = projected(weights.up, weights.up_bias)
-        hidden = gated(weights.activation, gate, up)
-    with jax.named_scope("down"):
-        out = contract(channel_gate(hidden, gate, up), weights.down, dispatch, pool)
-        if weights.down_bias is not None:
-            out += real * weights.down_bias.astype(out.dtype)[row_expert(dispatch)]
-    return ExpertRows(x=rows, gate=gate, up=up, hidden=hidden, out=out)
-
-
-def combine(out: Array, row_weight: Array, onto: Array, dispatch: Dispatch) -> Array:
-    """Add weighted expert outputs [P, D] to `onto` [N, D], in the dtype of that."""
-    with jax.named_scope("combine"):
-        weighted = out * row_weight[:, None].astype(out.dtype)
-        return onto.at[dispatch.token].add(weighted.astype(onto.dtype), mode="drop")
-
-
-def routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool) -> Array:
-    """`routed_experts` as grouped products; same arguments and result."""
-
-    def tap(hidden: Array, gate: Array, up: Array) -> Array:
-        return _tap(score, weights.activation, hidden, gate, up, probe, dispatch)
-
-    rows = expert_rows(x, weights, dispatch, pool, tap)
-    return combine(rows.out, row_weight, jnp.zeros_like(x), dispatch)
-
-
-def _pass_hidden(score, activation, hidden, gate, up, probe, dispatch):
-    return hidden
-
-
-def _tap_backward(score, activation, saved, d_hidden):
-    hidden, gate, up, probe, dispatch = saved
-    wide = [value.astype(jnp.float32) for value in (hidden, d_hidden, gate, up)]
-    d_gate, _ = gated_gradient(activation, wide[2], wide[3], wide[1])
-    sums = [sum_by_expert(part, dispatch) for part in score(*wide[:3], d_gate)]
-    d_probe = jnp.stack(sums) if sums else jnp.zeros_like(probe)
-    return d_hidden, jnp.zeros_like(gate), jnp.zeros_like(up), d_probe, None
-
-
-_tap: Any = jax.custom_vjp(_pass_hidden, nondiff_argnums=(0, 1))
-_tap.defvjp(lambda score, activation, *args: (args[0], args), _tap_backward)

@@ -96,8 +96,8 @@ class RecoverOptions(Options):
         float | None,
         About(
             "of the experts, or of the routers alone (default 1e-3, of adapters 2e-3, but for "
-            "routers alone less where the model is wider than 256, in proportion; with preset paper "
-            "1e-4 and for routers 1e-6)"
+            "routers alone less where the model is wider than 256, in proportion; with preset "
+            "paper 1e-4 and for routers 1e-6)"
         ),
     ] = None
     router_learning_rate: Annotated[

@@ -7,10 +7,10 @@ from jax import Array
 
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import gather_rows, make_dispatch, sum_by_expert, tile_height
+from moe_jax.experts.expert_rows import expert_rows
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.experts.run import gated_experts
-from moe_jax.experts.swiglu import expert_rows
 from moe_jax.norm import rms_norm
 from moe_jax.quant import dequantize
 from moe_jax.transformer import DecoderLayer

@@ -12,6 +12,7 @@ from jax import Array
 
 from moe_jax.experts.activation import gated
 from moe_jax.experts.dispatch import Dispatch, gather_rows
+from moe_jax.experts.expert_rows import combine, expert_rows
 from moe_jax.experts.grouped_matmul import (
     add_slice,
     channel_block,
@@ -22,7 +23,7 @@ from moe_jax.experts.grouped_matmul import (
     weight_bits,
 )
 from moe_jax.experts.pool import Experts
-from moe_jax.experts.swiglu import Projections, combine, expert_rows
+from moe_jax.experts.swiglu import Projections
 from moe_jax.experts.weights import COLUMNS, ROWS, project, real_rows, tile_tokens
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from jax import Array
 
 from moe_jax.experts.dispatch import make_dispatch, sum_by_expert, tile_height
+from moe_jax.experts.expert_rows import expert_rows
 from moe_jax.experts.grouped_matmul import expand
 from moe_jax.experts.moe import MoE
-from moe_jax.experts.swiglu import expert_rows
 from moe_jax.linear import linear
 from moe_jax.norm import rms_norm
 from moe_jax.transformer import DecoderLayer

@@ -7,9 +7,10 @@ import pytest
 
 from moe_jax.config import Activation
 from moe_jax.experts.dispatch import gather_rows, make_dispatch
+from moe_jax.experts.expert_rows import expert_rows, no_score, routed_experts_by_rows
 from moe_jax.experts.grouped_matmul import on_cpu
 from moe_jax.experts.pool import pooled_experts
-from moe_jax.experts.swiglu import expert_rows, no_score, routed_experts, routed_experts_by_rows
+from moe_jax.experts.swiglu import routed_experts
 from pruning.scores.expert_sums import (
     observe_by_rows,
     observe_experts,
