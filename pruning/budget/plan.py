@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -16,47 +16,13 @@ from moe_jax.errors import InputError
 from moe_jax.files import replace_file, replace_text
 from moe_jax.json_files import read_json
 from pruning.budget.merged_layer import ARRAYS, MergedLayer
+from pruning.budget.said import Said
 from pruning.kit.fitting import fits, misfits
 
 FORMAT_VERSION = 1
 LAYER_BITS = (4, 8, 16)
 BITS = "layer_bits"  # a tensor of plan.safetensors, if the plan decides them
 CUT = "cut_router"  # another, if it is cut: experts per token, 0 for as many as in the model
-
-
-class PlannedText(TypedDict):
-    """A calibration text behind a plan."""
-
-    text: str
-    sha256: str
-    weight: float
-    documents: int
-    tokens: int
-    options: NotRequired[str]
-
-
-class Said(TypedDict, total=False):
-    """What a plan says of itself, as far as cards, `apply` and `plan` rely on it."""
-
-    criterion: str
-    attribution: str
-    planner: str | None
-    planner_options: dict[str, Any]
-    width: str
-    prune_rate: float
-    nested_in: float | None
-    block: int
-    minimum: int
-    layer_rates: dict[str, Any]
-    coverage_aligned: float
-    scoring: dict[str, Any]
-    sources: list[PlannedText]
-    evaluation: list[str]
-    repair: str
-    choice: dict[str, Any]
-    cut_router: bool
-    top_k: int | None
-    merge: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
