@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from moe_jax.stream import LayerSource
 from pruning.budget.decide import plan_pruning
@@ -135,7 +136,12 @@ def main() -> None:
     parser.add_argument("--evaluation", nargs="+", default=())
     parser.add_argument("--evaluation-tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--window", type=int, default=None)
+    parser.add_argument(
+        "--options", nargs="*", default=(), metavar="NAME=VALUE", help="others of recover, as YAML"
+    )
     given = parser.parse_args()
+    options = {name: yaml.safe_load(value) for name, value in
+               (one.split("=", 1) for one in given.options)}  # fmt: skip
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
     for rate in given.rates:
         recipe = CompressionRecipe(
@@ -144,9 +150,8 @@ def main() -> None:
             evaluation_tokens=given.evaluation_tokens, max_tokens=given.max_tokens,
             window=given.window, export=FORMATS, planner="auto", repair="layer",
         )  # fmt: skip
-        bench = Bench(
-            recipe, tuple(given.text), given.trained, tokens=given.tokens, window=given.window
-        )
+        options = {"tokens": given.tokens, "window": given.window, **options}
+        bench = Bench(recipe, tuple(given.text), given.trained, **options)
         for rate, name, found, sizes, seconds, memory in bench.rows():
             cells = [f"{rate:g}", name]
             for form in FORMATS:
