@@ -85,28 +85,49 @@ def student_loss(
         model, deltas, batch["tokens"], batch["valid"], config=config, dtype=dtype, remat=remat
     )
 
-    @jax.checkpoint
-    def window(row: dict[str, Array]) -> dict[str, Array]:
-        logits = model.head(row["hidden"])
-        nll = next_token_loss(logits[None], row["tokens"][None])[0]
-        found = {"nll": jnp.sum(jnp.where(row["wanted"], nll, 0))}
-        if "logp" in row:
-            kl = teacher_divergence(logits, row["logp"], row["token"])
-            found["kl"] = jnp.sum(jnp.where(row["wanted"], kl, 0))
-        return found
-
     names = ("tokens", "wanted", "logp", "token")
-    rows = {name: batch[name] for name in names if name in batch} | {"hidden": hidden}
+    rows, share = {name: batch[name] for name in names if name in batch}, batch["share"]
     # A window at a time, so that the logits of one are in memory.
-    parts = jax.tree.map(lambda sums: sums.sum() / batch["count"], jax.lax.map(window, rows))
-    share = batch["share"]
-    loss = share * parts["nll"] + (1 - share) * parts["kl"] if "kl" in parts else parts["nll"]
+    found = jax.lax.map(lambda one: _window_loss(model, *one, share), (hidden, rows))
+    loss, parts = jax.tree.map(lambda sums: sums.sum() / batch["count"], found)
     metrics = {**parts, "loss": loss}
     if balance:
         routed = [balance_loss(trace) for trace in traces if trace is not None]
         metrics["balance"] = jnp.stack(routed).mean()
         loss = loss + balance * metrics["balance"]
     return loss, metrics
+
+
+def _spent(
+    model: Transformer, hidden: Array, row: dict[str, Array], share: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Loss of a window, and its parts, summed over its wanted positions."""
+    logits = model.head(hidden)
+    nll = next_token_loss(logits[None], row["tokens"][None])[0]
+    parts = {"nll": jnp.sum(jnp.where(row["wanted"], nll, 0))}
+    if "logp" not in row:
+        return parts["nll"], parts
+    kl = teacher_divergence(logits, row["logp"], row["token"])
+    parts["kl"] = jnp.sum(jnp.where(row["wanted"], kl, 0))
+    return share * parts["nll"] + (1 - share) * parts["kl"], parts
+
+
+@jax.custom_vjp
+def _window_loss(model, hidden, row, share):
+    """`_spent`, whose gradient with respect to `hidden` is taken with it: logits are neither kept
+    nor made a second time."""
+    return _spent(model, hidden, row, share)
+
+
+def _with_gradient(*args):
+    return jax.value_and_grad(_spent, argnums=1, has_aux=True)(*args)
+
+
+def _from_gradient(gradient, pulled):
+    return None, gradient * pulled[0].astype(gradient.dtype), None, None
+
+
+_window_loss.defvjp(_with_gradient, _from_gradient)
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
