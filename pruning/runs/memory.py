@@ -29,6 +29,7 @@ from pruning.runs.held import (
     logits_held,
     outer_weights,
     pruned_bytes,
+    repaired_bytes,
     rows_at_work,
     verify_bytes,
 )
@@ -156,14 +157,20 @@ class Foretold:
     def repair(self) -> int:
         """Beside a pruned layer: the states of two models, inputs and lacks of the experts and one
         of them on its way to the device, where each copy of a token goes, three candidates of a
-        layer, and the Grams of its experts with their eigenvectors."""
+        layer, and the Grams of its experts with their eigenvectors, or of one if those of others
+        are made again; of a layer in groups, what lies between them."""
         recipe, c = self.recipe, self.base.config
         if recipe.repair == "none":
             return 0
         states = recipe.max_tokens * c.d_model * (3 * self._item + 3 * 4)
         states += recipe.max_tokens * c.moe.experts_per_token * (3 * 4 + 2 * 8)
-        grams = 5 * 8 * int(np.square(self._plan.counts).sum(axis=1).max())
-        return self._late + self._pruned(False) + states + 3 * 2 * self._largest(False).own + grams
+        counts = self._plan.counts
+        squares = 5 * 8 * np.square(counts)
+        grams = max(int(squares.max()), self.allowance.of(int(squares.sum(axis=1).max())))
+        kept = int(counts.sum(axis=1).max())
+        between = repaired_bytes(c, recipe.max_tokens, kept, self.allowance)
+        layers = self._pruned(True) + 3 * 2 * self._largest(True).own
+        return self._late + layers + states + grams + between
 
     def gptq(self) -> int:
         """Beside a pruned layer: moments of some experts, and the states of the text."""
@@ -191,8 +198,7 @@ class Foretold:
     def evaluation(self) -> int:
         """Layers pruned on the fly, or as float32 where weights have 4 bits, and the texts."""
         recipe = self.recipe
-        by_group = recipe.repair == "none"
-        layers = self._pruned(by_group)
+        layers = self._pruned(True)
         if self._packs:
             layers = max(layers, layers_held(self._largest(True), 4, self.allowance))
         # Windows of texts that are named lie half over each other.
@@ -227,10 +233,10 @@ class Foretold:
 
     @property
     def _exports_groups(self) -> bool:
-        """Whether layers are written in groups of experts: not with weights that lie in a folder by
+        """Whether layers are written in groups of experts: not with codes that lie in a folder by
         layer, nor into one tensor of all experts."""
         recipe, exports = self.recipe, (export_of(self.base, self._plan, f) for f in self._forms)
-        chosen = recipe.repair != "none" or (recipe.quantizer == "gptq" and self._packs)
+        chosen = recipe.quantizer == "gptq" and self._packs
         return not chosen and all(export.by_group for export in exports)
 
     @property
