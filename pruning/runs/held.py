@@ -84,6 +84,11 @@ def between_bytes(
     return _in_memory(slots * tokens * config.d_model * 4, allowance)
 
 
+def kept_between(config: ModelConfig, tokens: int, allowance: Allowance) -> int:
+    """The same of a text that lies there however much memory it takes."""
+    return BETWEEN * tokens * config.d_model * 4 if allowance.experts else 0
+
+
 def repaired_bytes(config: ModelConfig, tokens: int, kept: int, allowance: Allowance) -> int:
     """Bytes of memory of what a repair holds between the groups of a layer: the text, changes of
     the down-projections as float32, and two sets of these; 0 for layers that are taken whole.

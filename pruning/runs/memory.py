@@ -24,6 +24,7 @@ from pruning.runs.held import (
     evaluation_bytes,
     export_bytes,
     fixed_bytes,
+    kept_between,
     largest_layer,
     layers_held,
     logits_held,
@@ -118,7 +119,7 @@ class Foretold:
         work += max(1, len(parts)) * sums // len(c.moe_layers)
         if recipe.weight_gradients:  # weights as float32, their gradients, and those of a batch
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
-        layer = self._largest(not recipe.groups - {"weights-only"})
+        layer = self._largest(not recipe.groups - {"weights-only", "obs"})
         work += layers_held(layer, 2, self.allowance) + 2 * layer.total
         held = self._held_states(windows, padded // batch, step)
         held += between_bytes(c, padded * recipe.window, self.allowance)
@@ -141,17 +142,13 @@ class Foretold:
         states = tokens * c.d_model * item
         plans = 1 + self.rates * len(CANDIDATES)
         together = max(1, min(plans, self.allowance.of(STATE_BYTES) // states))
-        layer, repaired = self._largest(not is_repaired(recipe)), is_repaired(recipe)
-        at_once = c.moe.num_experts
-        if not repaired:
-            at_once = min(at_once, self.allowance.experts or at_once)
+        pool = self._at_once * c.moe.d_expert * c.d_model
         work = rows_at_work(c, recipe, tokens) * (3 * c.moe.d_expert + 3 * c.d_model) * 4
-        work += at_once * c.moe.d_expert * c.d_model * item
-        work += logits_held(c, LOSS_LOGITS) + together * between_bytes(c, tokens, self.allowance)
-        if repaired:
-            pool = c.moe.num_experts * c.moe.d_expert * c.d_model
+        work += pool * item + logits_held(c, LOSS_LOGITS)
+        work += together * kept_between(c, tokens, self.allowance)
+        if is_repaired(recipe):
             work += self._sample(SHARE) + pool * (2 * 4 + item)
-        layers = layers_held(layer, 2, self.allowance)
+        layers = layers_held(self._largest(True), 2, self.allowance)
         return int(self._fixed + layers + 2 * together * states + work)
 
     def repair(self) -> int:
@@ -275,16 +272,23 @@ class Foretold:
         recipe = self.recipe
         return recipe.gradients, recipe.weight_gradients, recipe.nll_ig is not None
 
+    @property
+    def _at_once(self) -> int:
+        """Experts that are in memory together where layers can be taken in groups."""
+        experts = self.base.config.moe.num_experts
+        return min(experts, self.allowance.experts or experts)
+
     def _sample(self, share: float) -> int:
         """The hidden states of a sample of the text, its rows at work, and the Grams of a layer's
-        experts on the device, on the host and of one of them in float64."""
+        experts, or a group's, on the device, on the host and of one of them in float64."""
         c, recipe = self.base.config, self.recipe
         windows = math.ceil(recipe.max_tokens / recipe.window)
         count, size = sample_size(windows, recipe.window, share)
         rows = min(count, recipe.batch) * size * c.moe.experts_per_token
         work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
-        grams = (2 * 4 * c.moe.num_experts + 4 * 8) * c.moe.d_expert**2
-        return count * size * c.d_model * self._item + work + grams
+        grams = (2 * 4 * self._at_once + 4 * 8) * c.moe.d_expert**2
+        states = count * size * c.d_model * self._item
+        return states + kept_between(c, count * size, self.allowance) + work + grams
 
     def _held_states(self, windows: int, batches: int, step: int) -> int:
         """Most bytes that a sweep over the text keeps in memory between its layers.

@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.experts.moe import MoE
-from moe_jax.groups import Halfway, each_group, group_forward, layer_end, own_experts, rest_of
+from moe_jax.groups import (
+    Halfway,
+    each_group,
+    group_forward,
+    halfway_of,
+    layer_end,
+    own_experts,
+    rest_of,
+)
 from moe_jax.source import LayerSource
 from moe_jax.stream import layer_attend
 from moe_jax.transformer import DecoderLayer
@@ -247,8 +255,7 @@ class _Layer:
     def _halfway(self, name: str, number: int, batch: int) -> Halfway:
         # As a whole layer is begun here, its middle is rounded to the states' dtype.
         middle = jnp.asarray(self._x[_stream(name) + number][batch])
-        given = jnp.asarray(self._given[name, number][batch])
-        return Halfway(middle.astype(jnp.float32), given, middle.dtype)
+        return halfway_of(middle, jnp.asarray(self._given[name, number][batch]))
 
 
 def _stream(name: str) -> int:

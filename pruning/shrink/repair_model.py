@@ -85,9 +85,10 @@ def repair_model(
       FullDiskError: the disk is full; what was finished stays.
     """
     files, parts = repaired_in(folder, spread), held_out(len(tokens))
-    texts = tuple(
+    learnt, held = (
         Text.of(in_batches(source, tokens[part], valid[part], batch), spread) for part in parts
     )
+    texts = learnt, held
     layers, x = files.open(provenance) or ([], _begun(source, texts, dtype))
     # Sums are added over processes in one order, whatever each of them finds again.
     room = min(spread.told(allowance().of(sys.maxsize)))
@@ -124,7 +125,7 @@ def _stays(plan: PruningPlan, index: int) -> bool:
     return index not in plan.layer_indices or bool(plan.keep[until].all())
 
 
-def _begun(source: LayerSource, texts: tuple[Text, ...], dtype) -> States:
+def _begun(source: LayerSource, texts: tuple[Text, Text], dtype) -> States:
     """What enters the dense model, and the same once more for the pruned one."""
     first = tuple(text.own.embedded(source, dtype) for text in texts)
     return *first, *(list(x) for x in first)
@@ -204,6 +205,7 @@ def with_repair(pruned: LayerSource, plan: PruningPlan, folder: Path) -> LayerSo
     def change(index: int, layer: DecoderLayer) -> DecoderLayer:
         if index not in plan.layer_indices:
             return layer
+        assert isinstance(layer.mlp, MoE)
         own, experts = own_experts(layer), layer.mlp.experts
         ends = np.append(0, np.cumsum(plan.keep[plan.layer_indices.index(index)].sum(axis=1)))
         rows = slice(int(ends[own.start]), int(ends[own.stop]))
