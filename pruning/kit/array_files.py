@@ -35,6 +35,7 @@ class InPieces:
     pieces: Callable[[], Iterable[np.ndarray]]
 
 
+WHOLE = slice(None)  # all rows of an array
 AnyArray = np.ndarray | InPieces
 
 
@@ -80,6 +81,8 @@ def read_rows(path: Path, rows: Mapping[str, slice]) -> dict[str, np.ndarray]:
     with safe_open(path, "numpy") as file:
 
         def read(name: str, own: slice) -> np.ndarray:
+            if own == WHOLE:
+                return file.get_tensor(name)
             if own.start < own.stop:
                 return file.get_slice(name)[own]
             dtype, shape = (

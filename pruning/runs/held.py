@@ -11,6 +11,8 @@ from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.grouped import SLOTS as BETWEEN
 from pruning.scores.states import MEMORY_STATES
+from pruning.shrink.gptq_groups import SLOTS as GPTQ_SLOTS
+from pruning.shrink.progress import HELD_OUT
 from pruning.shrink.repair_groups import SLOTS as REPAIR_SLOTS
 from pruning.stages.measure import held_states
 from pruning.stages.probe_windows import compared, probe_shapes
@@ -102,6 +104,24 @@ def repaired_bytes(config: ModelConfig, tokens: int, kept: int, allowance: Allow
     rows = kept * config.d_model
     beside = sum(_in_memory(item * rows, allowance) for item in (4, 2, 2))
     return between_bytes(config, tokens, allowance, REPAIR_SLOTS) + beside
+
+
+def coded_bytes(
+    config: ModelConfig, tokens: int, weights: int, group_size: int, allowance: Allowance
+) -> int:
+    """Bytes of memory of what GPTQ holds between the groups of a layer: the text with what is held
+    out of it, and codes and scales of three matrices; 0 for layers that are taken whole.
+
+    Args:
+      config: of the model.
+      tokens: of the text.
+      weights: of a matrix of all experts.
+      group_size: weights per scale.
+      allowance: what may be spent.
+    """
+    held = 2 * -(-tokens // HELD_OUT)  # which goes three ways instead of one
+    codes = sum(_in_memory(size, allowance) for size in (weights // 2, 4 * weights // group_size))
+    return between_bytes(config, tokens + held, allowance, GPTQ_SLOTS) + 3 * codes
 
 
 def _in_memory(size: int, allowance: Allowance) -> int:

@@ -21,6 +21,7 @@ from pruning.runs.held import (
     LOSS_LOGITS,
     Held,
     between_bytes,
+    coded_bytes,
     evaluation_bytes,
     export_bytes,
     fixed_bytes,
@@ -47,7 +48,7 @@ from pruning.scores.states import (
     projection_bytes,
     projection_room,
 )
-from pruning.shrink.gptq import MOMENT_BYTES
+from pruning.shrink.gptq import MOMENT_BYTES, moments_of_expert
 from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import probe_shapes
@@ -170,12 +171,17 @@ class Foretold:
         return self._late + layers + states + grams + between
 
     def gptq(self) -> int:
-        """Beside a pruned layer: moments of some experts, and the states of the text."""
-        recipe = self.recipe
+        """Beside a pruned layer: moments of some experts, and the states of the text; of a layer in
+        groups, what lies between them."""
+        recipe, c = self.recipe, self.base.config
         if recipe.quantizer != "gptq" or not self._packs:
             return 0
-        states = recipe.max_tokens * self.base.config.d_model * self._item
-        return self._fixed + self._pruned(False) + 2 * MOMENT_BYTES + states
+        states = recipe.max_tokens * c.d_model * self._item
+        rows = c.moe.num_experts * c.moe.d_expert * c.d_model
+        between = coded_bytes(c, recipe.max_tokens, rows, recipe.group_size, self.allowance)
+        each = moments_of_expert(c.d_model, c.moe.d_expert)
+        moments = max(each, min(self.allowance.of(MOMENT_BYTES), self._at_once * each))
+        return self._fixed + self._pruned(True) + 2 * moments + states + between
 
     def export(self) -> int:
         """As of `export_bytes`."""
@@ -230,11 +236,8 @@ class Foretold:
 
     @property
     def _exports_groups(self) -> bool:
-        """Whether layers are written in groups of experts: not with codes that lie in a folder by
-        layer, nor into one tensor of all experts."""
-        recipe, exports = self.recipe, (export_of(self.base, self._plan, f) for f in self._forms)
-        chosen = recipe.quantizer == "gptq" and self._packs
-        return not chosen and all(export.by_group for export in exports)
+        """Whether layers are written in groups of experts: not into one tensor of all experts."""
+        return all(export_of(self.base, self._plan, form).by_group for form in self._forms)
 
     @property
     def _item(self) -> int:

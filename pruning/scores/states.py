@@ -102,11 +102,12 @@ class States:
         """What lies in the first slot."""
         return self.get(0, rows)
 
-    def in_pieces(self, size: int) -> InPieces:
-        """The first slot, to be read so many bytes, or a window, at a time."""
+    def in_pieces(self, rows: int, size: int) -> InPieces:
+        """The first rows of the first slot, to be read so many bytes, or a row, at a time."""
         step = max(1, size // max(1, state_bytes(1, (1, *self._shape[1:]), self._dtype)))
-        parts = [slice(i, min(i + step, self._shape[0])) for i in range(0, self._shape[0], step)]
-        return InPieces(self._shape, self._dtype, lambda: (self.get(0, part) for part in parts))
+        parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+        shape = rows, *self._shape[1:]
+        return InPieces(shape, self._dtype, lambda: (self.get(0, part) for part in parts))
 
     def sync(self) -> None:
         """Wait until all is on the disk."""

@@ -70,5 +70,5 @@ class StoredLayer:
 
     def arrays(self) -> LayerArrays:
         """All of the layer, to be written in pieces."""
-        down = self._states.in_pieces(PIECE)
+        down = self._states.in_pieces(int(self._ends[-1]), PIECE)
         return {"w_down": down} | ({"b_down": np.concatenate(self._bias)} if self._bias else {})
