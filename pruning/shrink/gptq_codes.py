@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.groups import own_experts
@@ -76,14 +77,24 @@ class CodesInGroups:
 def with_stored_codes(
     index: int, layer: DecoderLayer, files: LayerFolder, group_size: int
 ) -> DecoderLayer:
-    """A layer, or a group of one, with its own of the codes in a folder."""
+    """A layer, or a group of one, with its own of the codes in a folder.
+
+    Raises:
+      InputError: a file is damaged, or of an earlier version and a group is asked for.
+    """
     paths = [_path(keys) for keys, _ in jax.tree.leaves_with_path(layer)]
     rows = {f"{path}.{part}": WHOLE for path in paths for part in ("packed", "scale")}
     experts = layer.mlp.experts if isinstance(layer.mlp, MoE) else None
     if experts is not None:
         first, start = own_experts(layer).start, 0
         if first:
-            start = int(files.rows(index, {COUNT: WHOLE})[COUNT][:first].sum())
+            found = files.rows(index, {COUNT: WHOLE})
+            if COUNT not in found:
+                raise InputError(
+                    f"{files.path} holds codes without the widths of experts, as earlier versions "
+                    "wrote them, so groups of these are not found; remove it and export again"
+                )
+            start = int(found[COUNT][:first].sum())
         stop = start + int(np.asarray(experts.count).sum())
         for name in POOLS:
             step = group_size if name == "w_down" else 1

@@ -31,7 +31,7 @@ from moe_jax.source import LayerSource
 from moe_jax.stream import layer_attend
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
-from pruning.scores.routed import routed
+from pruning.scores.routed import Routed, routed
 from pruning.scores.states import InSlot, States, temporary_states
 from pruning.shrink.progress import LayerArrays
 from pruning.shrink.progress import States as TextStates
@@ -118,6 +118,7 @@ class _Layer:
         self._work, self._index, self._x, self._stack = work, index, x, stack
         self._ridges = Ridges(work.room)
         self._rest: DecoderLayer | None = None  # what all groups share, once there is one
+        self._routed: tuple[Routed, np.ndarray] | None = None  # and tokens at each expert
         self._made: dict[str, StoredLayer] = {}
         self._mendable = self._starved = 0
         windows = [len(text.own.tokens) for text in work.texts]
@@ -200,16 +201,15 @@ class _Layer:
                 text.own.each(x, lambda x, place, rows: layer_attend(self._rest, x, place))
         for name in ("dense", "none", "expert"):
             self._zero(name)
-        seen = self._work.texts[0]
-        self._seen = routed(group, self._x[2], seen.own.places, seen.rows % 2 == 0)
-        self._tokens = reached(self._seen, seen.spread)
 
     def _repair(self, group: DecoderLayer, pruned: DecoderLayer) -> LayerRepair:
-        own = own_experts(group)
-        return LayerRepair(
-            group, pruned, self._keep[own], self._seen.at(own), self._tokens[own], self._ridges,
-            self._work.texts[0].spread,
-        )  # fmt: skip
+        seen, own = self._work.texts[0], own_experts(group)
+        if self._routed is None:
+            to = routed(group, self._x[2], seen.own.places, seen.rows % 2 == 0)
+            self._routed = to, reached(to, seen.spread)
+        to, tokens = self._routed
+        given = self._keep[own], to.at(own), tokens[own]
+        return LayerRepair(group, pruned, *given, self._ridges, seen.spread)
 
     def _take(self, name: str, own: slice, group: DecoderLayer, changes: Changes) -> None:
         """Keep a group that was repaired, and add what it gives."""
