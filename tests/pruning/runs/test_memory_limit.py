@@ -63,7 +63,7 @@ def test_a_layer_that_is_more_than_the_limit_leaves_is_taken_in_groups_of_expert
     score += ["--max-tokens", "256", "--planner", "fair", "--output", str(out)]
     commands = [
         score, ["plan", str(out), "--prune-rate", "0.25"],
-        ["export", str(out), "--export", "ragged-int4", "--repair", "layer"],
+        ["export", str(out), "--export", "ragged-int4", "--repair", "expert"],
         ["verify", str(out), "--json", str(out / "checks.json")],
     ]  # fmt: skip
     assert peak(commands, limit) <= limit

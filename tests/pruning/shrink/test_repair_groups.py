@@ -67,7 +67,6 @@ CASES = [
     ("deepseek_v3", "layer", jnp.float32),
     ("deepseek_v3", "layer", jnp.bfloat16),
     ("gpt_oss", "expert", jnp.float32),
-    ("gpt_oss", "layer", jnp.float32),
 ]
 
 
