@@ -29,7 +29,7 @@ from moe_jax.experts.moe import MoE, MoETrace
 from moe_jax.experts.run import RunExperts, run_experts
 from moe_jax.norm import rms_norm
 from moe_jax.source import LayerSource, group_of, groups_of
-from moe_jax.stream import Batches, PerBatch
+from moe_jax.stream import Batches, PerBatch, layer_attend
 from moe_jax.transformer import DecoderLayer
 
 
@@ -51,9 +51,9 @@ class Halfway:
     dtype: Any = struct.field(pytree_node=False)
 
 
-# What a group does to a batch: (the group, the batch, where its tokens stand, its rows) -> float32
+# What a group does to batches: the group -> (a batch, where its tokens stand, its rows) -> float32
 # [B, T, D], what the experts have given with those of the group.
-GroupStep = Callable[[DecoderLayer, Halfway, Context, slice], Array]
+GroupStep = Callable[[DecoderLayer], Callable[[Halfway, Context, slice], Array]]
 Texts = Sequence[tuple[Batches, PerBatch, GroupStep]]
 Between = tuple[PerBatch, PerBatch]  # of a text, `Halfway.middle` and `Halfway.routed`
 
@@ -80,6 +80,7 @@ def through_groups(
     index: int,
     texts: Texts,
     between: Callable[[Batches], Between] = in_memory,
+    begin: Callable[[DecoderLayer, Array, Context], Halfway] | None = None,
 ) -> None:
     """Take texts through a layer.
 
@@ -89,17 +90,21 @@ def through_groups(
       texts: each a text, its states before the layer by batch, which become those behind it, and
         what a group does, as a rule `add_group`.
       between: where the batches of a text lie between groups.
+      begin: what is done with a batch before the experts; default `layer_begin`.
     """
     held, rest = [between(text) for text, _, _ in texts], None
+    begin = begin or layer_begin
     for group in each_group(source, index):
         if rest is None:
             rest = rest_of(group)
             for (text, x, _), own in zip(texts, held, strict=True):
                 for i, place in enumerate(text.places):
-                    keep(own, i, layer_begin(rest, jnp.asarray(x[i]), place))
+                    keep(own, i, begin(rest, jnp.asarray(x[i]), place))
         for (text, x, step), own in zip(texts, held, strict=True):
+            run = step(group)
             for i, (rows, place) in enumerate(zip(text.rows, text.places, strict=True)):
-                own[1][i] = np.asarray(step(group, taken(own, i, x[i].dtype), place, rows))
+                own[1][i] = np.asarray(run(taken(own, i, x[i].dtype), place, rows))
+            del run
         del group  # before the next one is read
     assert rest is not None
     for (text, x, _), own in zip(texts, held, strict=True):
@@ -163,15 +168,26 @@ def layer_begin(rest: DecoderLayer, x: Array, context: Context) -> Halfway:
     return Halfway(middle, jnp.zeros_like(middle), x.dtype)
 
 
+def layer_begin_apart(rest: DecoderLayer, x: Array, context: Context) -> Halfway:
+    """The same where a whole layer is taken by two programs, whose middle has the dtype of `x`."""
+    return halfway_of(layer_attend(rest, x, context))
+
+
+def halfway_of(middle: Array, routed: Array | None = None) -> Halfway:
+    """A batch whose middle [B, T, D] has the dtype of its states; nothing is given as default."""
+    wide = middle.astype(jnp.float32)
+    return Halfway(wide, jnp.zeros_like(wide) if routed is None else routed, middle.dtype)
+
+
 @jax.jit
 def group_forward(group: DecoderLayer, halfway: Halfway, context: Context) -> Array:
     """`Halfway.routed` with a group's experts added."""
     return added_group(group, halfway, context).routed.reshape(halfway.routed.shape)
 
 
-def add_group(group: DecoderLayer, halfway: Halfway, context: Context, rows: slice) -> Array:
+def add_group(group: DecoderLayer) -> Callable[[Halfway, Context, slice], Array]:
     """`group_forward` as a `GroupStep`."""
-    return group_forward(group, halfway, context)
+    return lambda halfway, context, rows: group_forward(group, halfway, context)
 
 
 @jax.jit

@@ -96,12 +96,15 @@ def settled_logits(
 
     def in_groups(index: int, states: States) -> States:
         def step_of(stays: np.ndarray) -> GroupStep:
-            def add(group: DecoderLayer, x: Halfway, place: Context, rows: slice) -> Array:
-                out, settled_here = _group(group, x, place, rounding)
-                stays[rows] &= np.asarray(settled_here)
-                return out
+            def of(group: DecoderLayer) -> Callable[[Halfway, Context, slice], Array]:
+                def add(x: Halfway, place: Context, rows: slice) -> Array:
+                    out, settled_here = _group(group, x, place, rounding)
+                    stays[rows] &= np.asarray(settled_here)
+                    return out
 
-            return add
+                return add
+
+            return of
 
         parts = zip(texts, states, map(step_of, settled), strict=True)
         through_groups(source, index, [*parts])

@@ -154,7 +154,7 @@ def repaired(
         batch=job.recipe.batch,
         dtype=job.dtype,
     )
-    yield with_repair(PrunedSource(job.base, plan), folder)
+    yield with_repair(PrunedSource(job.base, plan), plan, folder)
     shutil.rmtree(folder)
 
 

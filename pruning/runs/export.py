@@ -107,8 +107,7 @@ def _takes(
 ) -> Callable[[Allowance], dict[str, int]]:
     """What the stages take, by the allowance; arguments as of `_changed`."""
     if codes_folder(recipe) is None and mode in (None, "none"):
-        by_group = mode == "none" or stored_repair(recipe, plan) is None
-        by_group &= not plan.merged
+        by_group = not plan.merged
         forms = (form_of(recipe, name, plan) for name in recipe.export)
         by_group &= all(export_of(base.about, plan, form).by_group for form in forms)
         return lambda found: {"export": export_bytes(base.about, found, by_group)}

@@ -21,14 +21,17 @@ from pruning.runs.held import (
     LOSS_LOGITS,
     Held,
     between_bytes,
+    coded_bytes,
     evaluation_bytes,
     export_bytes,
     fixed_bytes,
+    kept_between,
     largest_layer,
     layers_held,
     logits_held,
     outer_weights,
     pruned_bytes,
+    repaired_bytes,
     rows_at_work,
     verify_bytes,
 )
@@ -45,7 +48,7 @@ from pruning.scores.states import (
     projection_bytes,
     projection_room,
 )
-from pruning.shrink.gptq import MOMENT_BYTES
+from pruning.shrink.gptq import MOMENT_BYTES, moments_of_expert
 from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import probe_shapes
@@ -117,7 +120,7 @@ class Foretold:
         work += max(1, len(parts)) * sums // len(c.moe_layers)
         if recipe.weight_gradients:  # weights as float32, their gradients, and those of a batch
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
-        layer = self._largest(not recipe.groups - {"weights-only"})
+        layer = self._largest(not recipe.groups - {"weights-only", "obs"})
         work += layers_held(layer, 2, self.allowance) + 2 * layer.total
         held = self._held_states(windows, padded // batch, step)
         held += between_bytes(c, padded * recipe.window, self.allowance)
@@ -140,38 +143,45 @@ class Foretold:
         states = tokens * c.d_model * item
         plans = 1 + self.rates * len(CANDIDATES)
         together = max(1, min(plans, self.allowance.of(STATE_BYTES) // states))
-        layer, repaired = self._largest(not is_repaired(recipe)), is_repaired(recipe)
-        at_once = c.moe.num_experts
-        if not repaired:
-            at_once = min(at_once, self.allowance.experts or at_once)
+        pool = self._at_once * c.moe.d_expert * c.d_model
         work = rows_at_work(c, recipe, tokens) * (3 * c.moe.d_expert + 3 * c.d_model) * 4
-        work += at_once * c.moe.d_expert * c.d_model * item
-        work += logits_held(c, LOSS_LOGITS) + together * between_bytes(c, tokens, self.allowance)
-        if repaired:
-            pool = c.moe.num_experts * c.moe.d_expert * c.d_model
+        work += pool * item + logits_held(c, LOSS_LOGITS)
+        work += together * kept_between(c, tokens, self.allowance)
+        if is_repaired(recipe):
             work += self._sample(SHARE) + pool * (2 * 4 + item)
-        layers = layers_held(layer, 2, self.allowance)
+        layers = layers_held(self._largest(True), 2, self.allowance)
         return int(self._fixed + layers + 2 * together * states + work)
 
     def repair(self) -> int:
         """Beside a pruned layer: the states of two models, inputs and lacks of the experts and one
         of them on its way to the device, where each copy of a token goes, three candidates of a
-        layer, and the Grams of its experts with their eigenvectors."""
+        layer, and the Grams of its experts with their eigenvectors, or of one if those of others
+        are made again; of a layer in groups, what lies between them."""
         recipe, c = self.recipe, self.base.config
         if recipe.repair == "none":
             return 0
         states = recipe.max_tokens * c.d_model * (3 * self._item + 3 * 4)
         states += recipe.max_tokens * c.moe.experts_per_token * (3 * 4 + 2 * 8)
-        grams = 5 * 8 * int(np.square(self._plan.counts).sum(axis=1).max())
-        return self._late + self._pruned(False) + states + 3 * 2 * self._largest(False).own + grams
+        counts = self._plan.counts
+        squares = 5 * 8 * np.square(counts)
+        grams = max(int(squares.max()), self.allowance.of(int(squares.sum(axis=1).max())))
+        kept = int(counts.sum(axis=1).max())
+        between = repaired_bytes(c, recipe.max_tokens, kept, self.allowance)
+        layers = self._pruned(True) + 3 * 2 * self._largest(True).own
+        return self._late + layers + states + grams + between
 
     def gptq(self) -> int:
-        """Beside a pruned layer: moments of some experts, and the states of the text."""
-        recipe = self.recipe
+        """Beside a pruned layer: moments of some experts, and the states of the text; of a layer in
+        groups, what lies between them."""
+        recipe, c = self.recipe, self.base.config
         if recipe.quantizer != "gptq" or not self._packs:
             return 0
-        states = recipe.max_tokens * self.base.config.d_model * self._item
-        return self._fixed + self._pruned(False) + 2 * MOMENT_BYTES + states
+        states = recipe.max_tokens * c.d_model * self._item
+        rows = c.moe.num_experts * c.moe.d_expert * c.d_model
+        between = coded_bytes(c, recipe.max_tokens, rows, recipe.group_size, self.allowance)
+        each = moments_of_expert(c.d_model, c.moe.d_expert)
+        moments = max(each, min(self.allowance.of(MOMENT_BYTES), self._at_once * each))
+        return self._fixed + self._pruned(True) + 2 * moments + states + between
 
     def export(self) -> int:
         """As of `export_bytes`."""
@@ -191,8 +201,7 @@ class Foretold:
     def evaluation(self) -> int:
         """Layers pruned on the fly, or as float32 where weights have 4 bits, and the texts."""
         recipe = self.recipe
-        by_group = recipe.repair == "none"
-        layers = self._pruned(by_group)
+        layers = self._pruned(True)
         if self._packs:
             layers = max(layers, layers_held(self._largest(True), 4, self.allowance))
         # Windows of texts that are named lie half over each other.
@@ -227,11 +236,8 @@ class Foretold:
 
     @property
     def _exports_groups(self) -> bool:
-        """Whether layers are written in groups of experts: not with weights that lie in a folder by
-        layer, nor into one tensor of all experts."""
-        recipe, exports = self.recipe, (export_of(self.base, self._plan, f) for f in self._forms)
-        chosen = recipe.repair != "none" or (recipe.quantizer == "gptq" and self._packs)
-        return not chosen and all(export.by_group for export in exports)
+        """Whether layers are written in groups of experts: not into one tensor of all experts."""
+        return all(export_of(self.base, self._plan, form).by_group for form in self._forms)
 
     @property
     def _item(self) -> int:
@@ -269,16 +275,23 @@ class Foretold:
         recipe = self.recipe
         return recipe.gradients, recipe.weight_gradients, recipe.nll_ig is not None
 
+    @property
+    def _at_once(self) -> int:
+        """Experts that are in memory together where layers can be taken in groups."""
+        experts = self.base.config.moe.num_experts
+        return min(experts, self.allowance.experts or experts)
+
     def _sample(self, share: float) -> int:
         """The hidden states of a sample of the text, its rows at work, and the Grams of a layer's
-        experts on the device, on the host and of one of them in float64."""
+        experts, or a group's, on the device, on the host and of one of them in float64."""
         c, recipe = self.base.config, self.recipe
         windows = math.ceil(recipe.max_tokens / recipe.window)
         count, size = sample_size(windows, recipe.window, share)
         rows = min(count, recipe.batch) * size * c.moe.experts_per_token
         work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
-        grams = (2 * 4 * c.moe.num_experts + 4 * 8) * c.moe.d_expert**2
-        return count * size * c.d_model * self._item + work + grams
+        grams = (2 * 4 * self._at_once + 4 * 8) * c.moe.d_expert**2
+        states = count * size * c.d_model * self._item
+        return states + kept_between(c, count * size, self.allowance) + work + grams
 
     def _held_states(self, windows: int, batches: int, step: int) -> int:
         """Most bytes that a sweep over the text keeps in memory between its layers.

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.experts.moe import MoE
+from moe_jax.groups import each_group
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, sweep
 from moe_jax.transformer import DecoderLayer
-from pruning.scores.grams import Sample
+from pruning.scores.grams import Sample, Seen
 from pruning.scores.statistics import ChannelStatistics
 
 PULL = 1e-2  # toward the weights as they are, of the mean diagonal of an expert's Gram
@@ -33,10 +34,11 @@ def elimination_costs(
 ) -> np.ndarray:
     """What each channel costs its expert's output when its turn comes, see `eliminate`.
 
-    One forward sweep.
+    One forward sweep; of a layer in groups each is read twice, for what they give together weighs
+    what each does.
 
     Args:
-      source: the dense model; one of its layers is held.
+      source: the dense model; one of its layers, or groups of one, is held.
       tokens: int32 [B, T], the text or a sample of it, see `pruning.scores.grams`.
       valid: bool [B, T].
       statistics: of the whole text.
@@ -54,17 +56,31 @@ def elimination_costs(
     def step(index: int, layer: DecoderLayer, sample: Sample) -> Sample:
         seen = sample.through(index, layer)
         if seen is not None:
-            assert isinstance(layer.mlp, MoE)
-            down = np.asarray(dequantize(layer.mlp.experts.w_down), np.float32)
-            down = down.reshape(*seen.squares.shape, -1)
-            costs = [eliminate(seen.gram(e), each.astype(float)) for e, each in enumerate(down)]
-            found.append(np.stack(costs))
-        if on_step:
-            on_step(index + 1, len(source))
+            found.append(_costs(layer, seen))
         return sample
 
-    sweep(source, sample, step)
+    def in_groups(index: int, sample: Sample) -> Sample:
+        seen, costs = sample.in_groups(source, index), []
+        for group in each_group(source, index):
+            costs.append(_costs(group, seen.of(group)))
+            del group  # before the next one is read
+        found.append(np.concatenate(costs))
+        return sample
+
+    def visited(index: int) -> None:
+        if on_step:
+            on_step(index + 1, len(source))
+
+    sweep(source, sample, step, on_layer=visited, in_groups=in_groups)
     return np.stack(found)
+
+
+def _costs(layer: DecoderLayer, seen: Seen) -> np.ndarray:  # float64 [E, F]
+    """What the channels of a layer, or of a group of it, cost."""
+    assert isinstance(layer.mlp, MoE)
+    down = np.asarray(dequantize(layer.mlp.experts.w_down), np.float32)
+    down = down.reshape(*seen.squares.shape, -1)
+    return np.stack([eliminate(seen.gram(e), each.astype(float)) for e, each in enumerate(down)])
 
 
 def eliminate(gram: np.ndarray, down: np.ndarray, most: int | None = None) -> np.ndarray:

@@ -15,10 +15,21 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import gather_rows
 from moe_jax.experts.grouped_matmul import add_slice, dot, walk_tiles
-from moe_jax.experts.moe import MoE
-from moe_jax.stream import LayerSource, in_batches, layer_attend, layer_forward
+from moe_jax.experts.moe import MoE, MoETrace
+from moe_jax.groups import (
+    Between,
+    Halfway,
+    group_trace,
+    in_memory,
+    layer_begin_apart,
+    own_experts,
+    taken,
+    through_groups,
+)
+from moe_jax.stream import Batches, LayerSource, in_batches, layer_attend, layer_forward
 from moe_jax.transformer import DecoderLayer
 from pruning.scores.expert_sums import observe_experts
+from pruning.scores.grouped import observed_group
 from pruning.scores.layer import EPS
 from pruning.scores.statistics import ChannelStatistics
 
@@ -104,6 +115,20 @@ class Sample:
         )
         self._layers = source.config.moe_layers
 
+    def in_groups(self, source: LayerSource, index: int) -> "SeenInGroups":
+        """Take the sample through a layer in groups, all of which are read for it.
+
+        Returns:
+          What says of each group, read once more, what the sample shows of its experts.
+        """
+        between = in_memory(self._text)
+        step = lambda group: lambda x, place, rows: observed_group(group, x, place)  # noqa: E731
+        through_groups(
+            source, index, [(self._text, self._x, step)], lambda _: between, layer_begin_apart
+        )
+        squares = self._squares[self._layers.index(index)]
+        return SeenInGroups(self._text, between, self._x, squares)
+
     def through(self, index: int, layer: DecoderLayer) -> Seen | None:
         """Take the sample through a layer.
 
@@ -113,8 +138,7 @@ class Sample:
         if not isinstance(layer.mlp, MoE):
             self._text.each(self._x, lambda x, place, rows: layer_forward(layer, x, place))
             return None
-        experts, width = len(layer.mlp.experts.count), layer.mlp.config.d_expert
-        sums = jnp.zeros((experts, width, width)), jnp.zeros(experts, jnp.int32)
+        sums = _no_sums(layer)
 
         def run(x: Array, place: Context, rows: slice) -> Array:
             nonlocal sums
@@ -126,13 +150,66 @@ class Sample:
         return Seen(grams, self._squares[self._layers.index(index)], tokens)
 
 
+class SeenInGroups:
+    """What a sample shows of the experts of a layer, by groups of these.
+
+    Args:
+      text: the sample.
+      between: its batches, where all groups have added their experts.
+      behind: per batch [b, T, D], what stands behind the layer.
+      squares: of the layer, as of `Seen`.
+    """
+
+    def __init__(
+        self, text: Batches, between: Between, behind: list[np.ndarray], squares: np.ndarray
+    ):
+        self._text, self._between, self._behind, self._squares = text, between, behind, squares
+        self._last: tuple[slice, Seen] | None = None
+
+    def of(self, group: DecoderLayer) -> Seen:
+        """Of a group; while the same is asked for, it is reckoned once."""
+        own = own_experts(group)
+        if self._last is None or self._last[0] != own:
+            self._last = None  # before there is another
+            sums = _no_sums(group)
+            for number, place in enumerate(self._text.places):
+                behind = jnp.asarray(self._behind[number])
+                halfway = taken(self._between, number, behind.dtype)
+                sums = _observed_group(group, halfway, place, behind, sums)
+            grams, tokens = (np.asarray(one) for one in sums)
+            self._last = own, Seen(grams, self._squares[own], tokens)
+        return self._last[1]
+
+
+Sums = tuple[Array, Array]  # Grams [E, F, F], and tokens [E]
+
+
+def _no_sums(layer: DecoderLayer) -> Sums:
+    assert isinstance(layer.mlp, MoE)
+    experts, width = len(layer.mlp.experts.count), layer.mlp.config.d_expert
+    return jnp.zeros((experts, width, width)), jnp.zeros(experts, jnp.int32)
+
+
 @partial(jax.jit, donate_argnums=3)
 def _observed(
-    layer: DecoderLayer, middle: Array, context: Context, sums: tuple[Array, Array]
-) -> tuple[Array, tuple[Array, Array]]:
+    layer: DecoderLayer, middle: Array, context: Context, sums: Sums
+) -> tuple[Array, Sums]:
     """The second half of a layer, and the sums with those of its batch."""
     out, trace = layer.feed_forward(middle, context, observe_experts)
-    assert isinstance(layer.mlp, MoE) and trace is not None
+    assert trace is not None
+    return out, _added(layer, trace, out, sums)
+
+
+@partial(jax.jit, donate_argnums=4)
+def _observed_group(
+    group: DecoderLayer, halfway: Halfway, context: Context, behind: Array, sums: Sums
+) -> Sums:
+    """The sums of a group with those of a batch that stands `behind` the layer."""
+    return _added(group, group_trace(group, halfway, context, observe_experts), behind, sums)
+
+
+def _added(layer: DecoderLayer, trace: MoETrace, out: Array, sums: Sums) -> Sums:
+    assert isinstance(layer.mlp, MoE)
     d, hidden = trace.dispatch, trace.kept.hidden
     norm = jnp.sum(jnp.square(out.reshape(-1, out.shape[-1]).astype(jnp.float32)), axis=-1)
     weight = trace.row_weight * gather_rows(jax.lax.rsqrt(norm + EPS), d, d.copies)
@@ -144,4 +221,4 @@ def _observed(
         return add_slice(grams, dot(h, h, COLUMNS)[None], (expert, 0, 0))
 
     grams = walk_tiles(d, layer.mlp.experts.pool, step, sums[0])
-    return out, (grams, sums[1] + d.tokens)
+    return grams, sums[1] + d.tokens

@@ -130,7 +130,7 @@ class _Visit:
             shape = (1, experts, value.shape[2])
             self.facts.setdefault(name, np.zeros(shape))[:, own] = value
         for number, _, place in self._batches():
-            self._between[1][number] = np.asarray(_observed(group, self._at(number), place))
+            self._between[1][number] = np.asarray(observed_group(group, self._at(number), place))
 
     def end(self, rest: DecoderLayer) -> None:
         """Do what comes behind the experts."""
@@ -160,7 +160,7 @@ class _Visit:
 
 
 @jax.jit
-def _observed(group: DecoderLayer, halfway: Halfway, context: Context) -> Array:
+def observed_group(group: DecoderLayer, halfway: Halfway, context: Context) -> Array:
     """Add a group's experts by the program that is also to sum, whose last bits may differ from
     those of `group_forward`; float32 [B, T, D]."""
     trace = added_group(group, halfway, context, observe_experts)

@@ -1,5 +1,6 @@
 """The tokens at each expert of a layer, and sums over them of what its channels make of them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -41,6 +42,10 @@ class Routed:
     weight: Array
     edges: np.ndarray = struct.field(pytree_node=False)
 
+    def at(self, own: slice) -> "Routed":
+        """Those at some of the experts, numbered from the first of these."""
+        return dataclasses.replace(self, edges=self.edges[own])
+
 
 @jax.jit
 def _choices(layer: DecoderLayer, middle: Array, context: Context) -> tuple[Array, Array, Array]:
@@ -60,7 +65,7 @@ def routed(
     """Where the tokens go.
 
     Args:
-      layer: one with experts.
+      layer: one with experts, or a group of it.
       middle: per batch [b, T, D], behind the layer's attention.
       places: per batch.
       first: bool [B], windows of the first half.

@@ -16,6 +16,7 @@ import numpy as np
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.experts.dispatch import padded_rows
 from moe_jax.files import scratch_file
+from pruning.kit.array_files import InPieces
 from pruning.kit.memory import allowance
 
 MEMORY_STATES = 2 << 30  # bytes of hidden states kept in memory; more go to a scratch file
@@ -100,6 +101,13 @@ class States:
     def __getitem__(self, rows: slice) -> np.ndarray:
         """What lies in the first slot."""
         return self.get(0, rows)
+
+    def in_pieces(self, rows: int, size: int) -> InPieces:
+        """The first rows of the first slot, to be read so many bytes, or a row, at a time."""
+        step = max(1, size // max(1, state_bytes(1, (1, *self._shape[1:]), self._dtype)))
+        parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+        shape = rows, *self._shape[1:]
+        return InPieces(shape, self._dtype, lambda: (self.get(0, part) for part in parts))
 
     def sync(self) -> None:
         """Wait until all is on the disk."""

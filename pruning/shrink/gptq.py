@@ -73,25 +73,31 @@ def gptq_layer(
     """
     rounded = quantize_layer(layer, group_size)
     seen = Seen(batches, spread)
-    attention, failed = _attention(layer, rounded.attention, seen, group_size)
+    attention, failed = quantised_attention(layer, rounded.attention, seen, group_size)
     half = dataclasses.replace(layer, attention=attention)
     behind = [(np.asarray(layer_attend(half, jnp.asarray(x), c)), c) for x, c in batches]
     middle = Seen(behind, spread)
     if isinstance(layer.mlp, MoE):
         assert isinstance(rounded.mlp, MoE)
-        experts, dropped = _experts(layer, rounded.mlp.experts, middle, group_size, moment_bytes)
-        shared, missed = _shared(layer, rounded.mlp.shared, middle, group_size)
+        experts, of_experts = quantised_experts(
+            layer, rounded.mlp.experts, middle, group_size, moment_bytes
+        )
+        shared, missed = quantised_shared(layer, rounded.mlp.shared, middle, group_size)
         mlp = dataclasses.replace(rounded.mlp, experts=experts, shared=shared)
-        kept = int(np.count_nonzero(np.asarray(experts.count)))
-        matrices = 3 * kept + (0 if shared is None else 3)
-        failed += dropped + missed
+        matrices = of_experts.matrices + (0 if shared is None else 3)
+        failed += of_experts.fallbacks + missed
     else:
         assert isinstance(rounded.mlp, DenseMLP)
         mlp, missed = _dense(layer, layer.mlp, rounded.mlp, middle, group_size)
         matrices, failed = 3, failed + missed
     quantised = dataclasses.replace(rounded, attention=attention, mlp=mlp)
-    matrices += sum(map(len, attention_groups(layer.attention)))
+    matrices += attention_matrices(layer)
     return quantised, Solved(matrices=matrices, fallbacks=failed)
+
+
+def attention_matrices(layer: DecoderLayer) -> int:
+    """How many matrices of its attention are quantised."""
+    return sum(map(len, attention_groups(layer.attention)))
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,10 @@ class Seen:
         return total(measure, self.batches, self.spread)
 
 
-def _attention(
+def quantised_attention(
     layer: DecoderLayer, rounded: AnyAttention, seen: Seen, group: int
 ) -> tuple[AnyAttention, int]:
+    """A layer's attention in 4 bits, and how many of its matrices fell back to `rounded`."""
     moments = seen.total(partial(attention_moments, layer))
     failed = 0
     for names in attention_groups(layer.attention):
@@ -138,12 +145,14 @@ def _dense(
     return _with_solved(rounded, ("w_gate", "w_up", "w_down"), solved)
 
 
-def _shared(
+def quantised_shared(
     layer: DecoderLayer,
     rounded: SharedExpert | None,
     seen: Seen,
     group_size: int,
 ) -> tuple[SharedExpert | None, int]:
+    """A layer's shared expert in 4 bits, if it has one, and how many of its matrices fell back;
+    `seen` is behind the quantised attention."""
     assert isinstance(layer.mlp, MoE)
     if rounded is None or layer.mlp.shared is None:
         return None, 0
@@ -200,19 +209,19 @@ def _solve_experts(
     return jax.lax.map(one, (first + jnp.arange(size), moments["w_gate_up"], moments["w_down"]))
 
 
-def _experts(
+def quantised_experts(
     layer: DecoderLayer,
     rounded: Experts,
     seen: Seen,
     group_size: int,
     moment_bytes: int,
-) -> tuple[Experts, int]:
-    """Routed experts in 4 bits, some at a time, and how many matrices fell back."""
+) -> tuple[Experts, Solved]:
+    """Routed experts of a layer, or a group of it, in 4 bits, some at a time; `seen` is behind the
+    quantised attention."""
     moe = layer.mlp
     assert isinstance(moe, MoE)
-    number, d_model = moe.config.num_experts, layer.mlp_norm.shape[0]
-    each = 3 * 4 * (d_model**2 + moe.experts.width**2)  # float32: the sum, a batch's, their total
-    fitting = max(1, moment_bytes // each)
+    number, d_model = len(moe.experts.count), layer.mlp_norm.shape[0]
+    fitting = max(1, moment_bytes // moments_of_expert(d_model, moe.experts.width))
     size = max(n for n in range(1, number + 1) if number % n == 0 and n <= fitting)
     pool = _OpenPool(rounded, group_size)
     failed = 0
@@ -226,7 +235,13 @@ def _experts(
         for i in range(size):
             gate_up, down = jax.tree.map(lambda leaf, i=i: leaf[i], solved)
             failed += pool.put(first + i, gate_up, down, int(tokens[i]))
-    return pool.closed(), failed
+    kept = int(np.count_nonzero(np.asarray(rounded.count)))
+    return pool.closed(), Solved(matrices=3 * kept, fallbacks=failed)
+
+
+def moments_of_expert(d_model: int, width: int) -> int:
+    """Bytes of an expert's second moments: the sum, a batch's, and their total, in float32."""
+    return 3 * 4 * (d_model**2 + width**2)
 
 
 class _OpenPool:

@@ -2,41 +2,27 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.errors import InputError
-from moe_jax.quant import QTensor
 from moe_jax.quantized import quantize_layer
+from moe_jax.source import groups_of
 from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import Batches, LayerSource, in_batches, layer_forward, mapped, sweep
 from moe_jax.transformer import DecoderLayer
+from pruning.kit.memory import allowance
 from pruning.scores.parts import dealt
-from pruning.shrink.gptq import Solved, gptq_layer
-from pruning.shrink.progress import LayerFolder, States, held_out
+from pruning.shrink.gptq import MOMENT_BYTES, gptq_layer
+from pruning.shrink.gptq_codes import stored_codes, with_stored_codes
+from pruning.shrink.gptq_errors import LayerErrors, errors_of
+from pruning.shrink.gptq_groups import InGroups
+from pruning.shrink.progress import LayerArrays, LayerFolder, States, held_out
 
 SUMMARY = "gptq.json"
-
-
-@dataclass(frozen=True)
-class LayerErrors:
-    """Error of one quantised layer on held-out tokens that it really receives.
-
-    Attributes:
-      nearest, gptq: squared error of the output by rounding to nearest and by GPTQ, relative to
-        the square of what the layer adds to its input.
-      matrices, fallbacks: see `Solved`.
-    """
-
-    nearest: float
-    gptq: float
-    matrices: int
-    fallbacks: int
 
 
 def quantize_model(
@@ -51,6 +37,7 @@ def quantize_model(
     dtype=jnp.float32,
     on_layer: Callable[[int], None] | None = None,
     spread: Spread = ALONE,
+    scratch: Path | None = None,
 ) -> list[LayerErrors]:
     """Quantise every layer behind the quantised layers before it.
 
@@ -58,7 +45,8 @@ def quantize_model(
     0 writes.
 
     Args:
-      source: the model, pruned if it is to be; at most one of its layers is held.
+      source: the model, pruned if it is to be; at most one of its layers is held, or one of its
+        groups, see `pruning.shrink.gptq_groups`.
       tokens: int32 [B, T] calibration windows, B at least 2; one in eight is held out.
       valid: bool [B, T].
       folder: where codes and scales go, a file per layer, and last a summary, without which it is
@@ -70,15 +58,17 @@ def quantize_model(
       dtype: of the activations.
       on_layer: called with the index of each finished layer.
       spread: the processes.
+      scratch: folder of what does not fit in memory beside a layer in groups; default the system's.
 
     Returns:
       The errors of every layer.
 
     Raises:
-      InputError: fewer than two windows.
+      InputError: fewer than two windows, or processes that take layers in other groups.
       FullDiskError: the disk is full; what was finished stays.
     """
     learn, check = _windows(len(tokens))
+    _require_alike(source, spread)
     codes = codes_in(folder, spread)
     seen, held = (
         dealt(in_batches(source, tokens[part], valid[part], batch), spread)[0]
@@ -87,16 +77,31 @@ def quantize_model(
     found = codes.open(provenance)
     layers, x = found or ([], (seen.embedded(source, dtype), held.embedded(source, dtype)))
 
-    def step(index: int, layer: DecoderLayer, x: States) -> States:
-        inputs = list(zip(x[0], seen.places, strict=True))
-        quantised, solved = gptq_layer(layer, inputs, group_size, spread=spread)
-        errors = _errors(layer, quantised, held, x[1], solved, group_size, spread)
+    moment_bytes = min(spread.told(allowance().of(MOMENT_BYTES)))  # of as many experts in all
+    work = InGroups(source, (seen, held), group_size, moment_bytes, spread, scratch)
+
+    def keep(index: int, arrays: LayerArrays, errors: LayerErrors, x: States) -> States:
         layers.append(dataclasses.asdict(errors))
-        x = _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
-        codes.add(index, _stored(quantised), provenance, layers, x)
+        codes.add(index, arrays, provenance, layers, x)
         return x
 
-    sweep(source, x, step, layers=range(len(layers), len(source)), on_layer=on_layer)
+    def step(index: int, layer: DecoderLayer, x: States) -> States:
+        inputs = list(zip(x[0], seen.places, strict=True))
+        quantised, solved = gptq_layer(layer, inputs, group_size, moment_bytes, spread)
+        forms = layer, quantize_layer(layer, group_size), quantised
+        outputs = [_forward(form, held, list(x[1])) for form in forms]
+        errors = errors_of(held, x[1], outputs, solved, spread)
+        x = _forward(quantised, seen, x[0]), _forward(quantised, held, x[1])
+        return keep(index, stored_codes(quantised), errors, x)
+
+    def in_groups(index: int, x: States) -> States:
+        with work.layer(index, x) as (arrays, errors):
+            return keep(index, arrays, errors, x)
+
+    sweep(
+        source, x, step, layers=range(len(layers), len(source)), on_layer=on_layer,
+        in_groups=in_groups,
+    )  # fmt: skip
     codes.close(provenance, layers)
     return [LayerErrors(**one) for one in layers]
 
@@ -135,56 +140,19 @@ def _windows(number: int) -> tuple[np.ndarray, np.ndarray]:
     return held_out(number)
 
 
+def _require_alike(source: LayerSource, spread: Spread) -> None:
+    """Raise InputError if processes take layers in other groups than each other: they add up
+    moments of as many experts at a time."""
+    told = spread.told([groups_of(source, index) for index in range(len(source))])
+    if any(one != told[0] for one in told):
+        raise InputError(
+            "processes have room for groups of different sizes of a layer's experts; give all of "
+            "them a --memory-limit that each has free"
+        )
+
+
 def _forward(layer: DecoderLayer, text: Batches, x: list[np.ndarray]) -> list[np.ndarray]:
     return text.each(x, lambda x, place, rows: layer_forward(layer, x, place))
-
-
-def _errors(
-    layer: DecoderLayer,
-    quantised: DecoderLayer,
-    held: Batches,
-    x: list[np.ndarray],
-    solved: Solved,
-    group_size: int,
-    spread: Spread,
-) -> LayerErrors:
-    """Errors of a layer whose input is `x`, left as it is, on the windows of all processes."""
-    rounded = quantize_layer(layer, group_size)
-    exact, near, best = (_forward(each, held, list(x)) for each in (layer, rounded, quantised))
-
-    def square(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
-        parts = zip(a, b, held.rows, strict=True)
-        found = sum(
-            float(np.square(one - other, dtype=np.float64)[held.valid[rows]].sum())
-            for one, other, rows in parts
-        )
-        return np.array(found)
-
-    own = {"added": square(exact, x), "nearest": square(near, exact), "gptq": square(best, exact)}
-    found = {name: float(value) for name, value in spread.total(own).items()}
-    return LayerErrors(
-        nearest=found["nearest"] / found["added"],
-        gptq=found["gptq"] / found["added"],
-        **dataclasses.asdict(solved),
-    )
-
-
-def _is_coded(leaf) -> bool:
-    return isinstance(leaf, QTensor)
-
-
-def _path(keys) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator=".")
-
-
-def _stored(layer: DecoderLayer) -> dict[str, np.ndarray]:
-    """Codes and scales of a layer by attribute path."""
-    arrays = {}
-    for keys, leaf in jax.tree.leaves_with_path(layer, is_leaf=_is_coded):
-        if _is_coded(leaf):
-            arrays[_path(keys) + ".packed"] = np.asarray(leaf.packed)
-            arrays[_path(keys) + ".scale"] = np.asarray(leaf.scale)
-    return arrays
 
 
 def with_codes(source: LayerSource, folder: Path, group_size: int) -> LayerSource:
@@ -196,23 +164,12 @@ def with_codes(source: LayerSource, folder: Path, group_size: int) -> LayerSourc
       group_size: weights per scale.
 
     Returns:
-      The source; each layer's codes are read with it.
+      The source; the codes of each layer, or of a group of it, are read with it.
     """
 
+    files = codes_in(folder)
+
     def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        stored = codes_in(folder).arrays(index)
+        return with_stored_codes(index, layer, files, group_size)
 
-        def code(keys, leaf):
-            path = _path(keys)
-            if path + ".packed" not in stored:
-                return leaf
-            return QTensor(
-                packed=jnp.asarray(stored[path + ".packed"]),
-                scale=jnp.asarray(stored[path + ".scale"]),
-                group_size=group_size,
-                axis=0 if path.endswith("experts.w_down") else 1,
-            )
-
-        return jax.tree.map_with_path(code, layer)
-
-    return mapped(source, change)
+    return mapped(source, change, by_group=True)

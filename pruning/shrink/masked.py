@@ -24,8 +24,8 @@ from moe_jax.experts.run import run_experts
 from moe_jax.groups import (
     GroupStep,
     Halfway,
+    add_group,
     added_group,
-    group_forward,
     own_experts,
     through_groups,
 )
@@ -33,7 +33,7 @@ from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
-from pruning.scores.grams import Sample, Seen
+from pruning.scores.grams import Sample, Seen, SeenInGroups
 from pruning.shrink.fewer_experts import Fewer, fewer_rows
 from pruning.shrink.prune import cut_router, output_bias
 from pruning.shrink.rounding import rounded_as_cut, rounded_layer
@@ -180,11 +180,14 @@ def masked_hidden(
 
     def in_groups(index: int, variants: Variants) -> Variants:
         alike.forget()
-        each = zip(variants, plans, strict=True)
-        through_groups(source, index, [(text, x, _masked_step(index, plan)) for x, plan in each])
+        seen = None if sample is None else sample.in_groups(source, index)
+        steps = (_masked_step(index, way, seen) for way in ways)
+        through_groups(
+            source, index, [(text, x, step) for x, step in zip(variants, steps, strict=True)]
+        )
         return variants
 
-    plain = sample is None and all(way.is_plain for way in ways)
+    plain = all(way.is_plain for way in ways)
     first = text.embedded(source, dtype)
     last = sweep(
         source, [list(first) for _ in plans], step, on_layer=on_layer,
@@ -278,14 +281,16 @@ def _numbers(choice: Fewer) -> tuple[Array, Array]:
     return jnp.int32(choice.top_k), jnp.float32(choice.skip_below)
 
 
-def _masked_step(index: int, plan: PruningPlan) -> GroupStep:
-    """What a plan makes of the groups of a layer."""
+def _masked_step(index: int, way: _Way, seen: SeenInGroups | None) -> GroupStep:
+    """What a way, which is plain, makes of the groups of a layer."""
 
-    def step(group: DecoderLayer, halfway: Halfway, place: Context, rows: slice) -> Array:
-        masks = _masks(group, index, plan)
+    def step(group: DecoderLayer) -> Callable[[Halfway, Context, slice], Array]:
+        masks = _masks(group, index, way.plan)
         if masks is None:
-            return group_forward(group, halfway, place)
-        return masked_group(group, halfway, place, *masks)
+            return add_group(group)
+        shown = None if seen is None else seen.of(group)
+        kept = _kept_layer(group, None, shown, way, masks, 0, PLAIN)
+        return lambda halfway, place, rows: masked_group(kept, halfway, place, *masks)
 
     return step
 

@@ -8,7 +8,7 @@ the states of its windows, and the first writes all else.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,17 +16,19 @@ from typing import Any, TypedDict
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from moe_jax.errors import InputError
 from moe_jax.files import remove_leftovers, replace_file, replace_text
 from moe_jax.json_files import parse_json, read_json
 from moe_jax.spread import ALONE, Spread
+from pruning.kit.array_files import AnyArray, read_rows, save_arrays
 from pruning.kit.fitting import misfits
 
 HELD_OUT = 8  # one window in so many measures errors and enters no sum
 STATES = "states"
 States = tuple[list[np.ndarray], ...]  # of each text, an array per batch
+LayerArrays = Mapping[str, AnyArray]
 
 
 def held_out(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,12 +86,11 @@ class LayerFolder:
         return found
 
     def add(
-        self, index: int, arrays: dict[str, np.ndarray], provenance: dict, layers: Sequence[dict],
-        x: States,
+        self, index: int, arrays: LayerArrays, provenance: dict, layers: Sequence[dict], x: States,
     ) -> None:  # fmt: skip
         """Keep a layer, what is known of all so far, and the states behind it."""
         if self.spread.leads:
-            replace_file(self._file(index), lambda partial: save_file(arrays, partial))
+            replace_file(self._file(index), lambda partial: save_arrays(arrays, partial))
         facts = {"parts": [len(states) for states in x], "dtype": x[0][0].dtype.name}
         facts |= {"provenance": provenance, "layers": list(layers)}
         facts |= {"processes": self.spread.processes}
@@ -209,8 +210,21 @@ class LayerFolder:
         Raises:
           InputError: its file is missing or damaged.
         """
+        return self._given(index, load_file)
+
+    def rows(self, index: int, rows: Mapping[str, slice]) -> dict[str, np.ndarray]:
+        """Some rows of those arrays of a layer that there are, by name.
+
+        Raises:
+          InputError: its file is missing or damaged.
+        """
+        return self._given(index, lambda file: read_rows(file, rows))
+
+    def _given(
+        self, index: int, read: Callable[[Path], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
         try:
-            return load_file(self._file(index))
+            return read(self._file(index))
         except (FileNotFoundError, SafetensorError) as error:
             raise InputError(
                 f"{self._file(index)} cannot be read ({error}); remove {self.path} and repeat what "

@@ -46,6 +46,11 @@ class Ridge:
         self._mean = diagonal[: channels or None].mean()
         self._known = self._values > RESOLUTION * self._values[-1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, but for some per channel."""
+        return self._vectors.nbytes
+
     def change(self, cross: np.ndarray, strength: float) -> np.ndarray:
         """What the weights move by, float64 [K, D], for sums h y^T [K, D]."""
         shrunk = self._shrunk(strength)[:, None]
@@ -87,6 +92,12 @@ class HalvedRidge:
         first, second = self._halves = [Ridge(gram, channels) for gram in grams]
         self._turned = first.turned(grams[1]), second.turned(grams[0])
         self._whole = Ridge(grams[0] + grams[1], channels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, but for some per channel."""
+        grams = sum(turned.nbytes for turned in self._turned)
+        return grams + sum(ridge.nbytes for ridge in (*self._halves, self._whole))
 
     def fit(self, missing: tuple[Missing, Missing]) -> tuple[np.ndarray | None, float]:
         """The best change on both halves.

@@ -1,4 +1,5 @@
-"""Repair of one decoder layer from the inputs that its experts see behind the repaired layers."""
+"""Repair of one decoder layer, or of a group of its experts, from the inputs that its experts see
+behind the repaired layers."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,13 +12,14 @@ from jax import Array
 
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
+from moe_jax.groups import own_experts
 from moe_jax.spread import ALONE, Spread
 from moe_jax.transformer import DecoderLayer
 from pruning.scores.routed import HIGHEST, Part, Routed, grams
 from pruning.shrink.repair import HalvedRidge, Missing
 
 PASSES = 3  # over the experts of a layer, each time for what the others leave
-Changes = dict[int, np.ndarray]  # by expert, float64 [K, D], of a bias in the last row
+Changes = dict[int, np.ndarray]  # by expert, float32 [K, D], of a bias in the last row
 
 
 @jax.jit
@@ -49,13 +51,44 @@ def _made(hidden: Array, weights: Array) -> Array:  # [R, D]
     return jnp.einsum("nk,kd->nd", hidden, weights, precision=HIGHEST)
 
 
-class LayerRepair:
-    """The experts of one layer and the tokens that reach them.
+class Ridges:
+    """What was found of the Grams of a layer's experts; what has no room is found again if it is
+    wanted.
 
     Args:
-      dense, pruned: the layer before and after pruning.
-      keep: bool [E, F].
-      text: where the tokens go, those of this process.
+      room: bytes.
+    """
+
+    def __init__(self, room: int):
+        self._left = room
+        self._kept: dict[int, HalvedRidge] = {}
+
+    def get(self, expert: int) -> HalvedRidge | None:
+        """Of an expert of the layer, if it is kept."""
+        return self._kept.get(expert)
+
+    def keep(self, expert: int, ridge: HalvedRidge) -> None:
+        """Keep it if there is room."""
+        if ridge.nbytes <= self._left:
+            self._left -= ridge.nbytes
+            self._kept[expert] = ridge
+
+
+def reached(text: Routed, spread: Spread = ALONE) -> np.ndarray:
+    """Tokens at each expert of a layer, of all processes, float64 [E]."""
+    own = (text.edges[:, 2] - text.edges[:, 0]).astype(np.float64)
+    return spread.total({"tokens": own})["tokens"]
+
+
+class LayerRepair:
+    """Experts of one layer, all or a group of them, and the tokens that reach them.
+
+    Args:
+      dense, pruned: the layer, or the group, before and after pruning.
+      keep: bool [E, F], of these experts.
+      text: where the tokens of this process go, to these experts.
+      tokens: float64 [E], as of `reached`.
+      ridges: of the layer.
       spread: the processes that share the text; all call alike, and have the same changes.
 
     Attributes:
@@ -69,6 +102,8 @@ class LayerRepair:
         pruned: DecoderLayer,
         keep: np.ndarray,
         text: Routed,
+        tokens: np.ndarray,
+        ridges: Ridges,
         spread: Spread = ALONE,
     ):
         assert isinstance(dense.mlp, MoE) and isinstance(pruned.mlp, MoE)
@@ -76,11 +111,10 @@ class LayerRepair:
         self._pools = dense.mlp.experts.weights
         self._bias = dense.mlp.experts.b_down is not None
         self._gone = _gone_bias(dense.mlp.experts, pruned.mlp.experts)
-        self._ridges: dict[int, HalvedRidge] = {}
+        self._ridges, self._first = ridges, own_experts(dense).start
         self.mendable = keep.any(axis=1) | self._bias
-        reached = (text.edges[:, 2] - text.edges[:, 0]).astype(np.float64)
-        self._reached = spread.total({"tokens": reached})["tokens"]
-        self.starved = int((self.mendable & (self._reached < keep.sum(axis=1))).sum())
+        self._reached = tokens
+        self.starved = int((self.mendable & (tokens < keep.sum(axis=1))).sum())
 
     def alone(self) -> Changes:
         """What brings each expert nearest to what it gave before, whatever the others do."""
@@ -104,16 +138,18 @@ class LayerRepair:
             self._fit(expert, sums, (a, b), changes)
         return changes
 
-    def together(self, residual: Array, changes: Changes) -> Changes:
-        """What brings the layer nearest to a target, one expert after the other.
+    def together(self, residual: Array, changes: Changes) -> Array:
+        """What brings the layer nearer to a target, one of these experts after the other, once.
 
         Args:
           residual: float32 [N, D], what the layer lacks of it with `changes`, at the tokens of this
             process; used up.
-          changes: where to begin.
+          changes: of these experts; replaced by the new ones.
+
+        Returns:
+          The residual with the new changes.
         """
-        changes = dict(changes)
-        for expert in (expert for _ in range(PASSES) for expert in self._experts()):
+        for expert in self._experts():
             part, before = self._part(expert, self._keep[expert]), changes.pop(expert, None)
             cross, square = _missing(part, residual, self._wide(part, before))
             own = np.r_[: int(self._keep[expert].sum()), [-1] * self._bias].astype(int)
@@ -128,7 +164,7 @@ class LayerRepair:
             if after is not before:
                 moved = self._wide(part, after) - self._wide(part, before)
                 residual = _less(part, residual, moved)
-        return changes
+        return residual
 
     def repaired(self, changes: Changes) -> DecoderLayer:
         """The pruned layer with its down-projections, and biases, changed."""
@@ -166,15 +202,16 @@ class LayerRepair:
         changes: Changes,
     ) -> None:
         """Put into `changes` what makes up for what an expert's tokens lack, if it helps."""
-        keep = self._keep[expert]
-        if expert not in self._ridges:
+        ridge = self._ridges.get(self._first + expert)
+        if ridge is None:
             sums = self._grams(expert) if sums is None else sums
             own = self._places(expert)
             a, b = (gram[np.ix_(own, own)] for gram in sums)
-            self._ridges[expert] = HalvedRidge((a, b), int(keep.sum()))
-        change, _ = self._ridges[expert].fit(missing)
+            ridge = HalvedRidge((a, b), int(self._keep[expert].sum()))
+            self._ridges.keep(self._first + expert, ridge)
+        change, _ = ridge.fit(missing)
         if change is not None:
-            changes[expert] = change
+            changes[expert] = change.astype(np.float32)
 
     def _places(self, expert: int) -> np.ndarray:
         """Where in the Gram of all channels those stand that are kept, and the bias."""

@@ -1,16 +1,16 @@
 """Repair of a whole pruned model, layer by layer, into a folder; and the model that it makes."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from moe_jax.experts.moe import MoE
+from moe_jax.groups import own_experts
 from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import (
     Batches,
@@ -23,38 +23,17 @@ from moe_jax.stream import (
 )
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
-from pruning.kit.memory import release_memory
-from pruning.scores.parts import dealt
+from pruning.kit.memory import allowance, release_memory
 from pruning.scores.routed import routed
-from pruning.shrink.progress import LayerFolder, States, held_out
+from pruning.shrink.progress import LayerArrays, LayerFolder, States, held_out
 from pruning.shrink.prune import pruned_layer
-from pruning.shrink.repair_layer import LayerRepair
+from pruning.shrink.repair_choice import RepairedLayer, Text, chosen, errors_at_tokens, lacking
+from pruning.shrink.repair_groups import InGroups
+from pruning.shrink.repair_layer import PASSES, Changes, LayerRepair, Ridges, reached
 
 SUMMARY = "repair.json"
 LEAST_WINDOWS = 3  # two halves and one held out
 Mode = Literal["expert", "layer"]
-
-
-@dataclass(frozen=True)
-class RepairedLayer:
-    """What became of one layer.
-
-    Attributes:
-      index: of the layer in the model.
-      choice: "expert" if every expert makes up for its own channels, "layer" if for those of all,
-        "none" if the layer is as it was pruned; see `chosen`.
-      experts: how many keep something that repair can change.
-      changed: how many of them were changed.
-      starved: how many of them fewer tokens reached than they keep channels.
-      errors: choice -> squared error of the residual stream behind the layer, on held-out windows.
-    """
-
-    index: int
-    choice: str
-    experts: int
-    changed: int
-    starved: int
-    errors: dict[str, float]
 
 
 def repair_model(
@@ -70,6 +49,7 @@ def repair_model(
     dtype=jnp.float32,
     on_layer: Callable[[int], None] | None = None,
     spread: Spread = ALONE,
+    scratch: Path | None = None,
 ) -> list[RepairedLayer]:
     """Refit the down-projections, and output biases, of what a plan keeps.
 
@@ -81,7 +61,8 @@ def repair_model(
     Then all solve alike, and process 0 writes.
 
     Args:
-      source: the dense model; at most one of its layers is held.
+      source: the dense model; at most one of its layers is held, or one of its groups, see
+        `pruning.shrink.repair_groups`.
       plan: what is kept of it.
       tokens: int32 [B, T] calibration windows, B at least `LEAST_WINDOWS`.
       valid: bool [B, T].
@@ -95,6 +76,7 @@ def repair_model(
       dtype: of the activations.
       on_layer: called with the index of each finished layer.
       spread: the processes.
+      scratch: folder of what does not fit in memory beside a layer in groups; default the system's.
 
     Returns:
       What became of every layer; nothing of those before the first that lacks a channel.
@@ -103,55 +85,47 @@ def repair_model(
       FullDiskError: the disk is full; what was finished stays.
     """
     files, parts = repaired_in(folder, spread), held_out(len(tokens))
-    texts = tuple(
+    learnt, held = (
         Text.of(in_batches(source, tokens[part], valid[part], batch), spread) for part in parts
     )
+    texts = learnt, held
     layers, x = files.open(provenance) or ([], _begun(source, texts, dtype))
+    # Sums are added over processes in one order, whatever each of them finds again.
+    room = min(spread.told(allowance().of(sys.maxsize)))
+    rounds = PASSES if mode == "layer" else 0
+    work = InGroups(source, plan, texts, rounds, room, scratch)
 
-    def step(index: int, dense: DecoderLayer, x: States) -> States:
-        repaired, arrays, about = _repair(index, dense, plan, texts, x, mode)
+    def keep(index: int, arrays: LayerArrays, about: RepairedLayer, x: States) -> States:
         layers.append(dataclasses.asdict(about))
-        for text, states in zip(texts, x[2:], strict=True):
-            text.own.each(states, lambda x, place, rows: layer_feed_forward(repaired, x, place))
         files.add(index, arrays, provenance, layers, x)
         release_memory()  # a layer's texts come in pieces, which glibc would keep for the next
         return x
 
-    sweep(source, x, step, layers=range(len(layers), len(source)), on_layer=on_layer)
+    def step(index: int, dense: DecoderLayer, x: States) -> States:
+        repaired, arrays, about = _repair(index, dense, plan, texts, x, rounds, room)
+        for text, states in zip(texts, x[2:], strict=True):
+            text.own.each(states, lambda x, place, rows: layer_feed_forward(repaired, x, place))
+        return keep(index, arrays, about, x)
+
+    def in_groups(index: int, x: States) -> States:
+        with work.layer(index, x, _stays(plan, index)) as (arrays, about):
+            return keep(index, arrays, about, x)
+
+    sweep(
+        source, x, step, layers=range(len(layers), len(source)), on_layer=on_layer,
+        in_groups=in_groups,
+    )  # fmt: skip
     files.close(provenance, layers)
     return [RepairedLayer(**one) for one in layers]
 
 
-@dataclass(frozen=True, eq=False)
-class Text:
-    """A text of which this process has some windows.
-
-    Attributes:
-      valid: bool [B, T], of the whole text.
-      own: those windows, with others of padding.
-      rows: int [b], which of the text's windows each of these is, B for padding.
-      spread: the processes that have it together.
-    """
-
-    valid: np.ndarray
-    own: Batches
-    rows: np.ndarray
-    spread: Spread
-
-    @classmethod
-    def of(cls, whole: Batches, spread: Spread) -> "Text":
-        """This process's part of a text."""
-        return cls(whole.valid, *dealt(whole, spread), spread)
-
-    def each_token(self, values: np.ndarray) -> np.ndarray:
-        """Numbers of all valid tokens of the text, float64 [N], from those of this process's
-        windows, [b, T]."""
-        whole = np.zeros((len(self.valid) + 1, self.valid.shape[1]))
-        whole[self.rows] = values
-        return self.spread.total({"values": whole[:-1]})["values"][self.valid]
+def _stays(plan: PruningPlan, index: int) -> bool:
+    """Whether a layer is not to be repaired: nothing is removed as far as it, or ever in it."""
+    until = [layer <= index for layer in plan.layer_indices]
+    return index not in plan.layer_indices or bool(plan.keep[until].all())
 
 
-def _begun(source: LayerSource, texts: tuple[Text, ...], dtype) -> States:
+def _begun(source: LayerSource, texts: tuple[Text, Text], dtype) -> States:
     """What enters the dense model, and the same once more for the pruned one."""
     first = tuple(text.own.embedded(source, dtype) for text in texts)
     return *first, *(list(x) for x in first)
@@ -161,9 +135,10 @@ def _repair(
     index: int,
     dense: DecoderLayer,
     plan: PruningPlan,
-    texts: tuple[Text, ...],
+    texts: tuple[Text, Text],
     x: States,
-    mode: Mode,
+    rounds: int,
+    room: int,
 ) -> tuple[DecoderLayer, dict[str, np.ndarray], RepairedLayer]:
     """One layer: x[:2] go through the dense one, x[2:] through its repaired attention."""
     pruned = pruned_layer(index, dense, plan)
@@ -171,66 +146,30 @@ def _repair(
         text.own.each(wanted, lambda x, place, rows: layer_attend(dense, x, place))
         text.own.each(wanted, lambda x, place, rows: layer_feed_forward(dense, x, place))
         text.own.each(states, lambda x, place, rows: layer_attend(pruned, x, place))
-    before = [slot for slot, layer in enumerate(plan.layer_indices) if layer <= index]
-    if index not in plan.layer_indices or plan.keep[before].all():
+    if _stays(plan, index):
         return pruned, {}, RepairedLayer(index, "none", 0, 0, 0, {})
     seen, held = texts
-    keep = plan.keep[before[-1]]
+    keep = plan.keep[plan.layer_indices.index(index)]
     reach = routed(dense, x[2], seen.own.places, seen.rows % 2 == 0)
-    work = LayerRepair(dense, pruned, keep, reach, seen.spread)
-    changes = {"none": {}, "expert": work.alone()}
+    tokens = reached(reach, seen.spread)
+    work = LayerRepair(dense, pruned, keep, reach, tokens, Ridges(room), seen.spread)
+    changes: dict[str, Changes] = {"none": {}, "expert": work.alone()}
     layers = {name: work.repaired(change) for name, change in changes.items()}
-    if mode == "layer":
-        lacks = _lacking(layers["expert"], seen.own, x[0], x[2])
-        changes["layer"] = work.together(lacks, changes["expert"])
+    if rounds:
+        lacks = jnp.asarray(lacking(x[0], _behind(layers["expert"], seen.own, x[2])))
+        changes["layer"] = dict(changes["expert"])
+        for _ in range(rounds):
+            lacks = work.together(lacks, changes["layer"])
         layers["layer"] = work.repaired(changes["layer"])
-    errors = {name: _errors(layer, held, x[1], x[3]) for name, layer in layers.items()}
+    errors = {
+        name: errors_at_tokens(held, x[1], _behind(layer, held.own, x[3]))
+        for name, layer in layers.items()
+    }
     choice, said = chosen(errors), {name: float(error.sum()) for name, error in errors.items()}
     about = RepairedLayer(
         index, choice, int(work.mendable.sum()), len(changes[choice]), work.starved, said
     )
     return layers[choice], _stored(layers[choice], keep) if changes[choice] else {}, about
-
-
-def chosen(errors: Mapping[str, np.ndarray]) -> str:
-    """The repair that errs least on held-out tokens, if that is more than chance.
-
-    Args:
-      errors: name -> errors [N] on the same tokens; "none" are those without repair.
-
-    Returns:
-      The name of the least errors; "none" if they are not less than its own by more than the
-      standard error of the difference.
-    """
-    best = min(errors, key=lambda name: errors[name].sum())
-    less = errors["none"] - errors[best]
-    return best if less.sum() > less.std() * len(less) ** 0.5 else "none"
-
-
-def _lacking(
-    layer: DecoderLayer, text: Batches, wanted: list[np.ndarray], middle: list[np.ndarray]
-) -> Array:  # float32 [N, D]
-    """What the stream behind a layer lacks of what it should be."""
-    size, done = wanted[0].shape[-1], 0
-    lacks = np.empty((sum(part.size for part in wanted) // size, size), np.float32)
-    for part, found in zip(wanted, _behind(layer, text, middle), strict=True):
-        rows = slice(done, done := done + part.size // size)
-        # bfloat16 is widened before the two are subtracted.
-        np.subtract(part, found, out=lacks[rows].reshape(part.shape), dtype=np.float32)
-    return jnp.asarray(lacks)
-
-
-def _errors(
-    layer: DecoderLayer, text: Text, wanted: list[np.ndarray], middle: list[np.ndarray]
-) -> np.ndarray:  # float64 [N]
-    """Squared error of the stream behind a layer at every token, of all processes."""
-    own, errors = text.own, np.zeros(text.own.valid.shape)
-    parts = zip(wanted, _behind(layer, own, middle), own.rows, strict=True)
-    for a, b, rows in parts:
-        valid = own.valid[rows]
-        squares = np.square(a.astype(np.float64) - b.astype(np.float64))[valid]
-        errors[rows][valid] = squares.sum(axis=1)
-    return text.each_token(errors)
 
 
 def _behind(
@@ -253,24 +192,30 @@ def repaired_in(folder: Path, spread: Spread = ALONE) -> LayerFolder:
     return LayerFolder(folder, SUMMARY, "the repaired weights", RepairedLayer, spread)
 
 
-def with_repair(pruned: LayerSource, folder: Path) -> LayerSource:
+def with_repair(pruned: LayerSource, plan: PruningPlan, folder: Path) -> LayerSource:
     """A pruned model with the repaired weights in a folder of `repair_model`.
 
     Args:
       pruned: the model of the plan that was repaired.
-      folder: of the weights; each layer's are read with it.
+      plan: that one.
+      folder: of the weights; those of each layer, or of a group of it, are read with it.
     """
+    files = repaired_in(folder)
 
     def change(index: int, layer: DecoderLayer) -> DecoderLayer:
-        stored = repaired_in(folder).arrays(index)
-        if not stored:
+        if index not in plan.layer_indices:
             return layer
         assert isinstance(layer.mlp, MoE)
-        experts = layer.mlp.experts
+        own, experts = own_experts(layer), layer.mlp.experts
+        ends = np.append(0, np.cumsum(plan.keep[plan.layer_indices.index(index)].sum(axis=1)))
+        rows = slice(int(ends[own.start]), int(ends[own.stop]))
+        stored = files.rows(index, {"w_down": rows, "b_down": own})
+        if not stored:
+            return layer
         down = np.zeros(experts.w_down.shape, stored["w_down"].dtype)
         down[: len(stored["w_down"])] = stored["w_down"]
         bias = jnp.asarray(stored["b_down"]) if "b_down" in stored else experts.b_down
         experts = dataclasses.replace(experts, w_down=jnp.asarray(down), b_down=bias)
         return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, experts=experts))
 
-    return mapped(pruned, change)
+    return mapped(pruned, change, by_group=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
-from pruning.shrink.gptq_model import LayerErrors, codes_in, quantize_model
+from pruning.shrink.gptq_errors import LayerErrors
+from pruning.shrink.gptq_model import codes_in, quantize_model
 from pruning.stages.export import codes_folder
 from pruning.stages.job import Job
 from pruning.stages.layers import already_made, provenance
@@ -46,6 +47,7 @@ def quantize(job: Job, plan: PruningPlan, steps: Steps, repair: Path | None = No
             dtype=job.dtype,
             on_layer=lambda index: on_step(index + 1, len(job.base)),
             spread=job.spread.hosts,
+            scratch=recipe.scratch_folder,
         )
     steps.say(summary_line(errors))
     return folder

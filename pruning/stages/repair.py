@@ -14,13 +14,8 @@ from pruning.report.phrases import repair_words
 from pruning.shrink.gptq_model import progress_bytes
 from pruning.shrink.merge import MergedSource, Merging
 from pruning.shrink.prune import PrunedSource
-from pruning.shrink.repair_model import (
-    LEAST_WINDOWS,
-    RepairedLayer,
-    repair_model,
-    repaired_in,
-    with_repair,
-)
+from pruning.shrink.repair_choice import RepairedLayer
+from pruning.shrink.repair_model import LEAST_WINDOWS, repair_model, repaired_in, with_repair
 from pruning.stages.job import Job
 from pruning.stages.layers import already_made, provenance
 from pruning.stages.size_bounds import mean_width
@@ -84,6 +79,7 @@ def repair(job: Job, plan: PruningPlan, steps: Steps) -> Path | None:
             dtype=job.dtype,
             on_layer=lambda index: on_step(index + 1, len(job.base)),
             spread=job.spread.hosts,
+            scratch=recipe.scratch_folder,
         )
     steps.say(repair_words(repair_facts(folder)))
     return folder
@@ -120,7 +116,7 @@ def repaired_source(base: LayerSource, plan: PruningPlan, repair: Path | None) -
     folder of `repair`, before any rounding."""
     merging = Merging(dict(zip(plan.layer_indices, plan.merged, strict=bool(plan.merged))))
     pruned = PrunedSource(MergedSource(base, merging) if plan.merged else base, plan)
-    return pruned if repair is None else with_repair(pruned, repair)
+    return pruned if repair is None else with_repair(pruned, plan, repair)
 
 
 def repair_bytes(base: Description, recipe: ResolvedRecipe, windows: int) -> int:

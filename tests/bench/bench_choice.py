@@ -111,7 +111,9 @@ def repaired(job: Job, plan: PruningPlan, place: Path) -> tuple[Callable, float]
         job.base, plan, text.tokens, text.valid, place, mode="layer", provenance=about,
         batch=job.recipe.batch, dtype=job.dtype,
     )  # fmt: skip
-    return lambda: with_repair(PrunedSource(job.base, plan), place), time.perf_counter() - start
+    return lambda: with_repair(
+        PrunedSource(job.base, plan), plan, place
+    ), time.perf_counter() - start
 
 
 def arguments() -> argparse.Namespace:

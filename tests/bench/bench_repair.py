@@ -69,7 +69,7 @@ def measured(
                     mode=mode, provenance={}, batch=job.recipe.batch, dtype=job.dtype,
                 )  # fmt: skip
                 seconds = time.perf_counter() - start
-                yield rate, mode, loss(with_repair(pruned, place)) - dense, seconds
+                yield rate, mode, loss(with_repair(pruned, plan, place)) - dense, seconds
 
 
 def main() -> None:

@@ -254,7 +254,7 @@ def test_every_rule_is_measured_with_and_without_repair(repairable, tmp_path):
         job.base, plan, job.calibration.tokens, job.calibration.valid, tmp_path / "alone",
         mode="layer", provenance={}, batch=4,
     )  # fmt: skip
-    repaired, found = with_repair(PrunedSource(job.base, plan), tmp_path / "alone"), {}
+    repaired, found = with_repair(PrunedSource(job.base, plan), plan, tmp_path / "alone"), {}
     for name, windows in job.evaluation.items():
         quality, _ = measure_quality(repaired, first_tokens(windows, 60), batch=4)
         found[name] = quality.nll

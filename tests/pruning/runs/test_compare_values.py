@@ -448,7 +448,7 @@ def test_a_repaired_plan_is_run_from_a_folder_that_goes_afterwards(monkeypatch, 
     monkeypatch.setattr(compared, "repair_model", repair_model)
     monkeypatch.setattr(compared, "forward_hidden", forward_hidden)
     monkeypatch.setattr(compared, "PrunedSource", lambda base, plan: "pruned")
-    monkeypatch.setattr(compared, "with_repair", lambda source, folder: (source, folder))
+    monkeypatch.setattr(compared, "with_repair", lambda source, plan, folder: (source, folder))
     layers: list[int] = []
     monkeypatch.setattr(compared, "QuantizedSource", lambda *given: given)
     given: Any = (job, plan, "layer", [16, 4], ("tokens", "valid"), layers.append)

@@ -60,10 +60,10 @@ def test_a_layer_that_is_more_than_the_limit_leaves_is_taken_in_groups_of_expert
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 6)
     score = ["score", str(model), "--calibration", str(text), "--window", "64", "--batch", "4"]
-    score += ["--max-tokens", "256", "--planner", "fair", "--repair", "none", "--output", str(out)]
+    score += ["--max-tokens", "256", "--planner", "fair", "--output", str(out)]
     commands = [
         score, ["plan", str(out), "--prune-rate", "0.25"],
-        ["export", str(out), "--export", "ragged-int4"],
+        ["export", str(out), "--export", "ragged-int4", "--repair", "expert"],
         ["verify", str(out), "--json", str(out / "checks.json")],
     ]  # fmt: skip
     assert peak(commands, limit) <= limit

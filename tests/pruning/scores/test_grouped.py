@@ -14,6 +14,8 @@ from moe_jax.spread import Spread
 from pruning.budget.plan import PruningPlan
 from pruning.measure.settled import settled_logits
 from pruning.scores.collect import collect_statistics, collect_weights
+from pruning.scores.elimination import elimination_costs
+from pruning.scores.grams import Sample
 from pruning.shrink.masked import masked_hidden
 from pruning.shrink.prune import PrunedSource
 from tests.support import tiny
@@ -63,6 +65,23 @@ def test_statistics_of_groups_have_the_bits_of_whole_layers(sources, dtype):
             np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("sources", ["deepseek_v3"], indirect=True)
+def test_what_others_take_over_is_seen_alike_in_groups(sources):
+    """By the elimination of channels, and in masked models whose kept ones have taken over."""
+    how = {"batch": 2, "dtype": jnp.float32}
+    given = TOKENS[:3], VALID[:3], collect_statistics(sources[0], TOKENS, VALID, **how)
+    wanted, found = (elimination_costs(one, *given, **how) for one in sources)
+    np.testing.assert_array_equal(found, wanted)
+    plan = plan_of(sources[0].config)
+    wanted, found = (
+        masked_hidden(one, TOKENS, VALID, [plan], sample=Sample(one, *given, **how), **how)
+        for one in sources
+    )
+    np.testing.assert_array_equal(found, wanted)
+    plain = masked_hidden(sources[0], TOKENS, VALID, [plan], **how)
+    assert np.abs(plain - wanted).max() > 0.1
+
+
 class Together(Spread):
     """A process of several, each a thread here."""
 
@@ -101,12 +120,16 @@ def test_what_the_weights_alone_say_is_the_same(sources):
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6 * size, err_msg=name)
 
 
-def test_pruned_and_masked_models_compute_the_same(sources):
-    config = sources[0].config
+def plan_of(config) -> PruningPlan:
     shape = len(config.moe_layers), config.moe.num_experts, config.moe.d_expert
     keep = np.random.default_rng(0).random(shape) < 0.6
     keep[0, 2] = False  # an emptied expert
-    plan = PruningPlan(keep, config.moe_layers)
+    return PruningPlan(keep, config.moe_layers)
+
+
+def test_pruned_and_masked_models_compute_the_same(sources):
+    config = sources[0].config
+    plan = plan_of(config)
     # Sums of biases are those of each group: equal to rounding.
     near = {"rtol": 2e-5, "atol": 2e-5} if config.moe.expert_bias else {"rtol": 0, "atol": 0}
     wanted, found = (masked_hidden(one, TOKENS, VALID, [plan, plan], batch=2) for one in sources)

@@ -16,9 +16,9 @@ from moe_jax.stream import forward_hidden, in_batches, layer_forward, mapped
 from moe_jax.transformer import abstract, init
 from pruning.shrink import gptq_model
 from pruning.shrink.gptq import Solved
+from pruning.shrink.gptq_errors import LayerErrors
 from pruning.shrink.gptq_model import (
     SUMMARY,
-    LayerErrors,
     codes_in,
     layer_errors,
     progress_bytes,
@@ -289,7 +289,7 @@ def test_each_text_goes_through_the_layers_as_they_are_rounded(tmp_path, monkeyp
     model = jax.tree.map(drawn, abstract(CONFIG))
     asked = []
 
-    def rounded(layer, inputs, group_size, spread):
+    def rounded(layer, inputs, group_size, moment_bytes, spread):
         assert spread == ALONE
         asked.append([np.asarray(x) for x, _ in inputs])
         return quantize_layer(layer, group_size), Solved(5, 1)

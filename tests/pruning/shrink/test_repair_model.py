@@ -19,8 +19,9 @@ from pruning.scores.routed import ROWS, routed
 from pruning.shrink import repair_model as repair_module
 from pruning.shrink.prune import PrunedSource, pruned_layer
 from pruning.shrink.repair import STRENGTHS
-from pruning.shrink.repair_layer import LayerRepair
-from pruning.shrink.repair_model import chosen, repair_model, repaired_in, with_repair
+from pruning.shrink.repair_choice import chosen
+from pruning.shrink.repair_layer import PASSES, LayerRepair, Ridges, reached
+from pruning.shrink.repair_model import repair_model, repaired_in, with_repair
 from tests.bench.bench_repair import measured
 from tests.support.threads import together
 
@@ -92,7 +93,7 @@ def repaired(model, plan, text, folder, mode="layer", provenance="tiny", on_laye
         model, plan, tokens, valid, folder, mode=mode, provenance={"model": provenance}, batch=4,
         on_layer=on_layer,
     )  # fmt: skip
-    return with_repair(PrunedSource(model, plan), folder), found
+    return with_repair(PrunedSource(model, plan), plan, folder), found
 
 
 def distance(a, b, text) -> float:
@@ -235,7 +236,8 @@ def first_layer(model, plan, text) -> tuple[LayerRepair, list[tuple[np.ndarray, 
             tokens.append(t)
         tokens = np.array(tokens)
         found.append((tokens, np.array(rows), first[tokens // text[0].shape[1]]))
-    return LayerRepair(dense, pruned, plan.keep[0], seen), found, len(x)
+    repair = LayerRepair(dense, pruned, plan.keep[0], seen, reached(seen), Ridges(0))
+    return repair, found, len(x)
 
 
 def halved_ridge(h: np.ndarray, y: np.ndarray, half: np.ndarray) -> np.ndarray | None:
@@ -286,7 +288,9 @@ def test_a_layer_is_fitted_one_expert_after_the_other_to_what_the_others_leave(p
         lacks[own] -= hidden[:, kept[expert]] @ wanted.get(
             expert, np.zeros((len(kept[expert]), 16))
         )
-    found = layer.together(jnp.asarray(lacks, jnp.float32), dict(wanted))
+    found, residual = dict(wanted), jnp.asarray(lacks, jnp.float32)
+    for _ in range(PASSES):
+        residual = layer.together(residual, found)
     for _ in range(3):
         for expert, (own, hidden, half) in enumerate(rows):
             h = hidden[:, kept[expert]]

@@ -11,8 +11,9 @@ import pytest
 from moe_jax.spread import ALONE
 from pruning.budget.plan import PruningPlan
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.shrink.gptq_model import LayerErrors
-from pruning.shrink.repair_model import RepairedLayer, repaired_in
+from pruning.shrink.gptq_errors import LayerErrors
+from pruning.shrink.repair_choice import RepairedLayer
+from pruning.shrink.repair_model import repaired_in
 from pruning.stages import gptq, repair
 from tests.support.told import Told
 
