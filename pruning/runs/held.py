@@ -1,5 +1,6 @@
 """What layers, logits and the states of texts take in memory, whatever a stage does with them."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -163,13 +164,7 @@ def largest_layer(base: Description, allowance: Allowance, by_group: bool = True
     """The layer that has most, or of those that are taken in groups of experts, if that is allowed
     and `by_group` can be done, the group and what stays with it."""
     at_once = allowance.experts if by_group else None
-    rest, experts = ([0] * base.config.num_layers for _ in range(2))
-    wide = 0
-    for name, shape, rule in ruled_tensors(base.family, base.config, base.widths):
-        if rule is not None:
-            of = experts if rule.is_of_expert else rest
-            of[int(name.split(".")[2])] += math.prod(shape)
-            wide = max(wide, math.prod(shape))
+    rest, experts, wide = _layer_weights(base)
     if at_once is None:
         return Held(max(map(sum, zip(rest, experts, strict=True))))
     wide *= base.quantization is not None
@@ -179,6 +174,20 @@ def largest_layer(base: Description, allowance: Allowance, by_group: bool = True
         for own, stays in zip(experts, rest, strict=True)
     ]
     return max(layers, key=lambda layer: layers_held(layer, 2, allowance))
+
+
+@functools.lru_cache(maxsize=4)
+def _layer_weights(base: Description) -> tuple[list[int], list[int], int]:
+    """Of every layer the weights of no expert and those of experts, and of the largest tensor;
+    asked for many times of a model that may have tens of thousands."""
+    rest, experts = ([0] * base.config.num_layers for _ in range(2))
+    wide = 0
+    for name, shape, rule in ruled_tensors(base.family, base.config, base.widths):
+        if rule is not None:
+            of = experts if rule.is_of_expert else rest
+            of[int(name.split(".")[2])] += math.prod(shape)
+            wide = max(wide, math.prod(shape))
+    return rest, experts, wide
 
 
 def layers_held(layer: Held, item: int, allowance: Allowance) -> int:
