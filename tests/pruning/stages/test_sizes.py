@@ -164,8 +164,9 @@ def test_a_sample_is_read_from_the_larger_of_the_whole_model_and_the_export(desc
     assert read(base, "ragged-int4") == with_a_layer(packed)
     assert 4 * kept < 2 * WEIGHTS
     assert read(base, "ragged-int4", few) == with_a_layer(2 * WEIGHTS)
-    # A layer that keeps all has 2 F rows, and a block more for the products; so then have others.
-    uneven, rows = ((F, F), (), (8, 0)), 2 * (2 * F + F)
+    # A layer that keeps all has 2 F rows, and those of a step of the products more; so then have
+    # others. Steps are of 32: 7 of these (and 3 channels) are less than 3 of 96, 5 of 64, 13 of 16.
+    uneven, rows = ((F, F), (), (8, 0)), 2 * (2 * F + 32)
     assert read(base, "ragged-int4", uneven) == with_a_layer(packed + 4 * 3 * D * (rows - 4 * F))
     assert read(base, "ragged-bf16", uneven) == with_a_layer(2 * (WEIGHTS + 3 * D * (rows - 4 * F)))
     for wide in ({"dtype": "float32"}, {"torch_dtype": "float32"}):
@@ -326,8 +327,8 @@ def test_an_export_in_memory_takes_what_a_sample_was_said_to_take(name, models, 
     """A plan of unequal layers, of which the first stays whole, read like any other model."""
     base, form = open_checkpoint(models / "single", dtype=jnp.bfloat16), ExportFormat(name, 32)
     c = base.config
-    keep = np.zeros((len(c.moe_layers), c.moe.num_experts, c.moe.d_expert), bool)
-    keep[0], keep[1:, :, :32] = True, True
+    keep = np.ones((len(c.moe_layers), c.moe.num_experts, c.moe.d_expert), bool)
+    keep[1, 0, 32:] = False
     plan = PruningPlan(keep, c.moe_layers, {"model_hash": base.fingerprint})
     folder = export(base, plan, form, tmp_path / name, Steps(quiet=True))
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(load_model(folder))}.values()
