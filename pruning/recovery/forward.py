@@ -115,7 +115,7 @@ def _spent(
 @jax.custom_vjp
 def _window_loss(model, hidden, row, share):
     """`_spent`, whose gradient with respect to `hidden` is taken with it: logits are neither kept
-    nor made a second time."""
+    nor made a second time. All else is constant: no gradient reaches the head."""
     return _spent(model, hidden, row, share)
 
 

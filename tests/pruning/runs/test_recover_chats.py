@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pruning import Steps
+from pruning.recipe import recover_options
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.stages.recover_job import open_recovery
 from tests.pruning.text.test_chat import HEADERS, TALK, as_file
@@ -69,3 +70,18 @@ def test_prompts_are_neither_learnt_nor_measured(student, tmp_path):
     chosen = job.how.chosen(0, len(job.text.tokens))
     parts = (job.text.tokens, job.text.valid, job.text.counted)
     assert first["nll"] == pytest.approx(by_hand(model, *(one[chosen] for one in parts)), rel=1e-3)
+
+
+def test_the_learning_rate_goes_by_the_width_unless_it_is_named(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(recover_options, "RATED_WIDTH", 8)  # this model is 32 wide
+    text = {"text": (str(student / "chat.jsonl"),), "output": str(tmp_path / "out")}
+    for how, wanted in (
+        ({}, 2.5e-4),
+        ({"train": "dora"}, 5e-4),
+        ({"train": "router"}, 1e-3),
+        ({"preset": "paper"}, 1e-4),
+        ({"learning_rate": 0.02}, 0.02),
+    ):
+        options = RecoverOptions(**text, tokens=2048, window=64, **how).filled()
+        job = open_recovery(student / "run", options, Steps(quiet=True))
+        assert job.how.learning_rate == job.options.learning_rate == wanted, how
