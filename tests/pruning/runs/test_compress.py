@@ -11,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
-from convert.export import ExportFormat
+from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
 from pruning.cli import main
 from pruning.demo import DEMO
