@@ -121,6 +121,19 @@ dot = partial(
     jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
 )
 
+OUTER_ROWS = 32  # rows of an axis of their own, see `outer`
+
+
+def outer(left: Array, right: Array) -> Array:
+    """Sum of the outer products of rows, [R, A] and [R, B] of one dtype -> float32 [A, B]."""
+    axes = (0,)
+    if left.dtype == jnp.bfloat16 and left.shape[0] % OUTER_ROWS == 0 and on_cpu():
+        # XLA:CPU gives a product whose left side is transposed to loops of scalars in bfloat16. Of
+        # rows in two axes it makes a transposed copy, and multiplies by the processor's tiles.
+        left, right = (rows.reshape(-1, OUTER_ROWS, rows.shape[1]) for rows in (left, right))
+        axes = (0, 1)
+    return dot(left, right, ((axes, axes), ((), ())))
+
 
 def _expand_tiles(x, weight, dispatch, pool):
     bits, tile = weight_bits(weight), dispatch.tile
@@ -158,9 +171,8 @@ def _accumulate_tiles(left, right, weight, dispatch, pool):
         channels = jax.lax.dynamic_slice(left, (row, start), (tile, pool.block))
         channels = jnp.where(live_channels(pool, expert, start), channels, 0)
         rows = jax.lax.dynamic_slice_in_dim(right, row, tile)
-        product = dot(channels, rows, (((0,), (0,)), ((), ())))
         first = pool.offset[expert] + start
-        return add_slice(out, product, (first, 0))
+        return add_slice(out, outer(channels, rows), (first, 0))
 
     return walk_tiles(dispatch, pool, step, jnp.zeros(weight.shape, jnp.float32)).astype(
         weight.dtype

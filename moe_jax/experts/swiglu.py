@@ -21,6 +21,7 @@ from moe_jax.experts.grouped_matmul import (
     dot,
     live_channels,
     on_cpu,
+    outer,
     walk_tiles,
     weight_bits,
 )
@@ -183,16 +184,16 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool,
         narrow = [part.astype(x.dtype) for part in (d_gate, d_up)]
         d_x = dot(narrow[0], block(bits.gate), COLUMNS) + dot(narrow[1], block(bits.up), COLUMNS)
 
-        def outer(rows: Array, columns: Array) -> Array:
-            return dot(rows.astype(x.dtype).T, columns, COLUMNS)
+        def pulled_weight(rows: Array, columns: Array) -> Array:
+            return outer(rows.astype(x.dtype), columns)
 
         biased = weights.gate_bias is not None
         d_weights = ExpertWeights(
-            gate=outer(d_gate, tokens),
-            up=outer(d_up, tokens),
-            down=outer(hidden * weight, d_tokens),
-            gate_bias=outer(d_gate, real) if biased else None,
-            up_bias=outer(d_up, real) if biased else None,
+            gate=pulled_weight(d_gate, tokens),
+            up=pulled_weight(d_up, tokens),
+            down=pulled_weight(hidden * weight, d_tokens),
+            gate_bias=pulled_weight(d_gate, real) if biased else None,
+            up_bias=pulled_weight(d_up, real) if biased else None,
             activation=weights.activation,
         )
         scores = [jnp.sum(part, axis=0) for part in score(hidden, d_hidden, gate, d_gate)]
