@@ -1,6 +1,7 @@
 """Causal softmax attention in blocks of queries, so that no [T, S] array of all heads exists."""
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -8,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from moe_jax.linear import OUTER_ROWS, outer
 
 # Scores held at a time, elements: 4 MiB in float32. With a quarter of it attention alone is slower
 # by a third on a long sequence, more is hardly faster.
@@ -58,8 +61,7 @@ def attend(
     chex.assert_shape(v, (*k.shape[:3], None))
     chex.assert_shape(query_position, (batch, length))
     chex.assert_shape([key_position, key_valid], k.shape[:2])
-    most = min(length, max(1, BLOCK_SCORES // (heads * k.shape[1])))
-    size = -(-length // -(-length // most))  # alike, so that few are padding
+    size = _block_size(length, BLOCK_SCORES // (heads * k.shape[1]), heads // shared)
     spare = -length % size  # queries that fill the last block and are cut off again
     at = jnp.pad(query_position, ((0, 0), (0, spare)))
     q = _blocks(jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0))), size, shared)
@@ -75,6 +77,16 @@ def attend(
     else:
         out = jax.lax.map(partial(_sequence, block=block, size=size, own_keys=own_keys), rows)
     return _sequences(out, size, heads)[:, :length]
+
+
+def _block_size(length: int, most: int, repeats: int) -> int:
+    """Queries of a block, about `most` at most: so many that few are padding and, with `repeats`
+    rows for each, that their gradients are fast products."""
+    if length <= most:
+        return length
+    unit = OUTER_ROWS // math.gcd(OUTER_ROWS, repeats)
+    sizes = range(unit, max(unit, most + unit // 2) + 1, unit)
+    return min(sizes, key=lambda size: (-(-length // size) * size, -size))
 
 
 def _block(
@@ -95,7 +107,7 @@ def _block(
     seen = (distance >= 0) & valid[None]
     if window is not None:
         seen &= distance < window
-    return _weighted_values(q, k, v, jnp.repeat(seen, repeats, axis=0), scale, sinks)
+    return _weighted_values(q, k, v, jnp.repeat(seen, repeats, axis=0), sinks, scale)
 
 
 def _sequence(
@@ -109,8 +121,11 @@ def _sequence(
     for first, last in itertools.pairwise(bounds):
         end = last * size
         near = k[:, :end], v[:, :end], keys[:end], valid[:end]
-        one = jax.checkpoint(lambda part, near=near: block(*part, *near))
-        parts.append(jax.lax.map(one, (q[first:last], at[first:last])))
+        parts.append(
+            jax.lax.map(
+                lambda part, near=near: block(*part, *near), (q[first:last], at[first:last])
+            )
+        )
     return jnp.concatenate(parts)
 
 
@@ -131,23 +146,56 @@ def _sequences(out: Array, size: int, heads: int) -> Array:
     return out.reshape(batch, -1, heads, width)
 
 
+def _scored(
+    q: Array,  # [K, R, H]
+    k: Array,  # [K, S, H]
+    seen: Array,  # [R, S]
+    sinks: Array | None,  # [K, R, 1]
+    scale: float,
+) -> tuple[Array, Array, Array]:  # [K, R, S], [K, R, 1], [K, R, 1]
+    """Weights of the keys before they are divided by their mass, it, and the sinks' part of it."""
+    score = _einsum("krh,ksh->krs", q, k) * scale
+    score = jnp.where(seen[None], score, -1e30)
+    highest = score.max(axis=-1, keepdims=True)
+    highest = highest if sinks is None else jnp.maximum(highest, sinks)
+    weight = jnp.exp(score - highest)
+    mass = weight.sum(axis=-1, keepdims=True)
+    sunk = jnp.zeros_like(mass) if sinks is None else jnp.exp(sinks - highest)
+    return weight, mass + sunk, sunk
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _weighted_values(
     q: Array,  # [K, R, H]
     k: Array,  # [K, S, H]
     v: Array,  # [K, S, G]
     seen: Array,  # [R, S]
-    scale: float,
     sinks: Array | None,  # [K, R, 1]
+    scale: float,
 ) -> Array:  # [K, R, G]
-    score = _einsum("krh,ksh->krs", q, k) * scale
-    score = jnp.where(seen[None], score, -1e30)
+    """Softmax attention of a block; its gradient makes the scores again and keeps none."""
+    weight, mass, _ = _scored(q, k, seen, sinks, scale)
     # Dividing by the mass afterwards touches fewer elements than a softmax does.
-    highest = score.max(axis=-1, keepdims=True)
-    highest = highest if sinks is None else jnp.maximum(highest, sinks)
-    highest = jax.lax.stop_gradient(highest)
-    weight = jnp.exp(score - highest)
-    mass = weight.sum(axis=-1, keepdims=True)
-    mass = mass if sinks is None else mass + jnp.exp(sinks - highest)
-    weight = weight.astype(v.dtype)
-    out = _einsum("krs,ksg->krg", weight, v)
+    out = _einsum("krs,ksg->krg", weight.astype(v.dtype), v)
     return (out / mass).astype(v.dtype)
+
+
+def _weighted_values_forward(q, k, v, seen, sinks, scale):
+    return _weighted_values(q, k, v, seen, sinks, scale), (q, k, v, seen, sinks)
+
+
+def _weighted_values_backward(scale, saved, d_out):
+    q, k, v, seen, sinks = saved
+    weight, mass, sunk = _scored(q, k, seen, sinks, scale)
+    pulled = (d_out.astype(jnp.float32) / mass).astype(v.dtype)
+    d_v = jax.vmap(outer)(weight.astype(v.dtype), pulled)
+    d_weight = _einsum("krg,ksg->krs", pulled, v)
+    d_mass = -jnp.sum(weight * d_weight, axis=-1, keepdims=True) / mass
+    d_score = (weight * (d_weight + d_mass) * scale).astype(q.dtype)
+    d_q = _einsum("krs,ksh->krh", d_score, k)
+    d_k = jax.vmap(outer)(d_score, q)
+    d_sinks = None if sinks is None else d_mass * sunk
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_sinks
+
+
+_weighted_values.defvjp(_weighted_values_forward, _weighted_values_backward)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe_jax.experts.dispatch import Dispatch, Pool
+from moe_jax.linear import outer
 
 
 @jax.custom_vjp
@@ -120,19 +121,6 @@ def live_channels(pool: Pool, expert, start) -> Array:  # bool [1, block]
 dot = partial(
     jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
 )
-
-OUTER_ROWS = 32  # rows of an axis of their own, see `outer`
-
-
-def outer(left: Array, right: Array) -> Array:
-    """Sum of the outer products of rows, [R, A] and [R, B] of one dtype -> float32 [A, B]."""
-    axes = (0,)
-    if left.dtype == jnp.bfloat16 and left.shape[0] % OUTER_ROWS == 0 and on_cpu():
-        # XLA:CPU gives a product whose left side is transposed to loops of scalars in bfloat16. Of
-        # rows in two axes it makes a transposed copy, and multiplies by the processor's tiles.
-        left, right = (rows.reshape(-1, OUTER_ROWS, rows.shape[1]) for rows in (left, right))
-        axes = (0, 1)
-    return dot(left, right, ((axes, axes), ((), ())))
 
 
 def _expand_tiles(x, weight, dispatch, pool):

@@ -21,7 +21,6 @@ from moe_jax.experts.grouped_matmul import (
     dot,
     live_channels,
     on_cpu,
-    outer,
     walk_tiles,
     weight_bits,
 )
@@ -34,6 +33,7 @@ from moe_jax.experts.weights import (
     routing_matrix,
     tile_tokens,
 )
+from moe_jax.linear import outer
 
 # Gate and up rows before the activation, each [P, width].
 Projections = tuple[Array, Array]

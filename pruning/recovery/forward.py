@@ -12,7 +12,7 @@ from moe_jax.experts.moe import MoETrace
 from moe_jax.training import balance_loss
 from moe_jax.transformer import DecoderLayer, Transformer
 from pruning.recovery.deltas import DeltaConfig, Deltas, merged
-from pruning.recovery.loss import next_token_loss, teacher_divergence
+from pruning.recovery.loss import next_token_loss, prediction_losses
 
 
 def layer_deltas(deltas: Deltas, index: int) -> dict[str, Any]:
@@ -103,13 +103,14 @@ def _spent(
 ) -> tuple[Array, dict[str, Array]]:
     """Loss of a window, and its parts, summed over its wanted positions."""
     logits = model.head(hidden)
-    nll = next_token_loss(logits[None], row["tokens"][None])[0]
-    parts = {"nll": jnp.sum(jnp.where(row["wanted"], nll, 0))}
     if "logp" not in row:
+        nll = next_token_loss(logits[None], row["tokens"][None])[0]
+        parts = {"nll": jnp.sum(jnp.where(row["wanted"], nll, 0))}
         return parts["nll"], parts
-    kl = teacher_divergence(logits, row["logp"], row["token"])
-    parts["kl"] = jnp.sum(jnp.where(row["wanted"], kl, 0))
-    return share * parts["nll"] + (1 - share) * parts["kl"], parts
+    following = jnp.roll(row["tokens"], -1)  # the last position has none, and is not wanted
+    each = prediction_losses(logits, following, row["logp"], row["token"])
+    nll, kl = (jnp.sum(jnp.where(row["wanted"], one, 0)) for one in each)
+    return share * nll + (1 - share) * kl, {"nll": nll, "kl": kl}
 
 
 @jax.custom_vjp

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.experts.dispatch import Pool, gather_rows, make_dispatch
-from moe_jax.experts.grouped_matmul import FORMS, contract, expand, outer
+from moe_jax.experts.grouped_matmul import FORMS, contract, expand
 
 COPIES, EXPERTS, TILE, D = 48, 4, 16, 5
 RAGGED = (0, 7, 4, 3)
@@ -197,17 +197,6 @@ def test_kernels_of_many_blocks_steps_and_tiles_equal_numpy(tile, dtype):
     error = 2e-6 if dtype == jnp.float32 else 2**-8
     for got, wanted in zip(found, exact, strict=True):
         assert np.abs(got - wanted).max() <= error * np.abs(wanted).max()
-
-
-@pytest.mark.parametrize("rows", [24, 64])  # of which only whole 32s lie in two axes
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_outer_products_of_rows_are_summed_without_rounding_them(rows, dtype):
-    rng = np.random.default_rng(0)
-    left, right = (jnp.asarray(rng.normal(size=(rows, width)), dtype) for width in (5, 3))
-    exact = np.asarray(left, np.float64).T @ np.asarray(right, np.float64)
-    found = jax.jit(outer)(left, right)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_copies_that_go_nowhere_are_never_read():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pruning.recovery.loss import next_token_loss, predicted, teacher_divergence
+from pruning.recovery.loss import next_token_loss, predicted, prediction_losses
 
 
 def test_positions_count_where_their_token_and_the_next_are_real_and_the_next_is_asked_for():
@@ -24,6 +24,10 @@ def test_the_next_token_is_the_one_after_each_position():
     right, wrong = np.log(6 / 4), np.log(6)
     found = np.asarray(next_token_loss(logits, tokens))
     np.testing.assert_allclose(found, [[right, right, wrong, right, 0]], rtol=1e-6)
+
+
+def teacher_divergence(logits, logp, token):
+    return prediction_losses(logits, jnp.asarray(0), logp, token)[1]
 
 
 def by_hand(logits: np.ndarray, logp: np.ndarray, token: np.ndarray) -> float:
@@ -70,3 +74,31 @@ def test_a_certain_teacher_leaves_a_finite_gradient():
     found = jax.grad(teacher_divergence)(logits, jnp.zeros(1), jnp.asarray([2]))
     wanted = np.exp([1.0, 2.0, 3.0]) / np.exp([1.0, 2.0, 3.0]).sum() - [0, 0, 1]
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_both_losses_at_once_have_the_gradient_of_their_sum():
+    rng = np.random.default_rng(2)
+    student, logp = rng.normal(size=(3, 7)), np.log([[0.5, 0.2], [0.9, 0.05], [0.3, 0.3]])
+    token, following = np.array([[4, 1], [2, 6], [0, 5]]), np.array([4, 0, 1])
+
+    def summed(logits):
+        found = prediction_losses(
+            logits, jnp.asarray(following), jnp.asarray(logp, jnp.float32), jnp.asarray(token)
+        )
+        return jnp.sum(0.25 * found[0] + 0.75 * found[1])
+
+    def wanted(rows):
+        total = 0.0
+        for z, lp, t, after in zip(rows, logp, token, following, strict=True):
+            nll = np.log(np.exp(z).sum()) - z[after]
+            total += 0.25 * nll + 0.75 * by_hand(z, lp, t)
+        return total
+
+    logits, small = jnp.asarray(student, jnp.float32), 1e-5
+    np.testing.assert_allclose(summed(logits), wanted(student), rtol=1e-6)
+    slope = np.zeros_like(student)
+    for place in np.ndindex(student.shape):
+        step = np.zeros_like(student)
+        step[place] = small
+        slope[place] = (wanted(student + step) - wanted(student - step)) / (2 * small)
+    np.testing.assert_allclose(jax.grad(summed)(logits), slope, atol=1e-6)
