@@ -62,7 +62,8 @@ def evaluate(command: Parser) -> None:
         )
     place.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="type of the activations (default float32)",
+        help="type of the activations; bfloat16 rounds them, and is several times faster on "
+        "accelerators and on processors with AMX (default float32)",
     )  # fmt: skip
     add_group(command, TextOptions, "first_tokens", "loss_on", title="Tokens")
     memory_flag(command)

@@ -207,7 +207,10 @@ class ScoreOptions(Options):
         ),
     ] = None
     batch: Annotated[int, About("windows per step", least=1, most=MOST_BATCH)] = 8
-    dtype: Annotated[Literal["float32", "bfloat16"], About("type of the activations")] = "float32"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        About("type of the activations; bfloat16 is faster on accelerators and with AMX"),
+    ] = "float32"
 
     def check(self) -> None:
         """Raise InputError if the overlap is no share."""

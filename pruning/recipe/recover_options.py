@@ -151,7 +151,13 @@ class RecoverOptions(Options):
             "export, in the folder adapter/; with lora, or routers by a rank"
         ),
     ] = False
-    dtype: Annotated[Literal["float32", "bfloat16"], About("type of the activations")] = "float32"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        About(
+            "type of the activations; trained weights are float32. bfloat16 is about three times "
+            "faster on accelerators and on processors with AMX"
+        ),
+    ] = "float32"
     scratch: Annotated[
         str | None,
         About("folder for what the dense model predicts; default the output folder",

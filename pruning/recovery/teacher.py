@@ -88,4 +88,6 @@ def read_predictions(file: Path) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="top")
 def _likeliest(head: Head, x: Array, top: int) -> tuple[Array, Array]:  # [P, D] -> [P, top] twice
-    return jax.lax.top_k(jax.nn.log_softmax(head(x), axis=-1), top)
+    logits = head(x)
+    likeliest, token = jax.lax.top_k(logits, top)
+    return likeliest - jax.nn.logsumexp(logits, axis=-1, keepdims=True), token

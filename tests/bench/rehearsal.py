@@ -83,13 +83,15 @@ def written(home: Path, shape: str, layers: int, experts: int) -> tuple[Path, Pa
     return model, text
 
 
-def rehearse(home: Path, shape: str, layers: int, experts: int, limit: str, tokens: int) -> None:
+def rehearse(home: Path, options: argparse.Namespace) -> None:
     """Run all stages and print a line for each."""
-    model, text = written(home, shape, layers, experts)
+    shape, layers = options.shape, options.layers
+    model, text = written(home, shape, layers, options.experts)
     out, said = home / "out", home / "estimate.json"
-    given = ["--calibration", str(text), "--max-tokens", str(tokens), "--window", "512"]
+    given = ["--calibration", str(text), "--max-tokens", str(options.tokens), "--window", "512"]
     given += ["--planner", "fair", "--repair", "none", "--output", str(out)]
-    capped = ["--memory-limit", limit]
+    given += ["--dtype", options.dtype]
+    capped = ["--memory-limit", options.memory_limit]
     form = ["--export", "ragged-int4"]
     # Without the limit, if layers are taken whole: under it `estimate` is of a run that does all
     # stages with one allowance, and measures a text besides.
@@ -129,16 +131,17 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="of a layer; default all")
     parser.add_argument("--memory-limit", default="6GB")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--home", type=Path, help="keeps model and output; default: a new folder")
     options = parser.parse_args()
-    layers, experts = (options.layers, 128) if options.shape == "qwen3" else (2, 256)
-    experts = options.experts or experts
-    arguments = options.shape, layers, experts, options.memory_limit, options.tokens
+    default_experts = 128 if options.shape == "qwen3" else 256
+    options.experts = options.experts or default_experts
+    options.layers = options.layers if options.shape == "qwen3" else 2
     if options.home is not None:
         options.home.mkdir(parents=True, exist_ok=True)
-        return rehearse(options.home, *arguments)
+        return rehearse(options.home, options)
     with tempfile.TemporaryDirectory() as name:
-        rehearse(Path(name), *arguments)
+        rehearse(Path(name), options)
     return None
 
 
