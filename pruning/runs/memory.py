@@ -120,10 +120,12 @@ class Foretold:
         work += max(1, len(parts)) * sums // len(c.moe_layers)
         if recipe.weight_gradients:  # weights as float32, their gradients, and those of a batch
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
-        layer = self._largest(not recipe.groups - {"weights-only", "obs"})
+        layer = self._largest(not recipe.groups - {"weights-only", "obs", "gradients"})
         work += layers_held(layer, 2, self.allowance) + 2 * layer.total
         held = self._held_states(windows, padded // batch, step)
         held += between_bytes(c, padded * recipe.window, self.allowance)
+        if recipe.gradients and self.allowance.experts:  # those at the routing weights
+            held += padded * recipe.window * c.moe.experts_per_token * 4
         fixed = self._fixed + any(self._backward) * GRADIENT_PROGRAMS
         return int(fixed + max(max(work, self._window_loss()) + held, 6 * sums))
 
@@ -296,9 +298,9 @@ class Foretold:
     def _held_states(self, windows: int, batches: int, step: int) -> int:
         """Most bytes that a sweep over the text keeps in memory between its layers.
 
-        That of the statistics has its states in a file and keeps projections alone, that of obs has
-        a sample. Others hold the text once or twice, and the states of a way down, or of models
-        without an expert, if they are not too large.
+        That of the statistics has its states in a file and keeps projections alone, of whole
+        layers; that of obs has a sample. Others hold the text once or twice, and the states of a
+        way down, or of models without an expert, if they are not too large.
         """
         c, recipe = self.base.config, self.recipe
         text = windows * recipe.window * c.d_model * self._item
@@ -308,7 +310,7 @@ class Foretold:
             found.append((1 + max(1, min(without, room // max(1, text) - 1))) * text)
         if recipe.obs:
             found.append(self._sample(elimination.SHARE))
-        if recipe.gradients:
+        if recipe.gradients and not self.allowance.experts:
             rows = projection_room(c, batches, step) * projection_bytes(c.moe, step)
             found.append(min(rows, self.allowance.of(MEMORY_PROJECTIONS)))
         if recipe.weight_gradients:
