@@ -207,10 +207,23 @@ def rest_backward(
     assert isinstance(moe, MoE)
     expert = moe.routing(expert_inputs(rest, Halfway(seen, seen, middle.dtype)))[2]
 
-    def half(middle: Array) -> tuple[Array, Array, Array]:
+    def half(middle: Array) -> Array:
         x = expert_inputs(rest, Halfway(middle, middle, middle.dtype))
-        out = middle if moe.shared is None else middle + moe.shared(x).reshape(middle.shape)
-        return out, x, moe.routing(x, expert)[1]
+        weight = moe.routing(x, expert)[1]
+        out = _of_gradients(x, weight, d_inputs.reshape(x.shape).astype(x.dtype), d_weights)
+        out = out if moe.shared is None else out + moe.shared(x)
+        return middle + out.reshape(middle.shape)
 
-    pull = jax.vjp(half, middle)[1]
-    return pull((d_out, d_inputs.astype(middle.dtype).reshape(-1, middle.shape[-1]), d_weights))[0]
+    return jax.vjp(half, middle)[1](d_out)[0]
+
+
+@jax.custom_vjp
+def _of_gradients(x: Array, weight: Array, d_x: Array, d_weight: Array) -> Array:  # [N, D]
+    """In place of the experts something whose gradients are known, where theirs are summed."""
+    return jnp.zeros_like(x)
+
+
+_of_gradients.defvjp(
+    lambda x, weight, *gradients: (jnp.zeros_like(x), gradients),
+    lambda gradients, _: (*gradients, None, None),
+)
