@@ -134,12 +134,13 @@ def test_a_run_with_the_least_memory_gives_the_same(models, texts, tmp_path, mon
     assert written[0] == written[1]
     for name, value in statistics[0].items():
         # Norms of the weights of single experts are summed in another order.
-        of_norms = name.endswith(("_norm", "_l1")) and "output" not in name or name == "energy"
+        of_norms = (name.endswith(("_norm", "_l1")) and "output" not in name) or name == "energy"
         near = {"rtol": 1e-6 if of_norms else 0}
         np.testing.assert_allclose(statistics[1][name], value, **near, err_msg=name)
-    # Of the sweep; then of weight gradients, of one chunk of nll-ig, of four models that compress
-    # measures, with what lies between groups of experts beside, and of three in `evaluate`.
-    assert done == [1, 1 + 1 + 1 + 2 * 4 + 3]
+    # Of the sweep, and beside it of two layers up and down; then of weight gradients, of one chunk
+    # of nll-ig, of four models that compress measures, with what lies between groups of experts
+    # beside, and of three in `evaluate`.
+    assert done == [1, 1 + 2 * 2 + 1 + 1 + 2 * 4 + 3]
     assert allowance() == AMPLE
 
 
