@@ -21,7 +21,6 @@ from pruning.runs.held import (
     LOSS_LOGITS,
     Held,
     between_bytes,
-    coded_bytes,
     evaluation_bytes,
     export_bytes,
     fixed_bytes,
@@ -31,7 +30,6 @@ from pruning.runs.held import (
     logits_held,
     outer_weights,
     pruned_bytes,
-    repaired_bytes,
     rows_at_work,
     verify_bytes,
 )
@@ -49,6 +47,8 @@ from pruning.scores.states import (
     projection_room,
 )
 from pruning.shrink.gptq import MOMENT_BYTES, moments_of_expert
+from pruning.shrink.progress import HELD_OUT
+from pruning.stages.between_sizes import in_memory, of_gptq, of_repair
 from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import probe_shapes
@@ -168,7 +168,7 @@ class Foretold:
         squares = 5 * 8 * np.square(counts)
         grams = max(int(squares.max()), self.allowance.of(int(squares.sum(axis=1).max())))
         kept = int(counts.sum(axis=1).max())
-        between = repaired_bytes(c, recipe.max_tokens, kept, self.allowance)
+        between = in_memory(of_repair(c, recipe.max_tokens, kept), self.allowance)
         layers = self._pruned(True) + 3 * 2 * self._largest(True).own
         return self._late + layers + states + grams + between
 
@@ -179,8 +179,9 @@ class Foretold:
         if recipe.quantizer != "gptq" or not self._packs:
             return 0
         states = recipe.max_tokens * c.d_model * self._item
-        rows = c.moe.num_experts * c.moe.d_expert * c.d_model
-        between = coded_bytes(c, recipe.max_tokens, rows, recipe.group_size, self.allowance)
+        held = -(-recipe.max_tokens // HELD_OUT)
+        held_between = of_gptq(c, recipe.max_tokens, held, recipe.group_size)
+        between = in_memory(held_between, self.allowance)
         each = moments_of_expert(c.d_model, c.moe.d_expert)
         moments = max(each, min(self.allowance.of(MOMENT_BYTES), self._at_once * each))
         return self._fixed + self._pruned(True) + 2 * moments + states + between
