@@ -1,4 +1,4 @@
-"""What repair and GPTQ hold between the groups of a layer, in memory or in files, by shapes alone."""
+"""What repair and GPTQ hold between the groups of a layer, in memory or in files: its sizes."""
 
 from collections.abc import Sequence
 

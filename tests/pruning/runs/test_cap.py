@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import threading
 
@@ -90,9 +89,11 @@ FLAGS = ("--gradients", "--weight-gradients", "--nll-ig", 2, "--nll-ablate", "--
 
 
 @pytest.mark.slow
-def test_a_run_with_the_least_memory_gives_the_same(models, texts, tmp_path, monkeypatch, thrifty):
-    ahead, kept, files = [], [], []
-    read_layer, take, allocate = Checkpoint._read_layer, Projections.take, os.posix_fallocate
+def test_a_run_with_the_least_memory_gives_the_same(
+    models, texts, tmp_path, monkeypatch, thrifty, scratch_files
+):
+    ahead, kept = [], []
+    read_layer, take = Checkpoint._read_layer, Projections.take
 
     def reading(self, index):
         ahead.append(threading.current_thread() is not threading.main_thread())
@@ -102,17 +103,12 @@ def test_a_run_with_the_least_memory_gives_the_same(models, texts, tmp_path, mon
         kept.append(take(self, layer, rows))
         return kept[-1]
 
-    def allocating(descriptor, start, size):
-        files.append(size)
-        allocate(descriptor, start, size)
-
     monkeypatch.setattr(Checkpoint, "_read_layer", reading)
     monkeypatch.setattr(Projections, "take", taking)
-    monkeypatch.setattr(os, "posix_fallocate", allocating)
     text, written, done, statistics = texts / "good.txt", [], [], []
     for name in ("ample", "least"):
         found = thrifty() if name == "least" else []
-        for seen in (ahead, kept, files):
+        for seen in (ahead, kept, scratch_files):
             seen.clear()
         out = tmp_path / name
         assert run("--quiet", "compress", models / "single", *given(texts, out), *FLAGS,
@@ -123,7 +119,7 @@ def test_a_run_with_the_least_memory_gives_the_same(models, texts, tmp_path, mon
         assert set(found) == ({WHOLE, THRIFTIEST} if is_least else set())
         # Layers in groups keep no rows for the way down.
         assert any(ahead) != is_least and bool(kept) != is_least and None not in kept
-        done.append(len(files))
+        done.append(len(scratch_files))
         report = json.loads((out / "report.json").read_text())
         statistics.append(load_file(out / "statistics.safetensors"))
         written.append([
