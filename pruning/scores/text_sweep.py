@@ -231,7 +231,8 @@ class TextSweep:
         self._end_step(self._spread.total(sums))
 
     def _down_in_groups(self, index: int, _: None) -> None:
-        rounds, lowest = self._dtype != jnp.float32, self.source.config.moe_layers[0]
+        rounds = jnp.dtype(self._dtype) != jnp.float32
+        lowest = self.source.config.moe_layers[0]
         text = WayDown(
             self.text,
             entered=lambda rows: self._entered(index, rows),

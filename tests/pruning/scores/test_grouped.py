@@ -58,15 +58,16 @@ def test_groups_are_the_experts_of_a_layer_and_the_first_has_the_rest(sources):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_statistics_of_groups_have_the_bits_of_whole_layers(sources, dtype):
-    # Rows of biased experts that whole layers keep differ in a last bit in bfloat16.
-    gradients = not (sources[0].config.moe.expert_bias and dtype == jnp.bfloat16)
-    how = {"batch": 2, "dtype": dtype, "gradients": gradients}
+    how = {"batch": 2, "dtype": dtype, "gradients": True}
     wanted, found = (collect_statistics(one, TOKENS, VALID, **how).arrays() for one in sources)
-    assert gradients == ({"taylor", "fisher", "loss_sum"} < wanted.keys())
+    assert {"taylor", "fisher", "loss_sum"} < wanted.keys()
     # Norms of weights, and what has them as a factor, are summed in another order.
-    sized = {name for name in wanted if name.endswith(("_norm", "_l1")) and "output" not in name}
+    near = {name for name in wanted if name.endswith(("_norm", "_l1")) and "output" not in name}
+    near.add("energy")
+    if sources[0].config.moe.expert_bias and dtype == jnp.bfloat16:
+        near.add("gate_saliency")  # of gate rows whose last bits are those of another program
     for name, value in wanted.items():
-        if name in {*sized, "energy"}:
+        if name in near:
             np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
         else:
             np.testing.assert_array_equal(found[name], value, err_msg=name)
