@@ -180,8 +180,8 @@ class Foretold:
             return 0
         states = recipe.max_tokens * c.d_model * self._item
         held = -(-recipe.max_tokens // HELD_OUT)
-        held_between = of_gptq(c, recipe.max_tokens, held, recipe.group_size)
-        between = in_memory(held_between, self.allowance)
+        sizes = of_gptq(c, recipe.max_tokens, held, recipe.group_size)
+        between = in_memory(sizes, self.allowance)
         each = moments_of_expert(c.d_model, c.moe.d_expert)
         moments = max(each, min(self.allowance.of(MOMENT_BYTES), self._at_once * each))
         return self._fixed + self._pruned(True) + 2 * moments + states + between
