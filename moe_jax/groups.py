@@ -137,7 +137,11 @@ def expert_inputs(layer: DecoderLayer, halfway: Halfway) -> Array:  # [N, D]
 
 
 def group_trace(
-    group: DecoderLayer, halfway: Halfway, context: Context, run: RunExperts
+    group: DecoderLayer,
+    halfway: Halfway,
+    context: Context,
+    run: RunExperts,
+    expert: Array | None = None,
 ) -> MoETrace:
     """What a group does on a batch; `routed` of it is what `run` gives.
 
@@ -146,10 +150,11 @@ def group_trace(
       halfway: of the batch.
       context: where the tokens stand.
       run: how its experts are run.
+      expert: int32 [N, k], a choice made before; None to let the router choose.
     """
     assert isinstance(group.mlp, MoE)
     routed = dataclasses.replace(group.mlp, shared=None)  # which `layer_end` adds
-    return routed(expert_inputs(group, halfway), context.valid.reshape(-1), run)[1]
+    return routed(expert_inputs(group, halfway), context.valid.reshape(-1), run, expert)[1]
 
 
 def added_group(

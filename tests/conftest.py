@@ -80,6 +80,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture
+def scratch_files(monkeypatch) -> list[int]:
+    """Bytes of every scratch file that is made, in their order."""
+    sizes, allocate = [], os.posix_fallocate
+
+    def allocating(descriptor: int, start: int, size: int) -> None:
+        sizes.append(size)
+        allocate(descriptor, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocating)
+    return sizes
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """One tiny model as a single file, as shards, and with other weights."""

@@ -111,8 +111,7 @@ class MoE(nnx.Module):
         chex.assert_shape(x, (None, self.router.shape[1]))
         chex.assert_shape(valid, x.shape[:1])
         with jax.named_scope("router"):
-            logits = self._logits(x)
-            weight, expert = route(logits, c, self.router_bias, expert)
+            logits, weight, expert = self.routing(x, expert)
         with jax.named_scope("dispatch"):
             # All experts, or those of this device, whose gradients then are parts of sums.
             count = self.experts.count.shape[0]
@@ -145,6 +144,15 @@ class MoE(nnx.Module):
             routed=routed,
             score=c.score,
         )
+
+    def routing(self, x: Array, expert: Array | None = None) -> tuple[Array, Array, Array]:
+        """What the router makes of tokens [N, D], which needs no expert.
+
+        Returns:
+          (logits float32 [N, E], weights float32 [N, k], experts int32 [N, k]); see `route`.
+        """
+        logits = self._logits(x)
+        return logits, *route(logits, self.config, self.router_bias, expert)
 
     def _logits(self, x: Array) -> Array:  # [N, D] -> float32 [N, E]
         precise = x.astype(jnp.float32) if self.config.float32_router else x

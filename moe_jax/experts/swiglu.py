@@ -97,6 +97,46 @@ def added_experts(
     return out if bias is None else out + _biases(bias, x, row_weight, dispatch)
 
 
+def added_gradients(
+    score: ChannelScore,
+    onto: Array,
+    d_out: Array,
+    x: Array,
+    row_weight: Array,
+    weights: ExpertWeights,
+    probe: Array,
+    dispatch: Dispatch,
+    pool: Pool,
+) -> tuple[Array, Array, Array]:
+    """Add what some experts of a layer pull back to what others did.
+
+    On a CPU rows are added in the order of the gradient of `routed_experts` over all of them, so
+    that the sums of groups of experts one after the other have the bits of that one.
+
+    Args:
+      score: as of `routed_experts`.
+      onto: float32 [N, D], gradient at `x` as far as others gave it.
+      d_out: [N, D], gradient at the output of the layer.
+      x, row_weight, weights, probe, dispatch, pool: as of `routed_experts`.
+
+    Returns:
+      (float32 [N, D] `onto` with the part of these, float32 [P] gradient at `row_weight`, float32
+      [J, E, width] the sums of `score`).
+    """
+    bias, weights = weights.down_bias, weights.replace(down_bias=None)  # type: ignore[attr-defined]
+    saved = (x, row_weight, weights, probe, dispatch, pool, None)
+    if on_cpu():
+        sums = _backward_tiles(score, onto, d_out, *saved)
+        d_x, d_weight, d_probe = sums.x, sums.row_weight, sums.probe
+    else:
+        part, d_weight, _, d_probe = _backward_by_rows(score, d_out, *saved)
+        d_x = onto + part.astype(jnp.float32)
+    if bias is not None:
+        biases = jax.vjp(lambda weight: _biases(bias, x, weight, dispatch), row_weight)[1]
+        d_weight += biases(d_out.astype(jnp.float32))[0]
+    return d_x, d_weight, d_probe
+
+
 def _biases(bias: Array, x: Array, row_weight: Array, dispatch: Dispatch) -> Array:
     """Weighted sum of the biases of each token's experts, float32 [N, D]; outside the loop over
     channels, since an expert without any still has its own."""
@@ -113,16 +153,22 @@ def _forward(score, x, row_weight, weights, probe, dispatch, pool, projections) 
 
 
 def _backward(score, saved, d_out):
-    x, row_weight, weights, probe, dispatch, pool, _ = saved
+    x, row_weight, weights, probe, *_ = saved
     if on_cpu():
-        gradients = _backward_tiles(score, d_out, *saved)
+        sums = _backward_tiles(score, jnp.zeros(x.shape, jnp.float32), d_out, *saved)
+        found = (sums.x, sums.row_weight, sums.weights, sums.probe)
+        inputs = (x, row_weight, weights, probe)
+        gradients = jax.tree.map(lambda one, value: one.astype(value.dtype), found, inputs)
     else:
-
-        def by_rows(x, row_weight, weights, probe):
-            return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
-
-        gradients = jax.vjp(by_rows, x, row_weight, weights, probe)[1](d_out)
+        gradients = _backward_by_rows(score, d_out, *saved)
     return (*gradients, None, None, None)
+
+
+def _backward_by_rows(score, d_out, x, row_weight, weights, probe, dispatch, pool, _):
+    def by_rows(x, row_weight, weights, probe):
+        return routed_experts_by_rows(score, x, row_weight, weights, probe, dispatch, pool)
+
+    return jax.vjp(by_rows, x, row_weight, weights, probe)[1](d_out)
 
 
 _routed_experts: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))
@@ -157,7 +203,7 @@ class _Gradients:
     probe: Array  # float32 [J, E, width]
 
 
-def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool, projections):
+def _backward_tiles(score, onto, d_out, x, row_weight, weights, probe, dispatch, pool, projections):
     bits, tile = jax.tree.map(weight_bits, weights), dispatch.tile
 
     def step(sums: _Gradients, row, expert, start):
@@ -207,8 +253,6 @@ def _backward_tiles(score, d_out, x, row_weight, weights, probe, dispatch, pool,
             probe=add_slice(sums.probe, d_probe, (0, expert, start)),
         )
 
-    inputs = (x, row_weight, weights, probe)
+    inputs = (row_weight, weights, probe)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), inputs)
-    sums = walk_tiles(dispatch, pool, step, _Gradients(*zeros))
-    found = (sums.x, sums.row_weight, sums.weights, sums.probe)
-    return jax.tree.map(lambda gradient, value: gradient.astype(value.dtype), found, inputs)
+    return walk_tiles(dispatch, pool, step, _Gradients(onto, *zeros))

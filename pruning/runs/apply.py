@@ -29,6 +29,7 @@ from pruning.runs.places import working
 from pruning.stages import folder as output_folder
 from pruning.stages import preflight
 from pruning.stages import repair as repair_stage
+from pruning.stages.between_sizes import between_files
 from pruning.stages.checks import Check, require_verified
 from pruning.stages.export import export
 from pruning.stages.job import open_job, resolved
@@ -267,9 +268,12 @@ def _prepare(
     sizes = export_sizes(base.about, plan, wanted)
     replaced = 0 if resumed else output_folder.replaced_bytes(output)
     parts = {n: size["bytes"] for n, size in sizes.items()}
-    if needed := repair_bytes(base.about, recipe, math.ceil(recipe.max_tokens / recipe.window)):
+    windows = math.ceil(recipe.max_tokens / recipe.window)
+    if needed := repair_bytes(base.about, recipe, windows):
         parts["repair"] = max(0, needed - output_folder.written_there(output, ("repair",)))
-    preflight.require_space(output, parts, replaced)
+    if needed := between_files(base.about, recipe, windows, int(plan.counts.sum(axis=1).max())):
+        parts[preflight.SCRATCH] = needed
+    preflight.require_both(recipe, parts, replaced)
     preflight.say_sizes(sizes, steps)
     say_nothing_saved(plan, wanted, steps)
     say_left_out(base.about.folder, steps)

@@ -183,9 +183,8 @@ def _changed(
     if codes_folder(recipe) is None and mode in (None, "none"):
         return {"codes": None, "repair": repair}
     job = dataclasses.replace(open_job(recipe), base=base, spread=spread)  # identified
+    spread.led(lambda: preflight.check_changes(job, plan, repairs=mode is not None))
     if mode is not None:
-        needed = repair_stage.repair_bytes(base.about, job.recipe, len(job.calibration.tokens))
-        spread.led(lambda: preflight.require_space(job.output, {"repair": needed}))
         repair = repair_stage.repair(job, plan, steps)
     return {"codes": gptq_stage.quantize(job, plan, steps, repair), "repair": repair}
 

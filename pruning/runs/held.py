@@ -11,10 +11,7 @@ from pruning.kit.memory import Allowance
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.grouped import SLOTS as BETWEEN
-from pruning.scores.states import MEMORY_STATES
-from pruning.shrink.gptq_groups import SLOTS as GPTQ_SLOTS
-from pruning.shrink.progress import HELD_OUT
-from pruning.shrink.repair_groups import SLOTS as REPAIR_SLOTS
+from pruning.stages.between_sizes import in_memory
 from pruning.stages.measure import held_states
 from pruning.stages.probe_windows import compared, probe_shapes
 
@@ -79,55 +76,15 @@ def verify_bytes(base: Description, allowance: Allowance, by_group: bool) -> int
     return fixed_bytes(base) + max(pruned_bytes(layer, allowance), wide) + 4 * probe
 
 
-def between_bytes(
-    config: ModelConfig, tokens: int, allowance: Allowance, slots: int = BETWEEN
-) -> int:
+def between_bytes(config: ModelConfig, tokens: int, allowance: Allowance) -> int:
     """Bytes of memory in which a text lies between the groups of a layer; 0 for layers that are
     taken whole, or if it lies in a file."""
-    return _in_memory(slots * tokens * config.d_model * 4, allowance)
+    return in_memory([BETWEEN * tokens * config.d_model * 4], allowance)
 
 
 def kept_between(config: ModelConfig, tokens: int, allowance: Allowance) -> int:
     """The same of a text that lies there however much memory it takes."""
     return BETWEEN * tokens * config.d_model * 4 if allowance.experts else 0
-
-
-def repaired_bytes(config: ModelConfig, tokens: int, kept: int, allowance: Allowance) -> int:
-    """Bytes of memory of what a repair holds between the groups of a layer: the text, changes of
-    the down-projections as float32, and two sets of these; 0 for layers that are taken whole.
-
-    Args:
-      config: of the model.
-      tokens: of the text.
-      kept: channels of the layer.
-      allowance: what may be spent.
-    """
-    rows = kept * config.d_model
-    beside = sum(_in_memory(item * rows, allowance) for item in (4, 2, 2))
-    return between_bytes(config, tokens, allowance, REPAIR_SLOTS) + beside
-
-
-def coded_bytes(
-    config: ModelConfig, tokens: int, weights: int, group_size: int, allowance: Allowance
-) -> int:
-    """Bytes of memory of what GPTQ holds between the groups of a layer: the text with what is held
-    out of it, and codes and scales of three matrices; 0 for layers that are taken whole.
-
-    Args:
-      config: of the model.
-      tokens: of the text.
-      weights: of a matrix of all experts.
-      group_size: weights per scale.
-      allowance: what may be spent.
-    """
-    held = 2 * -(-tokens // HELD_OUT)  # which goes three ways instead of one
-    codes = sum(_in_memory(size, allowance) for size in (weights // 2, 4 * weights // group_size))
-    return between_bytes(config, tokens + held, allowance, GPTQ_SLOTS) + 3 * codes
-
-
-def _in_memory(size: int, allowance: Allowance) -> int:
-    """Of so many bytes beside a layer in groups, those that do not lie in a file."""
-    return size if allowance.experts and size <= allowance.of(MEMORY_STATES) else 0
 
 
 def evaluation_bytes(

@@ -21,7 +21,6 @@ from pruning.runs.held import (
     LOSS_LOGITS,
     Held,
     between_bytes,
-    coded_bytes,
     evaluation_bytes,
     export_bytes,
     fixed_bytes,
@@ -31,7 +30,6 @@ from pruning.runs.held import (
     logits_held,
     outer_weights,
     pruned_bytes,
-    repaired_bytes,
     rows_at_work,
     verify_bytes,
 )
@@ -49,6 +47,8 @@ from pruning.scores.states import (
     projection_room,
 )
 from pruning.shrink.gptq import MOMENT_BYTES, moments_of_expert
+from pruning.shrink.progress import HELD_OUT
+from pruning.stages.between_sizes import in_memory, of_gptq, of_repair
 from pruning.stages.client import client_bytes
 from pruning.stages.preflight import rehearsed_plan
 from pruning.stages.probe_windows import probe_shapes
@@ -120,10 +120,12 @@ class Foretold:
         work += max(1, len(parts)) * sums // len(c.moe_layers)
         if recipe.weight_gradients:  # weights as float32, their gradients, and those of a batch
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
-        layer = self._largest(not recipe.groups - {"weights-only", "obs"})
+        layer = self._largest(not recipe.groups - {"weights-only", "obs", "gradients"})
         work += layers_held(layer, 2, self.allowance) + 2 * layer.total
         held = self._held_states(windows, padded // batch, step)
         held += between_bytes(c, padded * recipe.window, self.allowance)
+        if recipe.gradients and self.allowance.experts:  # those at the routing weights
+            held += padded * recipe.window * c.moe.experts_per_token * 4
         fixed = self._fixed + any(self._backward) * GRADIENT_PROGRAMS
         return int(fixed + max(max(work, self._window_loss()) + held, 6 * sums))
 
@@ -166,7 +168,7 @@ class Foretold:
         squares = 5 * 8 * np.square(counts)
         grams = max(int(squares.max()), self.allowance.of(int(squares.sum(axis=1).max())))
         kept = int(counts.sum(axis=1).max())
-        between = repaired_bytes(c, recipe.max_tokens, kept, self.allowance)
+        between = in_memory(of_repair(c, recipe.max_tokens, kept), self.allowance)
         layers = self._pruned(True) + 3 * 2 * self._largest(True).own
         return self._late + layers + states + grams + between
 
@@ -177,8 +179,9 @@ class Foretold:
         if recipe.quantizer != "gptq" or not self._packs:
             return 0
         states = recipe.max_tokens * c.d_model * self._item
-        rows = c.moe.num_experts * c.moe.d_expert * c.d_model
-        between = coded_bytes(c, recipe.max_tokens, rows, recipe.group_size, self.allowance)
+        held = -(-recipe.max_tokens // HELD_OUT)
+        sizes = of_gptq(c, recipe.max_tokens, held, recipe.group_size)
+        between = in_memory(sizes, self.allowance)
         each = moments_of_expert(c.d_model, c.moe.d_expert)
         moments = max(each, min(self.allowance.of(MOMENT_BYTES), self._at_once * each))
         return self._fixed + self._pruned(True) + 2 * moments + states + between
@@ -296,9 +299,9 @@ class Foretold:
     def _held_states(self, windows: int, batches: int, step: int) -> int:
         """Most bytes that a sweep over the text keeps in memory between its layers.
 
-        That of the statistics has its states in a file and keeps projections alone, that of obs has
-        a sample. Others hold the text once or twice, and the states of a way down, or of models
-        without an expert, if they are not too large.
+        That of the statistics has its states in a file and keeps projections alone, of whole
+        layers; that of obs has a sample. Others hold the text once or twice, and the states of a
+        way down, or of models without an expert, if they are not too large.
         """
         c, recipe = self.base.config, self.recipe
         text = windows * recipe.window * c.d_model * self._item
@@ -308,7 +311,7 @@ class Foretold:
             found.append((1 + max(1, min(without, room // max(1, text) - 1))) * text)
         if recipe.obs:
             found.append(self._sample(elimination.SHARE))
-        if recipe.gradients:
+        if recipe.gradients and not self.allowance.experts:
             rows = projection_room(c, batches, step) * projection_bytes(c.moe, step)
             found.append(min(rows, self.allowance.of(MEMORY_PROJECTIONS)))
         if recipe.weight_gradients:

@@ -10,12 +10,13 @@ from moe_jax.groups import each_group, own_experts
 from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource
 from pruning.kit.progress import OnStep
+from pruning.scores.asked import Asked
 from pruning.scores.noise import noise_rows, noise_worth
 from pruning.scores.parts import in_parts
 from pruning.scores.states import temporary_states
 from pruning.scores.statistics import ChannelStatistics, field_shapes
 from pruning.scores.sweep_log import Memory
-from pruning.scores.text_sweep import Asked, TextSweep
+from pruning.scores.text_sweep import TextSweep
 from pruning.scores.weight_facts import slots_of, weight_facts
 
 

@@ -19,6 +19,11 @@ from pruning.scores.similarity import linear_cka
 
 SAMPLE = 512  # tokens on which the outputs of all experts are compared
 CLIP = 0.01  # share of an expert's tokens whose contribution the paper's release clips
+# What is made of the norms of experts' inputs, plain or times the routing weight, by their squares.
+WANDA = {
+    "input_square": ("wanda_up", "wanda_gate"),
+    "weighted_input_square": ("routed_wanda_up", "routed_wanda_gate"),
+}
 
 
 def add_details(
@@ -136,6 +141,22 @@ def all_rows(layer: DecoderLayer, middle: Array) -> tuple[Array, Array]:
         return jnp.swapaxes(placed.reshape(sample, count, -1), 0, 1)
 
     return by_expert(rows.hidden), by_expert(rows.out)
+
+
+def add_wanda(sums: dict[str, np.ndarray], layer: DecoderLayer, each_prefix: bool) -> None:
+    """Add what needs the norms of the experts' inputs over the whole text.
+
+    Args:
+      sums: [parts, ...] each, of all batches; gets [1, E, F], or [parts, E, F] of each prefix.
+      layer: the layer.
+      each_prefix: for every number of parts instead.
+    """
+    for square, names in WANDA.items():
+        prefixes = np.cumsum(sums[square], axis=0)
+        wanted = prefixes if each_prefix else prefixes[-1:]
+        pairs = [wanda_sums(layer, one) for one in wanted]
+        for name, values in zip(names, zip(*pairs, strict=True), strict=True):
+            sums[name] = np.stack(values).astype(np.float64)
 
 
 def wanda_sums(layer: DecoderLayer, input_square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -51,13 +51,13 @@ class Text:
     Attributes:
       parts: its batches.
       entering: rows of a batch -> its states before the layer, [b, T, D].
-      leave: takes the rows of a batch and its states behind the layer.
+      leave: takes the rows of a batch and its states behind the attention and behind the layer.
       dtype: of the states.
     """
 
     parts: Parts
     entering: Callable[[slice], Array]
-    leave: Callable[[slice, Array], None]
+    leave: Callable[[slice, Array, Array], None]
     dtype: Any
 
 
@@ -135,9 +135,10 @@ class _Visit:
     def end(self, rest: DecoderLayer) -> None:
         """Do what comes behind the experts."""
         for number, rows, place in self._batches():
-            out, weights = _ended(rest, self._at(number), place)
+            halfway = self._at(number)
+            out, weights = _ended(rest, halfway, place)
             self._weights.append(weights)
-            self._text.leave(rows, out)
+            self._text.leave(rows, halfway.middle.astype(halfway.dtype), out)
 
     def add(self, group: DecoderLayer) -> None:
         """Add the sums over a group's tokens."""

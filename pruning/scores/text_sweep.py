@@ -5,23 +5,25 @@ Between two steps the hidden states lie in slots, of which a step overwrites non
 that one which was killed can be done again.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
-from moe_jax.config import ModelConfig
 from moe_jax.mesh import ROWS, SUMS
 from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter
-from pruning.scores.details import add_details, wanda_sums
+from pruning.scores.asked import EDGES, Asked
+from pruning.scores.details import add_details, add_wanda
 from pruning.scores.grouped import Text, statistics_in_groups
+from pruning.scores.grouped_gradients import WayDown, gradients_in_groups
 from pruning.scores.layer import (
     GRADIENT_SCORES,
     Kept,
@@ -38,43 +40,6 @@ from pruning.scores.states import Projections, States, layer_slots, projection_r
 from pruning.scores.statistics import DECLARED, ChannelStatistics
 from pruning.scores.sweep_log import Sums, SweepLog
 from pruning.scores.weight_facts import slots_of
-
-EDGES = 2  # slots that hold what one step leaves to the next, in turns
-# What is made of the norms of experts' inputs, plain or times the routing weight, by their squares.
-WANDA = {
-    "input_square": ("wanda_up", "wanda_gate"),
-    "weighted_input_square": ("routed_wanda_up", "routed_wanda_gate"),
-}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a sweep collects beyond the forward sums.
-
-    Attributes:
-      gradients: sums of the end-to-end next-token loss, by a way down.
-      expert_details: vectors per expert and pairs of experts.
-      each_prefix: what needs the whole text, for every number of parts instead.
-    """
-
-    gradients: bool = False
-    expert_details: bool = False
-    each_prefix: bool = False
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """Their names in `ChannelStatistics`."""
-        asked = (("gradients", self.gradients), ("expert-details", self.expert_details))
-        return tuple(name for name, on in asked if on)
-
-    def slots(self, config: ModelConfig) -> int:
-        """States of the text that are alive at once."""
-        return EDGES + (layer_slots(config) if self.gradients else 0)
-
-    def steps(self, config: ModelConfig) -> int:
-        """Steps of the sweep: layers upwards, the loss, layers downwards."""
-        layers, lowest = config.num_layers, config.moe_layers[0]
-        return layers + (1 + layers - lowest if self.gradients else 0)
 
 
 class TextSweep:
@@ -124,12 +89,7 @@ class TextSweep:
     def forward(self) -> None:
         """Go up through the layers that are left."""
         layers = range(min(self.log.done, len(self.source)), len(self.source))
-        # What else is asked for takes all experts of a layer together, and so do several devices.
-        plain = not self.asked.groups and self._spread.mesh is None
-        sweep(
-            self.source, None, self._up, layers=layers, on_layer=lambda _: self._count(1),
-            in_groups=self._up_in_groups if plain else None,
-        )  # fmt: skip
+        self._sweep(layers, self._up, self._up_in_groups)
 
     def backward(self) -> None:
         """Go down through the layers that are left, if gradients are asked for."""
@@ -140,7 +100,7 @@ class TextSweep:
             self._loss()
         # Below the lowest layer with experts nothing is scored.
         layers = reversed(range(self.source.config.moe_layers[0], 2 * top + 1 - self.log.done))
-        sweep(self.source, None, self._down, layers=layers, on_layer=lambda _: self._count(1))
+        self._sweep(layers, self._down, self._down_in_groups)
 
     def part(self, number: int) -> ChannelStatistics:
         """Statistics of one part, without what needs the whole text."""
@@ -175,8 +135,7 @@ class TextSweep:
         batches = self.text.batches
         for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
             before = self._entering(index, rows)
-            visit = None if slot is None else slot * len(batches.rows) + number
-            keep = visit is not None and self._projections.has_room(visit)
+            keep = self._is_kept(index, number)
             middle, out, found, kept = self._statistics(keep)(here, before, place)
             if keep:
                 self._projections.keep(index, rows, kept)
@@ -189,14 +148,14 @@ class TextSweep:
             self._leave(index, rows, middle, out)
         sums = self._spread.total(sums)
         if self.asked.expert_details and slot is not None:
-            self._add_wanda(sums, layer)
+            add_wanda(sums, layer, self.asked.each_prefix)
         self._end_step(sums | facts)
 
     def _up_in_groups(self, index: int, _: None) -> None:
         text = Text(
             self.text,
             lambda rows: self._entering(index, rows),
-            lambda rows, out: self._leave(index, rows, out, out),
+            lambda rows, middle, out: self._leave(index, rows, middle, out),
             self._dtype,
         )
         sums, facts = statistics_in_groups(self.source, index, text, self._own, self._scratch)
@@ -214,15 +173,6 @@ class TextSweep:
             experts = self.source.config.moe.num_experts
             sums["similarity"] = np.zeros((1, experts, experts))
         return sums
-
-    def _add_wanda(self, sums: Sums, layer: DecoderLayer) -> None:
-        """Add what needs the norms of the experts' inputs over the whole text."""
-        for square, names in WANDA.items():
-            prefixes = np.cumsum(sums[square], axis=0)
-            wanted = prefixes if self.asked.each_prefix else prefixes[-1:]
-            pairs = [wanda_sums(layer, one) for one in wanted]
-            for name, values in zip(names, zip(*pairs, strict=True), strict=True):
-                sums[name] = np.stack(values).astype(np.float64)
 
     def _entering(self, index: int, rows: slice) -> Array:
         """What enters a layer on the way up."""
@@ -261,25 +211,37 @@ class TextSweep:
         self._end_step(self._spread.total({"loss_sum": losses}))
 
     def _down(self, index: int, layer: DecoderLayer, _: None) -> None:
-        states, slot = self._open_states, self._slots.get(index)
-        lowest, edge = self.source.config.moe_layers[0], self._edge
-        given = edge + (len(self.source) - index) % EDGES  # by the step before
+        slot = self._slots.get(index)
         sums = {} if slot is None else no_gradient_sums(layer, len(self.text.tokens))
+        lowest = self.source.config.moe_layers[0]
         here, batches = self._spread.everywhere(layer), self.text.batches
         through_experts = self._spread.each(feed_forward_backward, (ROWS, SUMS))
         through_attention = self._spread.each(attention_backward, ROWS)
         for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
-            x, middle = (self._spread.dealt(states.get(2 * index + i, rows)) for i in (0, 1))
+            x, middle = self._entered(index, rows), self._middle(index, rows)
             kept = self._kept(index, here, x, place, number)
-            d_out = self._spread.dealt(states.get(given, rows))
+            d_out = self._given(index, rows)
             d_middle, scores = through_experts(here, middle, place, d_out, kept)
             for part, batch in self._by_part(number, scores, 1) if scores is not None else ():
                 values = batch.astype(np.float64)
                 for name, value in zip(GRADIENT_SCORES, values, strict=True):
                     sums[name][part] += value
             if index > lowest:
-                left = 2 * edge + 1 - given  # the other one
-                states.put(left, rows, through_attention(here, x, place, d_middle))
+                self._pass_down(index, rows, through_attention(here, x, place, d_middle))
+        self._end_step(self._spread.total(sums))
+
+    def _down_in_groups(self, index: int, _: None) -> None:
+        rounds = jnp.dtype(self._dtype) != jnp.float32
+        lowest = self.source.config.moe_layers[0]
+        text = WayDown(
+            self.text,
+            entered=lambda rows: self._entered(index, rows),
+            middle=lambda rows: self._middle(index, rows),
+            given=lambda rows: self._given(index, rows),
+            leave=partial(self._pass_down, index) if index > lowest else None,
+            as_seen=lambda number: rounds and self._is_kept(index, number),
+        )
+        sums = gradients_in_groups(self.source, index, text, self._scratch)
         self._end_step(self._spread.total(sums))
 
     def _kept(
@@ -287,15 +249,47 @@ class TextSweep:
     ) -> Kept | None:
         """What the way up kept of a batch; made again, by the same program, if it had no room or
         was in a process that is gone."""
-        batches, slot = self.text.batches, self._slots.get(index)
-        if slot is None or not self._projections.has_room(slot * len(batches.rows) + number):
+        if not self._is_kept(index, number):
             return None
-        kept = self._projections.take(index, batches.rows[number])
+        kept = self._projections.take(index, self.text.batches.rows[number])
         if kept is not None:
             return self._spread.dealt(kept)
         return self._statistics(keep=True)(layer, x, place)[3]
 
+    def _is_kept(self, index: int, number: int) -> bool:
+        """Whether the way up keeps the rows of a batch in a layer, or would if it had room."""
+        slot = self._slots.get(index)
+        if slot is None:
+            return False
+        return self._projections.has_room(slot * len(self.text.batches.rows) + number)
+
+    def _entered(self, index: int, rows: slice) -> Array:
+        """What entered a layer on the way up."""
+        return self._spread.dealt(self._open_states.get(2 * index, rows))
+
+    def _middle(self, index: int, rows: slice) -> Array:
+        """What stood behind its attention."""
+        return self._spread.dealt(self._open_states.get(2 * index + 1, rows))
+
+    def _given(self, index: int, rows: slice) -> Array:
+        """The gradient at its output, which the step before left."""
+        slot = self._edge + (len(self.source) - index) % EDGES
+        return self._spread.dealt(self._open_states.get(slot, rows))
+
+    def _pass_down(self, index: int, rows: slice, gradient: Array) -> None:
+        """Leave the gradient at what entered a layer to the one below."""
+        slot = self._edge + (len(self.source) - index + 1) % EDGES
+        self._open_states.put(slot, rows, gradient)
+
     # --- both ---
+
+    def _sweep(self, layers: Iterable[int], step: Any, in_groups: Any) -> None:
+        # Details take all experts of a layer together, and so do several devices.
+        plain = not self.asked.expert_details and self._spread.mesh is None
+        sweep(
+            self.source, None, step, layers=layers, on_layer=lambda _: self._count(1),
+            in_groups=in_groups if plain else None,
+        )  # fmt: skip
 
     def _owners(self, number: int) -> tuple[int, ...]:
         """Parts of the batches of a step, one per device but for padding."""

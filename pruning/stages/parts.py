@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from pruning.kit.progress import Steps
+from pruning.scores.asked import Asked
 from pruning.scores.channel_criteria import CHANNEL_CRITERIA
 from pruning.scores.expert_criteria import expert_criterion
 from pruning.scores.own import STATISTICS
@@ -13,7 +14,7 @@ from pruning.scores.parts import in_parts, rows_of_parts, windows_at_work
 from pruning.scores.states import States, state_bytes
 from pruning.scores.statistics import ChannelStatistics
 from pruning.scores.sweep_log import SweepFolder
-from pruning.scores.text_sweep import Asked, TextSweep
+from pruning.scores.text_sweep import TextSweep
 from pruning.stages import plan as planning
 from pruning.stages.job import Job
 from pruning.stages.model_record import remember

@@ -1,5 +1,6 @@
 """What is checked and said before a run does expensive work."""
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from pruning.scores.parts import rows_of_parts
 from pruning.scores.statistics import ALWAYS, SUMS, ChannelStatistics, field_shapes
 from pruning.stages import folder as output_folder
 from pruning.stages import plan as planning
+from pruning.stages.between_sizes import between_files
 from pruning.stages.job import Job
 from pruning.stages.model_record import remember
 from pruning.stages.parts import sweep_folder
@@ -131,9 +133,9 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
         there = output_folder.written_there(output, WRITTEN.get(name, (f"exports/{name}",)))
         there += sweep_folder(job).state_bytes if name == SCRATCH else 0
         parts[name] = 0 if is_scored else max(0, parts[name] - there)
-    if is_elsewhere(recipe):
-        require_space(recipe.scratch_folder, {SCRATCH: parts.pop(SCRATCH, 0)})
-    require_space(output, parts, 0 if resumed else output_folder.replaced_bytes(output))
+    if exports and (later := between_files(job.base.about, recipe, len(job.calibration.tokens))):
+        parts[SCRATCH] = max(parts.get(SCRATCH, 0), later)
+    require_both(recipe, parts, 0 if resumed else output_folder.replaced_bytes(output))
 
 
 def written_bytes(
@@ -149,7 +151,8 @@ def written_bytes(
     """
     number = len(rows_of_parts(windows, recipe.until_stable is not None))
     parts = {"statistics": (1 + number) * statistics_bytes(base, recipe)}
-    parts |= {SCRATCH: size} if (size := scratch_bytes(base, recipe, windows)) else {}
+    later = between_files(base, recipe, windows) if exports else 0  # these follow one another
+    parts |= {SCRATCH: size} if (size := max(later, scratch_bytes(base, recipe, windows))) else {}
     if not exports:
         return parts
     sizes = {name: most_bytes(base, recipe, name) for name in recipe.export}
@@ -166,14 +169,24 @@ def is_elsewhere(recipe: CompressionRecipe) -> bool:
     return len(disks) > 1
 
 
+def require_both(recipe: CompressionRecipe, parts: dict[str, int], replaced: int = 0) -> None:
+    """`require_space` in a run's output folder, and where its scratch files go."""
+    if is_elsewhere(recipe) and SCRATCH in parts:
+        parts = dict(parts)
+        require_space(recipe.scratch_folder, {SCRATCH: parts.pop(SCRATCH)})
+    require_space(Path(recipe.output), parts, replaced)
+
+
 def require_space(folder: Path, parts: dict[str, int], replaced: int = 0) -> None:
     """Raise OSError unless `parts`, bytes by name, fit once `replaced` bytes are gone."""
     needed, free = sum(parts.values()) + SPARE_BYTES, free_space(folder) + replaced
     if free < needed:
         listed = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
+        cure = " (--scratch FOLDER that of scratch files alone)" if parts.get(SCRATCH) else ""
         raise OSError(
             f"{folder} has {amount(free)} free but up to {amount(needed)} are needed "
             f"({listed}, spare {amount(SPARE_BYTES)}); free some space or choose another disk"
+            f"{cure}"
         )
 
 
@@ -219,6 +232,17 @@ def check_exports(
     say_sizes(sizes, steps)
     say_nothing_saved(plan, recipe, steps)
     say_left_out(base.about.folder, steps)
+
+
+def check_changes(job: Job, plan: PruningPlan, *, repairs: bool) -> None:
+    """Raise OSError unless what repair, if a command repairs, and GPTQ of a plan need fits, but
+    for the codes, which are checked with the exports."""
+    about, windows = job.base.about, len(job.calibration.tokens)
+    recipe = job.recipe if repairs else dataclasses.replace(job.recipe, repair="none")
+    parts = {"repair": repair_bytes(about, recipe, windows)} if repairs else {}
+    kept = int(plan.counts.sum(axis=1).max())
+    parts |= {SCRATCH: size} if (size := between_files(about, recipe, windows, kept)) else {}
+    require_both(recipe, parts)
 
 
 def say_sizes(sizes: dict[str, dict], steps: Steps) -> None:

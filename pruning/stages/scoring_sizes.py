@@ -6,10 +6,10 @@ from convert.description import Description
 from pruning.kit.memory import allowance
 from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores import grouped, states
+from pruning.scores.asked import Asked
 from pruning.scores.end_to_end import ig_chunk
 from pruning.scores.parts import rows_of_parts, windows_at_work
 from pruning.scores.statistics import field_shapes
-from pruning.scores.text_sweep import Asked
 
 
 def statistics_bytes(base: Description, recipe: ResolvedRecipe) -> int:

@@ -89,6 +89,7 @@ TESTS = {
     "pruning/recipe/place_options.py": "runs/test_places -k 'not killed'",
     "pruning/scores/states.py": "scores/test_state_slots",
     "pruning/scores/grouped.py": "scores/test_grouped",
+    "pruning/scores/grouped_gradients.py": "scores/test_grouped",
     "moe_jax/groups.py": "scores/test_grouped",
     "convert/layer_reader.py": "scores/test_grouped",
     "moe_jax/experts/pool.py": "../moe_jax/experts/test_pool",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Activation
+from moe_jax.experts import swiglu
 from moe_jax.experts.dispatch import gather_rows, make_dispatch
 from moe_jax.experts.expert_rows import expert_rows, no_score, routed_experts_by_rows
 from moe_jax.experts.grouped_matmul import on_cpu
@@ -134,6 +135,34 @@ def test_output_and_every_gradient_equal_a_dense_einsum(problem, form):
     np.testing.assert_allclose(found[3][0], wanted[3], **close)
     gate_score = gate_magnitudes(p, pull)
     np.testing.assert_allclose(found[3][1], gate_score, **close)
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[-1]], indirect=True)
+@pytest.mark.parametrize("loops", [True, False])
+def test_what_experts_pull_back_is_added_to_what_others_did(problem, loops, monkeypatch):
+    if loops != on_cpu():
+        monkeypatch.setattr(swiglu, "on_cpu", lambda: loops)
+    p, d = problem, problem["dispatch"]
+    rng = np.random.default_rng(1)
+    pull, onto = (jnp.asarray(rng.normal(size=(N, D)), jnp.float32) for _ in range(2))
+
+    def ours(x, weight):
+        row_weight = gather_rows(weight.reshape(-1), d, 1)
+        args = (p["experts"].weights, jnp.zeros((2, E, F)), d, p["experts"].pool)
+        return swiglu.added_gradients(magnitudes, onto, pull, x, row_weight, *args)
+
+    def theirs(x, weight, gates):
+        dense = [jnp.asarray(w) for w in p["dense"]]
+        return jnp.vdot(pull, dense_output(x, weight, gates, dense, p["chosen"], p["valid"]))
+
+    arguments = (p["x"], p["weight"])
+    d_x, d_row, scores = jax.jit(ours)(*arguments)
+    wanted = jax.grad(theirs, (0, 1, 2))(*arguments, jnp.ones((E, F)))
+    close = {"rtol": 2e-4, "atol": 2e-5}
+    np.testing.assert_allclose(d_x - onto, wanted[0], **close)
+    d_weight = jnp.zeros(N * K).at[d.row_copy].set(d_row, mode="drop").reshape(N, K)
+    np.testing.assert_allclose(d_weight, wanted[1], **close)
+    np.testing.assert_allclose(scores[0], wanted[2], **close)
 
 
 def gate_magnitudes(p, pull):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from moe_jax.transformer import Transformer, init
+from pruning.scores.asked import Asked
 from pruning.scores.collect import collect_statistics
 from pruning.scores.parts import in_parts
 from pruning.scores.states import States, state_bytes
 from pruning.scores.statistics import DECLARED, ChannelStatistics
 from pruning.scores.sweep_log import Memory, SweepFolder
-from pruning.scores.text_sweep import Asked, TextSweep
+from pruning.scores.text_sweep import TextSweep
 from tests.pruning.scores.test_layer import CONFIG
 
 LAYERS, LOWEST = 3, 1

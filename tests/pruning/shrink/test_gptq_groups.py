@@ -13,6 +13,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.kit.memory import Allowance, allowing
 from pruning.shrink.gptq_model import quantize_model, with_codes
 from pruning.shrink.prune import PrunedSource
+from pruning.stages.between_sizes import of_gptq
 from tests.support import tiny
 
 RNG = np.random.default_rng(1)
@@ -48,10 +49,13 @@ def quantised(model, plan, folder, experts):
     return with_codes(pruned, folder, GROUP), errors
 
 
-def test_codes_chosen_in_groups_are_those_of_whole_layers(model, plan, tmp_path):
+def test_codes_chosen_in_groups_are_those_of_whole_layers(model, plan, tmp_path, scratch_files):
     whole, wanted = quantised(model, plan, tmp_path / "whole", None)
     with allowing(Allowance(room=0)):  # codes and states lie in files
         grouped, found = quantised(model, plan, tmp_path / "groups", 4)
+    config, batch = open_checkpoint(model).config, 4
+    # 8 and 1 windows in batches of 4.
+    assert sorted(scratch_files) == sorted(of_gptq(config, (8 + batch) * 24, batch * 24, GROUP))
     assert found == wanted
     assert 0 < wanted[1].fallbacks < wanted[1].matrices
     said = [json.loads((tmp_path / n / "gptq.json").read_text()) for n in ("whole", "groups")]

@@ -15,6 +15,7 @@ from pruning.budget.plan import PruningPlan
 from pruning.kit.memory import Allowance, allowing
 from pruning.shrink.prune import PrunedSource
 from pruning.shrink.repair_model import repair_model, repaired_in, with_repair
+from pruning.stages.between_sizes import of_repair
 from tests.support import tiny
 
 RNG = np.random.default_rng(1)
@@ -71,11 +72,18 @@ CASES = [
 
 
 @pytest.mark.parametrize("family, mode, dtype", CASES)
-def test_a_repair_in_groups_is_that_of_whole_layers(models, family, mode, dtype, tmp_path):
+def test_a_repair_in_groups_is_that_of_whole_layers(
+    models, family, mode, dtype, tmp_path, scratch_files
+):
     model = models(family)
     _, wanted = repaired(opened(model), tmp_path / "whole", mode, dtype)
     with allowing(Allowance(room=0)):  # Grams are made again, states lie in files
         _, found = repaired(opened(model, 3), tmp_path / "groups", mode, dtype)
+    config, kept = opened(model).config, plan_of(opened(model).config).keep.sum(axis=(1, 2))
+    # 10 and 1 windows in batches of 4, and weights of 32 bits here.
+    states, changes, *made = of_repair(config, (12 + 4) * 24, int(kept[-1]))
+    if len(kept) == 1:  # all forms of one layer
+        assert scratch_files == [states, 2 * made[0], changes, 2 * made[1]]
     assert any(one.changed for one in wanted)
     exact = family != "gpt_oss"  # whose biases a whole layer adds up by themselves
     for one, other in zip(wanted, found, strict=True):

@@ -12,11 +12,11 @@ from moe_jax.spread import ALONE
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
+from pruning.scores.asked import Asked
 from pruning.scores.own import STATISTICS
 from pruning.scores.parts import rows_of_parts
 from pruning.scores.states import state_bytes
 from pruning.scores.statistics import ChannelStatistics
-from pruning.scores.text_sweep import Asked
 from pruning.stages import parts
 from pruning.stages.parts import collect_parts, jaccard
 from tests.pruning.scores.test_layer import CONFIG

@@ -4,6 +4,7 @@ The model is a config.json: two layers of two experts with three blocks of chann
 dense layer between them.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,9 +20,10 @@ from convert.description import describe
 from convert.export import Export
 from convert.export_format import ExportFormat
 from pruning.budget.plan import PruningPlan
+from pruning.kit.memory import Allowance, allowing
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
-from pruning.stages import scoring_sizes, size_bounds, sizes
+from pruning.stages import preflight, scoring_sizes, size_bounds, sizes
 from pruning.stages.export import export
 from pruning.stages.job import resolved
 from pruning.stages.repair import repair_bytes
@@ -361,3 +363,28 @@ def test_a_token_that_meets_every_expert_meets_all_but_its_own_row_of_the_embedd
     experts = counts.size * (c.moe.d_expert * (3 * c.d_model + 2) + c.d_model)
     wanted = base.weights() - looked_up - experts
     assert sizes.active_parameters(base, counts, none) == wanted
+
+
+def test_scratch_files_of_layers_in_groups_are_counted_and_said(base, tmp_path, monkeypatch):
+    whole = {"window": 24, "batch": 5, "dtype": "bfloat16", "bits": 4, "quantizer": "gptq"}
+    options = recipe(base, "ragged-int4", **whole, repair="layer", output=str(tmp_path))
+    # 11 windows, 1 of them held out, each of the two filled up to whole batches; of 2 experts.
+    windows, rows = 11 + 2 * 4, 2 * F * D
+    repair = 3 * 4 * windows * 24 * D + 4 * (rows + 2 * D) + 2 * 2 * rows
+    codes = 2 * 4 * (windows + 2 * (1 + 4)) * 24 * D + 3 * (rows // 2 + 4 * rows // 32)
+    assert preflight.between_files(base, options, 11) == 0  # whole layers
+    with allowing(Allowance(experts=1)):  # as little lies in memory
+        assert preflight.between_files(base, options, 11) == 0
+    with allowing(Allowance(room=0, experts=1)):
+        found = preflight.between_files(base, options, 11)
+        assert found == max(repair, codes)
+        alone = dataclasses.replace(options, quantizer="rtn")
+        assert preflight.between_files(base, alone, 11) == repair
+        half = preflight.between_files(base, alone, 11, kept=F)
+        assert repair - half == (4 + 2 * 2) * F * D
+        parts = preflight.written_bytes(base, options, 11)
+    assert parts[preflight.SCRATCH] == found
+    monkeypatch.setattr(preflight, "free_space", lambda folder: found)
+    said = rf"scratch files {found / 1e3:.1f} kB.*choose another disk \(--scratch FOLDER"
+    with pytest.raises(OSError, match=said):
+        preflight.require_both(options, parts)
