@@ -21,7 +21,7 @@ from pruning.recipe.recipe import ResolvedRecipe
 from pruning.scores.grams import sample_size
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
-from pruning.shrink.masked import masked_forward
+from pruning.shrink.masked_layer import masked_forward
 from pruning.shrink.taken_over import moved
 from pruning.stages.extra_scores import costs
 from pruning.stages.rule_losses import SHARE, is_repaired

@@ -147,7 +147,7 @@ TESTS = {
     "pruning/shrink/prune.py": "shrink/test_prune",
     "pruning/shrink/repair.py": "shrink/test_repair",
     "pruning/shrink/repair*.py": "shrink/test_repair shrink/test_repair_model",
-    "pruning/shrink/masked.py": "shrink/test_masked",
+    "pruning/shrink/masked*.py": "shrink/test_masked",
     "pruning/shrink/taken_over.py": "shrink/test_taken_over",
     "pruning/shrink/rounding.py": "shrink/test_rounding",
     "pruning/measure/agreement.py": "runs/test_audit"
