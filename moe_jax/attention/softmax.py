@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -169,8 +170,7 @@ def _scored(
     return weight, mass + sunk, sunk
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _weighted_values(
+def _values(
     q: Array,  # [K, R, H]
     k: Array,  # [K, S, H]
     v: Array,  # [K, S, G]
@@ -185,11 +185,11 @@ def _weighted_values(
     return (out / mass).astype(v.dtype)
 
 
-def _weighted_values_forward(q, k, v, seen, sinks, scale):
-    return _weighted_values(q, k, v, seen, sinks, scale), (q, k, v, seen, sinks)
+def _values_forward(q, k, v, seen, sinks, scale):
+    return _values(q, k, v, seen, sinks, scale), (q, k, v, seen, sinks)
 
 
-def _weighted_values_backward(scale, saved, d_out):
+def _values_backward(scale, saved, d_out):
     q, k, v, seen, sinks = saved
     weight, mass, sunk = _scored(q, k, seen, sinks, scale)
     pulled = (d_out.astype(jnp.float32) / mass).astype(v.dtype)
@@ -203,4 +203,6 @@ def _weighted_values_backward(scale, saved, d_out):
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_sinks
 
 
-_weighted_values.defvjp(_weighted_values_forward, _weighted_values_backward)
+# `_values` itself is what runs, so that a gradient can be differentiated again.
+_weighted_values: Any = jax.custom_vjp(_values, nondiff_argnums=(5,))
+_weighted_values.defvjp(_values_forward, _values_backward)
