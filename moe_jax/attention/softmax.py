@@ -41,7 +41,7 @@ def attend(
     """Let every query see the valid keys at or before its position.
 
     Scores and their softmax are float32. Small problems are one product; larger ones loop over
-    sequences and blocks of queries, and recompute a block's scores in the backward pass.
+    sequences and blocks of queries. The backward pass makes scores again, and none are kept.
 
     Args:
       q: queries; N is a multiple of K, consecutive heads share a key head.
@@ -85,12 +85,11 @@ def _block_size(length: int, most: int, repeats: int) -> int:
     with `repeats` rows for each their gradients are fast products, and that few are padding."""
     unit = OUTER_ROWS // math.gcd(OUTER_ROWS, repeats)
     if length <= most or most < unit:
-        return -(
-            -length // -(-length // max(1, min(length, most)))
-        )  # alike, so that few are padding
+        blocks = math.ceil(length / max(1, min(length, most)))
+        return math.ceil(length / blocks)  # alike, so that few are padding
 
     def cost(size: int) -> float:  # a quarter of the size takes a third longer
-        return -(-length // size) * size * (1 + most / (8 * size))
+        return math.ceil(length / size) * size * (1 + most / (8 * size))
 
     return min(range(unit, most * 5 // 4 + 1, unit), key=cost)
 
