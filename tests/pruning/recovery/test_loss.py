@@ -76,6 +76,14 @@ def test_a_certain_teacher_leaves_a_finite_gradient():
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+def test_a_student_that_is_too_certain_is_pulled_back_by_a_finite_gradient():
+    """What it gives all others, e^-200, is no float32: their part of the loss is held at 1e-37."""
+    logits, logp = jnp.asarray([200.0, 0.0, 0.0]), jnp.log(jnp.asarray([0.5]))
+    found, slope = jax.value_and_grad(teacher_divergence)(logits, logp, jnp.asarray([0]))
+    np.testing.assert_allclose(found, np.log(0.5) + 0.5 * 37 * np.log(10), rtol=1e-6)
+    np.testing.assert_allclose(slope, [0.5, 0, 0], atol=1e-6)
+
+
 def test_both_losses_at_once_have_the_gradient_of_their_sum():
     rng = np.random.default_rng(2)
     student, logp = rng.normal(size=(3, 7)), np.log([[0.5, 0.2], [0.9, 0.05], [0.3, 0.3]])
