@@ -4,12 +4,15 @@ import functools
 import math
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from convert.description import Description
 from convert.rules import ruled_tensors
 from moe_jax.config import ModelConfig
 from pruning.kit.memory import Allowance
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.scores.grams import sample_size
 from pruning.scores.grouped import SLOTS as BETWEEN
 from pruning.stages.between_sizes import in_memory
 from pruning.stages.measure import held_states
@@ -85,6 +88,25 @@ def between_bytes(config: ModelConfig, tokens: int, allowance: Allowance) -> int
 def kept_between(config: ModelConfig, tokens: int, allowance: Allowance) -> int:
     """The same of a text that lies there however much memory it takes."""
     return BETWEEN * tokens * config.d_model * 4 if allowance.experts else 0
+
+
+def experts_at_once(config: ModelConfig, allowance: Allowance) -> int:
+    """Experts that are in memory together where layers can be taken in groups."""
+    return min(config.moe.num_experts, allowance.experts or config.moe.num_experts)
+
+
+def sample_bytes(
+    config: ModelConfig, recipe: ResolvedRecipe, share: float, allowance: Allowance
+) -> int:
+    """The hidden states of a sample of the text, its rows at work, and the Grams of a layer's
+    experts, or a group's, on the device, on the host and of one of them in float64."""
+    windows = math.ceil(recipe.max_tokens / recipe.window)
+    count, size = sample_size(windows, recipe.window, share)
+    rows = min(count, recipe.batch) * size * config.moe.experts_per_token
+    work = rows * (4 * config.moe.d_expert + 4 * config.d_model) * 4
+    grams = (2 * 4 * experts_at_once(config, allowance) + 4 * 8) * config.moe.d_expert**2
+    states = count * size * config.d_model * jnp.dtype(recipe.dtype).itemsize
+    return states + kept_between(config, count * size, allowance) + work + grams
 
 
 def evaluation_bytes(

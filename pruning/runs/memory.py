@@ -22,6 +22,7 @@ from pruning.runs.held import (
     Held,
     between_bytes,
     evaluation_bytes,
+    experts_at_once,
     export_bytes,
     fixed_bytes,
     kept_between,
@@ -31,12 +32,12 @@ from pruning.runs.held import (
     outer_weights,
     pruned_bytes,
     rows_at_work,
+    sample_bytes,
     verify_bytes,
 )
 from pruning.runs.probe import kept_out_tokens
 from pruning.scores import elimination
 from pruning.scores.end_to_end import ig_chunk
-from pruning.scores.grams import sample_size
 from pruning.scores.noise import ROWS_PER_EXPERT
 from pruning.scores.parts import rows_of_parts, windows_at_work
 from pruning.scores.states import (
@@ -145,12 +146,12 @@ class Foretold:
         states = tokens * c.d_model * item
         plans = 1 + self.rates * len(CANDIDATES)
         together = max(1, min(plans, self.allowance.of(STATE_BYTES) // states))
-        pool = self._at_once * c.moe.d_expert * c.d_model
+        pool = experts_at_once(c, self.allowance) * c.moe.d_expert * c.d_model
         work = rows_at_work(c, recipe, tokens) * (3 * c.moe.d_expert + 3 * c.d_model) * 4
         work += pool * item + logits_held(c, LOSS_LOGITS)
         work += together * kept_between(c, tokens, self.allowance)
         if is_repaired(recipe):
-            work += self._sample(SHARE) + pool * (2 * 4 + item)
+            work += sample_bytes(c, recipe, SHARE, self.allowance) + pool * (2 * 4 + item)
         layers = layers_held(self._largest(True), 2, self.allowance)
         return int(self._fixed + layers + 2 * together * states + work)
 
@@ -183,7 +184,9 @@ class Foretold:
         sizes = of_gptq(c, recipe.max_tokens, held, recipe.group_size)
         between = in_memory(sizes, self.allowance)
         each = moments_of_expert(c.d_model, c.moe.d_expert)
-        moments = max(each, min(self.allowance.of(MOMENT_BYTES), self._at_once * each))
+        moments = max(
+            each, min(self.allowance.of(MOMENT_BYTES), experts_at_once(c, self.allowance) * each)
+        )
         return self._fixed + self._pruned(True) + 2 * moments + states + between
 
     def export(self) -> int:
@@ -278,24 +281,6 @@ class Foretold:
         recipe = self.recipe
         return recipe.gradients, recipe.weight_gradients, recipe.nll_ig is not None
 
-    @property
-    def _at_once(self) -> int:
-        """Experts that are in memory together where layers can be taken in groups."""
-        experts = self.base.config.moe.num_experts
-        return min(experts, self.allowance.experts or experts)
-
-    def _sample(self, share: float) -> int:
-        """The hidden states of a sample of the text, its rows at work, and the Grams of a layer's
-        experts, or a group's, on the device, on the host and of one of them in float64."""
-        c, recipe = self.base.config, self.recipe
-        windows = math.ceil(recipe.max_tokens / recipe.window)
-        count, size = sample_size(windows, recipe.window, share)
-        rows = min(count, recipe.batch) * size * c.moe.experts_per_token
-        work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
-        grams = (2 * 4 * self._at_once + 4 * 8) * c.moe.d_expert**2
-        states = count * size * c.d_model * self._item
-        return states + kept_between(c, count * size, self.allowance) + work + grams
-
     def _held_states(self, windows: int, batches: int, step: int) -> int:
         """Most bytes that a sweep over the text keeps in memory between its layers.
 
@@ -310,7 +295,7 @@ class Foretold:
             without = len(c.moe_layers) * c.moe.num_experts
             found.append((1 + max(1, min(without, room // max(1, text) - 1))) * text)
         if recipe.obs:
-            found.append(self._sample(elimination.SHARE))
+            found.append(sample_bytes(c, recipe, elimination.SHARE, self.allowance))
         if recipe.gradients and not self.allowance.experts:
             rows = projection_room(c, batches, step) * projection_bytes(c.moe, step)
             found.append(min(rows, self.allowance.of(MEMORY_PROJECTIONS)))
