@@ -17,6 +17,7 @@ from moe_jax.errors import InputError
 
 # Logical axis -> mesh axis, for every family; what has none is the same on all devices.
 AXES = {"windows": "data", "experts": "expert"}
+KINDS = (AxisType.Auto,) * len(AXES)
 WINDOWS, BY_DEVICE = PartitionSpec(AXES["windows"]), PartitionSpec(*AXES.values())
 ROWS, SUMS = "rows", "sums"  # what a function of a batch returns: an entry per row, or sums over it
 
@@ -44,8 +45,7 @@ def mesh_of(axes: Mapping[str, int]) -> Mesh | None:
         return None
     names = tuple(AXES.values())
     shape = [axes.get(name, 1) for name in names]
-    kinds = (AxisType.Auto,) * len(shape)
-    return Mesh(np.array(devices[:count]).reshape(shape), names, axis_types=kinds)
+    return Mesh(np.array(devices[:count]).reshape(shape), names, axis_types=KINDS)
 
 
 def specs(tree: Any) -> Any:

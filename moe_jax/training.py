@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
+from moe_jax.data_parallel import averaged, dealt, placed, placed_alike
 from moe_jax.experts.moe import MoETrace
 from moe_jax.structure import named_leaves
 from moe_jax.transformer import Transformer
@@ -106,8 +108,10 @@ class HeldOut:
         """Measure the parameters in `progress`, and keep them there if they are the best yet."""
         found = self.loss(step, progress["parameters"])
         if found < float(progress["least"]):
-            progress |= {"best": progress["parameters"], "least": jnp.asarray(found, jnp.float32)}
-            progress["stale"] = jnp.zeros((), jnp.int32)
+            # Of the arrays that are there: on a mesh they lie on all devices.
+            progress |= {"best": progress["parameters"],
+                         "least": jnp.minimum(progress["least"], found),
+                         "stale": progress["stale"] * 0}  # fmt: skip
         else:
             progress["stale"] = progress["stale"] + 1
 
@@ -148,7 +152,9 @@ def balance_loss(trace: MoETrace) -> Array:
     probability = trace.probability
     valid = trace.valid[:, None].astype(jnp.float32)
     mean_probability = (probability * valid).sum(0) / valid.sum()
-    tokens = trace.dispatch.tokens.astype(jnp.float32)
+    # Counted here: where devices share the experts, the dispatch has those of one of them.
+    chosen = jnp.where(trace.valid[:, None], trace.expert, probability.shape[1])
+    tokens = jnp.bincount(chosen.reshape(-1), length=probability.shape[1]).astype(jnp.float32)
     return tokens.size * jnp.sum(tokens / tokens.sum() * mean_probability)
 
 
@@ -185,8 +191,12 @@ def train(
     checkpoints: Path | None = None,
     on_log: OnLog | None = None,
     held_out: HeldOut | None = None,
+    mesh: Mesh | None = None,
 ) -> Parameters:
     """Minimise a loss; a run that was interrupted goes on where its last checkpoint stands.
+
+    On a mesh every device follows the loss of its windows, and a step the mean of their gradients;
+    all processes call this alike, and see the same folder of checkpoints.
 
     Args:
       parameters: pytree of float arrays.
@@ -198,6 +208,8 @@ def train(
       checkpoints: folder of orbax checkpoints; None keeps nothing.
       on_log: receives (step, mean metrics and steps per second) every `config.log_every` steps.
       held_out: measured on the way; None takes the last parameters for the best.
+      mesh: of `data_parallel.mesh_of_all`; parameters and the arrays of the loss are then `placed`
+        there, and a batch has the windows of this process. None is one device.
 
     Returns:
       The trained parameters, with `held_out` the best of those that were measured.
@@ -206,10 +218,11 @@ def train(
     from moe_jax import training_checkpoints as kept
 
     optimizer, loss = config.optimizer(), _with_arrays(loss)
-    update = _updating(optimizer, config.accumulate)
-    progress = {"parameters": parameters, "state": optimizer.init(parameters)}
+    update, windows = _updating(optimizer, config.accumulate, mesh), int(config.accumulate > 1)
+    progress = {"parameters": parameters, "state": placed_alike(mesh, optimizer.init, parameters)}
     if held_out is not None:
-        progress |= {"best": parameters, "least": jnp.asarray(jnp.inf), "stale": jnp.asarray(0)}
+        nothing = {"least": jnp.asarray(jnp.inf), "stale": jnp.asarray(0)}
+        progress |= {"best": parameters, **placed(mesh, nothing)}
     # Closed also when it is interrupted: a checkpoint that is being written is then whole.
     with kept.manager(checkpoints) or nullcontext() as manager:
         start, progress = kept.resumed(manager, progress)
@@ -222,7 +235,7 @@ def train(
             if held_out is not None and held_out.is_over(progress):
                 break
             progress["parameters"], progress["state"], metrics = update(
-                loss, progress["parameters"], progress["state"], batch(step)
+                loss, progress["parameters"], progress["state"], dealt(mesh, batch(step), windows)
             )
             done, is_last = step + 1, step + 1 == config.steps
             log.add(done, metrics, is_last)
@@ -257,10 +270,17 @@ class _Log:
             self._begin()
 
 
-def _updating(optimizer: optax.GradientTransformation, accumulate: int) -> Callable[..., Any]:
+def _updating(
+    optimizer: optax.GradientTransformation, accumulate: int, mesh: Mesh | None
+) -> Callable[..., Any]:
+    def slope(common, batch):
+        return _gradient(*common, batch, accumulate)
+
+    mean_slope = averaged(mesh, slope, int(accumulate > 1))
+
     @jax.jit
     def update(loss, parameters, state, batch):
-        gradient, metrics = _gradient(loss, parameters, batch, accumulate)
+        gradient, metrics = mean_slope((loss, parameters), batch)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to a whole power
             updates, state = optimizer.update(gradient, state, parameters)

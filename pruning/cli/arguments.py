@@ -133,6 +133,7 @@ def recover(command: Parser) -> None:
         help="output folder of compress or apply, or one of its exports",
     )  # fmt: skip
     add_group(command, RecoverOptions)
+    add_group(command, PlaceOptions)
 
 
 def report(command: Parser) -> None:

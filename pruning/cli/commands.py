@@ -207,7 +207,11 @@ def recover(options: Options) -> Outcome:
     given = {name: () for name in ("text", "output")} | given_options(options, RecoverOptions)
     if not given["output"]:
         raise InputError("output is missing; give it with --output")
-    report = recovering.recover(options.folder, steps=steps_of(options), **given)
+    report = recovering.recover(
+        options.folder, steps=steps_of(options), where=places_of(options), **given
+    )
+    if follows(options):
+        return Outcome(None)
     folder = Path(given["output"])
     pages = [*(folder / "exports" / name for name in report.exports), folder / "recover.html"]
     return Outcome(dataclasses.asdict(report), [report.terminal_table(), ""], pages)

@@ -18,9 +18,10 @@ class PlaceOptions(Options):
     mesh: Annotated[
         str | None,
         About(
-            "devices of each process that score, such as data=4: each works on --batch windows "
-            "with a copy of the layer; or data=2,expert=4: of every four each has a quarter of "
-            "its experts; default one device, whatever there are",
+            "devices of each process that score or train, such as data=4: each works on --batch "
+            "windows, in training on its share of them, with a copy of the layer; or "
+            "data=2,expert=4: of every four each has a quarter of its experts; default one "
+            "device, whatever there are",
             shown="AXIS=N",
         ),
     ] = None

@@ -163,6 +163,10 @@ class RecoverOptions(Options):
         About("folder for what the dense model predicts; default the output folder",
               shown="FOLDER"),
     ] = None  # fmt: skip
+    keep_predictions: Annotated[
+        bool,
+        About("leave it in --scratch, where other recoveries on the same text and windows find it"),
+    ] = False
     seed: Annotated[int, About("of the order of windows and the start of adapters", least=0)] = 0
 
     def check(self) -> None:
@@ -179,6 +183,11 @@ class RecoverOptions(Options):
                 check_share(name, value, "0 learns the dense model's predictions alone")
         if self.balance is not None and not 0 <= self.balance < 1e3:
             raise InputError(f"balance={self.balance} must not be negative; choose e.g. 0.001")
+        if self.keep_predictions and self.scratch is None:
+            raise InputError(
+                "keep_predictions leaves them in a folder that other recoveries share; name it "
+                "with --scratch"
+            )
         if self.mode == "layer":
             self._check_layers()
 

@@ -1,6 +1,5 @@
 """The student with its changes: forward, and the loss of a batch."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -129,13 +128,3 @@ def _from_gradient(gradient, pulled):
 
 
 _window_loss.defvjp(_with_gradient, _from_gradient)
-
-
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def window_losses(
-    model: Transformer, deltas: Deltas, batch: dict[str, Array], config: DeltaConfig, dtype
-) -> dict[str, Array]:
-    """The parts of `student_loss` summed over a batch whose count is 1, without a gradient."""
-    return student_loss(model, deltas, batch, config=config, balance=0.0, dtype=dtype, remat=False)[
-        1
-    ]

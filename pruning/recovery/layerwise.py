@@ -2,22 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from moe_jax.attention.context import Context, make_context
 from moe_jax.config import ModelConfig
-from moe_jax.experts.moe import MoE
-from moe_jax.stream import LayerSource, in_batches, layer_forward, pad_rows
+from moe_jax.data_parallel import averaged, dealt, placed
+from moe_jax.experts.moe import MoE, MoETrace
+from moe_jax.stream import LayerSource, in_batches, layer_forward
 from moe_jax.training import balance_loss, train
 from moe_jax.transformer import DecoderLayer
+from pruning.recovery.course import Course, filled_rows
 from pruning.recovery.deltas import DeltaConfig, Deltas, init_deltas, merged, rounded
-from pruning.recovery.fit import Course
 
 EPS = 1e-6  # added to the squared length of a target
 
@@ -37,27 +39,45 @@ def layer_loss(
       layer: of the student.
       deltas: its changes.
       batch: x and target [B, T, D], the streams before it (the student's) and behind it (the
-        dense model's); valid bool [B, T].
+        dense model's); valid bool [B, T]; count, tokens by which the sum is divided.
       model: the architecture.
       config: of the changes.
       balance: factor of the load-balance loss.
 
     Returns:
-      (scalar: mean over valid tokens of the squared error over the target's squared length,
+      (scalar: sum over valid tokens of the squared error over the target's squared length, divided,
       {"loss": the same without the balance}).
     """
-    context = make_context(model.attention, model.max_position, batch["valid"])
-    out, trace = merged(layer, deltas, config).trace(batch["x"], context)
-    out, target = (x.astype(jnp.float32) for x in (out, batch["target"]))
-    wrong = jnp.square(out - target).sum(-1) / (jnp.square(target).sum(-1) + EPS)
-    valid = batch["valid"]
-    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
-    loss = jnp.sum(jnp.where(valid, wrong, 0)) / count
+    wrong, trace = _wrong(layer, deltas, batch, model, config)
+    loss = wrong / batch["count"]
     metrics = {"loss": loss}
     if balance and trace is not None:
         metrics["balance"] = balance_loss(trace)
         loss = loss + balance * metrics["balance"]
     return loss, metrics
+
+
+def _wrong(
+    layer: DecoderLayer,
+    deltas: dict[str, Any],
+    batch: dict[str, Array],
+    model: ModelConfig,
+    config: DeltaConfig,
+) -> tuple[Array, MoETrace | None]:
+    """(relative squared errors, summed over valid tokens; trace)."""
+    context = make_context(model.attention, model.max_position, batch["valid"])
+    out, trace = merged(layer, deltas, config).trace(batch["x"], context)
+    out, target = (x.astype(jnp.float32) for x in (out, batch["target"]))
+    wrong = jnp.square(out - target).sum(-1) / (jnp.square(target).sum(-1) + EPS)
+    return jnp.sum(jnp.where(batch["valid"], wrong, 0)), trace
+
+
+@cache
+def _looking(mesh: Mesh | None, model: ModelConfig, config: DeltaConfig) -> Callable[..., Any]:
+    def look(common: tuple[DecoderLayer, dict[str, Any]], batch: dict[str, Array]) -> Any:
+        return _wrong(*common, batch, model, config)[0]
+
+    return jax.jit(averaged(mesh, look))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -80,9 +100,11 @@ def fit_layers(
     Args:
       dense: the dense model; each layer is read once.
       student: likewise.
-      course: the training, of no weights of attention; predictions are not read, shares of the
-        losses at the head mean nothing here, checkpoints have a folder for each layer, and steps
-        are those of all layers.
+      course: the training, of no weights of attention; of its texts all valid positions are
+        wanted, predictions are not read, shares of the losses at the head mean nothing here,
+        checkpoints have a folder for each layer, and steps are those of all layers. On several
+        devices each has a copy of the layer that is trained; streams are those of a process's
+        windows, and go through layers on one of its devices.
       on_layer: receives the index of each layer that was trained, and its held-out loss "before"
         and "after".
 
@@ -106,6 +128,7 @@ def fit_layers(
             pairs = _Pairs(streams, valid, every.rows[0].stop)
             part = _of_layer(course, index, len(student))
             own, losses = _fit_layer(layer, own, pairs, part, student.config)
+            own = own if course.mesh is None else jax.tree.map(jnp.asarray, jax.device_get(own))
             if on_layer and losses:
                 on_layer(index, losses)
         for group, changes in own.items():
@@ -139,7 +162,7 @@ class _Pairs:
 
         def gathered(stream: list[np.ndarray]) -> np.ndarray:
             places = [divmod(row, self.batch) for row in chosen.tolist()]
-            return np.stack([stream[number][row] for number, row in places])
+            return np.stack([stream[n][row] for n, row in places]) if places else stream[0][:0]
 
         return {"x": gathered(self.x), "target": gathered(self.target),
                 "valid": self.valid[chosen]}  # fmt: skip
@@ -153,28 +176,42 @@ def _fit_layer(
     model: ModelConfig,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The trained changes, and the held-out loss of the first and of these; {} without windows."""
-    options, windows = course.options, np.arange(len(pairs.valid))
-    how = partial(layer_loss, model=model, config=course.config)
-    look = jax.jit(partial(how, balance=0.0))
+    options = course.options
+    how = partial(layer_loss, model=model, config=course.config, balance=options.balance)
+    schedule = course.schedule
+    if isinstance(layer.mlp, MoE):
+        schedule = course.schedule_of(layer.mlp.router)
+    layer, first = placed(course.mesh, (layer, first))
+
+    def batch(step: int) -> dict[str, Any]:
+        chosen, own = course.begin(step)
+        return options.parts(pairs.of(own)) | {"count": course.count(chosen)}
 
     def held_loss(own: dict[str, Any]) -> float:
-        total = count = 0.0
-        for start in range(len(course.text), len(windows), options.batch):
-            part = pairs.of(windows[start : start + options.batch])
-            tokens = float(part["valid"].sum())
-            part = {name: pad_rows(value, options.batch) for name, value in part.items()}
-            total += tokens * float(look(layer, own, part)[1]["loss"])
-            count += tokens
-        return total / max(count, 1.0)
+        return _held_loss((layer, own), pairs, course, model)
 
     found = train(
         first,
-        jax.tree_util.Partial(partial(how, balance=options.balance), layer),
-        lambda step: options.parts(pairs.of(course.chosen(step))),
-        course.schedule_of(layer.mlp.router) if isinstance(layer.mlp, MoE) else course.schedule,
+        jax.tree_util.Partial(how, layer),
+        batch,
+        schedule,
         checkpoints=course.checkpoints,
         held_out=course.judge(lambda _, own: held_loss(own)),
+        mesh=course.mesh,
     )
     # Measured here: of a training that was resumed, what came before is not measured on the way.
     told = {"before": held_loss(first), "after": held_loss(found)} if course.held else {}
     return found, told
+
+
+def _held_loss(
+    common: tuple[DecoderLayer, dict[str, Any]], pairs: _Pairs, course: Course, model: ModelConfig
+) -> float:
+    """Mean over the valid held-out tokens of all processes, as of `layer_loss`."""
+    look, total = _looking(course.mesh, model, course.config), 0.0
+    held = np.arange(len(course.text.tokens), len(pairs.valid))
+    for own in course.held_parts():
+        part = pairs.of(held[own])
+        part = {name: filled_rows(value, course.rows) for name, value in part.items()}
+        total += course.places * float(look(common, dealt(course.mesh, part)))
+    return total / max(1, int(course.held.spent.sum()))

@@ -73,12 +73,7 @@ def check_places(recipe: CompressionRecipe, spread: Spread, experts: int) -> Non
     here = spread.devices * spread.parts
     if here * spread.processes == 1:
         return
-    if experts % spread.parts:
-        fits = [n for n in range(1, spread.parts) if experts % n == 0]
-        raise InputError(
-            f"mesh has expert={spread.parts}, which does not divide the {experts} experts of a "
-            f"layer; choose expert={fits[-1]}"
-        )
+    _check_experts(experts, spread)
     if recipe.weights_only:
         raise InputError(
             "weights_only reads no text that could be dealt to devices or processes; leave out "
@@ -91,6 +86,32 @@ def check_places(recipe: CompressionRecipe, spread: Spread, experts: int) -> Non
         )
 
 
+def check_batch(batch: int, mode: str, experts: int, spread: Spread) -> None:
+    """Raise InputError if the windows of a training's batches, or a layer's experts, cannot be
+    shared evenly."""
+    shares = spread.processes * spread.devices
+    if batch % shares:
+        raise InputError(
+            f"batch={batch} windows cannot be shared evenly by {shares} devices; choose --batch "
+            f"{-(-batch // shares) * shares}, or less of them"
+        )
+    if spread.parts > 1 and mode == "layer":
+        raise InputError(
+            f"mesh has expert={spread.parts}, and mode='layer' has one layer in memory, of which "
+            "each device takes a copy; use the axis data alone"
+        )
+    _check_experts(experts, spread)
+
+
+def _check_experts(experts: int, spread: Spread) -> None:
+    if experts % spread.parts:
+        fits = [n for n in range(1, spread.parts) if experts % n == 0]
+        raise InputError(
+            f"mesh has expert={spread.parts}, which does not divide the {experts} experts of a "
+            f"layer; choose expert={fits[-1]}"
+        )
+
+
 def refuse_processes(work: str) -> None:
     """Raise InputError if several processes were started for what one does.
 
@@ -100,7 +121,7 @@ def refuse_processes(work: str) -> None:
     if are_several() or (jax.distributed.is_initialized() and jax.process_count() > 1):
         raise InputError(
             f"{work} so far; start one (`srun --ntasks 1`): compress, score, compare, audit, "
-            "export, apply and verify take several"
+            "export, apply, verify and recover take several"
         )
 
 

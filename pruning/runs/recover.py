@@ -10,19 +10,21 @@ import jax
 import numpy as np
 
 from convert.checkpoint import open_checkpoint
+from moe_jax.spread import Spread
 from moe_jax.stream import LayerSource
 from pruning.budget.record import tool_version
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference
+from pruning.recipe.place_options import PlaceOptions
 from pruning.recipe.recover_options import RecoverOptions
-from pruning.recovery.deltas import Deltas, rounded
-from pruning.recovery.fit import Course, TrainingText, first_deltas, fit
-from pruning.recovery.forward import layer_deltas
+from pruning.recovery.course import Course, TrainingText, own_part
+from pruning.recovery.deltas import Deltas
+from pruning.recovery.fit import fit
 from pruning.recovery.layerwise import fit_layers
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import read_predictions, write_predictions
 from pruning.report.recovery import NAME, RecoveryReport
-from pruning.runs.places import refuse_processes
+from pruning.runs.places import check_batch, say_places, working
 from pruning.stages.adapter import FOLDER as ADAPTER
 from pruning.stages.adapter import write_adapter
 from pruning.stages.card import write_card
@@ -40,11 +42,14 @@ from pruning.stages.recovered import (
 from pruning.stages.repair import repair_facts
 from pruning.stages.sizes import folder_bytes
 from pruning.stages.verify import verify_export
-from pruning.stages.writer import only_writer
 
 
 def recover(
-    folder: str | os.PathLike, *, steps: Steps | None = None, **options: Any
+    folder: str | os.PathLike,
+    *,
+    steps: Steps | None = None,
+    where: PlaceOptions | None = None,
+    **options: Any,
 ) -> RecoveryReport:
     """Train a pruned model on text and export it.
 
@@ -54,37 +59,55 @@ def recover(
 
     Args:
       folder: output folder of `compress` or `apply`, or one of its exports.
-      steps: where progress goes; default stderr.
+      steps: where progress goes; default stderr, of process 0.
+      where: devices and processes that share the windows of every batch, with the same result but
+        for rounding and the load-balance loss, which is of a device's windows; default one device,
+        and the processes of `jax.distributed` if that is initialized. All see the folders under
+        the same paths; process 0 exports.
       options: fields of `RecoverOptions`; `text` and `output` at least.
 
     Returns:
       The report, which is also in the output folder, beside exports/.
 
     Raises:
-      InputError: bad input, before any expensive work, another process writes there, or several
-        were started.
+      InputError: bad input, before any expensive work, or another command writes there.
       FullDiskError: the disk is full; what is finished stays.
+      LostProcess: another process has ended; what is finished stays.
       VerificationError: an export differs from the model in memory.
     """
     asked = RecoverOptions(**options)
-    refuse_processes("recover trains in one process")
-    with only_writer(asked.output):
-        return _recover(Path(folder), asked.filled(), steps or Steps())
+    with working(asked.output, where, steps) as (spread, steps):
+        return _recover(Path(folder), asked.filled(), steps, spread)
 
 
-def _recover(folder: Path, options: RecoverOptions, steps: Steps) -> RecoveryReport:
+def _recover(folder: Path, options: RecoverOptions, steps: Steps, spread: Spread) -> RecoveryReport:
     with steps.bar("open"):
         run = open_recovery(folder, options, steps)
-    place = RecoverFolder(folder, run)
-    if place.is_finished():
+    check_batch(options.batch, options.mode, run.student.base.config.moe.num_experts, spread)
+    place = RecoverFolder(folder, run, spread)
+    spread.require_same({"command": place.identity})
+    if spread.led(place.is_finished):
         report = RecoveryReport.load(run.output / NAME)
         steps.say(f"this run is finished since {report.environment['date']}; --overwrite repeats")
         place.clear_working_files()  # of a run killed in its last moment
         require_verified([Check(**check) for check in report.verification])
         return report
-    check_recovery(run, steps)
-    place.prepare()
-    deltas, training = _trained(run, place, steps)
+    say_places(spread, steps)
+    check_recovery(run, steps, place.predictions().is_file())
+    spread.led(place.prepare)
+    _train(run, place, steps)
+    report = spread.led_and_read(
+        lambda: _exported(run, place, steps), lambda: RecoveryReport.load(run.output / NAME)
+    )
+    place.clear_working_files()
+    require_verified([Check(**check) for check in report.verification])
+    return report
+
+
+def _exported(run: RecoverJob, place: RecoverFolder, steps: Steps) -> RecoveryReport:
+    """Write what was trained, verify and measure it."""
+    deltas = load_deltas(place.deltas, run.student.source, run.deltas)
+    training = place.training()
     model = recovered_source(run.student.source, deltas, run.deltas)
     if run.options.adapter:
         write_adapter(run.student, deltas, run.deltas, run.output / ADAPTER)
@@ -111,77 +134,82 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps) -> RecoveryRep
             verification=report.verification,
         )  # fmt: skip
     report.save(run.output)
-    place.clear_working_files()
-    require_verified(checks)
     return report
 
 
-def _trained(run: RecoverJob, place: RecoverFolder, steps: Steps) -> tuple[Deltas, dict[str, Any]]:
-    """The trained changes, and what training took; read again if that is done already."""
-    if place.deltas.is_file():
-        return load_deltas(place.deltas, run.student.source, run.deltas), place.training()
+def _train(run: RecoverJob, place: RecoverFolder, steps: Steps) -> None:
+    """Train, unless that is done already."""
+    spread = place.spread
+    if spread.led(place.deltas.is_file):
+        return
     text, held = _texts(run, place, steps)
     with steps.bar("train") as on_step, place.session(on_step) as on_step:
-        course = Course(text, held, run.deltas, run.how, place.checkpoints, on_step)
-        if run.options.mode == "layer":
-            student = run.student.source
-            deltas = fit_layers(run.student.base, student, course, on_layer=place.log_layer)
-        else:
-            deltas = _fit(run, course, place)
-    planned = course.schedule.steps
-    done = max((row["step"] for row in place.history() if "step" in row), default=planned)
-    training = place.finish_training({
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(deltas)),
-        "steps": done,
-        "tokens_seen": run.text.total * run.how.epochs * done // planned,
-    })  # fmt: skip
-    save_deltas(place.deltas, deltas)
-    return deltas, training
+        course = Course(text, held, run.deltas, run.how, place.checkpoints, on_step, spread)
+        deltas = _fitted(run, course, place)
+    spread.led(lambda: _finish(run, place, course, deltas))
 
 
-def _fit(run: RecoverJob, course: Course, place: RecoverFolder) -> Deltas:
-    """Train the student in memory end to end."""
-    model, group = run.student.resident(), run.deltas.group_size
-    if group is not None:
-        first = first_deltas(model, run.deltas, run.how.seed)
-        layers = (
-            rounded(one, layer_deltas(first, index), group)
-            for index, one in enumerate(model.layers)
-        )
-        model = dataclasses.replace(model, layers=tuple(layers))
+def _fitted(run: RecoverJob, course: Course, place: RecoverFolder) -> Deltas:
+    """Train the student, in memory end to end or one layer after the other."""
+    student = run.student.source
+    if run.options.mode == "layer":
+        return fit_layers(run.student.base, student, course, on_layer=place.log_layer)
     rate = course.schedule.schedule()
 
     def log(step: int, means: dict[str, float]) -> None:
         place.log(step, means | {"learning_rate": np.asarray(rate(step - 1)).item()})
 
-    return fit(model, course, on_log=log, on_held_out=place.log_held_out)
+    return fit(student, course, on_log=log, on_held_out=place.log_held_out)
+
+
+def _finish(run: RecoverJob, place: RecoverFolder, course: Course, deltas: Deltas) -> None:
+    """Remember what was trained."""
+    planned = course.schedule.steps
+    done = max((row["step"] for row in place.history() if "step" in row), default=planned)
+    place.finish_training({
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(deltas)),
+        "steps": done,
+        "tokens_seen": run.text.total * run.how.epochs * done // planned,
+    })  # fmt: skip
+    save_deltas(place.deltas, deltas)
 
 
 def _texts(
     run: RecoverJob, place: RecoverFolder, steps: Steps
 ) -> tuple[TrainingText, TrainingText]:
-    """What is trained and measured on, with the dense model's predictions, made if they lack."""
-    both, predictions = (run.text, run.held), None
+    """This process's windows to train and to measure on, with the dense model's predictions of
+    them, made if they lack."""
+    spread = place.spread
+    both = (run.text, own_part(spread, run.how.batch, len(run.text.tokens))), (
+        run.held, spread.in_a_row(len(run.held.tokens))
+    )  # fmt: skip
+    predictions = None
     if run.learns_predictions:
         file = place.predictions()
         if not file.is_file():
             tokens, valid = (
-                np.concatenate([getattr(one, name) for one in both]) for name in ("tokens", "valid")
+                np.concatenate([getattr(one, n)[own.start : own.stop] for one, own in both])
+                for n in ("tokens", "valid")
             )
+            file.parent.mkdir(parents=True, exist_ok=True)
             with steps.bar("predictions of the dense model") as on_step:
                 write_predictions(
                     file, run.student.base, tokens, valid, run.options.top,
                     batch=run.options.batch, dtype=run.how.dtype, on_layer=on_step,
                 )  # fmt: skip
         predictions = read_predictions(file)
-    count = len(run.text.tokens)
-    return tuple(
-        TrainingText(
-            one.tokens, one.valid, predicted(one.valid, one.counted),
-            None if predictions is None else predictions[part],
-        )
-        for one, part in zip(both, (slice(count), slice(count, None)), strict=True)
-    )  # type: ignore[return-value]  # fmt: skip
+    found, before = [], 0
+    for one, own in both:
+        by_layer = run.options.mode == "layer"  # where nothing is predicted
+        wanted = one.valid if by_layer else predicted(one.valid, one.counted)
+        part = slice(own.start, own.stop)
+        found.append(TrainingText(
+            one.tokens[part], one.valid[part], wanted[part],
+            None if predictions is None else predictions[before : before + len(own)],
+            own.start, wanted.sum(1),
+        ))  # fmt: skip
+        before += len(own)
+    return found[0], found[1]
 
 
 def _quality(run: RecoverJob, model: LayerSource, steps: Steps) -> dict[str, dict[str, dict]]:

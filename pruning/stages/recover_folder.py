@@ -1,16 +1,19 @@
 """The output folder of a recovery: what identifies the run, and what it writes on its way."""
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from convert.checkpoint import Checkpoint
@@ -18,6 +21,7 @@ from convert.export_format import FORMATS
 from moe_jax.errors import InputError
 from moe_jax.files import LEFTOVER, remove_leftovers, replace_text
 from moe_jax.json_files import read_json
+from moe_jax.spread import ALONE, Spread
 from pruning.kit.progress import OnStep, peak_memory
 from pruning.kit.yaml_files import YAML_ERRORS, read_yaml
 from pruning.recipe.recover_options import RecoverOptions
@@ -28,11 +32,16 @@ from pruning.stages.made_by import repair_hash
 from pruning.stages.recover_job import RecoverJob
 
 IDENTITY, HISTORY, DELTAS = "recover.yaml", "history.json", "deltas.safetensors"
-TRAINING, CHECKPOINTS, PREDICTIONS = "training.json", "checkpoints", "predictions.npy"
+TRAINING, CHECKPOINTS, PREDICTIONS = "training.json", "checkpoints", "predictions"
 EXPORTS = tuple(f"exports/{name}" for name in FORMATS)
 # What an older run left goes in this order: the report first, which says that all is there.
-OURS = (NAME, PAGE, *EXPORTS, ADAPTER, DELTAS, TRAINING, HISTORY, CHECKPOINTS, PREDICTIONS)
-NOT_ITS_OWN = ("overwrite", "scratch", "output")  # decide nothing about the result
+OURS = (NAME, PAGE, *EXPORTS, ADAPTER, DELTAS, TRAINING, HISTORY, CHECKPOINTS)
+NOT_ITS_OWN = (
+    "overwrite",
+    "scratch",
+    "keep_predictions",
+    "output",
+)  # decide nothing about the result
 
 
 class RecoverFolder:
@@ -41,6 +50,7 @@ class RecoverFolder:
     Args:
       folder: what was named on the command line.
       run: the recovery.
+      spread: the processes that train; of these, process 0 alone writes the history.
 
     Attributes:
       checkpoints: folder of those of the training.
@@ -48,9 +58,10 @@ class RecoverFolder:
       identity: what decides the result; a run of another one is not gone on with.
     """
 
-    def __init__(self, folder: Path, run: RecoverJob) -> None:
-        options, student = run.options, run.student
-        self.output, self.overwrite = run.output, options.overwrite
+    def __init__(self, folder: Path, run: RecoverJob, spread: Spread = ALONE) -> None:
+        options, student, self.spread = run.options, run.student, spread
+        self.run, self.output, self.overwrite = run, run.output, options.overwrite
+        self.keeps_predictions = options.keep_predictions
         self.scratch = options.scratch_folder
         self.checkpoints, self.deltas = self.output / CHECKPOINTS, self.output / DELTAS
         sources = [
@@ -67,7 +78,7 @@ class RecoverFolder:
             "sources": sources,
             **self.told(options),
         }
-        self._history = _History(self.output / HISTORY)
+        self._history = _History(self.output / HISTORY, spread.leads)
 
     @staticmethod
     def told(options: RecoverOptions) -> dict[str, Any]:
@@ -100,7 +111,7 @@ class RecoverFolder:
                     "options; name another folder or add --overwrite"
                 )
             # Nobody's run: killed from here on, what is left of the older one is removed again.
-            self.predictions(self._stored()).unlink(missing_ok=True)
+            self._remove_predictions(self._stored())
             replace_text(self.output / IDENTITY, "{}\n")
             self._remove(OURS)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -108,23 +119,46 @@ class RecoverFolder:
             remove_leftovers(self.output / name)
         replace_text(self.output / IDENTITY, yaml.safe_dump(self.identity, sort_keys=False))
 
-    def predictions(self, identity: Any = None) -> Path:
-        """The file of the dense model's predictions, in a shared folder one of this very run.
+    def predictions(self) -> Path:
+        """The file of the dense model's predictions on this process's windows: in a shared folder
+        one of this very run, or of all that train on this text where they are kept."""
+        process, processes = self.spread.process, self.spread.processes
+        part = "" if processes == 1 else f"-{process}-of-{processes}"
+        begins = self._kept if self.keeps_predictions else self._predictions(self.identity)
+        return self.scratch / f"{begins}{part}.npy"
 
-        Args:
-          identity: of another run in this folder; default its own.
-        """
-        self.scratch.mkdir(parents=True, exist_ok=True)
+    @cached_property
+    def _kept(self) -> str:
+        """How the names of files begin that other recoveries find."""
+        run = self.run
+        told = sha256()
+        for part in (run.text, run.held):
+            told.update(repr(part.tokens.shape).encode())
+            told.update(np.ascontiguousarray(part.tokens).tobytes())
+            told.update(np.ascontiguousarray(part.valid).tobytes())
+        facts = (run.student.base.fingerprint, run.options.top, run.options.dtype, told.hexdigest())
+        return f"{PREDICTIONS}-{sha256(repr(facts).encode()).hexdigest()[:32]}"
+
+    def _predictions(self, identity: Any) -> str:
+        """How the names of the files of one run in this folder begin."""
         if self.scratch == self.output:
-            return self.output / PREDICTIONS
+            return PREDICTIONS
         place = self.output.resolve()
-        told = json.dumps([str(place), identity or self.identity], sort_keys=True)
-        return self.scratch / f"{place.name}-{sha256(told.encode()).hexdigest()[:16]}-{PREDICTIONS}"
+        told = json.dumps([str(place), identity], sort_keys=True)
+        return f"{place.name}-{sha256(told.encode()).hexdigest()[:16]}-{PREDICTIONS}"
+
+    def _remove_predictions(self, identity: Any) -> None:
+        """Those of one run here, of all of its processes."""
+        for path in self.scratch.glob(f"{glob.escape(self._predictions(identity))}*.npy"):
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def session(self, on_step: OnStep) -> Iterator[OnStep]:
         """Add what a session of the training takes to what earlier ones took; its steps are to be
         told to the value, which passes them on."""
+        if not self.spread.leads:
+            yield on_step
+            return
         spent = _Spent(self.output / TRAINING)
 
         def step(done: int, total: int) -> None:
@@ -165,8 +199,9 @@ class RecoverFolder:
 
     def clear_working_files(self) -> None:
         """Remove what only an interrupted run needs."""
-        self._remove((CHECKPOINTS, PREDICTIONS, TRAINING, HISTORY))
-        self.predictions().unlink(missing_ok=True)
+        self._remove_predictions(self.identity)
+        if self.spread.leads:
+            self._remove((CHECKPOINTS, TRAINING, HISTORY))
 
     def _is_same(self) -> bool:
         return self._stored() == self.identity
@@ -211,13 +246,16 @@ class _Spent:
 class _History:
     """Rows in a file; a resumed run writes the rows since its last checkpoint a second time."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, writes: bool) -> None:
+        self.file, self.writes = file, writes
 
     def rows(self) -> list[dict[str, Any]]:
         return read_json(self.file)["rows"] if self.file.is_file() else []
 
     def add(self, row: dict[str, Any]) -> None:
+        if not self.writes:
+            return
+
         def place(one: dict[str, Any]) -> tuple[int, bool]:
             return one.get("step", one.get("layer", 0)), "held_out" in one
 

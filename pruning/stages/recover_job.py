@@ -15,8 +15,8 @@ from pruning.kit.words import amount, duration
 from pruning.recipe.options import EVALUATION_TOKENS
 from pruning.recipe.recover_options import DEFAULT_WINDOW, RecoverOptions, usual_rate
 from pruning.recipe.values import window_within
+from pruning.recovery.course import ROUTER_SIZE, FitOptions
 from pruning.recovery.deltas import DeltaConfig
-from pruning.recovery.fit import ROUTER_SIZE, FitOptions
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_bytes
 from pruning.report.card import Recovery
@@ -212,19 +212,26 @@ def _evaluation(
     return texts
 
 
-def check_recovery(run: RecoverJob, steps: Steps) -> None:
-    """Say what the run takes, and refuse what does not fit in memory or on the disk."""
+def check_recovery(run: RecoverJob, steps: Steps, is_predicted: bool) -> None:
+    """Say what the run takes, and refuse what does not fit in memory or on the disk.
+
+    Args:
+      run: the recovery.
+      steps: where it is said.
+      is_predicted: whether the dense model's predictions are there.
+    """
     base, windows = run.student.base, len(run.text.tokens) + len(run.held.tokens)
     exports = {
         name: export_of(base.about, run.student.plan, form).nbytes
         for name, form in run.forms.items()
     }
     parts = dict(exports)
-    if run.learns_predictions:
+    if run.learns_predictions and not is_predicted:
         size = prediction_bytes(windows, run.window, run.options.top)
+        stay = "and stay there" if run.options.keep_predictions else "until the end"
         steps.say(
             f"the dense model's predictions take {amount(size)} in {run.options.scratch_folder} "
-            "until the end"
+            f"{stay}"
         )
         if run.options.scratch_folder == run.output:
             parts["predictions"] = size

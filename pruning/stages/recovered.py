@@ -16,13 +16,13 @@ from moe_jax.errors import InputError
 from moe_jax.files import replace_file
 from moe_jax.stream import LayerSource, mapped
 from moe_jax.structure import named_leaves
-from moe_jax.transformer import DecoderLayer, Transformer
+from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
 from pruning.recipe.recover_options import RecoverOptions
+from pruning.recovery.course import FitOptions
 from pruning.recovery.deltas import DeltaConfig, Deltas, merged
-from pruning.recovery.fit import FitOptions
 from pruning.recovery.forward import layer_deltas
 from pruning.report.card import Recovery
 from pruning.shrink.rounding import rounded_layer
@@ -61,18 +61,6 @@ class Student:
     plan: PruningPlan
     source: LayerSource
     repair: Path | None
-
-    def resident(self) -> Transformer:
-        """The student in memory."""
-        layers = tuple(self.source.layer(index) for index in range(len(self.source)))
-        head, config = self.source.head, self.source.config
-        return Transformer(
-            embedding=self.source.embedding,
-            layers=layers,
-            final_norm=head.norm,
-            lm_head=None if config.tie_embeddings else head.weight,
-            config=config,
-        )
 
 
 def open_student(folder: Path, steps: Steps) -> Student:

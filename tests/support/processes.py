@@ -5,16 +5,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-# The process ends itself, as if killed, when a file of that name is on the disk.
+# The process ends itself, as if killed, when a file of that name is on the disk, or NAME@3 the
+# third time.
 RUN = """
 import os, signal, sys
 from pathlib import Path
-moment, arguments = sys.argv[1], sys.argv[2:]
-fsync = os.fsync
+(moment, _, number), arguments = sys.argv[1].partition("@"), sys.argv[2:]
+fsync, left = os.fsync, [int(number or 1)]
 
 def stopping_fsync(descriptor):
     if moment and Path(os.readlink(f"/proc/self/fd/{descriptor}")).match(moment):
-        os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
     fsync(descriptor)
 
 os.fsync = stopping_fsync

@@ -8,8 +8,12 @@ import numpy as np
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.experts.moe import MoE
+from moe_jax.stream import LayerSource
 from moe_jax.transformer import DecoderLayer, Transformer, init
 from pruning.budget.plan import PruningPlan
+from pruning.recovery.course import Course, FitOptions, TrainingText
+from pruning.recovery.deltas import DeltaConfig, Deltas
+from pruning.recovery.fit import PlacedStudent, begun
 from pruning.shrink.prune import PrunedSource
 
 COUNTS = ((32, 0, 64, 32), (64, 32, 32, 64))
@@ -40,6 +44,18 @@ def pruned_model(dense: Transformer) -> Transformer:
         keep[place][rng.permutation(64)[: COUNTS[place[0]][place[1]]]] = True
     source = PrunedSource(dense, PruningPlan(keep, (0, 1), {}))
     return dataclasses.replace(dense, layers=tuple(source.layer(i) for i in range(2)))
+
+
+def placed_student(source: LayerSource, config: DeltaConfig | None = None) -> PlacedStudent:
+    """A student in memory, on one device."""
+    config = config or DeltaConfig()
+    nothing = TrainingText(*(np.zeros((0, 8), kind) for kind in (np.int32, bool, bool)))
+    return begun(source, Course(nothing, nothing, config, FitOptions(learning_rate=1.0)))
+
+
+def first_deltas(source: LayerSource, config: DeltaConfig) -> Deltas:
+    """Changes that change nothing yet."""
+    return placed_student(source, config).deltas
 
 
 def experts_of(layer: DecoderLayer):

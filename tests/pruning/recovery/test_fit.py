@@ -9,20 +9,22 @@ import pytest
 import torch
 
 from convert import load_model
+from moe_jax.spread import Spread
 from pruning.recovery import teacher
+from pruning.recovery.course import Course, FitOptions, TrainingText, own_part
 from pruning.recovery.deltas import DeltaConfig
-from pruning.recovery.fit import (
-    Course,
-    FitOptions,
-    TrainingText,
-    first_deltas,
-    fit,
-    held_out_losses,
-)
+from pruning.recovery.fit import fit, held_out_losses
 from pruning.recovery.forward import student_hidden, student_loss
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_type, read_predictions, write_predictions
-from tests.pruning.recovery.students import COUNTS, dense_model, pruned_model, stirred
+from tests.pruning.recovery.students import (
+    COUNTS,
+    dense_model,
+    first_deltas,
+    placed_student,
+    pruned_model,
+    stirred,
+)
 from tests.support import tiny
 
 RNG = np.random.default_rng(4)
@@ -90,7 +92,7 @@ def test_gradients_of_experts_and_router_are_those_of_torch(tmp_path):
     def loss(deltas, model, batch):
         return student_loss(model, deltas, batch, config=config, balance=0.0)
 
-    deltas = first_deltas(ours, config, 0)
+    deltas = first_deltas(ours, config)
     gradient, metrics = jax.jit(jax.grad(loss, has_aux=True))(deltas, ours, batch)
 
     logits = theirs(
@@ -140,9 +142,9 @@ def test_training_lowers_the_divergence_from_the_dense_model(texts, config, rate
     assert [step for step, _ in seen] == [0, 8, 16, 24, 32]
     best = min(one["loss"] for _, one in seen)
     assert best < 0.9 * seen[0][1]["loss"]
-    again = held_out_losses(student, found, held, config, options)
+    again = held_out_losses(placed_student(student, config).model, found, course)
     np.testing.assert_allclose(again["kl"], best, rtol=1e-5)
-    start = first_deltas(student, config, 0)
+    start = first_deltas(student, config)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), found, start)
     assert all(size > 0 for size in jax.tree.leaves(moved["router"]))
     if config.train == "full":  # nobody's rows of the pool stay nobody's
@@ -157,7 +159,7 @@ def test_training_lowers_the_divergence_from_the_dense_model(texts, config, rate
 def test_padding_is_no_part_of_the_loss_or_its_gradient(texts):
     text, _, student, _ = texts
     config = DeltaConfig(rank=2)
-    deltas = stirred(first_deltas(student, config, 0))
+    deltas = stirred(first_deltas(student, config))
     rows = text.rows(slice(2, 4)) | {"count": np.float32(17), "share": np.float32(0.5)}
     other = dict(rows, tokens=np.where(rows["valid"], rows["tokens"], 7))
     other["token"] = np.where(rows["wanted"][..., None], rows["token"], 3)
@@ -175,7 +177,7 @@ def test_padding_is_no_part_of_the_loss_or_its_gradient(texts):
 def test_computing_layers_twice_changes_no_hidden_state(texts):
     text, _, student, _ = texts
     config = DeltaConfig(rank=2)
-    deltas = stirred(first_deltas(student, config, 0))
+    deltas = stirred(first_deltas(student, config))
     found = [
         jax.jit(
             lambda deltas, remat=remat: student_hidden(
@@ -190,11 +192,27 @@ def test_computing_layers_twice_changes_no_hidden_state(texts):
 
 def test_every_window_is_seen_once_in_an_epoch_in_an_order_of_its_own():
     options = FitOptions(learning_rate=1.0, epochs=2, batch=2, accumulate=2, seed=3)
-    seen = np.concatenate([options.chosen(step, 8) for step in range(4)])
+    seen = np.stack([options.chosen(step, 8) for step in range(4)])  # [steps, accumulate, batch]
     assert options.schedule(8).steps == 4
-    assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
-    assert seen[:8].tolist() != seen[8:].tolist()
+    first, second = seen[:2], seen[2:]
+    assert sorted(first.ravel()) == sorted(second.ravel()) == list(range(8))
+    assert first.tolist() != second.tolist()
     assert options.schedule(9).steps == 5
+
+
+@pytest.mark.parametrize("windows", [1, 3, 9, 16])
+def test_processes_need_their_parts_of_the_text_alone(windows):
+    options = FitOptions(learning_rate=1.0, batch=4, seed=1)
+    seen = np.concatenate([options.chosen(step, windows) for step in range(40)])
+    assert set(seen.ravel()) == set(range(windows))
+    for processes in (1, 2, 4):
+        covered = set()
+        for process in range(processes):
+            spread = Spread(None, process, processes)
+            own, places = own_part(spread, 4, windows), spread.in_a_row(4)
+            assert set(seen[:, places.start : places.stop].ravel()) == set(own)
+            covered |= set(own)
+        assert covered == set(range(windows))
 
 
 def test_routers_of_small_weights_have_a_lower_rate_unless_one_is_asked_for():

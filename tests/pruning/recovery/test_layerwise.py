@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from moe_jax.stream import forward_hidden, mapped
+from pruning.recovery.course import Course, FitOptions, TrainingText
 from pruning.recovery.deltas import DeltaConfig, merged
-from pruning.recovery.fit import Course, FitOptions, TrainingText
 from pruning.recovery.forward import layer_deltas
 from pruning.recovery.layerwise import fit_layers
-from pruning.recovery.loss import predicted
 from tests.pruning.recovery.students import dense_model, pruned_model
 
 TOKENS = np.random.default_rng(6).integers(0, 48, (12, 10)).astype(np.int32)
@@ -21,7 +20,7 @@ OPTIONS = FitOptions(learning_rate=0.01, epochs=6, batch=2, measurements=3)
 
 
 def text(rows: slice) -> TrainingText:
-    return TrainingText(TOKENS[rows], VALID[rows], predicted(VALID[rows]))
+    return TrainingText(TOKENS[rows], VALID[rows], VALID[rows])
 
 
 COURSE = Course(text(slice(0, 10)), text(slice(10, 12)), CONFIG, OPTIONS)

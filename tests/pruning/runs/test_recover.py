@@ -23,6 +23,7 @@ from pruning.stages import verify as verifying
 from pruning.stages.client import Answer
 from pruning.stages.recover_folder import RecoverFolder
 from pruning.stages.recovered import load_deltas, open_student, recovered_source
+from tests.pruning.recovery.students import placed_student
 from tests.support.command import given, refused, run
 
 TOKENS = np.random.default_rng(1).integers(0, 256, (2, 12)).astype(np.int32)
@@ -68,7 +69,7 @@ def test_the_16_bit_export_computes_what_the_trained_student_does(recovered, tra
 def test_the_4_bit_export_computes_what_was_rounded_in_training(recovered, trained):
     student, deltas, _ = trained
     config = DeltaConfig(train="full", router_rank=0, group_size=32)
-    model = student.resident()
+    model = placed_student(student.source).model
     layers = (rounded(layer, layer_deltas(deltas, i), 32) for i, layer in enumerate(model.layers))
     model = type(model)(**{**vars_of(model), "layers": tuple(layers)})
     hidden = jax.jit(

@@ -13,6 +13,7 @@ from pruning import Steps
 from pruning.recipe import recover_options
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.stages.recover_job import open_recovery
+from tests.pruning.recovery.students import placed_student
 from tests.pruning.text.test_chat import HEADERS, TALK, as_file
 from tests.support.command import run
 
@@ -53,7 +54,7 @@ def test_prompts_are_neither_learnt_nor_measured(student, tmp_path):
     how = {"tokens": 2048, "window": 64, "batch": 4, "train": "router", "next_token": 1.0}
     options = RecoverOptions(text=(str(text),), output=str(output), loss_on="answers", **how)
     job = open_recovery(student / "run", options.filled(), Steps(quiet=True))
-    model = job.student.resident()
+    model = placed_student(job.student.source).model
     assert 0.05 < job.text.counted[job.text.valid].mean() < 0.5  # mostly prompts
     words = [word for name, value in how.items() for word in (f"--{name}", value)]
     words = [str(word).replace("_", "-") for word in words]
@@ -67,7 +68,7 @@ def test_prompts_are_neither_learnt_nor_measured(student, tmp_path):
     everything = by_hand(model, job.held.tokens, job.held.valid, np.ones_like(job.held.valid))
     assert abs(everything - wanted) > 0.005 * wanted  # far beyond what is allowed above
     first = next(row for row in report["history"] if row.get("step") == 1 and "nll" in row)
-    chosen = job.how.chosen(0, len(job.text.tokens))
+    chosen = job.how.chosen(0, len(job.text.tokens)).ravel()
     parts = (job.text.tokens, job.text.valid, job.text.counted)
     assert first["nll"] == pytest.approx(by_hand(model, *(one[chosen] for one in parts)), rel=1e-3)
 
