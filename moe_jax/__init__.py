@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
     from moe_jax.errors import InputError
     from moe_jax.generation import generate
+    from moe_jax.losses import language_model_loss
     from moe_jax.mesh import mesh_of
     from moe_jax.quant import QTensor
     from moe_jax.spread import Spread
     from moe_jax.stream import Batches, LayerSource, forward_hidden, in_batches, mapped, sweep
-    from moe_jax.training import TrainingConfig, language_model_loss, split_parameters, train
+    from moe_jax.training import TrainingConfig, split_parameters, train
     from moe_jax.transformer import DecoderLayer, Transformer, abstract, init, next_token_loss
 
 __all__ = [
@@ -54,7 +55,8 @@ _HOMES = {
     "quant": ("QTensor",),
     "spread": ("Spread",),
     "stream": ("Batches", "LayerSource", "forward_hidden", "in_batches", "mapped", "sweep"),
-    "training": ("TrainingConfig", "language_model_loss", "split_parameters", "train"),
+    "losses": ("language_model_loss",),
+    "training": ("TrainingConfig", "split_parameters", "train"),
     "transformer": ("DecoderLayer", "Transformer", "abstract", "init", "next_token_loss"),
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)

@@ -18,7 +18,6 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe_jax.data_parallel import averaged, dealt, placed, placed_alike
-from moe_jax.experts.moe import MoETrace
 from moe_jax.structure import named_leaves
 from moe_jax.transformer import Transformer
 
@@ -141,47 +140,6 @@ def split_parameters(model: Transformer) -> tuple[dict[str, Array], Callable[...
     return floating, rebuild
 
 
-def balance_loss(trace: MoETrace) -> Array:
-    """Load-balance loss of one layer: E x sum over experts of load share x mean probability.
-
-    1 when every expert gets the same share of the tokens, E when one gets all. Taken per layer:
-    pooled over layers it lets a layer lose experts.
-
-    Source: Switch Transformer, arXiv:2101.03961, equation 4.
-    """
-    probability = trace.probability
-    valid = trace.valid[:, None].astype(jnp.float32)
-    mean_probability = (probability * valid).sum(0) / valid.sum()
-    # Counted here: where devices share the experts, the dispatch has those of one of them.
-    chosen = jnp.where(trace.valid[:, None], trace.expert, probability.shape[1])
-    tokens = jnp.bincount(chosen.reshape(-1), length=probability.shape[1]).astype(jnp.float32)
-    return tokens.size * jnp.sum(tokens / tokens.sum() * mean_probability)
-
-
-def language_model_loss(
-    model: Transformer, tokens: Array, *, balance_weight: float = 0.01
-) -> tuple[Array, dict[str, Array]]:
-    """Next-token loss plus the mean load-balance loss of the layers.
-
-    Args:
-      model: the model to train.
-      tokens: int32 [B, T], no padding.
-      balance_weight: factor of the balance term.
-
-    Returns:
-      (scalar loss, {"nll": nats per token, "balance": mean balance loss, "idlest": the smallest
-      share of tokens any expert got, relative to an even share}).
-    """
-    hidden, traces = model.hidden(tokens)
-    logits = model.head(hidden[:, :-1])
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-    routed = [trace for trace in traces if trace is not None]
-    balance = jnp.stack([balance_loss(trace) for trace in routed]).mean()
-    load = jnp.stack([trace.dispatch.tokens for trace in routed]).astype(jnp.float32)
-    idlest = (load.min(axis=1) / load.mean(axis=1)).min()
-    return nll + balance_weight * balance, {"nll": nll, "balance": balance, "idlest": idlest}
-
-
 def train(
     parameters: Parameters,
     loss: Loss,
@@ -274,7 +232,8 @@ def _updating(
     optimizer: optax.GradientTransformation, accumulate: int, mesh: Mesh | None
 ) -> Callable[..., Any]:
     def slope(common, batch):
-        return _gradient(*common, batch, accumulate)
+        loss, parameters = common
+        return _gradient(loss, parameters, batch, accumulate)
 
     mean_slope = averaged(mesh, slope, int(accumulate > 1))
 

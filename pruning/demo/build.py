@@ -19,7 +19,8 @@ import numpy as np
 
 from convert import find_family, layer_tensors, outer_tensors, portable_config, write_folder
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from moe_jax.training import TrainingConfig, language_model_loss, split_parameters, train
+from moe_jax.losses import language_model_loss
+from moe_jax.training import TrainingConfig, split_parameters, train
 from moe_jax.transformer import Transformer, init
 from pruning.demo.corpus import DOMAINS, prepare_corpus
 from pruning.demo.windows import training_windows

@@ -8,7 +8,7 @@ from jax import Array
 
 from moe_jax.attention.context import Context, make_context
 from moe_jax.experts.moe import MoETrace
-from moe_jax.training import balance_loss
+from moe_jax.losses import balance_loss
 from moe_jax.transformer import DecoderLayer, Transformer
 from pruning.recovery.deltas import DeltaConfig, Deltas, merged
 from pruning.recovery.loss import next_token_loss, prediction_losses

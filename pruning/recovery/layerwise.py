@@ -15,8 +15,9 @@ from moe_jax.attention.context import Context, make_context
 from moe_jax.config import ModelConfig
 from moe_jax.data_parallel import averaged, dealt, placed
 from moe_jax.experts.moe import MoE, MoETrace
+from moe_jax.losses import balance_loss
 from moe_jax.stream import LayerSource, in_batches, layer_forward
-from moe_jax.training import balance_loss, train
+from moe_jax.training import train
 from moe_jax.transformer import DecoderLayer
 from pruning.recovery.course import Course, filled_rows
 from pruning.recovery.deltas import DeltaConfig, Deltas, init_deltas, merged, rounded

@@ -1,6 +1,7 @@
 """The plans of the paper's tables trained, exported and measured as `compare` measured them."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,14 @@ class Trainer:
             mode=asked.recover_mode, export=tuple(formats(self.job, self.bits).values()),
             text_field=recipe.calibration_field, loss_on=recipe.loss_on, dtype=recipe.dtype,
             window=min(recipe.window, DEFAULT_WINDOW), batch=recipe.batch, seed=recipe.seed,
-            scratch=recipe.scratch,
+            scratch=str(self.predictions), keep_predictions=True,
         )  # fmt: skip
+
+    @property
+    def predictions(self) -> Path:
+        """Folder of what the dense model predicts, once for all trainings."""
+        scratch = self.job.recipe.scratch
+        return Path(scratch or self.output / RECOVERED) / f"{self.output.name}-predictions"
 
     def check(self, plans: int) -> None:
         """Refuse what would end badly after hours: the text, the memory, the disk.
@@ -139,6 +146,7 @@ class Trainer:
             kept = [one for one in found.results if _place(one) not in set(map(_place, own))]
             found = dataclasses.replace(found, results=(*kept, *own))
             found.save(self.output / RECOVERED)
+        shutil.rmtree(self.predictions, ignore_errors=True)
         shown = {_place(one) for group in plans.values() for one in group}
         return found.only(lambda one: _place(one) in shown)
 

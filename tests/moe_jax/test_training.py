@@ -12,11 +12,10 @@ import pytest
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.experts.dispatch import make_dispatch
 from moe_jax.experts.moe import MoETrace
+from moe_jax.losses import balance_loss, language_model_loss
 from moe_jax.training import (
     HeldOut,
     TrainingConfig,
-    balance_loss,
-    language_model_loss,
     split_parameters,
     train,
 )

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import load_model
+from moe_jax.errors import InputError
 from moe_jax.stream import forward_hidden
 from pruning import Steps, recover
 from pruning.recipe.recover_options import RecoverOptions, usual_rate
@@ -178,6 +179,32 @@ def stopped(folder: Path, output: Path, **how: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         recover(folder, output=output, batch=2, steps=steps, **how)
     assert not (output / "deltas.safetensors").exists()
+
+
+def test_kept_predictions_serve_other_recoveries_on_the_same_text(scored, texts, tmp_path):
+    def train(name: str, text: Path, **how: Any) -> tuple[set[str], bytes]:
+        report = recover(
+            scored, text=(text,), output=tmp_path / name, tokens=448, batch=2, epochs=1,
+            train="router", export=("ragged-bf16",), steps=Steps(quiet=True), **how,
+        )  # fmt: skip
+        return {one["name"] for one in report.stages}, (
+            tmp_path / name / "deltas.safetensors"
+        ).read_bytes()
+
+    other = tmp_path / "other.txt"
+    other.write_text("Pack my box with five dozen liquor jugs! " * 20)
+    kept: dict[str, Any] = {"scratch": tmp_path / "scratch", "keep_predictions": True}
+    words = "predictions of the dense model"
+    stages, wanted = train("alone", texts / "good.txt")
+    assert words in stages
+    assert words in train("first", texts / "good.txt", **kept)[0]
+    stages, found = train("second", texts / "good.txt", **kept)
+    assert words not in stages and found == wanted
+    assert words in train("third", other, **kept)[0]
+    assert words in train("fourth", other, top=8, **kept)[0]
+    assert len([*(tmp_path / "scratch").iterdir()]) == 3
+    with pytest.raises(InputError, match=r"keep_predictions .* name it with --scratch"):
+        train("fifth", other, keep_predictions=True)
 
 
 def test_predictions_in_a_shared_folder_are_of_the_run_that_reads_them(scored, texts, tmp_path):
