@@ -98,6 +98,13 @@ def held_states(config: ModelConfig, tokens: int) -> int:
     return 2 * tokens * config.d_model * 4
 
 
+def evaluation_files(config: ModelConfig, texts: dict[str, Windows]) -> int:
+    """Bytes of the scratch files that `measure` takes, given a folder, under the allowance of the
+    run; 0 where hidden states have room in memory."""
+    size = held_states(config, sum(windows.tokens.size for windows in texts.values()))
+    return size if size > allowance().of(size) else 0
+
+
 def measure(
     source: LayerSource,
     texts: dict[str, Windows],
@@ -112,8 +119,7 @@ def measure(
     """Quality on every text; the first model measured becomes the reference of the others. Their
     states go to files in `scratch`, if that is given, where the run's allowance has no room."""
     found, total = {}, len(texts) * len(source)
-    size = held_states(source.config, sum(windows.tokens.size for windows in texts.values()))
-    folder = scratch if size > allowance().of(size) else None
+    folder = scratch if evaluation_files(source.config, texts) else None
     with steps.bar(f"evaluate {name}") as on_step:
         for number, (text, windows) in enumerate(texts.items()):
             quality, own = measure_quality(

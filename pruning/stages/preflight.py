@@ -23,6 +23,7 @@ from pruning.stages import folder as output_folder
 from pruning.stages import plan as planning
 from pruning.stages.between_sizes import between_files
 from pruning.stages.job import Job
+from pruning.stages.measure import evaluation_files
 from pruning.stages.model_record import remember
 from pruning.stages.parts import sweep_folder
 from pruning.stages.remarks import say_left_out, say_nothing_saved, say_texts
@@ -133,8 +134,10 @@ def check_disk(job: Job, *, resumed: bool, exports: bool) -> None:
         there = output_folder.written_there(output, WRITTEN.get(name, (f"exports/{name}",)))
         there += sweep_folder(job).state_bytes if name == SCRATCH else 0
         parts[name] = 0 if is_scored else max(0, parts[name] - there)
-    if exports and (later := between_files(job.base.about, recipe, len(job.calibration.tokens))):
-        parts[SCRATCH] = max(parts.get(SCRATCH, 0), later)
+    if exports:
+        later = between_files(job.base.about, recipe, len(job.calibration.tokens))
+        later = max(later, evaluation_files(job.base.config, job.evaluation))
+        parts |= {SCRATCH: max(parts.get(SCRATCH, 0), later)} if later else {}
     require_both(recipe, parts, 0 if resumed else output_folder.replaced_bytes(output))
 
 

@@ -249,6 +249,39 @@ def test_codes_of_several_processes_are_those_of_one(tmp_path, monkeypatch):
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+def test_processes_that_take_layers_in_other_groups_are_refused_before_any_work(
+    tmp_path, monkeypatch
+):
+    class Grouped:
+        """A layer that each process takes in groups of another size."""
+
+        def __init__(self, count: int):
+            self.count, self.config = count, CONFIG
+
+        def __len__(self) -> int:
+            return 1
+
+        def groups(self, index: int) -> int:
+            return self.count
+
+        def group(self, index: int, number: int):
+            raise AssertionError("no layer is read")
+
+    tokens, valid = np.zeros((4, 12), np.int32), np.ones((4, 12), bool)
+
+    def codes(spread, count):
+        options = {"group_size": 4, "provenance": SAID, "batch": 4}
+        return quantize_model(Grouped(count), tokens, valid, tmp_path, spread=spread, **options)
+
+    found = together(monkeypatch, 2, lambda spread: codes(spread, 1 + spread.process))
+    for one in found:
+        assert isinstance(one, InputError) and "--memory-limit that each has free" in str(one)
+    assert not [*tmp_path.iterdir()]
+    # Alike, they go on, to a layer that this source does not have.
+    found = together(monkeypatch, 2, lambda spread: codes(spread, 2))
+    assert all("memory-limit" not in str(one) for one in found)
+
+
 # --- those of GPTQ ---
 
 
