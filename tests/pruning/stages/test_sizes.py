@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from pruning.stages import preflight, scoring_sizes, size_bounds, sizes
 from pruning.stages.export import export
 from pruning.stages.job import resolved
 from pruning.stages.repair import repair_bytes
+from pruning.text.windows import Windows
 from tests.support.synthetic import statistics
 
 D, F, BLOCK = 64, 96, 32
@@ -388,3 +390,30 @@ def test_scratch_files_of_layers_in_groups_are_counted_and_said(base, tmp_path, 
     said = rf"scratch files {found / 1e3:.1f} kB.*choose another disk \(--scratch FOLDER"
     with pytest.raises(OSError, match=said):
         preflight.require_both(options, parts)
+
+
+def test_states_of_evaluation_texts_are_scratch_files_where_memory_has_no_room(base, tmp_path):
+    rows = [np.zeros((n, 24), kind) for n, kind in ((3, np.int32), (3, bool), (3, bool))]
+    texts = {"a": Windows(*rows, 24, 24), "b": Windows(*(one[:1] for one in rows), 24, 24)}
+    size = 2 * 4 * 24 * D * 4  # of the dense model and of another one, float32
+    options = recipe(base, "ragged-bf16", window=24, repair="none", output=str(tmp_path))
+    text = SimpleNamespace(tokens=np.zeros((11, 24), np.int32))
+    job = SimpleNamespace(
+        base=SimpleNamespace(about=base, config=base.config), recipe=options, output=tmp_path,
+        calibration=text, evaluation=texts,
+    )  # fmt: skip
+
+    def needed(exports: bool) -> str:
+        with pytest.raises(OSError) as told:
+            preflight.check_disk(job, resumed=False, exports=exports)  # type: ignore[arg-type]
+        return str(told.value)
+
+    with pytest.MonkeyPatch.context() as patch, allowing(Allowance(room=0)):
+        patch.setattr(preflight, "free_space", lambda folder: 0)
+        patch.setattr(preflight, "scratch_bytes", lambda *_: 0)
+        assert f"scratch files {size / 1e3:.1f} kB" in needed(True)
+        assert "scratch files" not in needed(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "free_space", lambda folder: 0)
+        patch.setattr(preflight, "scratch_bytes", lambda *_: 0)
+        assert "scratch files" not in needed(True)
