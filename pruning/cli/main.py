@@ -14,6 +14,7 @@ from pruning.cli.grammar import build_parser
 from pruning.kit.errors import VerificationError
 from pruning.kit.hub import download
 
+ONE_PROCESS = ("plan", "eval", "paper", "report")
 WITH_RECIPE = ("compress", "score", "estimate", "apply", "compare", "paper")
 FUNCTIONS = {"prune": "export", "eval": "evaluate"}
 FAULTY = (
@@ -87,7 +88,10 @@ def _run(options: argparse.Namespace) -> None:
     # Only now: jax takes seconds to import, and a typing error should not.
     from pruning.cli import commands
     from pruning.cli.output import check_json, show
+    from pruning.runs.places import refuse_processes
 
+    if options.command in ONE_PROCESS:
+        refuse_processes(options.command)
     check_json(options.json)
     function = getattr(commands, str(FUNCTIONS.get(options.command, options.command)))
     show(function(options), options.json)

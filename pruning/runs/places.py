@@ -112,16 +112,12 @@ def _check_experts(experts: int, spread: Spread) -> None:
         )
 
 
-def refuse_processes(work: str) -> None:
-    """Raise InputError if several processes were started for what one does.
-
-    Args:
-      work: a clause that says so.
-    """
-    if are_several() or (jax.distributed.is_initialized() and jax.process_count() > 1):
+def refuse_processes(command: str) -> None:
+    """Raise InputError if a batch system has started several processes of a command of one."""
+    if are_several():
         raise InputError(
-            f"{work} so far; start one (`srun --ntasks 1`): compress, score, compare, audit, "
-            "export, apply, verify and recover take several"
+            f"{command} works in one process; start one (`srun --ntasks 1`): compress, score, "
+            "compare, audit, export, apply, verify and recover take several"
         )
 
 

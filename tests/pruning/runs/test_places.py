@@ -78,6 +78,16 @@ def test_commands_that_work_in_one_place_name_those_that_take_more(command, caps
             assert name in told.partition("; ")[2]
 
 
+@pytest.mark.parametrize("command", ["plan", "eval", "paper"])
+def test_commands_that_work_in_one_place_are_not_started_in_several(
+    command, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    words = {"paper": ["--output", tmp_path / "o"], "eval": ["--text", "t"]}.get(command, [])
+    told = refused(capsys, tmp_path, command, tmp_path, *words)
+    assert f"{command} works in one process; start one" in told and "recover take several" in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["model", "layer"])
 def test_processes_train_as_one_also_after_one_of_them_was_killed(scored, texts, tmp_path, mode):
