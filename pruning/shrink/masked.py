@@ -21,7 +21,8 @@ from moe_jax.groups import GroupStep, Halfway, add_group, own_experts, through_g
 from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
-from pruning.scores.grams import Sample, Seen, SeenInGroups
+from pruning.scores.grams import Seen
+from pruning.scores.sample import Sample, SeenInGroups
 from pruning.shrink.fewer_experts import Fewer
 from pruning.shrink.masked_layer import masked_forward, masked_group
 from pruning.shrink.prune import cut_router

@@ -19,7 +19,8 @@ from pruning.kit.memory import allowance
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference, window_losses
 from pruning.recipe.recipe import ResolvedRecipe
-from pruning.scores.grams import Sample, sampled
+from pruning.scores.grams import sampled
+from pruning.scores.sample import Sample
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
 from pruning.stages.job import DTYPES, Job

@@ -16,7 +16,7 @@ from pruning.measure.settled import settled_logits
 from pruning.scores.asked import Asked
 from pruning.scores.collect import collect_statistics, collect_weights
 from pruning.scores.elimination import elimination_costs
-from pruning.scores.grams import Sample
+from pruning.scores.sample import Sample
 from pruning.scores.parts import in_parts
 from pruning.scores.states import States, state_bytes
 from pruning.scores.statistics import ChannelStatistics
