@@ -114,9 +114,8 @@ def sample_bytes(
     config: ModelConfig, recipe: ResolvedRecipe, share: float, allowance: Allowance
 ) -> int:
     """The hidden states of a sample of the text, its rows at work, and Grams."""
-    count, size = sample_size(_windows(recipe), recipe.window, share)
-    rows = min(count, recipe.batch) * size * config.moe.experts_per_token
-    work = rows * (4 * config.moe.d_expert + 4 * config.d_model) * 4
+    tokens = math.prod(sample_size(_windows(recipe), recipe.window, share))
+    work = rows_at_work(config, recipe, tokens) * (4 * config.moe.d_expert + 4 * config.d_model) * 4
     states = sample_states(config, recipe, share, allowance)
     return states + work + gram_bytes(config, allowance)
 
