@@ -140,7 +140,7 @@ class Foretold:
 
     def choice(self) -> int:
         """Two layers, the hidden states of plans that share a reading twice, a batch at work, the
-        down-projections of a layer without what is masked, what a sample of the text takes where
+        experts of a layer without what is masked, what a sample of the text takes where
         kept channels take over, and the logits, whose turn comes when the heap still holds that;
         0 if no rule is measured."""
         recipe, c, item = self.recipe, self.base.config, self._item
@@ -152,7 +152,7 @@ class Foretold:
         together = max(1, min(plans, self.allowance.of(STATE_BYTES) // states))
         pool = experts_at_once(c, self.allowance) * c.moe.d_expert * c.d_model
         work = rows_at_work(c, recipe, tokens) * (3 * c.moe.d_expert + 3 * c.d_model) * 4
-        work += pool * item + logits_held(c, LOSS_LOGITS)
+        work += 3 * 2 * pool + logits_held(c, LOSS_LOGITS)
         work += together * kept_between(c, tokens, self.allowance)
         if is_repaired(recipe):
             work += sample_bytes(c, recipe, SHARE, self.allowance) + pool * (2 * 4 + item)

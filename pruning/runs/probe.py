@@ -24,7 +24,7 @@ from pruning.scores.elimination import eliminate
 from pruning.scores.grams import sample_size
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
-from pruning.shrink.masked_layer import masked_forward
+from pruning.shrink.masked_layer import masked_forward, masked_layer
 from pruning.shrink.taken_over import moved
 from pruning.stages.extra_scores import costs
 from pruning.stages.rule_losses import SHARE, is_repaired
@@ -126,7 +126,7 @@ def forward_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     own = own_experts(layer)
     keep = jnp.ones((own.stop - own.start, source.config.moe.d_expert), bool)
     x, context = _step(source, recipe)
-    seconds = times * _seconds(masked_forward, layer, x, context, keep)
+    seconds = times * _seconds(masked_forward, masked_layer(layer, keep), x, context)
     return seconds / (x.shape[0] * x.shape[1]) * len(source)
 
 
