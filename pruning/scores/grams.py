@@ -49,7 +49,7 @@ def sampled(
     tokens: np.ndarray, valid: np.ndarray, share: float
 ) -> tuple[np.ndarray, np.ndarray]:  # [N, S] each
     """The beginnings of some windows [B, T], evenly spread over a text: a share of its tokens."""
-    lengths = sample_lengths(*tokens.shape, share)
+    lengths = sample_lengths(len(tokens), tokens.shape[1], share)
     rows, size = lengths > 0, lengths.max()
     return tokens[rows, :size], valid[rows, :size]
 

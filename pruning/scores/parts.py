@@ -95,7 +95,7 @@ def in_parts(
     ]  # fmt: skip
     owner = tuple(number for number, part in enumerate(cut) for _ in part.rows)
     marks = [part.counted for part in cut if part.counted is not None]
-    lengths = sample_lengths(*tokens.shape, SHARE)
+    lengths = sample_lengths(len(tokens), tokens.shape[1], SHARE)
     batches = Batches(
         np.concatenate([part.tokens for part in cut]),
         np.concatenate([part.valid for part in cut]),
