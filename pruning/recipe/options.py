@@ -171,8 +171,7 @@ class ScoreOptions(Options):
         bool,
         About(
             "also collect criterion obs, what removing a channel costs once others have taken "
-            "over, in a sweep over a quarter of the text; as a rule planner auto does where plans "
-            "are repaired"
+            "over, by a quarter of the text; as a rule planner auto does where plans are repaired"
         ),
     ] = False
     nll_ig: Annotated[

@@ -95,18 +95,33 @@ def experts_at_once(config: ModelConfig, allowance: Allowance) -> int:
     return min(config.moe.num_experts, allowance.experts or config.moe.num_experts)
 
 
+def gram_bytes(config: ModelConfig, allowance: Allowance) -> int:
+    """The Grams of a layer's experts, or a group's, on the device, on the host and, of one of them,
+    in float64."""
+    return (2 * 4 * experts_at_once(config, allowance) + 4 * 8) * config.moe.d_expert**2
+
+
+def sample_states(
+    config: ModelConfig, recipe: ResolvedRecipe, share: float, allowance: Allowance
+) -> int:
+    """The hidden states of a sample of the text, and what lies between groups of it."""
+    tokens = math.prod(sample_size(_windows(recipe), recipe.window, share))
+    states = tokens * config.d_model * jnp.dtype(recipe.dtype).itemsize
+    return states + kept_between(config, tokens, allowance)
+
+
 def sample_bytes(
     config: ModelConfig, recipe: ResolvedRecipe, share: float, allowance: Allowance
 ) -> int:
-    """The hidden states of a sample of the text, its rows at work, and the Grams of a layer's
-    experts, or a group's, on the device, on the host and of one of them in float64."""
-    windows = math.ceil(recipe.max_tokens / recipe.window)
-    count, size = sample_size(windows, recipe.window, share)
-    rows = min(count, recipe.batch) * size * config.moe.experts_per_token
-    work = rows * (4 * config.moe.d_expert + 4 * config.d_model) * 4
-    grams = (2 * 4 * experts_at_once(config, allowance) + 4 * 8) * config.moe.d_expert**2
-    states = count * size * config.d_model * jnp.dtype(recipe.dtype).itemsize
-    return states + kept_between(config, count * size, allowance) + work + grams
+    """The hidden states of a sample of the text, its rows at work, and Grams."""
+    tokens = math.prod(sample_size(_windows(recipe), recipe.window, share))
+    work = rows_at_work(config, recipe, tokens) * (4 * config.moe.d_expert + 4 * config.d_model) * 4
+    states = sample_states(config, recipe, share, allowance)
+    return states + work + gram_bytes(config, allowance)
+
+
+def _windows(recipe: ResolvedRecipe) -> int:
+    return math.ceil(recipe.max_tokens / recipe.window)
 
 
 def evaluation_bytes(

@@ -25,6 +25,7 @@ from pruning.runs.held import (
     experts_at_once,
     export_bytes,
     fixed_bytes,
+    gram_bytes,
     kept_between,
     largest_layer,
     layers_held,
@@ -33,10 +34,11 @@ from pruning.runs.held import (
     pruned_bytes,
     rows_at_work,
     sample_bytes,
+    sample_states,
     verify_bytes,
 )
 from pruning.runs.probe import kept_out_tokens
-from pruning.scores import elimination
+from pruning.scores import grams
 from pruning.scores.end_to_end import ig_chunk
 from pruning.scores.noise import ROWS_PER_EXPERT
 from pruning.scores.parts import rows_of_parts, windows_at_work
@@ -104,10 +106,10 @@ class Foretold:
 
     def scoring(self) -> int:
         """Two layers, half of one in float32, for XLA widens a matrix of all experts at a time, the
-        rows at work and a layer's sums of all parts or, between layers, the logits of a window's
-        loss; beside them the hidden states that a sweep holds. Or, once the text is through, the
-        sums of all layers: of the text, of a part, of two halves and of what becomes of them, and a
-        plan's scores."""
+        rows at work, a layer's sums of all parts and, for obs, its Grams or, between layers, the
+        logits of a window's loss; beside them the hidden states that a sweep holds. Or, once the
+        text is through, the sums of all layers: of the text, of a part, of two halves and of what
+        becomes of them, and a plan's scores."""
         recipe, c = self.recipe, self.base.config
         sums = statistics_bytes(self.base, recipe)
         windows = 0 if recipe.weights_only else math.ceil(recipe.max_tokens / recipe.window)
@@ -121,6 +123,8 @@ class Foretold:
         work += max(1, len(parts)) * sums // len(c.moe_layers)
         if recipe.weight_gradients:  # weights as float32, their gradients, and those of a batch
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
+        if recipe.obs:
+            work += gram_bytes(c, self.allowance)
         layer = self._largest(not recipe.groups - {"weights-only", "obs", "gradients"})
         work += layers_held(layer, 2, self.allowance) + 2 * layer.total
         held = self._held_states(windows, padded // batch, step)
@@ -136,7 +140,7 @@ class Foretold:
 
     def choice(self) -> int:
         """Two layers, the hidden states of plans that share a reading twice, a batch at work, the
-        down-projections of a layer without what is masked, what a sample of the text takes where
+        experts of a layer without what is masked, what a sample of the text takes where
         kept channels take over, and the logits, whose turn comes when the heap still holds that;
         0 if no rule is measured."""
         recipe, c, item = self.recipe, self.base.config, self._item
@@ -148,7 +152,7 @@ class Foretold:
         together = max(1, min(plans, self.allowance.of(STATE_BYTES) // states))
         pool = experts_at_once(c, self.allowance) * c.moe.d_expert * c.d_model
         work = rows_at_work(c, recipe, tokens) * (3 * c.moe.d_expert + 3 * c.d_model) * 4
-        work += pool * item + logits_held(c, LOSS_LOGITS)
+        work += 3 * 2 * pool + logits_held(c, LOSS_LOGITS)
         work += together * kept_between(c, tokens, self.allowance)
         if is_repaired(recipe):
             work += sample_bytes(c, recipe, SHARE, self.allowance) + pool * (2 * 4 + item)
@@ -285,8 +289,9 @@ class Foretold:
         """Most bytes that a sweep over the text keeps in memory between its layers.
 
         That of the statistics has its states in a file and keeps projections alone, of whole
-        layers; that of obs has a sample. Others hold the text once or twice, and the states of a
-        way down, or of models without an expert, if they are not too large.
+        layers; that of obs, where it is added to statistics, has a sample. Others hold the text
+        once or twice, and the states of a way down, or of models without an expert, if they are not
+        too large.
         """
         c, recipe = self.base.config, self.recipe
         text = windows * recipe.window * c.d_model * self._item
@@ -295,7 +300,7 @@ class Foretold:
             without = len(c.moe_layers) * c.moe.num_experts
             found.append((1 + max(1, min(without, room // max(1, text) - 1))) * text)
         if recipe.obs:
-            found.append(sample_bytes(c, recipe, elimination.SHARE, self.allowance))
+            found.append(sample_states(c, recipe, grams.SHARE, self.allowance))
         if recipe.gradients and not self.allowance.experts:
             rows = projection_room(c, batches, step) * projection_bytes(c.moe, step)
             found.append(min(rows, self.allowance.of(MEMORY_PROJECTIONS)))

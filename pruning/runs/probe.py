@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.attention.context import Context
+from moe_jax.experts.grouped_matmul import dot
 from moe_jax.groups import own_experts
 from moe_jax.source import LayerSource, group_of, groups_of
 from moe_jax.stream import in_batches
@@ -18,10 +19,12 @@ from pruning.budget.candidates import CANDIDATES
 from pruning.demo import demo_texts
 from pruning.recipe.plan_options import AUTO
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.scores import grams
+from pruning.scores.elimination import eliminate
 from pruning.scores.grams import sample_size
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
-from pruning.shrink.masked_layer import masked_forward
+from pruning.shrink.masked_layer import masked_forward, masked_layer
 from pruning.shrink.taken_over import moved
 from pruning.stages.extra_scores import costs
 from pruning.stages.rule_losses import SHARE, is_repaired
@@ -29,7 +32,8 @@ from pruning.text.kept_out import kept_out_size
 
 PROBE_TOKENS = 512
 # Times the plain sweep: gradients by tests/bench/bench_statistics.py, others as options say.
-TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0, "obs": 1.2}
+TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0}
+PROBE_WIDTH = 512  # channels at most, by which the time to eliminate those of an expert is told
 
 
 def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
@@ -50,7 +54,8 @@ def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     sweep = _sweep(source, recipe) * recipe.max_tokens
     asked = [1.0, *(times - 1 for name, times in TIMES.items() if getattr(recipe, name))]
     extra = sum(costs(source, recipe).values()) / len(source)
-    return sweep * (sum(asked) + extra)
+    obs = _eliminating(source, recipe) if recipe.obs else 0.0
+    return sweep * (sum(asked) + extra) + obs
 
 
 def choosing_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
@@ -69,6 +74,21 @@ def choosing_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     windows = math.ceil(recipe.max_tokens / recipe.window)
     sample = math.prod(sample_size(windows, recipe.window, SHARE))
     return seconds + _sweep(source, recipe) * sample + len(CANDIDATES) * _taking_over(source)
+
+
+def _eliminating(source: LayerSource, recipe: ResolvedRecipe) -> float:
+    """Seconds that obs takes beside the sweep: Grams of the tokens of a sample at their experts,
+    and the elimination of all channels, whose time grows with the cube of an expert's width."""
+    moe, windows = source.config.moe, math.ceil(recipe.max_tokens / recipe.window)
+    tokens = math.prod(sample_size(windows, recipe.window, grams.SHARE)) * moe.experts_per_token
+    rows = jnp.ones((PROBE_TOKENS, moe.d_expert))
+    seconds = _seconds(jax.jit(lambda h: dot(h, h, grams.COLUMNS)), rows) * tokens / PROBE_TOKENS
+    width = min(moe.d_expert, PROBE_WIDTH)
+    down = np.ones((width, source.config.d_model))
+    times = moe.num_experts * (moe.d_expert / width) ** 3
+    return len(source.config.moe_layers) * (
+        seconds + times * _seconds(eliminate, np.eye(width), down)
+    )
 
 
 def _taking_over(source: LayerSource) -> float:
@@ -106,7 +126,7 @@ def forward_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
     own = own_experts(layer)
     keep = jnp.ones((own.stop - own.start, source.config.moe.d_expert), bool)
     x, context = _step(source, recipe)
-    seconds = times * _seconds(masked_forward, layer, x, context, keep)
+    seconds = times * _seconds(masked_forward, masked_layer(layer, keep), x, context)
     return seconds / (x.shape[0] * x.shape[1]) * len(source)
 
 

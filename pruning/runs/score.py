@@ -35,7 +35,8 @@ def score(
       steps: where progress goes; default stderr, of process 0.
       where: devices and processes that share the sweep over the text; default one device, and the
         processes of `jax.distributed` if that is initialized. What needs a sweep of its own
-        (weight gradients, obs, nll) process 0 does on one device, and the others wait.
+        (weight gradients, nll; obs where it is added afterwards, with `until_stable` or where
+        devices share the experts of a layer) process 0 does on one device, and the others wait.
 
     Returns:
       The statistics, in every process; they are also in the output folder.
@@ -81,7 +82,8 @@ def scored(
 
     def begin() -> bool:
         prepare()
-        return spread.processes > 1 and scoring.find_statistics(job) is None
+        known = scoring.find_statistics(job) or scoring.lacking_obs(job)
+        return spread.processes > 1 and known is None
 
     if spread.led(begin) and not spread.leads:
         help_collect(job, steps)

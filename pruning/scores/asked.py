@@ -15,17 +15,23 @@ class Asked:
     Attributes:
       gradients: sums of the end-to-end next-token loss, by a way down.
       expert_details: vectors per expert and pairs of experts.
-      each_prefix: what needs the whole text, for every number of parts instead.
+      each_prefix: what needs the whole text, for every number of parts instead; not so obs.
+      obs: what each channel costs once others have taken over, by the sample of the text.
     """
 
     gradients: bool = False
     expert_details: bool = False
     each_prefix: bool = False
+    obs: bool = False
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Their names in `ChannelStatistics`."""
-        asked = (("gradients", self.gradients), ("expert-details", self.expert_details))
+        asked = (
+            ("gradients", self.gradients),
+            ("expert-details", self.expert_details),
+            ("obs", self.obs),
+        )
         return tuple(name for name, on in asked if on)
 
     def slots(self, config: ModelConfig) -> int:

@@ -28,6 +28,7 @@ def collect_statistics(
     counted: np.ndarray | None = None,
     gradients: bool = False,
     expert_details: bool = False,
+    obs: bool = False,
     batch: int = 8,
     dtype=jnp.float32,
     scratch: Path | None = None,
@@ -46,6 +47,8 @@ def collect_statistics(
         read it: statistics of activations are of all valid tokens.
       gradients: also run the backward sweep of the end-to-end next-token loss.
       expert_details: also collect vectors per expert and pairs of experts.
+      obs: also find what removing a channel costs once others have taken over what they can, see
+        `pruning.scores.elimination`; not where devices share the experts of a layer.
       batch: sequences per step.
       dtype: of the activations; sums are float32 inside a batch, float64 across batches.
       scratch: folder of hidden states that do not fit in memory; default the system's.
@@ -61,7 +64,7 @@ def collect_statistics(
       FullDiskError: there is no room in the scratch folder.
     """
     slots_of(source)
-    asked, config = Asked(gradients, expert_details), source.config
+    asked, config = Asked(gradients, expert_details, obs=obs), source.config
     text = in_parts(source, tokens, valid, counted, [np.arange(len(tokens))], batch, spread)
     shape = (*text.batches.tokens.shape, config.d_model)
     with temporary_states(asked.slots(config), shape, dtype, scratch) as states:

@@ -12,13 +12,15 @@ import numpy as np
 from moe_jax.experts.moe import MoE
 from moe_jax.groups import each_group
 from moe_jax.quant import dequantize
+from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import LayerSource, sweep
 from moe_jax.transformer import DecoderLayer
-from pruning.scores.grams import Sample, Seen
+from pruning.scores.grams import GramRows, GramSums, Seen, hidden_squares
+from pruning.scores.parts import Parts
+from pruning.scores.sample import Sample
 from pruning.scores.statistics import ChannelStatistics
 
 PULL = 1e-2  # toward the weights as they are, of the mean diagonal of an expert's Gram
-SHARE = 1 / 4  # of the tokens of a text, by which it is seen how far channels are alike
 BLOCKS = 16  # so many at least of an expert's channels go at a time: one matrix product each
 
 
@@ -56,13 +58,13 @@ def elimination_costs(
     def step(index: int, layer: DecoderLayer, sample: Sample) -> Sample:
         seen = sample.through(index, layer)
         if seen is not None:
-            found.append(_costs(layer, seen))
+            found.append(layer_costs(layer, seen))
         return sample
 
     def in_groups(index: int, sample: Sample) -> Sample:
         seen, costs = sample.in_groups(source, index), []
         for group in each_group(source, index):
-            costs.append(_costs(group, seen.of(group)))
+            costs.append(layer_costs(group, seen.of(group)))
             del group  # before the next one is read
         found.append(np.concatenate(costs))
         return sample
@@ -75,12 +77,55 @@ def elimination_costs(
     return np.stack(found)
 
 
-def _costs(layer: DecoderLayer, seen: Seen) -> np.ndarray:  # float64 [E, F]
-    """What the channels of a layer, or of a group of it, cost."""
+class SampledCosts:
+    """What the channels of a layer, or of a group of one, cost by the sample of a text in parts.
+
+    Args:
+      layer: with dense experts.
+      text: what goes through it.
+      spread: devices and processes that share the text.
+    """
+
+    def __init__(self, layer: DecoderLayer, text: Parts, spread: Spread):
+        self._layer, self._text, self._spread = layer, text, spread
+        self._grams = GramSums(layer)
+
+    def add(self, rows: slice, seen: GramRows | None) -> None:
+        """Add what was seen of the windows of a step, a batch of each device."""
+        lengths = self._text.sampled[rows]
+        if lengths.any():
+            each = self._spread.apart(seen), np.split(lengths, self._spread.devices)
+            for batch, own in zip(*each, strict=True):
+                self._grams.add(batch, own, self._text.batches.tokens.shape[1])
+
+    def found(self, energy: np.ndarray, down_norm: np.ndarray) -> np.ndarray:
+        """What each channel costs, float64 [1, E, F].
+
+        Args:
+          energy: [parts, E, F], as of statistics, of all processes.
+          down_norm: [E, F], as of statistics.
+        """
+        seen = self._grams.seen(hidden_squares(energy.sum(axis=0), down_norm), self._spread)
+        return layer_costs(self._layer, seen, self._spread)[None]
+
+
+def layer_costs(layer: DecoderLayer, seen: Seen, spread: Spread = ALONE) -> np.ndarray:
+    """What the channels of a layer, or of a group of one, cost; see `eliminate`.
+
+    Args:
+      layer: with dense experts.
+      seen: of these.
+      spread: processes, all of which have the same and share the work out.
+
+    Returns:
+      float64 [E, F].
+    """
     assert isinstance(layer.mlp, MoE)
-    down = np.asarray(dequantize(layer.mlp.experts.w_down), np.float32)
-    down = down.reshape(*seen.squares.shape, -1)
-    return np.stack([eliminate(seen.gram(e), each.astype(float)) for e, each in enumerate(down)])
+    down, costs = np.asarray(dequantize(layer.mlp.experts.w_down)), np.zeros(seen.squares.shape)
+    down = down.reshape(*costs.shape, -1)
+    for expert in spread.in_a_row(len(costs)):
+        costs[expert] = eliminate(seen.gram(expert), down[expert].astype(float))
+    return spread.total({"costs": costs})["costs"]
 
 
 def eliminate(gram: np.ndarray, down: np.ndarray, most: int | None = None) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from moe_jax.attention.context import Context
 from moe_jax.experts.activation import gated
 from moe_jax.experts.dispatch import Dispatch, gather_rows
 from moe_jax.experts.expert_rows import combine, expert_rows
@@ -25,6 +26,8 @@ from moe_jax.experts.grouped_matmul import (
 from moe_jax.experts.pool import Experts
 from moe_jax.experts.swiglu import Projections
 from moe_jax.experts.weights import COLUMNS, ROWS, project, real_rows, tile_tokens
+from moe_jax.groups import Halfway, added_group
+from moe_jax.transformer import DecoderLayer
 
 
 @struct.dataclass
@@ -63,6 +66,14 @@ def observe_experts(
     if on_cpu():
         return _observe_tiles(experts, x, row_weight, dispatch, keep, onto)
     return observe_by_rows(experts, x, row_weight, dispatch, onto)
+
+
+@jax.jit
+def observed_group(group: DecoderLayer, halfway: Halfway, context: Context) -> Array:
+    """Add a group's experts by the program that is also to sum, whose last bits may differ from
+    those of `group_forward`; float32 [B, T, D]."""
+    trace = added_group(group, halfway, context, observe_experts)
+    return trace.routed.reshape(halfway.routed.shape)
 
 
 def output_sums(

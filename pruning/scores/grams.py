@@ -10,29 +10,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
-from moe_jax.attention.context import Context
-from moe_jax.experts.dispatch import gather_rows
-from moe_jax.experts.grouped_matmul import add_slice, dot, walk_tiles
+from moe_jax.experts.dispatch import gather_rows, make_dispatch, tile_height
+from moe_jax.experts.grouped_matmul import add_slice, dot
 from moe_jax.experts.moe import MoE, MoETrace
-from moe_jax.groups import (
-    Between,
-    Halfway,
-    group_trace,
-    in_memory,
-    layer_begin_apart,
-    own_experts,
-    taken,
-    through_groups,
-)
-from moe_jax.stream import Batches, LayerSource, in_batches, layer_attend, layer_forward
+from moe_jax.spread import ALONE, Spread
 from moe_jax.transformer import DecoderLayer
-from pruning.scores.expert_sums import observe_experts
-from pruning.scores.grouped import observed_group
-from pruning.scores.layer import EPS
-from pruning.scores.statistics import ChannelStatistics
 
+SHARE = 1 / 4  # of the tokens of a text, by which obs sees how far channels are alike
 PIECE = 256  # tokens of a longer window: more texts say more than longer ones
 COLUMNS = (((0,), (0,)), ((), ()))  # x.T @ x
 
@@ -49,12 +36,21 @@ def sample_size(windows: int, length: int, share: float) -> tuple[int, int]:
     return max(1, round(windows * min(1.0, share * length / size))), size
 
 
+def sample_lengths(windows: int, length: int, share: float) -> np.ndarray:  # int32 [windows]
+    """How many tokens of each window, from its beginning, are of a sample: of some windows, which
+    are evenly spread over the text, all as many, and of others none."""
+    count, size = sample_size(windows, length, share)
+    found = np.zeros(windows, np.int32)
+    found[np.arange(count) * windows // count] = size
+    return found
+
+
 def sampled(
     tokens: np.ndarray, valid: np.ndarray, share: float
 ) -> tuple[np.ndarray, np.ndarray]:  # [N, S] each
     """The beginnings of some windows [B, T], evenly spread over a text: a share of its tokens."""
-    count, size = sample_size(len(tokens), tokens.shape[1], share)
-    rows = np.arange(count) * len(tokens) // count
+    lengths = sample_lengths(len(tokens), tokens.shape[1], share)
+    rows, size = lengths > 0, lengths.max()
     return tokens[rows, :size], valid[rows, :size]
 
 
@@ -84,141 +80,100 @@ class Seen:
         return found
 
 
-class Sample:
-    """A text, as a rule a sample of a longer one, on its way through a model, layer by layer."""
-
-    def __init__(
-        self,
-        source: LayerSource,
-        tokens: np.ndarray,
-        valid: np.ndarray,
-        statistics: ChannelStatistics,
-        *,
-        batch: int,
-        dtype,
-    ) -> None:
-        """Begin below the first layer.
-
-        Args:
-          source: the dense model.
-          tokens: int32 [B, T].
-          valid: bool [B, T].
-          statistics: of the longer text, for what each channel does by itself.
-          batch: windows per step, at most.
-          dtype: of the activations.
-        """
-        self._text = in_batches(source, tokens, valid, batch)
-        self._x = self._text.embedded(source, dtype)
-        norms = np.square(statistics.down_norm)
-        self._squares = np.divide(
-            statistics.energy, norms, out=np.zeros_like(norms), where=norms > 0
-        )
-        self._layers = source.config.moe_layers
-
-    def in_groups(self, source: LayerSource, index: int) -> "SeenInGroups":
-        """Take the sample through a layer in groups, all of which are read for it.
-
-        Returns:
-          What says of each group, read once more, what the sample shows of its experts.
-        """
-        between = in_memory(self._text)
-        step = lambda group: lambda x, place, rows: observed_group(group, x, place)  # noqa: E731
-        through_groups(
-            source, index, [(self._text, self._x, step)], lambda _: between, layer_begin_apart
-        )
-        squares = self._squares[self._layers.index(index)]
-        return SeenInGroups(self._text, between, self._x, squares)
-
-    def through(self, index: int, layer: DecoderLayer) -> Seen | None:
-        """Take the sample through a layer.
-
-        Returns:
-          What it shows of the experts; None of a layer without any.
-        """
-        if not isinstance(layer.mlp, MoE):
-            self._text.each(self._x, lambda x, place, rows: layer_forward(layer, x, place))
-            return None
-        sums = _no_sums(layer)
-
-        def run(x: Array, place: Context, rows: slice) -> Array:
-            nonlocal sums
-            out, sums = _observed(layer, layer_attend(layer, x, place), place, sums)
-            return out
-
-        self._text.each(self._x, run)
-        grams, tokens = (np.asarray(one) for one in sums)
-        return Seen(grams, self._squares[self._layers.index(index)], tokens)
+def hidden_squares(energy: np.ndarray, down_norm: np.ndarray) -> np.ndarray:
+    """The sums of h^2 as of `Seen`, by what statistics have of the same channels."""
+    norms = np.square(down_norm)
+    return np.divide(energy, norms, out=np.zeros_like(norms), where=norms > 0)
 
 
-class SeenInGroups:
-    """What a sample shows of the experts of a layer, by groups of these.
+@struct.dataclass
+class GramRows:
+    """What the tokens of a batch add to Grams, rows in dispatch order.
 
-    Args:
-      text: the sample.
-      between: its batches, where all groups have added their experts.
-      behind: per batch [b, T, D], what stands behind the layer.
-      squares: of the layer, as of `Seen`.
+    Attributes:
+      hidden: [P, F].
+      weight: float32 [P], the routing weight relative to the norm of the block's output.
+      expert: int32 [P], whose row it is; E for padding.
+      token: int32 [P], of the batch.
     """
 
-    def __init__(
-        self, text: Batches, between: Between, behind: list[np.ndarray], squares: np.ndarray
-    ):
-        self._text, self._between, self._behind, self._squares = text, between, behind, squares
-        self._last: tuple[slice, Seen] | None = None
-
-    def of(self, group: DecoderLayer) -> Seen:
-        """Of a group; while the same is asked for, it is reckoned once."""
-        own = own_experts(group)
-        if self._last is None or self._last[0] != own:
-            self._last = None  # before there is another
-            sums = _no_sums(group)
-            for number, place in enumerate(self._text.places):
-                behind = jnp.asarray(self._behind[number])
-                halfway = taken(self._between, number, behind.dtype)
-                sums = _observed_group(group, halfway, place, behind, sums)
-            grams, tokens = (np.asarray(one) for one in sums)
-            self._last = own, Seen(grams, self._squares[own], tokens)
-        return self._last[1]
+    hidden: Array
+    weight: Array
+    expert: Array
+    token: Array
 
 
-Sums = tuple[Array, Array]  # Grams [E, F, F], and tokens [E]
+def gram_rows(trace: MoETrace, q: Array) -> GramRows:
+    """What a batch adds to Grams.
+
+    Args:
+      trace: of a run of `observe_experts`.
+      q: float32 [N], 1 / the squared norm of the block's output, 0 where there is no token.
+    """
+    d = trace.dispatch
+    is_real = d.row_copy < trace.expert.size
+    expert = jnp.where(is_real, jnp.repeat(d.tile_expert, d.tile), len(d.tokens))
+    weight = trace.row_weight * gather_rows(jnp.sqrt(q), d, d.copies)
+    return GramRows(hidden=trace.kept.hidden, weight=weight, expert=expert, token=d.token)
 
 
-def _no_sums(layer: DecoderLayer) -> Sums:
-    assert isinstance(layer.mlp, MoE)
-    experts, width = len(layer.mlp.experts.count), layer.mlp.config.d_expert
-    return jnp.zeros((experts, width, width)), jnp.zeros(experts, jnp.int32)
+class GramSums:
+    """Grams of the experts of a layer, or of a group of one, while batches add to them.
+
+    Args:
+      layer: whose experts they are.
+    """
+
+    def __init__(self, layer: DecoderLayer):
+        assert isinstance(layer.mlp, MoE)
+        self._moe, experts = layer.mlp.config, len(layer.mlp.experts.count)
+        width = self._moe.d_expert
+        self._grams = jnp.zeros((experts, width, width))
+        self._tokens = jnp.zeros(experts, jnp.int32)
+
+    def add(self, rows: GramRows, lengths: np.ndarray, length: int) -> None:
+        """Add a batch.
+
+        Args:
+          rows: of the batch.
+          lengths: int32 [b], of each window how many tokens from its beginning are of the sample:
+            none, or as many as of any other.
+          length: T of the windows.
+        """
+        if not lengths.any():
+            return
+        copies = int(lengths.max()) * len(lengths) * self._moe.experts_per_token
+        tile = tile_height(copies, self._moe.num_experts)
+        sums = self._grams, self._tokens
+        self._grams, self._tokens = _added(sums, rows, jnp.asarray(lengths), length, tile)
+
+    def seen(self, squares: np.ndarray, spread: Spread = ALONE) -> Seen:
+        """What the batches of all processes show; `squares` as of `Seen`."""
+        grams, tokens = np.asarray(self._grams), np.asarray(self._tokens)
+        if spread.processes > 1:
+            grams = grams.copy()
+            tokens = spread.total({"tokens": tokens.astype(np.float64)})["tokens"].astype(np.int32)
+            for gram in grams:  # one by one, for they are added up as float64
+                gram[:] = spread.total({"gram": gram.astype(np.float64)})["gram"]
+        return Seen(grams, squares, tokens)
 
 
-@partial(jax.jit, donate_argnums=3)
-def _observed(
-    layer: DecoderLayer, middle: Array, context: Context, sums: Sums
-) -> tuple[Array, Sums]:
-    """The second half of a layer, and the sums with those of its batch."""
-    out, trace = layer.feed_forward(middle, context, observe_experts)
-    assert trace is not None
-    return out, _added(layer, trace, out, sums)
+@partial(jax.jit, donate_argnums=0, static_argnames=("length", "tile"))
+def _added(
+    sums: tuple[Array, Array], rows: GramRows, lengths: Array, length: int, tile: int
+) -> tuple[Array, Array]:
+    """Grams [E, F, F] and tokens [E] with those of a batch's rows that are of the sample, which are
+    put in tiles by themselves."""
+    experts = len(sums[1])
+    window, place = rows.token // length, rows.token % length
+    among = place < lengths.at[window].get(mode="fill", fill_value=0)
+    dispatch = make_dispatch(jnp.where(among, rows.expert, experts), experts, tile)
 
+    def step(i: Array, grams: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(dispatch.row_copy, i * tile, tile)
+        h = rows.hidden.at[row].get(mode="fill", fill_value=0).astype(jnp.float32)
+        h *= rows.weight.at[row].get(mode="fill", fill_value=0)[:, None]
+        return add_slice(grams, dot(h, h, COLUMNS)[None], (dispatch.tile_expert[i], 0, 0))
 
-@partial(jax.jit, donate_argnums=4)
-def _observed_group(
-    group: DecoderLayer, halfway: Halfway, context: Context, behind: Array, sums: Sums
-) -> Sums:
-    """The sums of a group with those of a batch that stands `behind` the layer."""
-    return _added(group, group_trace(group, halfway, context, observe_experts), behind, sums)
-
-
-def _added(layer: DecoderLayer, trace: MoETrace, out: Array, sums: Sums) -> Sums:
-    assert isinstance(layer.mlp, MoE)
-    d, hidden = trace.dispatch, trace.kept.hidden
-    norm = jnp.sum(jnp.square(out.reshape(-1, out.shape[-1]).astype(jnp.float32)), axis=-1)
-    weight = trace.row_weight * gather_rows(jax.lax.rsqrt(norm + EPS), d, d.copies)
-
-    def step(grams: Array, row: Array, expert: Array, start: int) -> Array:
-        del start
-        h = jax.lax.dynamic_slice_in_dim(hidden, row, d.tile).astype(jnp.float32)
-        h *= jax.lax.dynamic_slice_in_dim(weight, row, d.tile)[:, None]
-        return add_slice(grams, dot(h, h, COLUMNS)[None], (expert, 0, 0))
-
-    grams = walk_tiles(d, layer.mlp.experts.pool, step, sums[0])
-    return grams, sums[1] + d.tokens
+    grams = jax.lax.fori_loop(0, dispatch.num_tiles, step, sums[0])
+    return grams, sums[1] + dispatch.tokens

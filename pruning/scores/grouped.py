@@ -22,7 +22,6 @@ from moe_jax.experts.moe import MoE
 from moe_jax.groups import (
     Between,
     Halfway,
-    added_group,
     group_trace,
     keep,
     layer_begin,
@@ -32,8 +31,11 @@ from moe_jax.groups import (
     taken,
 )
 from moe_jax.source import LayerSource, group_of, groups_of
+from moe_jax.spread import ALONE, Spread
 from moe_jax.transformer import DecoderLayer
-from pruning.scores.expert_sums import observe_experts
+from pruning.scores.elimination import SampledCosts
+from pruning.scores.expert_sums import observe_experts, observed_group
+from pruning.scores.grams import GramRows, gram_rows
 from pruning.scores.layer import block_sums, expert_sums, token_weights
 from pruning.scores.layer_sums import add_batch, layer_facts, no_sums
 from pruning.scores.own import Own
@@ -53,16 +55,23 @@ class Text:
       entering: rows of a batch -> its states before the layer, [b, T, D].
       leave: takes the rows of a batch and its states behind the attention and behind the layer.
       dtype: of the states.
+      obs: whether what channels cost once others have taken over is found, too.
     """
 
     parts: Parts
     entering: Callable[[slice], Array]
     leave: Callable[[slice, Array, Array], None]
     dtype: Any
+    obs: bool = False
 
 
 def statistics_in_groups(
-    source: LayerSource, index: int, text: Text, own: Own = (), scratch: Path | None = None
+    source: LayerSource,
+    index: int,
+    text: Text,
+    own: Own = (),
+    scratch: Path | None = None,
+    spread: Spread = ALONE,
 ) -> tuple[Sums, Sums]:
     """Take a text through a layer, and add up its forward sums.
 
@@ -72,9 +81,11 @@ def statistics_in_groups(
       text: what goes through.
       own: items of `STATISTICS` to add.
       scratch: folder of states that do not fit in memory; default the system's.
+      spread: processes that share the text.
 
     Returns:
-      (sums of each part, [parts, ...], facts of the weights [1, ...]), as a sweep logs them.
+      (sums of each part of all processes' texts, [parts, ...], facts [1, ...] of the weights and of
+      all parts), as a sweep logs them.
 
     Raises:
       FullDiskError: there is no room in the scratch folder.
@@ -82,7 +93,7 @@ def statistics_in_groups(
     shape = (*text.parts.batches.tokens.shape, source.config.d_model)
     with temporary_states(SLOTS, shape, jnp.float32, scratch) as states:
         rows = text.parts.batches.rows
-        visit = _Visit(text, own, (InSlot(states, 0, rows), InSlot(states, 1, rows)))
+        visit = _Visit(text, own, (InSlot(states, 0, rows), InSlot(states, 1, rows)), spread)
         count = groups_of(source, index)
         group = group_of(source, index, 0)
         rest = rest_of(group)
@@ -98,7 +109,7 @@ def statistics_in_groups(
             del group
             group = group_of(source, index, number)
             visit.add(group)
-        return visit.sums, visit.facts
+        return spread.total(visit.sums), visit.facts
 
 
 class _Visit:
@@ -108,27 +119,24 @@ class _Visit:
       text: what goes through it.
       own: items of `STATISTICS` to add.
       between: where the text lies between groups.
+      spread: processes that share the text.
     """
 
-    def __init__(self, text: Text, own: Own, between: Between):
+    def __init__(self, text: Text, own: Own, between: Between, spread: Spread):
         self.sums: Sums = {}
         self.facts: Sums = {}
-        self._text, self._own, self._between = text, own, between
+        self._text, self._own, self._between, self._spread = text, own, between, spread
         self._weights: list[Array] = []  # of the tokens of each batch
 
     def begin(self, rest: DecoderLayer, sums: Sums) -> None:
         """Do what comes before the experts; `sums` of all are zero."""
-        self.sums = sums
+        self.sums, self._experts = sums, sums["tokens"].shape[1]
         for number, rows, place in self._batches():
             keep(self._between, number, layer_begin(rest, self._text.entering(rows), place))
 
     def run(self, group: DecoderLayer) -> None:
         """Add what the experts of a group give."""
-        assert isinstance(group.mlp, MoE)
-        own, experts = own_experts(group), group.mlp.config.num_experts
-        for name, value in layer_facts(group).items():  # [1, g, F]
-            shape = (1, experts, value.shape[2])
-            self.facts.setdefault(name, np.zeros(shape))[:, own] = value
+        self._note(own_experts(group), layer_facts(group))
         for number, _, place in self._batches():
             self._between[1][number] = np.asarray(observed_group(group, self._at(number), place))
 
@@ -142,15 +150,28 @@ class _Visit:
 
     def add(self, group: DecoderLayer) -> None:
         """Add the sums over a group's tokens."""
-        own, owners = own_experts(group), self._text.parts.owner
+        own, parts = own_experts(group), self._text.parts
         norm = self.facts["down_norm"][0, own]
-        for number, _, place in self._batches():
-            if number >= len(owners):
+        costs = SampledCosts(group, parts, self._spread) if self._text.obs else None
+        how = {"is_first": not own.start, "own": self._own, "rows": self._text.obs}
+        for number, rows, place in self._batches():
+            if number >= len(parts.owner):
                 continue  # padding of a process that has fewer batches than others
             given = self._at(number), place, self._weights[number]
-            found = _sums(group, *given, is_first=not own.start, own=self._own)
-            add_batch(self.sums, owners[number], found[0], norm, own)
-            add_batch(self.sums, owners[number], found[1], norm)
+            found, of_layer, seen = _sums(group, *given, **how)
+            add_batch(self.sums, parts.owner[number], found, norm, own)
+            add_batch(self.sums, parts.owner[number], of_layer, norm)
+            if costs is not None:
+                costs.add(rows, seen)
+        if costs is not None:
+            energy = self._spread.total({"energy": self.sums["energy"][:, own]})["energy"]
+            self._note(own, {"elimination": costs.found(energy, norm)})
+
+    def _note(self, own: slice, facts: Sums) -> None:
+        """Keep facts [1, g, F] of some of the layer's experts."""
+        for name, value in facts.items():
+            shape = (1, self._experts, value.shape[2])
+            self.facts.setdefault(name, np.zeros(shape))[:, own] = value
 
     def _batches(self) -> Iterator[tuple[int, slice, Context]]:
         batches = self._text.parts.batches
@@ -161,21 +182,13 @@ class _Visit:
 
 
 @jax.jit
-def observed_group(group: DecoderLayer, halfway: Halfway, context: Context) -> Array:
-    """Add a group's experts by the program that is also to sum, whose last bits may differ from
-    those of `group_forward`; float32 [B, T, D]."""
-    trace = added_group(group, halfway, context, observe_experts)
-    return trace.routed.reshape(halfway.routed.shape)
-
-
-@jax.jit
 def _ended(rest: DecoderLayer, halfway: Halfway, context: Context) -> tuple[Array, Array]:
     """The output of a layer [B, T, D], and `token_weights` [N]."""
     out = layer_end(rest, halfway)
     return out, token_weights(out.reshape(-1, out.shape[-1]), context.valid.reshape(-1))
 
 
-@partial(jax.jit, static_argnames=("is_first", "own"))
+@partial(jax.jit, static_argnames=("is_first", "own", "rows"))
 def _sums(
     group: DecoderLayer,
     halfway: Halfway,
@@ -183,11 +196,14 @@ def _sums(
     weights: Array,
     is_first: bool,
     own: Own,
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Sums of a group's experts and, with the first group, those of the layer."""
+    rows: bool,
+) -> tuple[dict[str, Array], dict[str, Array], GramRows | None]:
+    """Sums of a group's experts and, with the first group, those of the layer; and what the tokens
+    add to Grams, if `rows` asks for it."""
     assert isinstance(group.mlp, MoE)
     trace = group_trace(group, halfway, context, observe_experts)
     routed = halfway.routed.astype(halfway.dtype)  # as a whole layer's are
     y = routed.astype(jnp.float32).reshape(-1, routed.shape[-1])
     sums = expert_sums(group.mlp.experts, trace, weights, y, own)
-    return sums, block_sums(trace, weights, y) if is_first else {}
+    of_layer = block_sums(trace, weights, y) if is_first else {}
+    return sums, of_layer, gram_rows(trace, weights) if rows else None

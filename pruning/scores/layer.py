@@ -22,6 +22,7 @@ from moe_jax.experts.weights import routing_matrix
 from moe_jax.stream import Batches
 from moe_jax.transformer import DecoderLayer, Head, next_token_loss
 from pruning.scores.expert_sums import observe_experts, output_sums
+from pruning.scores.grams import GramRows, gram_rows
 from pruning.scores.own import HiddenRows, Own, own_sums
 
 EPS = 1e-6  # of q = 1 / (|H|^2 + eps), arXiv 2606.18304's released loss
@@ -148,25 +149,31 @@ def _bias_attribution(bias: Array, trace: MoETrace, q: Array, y: Array) -> Array
     return jnp.sum(q[:, None] * routing * pulled, axis=0)
 
 
-@partial(jax.jit, static_argnames=("keep", "own"))
+@partial(jax.jit, static_argnames=("keep", "own", "rows"))
 def layer_statistics(
-    layer: DecoderLayer, x: Array, context: Context, keep: bool = False, own: Own = ()
-) -> tuple[Array, Array, dict[str, Array], Kept | None]:
+    layer: DecoderLayer,
+    x: Array,
+    context: Context,
+    keep: bool = False,
+    own: Own = (),
+    rows: bool = False,
+) -> tuple[Array, Array, dict[str, Array], Kept | None, GramRows | None]:
     """One layer on one batch [B, T, D]; `own` are items of `STATISTICS` to add to the sums.
 
     Returns:
       (hidden states between attention and feed-forward, output, forward sums if it has experts,
-      what `layer_backward` can use if `keep` asks for it and it has experts).
+      what `layer_backward` can use if `keep` asks for it and it has experts, what the tokens add to
+      Grams if `rows` asks for it and it has experts).
     """
     middle, _ = layer.attend(x, context)
     out, trace = layer.feed_forward(middle, context, partial(observe_experts, keep=keep))
     if trace is None or not isinstance(layer.mlp, MoE):
-        return middle, out, {}, None
+        return middle, out, {}, None, None
     kept = Kept(expert=trace.expert, projections=trace.kept.projections) if keep else None
     q = token_weights(out.reshape(-1, out.shape[-1]), trace.valid)
     y = trace.routed.astype(jnp.float32)
     sums = expert_sums(layer.mlp.experts, trace, q, y, own) | block_sums(trace, q, y)
-    return middle, out, sums, kept
+    return middle, out, sums, kept, gram_rows(trace, q) if rows else None
 
 
 @jax.jit

@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_jax.spread import ALONE, Spread
 from moe_jax.stream import Batches, LayerSource, even_batch, in_batches, pad_rows, row_slices
+from pruning.scores.grams import SHARE, sample_lengths
 
 PARTS, PARTS_UNTIL_STABLE = 4, 16
 PART_WINDOWS = 64  # at most: the stability of a longer text is told at more places
@@ -47,11 +48,14 @@ class Parts:
         that are at work at once are one.
       owner: number of the part of each batch of a single device.
       tokens: valid tokens of each part, in all processes.
+      sampled: int32 [B], how many tokens from the beginning of each window of `batches` are of a
+        sample of the text, see `sample_lengths`.
     """
 
     batches: Batches
     owner: tuple[int, ...]
     tokens: tuple[int, ...]
+    sampled: np.ndarray
 
 
 def in_parts(
@@ -91,6 +95,7 @@ def in_parts(
     ]  # fmt: skip
     owner = tuple(number for number, part in enumerate(cut) for _ in part.rows)
     marks = [part.counted for part in cut if part.counted is not None]
+    lengths = sample_lengths(len(tokens), tokens.shape[1], SHARE)
     batches = Batches(
         np.concatenate([part.tokens for part in cut]),
         np.concatenate([part.valid for part in cut]),
@@ -98,7 +103,10 @@ def in_parts(
         tuple(place for part in cut for place in part.places),
         np.concatenate(marks) if marks else None,
     )
-    whole = Parts(batches, owner, tuple(int(part.valid.sum()) for part in cut))
+    whole = Parts(
+        batches, owner, tuple(int(part.valid.sum()) for part in cut),
+        np.concatenate([padded(lengths, rows) for rows in parts]),
+    )  # fmt: skip
     return whole if spread.processes * spread.devices == 1 else _dealt(whole, spread)
 
 
@@ -111,7 +119,9 @@ def _dealt_batches(batches: int, spread: Spread) -> int:
 def _dealt(whole: Parts, spread: Spread) -> Parts:
     own = range(len(whole.owner))[spread.process :: spread.processes]
     owner = tuple(whole.owner[number] for number in own)
-    return Parts(dealt(whole.batches, spread)[0], owner, whole.tokens)
+    batches, taken = dealt(whole.batches, spread)
+    sampled = pad_rows(whole.sampled, len(whole.sampled) + 1)[taken]
+    return Parts(batches, owner, whole.tokens, sampled)
 
 
 def dealt(text: Batches, spread: Spread) -> tuple[Batches, np.ndarray]:

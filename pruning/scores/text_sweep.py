@@ -22,6 +22,7 @@ from moe_jax.transformer import DecoderLayer
 from pruning.kit.progress import OnStep, counter
 from pruning.scores.asked import EDGES, Asked
 from pruning.scores.details import add_details, add_wanda
+from pruning.scores.elimination import SampledCosts
 from pruning.scores.grouped import Text, statistics_in_groups
 from pruning.scores.grouped_gradients import WayDown, gradients_in_groups
 from pruning.scores.layer import (
@@ -132,11 +133,13 @@ class TextSweep:
         slot, here = self._slots.get(index), self._spread.everywhere(layer)
         facts = {} if slot is None else layer_facts(layer)
         sums = {} if slot is None else self._no_sums(layer)
+        obs = slot is not None and self.asked.obs
+        costs = SampledCosts(layer, self.text, self._spread) if obs else None
         batches = self.text.batches
         for number, (rows, place) in enumerate(zip(batches.rows, batches.places, strict=True)):
             before = self._entering(index, rows)
             keep = self._is_kept(index, number)
-            middle, out, found, kept = self._statistics(keep)(here, before, place)
+            middle, out, found, kept, seen = self._statistics(keep)(here, before, place)
             if keep:
                 self._projections.keep(index, rows, kept)
             for part, batch in self._by_part(number, found) if slot is not None else ():
@@ -145,10 +148,14 @@ class TextSweep:
                 apart = self._spread.apart((middle, out, place))
                 for part, batch in zip(self._owners(number), apart, strict=False):
                     add_details(sums, part, layer, *batch)
+            if costs is not None:
+                costs.add(rows, seen)
             self._leave(index, rows, middle, out)
         sums = self._spread.total(sums)
         if self.asked.expert_details and slot is not None:
             add_wanda(sums, layer, self.asked.each_prefix)
+        if costs is not None:
+            facts["elimination"] = costs.found(sums["energy"], facts["down_norm"][0])
         self._end_step(sums | facts)
 
     def _up_in_groups(self, index: int, _: None) -> None:
@@ -157,13 +164,17 @@ class TextSweep:
             lambda rows: self._entering(index, rows),
             lambda rows, middle, out: self._leave(index, rows, middle, out),
             self._dtype,
+            self.asked.obs,
         )
-        sums, facts = statistics_in_groups(self.source, index, text, self._own, self._scratch)
-        self._end_step(self._spread.total(sums) | facts)
+        sums, facts = statistics_in_groups(
+            self.source, index, text, self._own, self._scratch, self._spread
+        )
+        self._end_step(sums | facts)
 
     def _statistics(self, keep: bool) -> Any:
-        out = (ROWS, ROWS, SUMS, ROWS)
-        return self._spread.each(layer_statistics, out, keep=keep, own=self._own)
+        out = (ROWS, ROWS, SUMS, ROWS, ROWS)
+        rows = self.asked.obs
+        return self._spread.each(layer_statistics, out, keep=keep, own=self._own, rows=rows)
 
     def _no_sums(self, layer: DecoderLayer) -> Sums:
         d_model, parts = self.source.config.d_model, len(self.text.tokens)

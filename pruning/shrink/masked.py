@@ -1,7 +1,8 @@
-"""Many pruning plans of one model, run masked: no pruned weights are made, each layer is read once.
+"""Many pruning plans of one model, run masked: each layer is read once for all of them.
 
-A removed channel is a zero row of `w_down`: the same function as cutting it out (`prune_layer`).
-The mask is an argument, so all plans share one compilation. With a sample of the calibration text,
+A removed channel stands behind all others in the layer's pools, where no expert comes to it: the
+same function as cutting it out (`prune_layer`), in arrays of one shape. The mask is an argument, so
+all plans share one compilation. With a sample of the calibration text,
 the down-projections of what is kept take over what they can: what a repair will begin with. Weights
 may be rounded as an export of each plan rounds them, and tokens may go to fewer experts.
 """
@@ -21,9 +22,10 @@ from moe_jax.groups import GroupStep, Halfway, add_group, own_experts, through_g
 from moe_jax.stream import LayerSource, in_batches, layer_forward, sweep
 from moe_jax.transformer import DecoderLayer
 from pruning.budget.plan import PruningPlan
-from pruning.scores.grams import Sample, Seen, SeenInGroups
+from pruning.scores.grams import Seen
+from pruning.scores.sample import Sample, SeenInGroups
 from pruning.shrink.fewer_experts import Fewer
-from pruning.shrink.masked_layer import masked_forward, masked_group
+from pruning.shrink.masked_layer import masked_forward, masked_group, masked_layer
 from pruning.shrink.prune import cut_router
 from pruning.shrink.rounding import rounded_as_cut, rounded_layer
 from pruning.shrink.taken_over import taken_over
@@ -98,7 +100,7 @@ def masked_hidden(
             ) -> Array:  # fmt: skip
                 if masks is None:
                     return layer_forward(layer, x, place)
-                out, left = masked_forward(layer, x, place, *masks, numbers)
+                out, left = masked_forward(layer, x, place, numbers)
                 if left is not None and routed is not None:
                     routed[number] += int(left)
                 return out
@@ -202,6 +204,8 @@ def _kept_layer(
     kept = layer if seen is None else taken_over(layer, seen, keep)
     if rounded is not None:
         kept = rounded_as_cut(rounded, kept, keep, group_size, how)
+    if not keep.all():
+        kept = masked_layer(kept, *masks)
     return cut_router(kept, keep.any(axis=1)) if way.plan.cut_router else kept
 
 
@@ -218,7 +222,7 @@ def _masked_step(index: int, way: _Way, seen: SeenInGroups | None) -> GroupStep:
             return add_group(group)
         shown = None if seen is None else seen.of(group)
         kept = _kept_layer(group, None, shown, way, masks, 0, PLAIN)
-        return lambda halfway, place, rows: masked_group(kept, halfway, place, *masks)
+        return lambda halfway, place, rows: masked_group(kept, halfway, place)
 
     return step
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from convert.export_format import FORMATS
@@ -46,7 +46,8 @@ FOLDERS = ("exports", "repair", "compare-repair", "gptq", "scoring")
 
 
 def is_interrupted(job: Job, last: str) -> bool:
-    """Whether the output folder holds an unfinished run of this recipe, to be gone on with.
+    """Whether the output folder holds an unfinished run of this recipe, to be gone on with; so is
+    one that scored without obs where this is asked for beside.
 
     Args:
       job: the opened recipe.
@@ -62,7 +63,8 @@ def is_interrupted(job: Job, last: str) -> bool:
     def unfinished() -> bool:
         return not any((job.output / name).exists() for name in ends)
 
-    return may_resume(job.recipe, read, unfinished, lambda: has_moved(job))
+    more = ("obs",) if job.recipe.obs and last == "statistics.json" else ()
+    return may_resume(job.recipe, read, unfinished, lambda: has_moved(job), more)
 
 
 def is_finished(job: Job) -> bool:
@@ -97,6 +99,7 @@ def may_resume(
     read: Iterable[Path],
     unfinished: Callable[[], bool],
     moved: Callable[[], bool] = lambda: False,
+    more: Sequence[str] = (),
 ) -> bool:
     """Whether the output folder is to be gone on with, rather than made or replaced.
 
@@ -105,6 +108,7 @@ def may_resume(
       read: files and folders that the run reads.
       unfinished: whether a folder of the same recipe lacks something.
       moved: whether a model that the recipe has at another place is the same one.
+      more: options that may be other ones.
 
     Raises:
       InputError: the folder holds something else that may not be replaced, or what is read.
@@ -121,7 +125,7 @@ def may_resume(
             f"output={output} already exists and is no output folder of ours (it has no {RECIPE}), "
             "so --overwrite leaves it alone too; name another folder"
         )
-    if _same_recipe(output / RECIPE, recipe, moved) and unfinished():
+    if _same_recipe(output / RECIPE, recipe, moved, more) and unfinished():
         return True
     if not recipe.overwrite:
         raise InputError(
@@ -131,12 +135,14 @@ def may_resume(
     return False
 
 
-def _same_recipe(path: Path, recipe: CompressionRecipe, moved: Callable[[], bool]) -> bool:
+def _same_recipe(
+    path: Path, recipe: CompressionRecipe, moved: Callable[[], bool], more: Sequence[str] = ()
+) -> bool:
     try:
         stored = load_recipe(path, overwrite=recipe.overwrite, output=recipe.output)
         # How much of the evaluation texts is read decides no earlier stage, where temporary files
         # lie and how much memory there is none at all.
-        free = ("evaluation_tokens", "scratch", "memory_limit")
+        free = ("evaluation_tokens", "scratch", "memory_limit", *more)
         same = dataclasses.replace(stored, **{name: getattr(recipe, name) for name in free})
         stored, asked = (dataclasses.asdict(one.placed()) for one in (same, recipe))
         differ = [name for name in stored if stored[name] != asked[name]]

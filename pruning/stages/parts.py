@@ -90,7 +90,10 @@ def sweep_folder(job: Job) -> SweepFolder:
 
 def _swept(job: Job, identity: dict, parts: list[np.ndarray], steps: Steps) -> TextSweep:
     recipe, base, log, spread = job.recipe, job.base, sweep_folder(job), job.spread
-    asked = Asked(recipe.gradients, recipe.expert_details, recipe.until_stable is not None)
+    is_prefix = recipe.until_stable is not None
+    # Where some of the text is enough its sample is of that, and known afterwards.
+    obs = recipe.obs and not is_prefix and spread.parts == 1
+    asked = Asked(recipe.gradients, recipe.expert_details, is_prefix, obs)
     batch, _ = windows_at_work(parts, recipe.batch)
     tokens, valid = job.calibration.tokens, job.calibration.valid
     text = in_parts(base, tokens, valid, job.calibration.counted, parts, batch, spread)

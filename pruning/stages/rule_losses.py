@@ -13,13 +13,15 @@ from convert.checkpoint import Checkpoint
 from moe_jax.errors import InputError
 from moe_jax.files import replace_text
 from moe_jax.json_files import read_json
+from moe_jax.stream import even_batch
 from pruning.budget.plan import PruningPlan
 from pruning.kit.fitting import misfits
 from pruning.kit.memory import allowance
 from pruning.kit.progress import Steps
 from pruning.measure.quality import Reference, window_losses
 from pruning.recipe.recipe import ResolvedRecipe
-from pruning.scores.grams import Sample, sampled
+from pruning.scores.grams import sampled
+from pruning.scores.sample import Sample
 from pruning.scores.statistics import ChannelStatistics
 from pruning.shrink.masked import masked_hidden
 from pruning.stages.job import DTYPES, Job
@@ -148,7 +150,7 @@ def _losses(
             hidden = masked_hidden(
                 base, text.tokens, text.valid, [plans[name] for name in group],
                 sample=seen and _sample(base, *seen, recipe),
-                batch=recipe.batch, dtype=dtype, on_layer=visited,
+                batch=_step(text.tokens, recipe), dtype=dtype, on_layer=visited,
             )  # fmt: skip
             for name, states in zip(group, hidden, strict=True):
                 found[name] = window_losses(Reference(base.head, states), windows).tolist()
@@ -158,5 +160,13 @@ def _losses(
 def _sample(
     base: Checkpoint, text: TokenBatch, statistics: ChannelStatistics, recipe: ResolvedRecipe
 ) -> Sample:
-    part = sampled(text.tokens, text.valid, SHARE)
-    return Sample(base, *part, statistics, batch=recipe.batch, dtype=DTYPES[recipe.dtype])
+    tokens, valid = sampled(text.tokens, text.valid, SHARE)
+    how = {"batch": _step(tokens, recipe), "dtype": DTYPES[recipe.dtype]}
+    return Sample(base, tokens, valid, statistics, **how)
+
+
+def _step(tokens: np.ndarray, recipe: ResolvedRecipe) -> int:
+    """Windows per step of a text [B, T]: as many tokens as scoring takes, and little padding, which
+    every plan would run."""
+    windows, length = tokens.shape
+    return even_batch(windows, max(1, recipe.batch * recipe.window // length))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import jax.numpy as jnp
+import numpy as np
 
 from convert.checkpoint import Checkpoint, load_model
 from convert.fingerprint import fingerprint
@@ -18,8 +19,8 @@ from pruning.kit.progress import Steps
 from pruning.report.stored_fields import Stability
 from pruning.scores import own
 from pruning.scores.collect import collect_weights
-from pruning.scores.elimination import SHARE, elimination_costs
-from pruning.scores.grams import sampled
+from pruning.scores.elimination import elimination_costs
+from pruning.scores.grams import SHARE, sampled
 from pruning.scores.statistics import ChannelStatistics, load_statistics, save_statistics
 from pruning.scores.weight_gradient import weight_gradient_scores
 from pruning.stages import extra_scores, writer
@@ -56,6 +57,10 @@ def score(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
         leaves nothing.
     """
     found = find_statistics(job)
+    if found is None and (before := lacking_obs(job)) is not None:
+        text, (statistics, provenance) = job.calibration, before
+        found = _with_obs(job, statistics, (text.tokens, text.valid), steps), provenance
+        save_statistics(job.output / STATISTICS, *found)
     if found is None:
         collect = _score_weights if job.recipe.weights_only else _score_text
         try:
@@ -109,16 +114,25 @@ def _score_text(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
                 **how,
             )
         statistics = dataclasses.replace(statistics, weight_gradient=gradient)
-    if job.recipe.obs:
-        part = sampled(*texts[:2], SHARE)
-        with steps.bar("elimination") as on_step:
-            costs = elimination_costs(job.base, *part, statistics, on_step=on_step, **how)
-        statistics = dataclasses.replace(statistics, elimination=costs)
+    if job.recipe.obs and statistics.elimination is None:
+        statistics = _with_obs(job, statistics, texts[:2], steps)
     load = lambda: load_model(job.base.about.folder, jnp.bfloat16)  # noqa: E731
     statistics = extra_scores.add(statistics, job.base, texts, job.recipe, steps, load, **how)
     provenance = _provenance(job, stability)
     save_statistics(job.output / STATISTICS, statistics, provenance)
     return statistics, provenance
+
+
+def _with_obs(
+    job: Job, statistics: ChannelStatistics, text: tuple[np.ndarray, np.ndarray], steps: Steps
+) -> ChannelStatistics:
+    """Statistics with obs, which a sweep over a sample of their text adds."""
+    how: dict[str, Any] = {"batch": job.recipe.batch, "dtype": job.dtype}
+    with steps.bar("elimination") as on_step:
+        costs = elimination_costs(
+            job.base, *sampled(*text, SHARE), statistics, on_step=on_step, **how
+        )
+    return dataclasses.replace(statistics, elimination=costs)
 
 
 def _score_weights(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
@@ -136,15 +150,27 @@ def _score_weights(job: Job, steps: Steps) -> tuple[ChannelStatistics, dict]:
     return statistics, provenance
 
 
-def find_statistics(job: Job) -> tuple[ChannelStatistics, dict] | None:
-    """What an earlier run of the same recipe measured on the same model and texts, if it did."""
+def find_statistics(
+    job: Job, groups: Iterable[str] | None = None
+) -> tuple[ChannelStatistics, dict] | None:
+    """What an earlier run of the same recipe measured on the same model and texts, if it did: all
+    the recipe's groups, or these."""
     path = job.output / STATISTICS
     if not path.is_file() or not path.with_suffix(".json").is_file():
         return None
     statistics, found = _read(path)
     known = {**found, "sources": without_paths(found.get("sources", ()))}
     same = all(known.get(key) == value for key, value in identity(job).items())
-    return (statistics, found) if same and statistics.covers(job.recipe.groups) else None
+    asked = job.recipe.groups if groups is None else groups
+    return (statistics, found) if same and statistics.covers(asked) else None
+
+
+def lacking_obs(job: Job) -> tuple[ChannelStatistics, dict] | None:
+    """What an earlier run measured without obs, which can be added; not where some of the text was
+    enough for it."""
+    if not job.recipe.obs or job.recipe.until_stable is not None:
+        return None
+    return find_statistics(job, job.recipe.groups - {"obs"})
 
 
 def identity(job: Job) -> dict:

@@ -5,7 +5,9 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -116,6 +118,42 @@ def repaired(job: Job, plan: PruningPlan, place: Path) -> tuple[Callable, float]
     ), time.perf_counter() - start
 
 
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of processor time that something takes, and what it returns."""
+    start = time.process_time()
+    found = work()
+    return time.process_time() - start, found
+
+
+def without_obs(job: Job) -> Job:
+    """The same text for statistics without obs, in a folder of their own."""
+    place = Path(job.recipe.output) / "without-obs"
+    place.mkdir(exist_ok=True)
+    recipe = dataclasses.replace(job.recipe, obs=False, output=str(place))
+    return dataclasses.replace(job, recipe=recipe)
+
+
+def measured(job: Job, rates: list[float], steps: Steps) -> tuple[tuple, dict[float, PruningPlan]]:
+    """Statistics and the plan chosen at every rate; prints the seconds that they take."""
+    plain, _ = timed(lambda: scoring.score(without_obs(job), steps))
+    with_obs, scored = timed(lambda: scoring.score(job, steps))
+    seconds: list[float] = []
+    chosen: dict[float, PruningPlan] = {}
+    for rate in rates:
+        asked = dataclasses.replace(job.recipe, prune_rate=rate)
+        choice = partial(choose, [asked], *scored, job.base, lambda: job, steps)
+        took, ((_, chosen[rate]),) = timed(choice)
+        seconds.append(took)
+    obs = with_obs - plain
+    print(f"seconds of the processor: {plain:.1f} to score, {obs:.1f} for obs beside,",
+          "to choose at every rate (less where known before)",
+          *(f"{one:.1f}" for one in seconds))  # fmt: skip
+    print(f"obs and the first choice over scoring: {(obs + seconds[0]) / plain:.2f}")
+    for one in steps.stages:
+        print(f"  {one['name']}: {one['seconds']:.1f} s, {one['peak_memory_bytes'] / 1e6:,.0f} MB")
+    return scored, chosen
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,8 +169,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--calibration", nargs="+", default=[])
     parser.add_argument("--max-tokens", type=int, default=24576)
+    parser.add_argument("--window", type=int, help="tokens; default as of compress")
     parser.add_argument("--held-out", nargs="+", required=True)
-    parser.add_argument("--evaluated", type=int, default=1536, help="tokens of each text")
+    parser.add_argument(
+        "--evaluated", type=int, default=1536, help="tokens of each text; 0 for seconds alone"
+    )
     return parser.parse_args()
 
 
@@ -142,20 +183,14 @@ def main() -> None:
     place, steps = Path(given.output), Steps(quiet=True)
     recipe = CompressionRecipe(
         model=given.model, output=str(place), calibration=tuple(given.calibration),
-        evaluation=tuple(given.held_out), max_tokens=given.max_tokens, planner="auto",
+        evaluation=tuple(given.held_out), max_tokens=given.max_tokens, window=given.window,
+        planner="auto",
     )  # fmt: skip
     job = open_job(recipe)
     preflight.prepare(job, steps)
-    start = time.perf_counter()
-    scored = scoring.score(job, steps)
-    seconds = [time.perf_counter() - start]
-    chosen: dict[float, PruningPlan] = {}
-    for rate in given.rates:
-        asked, start = dataclasses.replace(job.recipe, prune_rate=rate), time.perf_counter()
-        ((_, chosen[rate]),) = choose([asked], *scored, job.base, lambda: job, steps)
-        seconds.append(time.perf_counter() - start)
-    print("seconds to score, and to choose at every rate (less where known before):",
-          *(f"{one:.0f}" for one in seconds))  # fmt: skip
+    scored, chosen = measured(job, given.rates, steps)
+    if not given.evaluated:
+        return
     fixed = fixed_plans(job, scored, given.rates)
     whole = PruningPlan(np.ones_like(chosen[given.rates[0]].keep), job.base.config.moe_layers)
     text = HeldOut(job, given.held_out, given.evaluated, place)

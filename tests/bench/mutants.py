@@ -109,7 +109,8 @@ TESTS = {
     "pruning/report/comparison_*.py": "report/test_{stem}",
     "pruning/scores/elimination.py": "scores/test_elimination -k 'not plans'",
     "pruning/scores/grams.py": "scores/test_gram_values scores/test_elimination"
-    " -k 'gram_values or sums'",
+    " -k 'gram_values or sums or scoring'",
+    "pruning/scores/sample.py": "scores/test_grouped scores/test_elimination -k 'others or sums'",
     "pruning/scores/parts.py": "scores/test_parts",
     "pruning/scores/routed.py": "shrink/test_repair_model -k 'fitted or error_at'",
     "pruning/scores/sweep_log.py": "scores/test_sweep_log",

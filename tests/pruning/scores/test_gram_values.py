@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pruning.scores.grams import Seen, sample_size, sampled
+from pruning.scores.grams import Seen, sample_lengths, sample_size, sampled
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,16 @@ from pruning.scores.grams import Seen, sample_size, sampled
 def test_a_share_of_the_tokens_is_taken_of_as_many_windows_as_possible(windows, length, share,
                                                                        expected):  # fmt: skip
     assert sample_size(windows, length, share) == expected
+
+
+@pytest.mark.parametrize(("windows", "length", "share"), [(7, 300, 0.4), (9, 8, 0.25), (1, 9, 0.1)])
+def test_the_lengths_of_a_sample_are_those_of_its_windows(windows, length, share):
+    tokens = np.arange(windows * length).reshape(windows, length)
+    lengths = sample_lengths(windows, length, share)
+    wanted, _ = sampled(tokens, tokens >= 0, share)
+    assert lengths.shape == (windows,)
+    found = [row[:size] for row, size in zip(tokens, lengths, strict=True) if size]
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_sample_is_the_beginning_of_windows_evenly_spread():

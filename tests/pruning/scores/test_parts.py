@@ -51,6 +51,9 @@ def test_every_batch_is_of_one_part_and_the_last_of_each_is_filled_up(counts):
     assert len(batches.places) == 6 and (batches.counted is None) == (not counts)
     whole = np.array([True, True, True, False, True, True, True, False, True, True, True, True])
     order = np.concatenate(parts)
+    sampled = np.array([4, 0, 0, 0, 0, 4, 0, 0, 0, 0])  # of ten windows the first and the sixth
+    np.testing.assert_array_equal(found.sampled[whole], sampled[order])
+    assert not found.sampled[~whole].any()
     np.testing.assert_array_equal(batches.tokens[whole], tokens[order])
     np.testing.assert_array_equal(batches.valid[whole], valid[order])
     assert not batches.valid[~whole].any()
@@ -81,11 +84,14 @@ def test_batches_are_dealt_and_what_is_missing_is_padding(processes, devices, ow
             source, tokens, valid, counted, parts, 2, Devices(devices, process, processes)
         )
         assert found.owner == owners[process] and found.tokens == whole.tokens
+        assert len(found.sampled) == 2 * counts[process]
         batches, size = found.batches, 2 * devices
         assert [(one.start, one.stop) for one in batches.rows] == [
             (start, start + size) for start in range(0, 2 * counts[process], size)
         ]
         own = np.arange(12).reshape(6, 2)[process::processes].ravel()  # windows of the batches
+        np.testing.assert_array_equal(found.sampled[: len(own)], whole.sampled[own])
+        assert not found.sampled[len(own) :].any()
         for name in ("tokens", "valid", "counted"):
             ours, theirs = getattr(batches, name), getattr(whole.batches, name)
             np.testing.assert_array_equal(ours[: len(own)], theirs[own])

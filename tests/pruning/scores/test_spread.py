@@ -53,6 +53,14 @@ def test_sums_on_four_devices_are_those_of_one(model, batch, on_four):  # noqa: 
         assert error <= 1e-6, (name, error)
 
 
+@pytest.mark.slow
+def test_obs_on_two_devices_is_that_of_one(model, batch, on_four):  # noqa: F811
+    wanted = collect_statistics(model, *batch, obs=True, batch=1).elimination
+    assert wanted is not None and wanted.max() > 0
+    with np.load(on_four[1] / "obs.npz") as found:
+        np.testing.assert_allclose(found["elimination"], wanted, rtol=1e-5)
+
+
 def test_of_a_layer_only_the_experts_are_shared(model, on_four):  # noqa: F811
     parts = json.loads((on_four[1] / "parts.json").read_text())
     whole = {name: leaf.shape for name, leaf in named_leaves(model.layers[0]).items()}

@@ -151,7 +151,9 @@ class Dying:
         return self._model.layer(index)
 
 
-@pytest.mark.parametrize("asked", [Asked(), ALL], ids=["up", "up and down"])
+@pytest.mark.parametrize(
+    "asked", [Asked(), ALL, Asked(gradients=True, obs=True)], ids=["up", "up and down", "obs"]
+)
 def test_a_sweep_killed_at_every_layer_ends_the_same(model, text, calm, tmp_path, asked):
     whole = calm[0] if asked is ALL else swept(model, text, asked, Memory())
     visits = asked.steps(model.config) - asked.gradients
@@ -174,3 +176,5 @@ def test_a_sweep_killed_at_every_layer_ends_the_same(model, text, calm, tmp_path
         assert found.log.done == asked.steps(model.config)
         for number in range(3):
             equal(found.part(number), whole.part(number), set(), rtol=0)
+        ends = (one.finished(one.part(0), 3) for one in (found, whole))
+        equal(*ends, set(), rtol=0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.spread import ALONE
+from moe_jax.spread import ALONE, Spread
 from pruning.budget.plan import PruningPlan
 from pruning.kit.progress import Steps
 from pruning.recipe.recipe import CompressionRecipe
@@ -161,7 +161,9 @@ class Model:
 def sweeping(monkeypatch, tmp_path):
     """Sweep a text of 9 windows of 5 tokens with made-up layers; what happened, step by step."""
 
-    def sweep(steps_before: int = 0, weights_hash: str | None = None, **options):
+    def sweep(
+        steps_before: int = 0, weights_hash: str | None = None, spread: Spread = ALONE, **options
+    ):
         happened: list[Any] = []
         recipe = CompressionRecipe(model="m", output=str(tmp_path), scratch=str(tmp_path / "s"),
                                    **{"mtp": "drop", "batch": 2, **options})  # fmt: skip
@@ -169,7 +171,7 @@ def sweeping(monkeypatch, tmp_path):
         valid = np.ones((9, 5), bool)
         text = SimpleNamespace(tokens=np.zeros((9, 5), np.int32), valid=valid, counted=valid)
         job: Any = SimpleNamespace(recipe=recipe, base=base, output=tmp_path, calibration=text,
-                                   dtype="bfloat16", spread=ALONE)  # fmt: skip
+                                   dtype="bfloat16", spread=spread)  # fmt: skip
 
         class Sweep:
             def __init__(self, source, parts_, asked, dtype, states, log, on_step, spread, scratch):
@@ -228,6 +230,19 @@ def test_what_is_collected_is_what_the_recipe_says(sweeping):
     _, happened = sweeping(gradients=True, expert_details=True, until_stable=0.9)
     asked = Asked(gradients=True, expert_details=True, each_prefix=True)
     assert happened[0][2] == asked and happened[0][4][0] == asked.slots(CONFIG) == 8
+
+
+@pytest.mark.parametrize(
+    ("until_stable", "devices", "expected"),
+    [(None, {"data": 1, "expert": 1}, True), (0.9, {"data": 1, "expert": 1}, False),
+     (None, {"data": 1, "expert": 2}, False)],
+)  # fmt: skip
+def test_obs_is_of_the_sweep_where_all_of_the_text_and_of_a_layer_is_at_hand(
+    sweeping, until_stable, devices, expected
+):
+    mesh: Any = SimpleNamespace(shape=devices)
+    _, happened = sweeping(obs=True, until_stable=until_stable, spread=Spread(mesh))
+    assert happened[0][2].obs == expected
 
 
 @pytest.mark.parametrize(
