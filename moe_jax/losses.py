@@ -16,12 +16,9 @@ def balance_loss(trace: MoETrace) -> Array:
 
     Source: Switch Transformer, arXiv:2101.03961, equation 4.
     """
-    probability = trace.probability
     valid = trace.valid[:, None].astype(jnp.float32)
-    mean_probability = (probability * valid).sum(0) / valid.sum()
-    # Counted here: where devices share the experts, the dispatch has those of one of them.
-    chosen = jnp.where(trace.valid[:, None], trace.expert, probability.shape[1])
-    tokens = jnp.bincount(chosen.reshape(-1), length=probability.shape[1]).astype(jnp.float32)
+    mean_probability = (trace.probability * valid).sum(0) / valid.sum()
+    tokens = _load(trace)
     return tokens.size * jnp.sum(tokens / tokens.sum() * mean_probability)
 
 
@@ -44,6 +41,14 @@ def language_model_loss(
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
     routed = [trace for trace in traces if trace is not None]
     balance = jnp.stack([balance_loss(trace) for trace in routed]).mean()
-    load = jnp.stack([trace.dispatch.tokens for trace in routed]).astype(jnp.float32)
+    load = jnp.stack([_load(trace) for trace in routed])
     idlest = (load.min(axis=1) / load.mean(axis=1)).min()
     return nll + balance_weight * balance, {"nll": nll, "balance": balance, "idlest": idlest}
+
+
+def _load(trace: MoETrace) -> Array:
+    """Tokens of each expert of the layer, float32 [E]; where devices share them, the dispatch has
+    those of one device."""
+    experts = trace.logits.shape[1]
+    chosen = jnp.where(trace.valid[:, None], trace.expert, experts)
+    return jnp.bincount(chosen.reshape(-1), length=experts).astype(jnp.float32)

@@ -168,6 +168,41 @@ class Spread:
             raise LostProcess(f"process 0 has ended: {told['error']}")
         return told["value"]
 
+    def awaited(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which each process does at its own pace: those that are done wait
+        for the others, however long that takes."""
+        if self.processes == 1:
+            return work()
+        done, lost = Event(), list[LostProcess]()
+
+        def tell() -> None:
+            try:
+                while not _gathered(np.array([done.wait(PATIENCE)])).all():
+                    pass
+            except LostProcess as error:
+                lost.append(error)
+
+        teller = Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            found = work()
+        finally:
+            done.set()
+        teller.join()
+        if lost:
+            raise lost[0]
+        return found
+
+    @contextmanager
+    def naming_lost(self) -> Iterator[None]:
+        """Raise LostProcess for what jax raises in programs of all processes if one has ended."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if self.processes == 1 or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise LostProcess(str(error).splitlines()[0]) from error
+
     def led_and_read(self, work: Callable[[], T], read: Callable[[], T]) -> T:
         """What `work` returns in process 0, which alone does it, and `read` after it in others."""
         made: list[T] = []

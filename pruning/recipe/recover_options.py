@@ -193,6 +193,10 @@ class RecoverOptions(Options):
 
     def _check_layers(self) -> None:
         """Raise InputError at what means nothing where each layer learns the dense one's output."""
+        if self.keep_predictions:
+            raise InputError(
+                "keep_predictions=True, and mode='layer' predicts nothing; leave one of the two out"
+            )
         if self.attention_rank:
             raise InputError(
                 f"attention_rank={self.attention_rank} trains attention, which mode='layer' does "

@@ -68,7 +68,7 @@ class FitOptions:
       learning_rate: of the experts' changes, or of the router's where it is trained alone.
       router_rate, attention_rate: of their changes, as multiples of it. None, of routers, is 1 but
         for those of small weights, see `router_share`.
-      epochs: times that every window is seen.
+      epochs: times that every window is seen; of a text of few batches some once more or less.
       batch: windows whose gradient is taken at once.
       accumulate: such batches per step.
       warmup: share of the steps in which the learning rate rises.

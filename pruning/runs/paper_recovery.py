@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,15 @@ class Trainer:
             mode=asked.recover_mode, export=tuple(formats(self.job, self.bits).values()),
             text_field=recipe.calibration_field, loss_on=recipe.loss_on, dtype=recipe.dtype,
             window=min(recipe.window, DEFAULT_WINDOW), batch=recipe.batch, seed=recipe.seed,
-            scratch=str(self.predictions), keep_predictions=True,
+            scratch=str(self.predictions), keep_predictions=asked.recover_mode == "model",
         )  # fmt: skip
 
     @property
     def predictions(self) -> Path:
         """Folder of what the dense model predicts, once for all trainings."""
-        scratch = self.job.recipe.scratch
-        return Path(scratch or self.output / RECOVERED) / f"{self.output.name}-predictions"
+        scratch = Path(self.job.recipe.scratch or self.output / RECOVERED)
+        own = sha256(str(self.output.resolve()).encode()).hexdigest()[:16]
+        return scratch / f"{self.output.name}-{own}-predictions"
 
     def check(self, plans: int) -> None:
         """Refuse what would end badly after hours: the text, the memory, the disk.

@@ -83,9 +83,12 @@ def recover(
 def _recover(folder: Path, options: RecoverOptions, steps: Steps, spread: Spread) -> RecoveryReport:
     with steps.bar("open"):
         run = open_recovery(folder, options, steps)
-    check_batch(options.batch, options.mode, run.student.base.config.moe.num_experts, spread)
     place = RecoverFolder(folder, run, spread)
-    spread.require_same({"command": place.identity})
+    spread.require_same({
+        "command": place.identity, "mesh": [spread.devices, spread.parts],
+        "overwrite": options.overwrite,
+    })  # fmt: skip
+    check_batch(options.batch, options.mode, run.student.base.config.moe.num_experts, spread)
     if spread.led(place.is_finished):
         report = RecoveryReport.load(run.output / NAME)
         steps.say(f"this run is finished since {report.environment['date']}; --overwrite repeats")
@@ -93,9 +96,10 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps, spread: Spread
         require_verified([Check(**check) for check in report.verification])
         return report
     say_places(spread, steps)
-    check_recovery(run, steps, place.predictions().is_file())
-    spread.led(place.prepare)
-    _train(run, place, steps)
+    check_recovery(run, steps, spread, place.is_predicted)
+    place.remove_predictions(spread.led(place.prepare))
+    with spread.naming_lost():
+        _train(run, place, steps)
     report = spread.led_and_read(
         lambda: _exported(run, place, steps), lambda: RecoveryReport.load(run.output / NAME)
     )
@@ -142,7 +146,7 @@ def _train(run: RecoverJob, place: RecoverFolder, steps: Steps) -> None:
     spread = place.spread
     if spread.led(place.deltas.is_file):
         return
-    text, held = _texts(run, place, steps)
+    text, held = spread.awaited(lambda: _texts(run, place, steps))
     with steps.bar("train") as on_step, place.session(on_step) as on_step:
         course = Course(text, held, run.deltas, run.how, place.checkpoints, on_step, spread)
         deltas = _fitted(run, course, place)
@@ -185,7 +189,7 @@ def _texts(
     )  # fmt: skip
     predictions = None
     if run.learns_predictions:
-        file = place.predictions()
+        file = place.predictions
         if not file.is_file():
             tokens, valid = (
                 np.concatenate([getattr(one, n)[own.start : own.stop] for one, own in both])

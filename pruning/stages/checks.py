@@ -8,8 +8,9 @@ import numpy as np
 from pruning.kit.errors import VerificationError
 
 TOLERANCE = 2e-3  # of float32 logits of two programs, as a share of the largest (at least 1)
-LEAST, SHARE = 8, 0.01  # positions to judge by; without so many, how many of all may differ
-MOST = 0.75  # of the positions at the ends of long windows, near ties or not
+# Positions to judge by; and without so many, the share of all at which differences may begin.
+LEAST, SHARE = 8, 0.01
+MOST = 0.75  # of all positions that must not differ, near ties or not
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,15 @@ def logit_check(
       found, wanted: float32 [B, P, V].
       settled: bool [B, P], where rounding cannot have sent a token to another expert. If found and
         wanted differ anywhere, these positions are judged. Are they fewer than `LEAST` or first
-        ones alone, which see no other position, a hundredth of all may differ.
+        ones alone, which see no other position, all are: differences may begin at a hundredth of
+        them, where a near tie fell the other way, and go on behind them, but not at most.
     """
     difference, limit = _difference(found, wanted)
     within = difference <= limit  # False for NaN
     enough = settled.sum() >= LEAST and settled[:, 1:].any()
     judged = settled if enough and not within.all() else np.ones_like(settled)
-    ok = within[judged].all() if enough else within.mean() >= 1 - SHARE
+    begun = (~within).any(axis=1).sum()  # sequences in which a difference begins
+    ok = within[judged].all() if enough else begun <= SHARE * within.size and _mostly(within)
     detail = f"max difference {difference[judged].max():.2g} (limit {limit:.2g})"
     if not judged.all():
         detail += f" at {judged.sum()} of {judged.size} positions; others follow a near tie"
@@ -79,7 +82,11 @@ def long_check(export: str, name: str, found: np.ndarray, wanted: np.ndarray) ->
     difference, limit = _difference(found, wanted)
     within = difference <= limit
     detail = f"{within.sum()} of {within.size} positions differ by no more than {limit:.2g}"
-    return Check(export, name, bool(within.mean() >= MOST), detail)
+    return Check(export, name, _mostly(within), detail)
+
+
+def _mostly(within: np.ndarray) -> bool:
+    return bool(within.mean() >= MOST)
 
 
 def _difference(found: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, float]:

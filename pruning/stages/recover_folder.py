@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from moe_jax.spread import ALONE, Spread
 from pruning.kit.progress import OnStep, peak_memory
 from pruning.kit.yaml_files import YAML_ERRORS, read_yaml
 from pruning.recipe.recover_options import RecoverOptions
+from pruning.recovery.course import own_part
 from pruning.report.recovery import NAME, PAGE
 from pruning.stages import writer
 from pruning.stages.adapter import FOLDER as ADAPTER
@@ -33,6 +35,7 @@ from pruning.stages.recover_job import RecoverJob
 
 IDENTITY, HISTORY, DELTAS = "recover.yaml", "history.json", "deltas.safetensors"
 TRAINING, CHECKPOINTS, PREDICTIONS = "training.json", "checkpoints", "predictions"
+KEPT = "dense"  # how names of predictions begin that are kept for other runs
 EXPORTS = tuple(f"exports/{name}" for name in FORMATS)
 # What an older run left goes in this order: the report first, which says that all is there.
 OURS = (NAME, PAGE, *EXPORTS, ADAPTER, DELTAS, TRAINING, HISTORY, CHECKPOINTS)
@@ -77,6 +80,8 @@ class RecoverFolder:
             "formats": {name: form.group_size for name, form in run.forms.items()},
             "sources": sources,
             **self.told(options),
+            # Rows of experts then lie in another order in checkpoints.
+            **({"experts_shared_by": spread.parts} if spread.parts > 1 else {}),
         }
         self._history = _History(self.output / HISTORY, spread.leads)
 
@@ -90,14 +95,19 @@ class RecoverFolder:
         """Whether the folder holds all of this very run."""
         return not self.overwrite and (self.output / NAME).is_file() and self._is_same()
 
-    def prepare(self) -> None:
+    def prepare(self) -> Any:
         """Make the folder, or go on with an interrupted run of the same options in it.
+
+        Returns:
+          The identity of the run that was there and is replaced, whose predictions no process
+          needs; None if there was none.
 
         Raises:
           InputError: it holds something else that may not be replaced.
         """
         there = {path.name for path in self.output.glob("*")} - {*writer.FILES}
         there = {name for name in there if not LEFTOVER.fullmatch(name)}
+        replaced = None
         goes_on = self._is_same() and not (self.overwrite and (self.output / NAME).is_file())
         if there and not (self.output / IDENTITY).is_file():
             raise InputError(
@@ -111,35 +121,46 @@ class RecoverFolder:
                     "options; name another folder or add --overwrite"
                 )
             # Nobody's run: killed from here on, what is left of the older one is removed again.
-            self._remove_predictions(self._stored())
+            replaced = self._stored()
             replace_text(self.output / IDENTITY, "{}\n")
             self._remove(OURS)
         self.output.mkdir(parents=True, exist_ok=True)
         for name in (".", "exports", *EXPORTS):  # cards are written again in exports
             remove_leftovers(self.output / name)
         replace_text(self.output / IDENTITY, yaml.safe_dump(self.identity, sort_keys=False))
+        return replaced
 
+    @property
     def predictions(self) -> Path:
         """The file of the dense model's predictions on this process's windows: in a shared folder
         one of this very run, or of all that train on this text where they are kept."""
         process, processes = self.spread.process, self.spread.processes
         part = "" if processes == 1 else f"-{process}-of-{processes}"
-        begins = self._kept if self.keeps_predictions else self._predictions(self.identity)
+        begins = self._begins_kept if self.keeps_predictions else self._begins(self.identity)
         return self.scratch / f"{begins}{part}.npy"
 
+    @property
+    def is_predicted(self) -> bool:
+        """Whether they are there already, and stay when the folder is prepared."""
+        return (self.keeps_predictions or self._is_same()) and self.predictions.is_file()
+
     @cached_property
-    def _kept(self) -> str:
+    def _begins_kept(self) -> str:
         """How the names of files begin that other recoveries find."""
-        run = self.run
-        told = sha256()
+        run, spread, told = self.run, self.spread, sha256()
         for part in (run.text, run.held):
             told.update(repr(part.tokens.shape).encode())
             told.update(np.ascontiguousarray(part.tokens).tobytes())
             told.update(np.ascontiguousarray(part.valid).tobytes())
-        facts = (run.student.base.fingerprint, run.options.top, run.options.dtype, told.hexdigest())
-        return f"{PREDICTIONS}-{sha256(repr(facts).encode()).hexdigest()[:32]}"
+        own = (
+            own_part(spread, run.how.batch, len(run.text.tokens)),
+            spread.in_a_row(len(run.held.tokens)),
+        )
+        facts = run.student.base.fingerprint, run.options.top, run.options.dtype, own
+        told.update(repr(facts).encode())
+        return f"{KEPT}-{told.hexdigest()[:32]}"
 
-    def _predictions(self, identity: Any) -> str:
+    def _begins(self, identity: Any) -> str:
         """How the names of the files of one run in this folder begin."""
         if self.scratch == self.output:
             return PREDICTIONS
@@ -147,9 +168,13 @@ class RecoverFolder:
         told = json.dumps([str(place), identity], sort_keys=True)
         return f"{place.name}-{sha256(told.encode()).hexdigest()[:16]}-{PREDICTIONS}"
 
-    def _remove_predictions(self, identity: Any) -> None:
-        """Those of one run here, of all of its processes."""
-        for path in self.scratch.glob(f"{glob.escape(self._predictions(identity))}*.npy"):
+    def remove_predictions(self, identity: Any) -> None:
+        """Remove what processes wrote of one run here, half-written files too; nothing for None."""
+        if identity is None:
+            return
+        begins = glob.escape(self._begins(identity))
+        there = [self.output.glob(f"{PREDICTIONS}*.npy*"), self.scratch.glob(f"{begins}*.npy*")]
+        for path in itertools.chain(*there):
             path.unlink(missing_ok=True)
 
     @contextmanager
@@ -199,7 +224,7 @@ class RecoverFolder:
 
     def clear_working_files(self) -> None:
         """Remove what only an interrupted run needs."""
-        self._remove_predictions(self.identity)
+        self.remove_predictions(self.identity)
         if self.spread.leads:
             self._remove((CHECKPOINTS, TRAINING, HISTORY))
 

@@ -1,13 +1,17 @@
 """A recovery opened, and what can be said of it before any work."""
 
 import dataclasses
+import socket
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from convert.export_format import ExportFormat
 from moe_jax.errors import InputError
+from moe_jax.spread import Spread
 from pruning.demo import demo_texts
 from pruning.kit.memory import free_memory
 from pruning.kit.progress import Steps
@@ -212,48 +216,62 @@ def _evaluation(
     return texts
 
 
-def check_recovery(run: RecoverJob, steps: Steps, is_predicted: bool) -> None:
+def check_recovery(run: RecoverJob, steps: Steps, spread: Spread, is_predicted: bool) -> None:
     """Say what the run takes, and refuse what does not fit in memory or on the disk.
 
     Args:
       run: the recovery.
       steps: where it is said.
+      spread: devices and processes that share it.
       is_predicted: whether the dense model's predictions are there.
     """
     base, windows = run.student.base, len(run.text.tokens) + len(run.held.tokens)
-    exports = {
+    parts = {
         name: export_of(base.about, run.student.plan, form).nbytes
         for name, form in run.forms.items()
     }
-    parts = dict(exports)
     if run.learns_predictions and not is_predicted:
+        apart = run.options.scratch_folder != run.output  # where each process has its own
         size = prediction_bytes(windows, run.window, run.options.top)
+        size = -(-size // spread.processes) if apart else size
         stay = "and stay there" if run.options.keep_predictions else "until the end"
         steps.say(
             f"the dense model's predictions take {amount(size)} in {run.options.scratch_folder} "
             f"{stay}"
         )
-        if run.options.scratch_folder == run.output:
-            parts["predictions"] = size
-        else:
+        if apart:
             require_space(run.options.scratch_folder, {"predictions": size})
+        else:
+            parts["predictions"] = size
     if run.seen_words:
         steps.say(
             f"what is trained on holds at least {run.seen_words}, so the loss there says little "
             "about other text"
         )
-    source = run.student.source
-    layers = (source.layer(index) for index in range(len(source)))
+    parts["checkpoints"] = CHECKPOINT * _check_memory(run, steps, spread, windows)
+    require_space(run.output, parts)
+
+
+def _check_memory(run: RecoverJob, steps: Steps, spread: Spread, windows: int) -> int:
+    """Numbers that are trained; says and refuses what that takes of memory, on a CPU the host's,
+    which all devices and processes there take of, else that of a device."""
+    source, stats = run.student.source, jax.local_devices()[0].memory_stats() or {}
     needed, trained = needed_memory(
-        layers, source.config, run.deltas, run.options, windows * run.window, run.window
-    )
-    parts["checkpoints"] = CHECKPOINT * trained
-    free = free_memory()
-    steps.say(f"training takes about {amount(needed)} of memory, {amount(free)} are free")
+        (source.layer(index) for index in range(len(source))), source.config, run.deltas,
+        run.options, -(-windows // spread.processes) * run.window, run.window,
+        spread.processes * spread.devices, spread.parts,
+    )  # fmt: skip
+    hosts = spread.told(socket.gethostname())
+    if "bytes_limit" in stats:
+        free, whose = stats["bytes_limit"] - stats.get("bytes_in_use", 0), "memory of each device"
+    else:
+        copies = spread.devices * spread.parts * hosts.count(socket.gethostname())
+        needed, free, whose = copies * needed, free_memory(), "memory"
+    steps.say(f"training takes about {amount(needed)} of {whose}, {amount(free)} are free")
     if needed > free and run.options.mode == "model":
         raise InputError(
-            f"training the whole model takes about {amount(needed)} of memory and {amount(free)} "
+            f"training the whole model takes about {amount(needed)} of {whose} and {amount(free)} "
             "are free; choose --train dora or router, which train less, add --mode layer, or a "
             "smaller --batch or --window"
         )
-    require_space(run.output, parts)
+    return trained

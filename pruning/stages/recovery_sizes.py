@@ -1,10 +1,12 @@
 """What a recovery takes of memory and disk, from shapes alone."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
 from moe_jax.config import ModelConfig
+from moe_jax.mesh import specs
 from moe_jax.transformer import DecoderLayer
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.recovery.deltas import DeltaConfig, Deltas, init_deltas
@@ -24,8 +26,10 @@ def needed_memory(
     options: RecoverOptions,
     tokens: int,
     window: int,
+    places: int = 1,
+    parts: int = 1,
 ) -> tuple[int, int]:
-    """(bytes that training takes, numbers that it trains).
+    """(bytes that training takes, of a device where several share it; numbers that it trains).
 
     Adam keeps two numbers for each that is trained; with the numbers themselves, their gradient,
     the best of them and those that are made of them that is six. A layer's changed weights, their
@@ -38,21 +42,31 @@ def needed_memory(
       options: filled.
       tokens: trained on and held out, padding too.
       window: tokens.
+      places: devices that windows are dealt to.
+      parts: devices that share the experts of a layer.
     """
-    weights, trained, widest = [], [], 0
+    weights, trained, own, widest = [], [], [], 0
     for layer in layers:
-        leaves = jax.tree.leaves(layer)
-        weights.append(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
-        trained.append(sum(leaf.size for leaf in jax.tree.leaves(trained_shapes(layer, config))))
-        widest = max(widest, sum(leaf.size for leaf in leaves))
-    batch = options.batch * window
+        shapes = trained_shapes(layer, config)
+        weights.append(_share(layer, parts, lambda leaf: leaf.size * leaf.dtype.itemsize))
+        trained.append(_share(shapes, 1, lambda leaf: leaf.size))
+        own.append(_share(shapes, parts, lambda leaf: leaf.size))
+        widest = max(widest, _share(layer, parts, lambda leaf: leaf.size))
+    batch = -(-options.batch // places) * window
     outer = 2 * c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
     layer_bytes = 3 * 4 * widest + 40 * batch * c.d_model * c.moe.experts_per_token
     if options.mode == "layer":
         streams = 3 * 4 * tokens * c.d_model  # before and behind the layer, dense and student's
-        each = 2 * max(weights) + 24 * max(trained) + layer_bytes
+        each = 2 * max(weights) + 24 * max(own) + layer_bytes
         return outer + each + 4 * sum(trained) + streams, sum(trained)
     kept = 4 * batch * c.d_model * len(weights) * (1 if options.remat else 20)
     logits = 3 * 4 * window * c.vocab_size
-    needed = outer + sum(weights) + 24 * sum(trained) + layer_bytes + kept + logits
+    needed = outer + sum(weights) + 24 * sum(own) + layer_bytes + kept + logits
     return needed, sum(trained)
+
+
+def _share(tree: Any, parts: int, size: Callable[[Any], int]) -> int:
+    """Sum of the sizes of all arrays, of experts those of one of so many devices."""
+    where = jax.tree.map(lambda spec: parts if len(spec) else 1, specs(tree))
+    each = jax.tree.map(lambda leaf, shared: -(-size(leaf) // shared), tree, where)
+    return sum(jax.tree.leaves(each))

@@ -1,6 +1,7 @@
 """What processes tell each other, played by threads; devices are in `tests/pruning/scores`."""
 
 import threading
+import time
 
 import jax
 import numpy as np
@@ -175,3 +176,33 @@ def test_a_mesh_of_one_device_is_none_and_too_large_or_unknown_ones_are_refused(
     count = jax.local_device_count()
     with pytest.raises(InputError, match=f"takes {count + 1} devices .* has {count};"):
         mesh_of({"data": count + 1})
+
+
+def test_processes_wait_for_each_other_however_long_one_works(monkeypatch):
+    monkeypatch.setattr(spreading, "PATIENCE", 0.05)
+    ended = []
+
+    def work(spread: Spread):
+        def long():
+            time.sleep(0.3 * spread.process)
+            ended.append(spread.process)
+            return spread.process
+
+        found = spread.awaited(long)
+        assert sorted(ended) == [0, 1, 2]
+        return found, spread.told(found)
+
+    assert together(monkeypatch, 3, work) == [(n, [0, 1, 2]) for n in range(3)]
+    assert ALONE.awaited(lambda: 7) == 7
+
+
+def test_what_jax_raises_where_a_process_has_ended_is_said_so_unless_memory_ran_out():
+    lost, full = "Gloo all-reduce failed\nConnection closed", "RESOURCE_EXHAUSTED: Out of memory"
+    with (
+        pytest.raises(LostProcess, match=r"^Gloo all-reduce failed$"),
+        Spread(None, 0, 2).naming_lost(),
+    ):
+        raise jax.errors.JaxRuntimeError(lost)
+    for spread, words in ((Spread(None, 0, 2), full), (ALONE, lost)):
+        with pytest.raises(jax.errors.JaxRuntimeError), spread.naming_lost():
+            raise jax.errors.JaxRuntimeError(words)

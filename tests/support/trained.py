@@ -16,13 +16,14 @@ from pruning.recovery.fit import fit
 from pruning.recovery.layerwise import fit_layers
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import prediction_type
-from tests.pruning.recovery.students import dense_model, pruned_model
+from tests.pruning.recovery.students import CONFIG, dense_model, pruned_model
 
 MESHES = {"data": {"data": 4}, "expert": {"expert": 2}, "both": {"data": 2, "expert": 2}}
 CONFIGS = {
     "full": DeltaConfig(train="full", router_rank=0),
     "full-int4": DeltaConfig(train="full", router_rank=0, group_size=32),
     "dora": DeltaConfig(rank=2, alpha=4.0, attention_rank=2),
+    "biased": DeltaConfig(train="lora", rank=2, alpha=4.0, attention_rank=2, group_size=32),
 }
 OPTIONS = FitOptions(learning_rate=0.01, batch=4, accumulate=2, share_from=0.5, measurements=2)
 
@@ -50,14 +51,21 @@ def course_of(kind: str, spread: Spread = ALONE, layers: bool = False) -> Course
         text(train, own_part(spread, OPTIONS.batch, len(train))),
         text(held, spread.in_a_row(len(held))),
         CONFIGS[kind],
-        dataclasses.replace(OPTIONS, learning_rate=0.001) if layers else OPTIONS,
+        # At the other rate their beginning stays the best, and nothing would be compared.
+        dataclasses.replace(OPTIONS, learning_rate=0.001)
+        if layers or kind == "biased"
+        else OPTIONS,
         spread=spread,
     )
 
 
 def trained(kind: str, spread: Spread = ALONE, layers: bool = False) -> dict[str, np.ndarray]:
-    """The changes by name, and the held-out losses."""
-    dense = dense_model()
+    """The changes by name, and the held-out losses; of "biased" experts and routers have biases,
+    and a shared expert stands beside them."""
+    moe = dataclasses.replace(
+        CONFIG.moe, expert_bias=True, logit_bias=True, d_shared=32, shared_gate=True
+    )
+    dense = dense_model(dataclasses.replace(CONFIG, moe=moe) if kind == "biased" else CONFIG)
     student, course, told = pruned_model(dense), course_of(kind, spread, layers), []
     found: Deltas = {}
     if layers:

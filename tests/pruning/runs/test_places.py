@@ -90,7 +90,9 @@ def test_commands_that_work_in_one_place_are_not_started_in_several(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["model", "layer"])
-def test_processes_train_as_one_also_after_one_of_them_was_killed(scored, texts, tmp_path, mode):
+def test_processes_train_as_one_also_after_one_of_them_was_killed(
+    scored, texts, tmp_path, monkeypatch, mode
+):
     def command(name: str) -> list[object]:
         return ["recover", scored, "--text", texts / "good.txt", "--output", tmp_path / name,
                 "--mode", mode, "--balance", 0, "--tokens", 448, "--batch", 4, "--epochs", 6,
@@ -101,9 +103,16 @@ def test_processes_train_as_one_also_after_one_of_them_was_killed(scored, texts,
     number = 6 if mode == "model" else 2
     ends = run_in_all([f"*history.json*@{number}", ""], "--quiet", *command("two"))
     assert ends[0].returncode == -signal.SIGKILL, ends[0].stderr
-    assert ends[1].returncode != 0 and not (tmp_path / "two" / "deltas.safetensors").exists()
-    for name, processes in (("two", 2), ("four", 4)) if mode == "model" else (("two", 2),):
-        ends = run_in_all([""] * processes, *command(name))
+    # Some versions of jax see it sooner, and end the process with words of their own.
+    assert ends[1].returncode in (os.EX_TEMPFAIL, -signal.SIGABRT), ends[1].stderr
+    assert not (tmp_path / "two" / "deltas.safetensors").exists()
+    runs = [("two", 2, ()), ("four", 4, ()), ("halves", 2, ("--mesh", "expert=2"))]
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    for name, processes, more in runs if mode == "model" else runs[:1]:
+        with monkeypatch.context() as patch:
+            if more:
+                patch.setenv("XLA_FLAGS", flags)
+            ends = run_in_all([""] * processes, *command(name), *more)
         assert [end.returncode for end in ends] == [0] * processes, ends[0].stderr + ends[-1].stderr
         assert f"{processes} processes share the text" in ends[0].stderr
         assert not [*tmp_path.glob(f"{name}-scratch/*")]
