@@ -98,6 +98,7 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps, spread: Spread
     say_places(spread, steps)
     check_recovery(run, steps, spread, place.is_predicted)
     place.remove_predictions(spread.led(place.prepare))
+    spread.everyone(True)  # before new ones are written
     with spread.naming_lost():
         _train(run, place, steps)
     report = spread.led_and_read(

@@ -99,8 +99,8 @@ class RecoverFolder:
         """Make the folder, or go on with an interrupted run of the same options in it.
 
         Returns:
-          The identity of the run that was there and is replaced, whose predictions no process
-          needs; None if there was none.
+          The identity of the run that was there and is replaced, whose predictions other processes
+          may have, too; None if there was none.
 
         Raises:
           InputError: it holds something else that may not be replaced.
@@ -122,6 +122,7 @@ class RecoverFolder:
                 )
             # Nobody's run: killed from here on, what is left of the older one is removed again.
             replaced = self._stored()
+            self.remove_predictions(replaced)
             replace_text(self.output / IDENTITY, "{}\n")
             self._remove(OURS)
         self.output.mkdir(parents=True, exist_ok=True)

@@ -181,6 +181,25 @@ def stopped(folder: Path, output: Path, **how: Any) -> None:
     assert not (output / "deltas.safetensors").exists()
 
 
+def test_no_predictions_are_left_wherever_they_were_begun(scored, texts, tmp_path):
+    how: dict[str, Any] = {"text": (texts / "good.txt",), "tokens": 448, "export": ("ragged-bf16",)}
+    stopped(scored, tmp_path / "out", **how)
+    assert (tmp_path / "out" / "predictions.npy").is_file()
+    how |= {"scratch": tmp_path / "scratch", "output": tmp_path / "out", "batch": 2}
+    recover(scored, steps=Steps(quiet=True), **how)
+    assert not [*tmp_path.rglob("*predictions*")]
+
+
+def test_kept_predictions_stay_also_beside_the_run_that_made_them(scored, texts, tmp_path):
+    out = tmp_path / "out"
+    recover(
+        scored, text=(texts / "good.txt",), tokens=448, batch=2, epochs=1, train="router",
+        export=("ragged-bf16",), output=out, scratch=out, keep_predictions=True,
+        steps=Steps(quiet=True),
+    )  # fmt: skip
+    assert len([*out.glob("dense-*.npy")]) == 1 and not [*out.glob("predictions*")]
+
+
 def test_kept_predictions_serve_other_recoveries_on_the_same_text(scored, texts, tmp_path):
     def train(name: str, text: Path, **how: Any) -> tuple[set[str], bytes]:
         report = recover(
