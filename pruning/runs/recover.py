@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pruning.recovery.fit import fit
 from pruning.recovery.layerwise import fit_layers
 from pruning.recovery.loss import predicted
 from pruning.recovery.teacher import read_predictions, write_predictions
+from pruning.report.card import Recovery
 from pruning.report.recovery import NAME, RecoveryReport
 from pruning.runs.places import check_batch, say_places, working
 from pruning.stages.adapter import FOLDER as ADAPTER
@@ -93,7 +95,6 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps, spread: Spread
         report = RecoveryReport.load(run.output / NAME)
         steps.say(f"this run is finished since {report.environment['date']}; --overwrite repeats")
         place.clear_working_files()  # of a run killed in its last moment
-        require_verified([Check(**check) for check in report.verification])
         return report
     say_places(spread, steps)
     check_recovery(run, steps, spread, place.is_predicted)
@@ -104,8 +105,9 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps, spread: Spread
     report = spread.led_and_read(
         lambda: _exported(run, place, steps), lambda: RecoveryReport.load(run.output / NAME)
     )
-    place.clear_working_files()
+    # Before what the same command needs to write and verify them again is gone.
     require_verified([Check(**check) for check in report.verification])
+    place.clear_working_files()
     return report
 
 
@@ -117,17 +119,7 @@ def _exported(run: RecoverJob, place: RecoverFolder, steps: Steps) -> RecoveryRe
     if run.options.adapter:
         write_adapter(run.student, deltas, run.deltas, run.output / ADAPTER)
     rows = run.card_rows(training)
-    checks: list[Check] = []
-    for name, form in run.forms.items():
-        target = run.output / "exports" / name
-        stored = recovered_source(run.student.source, deltas, run.deltas, form)
-        if not target.exists():
-            write_recovered(run.student, stored, form, target, rows, steps)
-        with steps.bar(f"verify {name}"):
-            checks += verify_export(
-                run.student.base, run.student.plan, form, target, random_probe(run.student.base),
-                model=stored,
-            )  # fmt: skip
+    checks = [check for name in run.forms for check in _verified(run, name, deltas, rows, steps)]
     quality = _quality(run, model, steps)
     report = _report(run, place, training, quality, checks, steps)
     for name, form in run.forms.items():
@@ -140,6 +132,25 @@ def _exported(run: RecoverJob, place: RecoverFolder, steps: Steps) -> RecoveryRe
         )  # fmt: skip
     report.save(run.output)
     return report
+
+
+def _verified(
+    run: RecoverJob, name: str, deltas: Deltas, rows: Recovery, steps: Steps
+) -> list[Check]:
+    """Checks of an export, written if it lacks, and once more if an older one is wrong."""
+    student, form, target = run.student, run.forms[name], run.output / "exports" / name
+    stored = recovered_source(student.source, deltas, run.deltas, form)
+    for was_there in (True, False) if target.exists() else (False,):
+        if not was_there:
+            shutil.rmtree(target, ignore_errors=True)
+            write_recovered(student, stored, form, target, rows, steps)
+        with steps.bar(f"verify {name}"):
+            checks = verify_export(
+                student.base, student.plan, form, target, random_probe(student.base), model=stored
+            )
+        if all(check.ok for check in checks):
+            break
+    return checks
 
 
 def _train(run: RecoverJob, place: RecoverFolder, steps: Steps) -> None:

@@ -27,7 +27,7 @@ from pruning.kit.progress import OnStep, peak_memory
 from pruning.kit.yaml_files import YAML_ERRORS, read_yaml
 from pruning.recipe.recover_options import RecoverOptions
 from pruning.recovery.course import own_part
-from pruning.report.recovery import NAME, PAGE
+from pruning.report.recovery import NAME, PAGE, RecoveryReport
 from pruning.stages import writer
 from pruning.stages.adapter import FOLDER as ADAPTER
 from pruning.stages.made_by import repair_hash
@@ -92,8 +92,11 @@ class RecoverFolder:
         return {name: value for name, value in values.items() if name not in NOT_ITS_OWN}
 
     def is_finished(self) -> bool:
-        """Whether the folder holds all of this very run."""
-        return not self.overwrite and (self.output / NAME).is_file() and self._is_same()
+        """Whether the folder holds all of this very run, and its exports were right."""
+        file = self.output / NAME
+        if self.overwrite or not file.is_file() or not self._is_same():
+            return False
+        return all(check["ok"] for check in RecoveryReport.load(file).verification)
 
     def prepare(self) -> Any:
         """Make the folder, or go on with an interrupted run of the same options in it.

@@ -17,10 +17,13 @@ from convert import load_model
 from moe_jax.errors import InputError
 from moe_jax.stream import forward_hidden
 from pruning import Steps, recover
+from pruning.kit.errors import VerificationError
 from pruning.recipe.recover_options import RecoverOptions, usual_rate
 from pruning.recovery.deltas import DeltaConfig, rounded
 from pruning.recovery.forward import layer_deltas, student_hidden
+from pruning.runs import recover as recovering
 from pruning.stages import verify as verifying
+from pruning.stages.checks import Check
 from pruning.stages.client import Answer
 from pruning.stages.recover_folder import RecoverFolder
 from pruning.stages.recovered import load_deltas, open_student, recovered_source
@@ -179,6 +182,39 @@ def stopped(folder: Path, output: Path, **how: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         recover(folder, output=output, batch=2, steps=steps, **how)
     assert not (output / "deltas.safetensors").exists()
+
+
+def test_an_export_that_was_found_wrong_is_written_again_without_training(
+    scored, texts, tmp_path, monkeypatch
+):
+    out, stages = tmp_path / "out", []
+
+    def train() -> None:
+        steps = Steps(quiet=True)
+        try:
+            recover(
+                scored, text=(texts / "good.txt",), tokens=448, batch=2, epochs=1, train="router",
+                export=("ragged-bf16",), output=out, steps=steps,
+            )  # fmt: skip
+        finally:
+            stages.append([one["name"] for one in steps.stages])
+
+    def wrong(*given, **how):
+        return [Check("ragged-bf16", "tensors", False, "not as planned")]
+
+    with monkeypatch.context() as patch, pytest.raises(VerificationError, match="not as planned"):
+        patch.setattr(recovering, "verify_export", wrong)
+        train()
+    (out / "exports" / "ragged-bf16" / "model.safetensors").write_bytes(b"")
+    trained = (out / "deltas.safetensors").read_bytes()
+    train()
+    assert "train" in stages[0] and "train" not in stages[1]
+    assert "export ragged-bf16" in stages[1]
+    assert (out / "deltas.safetensors").read_bytes() == trained
+    assert all(one["ok"] for one in json.loads((out / "recover.json").read_text())["verification"])
+    assert not [*out.glob("predictions*")] and not (out / "checkpoints").exists()
+    train()
+    assert "export ragged-bf16" not in stages[2]
 
 
 def test_no_predictions_are_left_wherever_they_were_begun(scored, texts, tmp_path):
