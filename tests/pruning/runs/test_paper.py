@@ -158,7 +158,7 @@ def test_another_run_in_the_folder_is_replaced_only_if_asked_and_nothing_else_go
 @pytest.fixture
 def trainer(monkeypatch, tmp_path):
     """A trainer that trains nothing, and the plans that it was to train."""
-    recipe = SimpleNamespace(first_tokens=True, batch=2, dtype="float32")
+    recipe = SimpleNamespace(first_tokens=True, batch=2, dtype="float32", scratch=None)
     job: Any = SimpleNamespace(recipe=recipe, output=tmp_path / "compare", base="base")
     judged, made = TaskOptions(tasks=("t",)), []
     steps: Any = None
