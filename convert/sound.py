@@ -10,6 +10,10 @@ from convert.reader import CheckpointError
 from convert.view import View
 
 
+PIECE = 1 << 17  # numbers looked at together
+ALL_ONES = 0x7F80  # the exponent of bfloat16
+
+
 class Sound:
     """What is known of the tensors of a folder.
 
@@ -68,6 +72,14 @@ class Sound:
 
 
 def _finite(array: np.ndarray) -> bool:
-    if array.dtype.name == "bfloat16":  # ml_dtypes' isfinite is many times slower
-        return not np.any(array.view(np.uint16) & 0x7F80 == 0x7F80)
-    return bool(np.isfinite(array).all())
+    if array.dtype.name != "bfloat16":
+        return bool(np.isfinite(array).all())
+    # ml_dtypes' isfinite is many times slower. In pieces: memory for a whole tensor would come anew
+    # from the system each time, which takes longer than the work.
+    bits = array.reshape(-1).view(np.uint16)
+    room = np.empty(min(PIECE, bits.size), np.uint16)
+    for start in range(0, bits.size, PIECE):
+        piece = bits[start : start + PIECE]
+        if np.bitwise_and(piece, ALL_ONES, out=room[: piece.size]).max() == ALL_ONES:
+            return False
+    return True

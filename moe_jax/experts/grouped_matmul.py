@@ -71,19 +71,26 @@ contract.defvjp(lambda *args: (form().contract(*args), args), _contract_bwd)
 # --- CPU: a loop over tiles; XLA lowers ragged_dot to a dense masked product there ---
 
 
+# XLA:CPU of jax 0.10 widens a pool of bfloat16 before a loop takes slices of it. Bits are not
+# widened, but copied.
+COPIES_POOLS = jax.__version_info__ < (0, 11)
+
+
 def weight_bits(weight: Array) -> Array:
-    """Carry bfloat16 as bits: XLA:CPU would otherwise widen the whole pool before a loop."""
-    return (
-        jax.lax.bitcast_convert_type(weight, jnp.uint16) if weight.dtype == jnp.bfloat16 else weight
-    )
+    """A pool as a loop on a CPU takes slices of it, see `float_bits`."""
+    if not COPIES_POOLS or weight.dtype != jnp.bfloat16:
+        return weight
+    return jax.lax.bitcast_convert_type(weight, jnp.uint16)
+
+
+def float_bits(bits: Array) -> Array:
+    """The numbers of `weight_bits`."""
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16) if bits.dtype == jnp.uint16 else bits
 
 
 def channel_block(bits: Array, start: Array, size: int, dtype) -> Array:
     """Rows start : start + size of a pool in the dtype of the activations."""
-    rows = jax.lax.dynamic_slice_in_dim(bits, start, size)
-    if rows.dtype == jnp.uint16:
-        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
-    return rows.astype(dtype)
+    return float_bits(jax.lax.dynamic_slice_in_dim(bits, start, size)).astype(dtype)
 
 
 def walk_tiles(dispatch: Dispatch, pool: Pool, step, carry):

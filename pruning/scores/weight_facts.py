@@ -1,11 +1,14 @@
 """What the weights of a layer's experts say by themselves."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from moe_jax.errors import InputError
+from moe_jax.experts.grouped_matmul import float_bits, weight_bits
 from moe_jax.experts.moe import MoE
 from moe_jax.quant import Weight, dequantize
 from moe_jax.stream import LayerSource
@@ -46,13 +49,19 @@ def weight_facts(layer: DecoderLayer, d_expert: int) -> dict[str, np.ndarray]:
     weights = {"down": experts.w_down, "up": experts.w_up, "gate": experts.w_gate}
     found = {}
     for name, weight in weights.items():
-        for fact, value in zip(("norm", "l1"), _row_facts(weight), strict=True):
-            wide = np.asarray(value, np.float64).reshape(1, -1, d_expert)
-            found[f"{name}_{fact}"] = wide
+        for fact, value in zip(("norm", "l1"), _row_facts(weight, d_expert), strict=True):
+            found[f"{name}_{fact}"] = np.asarray(value, np.float64)[None]
     return found
 
 
-@jax.jit
-def _row_facts(weight: Weight) -> tuple[Array, Array]:  # [C, D] -> float32 [C], [C]
-    wide = dequantize(weight).astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1)), jnp.sum(jnp.abs(wide), axis=-1)
+@partial(jax.jit, static_argnames="width")
+def _row_facts(weight: Weight, width: int) -> tuple[Array, Array]:
+    """Norm and l1 of every row [C, D], float32 [E, width] each; of one expert at a time, because
+    XLA:CPU makes the float32 of whole arrays before it adds."""
+    bits = weight_bits(dequantize(weight)).reshape(-1, width, weight.shape[1])
+
+    def facts(rows: Array) -> tuple[Array, Array]:
+        wide = float_bits(rows).astype(jnp.float32)
+        return jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1)), jnp.sum(jnp.abs(wide), axis=-1)
+
+    return jax.lax.map(facts, bits)
