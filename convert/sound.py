@@ -9,7 +9,6 @@ import numpy as np
 from convert.reader import CheckpointError
 from convert.view import View
 
-
 PIECE = 1 << 17  # numbers looked at together
 ALL_ONES = 0x7F80  # the exponent of bfloat16
 
