@@ -165,7 +165,7 @@ def arguments() -> argparse.Namespace:
         type=float,
         nargs="*",
         default=[0.25, 0.5],
-        help="rates at which every plan is repaired",
+        help="rates at which every plan is repaired; without one, rules are chosen by masking",
     )
     parser.add_argument("--calibration", nargs="+", default=[])
     parser.add_argument("--max-tokens", type=int, default=24576)
@@ -184,7 +184,7 @@ def main() -> None:
     recipe = CompressionRecipe(
         model=given.model, output=str(place), calibration=tuple(given.calibration),
         evaluation=tuple(given.held_out), max_tokens=given.max_tokens, window=given.window,
-        planner="auto",
+        planner="auto", repair=None if given.repair else "none",
     )  # fmt: skip
     job = open_job(recipe)
     preflight.prepare(job, steps)
