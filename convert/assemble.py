@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.export_format import Widths
-from convert.reader import aligned_empty
 from convert.rules import TensorRule, layer_rules, uniform_widths
 from moe_jax.attention.delta_net import LinearAttention
 from moe_jax.attention.grouped import Attention
@@ -18,6 +17,7 @@ from moe_jax.config import LatentAttentionConfig, ModelConfig
 from moe_jax.experts.dense import DenseMLP, SharedExpert
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts, channels_per_step
+from moe_jax.host_arrays import aligned_empty
 from moe_jax.norm import Centred
 from moe_jax.transformer import DecoderLayer
 

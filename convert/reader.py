@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from convert.headers import TensorSpec, parse_header, read_header
 from moe_jax.errors import InputError
+from moe_jax.host_arrays import aligned_empty
 from moe_jax.json_files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -65,14 +65,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise CheckpointError(path.parent, [f"{path.name} must hold a JSON object"])
     return value
-
-
-def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory on a 64-byte boundary, which JAX on a CPU uses without copying it."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 class SafetensorsFolder:

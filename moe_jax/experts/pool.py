@@ -1,5 +1,6 @@
 """Routed experts as a pool of channels, and how one is made of experts of any widths."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,7 @@ from moe_jax.config import SWIGLU, Activation
 from moe_jax.errors import InputError
 from moe_jax.experts.dispatch import Pool
 from moe_jax.experts.weights import ExpertWeights
+from moe_jax.host_arrays import aligned_empty
 from moe_jax.module import module
 from moe_jax.quant import Weight, dequantize
 
@@ -145,8 +147,7 @@ def pooled_experts(
 
     def pool(weights: Sequence[Array | np.ndarray]) -> Array:
         parts = list(map(np.asarray, weights))
-        fill = np.zeros((rows - sum(counts), *parts[0].shape[1:]), parts[0].dtype)
-        return jax.device_put(np.concatenate([*parts, fill]))
+        return _pool(rows, np.concatenate(parts), np.arange(sum(counts)))
 
     return Experts(
         w_gate=pool(gate),
@@ -160,6 +161,55 @@ def pooled_experts(
         width=width,
         block=block,
     )
+
+
+def kept_experts(
+    dense: Experts,
+    keep: np.ndarray,
+    *,
+    width: int,
+    rows: int,
+    block: int,
+    down_bias: Array | None = None,
+) -> Experts:
+    """Experts with some of their channels.
+
+    Args:
+      dense: experts of F channels.
+      keep: bool [E, F].
+      width, rows, block: as of `pooled_experts`.
+      down_bias: [E, D]; an expert has it whatever its width.
+
+    Returns:
+      The experts, whose rows are in memory of their own.
+
+    Raises:
+      InputError: if the sizes do not fit.
+    """
+    counts = keep.sum(axis=1)
+    _check_sizes(counts.tolist(), width, rows, block)
+    index = np.flatnonzero(keep)
+
+    def cut(weight: Weight | None) -> Array | None:
+        return None if weight is None else _pool(rows, np.asarray(dequantize(weight)), index)
+
+    names = ("w_gate", "w_up", "w_down", "b_gate", "b_up")
+    return dataclasses.replace(
+        dense,
+        **{name: cut(getattr(dense, name)) for name in names},
+        b_down=down_bias,
+        count=jnp.asarray(counts, jnp.int32),
+        width=width,
+        block=block,
+    )
+
+
+def _pool(rows: int, values: np.ndarray, index: np.ndarray) -> Array:
+    """Some rows of an array, and zeros up to so many; copied once, for a CPU's device too."""
+    pool = aligned_empty((rows, *values.shape[1:]), values.dtype)
+    np.take(values, index, axis=0, out=pool[: len(index)], mode="clip")  # "raise" takes a buffer
+    pool[len(index) :] = 0
+    return jax.device_put(pool, may_alias=True)
 
 
 def _check_sizes(counts: list[int], width: int, rows: int, block: int) -> None:

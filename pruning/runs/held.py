@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from convert.description import Description
 from convert.rules import ruled_tensors
 from moe_jax.config import ModelConfig
+from moe_jax.experts.grouped_matmul import COPIES_POOLS
 from pruning.kit.memory import Allowance
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
@@ -53,9 +54,14 @@ class Held:
 
 
 def pruned_bytes(layer: Held, allowance: Allowance) -> int:
-    """Bytes of the layers that a sweep holds and of a float32 copy of one, as whatever is pruned on
-    the fly takes; of so many weights."""
-    return layers_held(layer, 2, allowance) + 4 * layer.total
+    """Bytes of the layers that a sweep holds and of one that is made of one of them, as whatever is
+    pruned on the fly takes; of so many weights."""
+    return layers_held(layer, 2, allowance) + 2 * layer.total + copied_bytes(layer)
+
+
+def copied_bytes(layer: Held) -> int:
+    """Bytes of the copy of a layer that loops over experts are given, if they are."""
+    return 2 * layer.total if COPIES_POOLS else 0
 
 
 def export_bytes(base: Description, allowance: Allowance, by_group: bool) -> int:

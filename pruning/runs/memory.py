@@ -11,6 +11,7 @@ import numpy as np
 from convert.description import Description
 from convert.export_format import ExportFormat
 from moe_jax.experts.dispatch import padded_rows
+from moe_jax.experts.grouped_matmul import on_cpu
 from pruning.budget.candidates import CANDIDATES
 from pruning.budget.plan import PruningPlan
 from pruning.kit.memory import AMPLE, Allowance
@@ -21,6 +22,7 @@ from pruning.runs.held import (
     LOSS_LOGITS,
     Held,
     between_bytes,
+    copied_bytes,
     evaluation_bytes,
     experts_at_once,
     export_bytes,
@@ -105,11 +107,10 @@ class Foretold:
         return {stage: getattr(self, stage)() for stage in stages}
 
     def scoring(self) -> int:
-        """Two layers, half of one in float32, for XLA widens a matrix of all experts at a time, the
-        rows at work, a layer's sums of all parts and, for obs, its Grams or, between layers, the
-        logits of a window's loss; beside them the hidden states that a sweep holds. Or, once the
-        text is through, the sums of all layers: of the text, of a part, of two halves and of what
-        becomes of them, and a plan's scores."""
+        """Two layers, the rows at work, a layer's sums of all parts and, for obs, its Grams or,
+        between layers, the logits of a window's loss; beside them the hidden states that a sweep
+        holds. Or, once the text is through, the sums of all layers: of the text, of a part, of two
+        halves and of what becomes of them, and a plan's scores."""
         recipe, c = self.recipe, self.base.config
         sums = statistics_bytes(self.base, recipe)
         windows = 0 if recipe.weights_only else math.ceil(recipe.max_tokens / recipe.window)
@@ -119,14 +120,15 @@ class Foretold:
         rows = step * c.moe.experts_per_token
         if recipe.weights_only:
             rows = padded_rows(c.moe.num_experts * ROWS_PER_EXPERT, c.moe.num_experts)
-        work = rows * (4 * c.moe.d_expert + 4 * c.d_model) * 4
-        work += max(1, len(parts)) * sums // len(c.moe_layers)
+        # Elsewhere products are of all rows at once, on a CPU of a tile.
+        wide = (3 * c.moe.d_expert + c.d_model) if on_cpu() else 4 * (c.moe.d_expert + c.d_model)
+        work = 4 * rows * wide + max(1, len(parts)) * sums // len(c.moe_layers)
         if recipe.weight_gradients:  # weights as float32, their gradients, and those of a batch
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
         if recipe.obs:
             work += gram_bytes(c, self.allowance)
         layer = self._largest(not recipe.groups - {"weights-only", "obs", "gradients"})
-        work += layers_held(layer, 2, self.allowance) + 2 * layer.total
+        work += layers_held(layer, 2, self.allowance) + copied_bytes(layer)
         held = self._held_states(windows, padded // batch, step)
         held += between_bytes(c, padded * recipe.window, self.allowance)
         if recipe.gradients and self.allowance.experts:  # those at the routing weights

@@ -24,13 +24,17 @@ from pruning.scores.elimination import eliminate
 from pruning.scores.grams import sample_size
 from pruning.scores.layer import layer_statistics
 from pruning.scores.noise import noise_rows, noise_worth
+from pruning.scores.parts import rows_of_parts, windows_at_work
+from pruning.scores.weight_facts import weight_facts
 from pruning.shrink.masked_layer import masked_forward, masked_layer
 from pruning.shrink.taken_over import moved
 from pruning.stages.extra_scores import costs
 from pruning.stages.rule_losses import SHARE, is_repaired
 from pruning.text.kept_out import kept_out_size
 
-PROBE_TOKENS = 512
+PROBE_TOKENS = 512  # of what needs no step as long as that of the sweep
+MOST_TOKENS = 8192  # of a step at most
+ENOUGH = 2.0  # seconds of runs, of which the quickest counts
 # Times the plain sweep: gradients by tests/bench/bench_statistics.py, others as options say.
 TIMES = {"gradients": 2.5, "expert_details": 2.0, "weight_gradients": 5.0}
 PROBE_WIDTH = 512  # channels at most, by which the time to eliminate those of an expert is told
@@ -44,18 +48,18 @@ def scoring_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
       recipe: a resolved one.
 
     Returns:
-      An estimate: reading weights, compilation and other programs come on top.
+      An estimate: waiting for a disk, jax's start and compilation come on top.
     """
     if recipe.weights_only:
         layer, times = _probed(source)
         noise = noise_rows(source.config.d_model)
         seconds = _seconds(noise_worth, layer, noise[:PROBE_TOKENS])
         return times * seconds * len(noise) / PROBE_TOKENS * len(source.config.moe_layers)
-    sweep = _sweep(source, recipe) * recipe.max_tokens
+    sweep = _sweep(source, recipe) * _padded_tokens(recipe)
     asked = [1.0, *(times - 1 for name, times in TIMES.items() if getattr(recipe, name))]
     extra = sum(costs(source, recipe).values()) / len(source)
     obs = _eliminating(source, recipe) if recipe.obs else 0.0
-    return sweep * (sum(asked) + extra) + obs
+    return sweep * (sum(asked) + extra) + obs + _facts(source) + _reading(source)
 
 
 def choosing_seconds(source: LayerSource, recipe: ResolvedRecipe) -> float:
@@ -101,6 +105,24 @@ def _taking_over(source: LayerSource) -> float:
     return seconds * c.moe.num_experts * len(c.moe_layers)
 
 
+def _facts(source: LayerSource) -> float:
+    """Seconds of what the weights of all experts say by themselves."""
+    layer, times = _probed(source)
+    seconds = _seconds(weight_facts, layer, source.config.moe.d_expert)
+    return times * seconds * len(source.config.moe_layers)
+
+
+def _reading(source: LayerSource) -> float:
+    """Seconds in which a CPU's cores read all layers from the page cache: that goes on beside, but
+    with the same cores."""
+    if jax.default_backend() != "cpu":
+        return 0.0
+    _probed(source)  # now it is in the cache
+    started = time.perf_counter()
+    _, times = _probed(source)
+    return times * (time.perf_counter() - started) * len(source)
+
+
 def _sweep(source: LayerSource, recipe: ResolvedRecipe) -> float:
     """Seconds in which a token goes through all layers for the statistics, by one of them."""
     x, context = _step(source, recipe)
@@ -139,10 +161,22 @@ def kept_out_tokens(recipe: ResolvedRecipe) -> int:
     return math.prod(kept_out_size(windows, recipe.window, len(files)))
 
 
+def _at_work(recipe: ResolvedRecipe) -> tuple[int, int]:
+    """(windows per step of the sweep, windows in all)."""
+    windows = math.ceil(recipe.max_tokens / recipe.window)
+    return windows_at_work(rows_of_parts(windows, recipe.until_stable is not None), recipe.batch)
+
+
+def _padded_tokens(recipe: ResolvedRecipe) -> int:
+    """Tokens that go through the layers, those of padding to whole steps included."""
+    return _at_work(recipe)[1] * recipe.window
+
+
 def _step(source: LayerSource, recipe: ResolvedRecipe) -> tuple[Array, Context]:
-    """A few hundred tokens [B, T, D] at their places."""
-    length = min(recipe.window, PROBE_TOKENS)
-    rows = max(1, min(recipe.batch, PROBE_TOKENS // length))
+    """The tokens of a step of the sweep [B, T, D] at their places: with fewer, more of the time is
+    that of an expert's weights."""
+    length = min(recipe.window, MOST_TOKENS)
+    rows = max(1, min(_at_work(recipe)[0], MOST_TOKENS // length))
     valid = np.ones((rows, length), bool)
     (context,) = in_batches(source, np.zeros(valid.shape, np.int32), valid, rows).places
     x = jax.random.normal(jax.random.key(0), (*valid.shape, source.config.d_model), jnp.float32)
@@ -150,10 +184,10 @@ def _step(source: LayerSource, recipe: ResolvedRecipe) -> tuple[Array, Context]:
 
 
 def _seconds(function: Callable, *arguments) -> float:
-    """The least of three runs after one that compiles."""
+    """The least of up to three runs after one that compiles."""
     jax.block_until_ready(function(*arguments))
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while len(seconds) < 3 and sum(seconds) < ENOUGH:
         started = time.perf_counter()
         jax.block_until_ready(function(*arguments))
         seconds.append(time.perf_counter() - started)

@@ -8,7 +8,7 @@ from jax import Array
 
 from moe_jax.errors import InputError
 from moe_jax.experts.moe import MoE
-from moe_jax.experts.pool import Experts, channels_per_step, pooled_experts
+from moe_jax.experts.pool import Experts, channels_per_step, kept_experts
 from moe_jax.groups import own_experts
 from moe_jax.quant import dequantize
 from moe_jax.stream import LayerSource, mapped
@@ -33,7 +33,7 @@ def prune_layer(
     Args:
       layer: a layer with dense experts of F channels.
       keep: bool [E, F].
-      width, rows, block: pool sizes shared by all layers of the model (see `pooled_experts`).
+      width, rows, block: pool sizes shared by all layers of the model (see `kept_experts`).
       constants: float32 [E, D], what emptied experts add, see `PruningPlan.added`.
 
     Returns:
@@ -41,17 +41,9 @@ def prune_layer(
       bias; the router is untouched.
     """
     moe = _dense_moe(layer, keep)
-    dense = moe.experts
-    ids = [np.flatnonzero(row) + e * keep.shape[1] for e, row in enumerate(keep)]
-    gate, up, down, gate_bias, up_bias = (
-        None if pool is None else [np.asarray(dequantize(pool))[index] for index in ids]
-        for pool in (dense.w_gate, dense.w_up, dense.w_down, dense.b_gate, dense.b_up)
-    )
-    assert gate is not None and up is not None and down is not None
-    experts = pooled_experts(
-        gate, up, down, width=width, rows=rows, block=block, gate_bias=gate_bias, up_bias=up_bias,
-        down_bias=output_bias(dense, keep, constants), activation=dense.activation,
-    )  # fmt: skip
+    bias = output_bias(moe.experts, keep, constants)
+    size = {"width": width, "rows": rows, "block": block}
+    experts = kept_experts(moe.experts, keep, **size, down_bias=bias)
     return dataclasses.replace(layer, mlp=dataclasses.replace(moe, experts=experts))
 
 

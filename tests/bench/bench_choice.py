@@ -198,7 +198,8 @@ def main() -> None:
     text.of_plans({"dense": whole, **plans})
     print(f"\n{text.tokens.size:,} tokens of {', '.join(text.names)}; masked:")
     print_choice(text, fixed, chosen)
-    print_repair(text, fixed, chosen, given.repair)
+    if given.repair:
+        print_repair(text, fixed, chosen, given.repair)
 
 
 def print_choice(
