@@ -194,19 +194,21 @@ def test_every_command_refuses_too_little(scored, models, texts, tmp_path, capsy
 def test_an_estimate_says_what_stages_take_within_the_limit(tmp_path):
     # What scoring takes without gradients is of one layer: more of them are more tensors to list.
     (tmp_path / "config.json").write_text(json.dumps(LARGE | {"num_hidden_layers": 4}))
-    recipe = CompressionRecipe(model=str(tmp_path), output="-", planner="fair", repair="none")
-    (ample,), (within,), (grouped,) = (
-        estimate(dataclasses.replace(recipe, memory_limit=limit)) for limit in (None, "11GB", "8GB")
+    recipe = CompressionRecipe(
+        model=str(tmp_path), output="-", planner="fair", repair="none", batch=16
     )
-    assert ample["memory_limit"] is None and within["memory_limit"] == 11 * GB
-    assert ample["memory"]["scoring"] > 11 * GB > within["memory"]["scoring"] > 8 * GB
-    assert max(grouped["memory"][stage] for stage in ("scoring", "export", "verify")) < 8 * GB
+    (ample,), (within,), (grouped,) = (
+        estimate(dataclasses.replace(recipe, memory_limit=limit)) for limit in (None, "9GB", "7GB")
+    )
+    assert ample["memory_limit"] is None and within["memory_limit"] == 9 * GB
+    assert ample["memory"]["scoring"] > 9 * GB > within["memory"]["scoring"] > 7 * GB
+    assert max(grouped["memory"][stage] for stage in ("scoring", "export", "verify")) < 7 * GB
     with pytest.raises(InputError, match=r"is too little to score.*--batch 1 .*, with which"):
-        estimate(dataclasses.replace(recipe, memory_limit="7GB"))
+        estimate(dataclasses.replace(recipe, memory_limit="6GB"))
     # Gradients take little more; what takes layers whole says so, and what would not.
-    estimate(dataclasses.replace(recipe, memory_limit="8.1GB", gradients=True))
+    estimate(dataclasses.replace(recipe, memory_limit="7.1GB", gradients=True))
     with pytest.raises(InputError, match=r"to score.*or no --expert-details, with which it takes"):
-        estimate(dataclasses.replace(recipe, memory_limit="8GB", expert_details=True))
+        estimate(dataclasses.replace(recipe, memory_limit="7GB", expert_details=True))
 
 
 def test_a_limit_decides_nothing_about_a_result_so_a_run_goes_on_with_another(
