@@ -113,11 +113,16 @@ class Trainer:
                 "choose --recover-mode layer, --recover router, or --recover none"
             )
         written = sum(dense_bytes(base) * one // 16 for one in self.bits)
-        require_space(self.output, {
+        parts = {
             "recovered exports, at most": plans * written,
             "checkpoints": trained["checkpoint_bytes"],
-            "predictions": costs["predictions_bytes"] * (options.mode == "model"),
-        })  # fmt: skip
+        }
+        predictions = {"predictions": costs["predictions_bytes"] * (options.mode == "model")}
+        if recipe.scratch is None:
+            parts |= predictions
+        else:
+            require_space(Path(recipe.scratch), predictions)
+        require_space(self.output, parts)
 
     def results(
         self, pruned: Comparison, methods: Sequence[Method],

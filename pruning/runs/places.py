@@ -121,16 +121,21 @@ def refuse_processes(command: str) -> None:
         )
 
 
-def say_places(spread: Spread, steps: Steps) -> None:
-    """Say how many share the work, or how many more could."""
+def say_places(spread: Spread, steps: Steps, batch: int | None = None) -> None:
+    """Say how many share the work, or how many more could; of a training those that share its
+    batches evenly."""
     if spread.processes > 1:
         steps.say(
             f"{spread.processes} processes share the text; if one is lost all end, and the same "
             "command goes on"
         )
-    count = jax.local_device_count()
-    if (idle := count - spread.devices * spread.parts) > 0:
-        steps.say(f"{idle} more devices are idle; --mesh data={count} takes all")
+    here, busy = jax.local_device_count(), spread.devices * spread.parts
+    if here <= busy:
+        return
+    fits = [n for n in range(1, here + 1) if not batch or batch % (n * spread.processes) == 0]
+    most = max(fits, default=1)
+    cure = f"; --mesh data={most} takes {'all' if most == here else most}" if most > busy else ""
+    steps.say(f"{here - busy} more devices are idle{cure}")
 
 
 def are_several(environment: Mapping[str, str] = os.environ) -> bool:

@@ -96,7 +96,7 @@ def _recover(folder: Path, options: RecoverOptions, steps: Steps, spread: Spread
         steps.say(f"this run is finished since {report.environment['date']}; --overwrite repeats")
         place.clear_working_files()  # of a run killed in its last moment
         return report
-    say_places(spread, steps)
+    say_places(spread, steps, options.batch)
     check_recovery(run, steps, spread, place.is_predicted)
     place.remove_predictions(spread.led(place.prepare))
     spread.everyone(True)  # before new ones are written

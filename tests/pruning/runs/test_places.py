@@ -263,6 +263,13 @@ def test_idle_devices_and_other_processes_are_said(monkeypatch):
     assert "3 processes" in said[0] and "3 more devices are idle; --mesh data=4" in said[1]
     places.say_places(Spread(mesh(2, 2)), steps)
     assert len(said) == 2
+    for batch, wanted in (
+        (6, "; --mesh data=3 takes 3"),
+        (8, "; --mesh data=4 takes all"),
+        (5, ""),
+    ):
+        places.say_places(Spread(None, 0, 1), steps, batch)
+        assert said[-1] == f"3 more devices are idle{wanted}"
 
 
 def test_who_lost_another_process_ends_at_once_and_with_a_code_of_its_own(monkeypatch, capsys):
