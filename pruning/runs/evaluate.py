@@ -186,7 +186,7 @@ def _takes(
 
     def takes(found: Allowance) -> dict[str, int]:
         layer = largest_layer(about, found)
-        layers = pruned_bytes(layer, found) if whole else layers_held(layer, item, found)
+        layers = pruned_bytes(about, layer, found) if whole else layers_held(layer, item, found)
         outer = (item - 2) * outer_weights(c)
         size = evaluation_bytes(c, tokens, step, layers, found)
         planned = whole.peaks(("planning", "choice"), found) if whole else {}

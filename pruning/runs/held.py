@@ -53,10 +53,13 @@ class Held:
         return self.own + self.rest
 
 
-def pruned_bytes(layer: Held, allowance: Allowance) -> int:
+def pruned_bytes(base: Description, layer: Held, allowance: Allowance) -> int:
     """Bytes of the layers that a sweep holds and of one that is made of one of them, as whatever is
-    pruned on the fly takes; of so many weights."""
-    return layers_held(layer, 2, allowance) + 2 * layer.total + copied_bytes(layer)
+    pruned on the fly takes; of so many weights. Of weights in few bits, and of groups, 256 experts
+    of DeepSeek-V3 took what two that are made take."""
+    plain = base.quantization is None and allowance.experts is None
+    made = 2 * layer.total + copied_bytes(layer) if plain else 4 * layer.total
+    return layers_held(layer, 2, allowance) + made
 
 
 def copied_bytes(layer: Held) -> int:
@@ -67,7 +70,8 @@ def copied_bytes(layer: Held) -> int:
 def export_bytes(base: Description, allowance: Allowance, by_group: bool) -> int:
     """Peak bytes of a process that exports, see `pruned_bytes`; `by_group` if it can take layers in
     groups of experts."""
-    return fixed_bytes(base) + pruned_bytes(largest_layer(base, allowance, by_group), allowance)
+    layer = largest_layer(base, allowance, by_group)
+    return fixed_bytes(base) + pruned_bytes(base, layer, allowance)
 
 
 def verify_bytes(base: Description, allowance: Allowance, by_group: bool) -> int:
@@ -82,7 +86,7 @@ def verify_bytes(base: Description, allowance: Allowance, by_group: bool) -> int
     row = c.moe.experts_per_token * 4 * (c.moe.d_expert + c.d_model)
     probe += max(shape.length for shape in shapes) * row
     wide = 4 * outer_weights(c) + layers_held(layer, 4, allowance)
-    return fixed_bytes(base) + max(pruned_bytes(layer, allowance), wide) + 4 * probe
+    return fixed_bytes(base) + max(pruned_bytes(base, layer, allowance), wide) + 4 * probe
 
 
 def between_bytes(config: ModelConfig, tokens: int, allowance: Allowance) -> int:

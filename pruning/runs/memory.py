@@ -272,7 +272,7 @@ class Foretold:
         return largest_layer(self.base, self.allowance, by_group)
 
     def _pruned(self, by_group: bool) -> int:
-        return pruned_bytes(self._largest(by_group), self.allowance)
+        return pruned_bytes(self.base, self._largest(by_group), self.allowance)
 
     def _window_loss(self) -> int:
         """The logits of a window, where the loss of the whole model is taken."""
