@@ -1,7 +1,6 @@
 """Routed experts as a pool of channels, and how one is made of experts of any widths."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -111,58 +110,6 @@ def channels_per_step(counts: np.ndarray) -> int:
     return min(steps, key=lambda step: int((-(-counts // step)).sum()) * (step + STEP_COST))
 
 
-def pooled_experts(
-    gate: Sequence[Array | np.ndarray],
-    up: Sequence[Array | np.ndarray],
-    down: Sequence[Array | np.ndarray],
-    *,
-    width: int,
-    rows: int,
-    block: int,
-    gate_bias: Sequence[Array | np.ndarray] | None = None,
-    up_bias: Sequence[Array | np.ndarray] | None = None,
-    down_bias: Array | None = None,
-    activation: Activation = SWIGLU,
-) -> Experts:
-    """Lay experts of different widths one after the other.
-
-    Args:
-      gate, up, down: per expert [n_e, D], one row per channel (w_down transposed); n_e may be 0.
-      width: columns of the intermediate rows, a multiple of `block` and at least every n_e.
-      rows: rows of the pool, at least the channels plus one block; give all layers of a model the
-        same `width`, `rows` and `block` and they share one compilation.
-      block: channels per step of the matmul loop.
-      gate_bias, up_bias: per expert [n_e]; None for none.
-      down_bias: [E, D]; an expert has it whatever its width.
-      activation: of the channels.
-
-    Returns:
-      The experts.
-
-    Raises:
-      InputError: if the sizes do not fit.
-    """
-    counts = [len(weight) for weight in gate]
-    _check_sizes(counts, width, rows, block)
-
-    def pool(weights: Sequence[Array | np.ndarray]) -> Array:
-        parts = list(map(np.asarray, weights))
-        return _pool(rows, np.concatenate(parts), np.arange(sum(counts)))
-
-    return Experts(
-        w_gate=pool(gate),
-        w_up=pool(up),
-        w_down=pool(down),
-        b_gate=None if gate_bias is None else pool(gate_bias),
-        b_up=None if up_bias is None else pool(up_bias),
-        b_down=down_bias,
-        activation=activation,
-        count=jnp.asarray(counts, jnp.int32),
-        width=width,
-        block=block,
-    )
-
-
 def kept_experts(
     dense: Experts,
     keep: np.ndarray,
@@ -177,7 +124,10 @@ def kept_experts(
     Args:
       dense: experts of F channels.
       keep: bool [E, F].
-      width, rows, block: as of `pooled_experts`.
+      width: columns of the intermediate rows, a multiple of `block` and at least every count.
+      rows: rows of the pool, at least the channels plus one block; give all layers of a model the
+        same `width`, `rows` and `block` and they share one compilation.
+      block: channels per step of the matmul loop.
       down_bias: [E, D]; an expert has it whatever its width.
 
     Returns:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert.reader import CheckpointError
-from convert.sound import Sound
+from convert.sound import PIECE, Sound
 from convert.view import View
 
 FOLDER = Path("/a/model")
@@ -37,6 +37,15 @@ def test_a_single_value_that_is_no_number_is_found(dtype, value):
     with pytest.raises(CheckpointError) as error:
         Sound(FOLDER).read("w", View((3, 4), lambda: wrong))
     assert error.value.problems == (f"w {CURE}",) and str(FOLDER) in str(error.value)
+
+
+@pytest.mark.parametrize("place", [0, PIECE - 1, PIECE, 2 * PIECE - 1, 2 * PIECE, -1])
+def test_it_is_found_in_whatever_piece_of_a_large_tensor(place):
+    wrong = np.ones((2, PIECE + 2), ml_dtypes.bfloat16)
+    Sound(FOLDER).read("w", View(wrong.shape, lambda: wrong))
+    wrong.reshape(-1)[place] = np.nan
+    with pytest.raises(CheckpointError):
+        Sound(FOLDER).read("w", View(wrong.shape, lambda: wrong))
 
 
 def test_integers_are_numbers():

@@ -30,13 +30,13 @@ from moe_jax import (
     save_model,
 )
 from moe_jax.config import Activation, LatentAttentionConfig, LinearAttentionConfig
-from moe_jax.experts.pool import pooled_experts
 from moe_jax.norm import Centred
 from moe_jax.quant import CODED
 from moe_jax.quantized import float8_layer, quantize_layer
 from moe_jax.sharding import split_over
 from moe_jax.structure import CLASSES, describe
 from moe_jax.transformer import Head
+from tests.support.pools import pooled_experts
 
 ROOT = Path(__file__).parents[2]
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 6)).astype(np.int32)

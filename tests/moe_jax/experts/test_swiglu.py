@@ -10,7 +10,6 @@ from moe_jax.experts import swiglu
 from moe_jax.experts.dispatch import gather_rows, make_dispatch
 from moe_jax.experts.expert_rows import expert_rows, no_score, routed_experts_by_rows
 from moe_jax.experts.grouped_matmul import on_cpu
-from moe_jax.experts.pool import pooled_experts
 from moe_jax.experts.swiglu import routed_experts
 from pruning.scores.expert_sums import (
     observe_by_rows,
@@ -18,6 +17,7 @@ from pruning.scores.expert_sums import (
     output_sums,
     output_sums_by_rows,
 )
+from tests.support.pools import pooled_experts
 
 N, D, E, F, K = 19, 8, 4, 12, 2
 WIDTHS = {"dense": (12, 12, 12, 12), "ragged, one emptied": (12, 0, 5, 3)}
