@@ -13,6 +13,7 @@ from moe_jax.experts.grouped_matmul import COPIES_POOLS
 from pruning.kit.memory import Allowance
 from pruning.measure.quality import POSITIONS
 from pruning.recipe.recipe import ResolvedRecipe
+from pruning.scores.details import SAMPLE
 from pruning.scores.grams import sample_size
 from pruning.scores.grouped import SLOTS as BETWEEN
 from pruning.stages.between_sizes import in_memory
@@ -109,6 +110,15 @@ def gram_bytes(config: ModelConfig, allowance: Allowance) -> int:
     """The Grams of a layer's experts, or a group's, on the device, on the host and, of one of them,
     in float64."""
     return (2 * 4 * experts_at_once(config, allowance) + 4 * 8) * config.moe.d_expert**2
+
+
+def details_bytes(config: ModelConfig, step: int) -> int:
+    """What `--expert-details` takes with so many tokens at work: rows of a batch, or of all experts
+    for the same tokens."""
+    moe, d_model = config.moe, config.d_model
+    batch = 8 * step * moe.experts_per_token * d_model
+    outputs = min(SAMPLE, step) * moe.num_experts * (4 * d_model + 5 * moe.d_expert)
+    return 4 * max(batch, outputs)
 
 
 def sample_states(

@@ -23,6 +23,7 @@ from pruning.runs.held import (
     Held,
     between_bytes,
     copied_bytes,
+    details_bytes,
     evaluation_bytes,
     experts_at_once,
     export_bytes,
@@ -127,6 +128,8 @@ class Foretold:
             work += 3 * 4 * 3 * c.moe.num_experts * c.moe.d_expert * c.d_model
         if recipe.obs:
             work += gram_bytes(c, self.allowance)
+        if recipe.expert_details:
+            work += details_bytes(c, step)
         layer = self._largest(not recipe.groups - {"weights-only", "obs", "gradients"})
         work += layers_held(layer, 2, self.allowance) + copied_bytes(layer)
         held = self._held_states(windows, padded // batch, step)

@@ -8,6 +8,7 @@ from jax import Array
 from moe_jax.attention.context import Context
 from moe_jax.experts.dispatch import gather_rows, make_dispatch, sum_by_expert, tile_height
 from moe_jax.experts.expert_rows import expert_rows
+from moe_jax.experts.grouped_matmul import float_bits, weight_bits
 from moe_jax.experts.moe import MoE
 from moe_jax.experts.pool import Experts
 from moe_jax.experts.run import gated_experts
@@ -178,6 +179,11 @@ def wanda_sums(layer: DecoderLayer, input_square: np.ndarray) -> tuple[np.ndarra
 
 @jax.jit
 def _weighted_mass(weight, norm: Array) -> Array:  # [C, D], [E, D] -> [E, F]
-    wide = jnp.abs(dequantize(weight).astype(jnp.float32))
-    wide = wide.reshape(norm.shape[0], -1, wide.shape[1])
-    return jnp.einsum("efd,ed->ef", wide, norm, precision=jax.lax.Precision.HIGHEST)
+    experts, d_model = norm.shape
+    bits = weight_bits(dequantize(weight)).reshape(experts, -1, d_model)
+
+    def of_expert(given: tuple[Array, Array]) -> Array:  # one at a time, as in `weight_facts`
+        wide = jnp.abs(float_bits(given[0]).astype(jnp.float32))
+        return jnp.dot(wide, given[1], precision=jax.lax.Precision.HIGHEST)
+
+    return jax.lax.map(of_expert, (bits, norm))

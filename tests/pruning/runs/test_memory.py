@@ -50,6 +50,16 @@ client._end()  # its peak counts once it is gone
 print(json.dumps([code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))
 """
 
+SCORE = """
+import resource, sys
+from pruning.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+# The peak of a process includes that of the one that forked it: a small one, not the tests' worker.
+SMALL = ("sh", "-c", '"$@"; exit $?', "sh")
+
 
 def written(config: dict, folder: Path) -> Path:
     family, bfloat16 = find_family("qwen3_moe"), np.dtype(ml_dtypes.bfloat16)
@@ -59,6 +69,39 @@ def written(config: dict, folder: Path) -> Path:
     values = ((name, np.resize(noise, shape)) for name, shape in shapes.items())
     specs = {name: (bfloat16, shape) for name, shape in shapes.items()}
     return tiny.add_tokenizer(write_folder(folder, specs, values, config, None))
+
+
+def run(code: str, *arguments) -> str:
+    """What a process of its own prints."""
+    # Compiled as users compile for the first time, not as the tests do.
+    of_tests = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {key: value for key, value in os.environ.items() if key not in of_tests}
+    done = subprocess.run(
+        [*SMALL, sys.executable, "-c", code, *arguments, "--quiet"], env=environment,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def foretold(model: Path, options: list[str], said: Path) -> dict[str, int]:
+    """Bytes of each stage by `estimate`."""
+    run("import sys; from pruning.cli import main; sys.exit(main(sys.argv[1:]))",
+        "estimate", str(model), "--no-probe", "--json", str(said), *options)  # fmt: skip
+    (found,) = json.loads(said.read_text())
+    return found["memory"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [[], ["--gradients"], ["--obs"], ["--expert-details"]])
+def test_scoring_takes_no_more_than_the_estimate_says(asked, tmp_path):
+    model = written(LAYERS, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 600)
+    options = ["--calibration", str(text), "--max-tokens", "4096", "--window", "512", "--planner",
+               "fair", "--repair", "none", "--output", str(tmp_path / "out"), *asked]  # fmt: skip
+    memory = foretold(model, options, tmp_path / "said.json")
+    peak = int(run(SCORE, "score", str(model), *options).splitlines()[-1])
+    assert memory["scoring"] / 2 <= peak <= memory["scoring"]
 
 
 @pytest.mark.slow
@@ -72,22 +115,7 @@ def test_no_stage_takes_more_than_the_estimate_says(config, repair, tmp_path):
     options = ["--calibration", str(text), "--max-tokens", "512", "--window", "64", "--batch", "4"]
     options += ["--prune-rate", "0.25", "--export", "ragged-int4", "--output", str(out)]
     options += ["--repair", repair]
-    # Compiled as users compile for the first time, not as the tests do.
-    of_tests = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {key: value for key, value in os.environ.items() if key not in of_tests}
-
-    def run(code: str, *arguments) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments, "--quiet"], env=environment,
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return done.stdout
-
-    said = tmp_path / "said.json"
-    run("import sys; from pruning.cli import main; sys.exit(main(sys.argv[1:]))",
-        "estimate", str(model), "--no-probe", "--json", str(said), *options)  # fmt: skip
-    (found,) = json.loads(said.read_text())
-    memory = found["memory"]
+    memory = foretold(model, options, tmp_path / "said.json")
     code, children = json.loads(run(RUN, "compress", str(model), *options).splitlines()[-1])
     report = json.loads((out / "report.json").read_text())
     assert code == 0 and all(check["done"] for check in report["verification"])

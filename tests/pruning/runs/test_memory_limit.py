@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pruning.runs.held import GRADIENT_PROGRAMS, PROCESS_BYTES
-from tests.pruning.runs.test_memory import LAYERS, written
+from tests.pruning.runs.test_memory import LAYERS, SMALL, written
 from tests.support import deepseek
 
 LIMIT = 820_000_000  # of which a process takes most before it holds any weight
@@ -27,8 +27,6 @@ code = max(main(words) for words in json.loads(sys.argv[1]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
 sys.exit(code)
 """
-# The peak of a process includes that of the one that forked it: a small one, not the tests' worker.
-SMALL = ("sh", "-c", '"$@"; exit $?', "sh")
 
 
 # A layer of 48 experts, 151 MB in 16 bits, stored in 8-bit floats: it alone is more than the limit
