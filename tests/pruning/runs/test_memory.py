@@ -92,7 +92,11 @@ def foretold(model: Path, options: list[str], said: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [[], ["--gradients"], ["--obs"], ["--expert-details"]])
+@pytest.mark.parametrize(
+    "asked",
+    [[], ["--gradients"], ["--obs"], ["--expert-details"]],
+    ids=lambda words: "".join(words),
+)
 def test_scoring_takes_no_more_than_the_estimate_says(asked, tmp_path):
     model = written(LAYERS, tmp_path / "model")
     text = tmp_path / "text.txt"
