@@ -176,6 +176,33 @@ def trainer(monkeypatch, tmp_path):
     return found, made
 
 
+@pytest.mark.parametrize("scratch", [None, "other"])
+def test_predictions_are_charged_to_the_disk_that_they_lie_on(trainer, monkeypatch, scratch):
+    found, _ = trainer
+    (found.output / "recovered").rmdir()
+    vars(found.job.recipe).update(scratch=scratch, evaluation=("text",), model="m")
+    found.job.base, found.job.codec = SimpleNamespace(about="about"), "codec"
+    options = SimpleNamespace(window=8, tokens=9, train="full", mode="model")
+    wanted = SimpleNamespace(filled=lambda: options)
+    monkeypatch.setattr(Trainer, "recover_options", lambda self, output: wanted)
+    text = SimpleNamespace(total=4)
+    trained = {"full": {"memory_bytes": {"model": 0}, "checkpoint_bytes": 5}}
+    costs = {"trained": trained, "predictions_bytes": 7}
+    charged: list[tuple[Path, dict[str, int]]] = []
+    known = {
+        "training_text": lambda *_: (text, text), "recovery_costs": lambda *_: costs,
+        "dense_bytes": lambda _: 16, "require_space": lambda *asked: charged.append(asked),
+    }  # fmt: skip
+    for name, function in known.items():
+        monkeypatch.setattr(paper_recovery, name, function)
+    found.check(2)
+    own = {"recovered exports, at most": 2 * (16 + 4), "checkpoints": 5}
+    if scratch is None:
+        assert charged == [(found.output, own | {"predictions": 7})]
+    else:
+        assert charged == [(Path("other"), {"predictions": 7}), (found.output, own)]
+
+
 def pruned(*results: Result, asked: tuple = ()) -> Comparison:
     dense = {"x": {"nll": 0.0, "tokens": 3, "kl": None, "top1": None}}
     quality = {"x": {"nll": 1.0, "tokens": 3, "kl": 0.1, "top1": 0.9}}
